@@ -1,0 +1,275 @@
+"""The run configuration: one YAML file, one tree of frozen dataclasses, strict.
+
+Every key can be given on the command line (`--optimizer.learning_rate 1e-4`). No JAX is
+imported here, so `--help` and `--print_config` answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+RESUME_FLAG_HINT = "choose another output_dir, or delete this one to start over"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it computes.
+
+    Args:
+        path: directory of the model to start from: Hugging Face, converted jaxlm, a run directory or one of its checkpoints.
+        shape: instead of a path, a fresh model: a known shape (llama-2-7b) or a JSON file like HF's config.json.
+        dtype: compute dtype of matrix products; softmax, norms and loss are always float32.
+        param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only in float32.
+        attention: which implementation runs; auto picks by device and says which at start-up.
+        remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v and attention output), full.
+    """
+
+    path: str | None = None
+    shape: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    param_dtype: Literal["bfloat16", "float32"] = "float32"
+    attention: Literal["auto", "xla", "cudnn", "reference"] = "auto"
+    remat: Literal["none", "dots", "qkv_out", "full"] = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, with PEFT's meaning of every number.
+
+    Args:
+        rank: R of the two factors.
+        alpha: the adapter is scaled by alpha / rank (alpha / sqrt(rank) with rslora).
+        dropout: probability of dropping an input of the adapter while training.
+        targets: linear layers by name: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj.
+        rank_pattern: other ranks by module name or regular expression, as in PEFT, e.g. {"layers.0.self_attn.q_proj": 16}.
+        alpha_pattern: other alphas, likewise.
+        rslora: rank-stabilised scaling.
+        dora: weight-decomposed adapters (DoRA).
+        modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens.
+        init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a fresh optimizer.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    init_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from.
+
+    Args:
+        path: a directory or SentencePiece .model file; null means the model's own.
+        train_on: text files (or folders) to train a SentencePiece model on, when a fresh model has none.
+        vocab_size: pieces of the tokenizer trained on train_on.
+    """
+
+    path: str | None = None
+    train_on: tuple[str, ...] = ()
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data source.
+
+    Args:
+        path: file, folder, glob, or directory written by HF datasets' save_to_disk.
+        format: json, jsonl, csv, parquet, text or hf; auto goes by the file name.
+        template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own chat template, `text` for plain text; auto goes by the columns found.
+        weight: how often a record is seen per epoch: 2.0 twice, 0.5 a seeded half.
+        columns: the template's field names mapped to the columns of this file, e.g. {instruction: question, output: answer}.
+        split: split of an HF datasets directory that has several.
+        documents: for text files, whether a document is a line or a whole file.
+        limit: use only the first so many records.
+    """
+
+    path: str
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf"] = "auto"
+    template: str = "auto"
+    weight: float = 1.0
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    documents: Literal["line", "file"] = "line"
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and how records become rows.
+
+    Args:
+        train: the sources.
+        validation: a number of records split off the training sources (seeded), or a list of sources.
+        sequence_length: tokens of a row.
+        packing: first_fit (or true) puts whole records into rows with segment ids; group_texts concatenates and cuts like HF's run_clm; false pads one record a row.
+        train_on_inputs: also learn the prompt, not only the answer.
+        add_bos: begin each record with the tokenizer's bos token.
+        add_eos: end each answer with the tokenizer's eos token, and learn it.
+        too_long: what to do with a record longer than a row: truncate (reported), drop (reported) or error.
+        workers: loader processes; 0 loads in a thread.
+    """
+
+    train: tuple[SourceConfig, ...] = ()
+    validation: int | tuple[SourceConfig, ...] = 0
+    sequence_length: int = 512
+    packing: bool | Literal["first_fit", "group_texts"] = True
+    train_on_inputs: bool = False
+    add_bos: bool = True
+    add_eos: bool = True
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    workers: int = 0
+
+    @property
+    def packing_mode(self) -> str:
+        """One of 'first_fit', 'group_texts', 'none'."""
+        if isinstance(self.packing, bool):
+            return "first_fit" if self.packing else "none"
+        return self.packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule.
+
+    Args:
+        name: adamw, adafactor or lion.
+        learning_rate: the peak.
+        schedule: after warm-up: cosine, linear, polynomial or constant; log_warmup is DeepSpeed's WarmupLR (log warm-up, then constant), which K2 ran with.
+        warmup_steps: steps of warm-up; give this or warmup_ratio.
+        warmup_ratio: warm-up as a share of all steps.
+        end_ratio: the last learning rate as a share of the peak.
+        power: exponent of the polynomial schedule.
+        beta1: first moment decay (adamw, lion).
+        beta2: second moment decay (adamw, lion).
+        eps: adamw's epsilon.
+        weight_decay: decoupled weight decay.
+        decay: what decays: matrices (not norms and biases) or all.
+        clip_norm: clip the global gradient norm to this; 0 switches it off.
+    """
+
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    learning_rate: float = 3e-4
+    schedule: Literal["cosine", "linear", "polynomial", "constant", "log_warmup"] = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    end_ratio: float = 0.0
+    power: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Literal["matrices", "all"] = "matrices"
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, evaluation, checkpoints.
+
+    Args:
+        epochs: passes over the data; ignored when steps is given.
+        steps: optimizer steps.
+        global_batch_size: rows per optimizer step, over all devices and hosts.
+        micro_batch_size: rows per device at a time; the rest is gradient accumulation.
+        seed: of initialisation, data order, split and dropout.
+        loss_normalisation: tokens weighs every target token of the global batch alike; mean_of_means averages the means of micro-batches, as alpaca-lora, K2 and KnowLM do.
+        eval_every: steps between evaluations on the validation data; 0 evaluates only at the end.
+        save_every: steps between checkpoints; 0 saves only at the end.
+        keep: newest checkpoints to keep; the one with the best validation loss is kept besides.
+        log_every: steps between lines in metrics.jsonl.
+        on_nonfinite: stop ends the run with the last good state saved; skip leaves the state as it was and counts the step.
+        resume: continue from output_dir when it holds a checkpoint; false refuses to touch such a directory.
+        sample_prompts: instructions to answer at the end of the run, shown as text.
+        sample_tokens: length of those answers.
+        tensorboard: also write TensorBoard events to output_dir/tensorboard.
+        wandb: also log to this Weights & Biases project.
+        compilation_cache: directory of compiled programs; null means the user's cache directory, "off" none.
+    """
+
+    epochs: float = 1.0
+    steps: int | None = None
+    global_batch_size: int = 128
+    micro_batch_size: int = 4
+    seed: int = 42
+    loss_normalisation: Literal["tokens", "mean_of_means"] = "tokens"
+    eval_every: int = 200
+    save_every: int = 200
+    keep: int = 3
+    log_every: int = 1
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    resume: bool = True
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+    tensorboard: bool = False
+    wandb: str | None = None
+    compilation_cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; one may be -1 to take what is left.
+
+    Args:
+        data: replicas that see different rows.
+        fsdp: shards of parameters and optimizer state, which also see different rows.
+        expert: shards of experts.
+        sequence: shards of long rows.
+        tensor: shards of heads, feed-forward neurons and vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Args:
+        model: the model.
+        lora: adapters; absent means full fine-tuning.
+        tokenizer: the tokenizer.
+        data: the data.
+        optimizer: the optimizer.
+        train: the loop.
+        mesh: the devices.
+        output_dir: where checkpoints, metrics and plots go.
+        stages: several runs in a row, e.g. pretraining then instruction tuning: each entry has a name and the keys that differ; a stage starts from the one before it.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    output_dir: str = "out"
+    stages: list[dict[str, Any]] | None = None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain YAML/JSON values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result

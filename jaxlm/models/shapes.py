@@ -1,0 +1,338 @@
+"""Model configurations: what a `config.json` says, and the shapes of known models.
+
+No JAX is imported here, so that commands which only look at a model start at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+
+# HF architecture -> what differs from LLaMA.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, with the field names of HF's `rope_parameters`.
+
+    Source: transformers `modeling_rope_utils.py`; llama3 from Meta's LLaMA 3.1 release;
+    yarn from arXiv:2309.00071; dynamic NTK and linear scaling as used by LLaMA forks.
+    """
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
+        """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form."""
+        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+        legacy_type = given.pop("type", None)
+        given.setdefault("rope_type", legacy_type or "default")
+        if given["rope_type"] not in ROPE_TYPES:
+            raise UserError(
+                f"config.json: rope_type {given['rope_type']!r} is not supported; known: {', '.join(ROPE_TYPES)}"
+            )
+        if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise UserError(f"config.json: unknown rope parameters {', '.join(unknown)}")
+        given["rope_theta"] = float(given["rope_theta"])
+        rope = cls(**given)
+        if rope.rope_type != "default" and rope.factor is None:
+            raise UserError(f"config.json: rope_type {rope.rope_type!r} needs a 'factor'")
+        if rope.rope_type == "llama3":
+            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                if getattr(rope, name) is None:
+                    raise UserError(f"config.json: rope_type 'llama3' needs {name!r}")
+        return rope
+
+    def to_hf(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA-family decoder. Names follow the field; D, F, L, H, K, h, V as in the docs."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # h
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    initializer_range: float = 0.02
+    architecture: str = "LlamaForCausalLM"
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"config: num_attention_heads {self.num_heads} is no multiple of "
+                f"num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> LlamaConfig:
+        """Reads a HF `config.json` (old or new spelling) of a supported architecture.
+
+        Raises UserError for an unsupported architecture, activation or RoPE type.
+        """
+        architectures = config.get("architectures") or []
+        architecture = architectures[0] if architectures else None
+        if architecture is None:
+            by_type = {kind: name for name, kind in ARCHITECTURES.items()}
+            architecture = by_type.get(config.get("model_type", ""))
+        if architecture not in ARCHITECTURES:
+            raise UserError(
+                f"config.json: architecture {architecture or config.get('model_type')!r} is not supported; "
+                f"supported: {', '.join(ARCHITECTURES)}"
+            )
+        kind = ARCHITECTURES[architecture]
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
+        missing = [
+            key
+            for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            if not isinstance(config.get(key), int)
+        ]
+        if missing:
+            raise UserError(f"config.json: missing or not a whole number: {', '.join(missing)}")
+        num_heads = config["num_attention_heads"]
+        window = config.get("sliding_window")
+        if kind == "qwen2":
+            # Qwen2 writes a window into every config and switches it on separately.
+            if not config.get("use_sliding_window", False):
+                window = None
+            elif config.get("max_window_layers", 0) not in (0, None):
+                raise UserError(
+                    "config.json: a sliding window on a part of the layers (max_window_layers) is not supported"
+                )
+        elif kind == "llama":
+            window = None
+        attention_bias = bool(config.get("attention_bias", False)) if kind == "llama" else False
+        eos = config.get("eos_token_id", 2)
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=RopeConfig.from_hf(config),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias or kind == "qwen2",
+            o_bias=attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)) if kind == "llama" else False,
+            sliding_window=window,
+            initializer_range=config.get("initializer_range", 0.02),
+            architecture=architecture,
+            bos_token_id=config.get("bos_token_id", 1),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            pad_token_id=config.get("pad_token_id"),
+        )
+
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """The `config.json` of this model, readable by old and new transformers.
+
+        Args:
+            dtype: what the weights are stored in, e.g. 'bfloat16'.
+        """
+        rope = self.rope.to_hf()
+        config: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": ARCHITECTURES[self.architecture],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "initializer_range": self.initializer_range,
+            "rms_norm_eps": self.rms_norm_eps,
+            "use_cache": True,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "rope_parameters": rope,
+            # The two old keys, for transformers 4 and everything built on it.
+            "rope_theta": self.rope.rope_theta,
+            "rope_scaling": None
+            if self.rope.rope_type == "default"
+            else {k: v for k, v in rope.items() if k != "rope_theta"},
+            "attention_dropout": 0.0,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": dtype,
+            "dtype": dtype,
+        }
+        if self.architecture == "LlamaForCausalLM":
+            config |= {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
+        elif self.architecture == "MistralForCausalLM":
+            config |= {"sliding_window": self.sliding_window}
+        else:
+            config |= {
+                "use_sliding_window": self.sliding_window is not None,
+                "sliding_window": self.sliding_window,
+                "max_window_layers": 0 if self.sliding_window is not None else self.num_layers,
+            }
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
+        values = dict(values)
+        values["rope"] = RopeConfig(**values["rope"])
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
+        return cls(**values)
+
+    def num_params(self) -> int:
+        """Parameters of the dense model, in units."""
+        d, h = self.hidden_size, self.head_dim
+        q, kv = self.num_heads * h, self.num_kv_heads * h
+        attention = d * q + 2 * d * kv + q * d
+        attention += (q + 2 * kv) * self.qkv_bias + d * self.o_bias
+        mlp = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d) * self.mlp_bias
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp + 2 * d) + embeddings + d
+
+
+def _llama(layers: int, d: int, f: int, heads: int, kv: int | None = None, **more: Any) -> LlamaConfig:
+    values: dict[str, Any] = dict(vocab_size=32000, head_dim=d // heads, rms_norm_eps=1e-5) | more
+    return LlamaConfig(
+        hidden_size=d, intermediate_size=f, num_layers=layers, num_heads=heads, num_kv_heads=kv or heads, **values
+    )
+
+
+_LLAMA3: dict[str, Any] = dict(
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rope=RopeConfig(rope_theta=500000.0),
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
+
+
+def _llama3_rope(factor: float) -> RopeConfig:
+    return RopeConfig(
+        rope_type="llama3",
+        rope_theta=500000.0,
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+
+
+_LLAMA31 = _LLAMA3 | dict(max_position_embeddings=131072, rope=_llama3_rope(8.0))
+_LLAMA32 = _LLAMA3 | dict(max_position_embeddings=131072, rope=_llama3_rope(32.0), tie_word_embeddings=True)
+_QWEN2: dict[str, Any] = dict(
+    architecture="Qwen2ForCausalLM",
+    qkv_bias=True,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(rope_theta=1e6),
+    bos_token_id=151643,
+    eos_token_id=151643,
+)
+
+# Published shapes (Meta, Mistral and Qwen model cards).
+SHAPES: dict[str, LlamaConfig] = {
+    "llama-7b": _llama(32, 4096, 11008, 32, rms_norm_eps=1e-6),
+    "llama-13b": _llama(40, 5120, 13824, 40, rms_norm_eps=1e-6),
+    "llama-33b": _llama(60, 6656, 17920, 52, rms_norm_eps=1e-6),
+    "llama-65b": _llama(80, 8192, 22016, 64),
+    "llama-2-7b": _llama(32, 4096, 11008, 32, max_position_embeddings=4096),
+    "llama-2-13b": _llama(40, 5120, 13824, 40, max_position_embeddings=4096),
+    "llama-2-70b": _llama(80, 8192, 28672, 64, 8, max_position_embeddings=4096),
+    "llama-3-8b": _llama(32, 4096, 14336, 32, 8, **_LLAMA3),
+    "llama-3-70b": _llama(80, 8192, 28672, 64, 8, **_LLAMA3),
+    "llama-3.1-8b": _llama(32, 4096, 14336, 32, 8, **_LLAMA31),
+    "llama-3.1-70b": _llama(80, 8192, 28672, 64, 8, **_LLAMA31),
+    "llama-3.2-1b": _llama(16, 2048, 8192, 32, 8, **_LLAMA32),
+    "llama-3.2-3b": _llama(28, 3072, 8192, 24, 8, **_LLAMA32),
+    "mistral-7b": _llama(
+        32, 4096, 14336, 32, 8, architecture="MistralForCausalLM", sliding_window=4096, max_position_embeddings=32768
+    ),
+    "qwen2-0.5b": _llama(
+        24,
+        896,
+        4864,
+        14,
+        2,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        **_QWEN2,
+    ),
+    "qwen2-7b": _llama(28, 3584, 18944, 28, 4, vocab_size=152064, max_position_embeddings=131072, **_QWEN2),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError if it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def load_shape(name: str) -> LlamaConfig:
+    """A known shape by name (`llama-2-7b`), or the HF-style `config.json` at a path."""
+    if name in SHAPES:
+        return SHAPES[name]
+    path = Path(name)
+    if path.suffix == ".json" or path.exists():
+        return LlamaConfig.from_hf(read_json(path))
+    raise UserError(
+        f"model.shape: {name!r} is neither a known shape ({', '.join(SHAPES)}) nor a JSON file like HF's config.json"
+    )
