@@ -1,0 +1,145 @@
+"""`Linear`: the one place that knows plain weights and LoRA.
+
+Adapter maths is PEFT's (arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxlm.models.lora import LoraSpec
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x [N, I] times kernel [I, O] in `dtype`, accumulated in float32.
+
+    Own gradient for two reasons: both products stay two-dimensional (XLA's CPU backend is slow on
+    the others), and the kernel's gradient keeps the float32 accumulator instead of going through bfloat16.
+    """
+    return _dot(x.astype(dtype), kernel.astype(dtype), 1, 0).astype(dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _matmul_fwd(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, kernel, dtype), (x, kernel)
+
+
+def _matmul_bwd(
+    dtype: DTypeLike, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    grad = grad.astype(dtype)
+    return (
+        _dot(grad, kernel.astype(dtype), 1, 1).astype(x.dtype),
+        _dot(x.astype(dtype), grad, 0, 0).astype(kernel.dtype),
+    )
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), with an optional adapter.
+
+    Attributes:
+        in_dims: trailing dims of the input that are contracted, e.g. (D,) or (H, h).
+        out_dims: dims of the output, e.g. (F,) or (H, h).
+        in_axes, out_axes: their logical axis names.
+        use_bias: whether there is a bias [*out].
+        adapter: LoRA of this layer (lives in the `lora` collection), or None.
+        dtype: compute dtype.
+        param_dtype: dtype of kernel and bias; adapters are float32.
+        init_std: standard deviation of a fresh kernel.
+    """
+
+    in_dims: tuple[int, ...]
+    out_dims: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    use_bias: bool = False
+    adapter: LoraSpec | None = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    init_std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool = True) -> jax.Array:
+        """x [..., *in] -> [..., *out]; `layer` is this layer's index, which ranks and scales may depend on."""
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.in_axes + self.out_axes),
+            self.in_dims + self.out_dims,
+            self.param_dtype,
+        )
+        fan_in, fan_out = math.prod(self.in_dims), math.prod(self.out_dims)
+        lead = x.shape[: x.ndim - len(self.in_dims)]
+        x = x.reshape(-1, fan_in)
+        flat_kernel = kernel.reshape(fan_in, fan_out)
+        if self.adapter is None:
+            y = matmul(x, flat_kernel, self.dtype)
+        else:
+            y = self._adapted(x, flat_kernel, self.adapter, layer, deterministic)
+        y = y.reshape(*lead, *self.out_dims)
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes),
+                self.out_dims,
+                self.param_dtype,
+            )
+            y = y + bias.astype(self.dtype)
+        return y
+
+    def _adapted(
+        self, x: jax.Array, kernel: jax.Array, spec: LoraSpec, layer: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        fan_in, fan_out, rank = kernel.shape[0], kernel.shape[1], spec.rank
+
+        def init_a(key: jax.Array) -> jax.Array:
+            # PEFT: kaiming_uniform(a=sqrt(5)) on [R, in]. Columns behind this layer's own rank stay zero.
+            bound = 1.0 / math.sqrt(fan_in)
+            a = jax.random.uniform(key, (fan_in, rank), jnp.float32, -bound, bound)
+            live = jnp.arange(rank) < jnp.asarray(spec.ranks)[layer]
+            return jnp.where(live, a, 0.0).reshape(*self.in_dims, rank)
+
+        key = self.make_rng("params") if self.is_mutable_collection("lora") else None
+        lora_a = self._adapter_variable("lora_A", (*self.in_axes, "lora_rank"), lambda: init_a(key))
+        lora_b = self._adapter_variable(
+            "lora_B", ("lora_rank", *self.out_axes), lambda: jnp.zeros((rank, *self.out_dims), jnp.float32)
+        )
+        scale: float | jax.Array = spec.scales[0]
+        if len(set(spec.scales)) > 1:
+            scale = jnp.asarray(spec.scales, jnp.float32)[layer]
+        a = lora_a.reshape(fan_in, rank) * scale
+        b = lora_b.reshape(rank, fan_out)
+        dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
+        update = matmul(matmul(dropped, a, self.dtype), b, self.dtype)
+        if not spec.dora:
+            return matmul(x, kernel, self.dtype) + update
+        magnitude = self._adapter_variable(
+            "magnitude",
+            self.out_axes,
+            lambda: jnp.linalg.norm(kernel.astype(jnp.float32), axis=0).reshape(self.out_dims),
+        )
+        # The norm is treated as a constant (paper, section 4.3). PEFT feeds the base product the dropped input too.
+        weight = kernel.astype(jnp.float32) + a @ b
+        norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=0))
+        ratio = (magnitude.reshape(fan_out) / norm).astype(self.dtype)
+        if len(set(spec.ranks)) > 1:
+            # A layer that carries no adapter (rank 0) has no magnitude either.
+            ratio = jnp.where(jnp.asarray(spec.ranks)[layer] > 0, ratio, jnp.ones_like(ratio))
+        return (matmul(dropped, kernel, self.dtype) + update) * ratio
+
+    def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
+        value: jax.Array = self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value
+        return value

@@ -1,0 +1,300 @@
+"""LLaMA and its relatives as pure functions of (params, lora, tokens).
+
+Layers are stacked and scanned: every tensor below `layers` has the layer as its first dim.
+Shapes: B batch, T length, D model, H query heads, K kv heads, h head dim, F feed-forward, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
+from jaxlm.models.attention import MaskSpec, attention
+from jaxlm.models.linear import Linear
+from jaxlm.models.lora import LoraSpec
+from jaxlm.models.rope import apply_rope, rope_cos_sin
+from jaxlm.models.shapes import LlamaConfig
+
+# What the backward pass finds stored; everything else of a layer is computed again.
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": None,
+    "qkv_out": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32 (arXiv:1910.07467)."""
+
+    eps: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+            (x.shape[-1],),
+            self.param_dtype,
+        )
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (normed * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    config: LlamaConfig
+    adapters: Mapping[str, LoraSpec]
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: MaskSpec,
+        deterministic: bool,
+    ) -> jax.Array:
+        c = self.config
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            y = Linear(
+                (c.hidden_size,),
+                (heads, c.head_dim),
+                ("embed",),
+                (axis, "head_dim"),
+                use_bias=c.qkv_bias,
+                adapter=self.adapters.get(name),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                init_std=c.initializer_range,
+                name=name,
+            )(x, layer, deterministic)
+            return nn.with_logical_constraint(y, ("batch", "length", axis, None))
+
+        q = checkpoint_name(apply_rope(project("q_proj", c.num_heads, "heads"), cos, sin), "q")
+        k = checkpoint_name(apply_rope(project("k_proj", c.num_kv_heads, "kv_heads"), cos, sin), "k")
+        v = checkpoint_name(project("v_proj", c.num_kv_heads, "kv_heads"), "v")
+        out = checkpoint_name(attention(q, k, v, mask, self.implementation), "attention_out")
+        return Linear(
+            (c.num_heads, c.head_dim),
+            (c.hidden_size,),
+            ("heads", "head_dim"),
+            ("embed",),
+            use_bias=c.o_bias,
+            adapter=self.adapters.get("o_proj"),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            init_std=c.initializer_range,
+            name="o_proj",
+        )(out, layer, deterministic)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    adapters: Mapping[str, LoraSpec]
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
+        c = self.config
+
+        def linear(name: str, d_in: int, d_out: int, in_axis: str, out_axis: str) -> Linear:
+            return Linear(
+                (d_in,),
+                (d_out,),
+                (in_axis,),
+                (out_axis,),
+                use_bias=c.mlp_bias,
+                adapter=self.adapters.get(name),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                init_std=c.initializer_range,
+                name=name,
+            )
+
+        gate = linear("gate_proj", c.hidden_size, c.intermediate_size, "embed", "mlp")(x, layer, deterministic)
+        up = linear("up_proj", c.hidden_size, c.intermediate_size, "embed", "mlp")(x, layer, deterministic)
+        h = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        return linear("down_proj", c.intermediate_size, c.hidden_size, "mlp", "embed")(h, layer, deterministic)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer; a scan body: (x, layer, broadcast inputs) -> (x, None)."""
+
+    config: LlamaConfig
+    adapters: Mapping[str, LoraSpec]
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer: jax.Array, cos: jax.Array, sin: jax.Array, mask: MaskSpec
+    ) -> tuple[jax.Array, None]:
+        c = self.config
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="input_layernorm")(x)
+        x = x + Attention(
+            c, self.adapters, self.dtype, self.param_dtype, self.implementation, name="self_attn"
+        )(normed, layer, cos, sin, mask, self.deterministic)
+        normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
+        x = x + MLP(c, self.adapters, self.dtype, self.param_dtype, name="mlp")(normed, layer, self.deterministic)
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+
+
+class Llama(nn.Module):
+    """Decoder-only language model.
+
+    Attributes:
+        config: the shape.
+        adapters: LoRA by linear-layer name (see `resolve_lora`); empty for none.
+        dtype: compute dtype.
+        param_dtype: dtype of the base parameters.
+        attention: a key of `attention.IMPLEMENTATIONS`.
+        remat: a key of REMAT_POLICIES, or 'none'.
+    """
+
+    config: LlamaConfig
+    adapters: Mapping[str, LoraSpec] = dataclasses.field(default_factory=dict)
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention: str = "xla"
+    remat: str = "full"
+
+    @nn.compact
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Final hidden states [B, T, D] (normed) and the output matrix [V, D].
+
+        Args:
+            input_ids: [B, T] int32.
+            positions: [B, T] int32; default 0..T-1.
+            segment_ids: [B, T] int32; tokens see only their own segment. None: one segment.
+            deterministic: no dropout.
+        """
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        embed_init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        embedding = _Matrix((c.vocab_size, c.hidden_size), embed_init, self.param_dtype, "embedding", name="embed_tokens")()
+        x = jnp.take(embedding, input_ids, axis=0).astype(self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        cos, sin = rope_cos_sin(c, positions)
+        mask = MaskSpec(segment_ids=segment_ids, window=c.sliding_window)
+        block: Any = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.adapters, self.dtype, self.param_dtype, self.attention, deterministic, name="layers")
+        x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask)
+        x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
+        if c.tie_word_embeddings:
+            return x, embedding
+        head = _Matrix((c.vocab_size, c.hidden_size), embed_init, self.param_dtype, "kernel", name="lm_head")()
+        return x, head
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits [B, T, V] float32."""
+        x, head = self.hidden(input_ids, positions, segment_ids, deterministic)
+        flat = x.reshape(-1, x.shape[-1])
+        logits = jax.lax.dot_general(
+            flat.astype(self.dtype), head.astype(self.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return logits.reshape(*x.shape[:-1], -1)
+
+    def loss(
+        self,
+        input_ids: jax.Array,
+        weights: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        deterministic: bool = True,
+        accuracy: bool = False,
+    ) -> LossOutput:
+        """Weighted next-token cross-entropy, without logits of the whole batch.
+
+        Args:
+            input_ids: [B, T].
+            weights: [B, T] float32; weights[b, t] weighs the prediction OF token t (made at t - 1);
+                weights[:, 0] is ignored, there is nothing to predict it from.
+            accuracy: also count tokens whose largest logit is right.
+
+        Returns:
+            LossOutput with sums over the batch, float32 scalars.
+        """
+        x, head = self.hidden(input_ids, positions, segment_ids, deterministic)
+        labels = jnp.roll(input_ids, -1, axis=1)
+        shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
+        return linear_cross_entropy(x, head, labels, shifted, dtype=self.dtype, accuracy=accuracy)
+
+
+class _Matrix(nn.Module):
+    """A bare matrix parameter under a module name of its own (`embed_tokens/embedding`, `lm_head/kernel`)."""
+
+    shape: tuple[int, int]
+    initializer: Callable[..., Any]
+    param_dtype: DTypeLike
+    param_name: str
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        value: jax.Array = self.param(self.param_name, self.initializer, self.shape, self.param_dtype)
+        return value
+
+
+def with_saved_modules(params: Any, lora: Any) -> dict[str, Any]:
+    """The variables to apply: `params` with the adapter's fully trained modules in place, and the factors.
+
+    Args:
+        params: base parameters.
+        lora: the `lora` collection, or an empty dict; its `modules_to_save` subtree has the paths of params.
+    """
+    factors = dict(lora)
+    saved = factors.pop("modules_to_save", {})
+
+    def replaced(base: Any, new: Any) -> Any:
+        if not isinstance(new, Mapping):
+            return new
+        return {**base, **{key: replaced(base[key], value) for key, value in new.items()}}
+
+    variables = {"params": replaced(params, saved)}
+    if factors:
+        variables["lora"] = factors
+    return variables

@@ -1,0 +1,103 @@
+"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn.
+
+Rotate-half convention (HF): dims i and i + h/2 form a pair. Frequencies are computed in
+float32 in the order of operations of transformers' `modeling_rope_utils.py`, so that they
+agree with it to the last bit or two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.models.shapes import LlamaConfig, RopeConfig
+
+
+def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return jnp.asarray(theta, jnp.float32) ** exponents
+
+
+def _llama3(inv_freq: jax.Array, rope: RopeConfig) -> jax.Array:
+    # Long wavelengths are slowed down by `factor`, short ones kept, the band between interpolated.
+    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position_embeddings
+    length = rope.original_max_position_embeddings
+    wavelength = 2 * math.pi / inv_freq
+    low, high = length / rope.low_freq_factor, length / rope.high_freq_factor
+    smooth = (length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    scaled = jnp.where(wavelength > low, inv_freq / rope.factor, inv_freq)
+    return jnp.where((wavelength >= high) & (wavelength <= low), between, scaled)
+
+
+def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tuple[jax.Array, float]:
+    assert rope.factor
+    length = rope.original_max_position_embeddings or max_position_embeddings
+    factor = rope.factor
+
+    def mscale(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        if rope.mscale and rope.mscale_all_dim:
+            attention_factor = mscale(factor, rope.mscale) / mscale(factor, rope.mscale_all_dim)
+        else:
+            attention_factor = mscale(factor)
+
+    def dim_of(rotations: float) -> float:
+        # The pair that turns `rotations` times over the original context.
+        return head_dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = dim_of(rope.beta_fast or 32.0), dim_of(rope.beta_slow or 1.0)
+    if rope.truncate is None or rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1).astype(np.float32)
+    powers = _powers(rope.rope_theta, head_dim)
+    extrapolation = 1 - ramp
+    return (1.0 / (factor * powers)) * (1 - extrapolation) + (1.0 / powers) * extrapolation, attention_factor
+
+
+def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.Array, float]:
+    """Inverse frequencies [h/2] in float32, and the factor on cos and sin.
+
+    Args:
+        config: the model's shape.
+        length: tokens seen (largest position + 1); only dynamic NTK depends on it.
+    """
+    rope, head_dim = config.rope, config.head_dim
+    if rope.rope_type == "yarn":
+        return _yarn(rope, head_dim, config.max_position_embeddings)
+    theta: float | jax.Array = rope.rope_theta
+    if rope.rope_type == "dynamic":
+        assert rope.factor
+        longest = jnp.maximum(jnp.asarray(length, jnp.float32), config.max_position_embeddings)
+        stretch = rope.factor * longest / config.max_position_embeddings - (rope.factor - 1)
+        theta = theta * stretch ** (head_dim / (head_dim - 2))
+    inv_freq = 1.0 / _powers(theta, head_dim)
+    if rope.rope_type == "linear":
+        assert rope.factor
+        inv_freq = inv_freq / rope.factor
+    elif rope.rope_type == "llama3":
+        inv_freq = _llama3(inv_freq, rope)
+    return inv_freq, 1.0
+
+
+def rope_cos_sin(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cos and sin, each [B, T, h/2] float32, for positions [B, T]."""
+    inv_freq, factor = rope_frequencies(config, jnp.max(positions) + 1)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [B, T, H, h] by cos and sin [B, T, h/2]; computed in float32, returned in x's dtype."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
