@@ -202,7 +202,9 @@ class Llama(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         embedding = _Matrix((c.vocab_size, c.hidden_size), embed_init, self.param_dtype, "embedding", name="embed_tokens")()
-        x = jnp.take(embedding, input_ids, axis=0).astype(self.dtype)
+        # Whole rows for the look-up: a gather from split rows would leave tokens unsharded.
+        table = nn.with_logical_constraint(embedding, ("vocab", "act_embed"))
+        x = jnp.take(table, input_ids, axis=0).astype(self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         cos, sin = rope_cos_sin(c, positions)
         mask = MaskSpec(segment_ids=segment_ids, window=c.sliding_window)

@@ -1,0 +1,145 @@
+"""Devices as a mesh, and where each logical axis of a tensor lies on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.config import MeshConfig
+from jaxlm.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+
+# Logical axis -> mesh axis. One place: parameters and activations are both named by these.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("act_embed", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("head_dim", None),
+    ("norm", None),
+    ("layers", None),
+    ("lora_rank", None),
+)
+
+BATCH = P(None, ("data", "fsdp"), None)  # [A, B, T]: micro-steps, rows, length
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all five axes.
+
+    Raises:
+        UserError: when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    for axis, size in zip(AXES, sizes, strict=True):
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{axis}: {size}; give a positive number, or -1 for what is left")
+    for axis in ("expert", "sequence"):
+        if getattr(config, axis) != 1:
+            raise UserError(f"mesh.{axis}: {getattr(config, axis)} has nothing to shard in this model yet; set it to 1")
+    if sizes.count(-1) > 1:
+        fills = [axis for axis, size in zip(AXES, sizes, strict=True) if size == -1]
+        raise UserError(f"mesh: only one axis can be -1, found {', '.join(fills)}")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        if len(devices) % fixed:
+            raise UserError(f"mesh: {len(devices)} devices cannot be divided by {fixed} ({_describe(config)})")
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise UserError(
+            f"mesh: {_describe(config)} asks for {fixed} devices, this machine has {len(devices)}; set one axis to -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def _describe(config: MeshConfig) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config).items() if size != 1) or "all 1"
+
+
+def rows_axis_size(mesh: Mesh) -> int:
+    """Over how many groups of devices rows are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """The model's logical constraints mean this mesh inside the block."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of logically partitioned (boxed) abstract arrays, same structure unboxed.
+
+    Raises:
+        UserError: when a dim is not divisible by the mesh axes it is split over.
+    """
+    specs = nn.get_partition_spec(boxed)
+    shapes = nn.unbox(boxed)
+    rules = dict(RULES)
+
+    def one(path: tuple[Any, ...], spec: P, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        axes = [rules[name] if name is not None else None for name in spec]
+        used = [axis for axis in axes if axis is not None]
+        if len(set(used)) != len(used):
+            raise AssertionError(f"{jax.tree_util.keystr(path)}: {spec} puts two dims on one mesh axis: {axes}")
+        for dim, axis, logical in zip(leaf.shape, axes, spec, strict=False):
+            size = 1 if axis is None else math.prod(mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis))
+            if dim % size:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise UserError(f"mesh.{axis}: {size} does not divide {dim}, the {logical} dim of {name} {leaf.shape}")
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree_util.tree_map_with_path(one, specs, shapes, is_leaf=lambda x: isinstance(x, P))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def load_sharded(
+    abstract: Any,
+    shardings: Any,
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+) -> Any:
+    """A tree of arrays, each read straight into its shards: no host holds more than its own slices.
+
+    Args:
+        abstract: tree of ShapeDtypeStruct; values are cast to these dtypes.
+        shardings: NamedSharding for each leaf.
+        read: (path like 'layers/mlp/up_proj/kernel', slices) -> that part of the leaf.
+    """
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    flat_shardings = traverse_util.flatten_dict(shardings, sep="/")
+
+    def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            return np.asarray(read(path, index or ()), dtype=leaf.dtype)
+
+        return jax.make_array_from_callback(leaf.shape, flat_shardings[path], shard)
+
+    return traverse_util.unflatten_dict({path: load(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows [A, B_local, T] as global arrays [A, B, T] split over the row axes."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

@@ -1,0 +1,211 @@
+"""Checkpoints of a run: Orbax, asynchronous, atomic; everything needed to go on exactly.
+
+A step directory holds `model/` (what trains: {'params'} or {'lora'}), `train/` (optimizer, step, key),
+and `jaxlm/` (model.json, run.json, data.json: the iterator's state, tokenizer files), so that it can stand alone as a model.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jaxlm.errors import UserError
+from jaxlm.training.state import TrainState
+
+# Largest piece of a stored tensor. A converter reads a layer without reading its whole stack.
+CHUNK_BYTES = 64 * 2**20
+
+
+class SmallFiles:
+    """A folder of small files as one Orbax checkpointable, written by the first process."""
+
+    def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
+        self.files = dict(files or {})
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        files = dict(self.files)
+
+        async def write() -> None:
+            folder = Path(await directory.await_creation())
+            if not ocp.multihost.is_primary_host(0):
+                return
+            for name, content in files.items():
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        async def read() -> None:
+            folder = Path(directory)
+            found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+            found.pop("commit_success.txt", None)  # Orbax's own
+            self.files = {name: path.read_bytes() for name, path in found.items()}
+
+        return read()
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    return context
+
+
+class Checkpoints:
+    """The checkpoints below one directory.
+
+    Args:
+        directory: made if missing; leftovers of interrupted saves in it are removed.
+        keep: newest steps to keep, besides the one with the lowest validation loss.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["validation_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._directory = directory
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                directory.absolute(),
+                context=_context(),
+                save_decision_policy=_Always(),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise _disk_error(directory, error) from error
+        self._pending: Any = None
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, validation loss) of the best kept checkpoint, if any was evaluated."""
+        scored = [
+            (float(c.metrics["validation_loss"]), c.step)
+            for c in self._checkpointer.checkpoints
+            if c.metrics and "validation_loss" in c.metrics
+        ]
+        if not scored:
+            return None
+        loss, step = min(scored)
+        return step, loss
+
+    def save(
+        self,
+        state: TrainState,
+        data_state: dict[str, Any],
+        files: Mapping[str, bytes],
+        validation_loss: float | None,
+    ) -> int:
+        """Starts saving in the background, after the save before it is done; returns the step."""
+        self.wait()
+        step = int(state.step)
+        items = {
+            "model": state.trainable,
+            "train": _train_part(state),
+            "jaxlm": SmallFiles({**files, "data.json": json.dumps(data_state).encode()}),
+        }
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics, force=True)
+        except OSError as error:
+            raise _disk_error(self.path(step), error) from error
+        return step
+
+    def wait(self) -> None:
+        """Until the save in progress is complete; UserError if the disk refused it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except OSError as error:
+            raise _disk_error(self._directory, error) from error
+        except ValueError as error:
+            # TensorStore reports a full disk as ValueError("RESOURCE_EXHAUSTED ... No space left on device").
+            if "No space left" not in str(error):
+                raise
+            raise _disk_error(self._directory, OSError(errno.ENOSPC, "No space left on device")) from error
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """The small files of a step: model.json, run.json, tokenizer/..."""
+        holder = SmallFiles()
+        self._checkpointer.load_checkpointables(step, {"jaxlm": holder})
+        return holder.files
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State (placed as `abstract` says) and data-iterator state of a step.
+
+        Raises:
+            UserError: for a checkpoint that cannot be read, naming it.
+        """
+        try:
+            found = self._checkpointer.load_checkpointables(
+                step, {"model": abstract.trainable, "train": _train_part(abstract)}
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"{self.path(step)}: this checkpoint cannot be read ({str(error).splitlines()[0][:300]}); "
+                f"to go on from an earlier one, delete or move it away"
+            ) from error
+        state = abstract.replace(trainable=found["model"], **found["train"])  # type: ignore[attr-defined]
+        return state, json.loads(self.files(step)["data.json"])
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+
+class _Always:
+    """The loop decides when to save; Orbax need not."""
+
+    def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+        return True
+
+
+def _train_part(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "dropout_key": state.dropout_key,
+        "skipped": state.skipped,
+    }
+
+
+def _disk_error(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(f"{path}: cannot write a checkpoint ({reason}); free space or choose another output_dir")
+
+
+def model_json(model: dict[str, Any], lora: dict[str, Any] | None, base: str | None, dtype: str) -> bytes:
+    """Content of `jaxlm/model.json`, which makes a directory a jaxlm model."""
+    content = {"format": "jaxlm", "version": 1, "model": model, "lora": lora, "base": base, "dtype": dtype}
+    return json.dumps(content, indent=1).encode()
+
+
+def tree_hash(tree: Any) -> str:
+    """SHA-256 over all leaves' bytes in path order: equal only if every bit is."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+    return digest.hexdigest()
+

@@ -1,0 +1,203 @@
+"""The training state: what trains, its optimizer state, and where each leaf lives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+
+from jaxlm.config import LoraConfig
+from jaxlm.models.llama import Llama
+from jaxlm.models.lora import SAVEABLE
+from jaxlm.parallel.mesh import load_sharded, replicated, tree_shardings, use_mesh
+
+
+class Readable(Protocol):
+    """Anything that can hand out slices of named leaves (see `convert`)."""
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+        step: optimizer steps done, int32.
+        trainable: {'params': ...} for full fine-tuning, {'lora': ...} for adapters; float32 unless configured.
+        opt_state: optax's state of `trainable`.
+        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so no key has to be carried on.
+        skipped: steps that were not taken because loss or gradient was not finite, int32.
+    """
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+    dropout_key: jax.Array
+    skipped: jax.Array
+
+
+def abstract_variables(model: Llama) -> Any:
+    """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(lambda key, ids: model.init({"params": key}, ids), jax.random.key(0), tokens)
+
+
+def with_saved(abstract: Any, lora: LoraConfig) -> Any:
+    """The boxed `lora` collection plus full float32 copies of `modules_to_save`."""
+    collection = dict(abstract["lora"])
+    if lora.modules_to_save:
+        flat = traverse_util.flatten_dict(abstract["params"], sep="/")
+        chosen = {
+            path: flat[path].replace_boxed(jax.ShapeDtypeStruct(flat[path].value.shape, jnp.float32))
+            for path in (SAVEABLE[name] for name in lora.modules_to_save)
+        }
+        collection["modules_to_save"] = traverse_util.unflatten_dict(chosen, sep="/")
+    return collection
+
+
+
+class Initializer:
+    """Makes and places the state of one run; shapes are known before any array exists.
+
+    Args:
+        model: the model, with its adapters.
+        lora: adapter settings, or None for full fine-tuning.
+        mesh: where arrays live.
+        optimizer: the update rule.
+    """
+
+    def __init__(
+        self, model: Llama, lora: LoraConfig | None, mesh: Mesh, optimizer: optax.GradientTransformation
+    ) -> None:
+        self.model, self.lora, self.mesh, self.optimizer = model, lora, mesh, optimizer
+        boxed = abstract_variables(model)
+        trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, lora)}
+        self.params = nn.unbox(boxed["params"])
+        self.params_shardings = tree_shardings(boxed["params"], mesh)
+        self.trainable = nn.unbox(trainable)
+        self.trainable_shardings = tree_shardings(trainable, mesh)
+        self.opt_state = jax.eval_shape(optimizer.init, self.trainable)
+        self.opt_shardings = _opt_shardings(self.opt_state, self.trainable, self.trainable_shardings, mesh)
+
+    @property
+    def state_shardings(self) -> TrainState:
+        everywhere = replicated(self.mesh)
+        return TrainState(
+            step=everywhere,
+            trainable=self.trainable_shardings,
+            opt_state=self.opt_shardings,
+            dropout_key=everywhere,
+            skipped=everywhere,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """ShapeDtypeStructs with shardings, for restoring a checkpoint."""
+        plain = TrainState(
+            step=jax.ShapeDtypeStruct((), jnp.int32),
+            trainable=self.trainable,
+            opt_state=self.opt_state,
+            dropout_key=jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))),
+            skipped=jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            plain,
+            self.state_shardings,
+        )
+
+    def load_params(self, source: Readable) -> Any:
+        """All base parameters, read into their shards and cast to the model's param_dtype."""
+        return load_sharded(self.params, self.params_shardings, source.read)
+
+    def init_params(self, seed: int) -> Any:
+        """Fresh base parameters, created in their shards."""
+
+        def init(key: jax.Array) -> Any:
+            return nn.unbox(self.model.init({"params": key}, jnp.zeros((1, 8), jnp.int32))["params"])
+
+        with use_mesh(self.mesh):
+            return jax.jit(init, out_shardings=self.params_shardings)(jax.random.key(seed))
+
+    def init_lora(self, params: Any, seed: int) -> Any:
+        """A fresh adapter on `params`: B zero, DoRA magnitudes and saved modules taken from the base."""
+
+        def init(key: jax.Array, base: Any) -> Any:
+            _, new = self.model.apply(
+                {"params": base}, jnp.zeros((1, 8), jnp.int32), rngs={"params": key}, mutable=["lora"]
+            )
+            collection = dict(nn.unbox(new["lora"]))
+            if "modules_to_save" in self.trainable["lora"]:
+                collection["modules_to_save"] = _pick(base, self.trainable["lora"]["modules_to_save"])
+            return collection
+
+        with use_mesh(self.mesh):
+            return jax.jit(init, out_shardings=self.trainable_shardings["lora"])(jax.random.key(seed), params)
+
+    def load_lora(self, source: Readable) -> Any:
+        """An earlier adapter's weights, into their shards."""
+        return load_sharded(self.trainable["lora"], self.trainable_shardings["lora"], source.read)
+
+    def new_state(self, trainable: Any, seed: int) -> TrainState:
+        """Step 0 with a fresh optimizer; `trainable` becomes part of the state."""
+        with use_mesh(self.mesh):
+            opt_state = jax.jit(self.optimizer.init, out_shardings=self.opt_shardings)(trainable)
+        everywhere = replicated(self.mesh)
+        key = jax.random.key_data(jax.random.key(seed))
+        return TrainState(
+            step=jax.device_put(jnp.int32(0), everywhere),
+            trainable=trainable,
+            opt_state=opt_state,
+            dropout_key=jax.device_put(key, everywhere),
+            skipped=jax.device_put(jnp.int32(0), everywhere),
+        )
+
+
+def _pick(base: Any, like: Any) -> Any:
+    """The leaves of `base` that `like` has, as float32 copies (the state is donated: no aliases)."""
+    if not isinstance(like, Mapping):
+        return jnp.array(base, jnp.float32, copy=True)
+    return {key: _pick(base[key], value) for key, value in like.items()}
+
+
+def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Moments lie where their parameters lie; what has another shape (counts, Adafactor's rows and columns) is replicated."""
+    where = jax.tree_util.keystr
+    known = {
+        where(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # The path of a moment ends in the path of its parameter.
+        for start in range(len(path)):
+            shape, sharding = known.get(where(path[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def count(tree: Any) -> int:
+    """Number of scalars in a tree of (abstract) arrays."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes of one device's shards."""
+    sizes = jax.tree.map(
+        lambda leaf, sharding: int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+

@@ -1,0 +1,142 @@
+"""The train step and the evaluation step: pure functions of (state, base parameters, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.config import TrainConfig
+from jaxlm.models.llama import Llama, with_saved_modules
+from jaxlm.training.optimizer import Schedule
+from jaxlm.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def loss_weights(loss_mask: jax.Array, normalisation: str, group_rows: int) -> jax.Array:
+    """Weight of each target token [A, B, T] float32, so that the loss of a step is one weighted sum.
+
+    Args:
+        loss_mask: [A, B, T] bool, True where the token is a target. Column 0 never is.
+        normalisation: 'tokens': every target of the global batch weighs the same. 'mean_of_means': targets
+            weigh the same within a group of rows, and groups that have any weigh the same among each other.
+        group_rows: rows of a group, i.e. the micro batch of one device.
+    """
+    mask = loss_mask.at[..., 0].set(False).astype(jnp.float32)
+    if normalisation == "tokens":
+        return mask / jnp.maximum(mask.sum(), 1.0)
+    a, b, t = mask.shape
+    grouped = mask.reshape(a, b // group_rows, group_rows, t)
+    counts = grouped.sum(axis=(2, 3), keepdims=True)
+    groups = jnp.maximum((counts > 0).sum(), 1)
+    return (grouped / jnp.maximum(counts, 1.0) / groups).reshape(a, b, t)
+
+
+def merged_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
+    """What `Model.apply` takes, from the trained and the frozen tree."""
+    if "params" in trainable:
+        return {"params": trainable["params"]}
+    return with_saved_modules(frozen["params"], trainable["lora"])
+
+
+def make_train_step(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    config: TrainConfig,
+    clip_norm: float,
+    group_rows: int,
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """(state, frozen, batch) -> (state, metrics); not jitted.
+
+    The batch has leaves [A, B, T]; A micro-steps are scanned and their gradients summed in float32.
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    """
+
+    def loss_fn(trainable: Any, frozen: Any, micro: Batch, weights: jax.Array, key: jax.Array) -> jax.Array:
+        out = model.apply(
+            merged_variables(trainable, frozen),
+            micro["input_ids"],
+            weights,
+            positions=micro["positions"],
+            segment_ids=micro["segment_ids"],
+            deterministic=False,
+            rngs={"dropout": key},
+            method="loss",
+        )
+        loss: jax.Array = out.loss  # type: ignore[union-attr]
+        return loss
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = loss_weights(batch["loss_mask"], config.loss_normalisation, group_rows)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
+        grad_fn = jax.value_and_grad(loss_fn)
+
+        def micro_step(carry: Any, inputs: Any) -> tuple[Any, None]:
+            loss, grads = carry
+            micro, micro_weights, index = inputs
+            key = jax.random.fold_in(step_key, index)
+            more_loss, more_grads = grad_fn(state.trainable, frozen, micro, micro_weights, key)
+            return (loss + more_loss, jax.tree.map(lambda g, m: g + m.astype(jnp.float32), grads, more_grads)), None
+
+        steps = weights.shape[0]
+        if steps == 1:
+            micro = {name: value[0] for name, value in batch.items()}
+            loss, grads = grad_fn(state.trainable, frozen, micro, weights[0], jax.random.fold_in(step_key, 0))
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
+            (loss, grads), _ = jax.lax.scan(
+                micro_step, (jnp.float32(0), zeros), (batch, weights, jnp.arange(steps))
+            )
+
+        grad_norm = optax.global_norm(grads)
+        if clip_norm > 0:
+            factor = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
+            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        new_state = state.replace(  # type: ignore[attr-defined]
+            step=state.step + 1,
+            trainable=keep(trainable, state.trainable),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "target_tokens": (weights > 0).sum(),
+            "tokens": (batch["segment_ids"] > 0).sum(),
+            "skipped": new_state.skipped,
+        }
+        return new_state, metrics
+
+    return step
+
+
+def make_eval_step(model: Llama) -> Callable[[Any, Any, Batch], Metrics]:
+    """(trainable, frozen, batch with leaves [1, B, T]) -> sums of loss, hits and target tokens; not jitted."""
+
+    def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
+        micro = {name: value[0] for name, value in batch.items()}
+        weights = micro["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
+        out = model.apply(
+            merged_variables(trainable, frozen),
+            micro["input_ids"],
+            weights,
+            positions=micro["positions"],
+            segment_ids=micro["segment_ids"],
+            accuracy=True,
+            method="loss",
+        )
+        return {"loss": out.loss, "correct": out.correct, "target_tokens": weights.sum()}  # type: ignore[union-attr]
+
+    return step
