@@ -1,0 +1,1 @@
+"""Conversion between jaxlm and the formats of the field, tensor by tensor."""

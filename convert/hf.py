@@ -1,0 +1,222 @@
+"""Hugging Face model directories: `config.json`, weights, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.leaves import Advance, Index, LeafInfo, ParamSource, full_index, index_shape, main_dtype
+from convert.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
+from convert.tensors import WEIGHT_DTYPES, StoredTensor, find_weights, read_tensors, same_bytes
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig, read_json
+
+# What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+# Rows of an embedding or head read and written at a time.
+ROW_BLOCK_BYTES = 64 << 20
+
+
+def find_tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer and generation files of a directory."""
+    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, StoredTensor]) -> LeafInfo:
+    """The leaf that the tensors of all layers make; refused when they differ in dtype or are no weights."""
+    first = next(iter(tensors.values()))
+    for tensor in tensors.values():
+        if tensor.dtype not in WEIGHT_DTYPES.values():
+            raise UserError(
+                f"{tensor.file}: tensor {tensor.name!r} has dtype {tensor.dtype.name}; "
+                f"weights in {', '.join(WEIGHT_DTYPES)} are read (save an unquantised model)"
+            )
+        if tensor.dtype != first.dtype:
+            raise UserError(
+                f"{where}: {first.name!r} is {first.dtype.name} and {tensor.name!r} is {tensor.dtype.name}; "
+                "layers are stacked, so they need one dtype: save the model in one dtype first"
+            )
+    return LeafInfo(shape, first.dtype)
+
+
+def match_tensors(where: Path, tensors: dict[str, StoredTensor], entries: list[Entry]) -> None:
+    """Refuses missing, extra or differently shaped tensors, by name."""
+    wanted = {entry.name: entry for entry in entries}
+    for entry in entries:
+        tensor = tensors.get(entry.name)
+        if tensor is None:
+            count = sum(name not in tensors for name in wanted)
+            hint = ""
+            if entry.name == "lm_head.weight":
+                hint = "; if the model ties its head to the embedding, set tie_word_embeddings to true in config.json"
+            raise UserError(f"{where}: tensor {entry.name!r} is missing ({count} missing in all){hint}")
+        if tensor.shape != entry.layout.stored:
+            raise UserError(
+                f"{where}: tensor {entry.name!r} has shape {list(tensor.shape)}, "
+                f"the configuration expects {list(entry.layout.stored)}"
+            )
+    extra = sorted(tensors.keys() - wanted.keys())
+    if extra:
+        raise UserError(
+            f"{where}: tensor {extra[0]!r} has no place in this architecture ({len(extra)} unexpected in all)"
+        )
+
+
+class StackedTensors:
+    """Leaves read from one stored tensor per layer."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[str, LeafInfo] = {}
+        self._tensors: dict[str, dict[int | None, tuple[StoredTensor, Layout]]] = {}
+
+    def add(
+        self, where: Path, shapes: dict[str, Shape], tensors: dict[str, StoredTensor], entries: list[Entry]
+    ) -> None:
+        """Registers the leaves of `shapes`, made of `tensors` as `entries` says."""
+        for entry in entries:
+            self._tensors.setdefault(entry.path, {})[entry.layer] = (tensors[entry.name], entry.layout)
+        for path, shape in shapes.items():
+            parts = {layer: tensor for layer, (tensor, _) in self._tensors[path].items()}
+            self.leaves[path] = stack_leaf(where, path, shape, parts)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        info = self.leaves[path]
+        full = full_index(info.shape, index)
+        parts = self._tensors[path]
+        if None in parts:
+            out = np.empty(index_shape(full), info.dtype)
+            tensor, layout = parts[None]
+            tensor.read_into(out, layout, full)
+            return out
+        # Zeros: layers without an adapter, and the rows above a layer's own rank.
+        out = np.zeros(index_shape(full), info.dtype)
+        for position, layer in enumerate(range(full[0].start, full[0].stop, full[0].step)):
+            if layer in parts:
+                tensor, layout = parts[layer]
+                inside = tuple(
+                    slice(part.start, max(part.start, min(part.stop, size)), part.step)
+                    for part, size in zip(full[1:], layout.shape, strict=True)
+                )
+                target = out[position][tuple(slice(0, size) for size in index_shape(inside))]
+                tensor.read_into(target, layout, inside)
+        return out
+
+
+class HfSource(StackedTensors):
+    """A Hugging Face model directory, read without loading it.
+
+    Raises:
+        UserError: when a tensor is missing, unexpected, or of another shape than the configuration says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.tokenizer_dir = path
+        self.tokenizer_files = find_tokenizer_files(path)
+        self.hf_config: dict[str, Any] | None = read_json(path / "config.json")
+        if self.hf_config.get("quantization_config"):
+            raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
+        self.config = LlamaConfig.from_hf(self.hf_config)
+        weights = find_weights(path)
+        if weights is None:
+            raise UserError(
+                f"{path}: has config.json but no weights: model.safetensors or pytorch_model.bin, or their index.json"
+            )
+        tensors = {name: t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)}
+        self._drop_tied_head(weights, tensors)
+        entries = hf_entries(self.config)
+        match_tensors(weights, tensors, entries)
+        self.add(weights, leaf_shapes(self.config), tensors, entries)
+
+    def _drop_tied_head(self, weights: Path, tensors: dict[str, StoredTensor]) -> None:
+        # Old transformers versions stored the head of tied models too.
+        head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if not self.config.tie_word_embeddings or head is None or embedding is None:
+            return
+        if not same_bytes(head, embedding):
+            raise UserError(
+                f"{weights}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight "
+                "differs from model.embed_tokens.weight; set tie_word_embeddings to false to keep both"
+            )
+        del tensors["lm_head.weight"]
+
+
+def stored_blocks(source: ParamSource, entry: Entry) -> Iterator[np.ndarray]:
+    """One tensor in the other format's layout, in pieces along its first dimension."""
+    layer = () if entry.layer is None else (slice(entry.layer, entry.layer + 1),)
+    itemsize = source.leaves[entry.path].dtype.itemsize
+    layout = entry.layout
+    rows = layout.view[0]
+    step = max(1, ROW_BLOCK_BYTES // max(1, int(np.prod(layout.view[1:])) * itemsize))
+    in_order = layout.perm == tuple(range(len(layout.perm)))
+    whole = None if in_order and entry.layer is None else source.read(entry.path, layer)
+    if whole is not None and entry.layer is not None:
+        whole = whole[0]
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        block = source.read(entry.path, (part,)) if whole is None else layout.to_stored(whole)[part]
+        yield np.ascontiguousarray(block)
+
+
+def hf_config_for(source: ParamSource) -> str:
+    """The `config.json` of a model: the one it came with where that still holds, otherwise updated or new."""
+    dtype = main_dtype(source.leaves)
+    original = source.hf_config
+    if original is None:
+        values = source.config.to_hf(dtype)
+    else:
+        values = dict(original)
+        if LlamaConfig.from_hf(original) != source.config:
+            values |= source.config.to_hf(dtype)
+        named = {key for key in ("dtype", "torch_dtype") if key in values}
+        for key in named or {"torch_dtype"}:
+            values[key] = dtype
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def copy_files(files: list[Path], directory: Path) -> None:
+    """Copies files byte for byte (links are followed)."""
+    directory.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
+    """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
+
+    Args:
+        directory: an existing, empty directory.
+        shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        advance: called with the bytes written.
+    """
+    from convert.output import TensorSpec, write_safetensors
+
+    specs = [
+        TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, stored_blocks(source, entry))
+        for entry in hf_entries(source.config)
+    ]
+    write_safetensors(directory, "model", specs, shard_size, advance)
+    (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
+    copy_files(source.tokenizer_files, directory)

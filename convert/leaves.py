@@ -1,0 +1,175 @@
+"""What a source of parameters offers: leaves by path, any slice of them, and the configuration that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from convert.names import Shape
+from convert.tensors import WEIGHT_DTYPES
+from jaxlm.config import LoraConfig
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig
+
+Index = tuple[slice, ...]
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class LeafInfo:
+    """A (stacked) parameter: its shape and the dtype it is stored in."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class LeafSource(Protocol):
+    """Leaves that can be read slice by slice, from several threads at once."""
+
+    @property
+    def path(self) -> Path:
+        """Where it was opened."""
+
+    @property
+    def leaves(self) -> Mapping[str, LeafInfo]:
+        """Path ('layers/self_attn/q_proj/kernel') -> shape and dtype."""
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizer and generation files, to be carried along byte for byte."""
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """A slice of a leaf in its stored dtype, as numpy would index it; reads only what is needed.
+
+        Args:
+            path: a key of `leaves`.
+            index: slices (starts, stops and positive steps may be None) of the leading dimensions; the
+                rest is taken whole. The first dimension of 'layers/...' is the layer.
+        """
+
+
+class ParamSource(LeafSource, Protocol):
+    """A full model."""
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Its shape."""
+
+    @property
+    def hf_config(self) -> dict[str, Any] | None:
+        """The `config.json` that the model came with, if any."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The directory that a tokenizer can be loaded from."""
+
+
+class AdapterSource(LeafSource, Protocol):
+    """A low-rank adapter; modules saved in full are leaves under 'modules_to_save/'."""
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The shape of the base model."""
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Ranks, scales and targets."""
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers that carry an adapter; None means all (PEFT's layers_to_transform)."""
+
+    @property
+    def base(self) -> str | None:
+        """The base model's path or name, as recorded."""
+
+    @property
+    def peft_config(self) -> dict[str, Any] | None:
+        """The `adapter_config.json` that the adapter came with, if any."""
+
+
+def full_index(shape: Shape, index: Index) -> Index:
+    """`index` with explicit start, stop and step in every dimension.
+
+    Raises:
+        ValueError: for too many slices, anything but slices, or a step below 1.
+    """
+    if len(index) > len(shape):
+        raise ValueError(f"{len(index)} slices for a leaf of {len(shape)} dimensions")
+    full = []
+    for position, size in enumerate(shape):
+        part = index[position] if position < len(index) else slice(None)
+        if not isinstance(part, slice) or (part.step is not None and part.step < 1):
+            raise ValueError(f"index {part!r}: only slices with a positive step are read")
+        start, stop, step = part.indices(size)
+        full.append(slice(start, max(start, stop), step))
+    return tuple(full)
+
+
+def index_shape(index: Index) -> Shape:
+    """Shape of what an explicit index selects."""
+    return tuple(len(range(part.start, part.stop, part.step)) for part in index)
+
+
+def main_dtype(leaves: Mapping[str, LeafInfo]) -> str:
+    """Name of the dtype that most bytes are stored in, e.g. 'bfloat16'."""
+    sizes: dict[str, int] = {}
+    for leaf in leaves.values():
+        sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def total_bytes(leaves: Mapping[str, LeafInfo]) -> int:
+    return sum(leaf.nbytes for leaf in leaves.values())
+
+
+def check_leaves(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Refuses missing, extra or differently shaped leaves, by name."""
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise UserError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} missing in all)")
+    extra = sorted(found.keys() - expected.keys())
+    if extra:
+        raise UserError(f"{where}: unexpected tensor {extra[0]!r} ({len(extra)} unexpected in all)")
+    for path, shape in expected.items():
+        if found[path] != shape:
+            raise UserError(f"{where}: tensor {path!r} has shape {found[path]}, expected {shape}")
+
+
+def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """`array` rounded to `dtype`; UserError when a finite value would become infinite."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype == np.float16:
+        bad = np.isinf(result) & np.isfinite(array)
+        if bad.any():
+            largest = float(np.abs(array[bad].astype(np.float32)).max())
+            raise UserError(f"--dtype float16: {name} holds {largest:g}, above float16's 65504; use bfloat16")
+    return result
+
+
+class CastSource:
+    """A model read in another dtype."""
+
+    def __init__(self, source: ParamSource, dtype: str) -> None:
+        self._source = source
+        self._dtype = WEIGHT_DTYPES[dtype]
+        self.path = source.path
+        self.config = source.config
+        self.hf_config = source.hf_config
+        self.tokenizer_files = source.tokenizer_files
+        self.tokenizer_dir = source.tokenizer_dir
+        self.leaves = {path: LeafInfo(leaf.shape, self._dtype) for path, leaf in source.leaves.items()}
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return cast(self._source.read(path, index), self._dtype, path)

@@ -1,0 +1,348 @@
+"""jaxlm directories: converted models and adapters, training checkpoints, run directories.
+
+    DIR/jaxlm/model.json     {"format": "jaxlm", "version": 1, "model": ..., "lora": ..., "base": ..., "dtype": ...}
+    DIR/jaxlm/tokenizer/     tokenizer files as they came
+    DIR/model/               an Orbax pytree, {"params": ...} or {"lora": ...}
+
+`model/` is read and written through TensorStore slice by slice. Training writes it with Orbax (one OCDBT database); the
+converter writes plain zarr3 arrays that Orbax restores all the same, with a CRC-32C in every chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from convert.hf import copy_files
+from convert.leaves import (
+    AdapterSource,
+    Advance,
+    Index,
+    LeafInfo,
+    LeafSource,
+    ParamSource,
+    check_leaves,
+    full_index,
+    index_shape,
+    main_dtype,
+)
+from convert.names import Shape, adapter_shapes, leaf_shapes
+from convert.tensors import WEIGHT_DTYPES
+from jaxlm.config import LoraConfig, to_dict
+from jaxlm.errors import UserError
+from jaxlm.models.lora import SAVEABLE, resolve_lora
+from jaxlm.models.shapes import LlamaConfig, read_json
+
+COMMITTED = "commit_success.txt"
+# The same as in training checkpoints; a chunk is the least that can be read.
+CHUNK_BYTES = 64 << 20
+_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+
+
+def find_native(path: Path) -> Path | None:
+    """The model directory that `path` means: itself, or the newest complete checkpoint of a run directory.
+
+    None when it is neither; UserError when it is one that is not complete.
+    """
+    if (path / "jaxlm" / "model.json").is_file():
+        if not (path / COMMITTED).is_file() or ".orbax-checkpoint-tmp" in path.name:
+            raise UserError(f"{path}: this checkpoint was not written to its end (no {COMMITTED}); use another one")
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    if not folder.is_dir():
+        return None
+    steps = [step for step in folder.iterdir() if step.name.isdigit() and step.is_dir()]
+    complete = [step for step in steps if (step / COMMITTED).is_file() and (step / "jaxlm" / "model.json").is_file()]
+    if not complete:
+        raise UserError(f"{folder}: holds no complete checkpoint ({len(steps)} incomplete); let the run save one first")
+    return max(complete, key=lambda step: int(step.name))
+
+
+class _Arrays:
+    """The arrays of one `model/` directory."""
+
+    def __init__(self, directory: Path, collection: str) -> None:
+        self._directory = directory / "model"
+        metadata = read_json(self._directory / "_METADATA")
+        try:
+            self._ocdbt = bool(metadata["use_ocdbt"])
+            self._driver = "zarr3" if metadata["use_zarr3"] else "zarr"
+            names = [
+                tuple(str(part["key"]) for part in entry["key_metadata"])
+                for entry in metadata["tree_metadata"].values()
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self._directory / '_METADATA'}: not Orbax's metadata of a tree ({error})") from None
+        # One context for all arrays, so that an OCDBT database is opened once. No cache: slices are read once.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._stores = {}
+        futures = {name: self._open(".".join(name)) for name in names if name[:1] == (collection,)}
+        for name, future in futures.items():
+            try:
+                self._stores["/".join(name[1:])] = future.result()
+            except ValueError as error:
+                raise UserError(
+                    f"{self._directory}: array {'.'.join(name)!r} cannot be opened ({_brief(error)})"
+                ) from None
+        self.leaves = {path: LeafInfo(tuple(s.shape), s.dtype.numpy_dtype) for path, s in self._stores.items()}
+        for path, leaf in self.leaves.items():
+            if leaf.dtype not in WEIGHT_DTYPES.values():
+                raise UserError(f"{self._directory}: array {path!r} has dtype {leaf.dtype}; that is no weight")
+
+    def _open(self, name: str) -> Any:
+        base = f"file://{self._directory.absolute()}/"
+        spec: dict[str, Any] = {"driver": self._driver}
+        if self._ocdbt:
+            spec["kvstore"] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            spec["kvstore"] = f"{base}{name}/"
+        if self._driver == "zarr3":
+            # A chunk that is not there would otherwise be read as zeros.
+            spec["fill_missing_data_reads"] = False
+        return ts.open(spec, open=True, read=True, context=self._context)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        full = full_index(self.leaves[path].shape, index)
+        if 0 in index_shape(full):
+            return np.empty(index_shape(full), self.leaves[path].dtype)
+        try:
+            found = self._stores[path][full].read(order="C").result()
+        except ValueError as error:
+            raise UserError(f"{self._directory}: {path!r} cannot be read ({_brief(error)}); copy it again") from None
+        return np.asarray(found)
+
+
+def _brief(error: ValueError) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+class _Native:
+    def __init__(self, path: Path, content: dict[str, Any], collection: str) -> None:
+        self.path = path
+        self.tokenizer_dir = path / "jaxlm" / "tokenizer"
+        self.tokenizer_files = sorted(file for file in self.tokenizer_dir.glob("*") if file.is_file())
+        self.config = LlamaConfig.from_dict(content["model"])
+        self._arrays = _Arrays(path, collection)
+        self.leaves: Mapping[str, LeafInfo] = self._arrays.leaves
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return self._arrays.read(path, index)
+
+    def _optional_json(self, name: str) -> dict[str, Any] | None:
+        file = self.path / "jaxlm" / name
+        return read_json(file) if file.is_file() else None
+
+
+class NativeSource(_Native):
+    """A full model in a jaxlm directory."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(path, content, "params")
+        self.hf_config = self._optional_json("hf_config.json")
+        check_leaves(path / "model", {name: leaf.shape for name, leaf in self.leaves.items()}, leaf_shapes(self.config))
+
+
+class NativeAdapter(_Native):
+    """An adapter in a jaxlm directory."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(path, content, "lora")
+        self.lora = lora_from_dict(content["lora"], path / "jaxlm" / "model.json")
+        layers = content.get("layers")
+        self.layers = None if layers is None else tuple(layers)
+        self.base: str | None = content.get("base")
+        self.peft_config = self._optional_json("adapter_config.json")
+        check_adapter_leaves(self, path / "model")
+
+
+def check_adapter_leaves(adapter: AdapterSource, where: Path) -> None:
+    """Refuses an adapter whose leaves are not those that its configuration calls for."""
+    expected = adapter_shapes(adapter.config, resolve_lora(adapter.config, adapter.lora, adapter.layers))
+    expected |= saved_shapes(adapter.config, adapter.lora, adapter.leaves)
+    check_leaves(where, {name: leaf.shape for name, leaf in adapter.leaves.items()}, expected)
+
+
+def saved_shapes(config: LlamaConfig, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
+    """Shapes of the modules saved in full. Embedding and head may have other rows (added tokens) than the base."""
+    shapes = {}
+    for module in lora.modules_to_save:
+        path = f"modules_to_save/{SAVEABLE[module]}"
+        shape = leaf_shapes(config)[SAVEABLE[module]]
+        if module != "norm" and path in leaves and len(leaves[path].shape) == 2:
+            shape = (leaves[path].shape[0], shape[1])
+        shapes[path] = shape
+    return shapes
+
+
+def lora_from_dict(values: Any, where: Path) -> LoraConfig:
+    """A LoraConfig from the plain values in model.json."""
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        raise UserError(f"{where}: 'lora' is not a LoRA configuration of this jaxlm version")
+    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return LoraConfig(**plain)
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """`jaxlm/model.json` of a directory; UserError for another format or a newer version."""
+    file = path / "jaxlm" / "model.json"
+    content = read_json(file)
+    if content.get("format") != "jaxlm" or content.get("version") != 1 or not isinstance(content.get("model"), dict):
+        raise UserError(
+            f"{file}: format {content.get('format')!r} version {content.get('version')!r}; "
+            "this jaxlm reads format 'jaxlm' version 1"
+        )
+    return content
+
+
+def write_model(source: ParamSource, directory: Path, advance: Advance) -> None:
+    """Writes a full model as a jaxlm directory."""
+    _write_small(directory, source, source.config, source.tokenizer_files, {"lora": None, "base": None})
+    if source.hf_config is not None:
+        _write_json(directory / "jaxlm" / "hf_config.json", source.hf_config)
+    _write_tree(source, directory, "params", advance)
+
+
+def write_adapter(source: AdapterSource, directory: Path, base: str, advance: Advance) -> None:
+    """Writes an adapter as a jaxlm directory."""
+    layers = None if source.layers is None else list(source.layers)
+    content = {"lora": to_dict(source.lora), "layers": layers, "base": base}
+    _write_small(directory, source, source.config, source.tokenizer_files, content)
+    if source.peft_config is not None:
+        _write_json(directory / "jaxlm" / "adapter_config.json", source.peft_config)
+    _write_tree(source, directory, "lora", advance)
+
+
+def _write_small(
+    directory: Path, source: LeafSource, config: LlamaConfig, files: list[Path], content: dict[str, Any]
+) -> None:
+    (directory / "jaxlm").mkdir()
+    head = {"format": "jaxlm", "version": 1, "model": config.to_dict()}
+    _write_json(directory / "jaxlm" / "model.json", head | content | {"dtype": main_dtype(source.leaves)})
+    copy_files(files, directory / "jaxlm" / "tokenizer")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def chunk_shape(shape: Shape, itemsize: int, stacked: bool) -> Shape:
+    """At most one layer, and at most CHUNK_BYTES, cut along the first dimension inside the layer."""
+    inner = shape[1:] if stacked else shape
+    row_bytes = int(np.prod(inner[1:], dtype=np.int64)) * itemsize
+    rows = max(1, min(inner[0], CHUNK_BYTES // max(1, row_bytes)))
+    return ((1,) if stacked else ()) + (rows, *inner[1:])
+
+
+def _write_tree(source: LeafSource, directory: Path, collection: str, advance: Advance) -> None:
+    started = time.time_ns()
+    model = directory / "model"
+    model.mkdir()
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    names = {path: (collection, *path.split("/")) for path in source.leaves}
+    chunks = {}
+    # Writes run behind reads, up to this many bytes.
+    pending: deque[tuple[Any, int]] = deque()
+    for path, leaf in source.leaves.items():
+        stacked = path.startswith("layers/")
+        chunks[path] = chunk_shape(leaf.shape, leaf.dtype.itemsize, stacked)
+        store = _create(model / ".".join(names[path]), leaf, chunks[path], context)
+        rows = chunks[path][1 if stacked else 0]
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            prefix: Index = () if layer is None else (slice(layer, layer + 1),)
+            count = leaf.shape[len(prefix)]
+            for start in range(0, count, rows):
+                index = (*prefix, slice(start, min(start + rows, count)))
+                # Another layout is turned a layer at a time: reading it row by row would read it many times.
+                if start == 0 and stacked:
+                    whole = source.read(path, prefix)
+                block = whole[:, index[1]] if stacked else source.read(path, index)
+                pending.append((store[index].write(block), block.nbytes))
+                while sum(nbytes for _, nbytes in pending) > 2 * CHUNK_BYTES:
+                    advance(_finish(pending.popleft(), model))
+    while pending:
+        advance(_finish(pending.popleft(), model))
+    _write_metadata(source, directory, names, chunks, started)
+
+
+def _create(path: Path, leaf: LeafInfo, chunk: Shape, context: Any) -> Any:
+    spec = {
+        "driver": "zarr3",
+        "kvstore": f"file://{path.absolute()}/",
+        # All-zero chunks (a fresh adapter's B) must be files too, so that a missing one is an error.
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": list(leaf.shape),
+            "data_type": leaf.dtype.name,
+            "fill_value": 0.0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+    }
+    try:
+        return ts.open(spec, create=True, context=context).result()
+    except ValueError as error:
+        raise _write_error(path, error) from None
+
+
+def _finish(item: tuple[Any, int], model: Path) -> int:
+    future, nbytes = item
+    try:
+        future.result()
+    except ValueError as error:
+        raise _write_error(model, error) from None
+    return nbytes
+
+
+def _write_error(path: Path, error: ValueError) -> UserError:
+    if "No space left" in str(error) or "quota" in str(error):
+        return UserError(f"{path}: the disk is full; nothing was left there. Free some space")
+    return UserError(f"{path}: cannot be written ({_brief(error)})")
+
+
+def _write_metadata(
+    source: LeafSource, directory: Path, names: dict[str, tuple[str, ...]], chunks: dict[str, Shape], started: int
+) -> None:
+    tree, arrays = {}, []
+    for path, leaf in source.leaves.items():
+        tree[str(names[path])] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in names[path]],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(leaf.shape),
+            },
+        }
+        entry = {"write_shape": list(leaf.shape), "chunk_shape": list(chunks[path]), "ext_metadata": None}
+        arrays.append({"array_metadata": {"param_name": ".".join(names[path]), **entry}})
+    model = directory / "model"
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (model / "_METADATA").write_text(json.dumps(metadata))
+    (model / "array_metadatas").mkdir()
+    (model / "array_metadatas" / "process_0").write_text(json.dumps({"array_metadatas": arrays}))
+    checkpoint = {
+        "item_handlers": {"model": _HANDLER},
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": started,
+        "commit_timestamp_nsecs": time.time_ns(),
+        "custom_metadata": {},
+    }
+    (directory / "_CHECKPOINT_METADATA").write_text(json.dumps(checkpoint))
+    (directory / "orbax.checkpoint").touch()
+    # Orbax's mark of a complete checkpoint; the directory gets its name only after this.
+    (directory / COMMITTED).write_text("Checkpoint commit was successful\n")

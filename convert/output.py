@@ -1,0 +1,174 @@
+"""Output that is complete or absent: a temporary sibling directory, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.leaves import Advance
+from convert.names import Shape
+from convert.tensors import SAFETENSORS_DTYPES
+from jaxlm.errors import UserError
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@contextlib.contextmanager
+def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
+    """A new directory to write into, which takes the name `destination` when all went well and vanishes otherwise.
+
+    Args:
+        destination: must not exist yet.
+        needed: bytes that will be written, checked against the free space.
+
+    Raises:
+        UserError: when the destination exists, its parent cannot be written, or the disk is full.
+    """
+    final = Path(destination).absolute()
+    if os.path.lexists(final):
+        raise UserError(f"{final}: exists already; name another destination or remove it first")
+    temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
+    try:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(final.parent).free
+            if free < needed:
+                raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
+            temporary.mkdir()
+            yield temporary
+            _sync_tree(temporary)
+            temporary.rename(final)
+            _sync(final.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{final}: the disk is full; nothing was left there. Free some space") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{error.filename or final}: may not be written ({error.strerror})") from None
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise UserError(f"{final}: cannot be created ({error.strerror})") from None
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def human(nbytes: float) -> str:
+    """'1.5 GB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '400MB', '512KB' (decimal) or a plain number; UserError otherwise."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.strip().upper().rstrip("KMGTB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"--shard-size {text!r}: expected a size like 5GB or 400MB") from None
+    if not 1 <= size < math.inf:
+        raise UserError(f"--shard-size {text!r}: must be positive")
+    return int(size)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written; `blocks` yields its bytes in C order, lazily."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+    blocks: Iterable[np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _split(specs: list[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def write_safetensors(directory: Path, stem: str, specs: list[TensorSpec], shard_size: int, advance: Advance) -> None:
+    """Writes `{stem}.safetensors`, or shards with an index when they exceed `shard_size` bytes together."""
+    shards = _split(specs, shard_size)
+    if len(shards) == 1:
+        write_safetensors_file(directory / f"{stem}.safetensors", shards[0], advance)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors_file(directory / name, shard, advance)
+        weight_map |= {spec.name: name for spec in shard}
+    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance) -> None:
+    """Writes one file: the header first, then tensor after tensor."""
+    # Wide dtypes first, so that every tensor is aligned to its own width, as the format's own library does.
+    specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb", buffering=0) as handle:
+        _write(handle.fileno(), len(raw).to_bytes(8, "little") + raw)
+        for spec in specs:
+            written = 0
+            for block in spec.blocks:
+                assert block.dtype == spec.dtype and block.flags.c_contiguous, spec.name
+                _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
+                written += block.nbytes
+                advance(block.nbytes)
+            assert written == spec.nbytes, f"{spec.name}: {written} of {spec.nbytes} bytes"
+
+
+def _write(handle: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
