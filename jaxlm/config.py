@@ -10,8 +10,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RESUME_FLAG_HINT = "choose another output_dir, or delete this one to start over"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -262,7 +260,7 @@ class RunConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain YAML/JSON values (tuples become lists)."""
+    """A config dataclass as plain YAML or JSON values (tuples become lists)."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

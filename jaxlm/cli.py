@@ -1,0 +1,387 @@
+"""From a YAML file and command-line words to checked `RunConfig`s.
+
+jsonargparse types the values and writes --help; what stands here merges files, stages and
+`--a.b value` words first, so that all of them are checked alike and errors name the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxlm.config import RunConfig, to_dict
+from jaxlm.errors import UserError
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Words that belong to the command, not to the run: name -> whether it takes a value."""
+
+    help: str
+    takes: type | None = None
+
+
+def parse_run(
+    argv: Sequence[str], *, prog: str, description: str, flags: dict[str, Flags] | None = None
+) -> tuple[list[RunConfig], dict[str, Any]]:
+    """Reads `--config FILE`, `--a.b value` and the command's own flags.
+
+    Args:
+        argv: command-line words.
+        prog: the command, for messages.
+        description: for --help.
+        flags: the command's own flags.
+
+    Returns:
+        One config per stage (a single one without `stages`), and the values of the flags given.
+
+    Raises:
+        UserError: for an unknown key (naming the nearest), a wrong type or value, a missing or broken file.
+        SystemExit: after --help or --print_config.
+    """
+    flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")} | (flags or {})
+    flags["stage"] = Flags("run only this stage of a config that has stages", str)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(_help(prog, description, flags))
+        raise SystemExit(0)
+    files, overrides, given = _read_words(argv, flags)
+    base: dict[str, Any] = {}
+    for file in files:
+        base = _merge(base, _read_yaml(file))
+    stages = base.pop("stages", None)
+    if stages is None:
+        if "stage" in given:
+            raise UserError(f"--stage: {given['stage']!r}: this configuration has no stages")
+        configs = [_typed(_merge(base, overrides))]
+    else:
+        configs = _stages(base, stages, overrides, given.get("stage"))
+    if given.get("print_config"):
+        print("---\n".join(dump_yaml(config) for config in configs), end="")
+        raise SystemExit(0)
+    return configs, given
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The config as YAML that `--config` reads back."""
+    values = to_dict(config)
+    if values["stages"] is None:
+        del values["stages"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_run_yaml(text: str, origin: str) -> RunConfig:
+    """Reads what `dump_yaml` wrote; `origin` names it in errors."""
+    return _typed(_check_keys(yaml.safe_load(text), RunConfig, "", origin))
+
+
+def _stages(
+    base: dict[str, Any], stages: list[dict[str, Any]], overrides: dict[str, Any], only: str | None
+) -> list[RunConfig]:
+    names = [str(stage.get("name", "")) for stage in stages]
+    if "" in names or len(set(names)) != len(names) or any("/" in name for name in names):
+        raise UserError(f"stages: each needs a name of its own, without '/'; found {names}")
+    if only is not None and only not in names:
+        near = difflib.get_close_matches(only, names, 1)
+        raise UserError(f"--stage: {only!r} is none of {', '.join(names)}" + (f"; {near[0]!r}?" if near else ""))
+    configs: list[RunConfig] = []
+    for stage, name in zip(stages, names, strict=True):
+        own = {key: value for key, value in stage.items() if key != "name"}
+        config = _typed(_merge(_merge(base, own), overrides))
+        configs.append(_after(config, name, configs[-1] if configs else None))
+    return configs if only is None else [configs[names.index(only)]]
+
+
+def _after(config: RunConfig, name: str, previous: RunConfig | None) -> RunConfig:
+    """A stage writes below output_dir and, unless told otherwise, starts where the one before it ended."""
+    model, lora = config.model, config.lora
+    if previous is not None and (model.path is None or model.path == previous.model.path):
+        if previous.lora is None:
+            model = dataclasses.replace(model, path=previous.output_dir, shape=None)
+        elif lora is not None:
+            model = dataclasses.replace(model, path=previous.model.path, shape=None)
+            if lora.init_from is None:
+                lora = dataclasses.replace(lora, init_from=previous.output_dir)
+        else:
+            raise UserError(
+                f"stages: {name!r} trains in full after a LoRA stage; give it a model.path, e.g. what `convert merge` wrote"
+            )
+    output_dir = str(Path(config.output_dir) / name)
+    return dataclasses.replace(config, model=model, lora=lora, output_dir=output_dir)
+
+
+def _read_words(argv: Sequence[str], flags: dict[str, Flags]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    files: list[str] = []
+    overrides: dict[str, Any] = {}
+    given: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r}: expected --config FILE or --key value; see --help")
+        name, equals, attached = word[2:].partition("=")
+        value = attached if equals else words.pop(0) if words and not words[0].startswith("--") else None
+        if name == "config":
+            if value is None:
+                raise UserError("--config: needs a file")
+            files.append(value)
+        elif name in flags:
+            takes = flags[name].takes
+            if takes is None and value is not None:
+                raise UserError(f"--{name}: takes no value, found {value!r}")
+            if takes is not None and value is None:
+                raise UserError(f"--{name}: needs a value")
+            try:
+                given[name] = True if takes is None or value is None else takes(value)
+            except ValueError:
+                raise UserError(f"--{name}: {value!r} is not a whole number") from None
+        else:
+            _set(overrides, name, value)
+    _check_keys(overrides, RunConfig, "", "command line")
+    return files, overrides, given
+
+
+def _set(tree: dict[str, Any], name: str, value: str | None) -> None:
+    *parents, leaf = name.split(".")
+    hint = _hint_of(name)
+    if value is None:
+        if hint is not bool and bool not in typing.get_args(hint):
+            raise UserError(f"--{name}: needs a value")
+        parsed: Any = True
+    elif hint is str or (str in typing.get_args(hint) and value not in ("null", "None")):
+        parsed = value  # a path or name is taken as it stands, also when it looks like a number
+    else:
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--{name}: {value!r} is not a valid value") from None
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[leaf] = parsed
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass in `X`, `X | None`, `tuple[X, ...]` or `int | tuple[X, ...]`."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint)
+    for inner in typing.get_args(hint):
+        found = _section(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _hint_of(name: str) -> Any:
+    hint: Any = RunConfig
+    for part in name.split("."):
+        section = _section(hint)
+        hint = _fields(section).get(part) if section is not None else None
+    return hint
+
+
+def _all_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in _fields(cls).items():
+        keys.append(prefix + name)
+        section = _section(hint)
+        if section is not None:
+            keys += _all_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _check_keys(values: Any, cls: type, prefix: str, origin: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        where = f"{origin}: {prefix.rstrip('.')}" if prefix else origin
+        raise UserError(f"{where}: expected keys and values, found {values!r}")
+    hints = _fields(cls)
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise UserError(f"{origin}: unknown key {name!r}{_suggest(name, key)}")
+        section = _section(hints[key])
+        if section is None:
+            continue
+        if isinstance(value, list):
+            for item in value:
+                _check_keys(item, section, f"{name}.", origin)
+        elif isinstance(value, dict) or not typing.get_args(hints[key]):
+            _check_keys(value, section, f"{name}.", origin)
+    return typing.cast(dict[str, Any], values)
+
+
+def _suggest(name: str, key: str) -> str:
+    known = _all_keys()
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
+    if not near:  # a right key in a wrong section
+        near = [full for full in known if full.split(".")[-1] == key][:1]
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists all keys"
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config: {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {file}: not valid YAML: {error}") from None
+    _check_keys(content, RunConfig, "", file)
+    for stage in content.get("stages") or []:
+        own = {k: v for k, v in stage.items() if k != "name"} if isinstance(stage, dict) else stage
+        _check_keys(own, RunConfig, "", f"{file}: stages")
+    return typing.cast(dict[str, Any], content)
+
+
+def _parser(prog: str, description: str | None) -> Any:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _typed(values: dict[str, Any]) -> RunConfig:
+    import argparse
+
+    parser = _parser("jaxlm", None)
+    try:
+        typed = parser.instantiate(parser.parse_object(values))
+    except argparse.ArgumentError as error:
+        raise UserError(_explain(str(error))) from None
+    config = RunConfig(**{item.name: typed[item.name] for item in dataclasses.fields(RunConfig)})
+    _check_values(config)
+    return config
+
+
+_KINDS = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'NoneType'>": "null",
+}
+
+
+def _explain(message: str) -> str:
+    """One line from jsonargparse's tree of messages: key, value found, what was expected."""
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    found = re.findall(r"(?:Got|Given) value: (.*)", message)
+    wanted = []
+    for kind in re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, flags=re.MULTILINE):
+        choices = re.findall(r"'([^']+)'", kind) if kind.startswith("typing.Literal") else []
+        wanted.append(f"one of {', '.join(choices)}" if choices else _KINDS.get(kind, kind))
+    if len(wanted) > 1 and key.count(".") > 0:
+        wanted = [kind for kind in wanted if kind != "null"]
+    if not key or not wanted:
+        return " ".join(message.split())
+    value = found[0] if found else "?"
+    return f"{key}: expected {' or '.join(dict.fromkeys(wanted))}, found {value}"
+
+
+def _check_values(config: RunConfig) -> None:
+    checks: list[tuple[str, Any, Callable[[Any], bool], str]] = [
+        ("data.sequence_length", config.data.sequence_length, lambda v: v >= 2, "at least 2"),
+        ("data.workers", config.data.workers, lambda v: v >= 0, "0 or more"),
+        ("optimizer.learning_rate", config.optimizer.learning_rate, lambda v: v >= 0, "0 or more"),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps, lambda v: v >= 0, "0 or more"),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, lambda v: v >= 0, "0 or more"),
+        ("optimizer.clip_norm", config.optimizer.clip_norm, lambda v: v >= 0, "0 (off) or more"),
+        ("train.epochs", config.train.epochs, lambda v: v > 0, "more than 0"),
+        ("train.steps", config.train.steps, lambda v: v is None or v >= 1, "at least 1"),
+        ("train.global_batch_size", config.train.global_batch_size, lambda v: v >= 1, "at least 1"),
+        ("train.micro_batch_size", config.train.micro_batch_size, lambda v: v >= 1, "at least 1"),
+        ("train.eval_every", config.train.eval_every, lambda v: v >= 0, "0 or more"),
+        ("train.save_every", config.train.save_every, lambda v: v >= 0, "0 or more"),
+        ("train.keep", config.train.keep, lambda v: v >= 1, "at least 1"),
+        ("train.log_every", config.train.log_every, lambda v: v >= 1, "at least 1"),
+        ("train.sample_tokens", config.train.sample_tokens, lambda v: v >= 1, "at least 1"),
+        ("tokenizer.vocab_size", config.tokenizer.vocab_size, lambda v: v >= 300, "at least 300"),
+    ]
+    if config.lora is not None:
+        checks.append(("lora.rank", config.lora.rank, lambda v: v >= 1, "at least 1"))
+        checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
+    for source in config.data.train:
+        checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: v > 0, "more than 0"))
+    for key, value, holds, wanted in checks:
+        if not holds(value):
+            raise UserError(f"{key}: {value} must be {wanted}")
+
+
+def _help(prog: str, description: str, flags: dict[str, Flags]) -> str:
+    """All keys by section, each with its default and meaning; wrapped for a terminal."""
+    import textwrap
+
+    import docstring_parser
+
+    def kind(hint: Any) -> str:
+        if typing.get_origin(hint) is typing.Literal:
+            return "|".join(str(choice) for choice in typing.get_args(hint))
+        if typing.get_origin(hint) is tuple:
+            inner = typing.get_args(hint)[0]
+            return f"[{'source' if dataclasses.is_dataclass(inner) else kind(inner)}, ...]"
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+            return "|".join(kind(part) for part in typing.get_args(hint))
+        if typing.get_origin(hint) is dict:
+            return "{key: value}"
+        return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+    def shown(item: dataclasses.Field[Any]) -> str:
+        if item.default is not dataclasses.MISSING:
+            default = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        else:
+            return "required"
+        return default if isinstance(default, str) else json.dumps(default)
+
+    lines = [f"usage: {prog} --config FILE [--key value ...]", "", *textwrap.wrap(description, 100), ""]
+    entries = [("--config FILE", "YAML with the keys below; several are merged in order")]
+    entries += [(f"--{n}{' VALUE' if f.takes else ''}", f.help) for n, f in flags.items()]
+
+    def section(title: str, cls: type, prefix: str) -> None:
+        lines.append(title)
+        docs = {param.arg_name: param.description or "" for param in docstring_parser.parse(cls.__doc__ or "").params}
+        hints = _fields(cls)
+        for item in dataclasses.fields(cls):
+            inner = _section(hints[item.name])
+            if cls is RunConfig and inner is not None:
+                continue
+            head = f"  {prefix}{item.name}: {kind(hints[item.name])} = {shown(item)}"
+            lines.append(head)
+            lines.extend(textwrap.wrap(docs.get(item.name, ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines.append("")
+
+    for head, text in entries:
+        lines.append(f"  {head}")
+        lines.extend(textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    lines.append("")
+    from jaxlm.config import SourceConfig
+
+    for name, hint in _fields(RunConfig).items():
+        inner = _section(hint)
+        if inner is not None:
+            absent = " (absent unless given)" if type(None) in typing.get_args(hint) else ""
+            section(f"{name}{absent}", inner, f"--{name}.")
+    section("a source, in data.train and data.validation (in YAML)", SourceConfig, "")
+    section("run", RunConfig, "--")
+    return "\n".join(lines).rstrip()
