@@ -1,0 +1,250 @@
+"""`python -m jaxlm.train --config FILE [--key value ...]`: pretrain, fine-tune or LoRA-tune a LLaMA."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.cli import Flags, dump_yaml, parse_run
+from jaxlm.config import RunConfig
+from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxlm.data.loader import Data
+    from jaxlm.tokenizer import Tokenizer
+    from jaxlm.training.loop import Outcome
+
+DESCRIPTION = (
+    "Trains a LLaMA-family model: continued pretraining, full or LoRA instruction tuning, by one configuration. "
+    "Run the same command again to go on after an interruption."
+)
+FLAGS = {"preview": Flags("show this many batches as text with the trained tokens marked, then exit", int)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done or interrupted with everything saved, 2 for a mistake in the input."""
+    try:
+        configs, flags = parse_run(
+            sys.argv[1:] if argv is None else argv, prog="python -m jaxlm.train", description=DESCRIPTION, flags=FLAGS
+        )
+        for config in configs:
+            _check_config(config)
+        return _run(configs, flags.get("preview", 0))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _check_config(config: RunConfig) -> None:
+    if (config.model.path is None) == (config.model.shape is None):
+        raise UserError("model: give either path (a model to start from) or shape (a fresh model)")
+    if config.lora is not None and config.model.path is None:
+        raise UserError("lora: an adapter needs a trained base: set model.path")
+    if not config.data.train:
+        raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
+
+
+def _run(configs: list[RunConfig], preview: int) -> int:
+    # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    _quiet_logs()
+    _use_compilation_cache(configs[0].train.compilation_cache)
+    for number, config in enumerate(configs):
+        if len(configs) > 1:
+            console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
+        if preview:
+            _preview(config, preview, console)
+            return 0
+        outcome = _train(config, console)
+        if not outcome.finished:
+            return 0
+    return 0
+
+
+def _train(config: RunConfig, console: Console) -> Outcome:
+    from convert.source import open_model
+    from jaxlm.training.loop import Job, train
+
+    source = None if config.model.path is None else open_model(config.model.path)
+    shape = _shape(config, source)
+    tokenizer, tokenizer_files = _tokenizer(config, source)
+    data = _data(config, tokenizer, shape, console)
+    if source is None:
+        shape = _with_special_ids(shape, tokenizer)
+    files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
+    if source is not None and source.hf_config is not None:
+        import json
+
+        files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
+    job = Job(
+        config=config,
+        run_yaml=dump_yaml(config),
+        model=shape,
+        source=source,
+        adapter=_adapter(config, shape),
+        data=data,
+        files=files,
+    )
+    outcome = train(job, console)
+    if outcome.finished:
+        _samples(config, outcome, data, tokenizer, console)
+        _summary(config, outcome, console)
+    return outcome
+
+
+def _shape(config: RunConfig, source: Any) -> Any:
+    from jaxlm.models.shapes import load_shape
+
+    if source is not None:
+        return source.config
+    assert config.model.shape is not None
+    return load_shape(config.model.shape)
+
+
+def _with_special_ids(shape: Any, tokenizer: Tokenizer) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(
+        shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
+    )
+
+
+def _tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str, bytes]]:
+    """The tokenizer, and its files by name, to be kept with every checkpoint."""
+    from jaxlm.tokenizer import load_tokenizer, train_sentencepiece
+
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        return tokenizer, {path.name: path.read_bytes() for path in tokenizer.files}
+    if source is not None:
+        tokenizer = load_tokenizer(source.tokenizer_dir)
+        return tokenizer, {path.name: path.read_bytes() for path in source.tokenizer_files}
+    if not config.tokenizer.train_on:
+        raise UserError("tokenizer: a fresh model has none; set tokenizer.path, or tokenizer.train_on to train one")
+    directory = Path(config.output_dir) / "tokenizer"
+    if (directory / "tokenizer.model").is_file():
+        tokenizer = load_tokenizer(directory)  # of the run that is resumed
+    else:
+        from jaxlm.data.sources import text_files
+
+        tokenizer = train_sentencepiece(text_files(config.tokenizer.train_on), config.tokenizer.vocab_size, directory)
+    return tokenizer, {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console) -> Data:
+    import jax
+
+    from jaxlm.data.loader import build_data
+
+    with console.status("reading and tokenising"):
+        data = build_data(
+            config.data,
+            tokenizer,
+            seed=config.train.seed,
+            vocab_size=shape.vocab_size,
+            max_positions=shape.max_position_embeddings,
+        )
+    if jax.process_index() == 0:
+        console.print(data.report.describe(), highlight=False)
+    return data
+
+
+def _adapter(config: RunConfig, shape: Any) -> Any:
+    """The adapter that lora.init_from names, checked against what is asked for now."""
+    if config.lora is None or config.lora.init_from is None:
+        return None
+    from convert.source import open_adapter
+
+    adapter = open_adapter(config.lora.init_from, shape)
+    if adapter.layers is not None:
+        raise UserError(f"lora.init_from: {config.lora.init_from} adapts only the layers {list(adapter.layers)}")
+    for key in ("rank", "targets", "rank_pattern", "dora", "modules_to_save"):
+        mine, theirs = getattr(config.lora, key), getattr(adapter.lora, key)
+        same = set(mine) == set(theirs) if isinstance(mine, tuple) else mine == theirs
+        if not same:
+            raise UserError(
+                f"lora.{key}: {mine!r}, but the adapter {config.lora.init_from} has {theirs!r}; set it to that"
+            )
+    return adapter
+
+
+def _preview(config: RunConfig, batches: int, console: Console) -> None:
+    from convert.source import open_model
+    from jaxlm.data.preview import preview
+
+    source = None if config.model.path is None else open_model(config.model.path)
+    tokenizer, _ = _tokenizer(config, source)
+    data = _data(config, tokenizer, _shape(config, source), console)
+    train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps, 0, 1)
+    for number in range(min(batches, train.total_steps)):
+        console.rule(f"batch {number}")
+        preview(next(train), tokenizer, console)
+
+
+def _samples(config: RunConfig, outcome: Outcome, data: Data, tokenizer: Tokenizer, console: Console) -> None:
+    if not config.train.sample_prompts:
+        return
+    from jaxlm.parallel.mesh import use_mesh
+    from jaxlm.training.samples import greedy_answers
+
+    prompts = [data.encode_prompt(text) for text in config.train.sample_prompts]
+    stops = [token for token in (tokenizer.eos_id,) if token is not None]
+    with use_mesh(outcome.mesh):
+        answers = greedy_answers(outcome.model, outcome.variables, prompts, config.train.sample_tokens, stops)
+    console.print()
+    for text, answer in zip(config.train.sample_prompts, answers, strict=True):
+        console.print(f"> {text}", style="bold", highlight=False, markup=False)
+        console.print(f"  {tokenizer.decode(answer).strip()}", highlight=False, markup=False)
+
+
+def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
+    from rich.table import Table
+
+    out = Path(config.output_dir)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("adapter" if config.lora else "model", str(outcome.checkpoint))
+    if outcome.best is not None and outcome.best[0] != outcome.step:
+        table.add_row("best", f"{out / 'checkpoints' / str(outcome.best[0])} (validation loss {outcome.best[1]:.4f})")
+    table.add_row("metrics", str(out / "metrics.jsonl"))
+    table.add_row("loss curve", str(out / "loss.png"))
+    if len(outcome.validation) > 1:
+        first, last = outcome.validation[0], outcome.validation[-1]
+        table.add_row("validation loss", f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}")
+    if config.lora is None:
+        table.add_row("next", f"convert jax-to-hf {out} {out.parent / (out.name + '-hf')}")
+    else:
+        table.add_row("next", f"convert jax-to-peft {out} {out.parent / (out.name + '-peft')}")
+        table.add_row("or", f"convert merge {config.model.path} {out} {out.parent / (out.name + '-merged')}")
+    console.print()
+    console.print(table, highlight=False)
+
+
+def _use_compilation_cache(setting: str | None) -> None:
+    """Compiled programs are kept between runs, so that the second start of a run is quick."""
+    import os
+
+    import jax
+
+    if setting == "off":
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = Path(setting) if setting else home / "jaxlm" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _quiet_logs() -> None:
+    """Keeps library chatter (INFO and WARNING of absl, which Orbax logs through) off the terminal."""
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,449 @@
+"""The training loop: set up, resume, step, evaluate, save. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.table import Table
+
+from jaxlm.config import RunConfig, to_dict
+from jaxlm.data.loader import Data
+from jaxlm.errors import UserError
+from jaxlm.models.attention import choose_attention
+from jaxlm.models.llama import Llama
+from jaxlm.models.lora import resolve_lora
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.parallel.mesh import BATCH, make_mesh, put_batch, replicated, rows_axis_size, use_mesh
+from jaxlm.training.checkpoint import Checkpoints, model_json
+from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.report import (
+    MetricsWriter,
+    ProgressReport,
+    flops_per_token,
+    human_bytes,
+    plot_losses,
+    read_metrics,
+)
+from jaxlm.training.resume import check_unchanged
+from jaxlm.training.state import Initializer, Readable, TrainState, bytes_per_device, count
+from jaxlm.training.step import make_eval_step, make_train_step, merged_variables
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run with its inputs opened.
+
+    Attributes:
+        config: the run.
+        run_yaml: the config as text, kept with every checkpoint.
+        model: shape of the model.
+        source: where base parameters are read from; None for a fresh model.
+        adapter: adapter to start from; None for a fresh one.
+        data: the rows.
+        files: small files kept with every checkpoint (tokenizer/..., hf_config.json).
+    """
+
+    config: RunConfig
+    run_yaml: str
+    model: LlamaConfig
+    source: Readable | None
+    adapter: Readable | None
+    data: Data
+    files: Mapping[str, bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run left behind.
+
+    Attributes:
+        step: last step done.
+        finished: False when a signal ended the run early.
+        checkpoint: the newest checkpoint.
+        model: the model object, for sampling.
+        variables: trained variables, as `Model.apply` takes them.
+        mesh: the mesh they live on.
+        validation: validation losses by step, in order.
+        best: (step, loss) of the best checkpoint kept.
+    """
+
+    step: int
+    finished: bool
+    checkpoint: Path
+    model: Llama
+    variables: Any
+    mesh: jax.sharding.Mesh
+    validation: list[tuple[int, float]]
+    best: tuple[int, float] | None
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __enter__(self) -> _StopSignal:
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(job: Job, console: Console) -> Outcome:
+    """Runs a job to its end, or until a signal; everything it leaves lies below output_dir.
+
+    Raises:
+        UserError: for settings that do not fit together, a changed config on resume, a full disk, a
+            loss that is not finite (with train.on_nonfinite: stop).
+    """
+    config, first_host = job.config, jax.process_index() == 0
+    out = _make_output_dir(config)
+    terminal = console if first_host else None
+
+    # Model and mesh ---------------------------------------------------------------------------
+    mesh = make_mesh(config.mesh)
+    accumulation = _accumulation(config, rows_axis_size(mesh))
+    platform = jax.devices()[0].platform
+    kind, why = choose_attention(config.model.attention, platform, config.model.dtype, _packs(config))
+    model = Llama(
+        job.model,
+        resolve_lora(job.model, config.lora) if config.lora else {},
+        DTYPES[config.model.dtype],
+        DTYPES[config.model.param_dtype],
+        kind,
+        config.model.remat,
+    )
+    batches = job.data.train_batches(
+        config.train.global_batch_size,
+        accumulation,
+        config.train.epochs,
+        config.train.steps,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    total = batches.total_steps
+    schedule = make_schedule(config.optimizer, total)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    setup = Initializer(model, config.lora, mesh, optimizer)
+
+    # State: resumed, loaded or fresh ----------------------------------------------------------
+    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
+    steps_saved = checkpoints.steps()
+    if steps_saved and not config.train.resume:
+        raise UserError(
+            f"output_dir: {out} holds checkpoints and train.resume is false; choose another output_dir or delete it"
+        )
+    base = None
+    if config.lora is not None or not steps_saved:
+        base = setup.load_params(job.source) if job.source is not None else setup.init_params(config.train.seed)
+    frozen = {"params": base} if config.lora is not None else {}
+    if steps_saved:
+        step = steps_saved[-1]
+        check_unchanged(checkpoints.files(step), config, job.data.fingerprint, checkpoints.path(step))
+        state, data_state = checkpoints.restore(step, setup.abstract_state())
+        batches.set_state(data_state)
+    else:
+        step = 0
+        state = setup.new_state(_new_trainable(job, setup, base), config.train.seed)
+    del base
+
+    # Programs ---------------------------------------------------------------------------------
+    train_step, eval_step, compile_seconds, memory = _compile(
+        job, setup, mesh, optimizer, schedule, accumulation, state, frozen, terminal
+    )
+    if terminal is not None:
+        _announce(terminal, job, setup, mesh, accumulation, total, step, f"{kind}: {why}", compile_seconds, memory)
+
+    # Loop -------------------------------------------------------------------------------------
+    files = {**job.files, "run.yaml": job.run_yaml.encode(), "data_fingerprint": job.data.fingerprint.encode()}
+    files["model.json"] = model_json(
+        job.model.to_dict(),
+        None if config.lora is None else to_dict(config.lora),
+        config.model.path,
+        config.model.param_dtype if config.lora is None else "float32",
+    )
+    writer = _metrics_writer(job, out, step) if first_host else None
+    report = ProgressReport(
+        terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None)
+    )
+    validation: list[tuple[int, float]] = []
+    pending: tuple[int, Any] | None = None
+
+    def finish_pending() -> None:
+        """Reads the metrics of the step before: the device is by then busy with the next one."""
+        nonlocal pending
+        if pending is None:
+            return
+        done, values = pending[0], {key: float(value) for key, value in jax.device_get(pending[1]).items()}
+        pending = None
+        figures = report.step(done, values)
+        if writer is not None and (done % config.train.log_every == 0 or done == total):
+            counts = {key: int(values.pop(key)) for key in ("tokens", "target_tokens", "skipped")}
+            writer.write(done, {**values, **counts, **figures})
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            what = f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+            if config.train.on_nonfinite == "stop":
+                raise _NonFinite(what)
+            report.say(f"{what}: step skipped")
+
+    def evaluate(at: int) -> float | None:
+        result = _evaluate(job, eval_step, state, frozen, mesh, rows_axis_size(mesh))
+        if result is None:
+            return None
+        if writer is not None:
+            writer.write(at, result)
+        report.say(
+            f"step {at}: validation loss {result['validation_loss']:.4f}, "
+            f"perplexity {result['validation_perplexity']:.2f}, accuracy {result['validation_accuracy']:.1%}"
+        )
+        validation.append((at, result["validation_loss"]))
+        report.pause()
+        return float(result["validation_loss"])
+
+    saved, best_loss = step, None
+    with _StopSignal() as stop, contextlib.closing(report), contextlib.closing(batches):
+        try:
+            if step == 0:
+                evaluate(0)
+            while step < total and stop.name is None:
+                batch = put_batch(next(batches), mesh)
+                state, metrics = train_step(state, frozen, batch)
+                step += 1
+                finish_pending()
+                pending = (step, metrics)
+                due_eval = _due(step, config.train.eval_every, total)
+                due_save = _due(step, config.train.save_every, total)
+                if due_eval or due_save:
+                    finish_pending()
+                    best_loss = evaluate(step) if due_eval else None
+                    if due_save:
+                        saved = checkpoints.save(state, batches.get_state(), files, best_loss)
+                        report.pause()
+            finish_pending()
+            if saved != step:
+                saved = checkpoints.save(state, batches.get_state(), files, None)
+            checkpoints.wait()
+        except _NonFinite as error:
+            saved = checkpoints.save(state, batches.get_state(), files, None)
+            checkpoints.close()
+            raise UserError(
+                f"{error}; parameters are those before it, saved in {checkpoints.path(saved)}. Lower "
+                f"optimizer.learning_rate, or set train.on_nonfinite: skip to pass over such steps"
+            ) from None
+        finally:
+            if writer is not None:
+                writer.close()
+    best = checkpoints.best()
+    checkpoints.close()
+    if first_host:
+        plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
+    if stop.name is not None and step < total and terminal is not None:
+        terminal.print(
+            f"{stop.name}: saved step {saved} of {total} in {checkpoints.path(saved)}. "
+            f"Run the same command again to go on from there.",
+            highlight=False,
+        )
+    return Outcome(
+        step=step,
+        finished=step >= total,
+        checkpoint=checkpoints.path(saved),
+        model=model,
+        variables=merged_variables(state.trainable, frozen),
+        mesh=mesh,
+        validation=validation,
+        best=best,
+    )
+
+
+class _NonFinite(Exception):
+    pass
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return step == total or (every > 0 and step % every == 0)
+
+
+def _packs(config: RunConfig) -> bool:
+    return config.data.packing_mode == "first_fit"
+
+
+def _make_output_dir(config: RunConfig) -> Path:
+    out = Path(config.output_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output_dir: {out}: cannot write there ({error.strerror}); choose another") from None
+    return out
+
+
+def _accumulation(config: RunConfig, row_groups: int) -> int:
+    """Micro-steps per optimizer step."""
+    rows = config.train.micro_batch_size * row_groups
+    if config.train.global_batch_size % rows:
+        raise UserError(
+            f"train.global_batch_size: {config.train.global_batch_size} is no multiple of micro_batch_size "
+            f"{config.train.micro_batch_size} x {row_groups} groups of devices (mesh data x fsdp) = {rows}"
+        )
+    return config.train.global_batch_size // rows
+
+
+def _new_trainable(job: Job, setup: Initializer, base: Any) -> Any:
+    if job.config.lora is None:
+        return {"params": base}
+    if job.adapter is not None:
+        return {"lora": setup.load_lora(job.adapter)}
+    return {"lora": setup.init_lora(base, job.config.train.seed + 1)}
+
+
+def _compile(
+    job: Job,
+    setup: Initializer,
+    mesh: jax.sharding.Mesh,
+    optimizer: Any,
+    schedule: Any,
+    accumulation: int,
+    state: TrainState,
+    frozen: Any,
+    console: Console | None,
+) -> tuple[Any, Any, float, int | None]:
+    """Both programs, compiled ahead of the loop: seconds it took, and bytes of one device."""
+    config = job.config
+    everywhere = replicated(mesh)
+    micro_rows = config.train.global_batch_size // accumulation
+
+    def abstract_batch(micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (micro_steps, rows, config.data.sequence_length)
+        sharding = NamedSharding(mesh, BATCH)
+        kinds = {"input_ids": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
+
+    step = make_train_step(
+        setup.model, optimizer, schedule, config.train, config.optimizer.clip_norm, config.train.micro_batch_size
+    )
+    started = time.perf_counter()
+    status = console.status("compiling the train step") if console is not None else contextlib.nullcontext()
+    with use_mesh(mesh), status:
+        train_step = (
+            jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, everywhere))
+            .lower(state, frozen, abstract_batch(accumulation, micro_rows))
+            .compile()
+        )
+        eval_step = None
+        if job.data.has_validation:
+            eval_step = (
+                jax.jit(make_eval_step(setup.model), out_shardings=everywhere)
+                .lower(state.trainable, frozen, abstract_batch(1, _eval_rows(config, rows_axis_size(mesh))))
+                .compile()
+            )
+    seconds = time.perf_counter() - started
+    analysis = train_step.memory_analysis()
+    memory = None
+    if analysis is not None:
+        memory = int(
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes
+        )
+    return train_step, eval_step, seconds, memory
+
+
+def _eval_rows(config: RunConfig, row_groups: int) -> int:
+    return config.train.micro_batch_size * row_groups
+
+
+def _evaluate(
+    job: Job, eval_step: Any, state: TrainState, frozen: Any, mesh: jax.sharding.Mesh, row_groups: int
+) -> dict[str, Any] | None:
+    """Token-weighted loss, perplexity and accuracy over all validation rows."""
+    if eval_step is None:
+        return None
+    rows = _eval_rows(job.config, row_groups)
+    sums = dict.fromkeys(("loss", "correct", "target_tokens"), 0.0)
+    for batch in job.data.eval_batches(rows, jax.process_index(), jax.process_count()):
+        out = jax.device_get(eval_step(state.trainable, frozen, put_batch(batch, mesh)))
+        for key in sums:
+            sums[key] += float(out[key])
+    loss = sums["loss"] / max(sums["target_tokens"], 1.0)
+    return {
+        "validation_loss": loss,
+        "validation_perplexity": float(np.exp(min(loss, 700.0))),
+        "validation_accuracy": sums["correct"] / max(sums["target_tokens"], 1.0),
+        "validation_tokens": int(sums["target_tokens"]),
+    }
+
+
+def _metrics_writer(job: Job, out: Path, step: int) -> MetricsWriter:
+    (out / "config.yaml").write_text(job.run_yaml, encoding="utf-8")
+    train_config = job.config.train
+    return MetricsWriter(out, step, train_config.tensorboard, train_config.wandb, to_dict(job.config))
+
+
+def _announce(
+    console: Console,
+    job: Job,
+    setup: Initializer,
+    mesh: jax.sharding.Mesh,
+    accumulation: int,
+    total: int,
+    step: int,
+    attention: str,
+    compile_seconds: float,
+    memory: int | None,
+) -> None:
+    """What will happen, before it does."""
+    config = job.config
+    everything = count(setup.params)
+    trained = count(setup.trainable)
+    devices = jax.devices()
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    train_bytes = bytes_per_device(setup.trainable, setup.trainable_shardings)
+    opt_bytes = bytes_per_device(setup.opt_state, setup.opt_shardings)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    start = config.model.path or f"fresh {config.model.shape}"
+    table.add_row("model", f"{start}: {everything:,} parameters, {job.model.num_layers} layers")
+    how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+    table.add_row("trained", f"{trained:,} ({trained / everything:.2%}): {how}")
+    table.add_row("devices", f"{len(devices)} {devices[0].device_kind}, {axes}")
+    needs = "" if memory is None else f"{human_bytes(memory)} by the compiler's count; "
+    table.add_row(
+        "memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}"
+    )
+    table.add_row("attention", attention)
+    rows, length = config.train.global_batch_size, config.data.sequence_length
+    table.add_row(
+        "a step", f"{rows} rows of {length} = {rows * length:,} tokens, in {accumulation} micro-steps; {total} steps"
+    )
+    table.add_row("precision", f"parameters {config.model.param_dtype}, compute {config.model.dtype}")
+    table.add_row("remat", config.model.remat)
+    table.add_row("compiled", f"in {compile_seconds:.1f} s")
+    if step:
+        table.add_row("resumed", f"from step {step}")
+    console.print(table, highlight=False)
+

@@ -1,0 +1,237 @@
+"""What a run tells: progress on the terminal, metrics.jsonl, TensorBoard and W&B when asked, the loss plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig
+
+# Dense bf16 peak of one device, FLOP/s (vendors' data sheets), by a part of jax's device_kind.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 peak of a device in FLOP/s, None where it is not known (CPU, consumer cards)."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
+
+
+def flops_per_token(model: LlamaConfig, length: int, full: bool) -> float:
+    """FLOPs of one training token: 6 N for full fine-tuning, 4 N for adapters, plus causal attention.
+
+    N counts the matrices a token is multiplied with (no embedding look-up); adapters themselves are
+    neglected. Attention is 4 L H h T FLOPs a token forward (scores and values) and twice that backward,
+    halved because causal. Recomputation does not count (MFU, arXiv:2204.02311 appendix B).
+    """
+    matrices = model.num_params() - model.vocab_size * model.hidden_size * (0 if model.tie_word_embeddings else 1)
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * length / 2
+    return (6 if full else 4) * matrices + attention
+
+
+class MetricsWriter:
+    """Appends to output_dir/metrics.jsonl; TensorBoard and W&B beside it when configured.
+
+    Args:
+        output_dir: of the run.
+        resumed_step: step the run goes on from; lines of later steps, written by a run that was killed
+            after its last checkpoint, are dropped, so that a step stands once in the file.
+        tensorboard: also write event files.
+        wandb: project name, or None.
+        config: what W&B shows as the run's configuration.
+    """
+
+    def __init__(
+        self, output_dir: Path, resumed_step: int, tensorboard: bool, wandb: str | None, config: dict[str, Any]
+    ) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError("train.tensorboard: needs tensorboardX; pip install 'jaxlm[tensorboard]'") from None
+            self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"))
+        if wandb:
+            try:
+                import wandb as wandb_module
+            except ImportError:
+                raise UserError("train.wandb: needs wandb; pip install 'jaxlm[wandb]'") from None
+            self._wandb = wandb_module.init(project=wandb, dir=str(output_dir), config=config, resume="allow")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class _Values(ProgressColumn):
+    """loss, learning rate and speed of the last step."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("values", "")))
+
+
+class ProgressReport:
+    """A bar on a terminal; elsewhere (log files, CI) a plain line now and then.
+
+    Args:
+        console: where to; None on all hosts but the first.
+        total: steps of the run.
+        start: step it begins at.
+        flops: FLOPs per token, for MFU.
+    """
+
+    LINES = 20  # plain lines over a whole run
+
+    def __init__(self, console: Console | None, total: int, start: int, flops: float) -> None:
+        self._console, self._total, self._flops = console, total, flops
+        self._every = max(1, total // self.LINES)
+        self._clock, self._step, self._tokens = time.perf_counter(), start, 0
+        self._speed: float | None = None
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * jax.device_count()
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+                _Values(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=total, completed=start)
+
+    def step(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Shows a finished step; returns speed figures for the metrics file."""
+        now = time.perf_counter()
+        self._tokens += int(metrics["tokens"])
+        elapsed = now - self._clock
+        speed = metrics["tokens"] / max(elapsed, 1e-9)
+        self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
+        self._clock = now
+        figures = {"tokens_per_second": round(speed, 1), "step_seconds": round(elapsed, 4)}
+        text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  {self._speed:,.0f} tok/s"
+        if self._peak is not None:
+            figures["mfu"] = round(speed * self._flops / self._peak, 4)
+            text += f"  MFU {self._speed * self._flops / self._peak:.1%}"
+        if metrics["skipped"]:
+            text += f"  skipped {int(metrics['skipped'])}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, values=text)
+        elif self._console is not None and (step % self._every == 0 or step == self._total):
+            left = (self._total - step) * (metrics["tokens"] / max(self._speed, 1e-9))
+            self._console.print(f"step {step}/{self._total}  {text}  {_duration(left)} left", highlight=False)
+        return figures
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._console is not None:
+            self._console.print(text, highlight=False)
+
+    def pause(self) -> None:
+        """Leaves out the time until now (evaluation, saving) from the next step's speed."""
+        self._clock = time.perf_counter()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def plot_losses(metrics: list[dict[str, Any]], target: Path) -> None:
+    """Training and validation loss over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m and math.isfinite(m["loss"])]
+    valid = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+        axes.plot(*zip(*_smoothed(train), strict=True), color="tab:blue", linewidth=1.5, label="training, smoothed")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+    axes.set(xlabel="step", ylabel="loss per target token (nats)", title=target.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(target)
+    pyplot.close(figure)
+
+
+def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    smooth, decay = points[0][1], 0.9
+    result = []
+    for step, value in points:
+        smooth = decay * smooth + (1 - decay) * value
+        result.append((step, smooth))
+    return result

@@ -1,0 +1,73 @@
+"""Whether a run may go on from a checkpoint: the settings that make the numbers must not have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxlm.config import RunConfig, to_dict
+from jaxlm.errors import UserError
+
+# Keys that may differ: where and how long it runs and what it tells, not what is computed from which data.
+FREE = (
+    "mesh",
+    "model.attention",
+    "model.remat",
+    "lora.init_from",
+    "data.workers",
+    "train.epochs",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
+    "train.on_nonfinite",
+    "train.resume",
+    "train.sample_prompts",
+    "train.sample_tokens",
+    "train.tensorboard",
+    "train.wandb",
+    "train.compilation_cache",
+    "output_dir",
+    "stages",
+)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict) and values:
+        return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): values}
+
+
+def check_unchanged(files: Mapping[str, bytes], config: RunConfig, fingerprint: str, checkpoint: Path) -> None:
+    """Compares a run with the one that wrote a checkpoint.
+
+    Args:
+        files: small files of the checkpoint.
+        config: the run that wants to go on.
+        fingerprint: of its data.
+        checkpoint: for the message.
+
+    Raises:
+        UserError: naming each changed key with both values.
+    """
+    before, now = _flat(yaml.safe_load(files["run.yaml"])), _flat(to_dict(config))
+    changed = [
+        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    ]
+    if changed:
+        raise UserError(
+            f"{checkpoint} was written with other settings ({'; '.join(changed)}); "
+            f"set them back, or choose another output_dir"
+        )
+    if files["data_fingerprint"].decode() != fingerprint:
+        raise UserError(
+            f"{checkpoint}: the training data is not what this run began with (same settings, other content); "
+            f"bring the files back, or choose another output_dir"
+        )
