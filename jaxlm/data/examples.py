@@ -1,0 +1,329 @@
+"""Records to token ids and loss masks, kept as flat arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlm.config import DataConfig, SourceConfig
+from jaxlm.data.sources import Record, read_records
+from jaxlm.data.templates import Rendered, Segment, Template, choose_template, load_template
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import Encoding, Tokenizer
+
+# Called with the source's path and the number of its records done so far.
+Progress = Callable[[str, int], None]
+
+_BATCH = 512  # records tokenised in one call
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record. input_ids int32 [n]; loss_mask bool [n]: True where the token is a target to learn."""
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Many records, flat: record i is [offsets[i], offsets[i + 1]).
+
+    Args:
+        input_ids: int32 [tokens].
+        loss_mask: bool [tokens].
+        offsets: int64 [records + 1].
+        source: int32 [records], which source each came from.
+    """
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    offsets: NDArray[np.int64]
+    source: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        part = slice(self.offsets[index], self.offsets[index + 1])
+        return Example(self.input_ids[part], self.loss_mask[part])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def take(self, indices: NDArray[np.int64]) -> Examples:
+        """Some of the records, copied."""
+        items = [self[int(i)] for i in indices]
+        return from_list(items, self.source[indices])
+
+    def digest(self) -> str:
+        """SHA-256 of the contents."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.loss_mask, self.offsets, self.source):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def from_list(items: Sequence[Example], source: Sequence[int] | NDArray[np.int32]) -> Examples:
+    """Flat arrays of single examples; `source` gives the source of each."""
+    ids = [item.input_ids for item in items] or [np.zeros(0, np.int32)]
+    masks = [item.loss_mask for item in items] or [np.zeros(0, np.bool_)]
+    lengths = np.array([0, *(len(item.input_ids) for item in items)], np.int64)
+    return Examples(np.concatenate(ids), np.concatenate(masks), np.cumsum(lengths), np.asarray(source, np.int32))
+
+
+@dataclass
+class SourceReport:
+    """What became of a source: counts of records and of the tokens kept."""
+
+    path: str
+    template: str
+    records: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    truncated: int = 0
+    tokens_cut: int = 0
+    dropped_too_long: int = 0
+    dropped_without_target: int = 0
+
+    @property
+    def dropped(self) -> int:
+        return self.dropped_too_long + self.dropped_without_target
+
+    def line(self) -> str:
+        """One line for a log."""
+        text = f"{self.path} ({self.template}): {self.records:,} records, {self.tokens:,} tokens"
+        text += f", {self.trained_tokens:,} of them learnt"
+        if self.truncated:
+            text += f"; {self.truncated:,} records cut to data.sequence_length ({self.tokens_cut:,} tokens lost)"
+        if self.dropped_too_long:
+            text += f"; {self.dropped_too_long:,} records dropped as too long"
+        if self.dropped_without_target:
+            text += f"; {self.dropped_without_target:,} records dropped because nothing to learn is left of them"
+        return text
+
+
+def encode_rendered(
+    items: Sequence[Rendered],
+    tokenizer: Tokenizer,
+    *,
+    add_bos: bool,
+    add_eos: bool,
+    train_on_inputs: bool,
+    running: bool = False,
+) -> list[Example]:
+    """Tokens and masks of rendered records, not truncated; the first token of each is masked.
+
+    A token is a target when it covers at least one trained character, so a token across the border between prompt and
+    answer is learnt. `running`: the records become one running text, where the first token of one is learnt like the
+    others if all of them are (as HF's run_clm learns every document's bos).
+
+    Raises:
+        UserError: bos or eos is asked for and the tokenizer has none.
+    """
+    segments = [segment for item in items for segment in item.segments]
+    special = {item.special_tokens for item in items}
+    if len(special) > 1:
+        raise AssertionError("records of one call must come from one template")
+    encodings = iter(tokenizer.encode_batch([s.text for s in segments], next(iter(special), None)))
+    return [_join(item, encodings, tokenizer, add_bos, add_eos, train_on_inputs, running) for item in items]
+
+
+def _join(
+    item: Rendered,
+    encodings: Iterator[Encoding],
+    tokenizer: Tokenizer,
+    add_bos: bool,
+    add_eos: bool,
+    whole: bool,
+    running: bool,
+) -> Example:
+    ids: list[int] = []
+    masks: list[NDArray[np.bool_]] = []
+    if add_bos and not item.has_bos:
+        ids.append(_required(tokenizer, "bos"))
+        masks.append(np.zeros(1, np.bool_))
+    for segment in item.segments:
+        encoding = next(encodings)
+        ids += encoding.ids
+        masks.append(np.ones(len(encoding.ids), np.bool_) if whole else _mask(segment, encoding))
+        # As alpaca-lora: an answer that brings its own eos gets no second one.
+        if segment.eos and add_eos and (not ids or ids[-1] != _required(tokenizer, "eos")):
+            ids.append(_required(tokenizer, "eos"))
+            masks.append(np.array([whole or segment.spans[-1].trained]))
+    mask = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
+    mask[:1] = running and mask[1:].all()
+    return Example(np.array(ids, np.int32), mask)
+
+
+def _required(tokenizer: Tokenizer, name: str) -> int:
+    index: int | None = getattr(tokenizer, f"{name}_id")
+    if index is None:
+        raise UserError(
+            f"data.add_{name} is true, but the tokenizer of {tokenizer.path} has no {name} token; "
+            f"set {name}_token in its tokenizer_config.json, or data.add_{name}: false"
+        )
+    return index
+
+
+def _mask(segment: Segment, encoding: Encoding) -> NDArray[np.bool_]:
+    if all(span.trained for span in segment.spans):
+        return np.ones(len(encoding.ids), np.bool_)  # also tokens that stand for no character, like a leading "▁"
+    lengths = [len(span.text) for span in segment.spans]
+    characters = np.repeat([span.trained for span in segment.spans], lengths)
+    trained_before = np.concatenate([[0], np.cumsum(characters)])
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    result: NDArray[np.bool_] = trained_before[offsets[:, 1]] > trained_before[offsets[:, 0]]
+    return result
+
+
+def prompt_ids(template: Template, record: Record, tokenizer: Tokenizer, add_bos: bool = True) -> list[int]:
+    """Token ids of everything before the record's last answer, for inference."""
+    rendered = template.render_prompt(record)
+    example = encode_rendered([rendered], tokenizer, add_bos=add_bos, add_eos=True, train_on_inputs=False)[0]
+    return [int(index) for index in example.input_ids]
+
+
+def build_examples(
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    progress: Progress | None = None,
+) -> tuple[Examples, tuple[SourceReport, ...]]:
+    """Reads and tokenises all records of the sources.
+
+    Under group_texts nothing is too long, as rows are cut from the running text.
+
+    Args:
+        sources: read in this order.
+        config: sequence_length, too_long, add_bos, add_eos, train_on_inputs and packing are used.
+        tokenizer: the tokenizer.
+        vocab_size: rows of the model's embedding.
+        progress: called now and then.
+
+    Raises:
+        UserError: unusable records or sources, a token the model does not have, or nothing left to learn.
+    """
+    items: list[Example] = []
+    origin: list[int] = []
+    reports = []
+    for number, source in enumerate(sources):
+        records = read_records(source)
+        first = next(records)
+        name = choose_template(first, tokenizer, source.columns) if source.template == "auto" else source.template
+        template = load_template(name, tokenizer, source.columns)
+        report = SourceReport(source.path, name)
+        reports.append(report)
+        records = itertools.chain([first], records)
+        while batch := list(itertools.islice(records, _BATCH)):
+            encoded = encode_rendered(
+                [template.render(record) for record in batch],
+                tokenizer,
+                add_bos=config.add_bos,
+                add_eos=config.add_eos,
+                train_on_inputs=config.train_on_inputs,
+                running=config.packing_mode == "group_texts",
+            )
+            for record, example in zip(batch, encoded, strict=True):
+                kept = _fit(record, example, config, report)
+                if kept is not None:
+                    items.append(kept)
+                    origin.append(number)
+            if progress is not None:
+                progress(source.path, report.records)
+    examples = from_list(items, origin)
+    _check(examples, sources, reports, tokenizer, vocab_size)
+    return examples, tuple(reports)
+
+
+def _fit(record: Record, example: Example, config: DataConfig, report: SourceReport) -> Example | None:
+    """The example cut to the row length and counted, or None when it is dropped."""
+    report.records += 1
+    length, room = len(example.input_ids), config.sequence_length
+    cut = length - room if config.packing_mode != "group_texts" and length > room else 0
+    if cut and config.too_long == "error":
+        raise UserError(
+            f"data: {record.name} has {length} tokens, data.sequence_length is {room}; "
+            "raise it, or set data.too_long to truncate or drop"
+        )
+    if cut and config.too_long == "drop":
+        report.dropped_too_long += 1
+        return None
+    if cut:
+        report.truncated += 1
+        report.tokens_cut += cut
+        example = Example(example.input_ids[:room], example.loss_mask[:room])
+    trained = int(example.loss_mask.sum())
+    if trained == 0:
+        report.dropped_without_target += 1
+        return None
+    report.tokens += len(example.input_ids)
+    report.trained_tokens += trained
+    return example
+
+
+def _check(
+    examples: Examples,
+    sources: Sequence[SourceConfig],
+    reports: Sequence[SourceReport],
+    tokenizer: Tokenizer,
+    vocab_size: int,
+) -> None:
+    if not len(examples):
+        found = "; ".join(report.line() for report in reports)
+        raise UserError(
+            f"data: no record with anything to learn is left ({found}). Look at data.sequence_length "
+            "(answers may be cut off), data.too_long, and whether the answers' column is empty"
+        )
+    largest = int(examples.input_ids.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"data: token id {largest} ({tokenizer.token(largest)!r}) of the tokenizer {tokenizer.path} is outside of "
+            f"the model's vocabulary of {vocab_size}; use the model's own tokenizer (tokenizer.path: null)"
+        )
+
+
+def epoch_order(examples: Examples, weights: Sequence[float], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Indices of the examples seen in an epoch, in source order.
+
+    A weight of 2.5 means every example twice, and half of them, drawn anew each epoch, once more.
+    """
+    parts = [np.zeros(0, np.int64)]
+    for number, weight in enumerate(weights):
+        members = np.flatnonzero(examples.source == number)
+        whole = int(weight)
+        parts += [members] * whole
+        extra = round((weight - whole) * len(members))
+        if extra:
+            random = np.random.default_rng([seed, epoch, number, 1])
+            parts.append(np.sort(random.choice(members, extra, replace=False)))
+    return np.concatenate(parts)
+
+
+def split_off(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
+    """(the rest, `count` examples drawn at random): training and validation data."""
+    if count >= len(examples):
+        raise UserError(
+            f"data.validation is {count}, but there are only {len(examples)} records; choose a smaller number"
+        )
+    order = np.random.default_rng([seed, 2]).permutation(len(examples))
+    return examples.take(np.sort(order[count:])), examples.take(np.sort(order[:count]))
+
+
+def count_split(reports: Sequence[SourceReport], examples: Examples) -> tuple[SourceReport, ...]:
+    """The reports with tokens counted over `examples` only."""
+    result = []
+    for number, report in enumerate(reports):
+        mine = [examples[int(i)] for i in np.flatnonzero(examples.source == number)]
+        tokens = sum(len(item.input_ids) for item in mine)
+        trained = sum(int(item.loss_mask.sum()) for item in mine)
+        result.append(dataclasses.replace(report, records=len(mine), tokens=tokens, trained_tokens=trained))
+    return tuple(result)

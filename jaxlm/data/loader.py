@@ -1,0 +1,435 @@
+"""Rows to batches, and the entry point `build_data`.
+
+A batch is a function of (data, seed, step) alone: it does not depend on the number of workers or hosts, nor on where a
+run was resumed. Grain only computes batches ahead of time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlm.config import DataConfig, to_dict
+from jaxlm.data.examples import (
+    Examples,
+    Progress,
+    SourceReport,
+    build_examples,
+    count_split,
+    epoch_order,
+    split_off,
+)
+from jaxlm.data.packing import Plan, plan_rows
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import Tokenizer
+
+Batch = dict[str, NDArray[Any]]
+
+
+class BatchSource:
+    """Batches by step, in random access.
+
+    A batch has, each of shape [A, B, T] (A micro-steps of B rows of T tokens, B being this host's share):
+        input_ids int32, 0 where padded;
+        loss_mask bool: the token is a target;
+        segment_ids int32: 1, 2, … for the documents of a row, 0 where padded;
+        positions int32: from 0 in each segment.
+
+    Row a * B_global + b of a global batch is row b of micro-step a; a host has a contiguous block of b. Rows run on
+    over epochs, so a batch may hold rows of two. A run by epochs fills its last batch with empty rows.
+
+    Args:
+        examples: the tokens.
+        plan: gives the rows of an epoch.
+        sequence_length: T.
+        rows: B_global, rows of a micro-step over all hosts.
+        accumulation: A.
+        epochs: length of the run, fractions allowed; ignored when steps is given.
+        steps: length of the run.
+        process_index: this host.
+        process_count: hosts.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        plan: Callable[[int], Plan],
+        sequence_length: int,
+        *,
+        rows: int,
+        accumulation: int = 1,
+        epochs: float = 1.0,
+        steps: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        if rows % process_count:
+            raise UserError(
+                f"{rows} rows of a micro-step cannot be shared among {process_count} hosts; change "
+                "train.global_batch_size or train.micro_batch_size"
+            )
+        self._examples = examples
+        self._plan = plan
+        self._length = sequence_length
+        self._rows = rows
+        self._accumulation = accumulation
+        self._local = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
+        self._ends: list[int] = []  # rows of all epochs up to and with this one
+        self._plans: dict[int, Plan] = {}
+        if steps is not None:
+            self._total: int | None = None
+            self._steps = steps
+        else:
+            whole = int(epochs)
+            self._total = self._end(whole - 1) + math.ceil(
+                (epochs - whole) * self._size(whole) if epochs > whole else 0
+            )
+            self._steps = math.ceil(self._total / (rows * accumulation))
+
+    def __len__(self) -> int:
+        return self._steps
+
+    @property
+    def total_rows(self) -> int | None:
+        """Rows of a run by epochs; None for a run by steps."""
+        return self._total
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after `step` steps."""
+        row = step * self._rows * self._accumulation
+        if self._total is not None:
+            row = min(row, self._total)
+        epoch = self._epoch_of(row)
+        return epoch + (row - self._end(epoch - 1)) / self._size(epoch)
+
+    def __getitem__(self, step: int) -> Batch:
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
+        shape = (self._accumulation, len(self._local), self._length)
+        batch: Batch = {
+            "input_ids": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, np.bool_),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+        }
+        for a in range(self._accumulation):
+            for local, b in enumerate(self._local):
+                row = (step * self._accumulation + a) * self._rows + b
+                if self._total is None or row < self._total:
+                    self._fill({name: array[a, local] for name, array in batch.items()}, row)
+        return batch
+
+    def _fill(self, row: Batch, number: int) -> None:
+        epoch = self._epoch_of(number)
+        plan = self._epoch_plan(epoch)
+        index = number - self._end(epoch - 1)
+        at = 0
+        for segment, piece in enumerate(range(plan.rows[index], plan.rows[index + 1]), 1):
+            start, length = int(plan.starts[piece]), int(plan.lengths[piece])
+            here, there = slice(at, at + length), slice(start, start + length)
+            row["input_ids"][here] = self._examples.input_ids[there]
+            row["loss_mask"][here] = self._examples.loss_mask[there]
+            row["segment_ids"][here] = 1 if plan.one_segment else segment
+            row["positions"][here] = np.arange(length) + (at if plan.one_segment else 0)
+            at += length
+        row["loss_mask"][0] = False  # nothing in the row predicts its first token
+
+    def _epoch_of(self, row: int) -> int:
+        epoch = 0
+        while self._end(epoch) <= row:
+            epoch += 1
+        return epoch
+
+    def _size(self, epoch: int) -> int:
+        return self._end(epoch) - self._end(epoch - 1)
+
+    def _end(self, epoch: int) -> int:
+        """Rows of the epochs 0 … epoch; 0 for -1."""
+        while len(self._ends) <= epoch:
+            size = len(self._epoch_plan(len(self._ends)))
+            if size == 0:
+                raise UserError("data: an epoch has no rows; raise the sources' weights, or give more data")
+            self._ends.append((self._ends[-1] if self._ends else 0) + size)
+        return self._ends[epoch] if epoch >= 0 else 0
+
+    def _epoch_plan(self, epoch: int) -> Plan:
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._plan(epoch)
+            # A batch needs at most the plans of neighbouring epochs; others are let go. The dict is replaced and not
+            # changed, because the read-ahead thread uses it too.
+            self._plans = {key: kept for key, kept in self._plans.items() if abs(key - epoch) == 1} | {epoch: plan}
+        return plan
+
+
+class _EvaluationSource:
+    """A BatchSource of one micro-step without its first dim: arrays are [B, T]."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, step: int) -> Batch:
+        return {name: array[0] for name, array in self._source[step].items()}
+
+
+class BatchIterator:
+    """Batches from some step on, computed ahead in a thread or in worker processes.
+
+    The state is the number of the next step: it says the same for any number of workers or hosts.
+    """
+
+    def __init__(self, source: BatchSource | _EvaluationSource, workers: int, step: int = 0) -> None:
+        self._source = source
+        self._workers = workers
+        self._iterator: Any = None
+        self._step = step
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._step >= len(self._source):
+            raise StopIteration
+        if self._iterator is None:
+            self._iterator = iter(self._pipeline())
+        batch: Batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def _pipeline(self) -> Any:
+        import grain
+
+        data = grain.MapDataset.source(self._source)[self._step :]
+        ahead = data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        if self._workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # Grain starts no worker otherwise
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+            ahead = ahead.mp_prefetch(options)
+        return ahead
+
+    def get_state(self) -> dict[str, int]:
+        """{"step": number of the next batch}."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from a state of `get_state`."""
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Ends threads and worker processes. The iterator can still be used and starts them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __enter__(self) -> BatchIterator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Batches:
+    """All batches of a run: `len()` steps, `[step]` in random access, `iterator()` with read-ahead."""
+
+    source: BatchSource | _EvaluationSource
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.source[step]
+
+    def iterator(self, step: int = 0) -> BatchIterator:
+        """Batches from `step` on."""
+        return BatchIterator(self.source, self.workers, step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        with self.iterator() as batches:
+            yield from batches
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Rows by epoch; a class and not a closure, so that it can be sent to worker processes."""
+
+    examples: Examples
+    weights: tuple[float, ...]
+    mode: str
+    sequence_length: int
+    seed: int
+
+    def __call__(self, epoch: int) -> Plan:
+        order = epoch_order(self.examples, self.weights, self.seed, epoch)
+        return plan_rows(self.mode, self.examples.offsets, order, self.sequence_length, self.seed, epoch)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the data came to, per source."""
+
+    train: tuple[SourceReport, ...]
+    validation: tuple[SourceReport, ...]
+
+    def lines(self) -> list[str]:
+        """Lines for a log."""
+        return [f"train {r.line()}" for r in self.train] + [f"validation {r.line()}" for r in self.validation]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation data of a run; made by `build_data`.
+
+    Args:
+        config: the data section of the run's configuration.
+        seed: of the order.
+        train: the training examples.
+        validation: the validation examples, or None.
+        report: counts per source.
+        fingerprint: hash of all tokens and of everything that decides their order.
+    """
+
+    config: DataConfig
+    seed: int
+    train: Examples
+    validation: Examples | None
+    report: Report
+    fingerprint: str
+
+    def _planner(self, examples: Examples, weights: tuple[float, ...]) -> _Planner:
+        return _Planner(examples, weights, self.config.packing_mode, self.config.sequence_length, self.seed)
+
+    def train_rows(self, epoch: int) -> Plan:
+        """The rows of an epoch."""
+        return self._planner(self.train, tuple(source.weight for source in self.config.train))(epoch)
+
+    def train_batches(
+        self,
+        global_batch_size: int,
+        accumulation: int = 1,
+        epochs: float = 1.0,
+        steps: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Batches:
+        """Batches of [A, B_local, T], see `BatchSource`.
+
+        Args:
+            global_batch_size: rows of an optimizer step over all hosts: A * B_global.
+            accumulation: A, micro-steps of an optimizer step.
+            epochs: passes over the data; ignored when steps is given.
+            steps: optimizer steps.
+            process_index: this host.
+            process_count: hosts.
+
+        Raises:
+            UserError: sizes that do not divide, or nothing to run.
+        """
+        if global_batch_size < 1 or global_batch_size % accumulation:
+            raise UserError(
+                f"train.global_batch_size is {global_batch_size}, which {accumulation} accumulation steps do not divide"
+            )
+        if steps is None and not epochs > 0:
+            raise UserError(f"train.epochs is {epochs}; it must be above 0")
+        source = BatchSource(
+            self.train,
+            self._planner(self.train, tuple(source.weight for source in self.config.train)),
+            self.config.sequence_length,
+            rows=global_batch_size // accumulation,
+            accumulation=accumulation,
+            epochs=epochs,
+            steps=steps,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        return Batches(source, self.config.workers)
+
+    def eval_batches(self, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batches:
+        """Batches of [B_local, T] with every validation row once; the last is filled with empty rows.
+
+        Args:
+            batch_size: rows of a batch over all hosts.
+            process_index: this host.
+            process_count: hosts.
+        """
+        if self.validation is None:
+            raise AssertionError("there are no validation data")
+        weights = (1.0,) * (int(self.validation.source.max()) + 1)
+        source = BatchSource(
+            self.validation,
+            self._planner(self.validation, weights),
+            self.config.sequence_length,
+            rows=batch_size,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        return Batches(_EvaluationSource(source), 0)
+
+
+def build_data(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    vocab_size: int,
+    max_positions: int,
+    progress: Progress | None = None,
+) -> Data:
+    """Reads, tokenises and splits the data of a run.
+
+    Args:
+        config: the data section.
+        tokenizer: the tokenizer.
+        seed: of the split and of the order.
+        vocab_size: rows of the model's embedding.
+        max_positions: the longest row that the model takes.
+        progress: called with a source's path and the number of its records read so far.
+
+    Raises:
+        UserError: anything wrong with the configuration or the data.
+    """
+    if not config.train:
+        raise UserError("data.train is empty; give at least one source, e.g. data.train: [{path: data.json}]")
+    if not 2 <= config.sequence_length <= max_positions:
+        raise UserError(
+            f"data.sequence_length is {config.sequence_length}; it must be at least 2 and at most "
+            f"the model's max_position_embeddings, {max_positions}"
+        )
+    for source in config.train:
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise UserError(f"data.train: weight of {source.path} is {source.weight}; it must be above 0")
+    train, reports = build_examples(config.train, config, tokenizer, vocab_size, progress)
+    validation: Examples | None = None
+    validation_reports: tuple[SourceReport, ...] = ()
+    if isinstance(config.validation, int):
+        if config.validation < 0:
+            raise UserError(
+                f"data.validation is {config.validation}; it must be a number of records or a list of sources"
+            )
+        if config.validation > 0:
+            train, validation = split_off(train, config.validation, seed)
+            validation_reports = count_split(reports, validation)
+    elif config.validation:
+        validation, validation_reports = build_examples(config.validation, config, tokenizer, vocab_size, progress)
+    # Everything that decides tokens and order; the number of workers does not.
+    decisive = {**to_dict(dataclasses.replace(config, workers=0)), "seed": seed}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+    for examples in (train, validation):
+        digest.update((examples.digest() if examples is not None else "none").encode())
+    return Data(config, seed, train, validation, Report(reports, validation_reports), digest.hexdigest())

@@ -1,0 +1,132 @@
+"""Which tokens go into which row of an epoch. All of it is arithmetic on lengths; no token is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+GROUP_BATCH = 1000  # documents that HF's run_clm concatenates at a time (the batch size of datasets.map)
+WINDOW = 64  # rows kept open by first_fit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of pieces; a piece is a stretch of the flat token array.
+
+    Args:
+        starts: int64 [pieces], where a piece begins in the flat array.
+        lengths: int64 [pieces].
+        rows: int64 [rows + 1]: row r has the pieces [rows[r], rows[r + 1]).
+        one_segment: the pieces of a row are one running text; otherwise each is a document of its own.
+    """
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    one_segment: bool
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def padding(self, sequence_length: int) -> float:
+        """The share of all places in the rows that stays empty."""
+        return 1.0 - self.tokens / (len(self) * sequence_length) if len(self) else 0.0
+
+    def permuted(self, order: NDArray[np.int64]) -> Plan:
+        """The same rows in another order."""
+        counts = np.diff(self.rows)[order]
+        rows = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        pieces = np.repeat(self.rows[:-1][order] - rows[:-1], counts) + np.arange(rows[-1])
+        return Plan(self.starts[pieces], self.lengths[pieces], rows, self.one_segment)
+
+
+def plan_rows(
+    mode: str, offsets: NDArray[np.int64], order: NDArray[np.int64], sequence_length: int, seed: int, epoch: int
+) -> Plan:
+    """The rows of an epoch.
+
+    Args:
+        mode: first_fit, group_texts or none.
+        offsets: int64 [records + 1], the records in the flat token array.
+        order: the records of this epoch; group_texts runs them together in this order, the others shuffle them.
+        sequence_length: T, tokens of a row. Under first_fit and none no record may be longer.
+        seed: the order of rows is a function of seed and epoch only.
+        epoch: see seed.
+    """
+    random = np.random.default_rng([seed, epoch, 0])
+    if mode == "group_texts":
+        plan = group_texts(offsets, order, sequence_length)
+        return plan.permuted(random.permutation(len(plan)))
+    order = random.permutation(order)
+    starts, lengths = offsets[:-1][order], np.diff(offsets)[order]
+    if len(lengths) and int(lengths.max()) > sequence_length:
+        raise AssertionError("a record is longer than a row")
+    if mode == "none":
+        return Plan(starts, lengths, np.arange(len(order) + 1, dtype=np.int64), False)
+    members = first_fit(lengths.tolist(), sequence_length)
+    flat = np.array([index for row in members for index in row], np.int64)
+    rows = np.cumsum([0, *(len(row) for row in members)]).astype(np.int64)
+    return Plan(starts[flat], lengths[flat], rows, False)
+
+
+def first_fit(lengths: Sequence[int], capacity: int, window: int = WINDOW) -> list[list[int]]:
+    """Puts each item into the first open row with room for it.
+
+    At most `window` rows are open, which bounds the time; beyond that the fullest is closed.
+
+    Returns:
+        For each row, in the order in which they were begun, the indices of its items.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = []
+    space: list[int] = []
+    smallest = min(lengths, default=0)
+    for index, length in enumerate(lengths):
+        k = next((k for k, left in enumerate(space) if left >= length), len(space))
+        if k == len(space):
+            if k == window:
+                fullest = min(range(window), key=space.__getitem__)
+                del open_rows[fullest], space[fullest]
+                k -= 1
+            rows.append([])
+            open_rows.append(rows[-1])
+            space.append(capacity)
+        open_rows[k].append(index)
+        space[k] -= length
+        if space[k] < smallest:
+            del open_rows[k], space[k]
+    return rows
+
+
+def group_texts(offsets: NDArray[np.int64], order: NDArray[np.int64], block: int) -> Plan:
+    """HF run_clm's rows: 1000 documents are joined and cut in blocks, and what is left over is dropped.
+
+    As there, 1000 documents that together are shorter than a block are kept as one short row.
+    """
+    starts, lengths, rows = [], [], [np.zeros(1, np.int64)]
+    pieces = 0
+    for first in range(0, len(order), GROUP_BATCH):
+        documents = order[first : first + GROUP_BATCH]
+        ends = np.cumsum(np.diff(offsets)[documents])  # in the joined text
+        total = int(ends[-1])
+        kept = total // block * block if total >= block else total
+        if kept == 0:
+            continue
+        cuts = np.arange(0, kept, block)
+        begins = np.union1d(cuts, np.concatenate([[0], ends]))
+        begins = begins[begins < kept]
+        document = np.searchsorted(ends, begins, side="right")
+        into = begins - (ends[document] - np.diff(offsets)[documents][document])
+        starts.append(offsets[:-1][documents][document] + into)
+        lengths.append(np.diff(np.concatenate([begins, [kept]])))
+        rows.append(pieces + np.append(np.searchsorted(begins, cuts)[1:], len(begins)))
+        pieces += len(begins)
+    empty = [np.zeros(0, np.int64)]
+    return Plan(np.concatenate(starts or empty), np.concatenate(lengths or empty), np.concatenate(rows), True)
