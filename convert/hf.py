@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -164,20 +165,17 @@ class HfSource(StackedTensors):
 
 
 def stored_blocks(source: ParamSource, entry: Entry) -> Iterator[np.ndarray]:
-    """One tensor in the other format's layout, in pieces along its first dimension."""
-    layer = () if entry.layer is None else (slice(entry.layer, entry.layer + 1),)
+    """One tensor in the other format's layout, in pieces: a layer whole, an embedding in rows."""
     itemsize = source.leaves[entry.path].dtype.itemsize
     layout = entry.layout
-    rows = layout.view[0]
-    step = max(1, ROW_BLOCK_BYTES // max(1, int(np.prod(layout.view[1:])) * itemsize))
-    in_order = layout.perm == tuple(range(len(layout.perm)))
-    whole = None if in_order and entry.layer is None else source.read(entry.path, layer)
-    if whole is not None and entry.layer is not None:
-        whole = whole[0]
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        block = source.read(entry.path, (part,)) if whole is None else layout.to_stored(whole)[part]
-        yield np.ascontiguousarray(block)
+    if entry.layer is not None:
+        whole = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]
+        yield layout.to_stored(np.ascontiguousarray(whole))
+        return
+    assert layout.split == 0, entry
+    step = max(1, ROW_BLOCK_BYTES // max(1, math.prod(layout.view[1:]) * itemsize))
+    for start in range(0, layout.view[0], step):
+        yield np.ascontiguousarray(source.read(entry.path, (slice(start, min(start + step, layout.view[0])),)))
 
 
 def hf_config_for(source: ParamSource) -> str:

@@ -304,4 +304,4 @@ class _Factor:
             yield np.ascontiguousarray(self._source.read(entry.path, inner))
         else:
             leaf = self._source.read(entry.path, (slice(entry.layer, entry.layer + 1), *inner))[0]
-            yield np.ascontiguousarray(entry.layout.to_stored(leaf)).reshape(entry.layout.stored)
+            yield entry.layout.to_stored(np.ascontiguousarray(leaf))

@@ -1,7 +1,7 @@
 """Reading tensors from files with bounded memory: safetensors here, torch's zip files in `torch_zip`.
 
-Only headers are read up front; the bytes of a tensor are read when asked for, a few megabytes at a time. Every offset,
-shape and length comes from the file, so all of them are checked against it.
+Only headers are read up front; the bytes of a tensor are read when asked for, a part of a megabyte at a time. Every
+offset, shape and length comes from the file, so all of them are checked against it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.names import Layout, Shape
+from convert.names import STRIP_ROWS, Layout, Shape
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import read_json
 
@@ -45,7 +45,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 # Read at a time: small enough to stay in the cache between reading and transposing.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 256 << 10
 # The safetensors format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -99,7 +99,8 @@ class StoredTensor:
                 return
             rows, rest = stored_index[0], stored_index[1:]
             row_bytes = math.prod(layout.view[1:]) * self.dtype.itemsize
-            per_block = max(1, BLOCK_BYTES // row_bytes) * rows.step
+            strip = STRIP_ROWS // math.prod(layout.view[1 : layout.split]) if layout.split else 1
+            per_block = max(1, strip, BLOCK_BYTES // row_bytes) * rows.step
             for start in range(rows.start, rows.stop, per_block):
                 stop = min(start + per_block, rows.stop)
                 data = self._pread(handle.fileno(), self.offset + start * row_bytes, (stop - start) * row_bytes)
@@ -264,7 +265,7 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
 
 
 def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal bit by bit. Reads a few megabytes at a time."""
+    """Whether two tensors of one shape and dtype are equal bit by bit. Reads a block at a time."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     blocks = zip(_row_blocks(first), _row_blocks(second), strict=True)

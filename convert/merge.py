@@ -1,0 +1,132 @@
+"""A base model with an adapter folded into its weights, read like any other model.
+
+W + scale * A B is formed in float32 and rounded once to the result's dtype, one layer of one tensor at a time; under
+DoRA (arXiv:2402.09353) the sum is scaled per output to the learned magnitude before that. Same numbers as PEFT's
+`merge_and_unload` in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.leaves import AdapterSource, Index, LeafInfo, ParamSource, cast, full_index
+from convert.names import linear_dims, linear_path
+from convert.tensors import WEIGHT_DTYPES
+from jaxlm.errors import UserError
+from jaxlm.models.lora import SAVEABLE, LoraSpec, resolve_lora
+from jaxlm.models.shapes import LlamaConfig
+
+# float32 working space beside the layer itself.
+BLOCK_BYTES = 16 << 20
+
+
+class MergedSource:
+    """`base` with `adapter` merged in.
+
+    Args:
+        adapter: opened with the base's configuration, so that its shapes were checked against it.
+        dtype: of the result; None means that of the base, tensor by tensor.
+
+    Raises:
+        UserError: when the adapter's saved embedding and head do not have the same number of rows.
+    """
+
+    def __init__(self, base: ParamSource, adapter: AdapterSource, dtype: str | None = None) -> None:
+        self._base = base
+        self._adapter = adapter
+        self.path: Path = base.path
+        self.hf_config: dict[str, Any] | None = base.hf_config
+        specs = resolve_lora(base.config, adapter.lora, adapter.layers)
+        self._linears = {f"{linear_path(linear)}/kernel": (linear, spec) for linear, spec in specs.items()}
+        self._saved = {SAVEABLE[name]: f"modules_to_save/{SAVEABLE[name]}" for name in adapter.lora.modules_to_save}
+        self.leaves = {}
+        for path, leaf in base.leaves.items():
+            shape = adapter.leaves[self._saved[path]].shape if path in self._saved else leaf.shape
+            self.leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype])
+        self.config = self._with_vocabulary(base.config)
+        names = {file.name for file in adapter.tokenizer_files}
+        own = bool(names & {"tokenizer.json", "tokenizer.model"})
+        self.tokenizer_dir = adapter.tokenizer_files[0].parent if own else base.tokenizer_dir
+        self.tokenizer_files = list(base.tokenizer_files)
+        if own:
+            # The adapter's tokenizer may have tokens that the base's lacks; the two are not mixed.
+            generation = [file for file in base.tokenizer_files if file.name == "generation_config.json"]
+            self.tokenizer_files = adapter.tokenizer_files + [file for file in generation if file.name not in names]
+
+    def _with_vocabulary(self, config: LlamaConfig) -> LlamaConfig:
+        rows = {
+            path: self.leaves[path].shape[0]
+            for path in ("embed_tokens/embedding", "lm_head/kernel")
+            if path in self.leaves
+        }
+        if len(set(rows.values())) > 1:
+            raise UserError(
+                f"{self._adapter.path}: after merging, the embedding would have {rows['embed_tokens/embedding']} rows "
+                f"and the head {rows['lm_head/kernel']}; the adapter must save both (modules_to_save)"
+            )
+        return dataclasses.replace(config, vocab_size=rows["embed_tokens/embedding"])
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        if path in self._saved:
+            return cast(self._adapter.read(self._saved[path], index), self.leaves[path].dtype, path)
+        part = self._base.read(path, index)
+        if path not in self._linears:
+            return cast(part, self.leaves[path].dtype, path)
+        linear, spec = self._linears[path]
+        out = np.empty(part.shape, self.leaves[path].dtype)
+        full = full_index(self.leaves[path].shape, index)
+        for position, layer in enumerate(range(full[0].start, full[0].stop, full[0].step)):
+            if spec.ranks[layer]:
+                self._merge(part[position], out[position], path, linear, spec, layer, full[1:])
+            else:
+                out[position] = cast(part[position], out.dtype, path)
+        return out
+
+    def _merge(
+        self, base: np.ndarray, out: np.ndarray, path: str, linear: str, spec: LoraSpec, layer: int, index: Index
+    ) -> None:
+        """Fills `out` with a slice of one layer's merged kernel; `base` is the same slice of the base's."""
+        if base.size == 0:
+            return
+        num_inputs = len(linear_dims(linear)[0].split())
+        inputs, outputs = index[:num_inputs], index[num_inputs:]
+        here, rank = slice(layer, layer + 1), slice(0, spec.ranks[layer])
+        stem = linear_path(linear)
+        b = self._adapter.read(f"{stem}/lora_B", (here, rank, *outputs)).astype(np.float32)
+        b = b.reshape(spec.ranks[layer], -1)
+
+        def factor_a(part: Index) -> np.ndarray:
+            a = self._adapter.read(f"{stem}/lora_A", (here, *part, rank)).astype(np.float32)
+            return a.reshape(-1, spec.ranks[layer])
+
+        flat, flat_out = base.reshape(-1, b.shape[1]), out.reshape(-1, b.shape[1])
+        scale = np.float32(spec.scales[layer])
+        a = factor_a(inputs)
+        gain: np.ndarray | None = None
+        if spec.dora:
+            magnitude = self._adapter.read(f"{stem}/magnitude", (here, *outputs)).astype(np.float32).reshape(-1)
+            # The norm of an output runs over all inputs, also when only some of them are asked for.
+            every = tuple(slice(0, size) for size in self.leaves[path].shape[1 : 1 + num_inputs])
+            whole, whole_a = flat, a
+            if a.shape[0] != int(np.prod([part.stop for part in every])):
+                whole = self._base.read(path, (here, *every, *outputs)).reshape(-1, b.shape[1])
+                whole_a = factor_a(every)
+            squares = np.zeros(b.shape[1], np.float64)
+            for rows in _row_blocks(whole):
+                merged = whole[rows].astype(np.float32) + whole_a[rows] @ b * scale
+                squares += np.square(merged, dtype=np.float64).sum(axis=0)
+            gain = magnitude / np.sqrt(squares).astype(np.float32)
+        for rows in _row_blocks(flat):
+            merged = flat[rows].astype(np.float32) + a[rows] @ b * scale
+            if gain is not None:
+                merged *= gain
+            flat_out[rows] = cast(merged, out.dtype, path)
+
+
+def _row_blocks(matrix: np.ndarray) -> list[slice]:
+    step = max(1, BLOCK_BYTES // (4 * matrix.shape[1]))
+    return [slice(start, min(start + step, matrix.shape[0])) for start in range(0, matrix.shape[0], step)]
