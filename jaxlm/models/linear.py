@@ -123,22 +123,27 @@ class Linear(nn.Module):
         a = lora_a.reshape(fan_in, rank) * scale
         b = lora_b.reshape(rank, fan_out)
         dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
+        plain = matmul(x, kernel, self.dtype)
         update = matmul(matmul(dropped, a, self.dtype), b, self.dtype)
         if not spec.dora:
-            return matmul(x, kernel, self.dtype) + update
+            return plain + update
         magnitude = self._adapter_variable(
             "magnitude",
             self.out_axes,
             lambda: jnp.linalg.norm(kernel.astype(jnp.float32), axis=0).reshape(self.out_dims),
         )
-        # The norm is treated as a constant (paper, section 4.3). PEFT feeds the base product the dropped input too.
+        # The norm is treated as a constant (paper, section 4.3).
         weight = kernel.astype(jnp.float32) + a @ b
         norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=0))
-        ratio = (magnitude.reshape(fan_out) / norm).astype(self.dtype)
+        ratio = magnitude.reshape(fan_out) / norm
         if len(set(spec.ranks)) > 1:
             # A layer that carries no adapter (rank 0) has no magnitude either.
             ratio = jnp.where(jnp.asarray(spec.ranks)[layer] > 0, ratio, jnp.ones_like(ratio))
-        return (matmul(dropped, kernel, self.dtype) + update) * ratio
+        if deterministic or spec.dropout == 0:
+            return (plain + update) * ratio.astype(self.dtype)
+        # As PEFT: what the adapter adds to the base sees the dropped input, the base itself never does.
+        change = (ratio - 1).astype(self.dtype) * matmul(dropped, kernel, self.dtype)
+        return plain + change + update * ratio.astype(self.dtype)
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
         value: jax.Array = self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value

@@ -1,0 +1,25 @@
+"""Settings for the whole test session; they have to be in place before JAX is imported."""
+
+from __future__ import annotations
+
+import os
+
+# A few tests are for accelerators: JAXLM_TEST_PLATFORMS=cuda,cpu pytest tests/models -k cudnn
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLM_TEST_PLATFORMS", "cpu")
+# Eight fake devices for the sharding tests. Programs here are tiny: compiling them well would cost more than it saves.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+# Results must come from this checkout's code, compiled now.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("jaxlm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("jaxlm")
