@@ -460,13 +460,14 @@ def train_sentencepiece(files: Sequence[Path], vocab_size: int, directory: Path)
     characters = collections.Counter(char for line in lines() for char in line)
     if not characters:
         raise UserError(f"tokenizer.train_on: no text in {', '.join(map(str, files)) or 'the empty list'}")
-    # Rare characters are left to bytes where the vocabulary is too small for all of them and some merges.
-    frequent = [count for _, count in characters.most_common((vocab_size - 258) // 2)]
-    coverage = sum(frequent) / characters.total()
+    # Where the vocabulary is too small for all characters and some merges, the rare ones are left to bytes. The
+    # library's own character_coverage may not go below 0.98, so they are taken out of the text instead.
+    kept = {char for char, _ in characters.most_common((vocab_size - 258) // 2)}
+    texts = ["".join(char if char in kept else " " for char in line) for line in lines()]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(list(lines())),
+            sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -477,7 +478,7 @@ def train_sentencepiece(files: Sequence[Path], vocab_size: int, directory: Path)
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             normalization_rule_name="identity",
-            character_coverage=coverage,
+            character_coverage=1.0,
             max_sentence_length=1 << 20,
             unk_id=0,
             bos_id=1,

@@ -142,8 +142,9 @@ class PromptTemplate:
         return Span(form.format(instruction=instruction, input=extra), False)
 
     def render(self, record: Record) -> Rendered:
+        prompt = self._prompt(record)
         output = _field(record, "output", self.columns, self.name)
-        return Rendered((Segment((self._prompt(record), Span(output, True)), True),))
+        return Rendered((Segment((prompt, Span(output, True)), True),))
 
     def render_prompt(self, record: Record) -> Rendered:
         return Rendered((Segment((self._prompt(record),), False),))

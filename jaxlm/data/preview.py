@@ -1,0 +1,64 @@
+"""A batch as text, to see before training what is learnt and what is not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+# Beside the colour, so that a log file or a monochrome terminal shows the same.
+OPEN, CLOSE = "⟦", "⟧"
+STYLE = "bold green"
+
+
+def preview(batch: Mapping[str, NDArray[Any]], tokenizer: Tokenizer, console: Console) -> None:
+    """Prints the rows of a batch as text: ⟦what is learnt⟧ stands in brackets and in colour.
+
+    Args:
+        batch: input_ids, loss_mask and segment_ids of shape [A, B, T] or [B, T].
+        tokenizer: turns ids into text; special tokens are written out.
+        console: where to print.
+    """
+    ids, mask, segments = (np.asarray(batch[name]) for name in ("input_ids", "loss_mask", "segment_ids"))
+    length = ids.shape[-1]
+    rows = zip(*(array.reshape(-1, length) for array in (ids, mask, segments)), strict=True)
+    console.print(f"{OPEN}learnt{CLOSE} and not learnt", style="dim", highlight=False)
+    for number, (row_ids, row_mask, row_segments) in enumerate(rows, 1):
+        used = row_segments > 0
+        documents = int(row_segments.max())
+        console.rule(
+            f"row {number}: {documents} document{'s' * (documents != 1)}, {int(used.sum())} tokens, "
+            f"{int(row_mask.sum())} learnt, {int((~used).sum())} padding",
+            align="left",
+        )
+        for segment in range(1, documents + 1):
+            here = row_segments == segment
+            if documents > 1:
+                console.print(f"-- document {segment} ({int(here.sum())} tokens)", style="dim", highlight=False)
+            console.print(_document(row_ids[here], row_mask[here], tokenizer), soft_wrap=True)
+
+
+def _document(ids: NDArray[Any], mask: NDArray[Any], tokenizer: Tokenizer) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    shown = 0
+    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+    for begin, end in itertools.pairwise(borders):
+        # A piece decoded alone would lose its leading space, so decode from the start and take what is new.
+        whole = tokenizer.decode(ids[:end].tolist(), skip_special=False)
+        part, shown = whole[shown:], len(whole)
+        if mask[begin]:
+            text.append(f"{OPEN}{part}{CLOSE}", style=STYLE)
+        else:
+            text.append(part)
+    return text

@@ -1,0 +1,133 @@
+"""Every format gives the same records; every bad input a message that names the place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlm.config import SourceConfig
+from jaxlm.data.sources import Record, read_records
+from jaxlm.errors import UserError
+
+RECORDS: list[dict[str, Any]] = [
+    {"instruction": f"Frage {i}, 石英", "input": "" if i % 2 else 'a, "b"\nc', "output": f"é{i}"} for i in range(5)
+]
+
+
+def read(path: Path, **options: Any) -> list[Record]:
+    return list(read_records(SourceConfig(path=str(path), **options)))
+
+
+def write(path: Path, kind: str) -> Path:
+    file = path / f"data.{kind}"
+    if kind == "json":
+        file.write_text(json.dumps(RECORDS), encoding="utf-8-sig")
+    elif kind == "jsonl":
+        file.write_text("\n".join(json.dumps(r) for r in RECORDS) + "\n\n", encoding="utf-8")
+    elif kind == "csv":
+        import csv
+
+        with file.open("w", encoding="utf-8-sig", newline="") as stream:
+            writer = csv.DictWriter(stream, list(RECORDS[0]))
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_formats(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path, kind)
+    records = read(file)
+    assert [record.data for record in records] == RECORDS
+    assert [record.name for record in records] == [f"{file}:{i}" for i in range(1, 6)]
+    assert len(read(file, limit=2)) == 2
+    renamed = file.rename(tmp_path / "data.dat")
+    assert [record.data for record in read(renamed, format=kind)] == RECORDS
+
+
+def test_json_lines_named_json(tmp_path: Path) -> None:
+    write(tmp_path, "jsonl").rename(tmp_path / "lines.json")
+    assert [record.data for record in read(tmp_path / "lines.json")] == RECORDS
+
+
+def test_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one \n\n  two\r\n", encoding="utf-8")
+    assert [(r.name[-1], r.data["text"]) for r in read(tmp_path / "a.txt")] == [("1", "one "), ("3", "  two")]
+    assert [r.data["text"] for r in read(tmp_path / "a.txt", documents="file")] == ["one \n\n  two\n"]
+
+
+def test_folders_and_globs(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "json")
+    (tmp_path / "sub" / "b.txt").write_text("deep")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert [r.data.get("text") for r in read(tmp_path)] == [None] * 5 + ["deep"]
+    assert len(read(tmp_path / "*.json")) == 5
+    assert len(read(tmp_path / "**" / "*.txt")) == 1
+
+
+def test_datasets_directories(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list(RECORDS)
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([4])}).save_to_disk(tmp_path / "two")
+    assert [r.data for r in read(tmp_path / "one")] == RECORDS
+    assert [r.data for r in read(tmp_path / "two", split="test")] == RECORDS[4:]
+    with pytest.raises(UserError, match=r"split of .* is missing; it has test, train"):
+        read(tmp_path / "two")
+    with pytest.raises(UserError, match=r"split of .* is 'dev'"):
+        read(tmp_path / "two", split="dev")
+    with pytest.raises(UserError, match="without splits"):
+        read(tmp_path / "one", split="dev")
+
+
+BROKEN = {
+    "a.json": ('[{"a": 1},\n {"a": }]', r"a\.json:2: broken JSON"),
+    "b.json": ('{"data": [\n{"a": 1}]}', r"b\.json:1: broken JSON"),
+    "c.json": ("[1, 2]", r"c\.json:1: a record must be an object with named fields, found int"),
+    "d.json": ("", "d.json holds no records"),
+    "e.json": ("[]", "e.json holds no records"),
+    "f.jsonl": ('{"a": 1}\n{"a": \n', r"f\.jsonl:2: broken JSON"),
+    "g.csv": ("a,b\n1,2\n1,2,3\n", "g.csv: the record ending at line 3 does not have the header's 2 columns"),
+    "h.csv": ("a,b\n1\n", "ending at line 2"),
+    "i.csv": ('a,b\n1,"2', "i.csv: line .: broken CSV: unexpected end of data"),
+    "j.csv": ("a,b\n", "j.csv holds no records"),
+    "k.parquet": ("PAR1", "k.parquet is not a readable Parquet file"),
+    "l.txt": (" \n", "l.txt holds no records"),
+    "m.dat": ("x", r"m\.dat: the ending '\.dat' is unknown; set format"),
+    "n": ("x", "n: the ending '' is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files(tmp_path: Path, name: str) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_other_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.json does not exist"):
+        read(tmp_path / "gone.json")
+    with pytest.raises(UserError, match="does not exist"):
+        read(tmp_path / "*.json")
+    with pytest.raises(UserError, match="no file of a known kind"):
+        read(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt is not UTF-8"):
+        read(tmp_path / "latin.txt")
+    with pytest.raises(UserError, match="not a directory written by datasets"):
+        read(tmp_path, format="hf")
+    with pytest.raises(UserError, match="split is 'train', but"):
+        read(tmp_path / "latin.txt", split="train")
+    with pytest.raises(UserError, match=r"limit of .* is 0"):
+        read(tmp_path / "latin.txt", limit=0)
