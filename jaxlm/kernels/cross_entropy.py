@@ -7,6 +7,7 @@ their gradient and dropped. `reference_cross_entropy` is the plain twin.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -41,12 +42,21 @@ def reference_cross_entropy(
 
 def _chunks(batch: int, length: int) -> int:
     # Cut the length, not the rows: rows may be sharded over devices.
-    wanted = max(1, (batch * length) // CHUNK_TOKENS)
-    return next(n for n in range(min(wanted, length), 0, -1) if length % n == 0)
+    wanted = min(length, max(1, (batch * length) // CHUNK_TOKENS))
+    return math.ceil(length / math.ceil(length / wanted))
 
 
 def _split(a: jax.Array, n: int) -> jax.Array:
-    return jnp.moveaxis(a.reshape(a.shape[0], n, a.shape[1] // n, *a.shape[2:]), 1, 0)
+    """[B, T, ...] -> [n, B, ceil(T / n), ...]; what is added behind the row is zero, in weights too."""
+    size = math.ceil(a.shape[1] / n)
+    a = jnp.pad(a, [(0, 0), (0, n * size - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+    return jnp.moveaxis(a.reshape(a.shape[0], n, size, *a.shape[2:]), 1, 0)
+
+
+def _join(chunks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_split`."""
+    joined = jnp.moveaxis(chunks, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
 
 
 def _chunk_logits(x: jax.Array, head: jax.Array) -> jax.Array:
@@ -101,8 +111,7 @@ def _loss_fwd(x: Any, head: Any, labels: Any, weights: Any, dtype: DTypeLike) ->
     grad_head = jnp.zeros(matrix.shape, jnp.float32) if head_trains else None
     chunks = (_split(x.value, n), _split(labels.value, n), _split(weights.value, n))
     (total, grad_head), grad_x = jax.lax.scan(body, (jnp.float32(0), grad_head), chunks)
-    grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(x.value.shape)
-    return total, (grad_x, grad_head, jnp.zeros((), head.value.dtype))
+    return total, (_join(grad_x, x.value.shape[1]), grad_head, jnp.zeros((), head.value.dtype))
 
 
 def _loss_bwd(dtype: DTypeLike, residuals: Any, grad: Any) -> Any:

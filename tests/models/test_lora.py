@@ -167,9 +167,10 @@ def test_dropout_is_fixed_by_its_key_and_differs_between_layers(base: Any) -> No
     assert np.abs(first - apply(jax.random.key(2))).max() > 1e-3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxlm.models.linear.nn.Dropout", Recorded)
-        jax.block_until_ready(
-            model.apply({"params": base, "lora": lora}, IDS, deterministic=False, rngs={"dropout": jax.random.key(1)})
+        again = jax.jit(
+            lambda key: model.apply({"params": base, "lora": lora}, IDS, deterministic=False, rngs={"dropout": key})
         )
+        jax.block_until_ready(again(jax.random.key(1)))
         jax.effects_barrier()
     masks = {m.tobytes() for m in seen}
     assert len(seen) == len(masks) == 2 * CONFIG.num_layers  # one for each adapted linear of each layer

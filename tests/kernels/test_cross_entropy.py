@@ -1,0 +1,155 @@
+"""The fused output layer and loss against the plain one and against PyTorch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.kernels import cross_entropy
+from jaxlm.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy
+
+V, D = 53, 16
+
+
+def inputs(batch: int, length: int, vocab: int = V, dim: int = D, seed: int = 0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(batch, length, dim)).astype(np.float32)
+    head = rng.normal(size=(vocab, dim)).astype(np.float32)
+    labels = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+    weights = (rng.random((batch, length)) * (rng.random((batch, length)) > 0.3)).astype(np.float32)
+    return x, head, labels, weights
+
+
+def both(fn: Any, args: tuple[np.ndarray, ...], **options: Any) -> tuple[Any, ...]:
+    def loss(x: Any, head: Any) -> Any:
+        out = fn(x, head, *args[2:], **options)
+        return 1.7 * out.loss, out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*args[:2])
+    return out.loss, grads, out.correct
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 8)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 12), (3, 31), (1, 1), (16, 3), (2, 50)])
+def test_against_reference(batch: int, length: int, small_chunks: None) -> None:
+    args = inputs(batch, length)
+    loss, grads, correct = both(linear_cross_entropy, args, accuracy=True)
+    expected_loss, expected, expected_correct = both(reference_cross_entropy, args)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
+    assert correct == expected_correct
+    # Evaluation takes another path than training.
+    plain = jax.jit(lambda *a: linear_cross_entropy(*a).loss)(*args)
+    np.testing.assert_allclose(plain, expected_loss, rtol=1e-5)
+
+
+def test_against_torch(small_chunks: None) -> None:
+    torch = pytest.importorskip("torch")
+    x, head, labels, weights = inputs(2, 12)
+    tx, th = torch.tensor(x, requires_grad=True), torch.tensor(head, requires_grad=True)
+    each = torch.nn.functional.cross_entropy((tx @ th.T).reshape(-1, V), torch.tensor(labels).reshape(-1).long(), reduction="none")
+    total = (each * torch.tensor(weights).reshape(-1)).sum()
+    (1.7 * total).backward()
+    loss, grads, _ = both(linear_cross_entropy, (x, head, labels, weights))
+    np.testing.assert_allclose(loss, total.item(), rtol=1e-5)
+    np.testing.assert_allclose(grads[0], tx.grad.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(grads[1], th.grad.numpy(), rtol=0, atol=1e-5)
+
+
+def test_weights_of_zero_hide_tokens(small_chunks: None) -> None:
+    x, head, labels, weights = inputs(2, 12)
+    weights[0] = 0
+    clean = both(linear_cross_entropy, (x, head, labels, weights), accuracy=True)
+    assert not np.any(clean[1][0][0]) and np.any(clean[1][0][1])
+    other = labels.copy()
+    other[0] = (labels[0] + 1) % V
+    changed = both(linear_cross_entropy, (x, head, other, weights), accuracy=True)
+    jax.tree.map(np.testing.assert_array_equal, clean, changed)
+    nothing = both(linear_cross_entropy, (x, head, labels, np.zeros_like(weights)), accuracy=True)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(nothing))
+
+
+def test_accuracy_counts_what_weighs() -> None:
+    _, head, labels, _ = inputs(2, 12)
+    # Large multiples of the label's own row: the largest logit is the label, except in the row turned round.
+    head = head / np.linalg.norm(head, axis=1, keepdims=True)
+    x = 5 * head[labels]
+    x[1, :4] *= -1
+    weights = np.ones_like(labels, np.float32)
+    weights[0, :5] = 0
+    out = linear_cross_entropy(x, head, labels, weights, accuracy=True)
+    assert out.correct == 24 - 4 - 5
+    assert linear_cross_entropy(x, head, labels, weights).correct == 0
+
+
+def test_large_logits_stay_finite() -> None:
+    x, head, labels, weights = inputs(2, 12)
+    loss, grads, _ = both(linear_cross_entropy, (1e3 * x, head, labels, weights))
+    assert np.isfinite(loss) and all(np.isfinite(g).all() for g in grads)
+
+
+def test_bfloat16(small_chunks: None) -> None:
+    """Products of bfloat16 numbers are exact in float32, so the loss is the float32 loss of the rounded inputs.
+
+    In the gradients, softmax minus one-hot is rounded once more: 2^-9 of each term.
+    """
+    x, head, labels, weights = inputs(2, 12)
+    rounded = tuple(np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, head))
+    loss, grads, _ = both(linear_cross_entropy, (x, head, labels, weights), dtype=jnp.bfloat16)
+    expected_loss, expected, _ = both(reference_cross_entropy, (*rounded, labels, weights))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for a, b in zip(grads, expected, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=0, atol=2**-8 * np.abs(b).max())
+
+
+def shapes_in(text: str) -> set[tuple[int, ...]]:
+    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16|f16|pred|s32)\[([\d,]+)\]", text)}
+
+
+# 1021 is prime.
+@pytest.mark.parametrize("length", [1024, 1021])
+@pytest.mark.parametrize("accuracy", [False, True])
+def test_never_all_logits(length: int, accuracy: bool) -> None:
+    vocab = 211
+
+    def loss(x: Any, head: Any, labels: Any, weights: Any) -> Any:
+        out = linear_cross_entropy(x, head, labels, weights, accuracy=accuracy)
+        return out.loss, out.correct
+
+    args = (
+        jax.ShapeDtypeStruct((8, length, D), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, D), jnp.float32),
+        jax.ShapeDtypeStruct((8, length), jnp.int32),
+        jax.ShapeDtypeStruct((8, length), jnp.float32),
+    )
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    shapes = shapes_in(step.lower(*args).compile().as_text())
+    largest = max(int(np.prod(s)) for s in shapes if vocab in s)
+    assert 512 * vocab < largest < 2 * cross_entropy.CHUNK_TOKENS * vocab
+    # The test sees what it looks for: the plain twin does hold them.
+    plain = jax.jit(lambda *a: reference_cross_entropy(*a).loss).lower(*args).compile().as_text()
+    assert max(int(np.prod(s)) for s in shapes_in(plain) if vocab in s) == 8 * length * vocab
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_frozen_head_costs_no_gradient(trains: bool, small_chunks: None) -> None:
+    args = inputs(2, 12)
+    argnums = (0, 1) if trains else (0,)
+    fn = jax.grad(lambda x, head: linear_cross_entropy(x, head, *args[2:]).loss, argnums=argnums)
+    dots = re.findall(r"f32\[([\d,]+)\] = dot_general", str(jax.make_jaxpr(fn)(*args[:2])))
+    assert (f"{V},{D}" in dots) == trains
+    compiled = jax.jit(fn).lower(*args[:2]).compile().as_text()
+    # The carry [V, D] of the scan is gone with it.
+    outputs = re.findall(rf"= f32\[{V},{D}\]\S* (\w[\w-]*)\(", compiled)
+    assert any(op not in ("parameter", "get-tuple-element", "copy") for op in outputs) == trains
