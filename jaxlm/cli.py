@@ -113,7 +113,8 @@ def _after(config: RunConfig, name: str, previous: RunConfig | None) -> RunConfi
                 lora = dataclasses.replace(lora, init_from=previous.output_dir)
         else:
             raise UserError(
-                f"stages: {name!r} trains in full after a LoRA stage; give it a model.path, e.g. what `convert merge` wrote"
+                f"stages: {name!r} trains in full after a LoRA stage; give it a model.path, "
+                "e.g. what `convert merge` wrote"
             )
     output_dir = str(Path(config.output_dir) / name)
     return dataclasses.replace(config, model=model, lora=lora, output_dir=output_dir)

@@ -16,12 +16,15 @@ class ModelConfig:
     """Which model, and how it computes.
 
     Args:
-        path: directory of the model to start from: Hugging Face, converted jaxlm, a run directory or one of its checkpoints.
+        path: directory of the model to start from: Hugging Face, converted jaxlm, a run directory or one of
+            its checkpoints.
         shape: instead of a path, a fresh model: a known shape (llama-2-7b) or a JSON file like HF's config.json.
         dtype: compute dtype of matrix products; softmax, norms and loss are always float32.
-        param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only in float32.
+        param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only
+            in float32.
         attention: which implementation runs; auto picks by device and says which at start-up.
-        remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v and attention output), full.
+        remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v
+            and attention output), full.
     """
 
     path: str | None = None
@@ -41,12 +44,14 @@ class LoraConfig:
         alpha: the adapter is scaled by alpha / rank (alpha / sqrt(rank) with rslora).
         dropout: probability of dropping an input of the adapter while training.
         targets: linear layers by name: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj.
-        rank_pattern: other ranks by module name or regular expression, as in PEFT, e.g. {"layers.0.self_attn.q_proj": 16}.
+        rank_pattern: other ranks by module name or regular expression, as in PEFT, e.g.
+            {"layers.0.self_attn.q_proj": 16}.
         alpha_pattern: other alphas, likewise.
         rslora: rank-stabilised scaling.
         dora: weight-decomposed adapters (DoRA).
         modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens.
-        init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a fresh optimizer.
+        init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a
+            fresh optimizer.
     """
 
     rank: int = 8
@@ -83,9 +88,11 @@ class SourceConfig:
     Args:
         path: file, folder, glob, or directory written by HF datasets' save_to_disk.
         format: json, jsonl, csv, parquet, text or hf; auto goes by the file name.
-        template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own chat template, `text` for plain text; auto goes by the columns found.
+        template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own
+            chat template, `text` for plain text; auto goes by the columns found.
         weight: how often a record is seen per epoch: 2.0 twice, 0.5 a seeded half.
-        columns: the template's field names mapped to the columns of this file, e.g. {instruction: question, output: answer}.
+        columns: the template's field names mapped to the columns of this file, e.g. {instruction: question,
+            output: answer}.
         split: split of an HF datasets directory that has several.
         documents: for text files, whether a document is a line or a whole file.
         limit: use only the first so many records.
@@ -109,7 +116,8 @@ class DataConfig:
         train: the sources.
         validation: a number of records split off the training sources (seeded), or a list of sources.
         sequence_length: tokens of a row.
-        packing: first_fit (or true) puts whole records into rows with segment ids; group_texts concatenates and cuts like HF's run_clm; false pads one record a row.
+        packing: first_fit (or true) puts whole records into rows with segment ids; group_texts concatenates
+            and cuts like HF's run_clm; false pads one record a row.
         train_on_inputs: also learn the prompt, not only the answer.
         add_bos: begin each record with the tokenizer's bos token.
         add_eos: end each answer with the tokenizer's eos token, and learn it.
@@ -142,7 +150,8 @@ class OptimizerConfig:
     Args:
         name: adamw, adafactor or lion.
         learning_rate: the peak.
-        schedule: after warm-up: cosine, linear, polynomial or constant; log_warmup is DeepSpeed's WarmupLR (log warm-up, then constant), which K2 ran with.
+        schedule: after warm-up: cosine, linear, polynomial or constant; log_warmup is DeepSpeed's WarmupLR
+            (log warm-up, then constant), which K2 ran with.
         warmup_steps: steps of warm-up; give this or warmup_ratio.
         warmup_ratio: warm-up as a share of all steps.
         end_ratio: the last learning rate as a share of the peak.
@@ -180,12 +189,14 @@ class TrainConfig:
         global_batch_size: rows per optimizer step, over all devices and hosts.
         micro_batch_size: rows per device at a time; the rest is gradient accumulation.
         seed: of initialisation, data order, split and dropout.
-        loss_normalisation: tokens weighs every target token of the global batch alike; mean_of_means averages the means of micro-batches, as alpaca-lora, K2 and KnowLM do.
+        loss_normalisation: tokens weighs every target token of the global batch alike; mean_of_means
+            averages the means of micro-batches, as alpaca-lora, K2 and KnowLM do.
         eval_every: steps between evaluations on the validation data; 0 evaluates only at the end.
         save_every: steps between checkpoints; 0 saves only at the end.
         keep: newest checkpoints to keep; the one with the best validation loss is kept besides.
         log_every: steps between lines in metrics.jsonl.
-        on_nonfinite: stop ends the run with the last good state saved; skip leaves the state as it was and counts the step.
+        on_nonfinite: stop ends the run with the last good state saved; skip leaves the state as it was and
+            counts the step.
         resume: continue from output_dir when it holds a checkpoint; false refuses to touch such a directory.
         sample_prompts: instructions to answer at the end of the run, shown as text.
         sample_tokens: length of those answers.
@@ -245,7 +256,8 @@ class RunConfig:
         train: the loop.
         mesh: the devices.
         output_dir: where checkpoints, metrics and plots go.
-        stages: several runs in a row, e.g. pretraining then instruction tuning: each entry has a name and the keys that differ; a stage starts from the one before it.
+        stages: several runs in a row, e.g. pretraining then instruction tuning: each entry has a name and
+            the keys that differ; a stage starts from the one before it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +83,6 @@ def _train(config: RunConfig, console: Console) -> Outcome:
         shape = _with_special_ids(shape, tokenizer)
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
-        import json
-
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
     job = Job(
         config=config,
@@ -93,7 +95,7 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     )
     outcome = train(job, console)
     if outcome.finished:
-        _samples(config, outcome, data, tokenizer, console)
+        _samples(config, outcome, tokenizer, console)
         _summary(config, outcome, console)
     return outcome
 
@@ -108,8 +110,6 @@ def _shape(config: RunConfig, source: Any) -> Any:
 
 
 def _with_special_ids(shape: Any, tokenizer: Tokenizer) -> Any:
-    import dataclasses
-
     return dataclasses.replace(
         shape, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id
     )
@@ -121,20 +121,35 @@ def _tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str, byt
 
     if config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer.path)
-        return tokenizer, {path.name: path.read_bytes() for path in tokenizer.files}
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            return tokenizer, _read_files(Path(folder))
     if source is not None:
         tokenizer = load_tokenizer(source.tokenizer_dir)
         return tokenizer, {path.name: path.read_bytes() for path in source.tokenizer_files}
     if not config.tokenizer.train_on:
         raise UserError("tokenizer: a fresh model has none; set tokenizer.path, or tokenizer.train_on to train one")
     directory = Path(config.output_dir) / "tokenizer"
-    if (directory / "tokenizer.model").is_file():
-        tokenizer = load_tokenizer(directory)  # of the run that is resumed
-    else:
-        from jaxlm.data.sources import text_files
+    if not directory.is_dir():  # else it belongs to the run that is resumed
+        unfinished = directory.with_name(f".tokenizer-{os.getpid()}")
+        train_sentencepiece(_text_files(config.tokenizer.train_on), config.tokenizer.vocab_size, unfinished)
+        unfinished.replace(directory)
+    return load_tokenizer(directory), _read_files(directory)
 
-        tokenizer = train_sentencepiece(text_files(config.tokenizer.train_on), config.tokenizer.vocab_size, directory)
-    return tokenizer, {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+def _read_files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def _text_files(names: Sequence[str]) -> list[Path]:
+    """Files as given; of a folder, every .txt file below it."""
+    files: list[Path] = []
+    for path in map(Path, names):
+        found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"tokenizer.train_on: no .txt file below {path}")
+        files += found
+    return files
 
 
 def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console) -> Data:
@@ -151,7 +166,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
             max_positions=shape.max_position_embeddings,
         )
     if jax.process_index() == 0:
-        console.print(data.report.describe(), highlight=False)
+        console.print("\n".join(data.report.lines()), highlight=False)
     return data
 
 
@@ -182,18 +197,18 @@ def _preview(config: RunConfig, batches: int, console: Console) -> None:
     tokenizer, _ = _tokenizer(config, source)
     data = _data(config, tokenizer, _shape(config, source), console)
     train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps, 0, 1)
-    for number in range(min(batches, train.total_steps)):
+    for number in range(min(batches, len(train))):
         console.rule(f"batch {number}")
-        preview(next(train), tokenizer, console)
+        preview(train[number], tokenizer, console)
 
 
-def _samples(config: RunConfig, outcome: Outcome, data: Data, tokenizer: Tokenizer, console: Console) -> None:
+def _samples(config: RunConfig, outcome: Outcome, tokenizer: Tokenizer, console: Console) -> None:
     if not config.train.sample_prompts:
         return
     from jaxlm.parallel.mesh import use_mesh
     from jaxlm.training.samples import greedy_answers
 
-    prompts = [data.encode_prompt(text) for text in config.train.sample_prompts]
+    prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     stops = [token for token in (tokenizer.eos_id,) if token is not None]
     with use_mesh(outcome.mesh):
         answers = greedy_answers(outcome.model, outcome.variables, prompts, config.train.sample_tokens, stops)
@@ -203,32 +218,45 @@ def _samples(config: RunConfig, outcome: Outcome, data: Data, tokenizer: Tokeniz
         console.print(f"  {tokenizer.decode(answer).strip()}", highlight=False, markup=False)
 
 
+def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+    """A question in the template of the first source, as tokens up to where the answer begins."""
+    from jaxlm.data.examples import prompt_ids
+    from jaxlm.data.sources import Record, read_records
+    from jaxlm.data.templates import choose_template, load_template
+
+    source = config.data.train[0]
+    name = source.template
+    if name == "auto":
+        name = choose_template(next(read_records(source)), tokenizer, source.columns)
+    # Whatever schema the template reads, it finds the question.
+    fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
+    return prompt_ids(load_template(name, tokenizer), Record("train.sample_prompts", fields), tokenizer)
+
+
 def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
-    from rich.table import Table
+    from jaxlm.training.report import print_pairs
 
     out = Path(config.output_dir)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("adapter" if config.lora else "model", str(outcome.checkpoint))
+    pairs = []
+    pairs.append(("adapter" if config.lora else "model", str(outcome.checkpoint)))
     if outcome.best is not None and outcome.best[0] != outcome.step:
-        table.add_row("best", f"{out / 'checkpoints' / str(outcome.best[0])} (validation loss {outcome.best[1]:.4f})")
-    table.add_row("metrics", str(out / "metrics.jsonl"))
-    table.add_row("loss curve", str(out / "loss.png"))
+        pairs.append(("best", f"{out / 'checkpoints' / str(outcome.best[0])} (validation loss {outcome.best[1]:.4f})"))
+    pairs.append(("metrics", str(out / "metrics.jsonl")))
+    pairs.append(("loss curve", str(out / "loss.png")))
     if len(outcome.validation) > 1:
         first, last = outcome.validation[0], outcome.validation[-1]
-        table.add_row("validation loss", f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}")
+        pairs.append(("validation loss", f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}"))
     if config.lora is None:
-        table.add_row("next", f"convert jax-to-hf {out} {out.parent / (out.name + '-hf')}")
+        pairs.append(("next", f"convert jax-to-hf {out} {out.parent / (out.name + '-hf')}"))
     else:
-        table.add_row("next", f"convert jax-to-peft {out} {out.parent / (out.name + '-peft')}")
-        table.add_row("or", f"convert merge {config.model.path} {out} {out.parent / (out.name + '-merged')}")
+        pairs.append(("next", f"convert jax-to-peft {out} {out.parent / (out.name + '-peft')}"))
+        pairs.append(("or", f"convert merge {config.model.path} {out} {out.parent / (out.name + '-merged')}"))
     console.print()
-    console.print(table, highlight=False)
+    print_pairs(console, pairs)
 
 
 def _use_compilation_cache(setting: str | None) -> None:
     """Compiled programs are kept between runs, so that the second start of a run is quick."""
-    import os
-
     import jax
 
     if setting == "off":

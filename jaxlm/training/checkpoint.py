@@ -1,7 +1,7 @@
 """Checkpoints of a run: Orbax, asynchronous, atomic; everything needed to go on exactly.
 
-A step directory holds `model/` (what trains: {'params'} or {'lora'}), `train/` (optimizer, step, key),
-and `jaxlm/` (model.json, run.json, data.json: the iterator's state, tokenizer files), so that it can stand alone as a model.
+A step directory holds `model/` (what trains: {'params'} or {'lora'}), `train/` (optimizer, step, key), and
+`jaxlm/` (model.json, run.yaml, data.json: the iterator's state, tokenizer files): it can stand alone as a model.
 """
 
 from __future__ import annotations

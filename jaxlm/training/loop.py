@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from rich.console import Console
-from rich.table import Table
 
 from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.loader import Data
@@ -35,6 +34,7 @@ from jaxlm.training.report import (
     flops_per_token,
     human_bytes,
     plot_losses,
+    print_pairs,
     read_metrics,
 )
 from jaxlm.training.resume import check_unchanged
@@ -144,7 +144,7 @@ def train(job: Job, console: Console) -> Outcome:
         jax.process_index(),
         jax.process_count(),
     )
-    total = batches.total_steps
+    total = len(batches)
     schedule = make_schedule(config.optimizer, total)
     optimizer = make_optimizer(config.optimizer, schedule)
     setup = Initializer(model, config.lora, mesh, optimizer)
@@ -164,9 +164,8 @@ def train(job: Job, console: Console) -> Outcome:
         step = steps_saved[-1]
         check_unchanged(checkpoints.files(step), config, job.data.fingerprint, checkpoints.path(step))
         state, data_state = checkpoints.restore(step, setup.abstract_state())
-        batches.set_state(data_state)
     else:
-        step = 0
+        step, data_state = 0, {"step": 0}
         state = setup.new_state(_new_trainable(job, setup, base), config.train.seed)
     del base
 
@@ -223,13 +222,15 @@ def train(job: Job, console: Console) -> Outcome:
         report.pause()
         return float(result["validation_loss"])
 
-    saved, best_loss = step, None
-    with _StopSignal() as stop, contextlib.closing(report), contextlib.closing(batches):
+    saved = step
+    rows = batches.iterator()
+    rows.set_state(data_state)
+    with _StopSignal() as stop, contextlib.closing(report), contextlib.closing(rows):
         try:
             if step == 0:
                 evaluate(0)
             while step < total and stop.name is None:
-                batch = put_batch(next(batches), mesh)
+                batch = put_batch(next(rows), mesh)
                 state, metrics = train_step(state, frozen, batch)
                 step += 1
                 finish_pending()
@@ -238,16 +239,16 @@ def train(job: Job, console: Console) -> Outcome:
                 due_save = _due(step, config.train.save_every, total)
                 if due_eval or due_save:
                     finish_pending()
-                    best_loss = evaluate(step) if due_eval else None
+                    validation_loss = evaluate(step) if due_eval else None
                     if due_save:
-                        saved = checkpoints.save(state, batches.get_state(), files, best_loss)
+                        saved = checkpoints.save(state, rows.get_state(), files, validation_loss)
                         report.pause()
             finish_pending()
             if saved != step:
-                saved = checkpoints.save(state, batches.get_state(), files, None)
+                saved = checkpoints.save(state, rows.get_state(), files, None)
             checkpoints.wait()
         except _NonFinite as error:
-            saved = checkpoints.save(state, batches.get_state(), files, None)
+            saved = checkpoints.save(state, rows.get_state(), files, None)
             checkpoints.close()
             raise UserError(
                 f"{error}; parameters are those before it, saved in {checkpoints.path(saved)}. Lower "
@@ -355,7 +356,7 @@ def _compile(
             .compile()
         )
         eval_step = None
-        if job.data.has_validation:
+        if job.data.validation is not None:
             eval_step = (
                 jax.jit(make_eval_step(setup.model), out_shardings=everywhere)
                 .lower(state.trainable, frozen, abstract_batch(1, _eval_rows(config, rows_axis_size(mesh))))
@@ -387,7 +388,8 @@ def _evaluate(
     rows = _eval_rows(job.config, row_groups)
     sums = dict.fromkeys(("loss", "correct", "target_tokens"), 0.0)
     for batch in job.data.eval_batches(rows, jax.process_index(), jax.process_count()):
-        out = jax.device_get(eval_step(state.trainable, frozen, put_batch(batch, mesh)))
+        micro = put_batch({name: array[None] for name, array in batch.items()}, mesh)
+        out = jax.device_get(eval_step(state.trainable, frozen, micro))
         for key in sums:
             sums[key] += float(out[key])
     loss = sums["loss"] / max(sums["target_tokens"], 1.0)
@@ -425,25 +427,24 @@ def _announce(
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     train_bytes = bytes_per_device(setup.trainable, setup.trainable_shardings)
     opt_bytes = bytes_per_device(setup.opt_state, setup.opt_shardings)
-    table = Table(show_header=False, box=None, pad_edge=False)
+    pairs = []
     start = config.model.path or f"fresh {config.model.shape}"
-    table.add_row("model", f"{start}: {everything:,} parameters, {job.model.num_layers} layers")
+    pairs.append(("model", f"{start}: {everything:,} parameters, {job.model.num_layers} layers"))
     how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
-    table.add_row("trained", f"{trained:,} ({trained / everything:.2%}): {how}")
-    table.add_row("devices", f"{len(devices)} {devices[0].device_kind}, {axes}")
+    pairs.append(("trained", f"{trained:,} ({trained / everything:.2%}): {how}"))
+    pairs.append(("devices", f"{len(devices)} {devices[0].device_kind}, {axes}"))
     needs = "" if memory is None else f"{human_bytes(memory)} by the compiler's count; "
-    table.add_row(
-        "memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}"
+    pairs.append(
+        ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}")
     )
-    table.add_row("attention", attention)
+    pairs.append(("attention", attention))
     rows, length = config.train.global_batch_size, config.data.sequence_length
-    table.add_row(
-        "a step", f"{rows} rows of {length} = {rows * length:,} tokens, in {accumulation} micro-steps; {total} steps"
-    )
-    table.add_row("precision", f"parameters {config.model.param_dtype}, compute {config.model.dtype}")
-    table.add_row("remat", config.model.remat)
-    table.add_row("compiled", f"in {compile_seconds:.1f} s")
+    micro = "" if accumulation == 1 else f", in {accumulation} micro-steps"
+    pairs.append(("a step", f"{rows} rows of {length} = {rows * length:,} tokens{micro}; {total} steps"))
+    pairs.append(("precision", f"parameters {config.model.param_dtype}, compute {config.model.dtype}"))
+    pairs.append(("remat", config.model.remat))
+    pairs.append(("compiled", f"in {compile_seconds:.1f} s"))
     if step:
-        table.add_row("resumed", f"from step {step}")
-    console.print(table, highlight=False)
+        pairs.append(("resumed", f"from step {step}"))
+    print_pairs(console, pairs)
 

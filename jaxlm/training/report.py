@@ -228,10 +228,19 @@ def plot_losses(metrics: list[dict[str, Any]], target: Path) -> None:
     pyplot.close(figure)
 
 
-def _smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    smooth, decay = points[0][1], 0.9
+def _smoothed(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[int, float]]:
+    """Exponential moving average without the pull of its start (Adam's bias correction)."""
+    total, weight = 0.0, 0.0
     result = []
     for step, value in points:
-        smooth = decay * smooth + (1 - decay) * value
-        result.append((step, smooth))
+        total = decay * total + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        result.append((step, total / weight))
     return result
+
+
+def print_pairs(console: Console, pairs: list[tuple[str, str]]) -> None:
+    """Aligned 'name  value' lines; values are never wrapped, so that paths can be copied."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        console.print(f"{name:{width}}  {value}", highlight=False, markup=False, soft_wrap=True)

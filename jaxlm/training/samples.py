@@ -6,7 +6,7 @@ Each token runs the whole row again. That needs no cache and serves a handful of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def greedy_answers(
 
         def one_more(carry: Any) -> Any:
             tokens, ends, done = carry
-            hidden, head = model.apply(variables, tokens, method="hidden")
+            hidden, head = cast(tuple[jax.Array, jax.Array], model.apply(variables, tokens, method="hidden"))
             last = hidden[rows, ends - 1]
             logits = jnp.einsum("bd,vd->bv", last, head.astype(last.dtype), preferred_element_type=jnp.float32)
             best = jnp.argmax(logits, -1).astype(jnp.int32)

@@ -38,11 +38,11 @@ class TrainState:
         skipped: steps that were not taken because loss or gradient was not finite, int32.
     """
 
-    step: jax.Array
+    step: Any
     trainable: Any
     opt_state: Any
-    dropout_key: jax.Array
-    skipped: jax.Array
+    dropout_key: Any
+    skipped: Any
 
 
 def abstract_variables(model: Llama) -> Any:
@@ -169,7 +169,7 @@ def _pick(base: Any, like: Any) -> Any:
 
 
 def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Moments lie where their parameters lie; what has another shape (counts, Adafactor's rows and columns) is replicated."""
+    """Moments lie where their parameters lie; what has another shape (counts, Adafactor's factors) is replicated."""
     where = jax.tree_util.keystr
     known = {
         where(path): (leaf.shape, sharding)
