@@ -11,6 +11,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxlm.models.lora import LoraSpec
@@ -23,7 +24,12 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     Own gradient for two reasons: both products stay two-dimensional (XLA's CPU backend is slow on
     the others), and the kernel's gradient keeps the float32 accumulator instead of going through bfloat16.
     """
-    return _dot(x.astype(dtype), kernel.astype(dtype), 1, 0).astype(dtype)
+    return _product(x, kernel, dtype)
+
+
+def _product(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    # Named, so that a remat policy can keep it: in `dtype`, not as the float32 accumulator.
+    return checkpoint_name(_dot(x.astype(dtype), kernel.astype(dtype), 1, 0).astype(dtype), "matmul")
 
 
 def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
@@ -31,7 +37,8 @@ def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
 
 
 def _matmul_fwd(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return matmul(x, kernel, dtype), (x, kernel)
+    # Not through `matmul`: a remat policy does not see into a function with a gradient of its own.
+    return _product(x, kernel, dtype), (x, kernel)
 
 
 def _matmul_bwd(

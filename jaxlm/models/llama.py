@@ -27,7 +27,7 @@ from jaxlm.models.shapes import LlamaConfig
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "qkv_out": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
 }
 
 
