@@ -81,7 +81,10 @@ def from_list(items: Sequence[Example], source: Sequence[int] | NDArray[np.int32
 
 @dataclass
 class SourceReport:
-    """What became of a source: counts of records and of the tokens kept."""
+    """What became of a source.
+
+    `records` counts all that were read, or after a split off for validation those that are left; tokens are those kept.
+    """
 
     path: str
     template: str
@@ -318,12 +321,24 @@ def split_off(examples: Examples, count: int, seed: int) -> tuple[Examples, Exam
     return examples.take(np.sort(order[count:])), examples.take(np.sort(order[:count]))
 
 
-def count_split(reports: Sequence[SourceReport], examples: Examples) -> tuple[SourceReport, ...]:
-    """The reports with tokens counted over `examples` only."""
-    result = []
-    for number, report in enumerate(reports):
-        mine = [examples[int(i)] for i in np.flatnonzero(examples.source == number)]
-        tokens = sum(len(item.input_ids) for item in mine)
-        trained = sum(int(item.loss_mask.sum()) for item in mine)
-        result.append(dataclasses.replace(report, records=len(mine), tokens=tokens, trained_tokens=trained))
-    return tuple(result)
+def count_split(
+    reports: Sequence[SourceReport], train: Examples, validation: Examples
+) -> tuple[tuple[SourceReport, ...], tuple[SourceReport, ...]]:
+    """The sources' reports after a split: for training, where what was cut and dropped stays, and for validation."""
+
+    def counted(number: int, report: SourceReport, part: Examples) -> SourceReport:
+        mine = part.source == number
+        trained_before = np.concatenate([[0], np.cumsum(part.loss_mask)])
+        trained = np.diff(trained_before[part.offsets])
+        return dataclasses.replace(
+            report,
+            records=int(mine.sum()),
+            tokens=int(part.lengths[mine].sum()),
+            trained_tokens=int(trained[mine].sum()),
+        )
+
+    clean = [SourceReport(report.path, report.template) for report in reports]
+    return (
+        tuple(counted(number, report, train) for number, report in enumerate(reports)),
+        tuple(counted(number, report, validation) for number, report in enumerate(clean)),
+    )

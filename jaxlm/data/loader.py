@@ -424,7 +424,7 @@ def build_data(
             )
         if config.validation > 0:
             train, validation = split_off(train, config.validation, seed)
-            validation_reports = count_split(reports, validation)
+            reports, validation_reports = count_split(reports, train, validation)
     elif config.validation:
         validation, validation_reports = build_examples(config.validation, config, tokenizer, vocab_size, progress)
     # Everything that decides tokens and order; the number of workers does not.

@@ -105,7 +105,19 @@ def _field(record: Record, field: str, columns: Mapping[str, str], template: str
             f"{', '.join(map(str, record.data)) or 'none'}. Choose another template, or name the column: "
             f"columns: {{{field}: NAME}}"
         )
-    return str(value)
+    return _checked(record, str(value))
+
+
+def _checked(record: Record, text: str) -> str:
+    """The text, unless it holds half of a character: JSON can say "\\ud83d", and no tokenizer takes that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"data: {record.name} holds an incomplete Unicode character (a lone surrogate) "
+            f"after {text[max(0, error.start - 20) : error.start]!r}; repair or remove the record"
+        ) from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,9 @@ def read_messages(record: Record, columns: Mapping[str, str], template: str) -> 
         extra = _field(record, "input", columns, template, default="")
         answer = record.data.get(columns.get("output", "output"))
         messages = [{"role": "user", "content": question + (f"\n\n{extra}" if extra else "")}]
-        return messages if answer is None else [*messages, {"role": "assistant", "content": str(answer)}]
+        return (
+            messages if answer is None else [*messages, {"role": "assistant", "content": _checked(record, str(answer))}]
+        )
     turns = record.data.get(name) if name else None
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise UserError(
@@ -188,7 +202,7 @@ def read_messages(record: Record, columns: Mapping[str, str], template: str) -> 
                 f"data: {record.name}: message {number} must have a role ({', '.join(ROLES)}) and a text content, "
                 f"found role {role!r} and content of type {type(content).__name__}"
             )
-        messages.append({"role": ROLES[role], "content": content})
+        messages.append({"role": ROLES[role], "content": _checked(record, content)})
     return messages
 
 

@@ -143,7 +143,10 @@ def test_evaluation_sees_every_row_once(tokenizer: Tokenizer, tmp_path: Path, pa
         assert same(batch, {key: np.concatenate([half[step][key] for half in halves]) for key in KEYS})
     kept = {tuple(data.train[i].input_ids) for i in range(len(data.train))}
     assert not any(tuple(data.validation[i].input_ids) in kept for i in range(17))
-    assert data.report.validation[0].records == 17
+    train, held = data.report.train[0], data.report.validation[0]
+    assert (train.records, train.tokens) == (43, len(data.train.input_ids))
+    assert (held.records, held.tokens) == (17, len(data.validation.input_ids))
+    assert (train.trained_tokens, held.trained_tokens) == (data.train.loss_mask.sum(), data.validation.loss_mask.sum())
 
 
 def test_validation_sources(tokenizer: Tokenizer, tmp_path: Path) -> None:

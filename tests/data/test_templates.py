@@ -160,6 +160,13 @@ def test_bad_conversations(tokenizer: Tokenizer, data: dict[str, Any], message: 
         load_template("vicuna_v1.1", tokenizer).render(Record("f:3", data))
 
 
+def test_half_a_character(tokenizer: Tokenizer) -> None:
+    data = json.loads('{"text": "granite \\ud83d", "messages": [{"role": "user", "content": "\\ud83d"}]}')
+    for template in ("text", "vicuna_v1.1"):
+        with pytest.raises(UserError, match="f:9 holds an incomplete Unicode character"):
+            load_template(template, tokenizer).render(Record("f:9", data))
+
+
 def test_own_template_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
 
