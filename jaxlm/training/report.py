@@ -66,7 +66,8 @@ class MetricsWriter:
     ) -> None:
         self.path = output_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= resumed_step]
+            # A run that starts over from step 0 evaluates that step again.
+            kept = [line for line in read_metrics(self.path) if 0 < resumed_step >= line["step"]]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
