@@ -68,7 +68,10 @@ class PeftSource(StackedTensors):
         tensors = _canonical_names(tensors, weights)
         saved = _saved_in_file(saved, tensors, peft_config, config, weights)
         self.lora, self.layers = parse_config(peft_config, saved, config, where)
-        specs = resolve_lora(config, self.lora, self.layers)
+        try:
+            specs = resolve_lora(config, self.lora, self.layers)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         entries = peft_entries(config, specs)
         if not any(entry.name in tensors for entry in entries):
             raise UserError(f"{weights}: holds none of the LoRA tensors, e.g. no {entries[0].name!r}; save it again")
@@ -77,6 +80,12 @@ class PeftSource(StackedTensors):
             entry, shape = _saved_entry(module, tensors, config)
             entries.append(entry)
             shapes[entry.path] = shape
+        for name in tensors:
+            if name.endswith("layernorm.weight"):
+                raise UserError(
+                    f"{weights}: saves {name!r} (PEFT takes 'norm' in modules_to_save for the layers' norms too); "
+                    "only the final norm can be saved in full: train with 'model.norm'"
+                )
         match_tensors(weights, tensors, entries)
         self.add(weights, shapes, tensors, entries)
 

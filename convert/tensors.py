@@ -74,7 +74,7 @@ class StoredTensor:
         """The whole tensor, in C order."""
         out = np.empty(self.shape, self.dtype)
         perm = tuple(range(len(self.shape)))
-        self.read_into(out, Layout(self.shape, self.shape, perm), tuple(slice(0, size) for size in self.shape))
+        self.read_into(out, Layout(self.shape, self.shape, perm), tuple(slice(0, size, 1) for size in self.shape))
         return out
 
     def read_into(self, out: np.ndarray, layout: Layout, index: tuple[slice, ...]) -> None:

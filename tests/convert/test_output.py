@@ -1,0 +1,153 @@
+"""The destination is complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.output import human, output_directory, parse_size
+from jaxlm.errors import UserError
+from tests.convert.test_source import write_hf_sharded, write_native
+
+
+def test_appears_at_the_end(tmp_path: Path) -> None:
+    with output_directory(tmp_path / "a" / "b", 0) as folder:
+        (folder / "x").write_text("1")
+        assert folder.parent == tmp_path / "a" and folder.name.startswith(".b.tmp-")
+        assert not (tmp_path / "a" / "b").exists()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)])
+def test_vanishes_on_any_error(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), output_directory(tmp_path / "b", 0) as folder:
+        (folder / "x").write_text("1")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_existing_destination(kind: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    target = tmp_path / "out"
+    {"file": target.touch, "directory": target.mkdir, "link": lambda: target.symlink_to("nowhere")}[kind]()
+    assert "exists already" in refused("hf-to-jax", tmp_path / "hf", target)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"), (errno.EACCES, "may not")],
+)
+@pytest.mark.parametrize("verb", ["hf-to-jax", "jax-to-hf"])
+def test_disk_errors(
+    verb: str, number: int, words: str, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    write_native(tmp_path / "jax")
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("convert.output._write" if verb == "jax-to-hf" else "convert.native._write_small", fail)
+    assert words in refused(verb, tmp_path / verb.split("-")[0], tmp_path / "out")
+
+
+def test_too_little_space(tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    usage = type(shutil.disk_usage(tmp_path))(10**6, 10**6 - 100, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "the disk has only 100 B free" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
+
+
+def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
+    """TensorStore raises ValueError, not OSError."""
+    import convert.native
+
+    write_hf_sharded(tmp_path / "hf")
+
+    class Full:
+        def result(self) -> None:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    class Store:
+        def __getitem__(self, index: Any) -> Any:
+            return self
+
+        def write(self, block: Any) -> Full:
+            return Full()
+
+    monkeypatch.setattr(convert.native, "_create", lambda *arguments: Store())
+    assert "the disk is full" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_parent(tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "may not be written" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "locked" / "out")
+
+
+def test_parent_is_a_file(tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    (tmp_path / "file").touch()
+    assert "cannot be created" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "file" / "out")
+
+
+def test_truncated_while_reading_leaves_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    shard = sorted((tmp_path / "hf").glob("*.safetensors"))[2]
+    os.truncate(shard, shard.stat().st_size - 1)
+    message = refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
+    assert str(shard) in message and "cut short inside tensor 'model.layers." in message
+
+
+def test_terminated(tmp_path: Path) -> None:
+    """SIGTERM in the middle of writing removes the temporary directory."""
+    write_hf_sharded(tmp_path / "hf")
+    code = (
+        "import sys, time, convert.native as n\n"
+        "n._write_tree = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
+        "from convert.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, "hf-to-jax", str(tmp_path / "hf"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    process.stdout.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_sizes() -> None:
+    assert [parse_size(s) for s in ("5GB", "400mb", "1.5 KB", "12", "7B")] == [5 * 10**9, 4 * 10**8, 1500, 12, 7]
+    for bad in ("", "GB", "5XB", "-1GB", "0", "nan", "inf"):
+        with pytest.raises(UserError, match="--shard-size"):
+            parse_size(bad)
+    assert [human(n) for n in (0, 999, 1000, 2.4e9, 1e13)] == ["0 B", "999 B", "1.0 kB", "2.4 GB", "10.0 TB"]
+
+
+def test_help_is_fast_and_complete() -> None:
+    """No heavy import before a command is known."""
+    code = (
+        "import sys, convert.cli\n"
+        "convert.cli._parser().format_help()\n"
+        "print([m for m in ('numpy', 'jax', 'tensorstore', 'rich', 'torch') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+    for verb in ("hf-to-jax", "jax-to-hf", "peft-to-jax", "jax-to-peft", "merge", "inspect"):
+        command = [sys.executable, "-m", "convert", verb, "--help"]
+        assert verb in subprocess.run(command, capture_output=True, text=True, check=True).stdout
