@@ -29,6 +29,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """
     if config.warmup_steps and config.warmup_ratio:
         raise UserError("optimizer: give warmup_steps or warmup_ratio, not both")
+    if config.warmup_steps < 0:
+        raise UserError(f"optimizer.warmup_steps: {config.warmup_steps} is negative")
     if not 0 <= config.warmup_ratio <= 1:
         raise UserError(f"optimizer.warmup_ratio: {config.warmup_ratio} is not between 0 and 1")
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)

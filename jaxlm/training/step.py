@@ -55,7 +55,7 @@ def make_train_step(
     """(state, frozen, batch) -> (state, metrics); not jitted.
 
     The batch has leaves [A, B, T]; A micro-steps are scanned and their gradients summed in float32.
-    A step whose loss or gradient is not finite leaves parameters and optimizer as they were and is counted.
+    A step whose loss, gradient or learning rate is not finite leaves parameters and optimizer as they were and is counted.
     """
 
     def loss_fn(trainable: Any, frozen: Any, micro: Batch, weights: jax.Array, key: jax.Array) -> jax.Array:
@@ -94,14 +94,19 @@ def make_train_step(
                 micro_step, (jnp.float32(0), zeros), (batch, weights, jnp.arange(steps))
             )
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
+        factor = jnp.float32(1.0)
         if clip_norm > 0:
             factor = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
-            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+        # In the parameters' dtype, or the optimizer's moments would change theirs from one step to the next.
+        grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # The rate the optimizer uses: a skipped step does not move its count. An update is a few times the rate, and
+        # weights whose square overflows make RMSNorm's output zero and the loss log(V): finite, so it would go unnoticed.
+        rate = schedule(state.step - state.skipped)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(jnp.square(rate))
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         new_state = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
@@ -112,7 +117,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": schedule(state.step),
+            "learning_rate": rate,
             "target_tokens": (weights > 0).sum(),
             "tokens": (batch["segment_ids"] > 0).sum(),
             "skipped": new_state.skipped,

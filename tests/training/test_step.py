@@ -1,0 +1,311 @@
+"""The train step: accumulation, normalisation, clipping, bad numbers, donation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.models.llama import Llama
+from jaxlm.models.lora import resolve_lora
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.parallel.mesh import make_mesh, put_batch
+from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.state import Initializer, TrainState
+from jaxlm.training.step import loss_weights, make_eval_step, make_train_step
+from tests.models.compare import assert_trees_close, random_tree
+
+CONFIG = LlamaConfig(
+    vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
+)
+MODEL = Llama(CONFIG)
+ROWS, T = 8, 12
+SGD = optax.sgd(1.0)  # new parameters = old - gradient: shows the gradient itself
+
+
+@functools.cache
+def params() -> Any:
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    return random_tree(nn.unbox(shapes)["params"], 1)
+
+
+def batch(micro_steps: int = 1, seed: int = 0) -> dict[str, np.ndarray]:
+    """ROWS rows with very different numbers of targets, as [A, ROWS / A, T]."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(T)[None] >= np.array([0, 11, 3, 12, 12, 6, 9, 1])[:, None]  # rows 3 and 4 have no target
+    rows = dict(
+        input_ids=rng.integers(0, 48, (ROWS, T)).astype(np.int32),
+        loss_mask=mask,
+        segment_ids=np.repeat([1, 2], [7, 5])[None].repeat(ROWS, 0).astype(np.int32),
+        positions=np.r_[0:7, 0:5][None].repeat(ROWS, 0).astype(np.int32),
+    )
+    return {key: value.reshape(micro_steps, -1, T) for key, value in rows.items()}
+
+
+def state(trainable: Any = None, optimizer: optax.GradientTransformation = SGD) -> TrainState:
+    trainable = {"params": jax.tree.map(jnp.array, params())} if trainable is None else trainable
+    return TrainState(
+        step=jnp.int32(0),
+        trainable=trainable,
+        opt_state=optimizer.init(trainable),
+        dropout_key=jax.random.key_data(jax.random.key(0)),
+        skipped=jnp.int32(0),
+    )
+
+
+@functools.cache
+def sgd_step(normalisation: Any = "tokens", clip: float = 0.0, group_rows: int = 1) -> Any:
+    config = TrainConfig(loss_normalisation=normalisation)
+    return jax.jit(make_train_step(MODEL, SGD, optax.constant_schedule(1.0), config, clip, group_rows))
+
+
+def gradient(new: TrainState) -> Any:
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params(), new.trainable["params"])
+
+
+@functools.cache
+def row_losses() -> Any:
+    """Sum of target losses and its gradient for given token weights, one plain pass."""
+
+    def total(p: Any, b: Any, weights: Any) -> Any:
+        logits = MODEL.apply({"params": p}, b["input_ids"][0], b["positions"][0], b["segment_ids"][0])
+        log_probs = jax.nn.log_softmax(logits[:, :-1])
+        picked = jnp.take_along_axis(log_probs, b["input_ids"][0][:, 1:, None], -1)[..., 0]
+        return -jnp.sum(picked * weights[:, 1:])
+
+    return jax.jit(jax.value_and_grad(total))
+
+
+def test_accumulation_is_one_large_batch() -> None:
+    """A=4 against A=1: the same sums in another order, float32; targets are counted over all rows, not per micro-step."""
+    one, one_metrics = sgd_step()(state(), {}, batch(1))
+    four, four_metrics = sgd_step()(state(), {}, batch(4))
+    np.testing.assert_allclose(four_metrics["loss"], one_metrics["loss"], rtol=1e-6)
+    assert_trees_close(gradient(four), gradient(one), 2e-5)
+    assert four_metrics["target_tokens"] == one_metrics["target_tokens"]
+
+    mask = batch()["loss_mask"][0].astype(np.float32)
+    mask[:, 0] = 0
+    loss, grads = row_losses()(params(), batch(), mask / mask.sum())
+    np.testing.assert_allclose(one_metrics["loss"], loss, rtol=1e-5)
+    assert_trees_close(gradient(one), grads, 2e-5)
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(one_metrics["grad_norm"], norm, rtol=1e-5)
+    assert one_metrics["target_tokens"] == mask.sum()
+    assert one_metrics["tokens"] == ROWS * T
+
+
+def test_mean_of_means_is_alpaca_loras_rule() -> None:
+    """HF's old Trainer: each device's micro-batch takes its mean, gradients of devices and micro-steps are averaged."""
+    new, metrics = sgd_step("mean_of_means", group_rows=2)(state(), {}, batch(2))
+    mask = batch()["loss_mask"][0].astype(np.float32)
+    mask[:, 0] = 0
+    means, counted = [], 0
+    for start in range(0, ROWS, 2):  # micro-batches of two rows; one of them has no target and is no mean
+        group = np.zeros_like(mask)
+        group[start : start + 2] = mask[start : start + 2]
+        if group.sum():
+            means.append(row_losses()(params(), batch(), group / group.sum()))
+            counted += 1
+    assert counted == 4
+    np.testing.assert_allclose(metrics["loss"], np.mean([loss for loss, _ in means]), rtol=1e-5)
+    expected = jax.tree.map(lambda *g: np.mean(g, axis=0), *[grads for _, grads in means])
+    assert_trees_close(gradient(new), expected, 2e-5)
+
+
+def test_weights_of_groups() -> None:
+    mask = jnp.asarray(batch(2)["loss_mask"])
+    tokens = loss_weights(mask, "tokens", 1)
+    np.testing.assert_allclose(tokens.sum(), 1.0, rtol=1e-6)
+    assert not np.any(tokens[..., 0]) and len(np.unique(tokens)) == 2
+    rows = np.asarray(loss_weights(mask, "mean_of_means", 1)).sum(-1).reshape(-1)
+    # Rows with a target weigh 1/6 each; the two without are no means of anything.
+    np.testing.assert_allclose(rows, np.array([1, 1, 1, 0, 0, 1, 1, 1]) / 6, rtol=1e-5)
+    empty = loss_weights(jnp.zeros_like(mask), "mean_of_means", 2)
+    assert not np.any(empty) and not np.any(loss_weights(jnp.zeros_like(mask), "tokens", 2))
+
+
+def test_batch_without_targets() -> None:
+    empty = batch()
+    empty["loss_mask"] = np.zeros_like(empty["loss_mask"])
+    new, metrics = sgd_step()(state(), {}, empty)
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and metrics["skipped"] == 0
+    jax.tree.map(np.testing.assert_array_equal, new.trainable["params"], params())
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e6])
+def test_clip_against_torch(clip: float) -> None:
+    torch = pytest.importorskip("torch")
+    whole, _ = sgd_step()(state(), {}, batch())
+    grads = [torch.tensor(g) for g in jax.tree.leaves(gradient(whole))]
+    tensors = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for p, g in zip(tensors, grads, strict=True):
+        p.grad = g
+    norm = torch.nn.utils.clip_grad_norm_(tensors, clip)
+    clipped, metrics = sgd_step(clip=clip)(state(), {}, batch())
+    np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-5)  # the norm before clipping
+    for a, p in zip(jax.tree.leaves(gradient(clipped)), tensors, strict=True):
+        np.testing.assert_allclose(a, p.grad.numpy(), rtol=0, atol=2e-6)
+
+
+@functools.cache
+def adamw_step(learning_rate: float = 1e-2) -> Any:
+    config = OptimizerConfig(
+        learning_rate=learning_rate, schedule="linear", warmup_steps=2, weight_decay=0.1, beta2=0.95
+    )
+    schedule = make_schedule(config, 10)
+    optimizer = make_optimizer(config, schedule)
+    step = make_train_step(MODEL, optimizer, schedule, TrainConfig(), 1.0, 1)
+    return optimizer, schedule, jax.jit(step, donate_argnums=0)
+
+
+def test_skip_leaves_the_state_and_survives_donation() -> None:
+    optimizer, schedule, step = adamw_step()
+    first, _ = step(state(optimizer=optimizer), {}, batch())
+    kept = jax.tree.map(np.array, (first.trainable, first.opt_state))
+    poisoned = jax.tree.map(np.array, first.trainable)
+    poisoned["params"]["norm"]["scale"][3] = np.nan
+    bad = first.replace(trainable=jax.tree.map(jnp.asarray, poisoned))
+    moments = jax.tree.map(np.array, bad.opt_state)
+    second, metrics = step(bad, {}, batch())
+    assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1
+    assert (second.step, second.skipped) == (2, 1)
+    jax.tree.map(np.testing.assert_array_equal, (second.trainable, second.opt_state), (poisoned, moments))
+    # Healed, it goes on, with the learning rate of an optimizer that has done one update, and says so.
+    healed = second.replace(trainable=jax.tree.map(jnp.array, kept[0]))
+    third, metrics = step(healed, {}, batch())
+    assert np.isfinite(metrics["loss"]) and (third.step, third.skipped) == (3, 1)
+    np.testing.assert_allclose(metrics["learning_rate"], schedule(1), rtol=1e-6)
+    straight, metrics = step(state(optimizer=optimizer), {}, batch())
+    straight, metrics = step(straight, {}, batch())
+    jax.tree.map(np.testing.assert_array_equal, third.trainable, straight.trainable)
+
+
+def test_huge_learning_rate_is_not_taken() -> None:
+    """RMSNorm turns weights of 1e30 into zeros and the loss into log(V), finite: it would look like training."""
+    optimizer, _, step = adamw_step(1e30)
+    current = state(optimizer=optimizer)
+    for _ in range(4):  # the first step of the warm-up has rate 0, the others 5e29
+        current, metrics = step(current, {}, batch())
+        assert np.isfinite(metrics["loss"])
+    assert (current.step, current.skipped, current.opt_state[0].count) == (4, 3, 1)
+    jax.tree.map(np.testing.assert_array_equal, current.trainable["params"], params())
+
+
+def test_donation() -> None:
+    optimizer, _, step = adamw_step()
+    old = state(optimizer=optimizer)
+    new, _ = step(old, {}, batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.trainable, old.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_state_keeps_its_dtypes(name: Any) -> None:
+    """bfloat16 parameters with accumulation in float32: a state of other dtypes could be neither donated nor restored."""
+    config = OptimizerConfig(name=name, weight_decay=0.1)
+    schedule = make_schedule(config, 10)
+    optimizer = make_optimizer(config, schedule)
+    model = Llama(CONFIG, param_dtype=jnp.bfloat16)
+    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, 1)
+    old = state({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params())}, optimizer)
+    for steps in (1, 4):
+        new, _ = jax.eval_shape(step, old, {}, batch(steps))
+        jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), old, new)
+
+
+def test_dropout_differs_between_steps_and_micro_steps() -> None:
+    settings = LoraConfig(rank=2, dropout=0.5)
+    model = Llama(CONFIG, resolve_lora(CONFIG, settings))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    lora = random_tree(nn.unbox(shapes)["lora"], 2)
+    # Rows all alike: without dropout every micro-step has the same loss.
+    same = {key: value[:, :1].repeat(2, 0) for key, value in batch().items()}
+    losses: list[float] = []
+
+    class Spy(Llama):
+        def loss(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().loss(*args, **kwargs)
+            jax.debug.callback(lambda loss: losses.append(float(loss)), out.loss, ordered=True)
+            return out
+
+    spy = Spy(CONFIG, model.adapters)
+    step = jax.jit(make_train_step(spy, optax.sgd(0.0), optax.constant_schedule(0.0), TrainConfig(), 0.0, 1))
+    current = state({"lora": lora}, optax.sgd(0.0))
+    first, metrics = step(current, {"params": params()}, same)
+    _, second = step(first, {"params": params()}, same)
+    _, again = step(current, {"params": params()}, same)
+    assert metrics["loss"] == again["loss"] != second["loss"]
+    jax.effects_barrier()
+    assert len({losses[0], losses[1], losses[2], losses[3]}) == 4
+
+
+def test_evaluation_counts() -> None:
+    step = jax.jit(make_eval_step(MODEL))
+    out = step({"params": params()}, {}, batch())
+    mask = batch()["loss_mask"][0].astype(np.float32)
+    mask[:, 0] = 0
+    expected, _ = row_losses()(params(), batch(), mask)
+    np.testing.assert_allclose(out["loss"], expected, rtol=1e-5)
+    assert out["target_tokens"] == mask.sum()
+    assert 0 <= out["correct"] <= out["target_tokens"]
+
+
+def test_five_steps_against_pytorch() -> None:
+    """The whole step: packed rows, clipping, warm-up, AdamW with a decay mask; PyTorch sees each document alone."""
+    hf = pytest.importorskip("tests.models.hf")
+    torch = hf.torch
+    torch_model, config = hf.build(tie_word_embeddings=True, initializer_range=0.1)
+    options = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.2, clip_norm=0.5)
+    schedule = make_schedule(options, 5)
+    optimizer = make_optimizer(options, schedule)
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    model = Llama(config)
+    initializer = Initializer(model, None, mesh, optimizer)
+    current = initializer.new_state({"params": jax.tree.map(jnp.array, hf.weights(torch_model, config))}, 0)
+    step = jax.jit(make_train_step(model, optimizer, schedule, TrainConfig(), 0.5, 1), donate_argnums=0)
+
+    decayed = [p for n, p in torch_model.named_parameters() if "norm" not in n]
+    rest = [p for n, p in torch_model.named_parameters() if "norm" in n]
+    torch_optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}], lr=1e-2
+    )
+    scheduler = hf.transformers.get_scheduler("cosine", torch_optimizer, 2, 5)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        # Two micro-steps of two rows; each row two documents, of which a random part is learned.
+        ids = rng.integers(0, config.vocab_size, (2, 2, 20)).astype(np.int32)
+        mask = rng.random((2, 2, 20)) < rng.random((2, 2, 1))
+        mask[..., [0, 8]] = False  # nothing predicts the first token of a document
+        segments = np.broadcast_to(np.repeat([1, 2], [8, 12]), ids.shape).astype(np.int32)
+        positions = np.broadcast_to(np.r_[0:8, 0:12], ids.shape).astype(np.int32)
+        total = torch.zeros(())
+        for row, row_mask in zip(ids.reshape(-1, 20), mask.reshape(-1, 20), strict=True):
+            for part in (slice(0, 8), slice(8, 20)):
+                tokens = torch.tensor(row[part]).long()[None]
+                logits = torch_model(tokens).logits[0, :-1]
+                each = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+                total = total + (each * torch.tensor(row_mask[part][1:])).sum()
+        total = total / int(mask.sum())
+        torch_optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(torch_model.parameters(), 0.5)
+        rate = scheduler.get_last_lr()[0]
+        torch_optimizer.step()
+        scheduler.step()
+
+        rows = put_batch(dict(input_ids=ids, loss_mask=mask, segment_ids=segments, positions=positions), mesh)
+        current, metrics = step(current, {}, rows)
+        np.testing.assert_allclose(metrics["loss"], total.item(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-3)
+        np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5, atol=1e-8)
+    assert dataclasses.asdict(options)["clip_norm"] < metrics["grad_norm"]  # clipping was at work
+    assert_trees_close(current.trainable["params"], hf.weights(torch_model, config), 1e-3)
