@@ -11,10 +11,11 @@ converter writes plain zarr3 arrays that Orbax restores all the same, with a CRC
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,28 +250,37 @@ def _write_tree(source: LeafSource, directory: Path, collection: str, advance: A
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     names = {path: (collection, *path.split("/")) for path in source.leaves}
     chunks = {}
-    # Writes run behind reads, up to this many bytes.
+    # Writes run behind reads, up to twice CHUNK_BYTES.
     pending: deque[tuple[Any, int]] = deque()
-    for path, leaf in source.leaves.items():
-        stacked = path.startswith("layers/")
-        chunks[path] = chunk_shape(leaf.shape, leaf.dtype.itemsize, stacked)
-        store = _create(model / ".".join(names[path]), leaf, chunks[path], context)
-        rows = chunks[path][1 if stacked else 0]
-        for layer in range(leaf.shape[0]) if stacked else (None,):
-            prefix: Index = () if layer is None else (slice(layer, layer + 1),)
-            count = leaf.shape[len(prefix)]
-            for start in range(0, count, rows):
-                index = (*prefix, slice(start, min(start + rows, count)))
-                # Another layout is turned a layer at a time: reading it row by row would read it many times.
-                if start == 0 and stacked:
-                    whole = source.read(path, prefix)
-                block = whole[:, index[1]] if stacked else source.read(path, index)
+    try:
+        for path, leaf in source.leaves.items():
+            chunks[path] = chunk_shape(leaf.shape, leaf.dtype.itemsize, path.startswith("layers/"))
+            store = _create(model / ".".join(names[path]), leaf, chunks[path], context)
+            for index, block in _chunks(source, path, chunks[path]):
                 pending.append((store[index].write(block), block.nbytes))
                 while sum(nbytes for _, nbytes in pending) > 2 * CHUNK_BYTES:
-                    advance(_finish(pending.popleft(), model))
-    while pending:
-        advance(_finish(pending.popleft(), model))
+                    advance(_finish(pending, model))
+        while pending:
+            advance(_finish(pending, model))
+    finally:
+        # After an error too: a write still running would put files back into a directory that is being removed.
+        for future, _ in pending:
+            future.exception()
     _write_metadata(source, directory, names, chunks, started)
+
+
+def _chunks(source: LeafSource, path: str, chunk: Shape) -> Iterator[tuple[Index, np.ndarray]]:
+    """A leaf in pieces that cover whole chunks, with their place."""
+    shape = source.leaves[path].shape
+    stacked = path.startswith("layers/")
+    rows, count = (chunk[1], shape[1]) if stacked else (chunk[0], shape[0])
+    for layer in range(shape[0] if stacked else 1):
+        prefix: Index = (slice(layer, layer + 1),) if stacked else ()
+        # Another layout is turned a layer at a time: reading it row by row would read it many times.
+        whole = source.read(path, prefix) if stacked else None
+        for start in range(0, count, rows):
+            index = (*prefix, slice(start, min(start + rows, count)))
+            yield index, source.read(path, index) if whole is None else whole[:, index[-1]]
 
 
 def _create(path: Path, leaf: LeafInfo, chunk: Shape, context: Any) -> Any:
@@ -293,18 +303,20 @@ def _create(path: Path, leaf: LeafInfo, chunk: Shape, context: Any) -> Any:
         raise _write_error(path, error) from None
 
 
-def _finish(item: tuple[Any, int], model: Path) -> int:
-    future, nbytes = item
+def _finish(pending: deque[tuple[Any, int]], model: Path) -> int:
+    """Waits for the oldest write; returns its bytes."""
+    future, nbytes = pending[0]
     try:
         future.result()
     except ValueError as error:
         raise _write_error(model, error) from None
+    pending.popleft()
     return nbytes
 
 
-def _write_error(path: Path, error: ValueError) -> UserError:
+def _write_error(path: Path, error: ValueError) -> Exception:
     if "No space left" in str(error) or "quota" in str(error):
-        return UserError(f"{path}: the disk is full; nothing was left there. Free some space")
+        return OSError(errno.ENOSPC, "No space left on device", str(path))
     return UserError(f"{path}: cannot be written ({_brief(error)})")
 
 

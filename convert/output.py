@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
             temporary.rename(final)
             _sync(final.parent)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{final}: the disk is full; nothing was left there. Free some space") from None
@@ -59,6 +60,15 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"{final}: cannot be created ({error.strerror})") from None
         raise
+
+
+def _remove(directory: Path) -> None:
+    # More than once: after an interruption, a write in another thread may put a file back into the directory.
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
 
 
 def _sync(path: Path) -> None:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.convert.tiny import make_hf_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Block sizes at which even tiny tensors take several."""
+    sizes = {
+        "convert.tensors.BLOCK_BYTES": 256,
+        "convert.tensors.STRIP_ROWS": 5,
+        "convert.names.STRIP_ROWS": 5,
+        "convert.hf.ROW_BLOCK_BYTES": 1000,
+        "convert.merge.BLOCK_BYTES": 300,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(name, size)
+        yield
 
 
 @pytest.fixture

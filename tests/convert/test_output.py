@@ -80,6 +80,11 @@ def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., 
         def result(self) -> None:
             raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
+        def exception(self) -> None:
+            waited.append(self)
+
+    waited: list[Full] = []
+
     class Store:
         def __getitem__(self, index: Any) -> Any:
             return self
@@ -88,7 +93,8 @@ def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., 
             return Full()
 
     monkeypatch.setattr(convert.native, "_create", lambda *arguments: Store())
-    assert "the disk is full" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
+    assert f"{tmp_path / 'out'}: the disk is full" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
+    assert len(waited) > 1  # for the writes under way, before their directory is removed
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

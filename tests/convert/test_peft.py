@@ -330,6 +330,15 @@ def test_wrong_kind_of_directory(tmp_path: Path, run: Callable[..., str], refuse
         open_adapter(adapter)
 
 
+def test_directories_with_both_kinds_of_files(plain: Path, tmp_path: Path) -> None:
+    base, adapter = copy_plain(plain, tmp_path)
+    shutil.copyfile(base / "config.json", adapter / "config.json")
+    assert is_adapter(adapter)  # no weights of a model in it
+    shutil.copytree(base, tmp_path / "model")
+    shutil.copyfile(adapter / "adapter_config.json", tmp_path / "model" / "adapter_config.json")
+    assert not is_adapter(tmp_path / "model") and open_model(tmp_path / "model").leaves
+
+
 def test_adapter_of_another_base(tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]) -> None:
     _, base, adapter = build(tmp_path, {})
     run("peft-to-jax", adapter, tmp_path / "jax", "--base", base)

@@ -237,6 +237,8 @@ def test_hostile_pickles_are_refused_not_run(tmp_path: Path) -> None:
                 read_tensors(path)
             assert str(path) in str(error.value)
             assert not mark.exists()
+            if b"posix" in call and b"OrderedDict" not in call and call[:1] == b"c":
+                assert "asks for posix.system" in str(error.value)
 
 
 @pytest.mark.parametrize(
