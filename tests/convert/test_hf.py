@@ -54,7 +54,12 @@ def assert_same_model(model: Any, directory: Path, dtype: str = "float32") -> No
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_round_trip_is_bit_equal(name: str, tmp_path: Path, run: Callable[..., str]) -> None:
+def test_round_trip_is_bit_equal(
+    name: str, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "extra_row":  # too many rows for tiny blocks
+        monkeypatch.setattr("convert.tensors.BLOCK_BYTES", 100_000)
+        monkeypatch.setattr("convert.hf.ROW_BLOCK_BYTES", 100_000)
     model = make_hf_model(**MODELS[name])
     model.save_pretrained(tmp_path / "hf")
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
