@@ -106,7 +106,7 @@ def make_train_step(
         # The rate the optimizer uses: a skipped step does not move its count. An update is a few times the rate, and
         # weights whose square overflows make RMSNorm's output zero and the loss log(V): finite, so it would go unnoticed.
         rate = schedule(state.step - state.skipped)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(jnp.square(rate))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (rate < 1e19)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         new_state = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,

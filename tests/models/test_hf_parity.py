@@ -30,8 +30,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", 2, 24, {}),
     "mha": ("LlamaForCausalLM", 2, 24, dict(num_key_value_heads=4, head_dim=12)),
     "mqa-tied": ("LlamaForCausalLM", 2, 24, dict(num_key_value_heads=1, tie_word_embeddings=True)),
-    "attention-bias": ("LlamaForCausalLM", 2, 24, dict(attention_bias=True)),
-    "mlp-bias": ("LlamaForCausalLM", 2, 24, dict(mlp_bias=True)),
+    "biases": ("LlamaForCausalLM", 2, 24, dict(attention_bias=True, mlp_bias=True)),
     "linear": ("LlamaForCausalLM", 2, 24, rope("linear", factor=3.0)),
     "dynamic": ("LlamaForCausalLM", 2, 24, rope("dynamic", factor=2.0)),
     "dynamic-beyond": ("LlamaForCausalLM", 2, 24, rope("dynamic", factor=2.0) | dict(max_position_embeddings=10)),
@@ -58,7 +57,6 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "yarn-factor": ("LlamaForCausalLM", 2, 24, rope("yarn", **YARN, attention_factor=1.3)),
     "mistral": ("MistralForCausalLM", 2, 24, dict(sliding_window=7)),
     "mistral-blocks": ("MistralForCausalLM", 1, 300, dict(sliding_window=37, head_dim=16)),
-    "mistral-no-window": ("MistralForCausalLM", 2, 24, dict(sliding_window=None)),
     "qwen2": ("Qwen2ForCausalLM", 2, 24, {}),
     "qwen2-tied-window": (
         "Qwen2ForCausalLM",

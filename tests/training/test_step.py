@@ -26,7 +26,7 @@ from tests.models.compare import assert_trees_close, random_tree
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
-MODEL = Llama(CONFIG)
+MODEL = Llama(CONFIG, remat="none")
 ROWS, T = 8, 12
 SGD = optax.sgd(1.0)  # new parameters = old - gradient: shows the gradient itself
 

@@ -1,0 +1,99 @@
+"""Building meshes and placing tensors; no model is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.config import MeshConfig
+from jaxlm.errors import UserError
+from jaxlm.parallel.mesh import BATCH, load_sharded, make_mesh, put_batch, rows_axis_size, tree_shardings
+
+
+def leaf(shape: tuple[int, ...], axes: tuple[Any, ...]) -> Any:
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        (dict(), (1, 8, 1, 1, 1)),
+        (dict(data=8, fsdp=1), (8, 1, 1, 1, 1)),
+        (dict(data=-1, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
+        (dict(data=2, fsdp=1, tensor=-1), (2, 1, 1, 1, 4)),
+        (dict(data=2, fsdp=2, tensor=2), (2, 2, 1, 1, 2)),
+    ],
+)
+def test_sizes(sizes: dict[str, int], expected: tuple[int, ...]) -> None:
+    mesh = make_mesh(MeshConfig(**sizes))
+    assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
+    assert tuple(mesh.shape.values()) == expected
+    assert rows_axis_size(mesh) == expected[0] * expected[1]
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (dict(data=3, fsdp=1), r"data 3 asks for 3 devices, this machine has 8; set one axis to -1"),
+        (dict(data=3), r"8 devices cannot be divided by 3"),
+        (dict(data=-1, fsdp=-1), r"only one axis can be -1, found data, fsdp"),
+        (dict(tensor=0), r"mesh.tensor: 0"),
+        (dict(fsdp=-2), r"mesh.fsdp: -2"),
+        (dict(expert=2), r"mesh.expert: 2"),
+        (dict(sequence=-1, fsdp=8), r"mesh.sequence: -1"),
+    ],
+)
+def test_errors(sizes: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_dim_that_does_not_divide() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=1, data=4, tensor=2))
+    tree = {"layers": {"k_proj": {"kernel": leaf((3, 8, 1, 4), ("layers", "embed", "kv_heads", "head_dim"))}}}
+    with pytest.raises(UserError, match=r"mesh.tensor: 2 does not divide 1, the kv_heads dim of layers/k_proj/kernel"):
+        tree_shardings(tree, mesh)
+
+
+def test_specs_and_collision() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    tree = {"a": leaf((4, 8), ("vocab", "embed")), "b": leaf((3, 4), ("layers", "norm"))}
+    shardings = tree_shardings(tree, mesh)
+    assert shardings["a"].spec == P("tensor", "fsdp") and shardings["b"].spec == P(None, None)
+    with pytest.raises(AssertionError, match="two dims on one mesh axis"):
+        tree_shardings({"a": leaf((4, 8), ("heads", "mlp"))}, mesh)
+
+
+def test_load_reads_each_shard_and_no_more() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    full = np.arange(32, dtype=np.float64).reshape(4, 8)
+    asked: list[tuple[int, ...]] = []
+
+    def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        assert path == "m/a"
+        part = full[index]
+        asked.append(part.shape)
+        return part
+
+    abstract = {"m": {"a": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)}}
+    shardings = tree_shardings({"m": {"a": leaf((4, 8), ("vocab", "embed"))}}, mesh)
+    loaded = load_sharded(abstract, shardings, read)["m"]["a"]
+    assert loaded.dtype == jnp.bfloat16 and loaded.sharding.spec == P("tensor", "fsdp")
+    np.testing.assert_array_equal(np.asarray(loaded, np.float64), full)
+    assert set(asked) == {(2, 4)}
+
+
+def test_batch_is_split_over_rows() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    rows = np.arange(2 * 8 * 3).reshape(2, 8, 3).astype(np.int32)
+    placed = put_batch({"input_ids": rows}, mesh)["input_ids"]
+    assert placed.sharding.spec == BATCH
+    np.testing.assert_array_equal(placed, rows)
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2, 3)}
