@@ -244,6 +244,10 @@ def _read_yaml(file: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config: {file}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise UserError(f"--config: {file}: not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file}: not valid YAML: {error}") from None
     _check_keys(content, RunConfig, "", file)

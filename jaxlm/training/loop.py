@@ -190,20 +190,24 @@ def train(job: Job, console: Console) -> Outcome:
     )
     validation: list[tuple[int, float]] = []
     pending: tuple[int, Any] | None = None
+    skipped = int(state.skipped)
 
     def finish_pending() -> None:
         """Reads the metrics of the step before: the device is by then busy with the next one."""
-        nonlocal pending
+        nonlocal pending, skipped
         if pending is None:
             return
         done, values = pending[0], {key: float(value) for key, value in jax.device_get(pending[1]).items()}
         pending = None
         figures = report.step(done, values)
         if writer is not None and (done % config.train.log_every == 0 or done == total):
-            counts = {key: int(values.pop(key)) for key in ("tokens", "target_tokens", "skipped")}
+            counts = {key: int(values[key]) for key in ("tokens", "target_tokens", "skipped")}
             writer.write(done, {**values, **counts, **figures})
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        if values["skipped"] > skipped:
+            skipped = int(values["skipped"])
             what = f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+            if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+                what += ", and parameters that would not be finite"
             if config.train.on_nonfinite == "stop":
                 raise _NonFinite(what)
             report.say(f"{what}: step skipped")

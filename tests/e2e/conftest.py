@@ -45,7 +45,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_config(inputs: Path) -> dict[str, Any]:
-    """A full fine-tuning run of six steps from a fresh model: packing and accumulation on, one device."""
+    """A full fine-tuning run of six steps from a fresh model: packing on, and accumulation where there are fewer than 8 devices."""
     return {
         "model": {"shape": str(inputs / "shape.json"), "dtype": "float32", "remat": "none"},
         "tokenizer": {"path": str(inputs / "tokenizer")},
@@ -57,13 +57,13 @@ def base_config(inputs: Path) -> dict[str, Any]:
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
         "train": {
             "steps": 6,
-            "global_batch_size": 4,
+            "global_batch_size": 16,
             "micro_batch_size": 2,
             "eval_every": 3,
             "save_every": 3,
             "compilation_cache": "off",
         },
-        "mesh": {"fsdp": 1},
+        "mesh": {"data": -1, "fsdp": 1},
     }
 
 
