@@ -201,7 +201,8 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         embed_init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
-        embedding = _Matrix((c.vocab_size, c.hidden_size), embed_init, self.param_dtype, "embedding", name="embed_tokens")()
+        matrix = ((c.vocab_size, c.hidden_size), embed_init, self.param_dtype)
+        embedding = _Matrix(*matrix, "embedding", name="embed_tokens")()
         # Whole rows for the look-up: a gather from split rows would leave tokens unsharded.
         table = nn.with_logical_constraint(embedding, ("vocab", "act_embed"))
         x = jnp.take(table, input_ids, axis=0).astype(self.dtype)
@@ -223,7 +224,7 @@ class Llama(nn.Module):
         x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         if c.tie_word_embeddings:
             return x, embedding
-        head = _Matrix((c.vocab_size, c.hidden_size), embed_init, self.param_dtype, "kernel", name="lm_head")()
+        head = _Matrix(*matrix, "kernel", name="lm_head")()
         return x, head
 
     def __call__(
@@ -237,7 +238,10 @@ class Llama(nn.Module):
         x, head = self.hidden(input_ids, positions, segment_ids, deterministic)
         flat = x.reshape(-1, x.shape[-1])
         logits = jax.lax.dot_general(
-            flat.astype(self.dtype), head.astype(self.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            flat.astype(self.dtype),
+            head.astype(self.dtype),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
         return logits.reshape(*x.shape[:-1], -1)
 

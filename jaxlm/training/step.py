@@ -55,7 +55,7 @@ def make_train_step(
     """(state, frozen, batch) -> (state, metrics); not jitted.
 
     The batch has leaves [A, B, T]; A micro-steps are scanned and their gradients summed in float32.
-    A step whose loss, gradient or learning rate is not finite leaves parameters and optimizer as they were and is counted.
+    A step whose loss, gradient or learning rate is not finite leaves weights and optimizer as they were; it is counted.
     """
 
     def loss_fn(trainable: Any, frozen: Any, micro: Batch, weights: jax.Array, key: jax.Array) -> jax.Array:
@@ -103,8 +103,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
 
-        # The rate the optimizer uses: a skipped step does not move its count. An update is a few times the rate, and
-        # weights whose square overflows make RMSNorm's output zero and the loss log(V): finite, so it would go unnoticed.
+        # The rate the optimizer uses: a skipped step does not move its count. An update is a few times the rate, and of
+        # weights whose square overflows RMSNorm makes zeros: the loss is log(V), finite, and would go unnoticed.
         rate = schedule(state.step - state.skipped)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (rate < 1e19)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731

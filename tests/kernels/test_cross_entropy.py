@@ -57,7 +57,9 @@ def test_against_torch(small_chunks: None) -> None:
     torch = pytest.importorskip("torch")
     x, head, labels, weights = inputs(2, 12)
     tx, th = torch.tensor(x, requires_grad=True), torch.tensor(head, requires_grad=True)
-    each = torch.nn.functional.cross_entropy((tx @ th.T).reshape(-1, V), torch.tensor(labels).reshape(-1).long(), reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        (tx @ th.T).reshape(-1, V), torch.tensor(labels).reshape(-1).long(), reduction="none"
+    )
     total = (each * torch.tensor(weights).reshape(-1)).sum()
     (1.7 * total).backward()
     loss, grads, _ = both(linear_cross_entropy, (x, head, labels, weights))

@@ -73,7 +73,9 @@ def params(tensors: dict[str, Any], c: LlamaConfig) -> dict[str, Any]:
         leaf = {"kernel": stack(f"{parent}.{name}.weight", lambda w, name=name: linear(w, name, c))}
         if f"model.layers.0.{parent}.{name}.bias" in tensors:
             bias = stack(f"{parent}.{name}.bias")
-            leaf["bias"] = bias.reshape(c.num_layers, -1, c.head_dim) if name in ("q_proj", "k_proj", "v_proj") else bias
+            leaf["bias"] = (
+                bias.reshape(c.num_layers, -1, c.head_dim) if name in ("q_proj", "k_proj", "v_proj") else bias
+            )
         layers.setdefault(parent, {})[name] = leaf
     tree = {
         "embed_tokens": {"embedding": _array(tensors["model.embed_tokens.weight"])},
@@ -109,14 +111,10 @@ def adapter(model: Any, c: LlamaConfig, specs: dict[str, LoraSpec], grad: bool =
             pad = spec.rank - a.shape[0]
             a, b = np.pad(a, ((0, pad), (0, 0))).T, np.pad(b, ((0, 0), (0, pad))).T
             heads_out = name in ("q_proj", "k_proj", "v_proj")
-            parts.setdefault("lora_A", []).append(
-                a.reshape(c.num_heads, c.head_dim, -1) if name == "o_proj" else a
-            )
+            parts.setdefault("lora_A", []).append(a.reshape(c.num_heads, c.head_dim, -1) if name == "o_proj" else a)
             parts.setdefault("lora_B", []).append(b.reshape(spec.rank, -1, c.head_dim) if heads_out else b)
             if spec.dora:
                 magnitude = value(module.lora_magnitude_vector["default"].weight).reshape(-1)
-                parts.setdefault("magnitude", []).append(
-                    magnitude.reshape(-1, c.head_dim) if heads_out else magnitude
-                )
+                parts.setdefault("magnitude", []).append(magnitude.reshape(-1, c.head_dim) if heads_out else magnitude)
         tree.setdefault(module_parent(name), {})[name] = {key: np.stack(value) for key, value in parts.items()}
     return {"layers": tree}

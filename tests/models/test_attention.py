@@ -225,7 +225,9 @@ def test_cudnn(window: int | None, segmented: bool) -> None:
         return jax.value_and_grad(lambda q, k, v: jnp.sum(run(q, k, v, mask).astype(jnp.float32) ** 2), (0, 1, 2))
 
     for a, b in zip(
-        jax.tree.leaves(total(cudnn_attention)(q, k, v)), jax.tree.leaves(total(reference_attention)(q, k, v)), strict=True
+        jax.tree.leaves(total(cudnn_attention)(q, k, v)),
+        jax.tree.leaves(total(reference_attention)(q, k, v)),
+        strict=True,
     ):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(a - b).max() < 0.02 * np.abs(b).max()

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from jaxlm.models.llama import Llama
 from jaxlm.models.rope import rope_cos_sin
 from tests.models import hf

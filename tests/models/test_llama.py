@@ -46,9 +46,9 @@ def step(**options: Any) -> Any:
     model = Llama(CONFIG, **options)
     return jax.jit(
         jax.value_and_grad(
-            lambda p: model.apply(
-                {"params": p}, IDS, WEIGHTS, positions=POSITIONS, segment_ids=SEGMENTS, method="loss"
-            ).loss
+            lambda p: (
+                model.apply({"params": p}, IDS, WEIGHTS, positions=POSITIONS, segment_ids=SEGMENTS, method="loss").loss
+            )
         )
     )
 
@@ -87,7 +87,9 @@ def test_loss_is_that_of_the_logits(params: Any) -> None:
     assert out(first).loss == found.loss
 
 
-@pytest.mark.parametrize("options", [dict(remat="none"), dict(remat="dots"), dict(remat="qkv_out"), dict(attention="reference")])
+@pytest.mark.parametrize(
+    "options", [dict(remat="none"), dict(remat="dots"), dict(remat="qkv_out"), dict(attention="reference")]
+)
 def test_same_loss_and_gradients_however_computed(options: dict[str, str], params: Any) -> None:
     expected_loss, expected = step()(params)  # remat full, blocked attention
     loss, grads = step(**options)(params)

@@ -120,7 +120,10 @@ def test_dropout_acts_on_the_adapter_alone(dora: bool) -> None:
     lora["lora_B"] = rng.normal(size=(2, 6))
     still = one_layer(spec, x, None, variables)
     assert np.abs(one_layer(spec, x, 1, variables) - still).max() > 0.1
-    off = {"params": {"kernel": kernel}, "lora": {k: np.zeros_like(v) if k != "magnitude" else v for k, v in lora.items()}}
+    off = {
+        "params": {"kernel": kernel},
+        "lora": {k: np.zeros_like(v) if k != "magnitude" else v for k, v in lora.items()},
+    }
     if dora:
         off["lora"]["magnitude"] = lora["magnitude"] * 2
     np.testing.assert_allclose(one_layer(spec, x, 1, off, layer=1), x @ kernel, rtol=0, atol=1e-5)

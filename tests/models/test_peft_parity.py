@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-
 from jaxlm.config import LoraConfig
 from jaxlm.models.llama import Llama, with_saved_modules
 from jaxlm.models.lora import LINEARS, module_parent, resolve_lora
 from tests.models import hf
 from tests.models.compare import assert_trees_close
+
+peft = pytest.importorskip("peft")
 
 CASES: dict[str, dict[str, Any]] = {
     # Layers of different rank and alpha: by full name, by suffix, by regular expression.
@@ -28,7 +27,11 @@ CASES: dict[str, dict[str, Any]] = {
         alpha_pattern={"layers.1.self_attn.v_proj": 3.0, "down_proj": 24.0},
     ),
     "rslora-saved": dict(
-        rank=4, alpha=5.0, targets=("q_proj", "v_proj"), rslora=True, modules_to_save=("embed_tokens", "lm_head", "norm")
+        rank=4,
+        alpha=5.0,
+        targets=("q_proj", "v_proj"),
+        rslora=True,
+        modules_to_save=("embed_tokens", "lm_head", "norm"),
     ),
     "dora": dict(
         rank=3,
@@ -134,7 +137,7 @@ def test_logits_and_gradients(case: str) -> None:
 
 
 def test_dora_dropout_touches_only_the_update() -> None:
-    """Dropout reaches PEFT's DoRA through (ratio - 1) W x + ratio B A x: with one mask for both sides, the same layer."""
+    """PEFT drops in (ratio - 1) W x + ratio B A x, not in W x: with one mask for both sides, the same layer."""
     rng = np.random.default_rng(0)
     base = hf.torch.nn.Linear(12, 10, bias=True)
     holder = hf.torch.nn.ModuleDict({"q_proj": base})

@@ -27,7 +27,14 @@ from tests.models.compare import random_tree
 # Every dim has a size of its own, so that a shape in the compiled program tells what it is.
 L, D, F, V, A, B, T = 3, 32, 48, 80, 2, 8, 14
 CONFIG = LlamaConfig(
-    vocab_size=V, hidden_size=D, intermediate_size=F, num_layers=L, num_heads=4, num_kv_heads=2, head_dim=6, qkv_bias=True
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=F,
+    num_layers=L,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    qkv_bias=True,
 )
 LORA = LoraConfig(
     rank=5, targets=("q_proj", "o_proj", "down_proj"), dora=True, modules_to_save=("lm_head",), dropout=0.1

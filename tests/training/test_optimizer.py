@@ -84,7 +84,9 @@ SHAPES = {
         "embed_tokens": {"embedding": (5, 4)},
         "layers": {
             "input_layernorm": {"scale": (2, 4)},
-            "self_attn": {"q_proj": {"kernel": (2, 4, 2, 3), "bias": (2, 2, 3), "lora_A": (2, 4, 2), "magnitude": (2, 6)}},
+            "self_attn": {
+                "q_proj": {"kernel": (2, 4, 2, 3), "bias": (2, 2, 3), "lora_A": (2, 4, 2), "magnitude": (2, 6)}
+            },
         },
         "norm": {"scale": (4,)},
     }
@@ -121,7 +123,7 @@ def test_adamw_against_torch(decay: Any) -> None:
     )
     grads = [draw(10 + i, 10.0 ** (i % 3 - 1)) for i in range(20)]
     found = train(config, draw(0), grads)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(draw(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(draw(0))
     tensors = [torch.nn.Parameter(torch.tensor(leaf)) for _, leaf in leaves]
     decayed = [decay == "all" or path[-1].key in DECAYED for path, _ in leaves]
     groups = [
@@ -139,7 +141,9 @@ def test_adamw_against_torch(decay: Any) -> None:
 
 def test_lion_against_the_paper() -> None:
     """arXiv:2302.06675, algorithm 2: sign of an interpolation, then the momentum is updated."""
-    config = OptimizerConfig(name="lion", learning_rate=1e-2, schedule="linear", weight_decay=0.3, beta1=0.9, beta2=0.98)
+    config = OptimizerConfig(
+        name="lion", learning_rate=1e-2, schedule="linear", weight_decay=0.3, beta1=0.9, beta2=0.98
+    )
     grads = [draw(10 + i) for i in range(20)]
     found = train(config, draw(0), grads)
     for path, leaf in jax.tree_util.tree_leaves_with_path(draw(0)):

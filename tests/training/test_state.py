@@ -18,7 +18,14 @@ from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
 CONFIG = LlamaConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, mlp_bias=True
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_bias=True,
 )
 OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
 
@@ -57,7 +64,7 @@ def test_seed_decides(adapted: Any) -> None:
 
 
 def test_fresh_adapter(adapted: Any) -> None:
-    made, params, lora = adapted
+    _, params, lora = adapted
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(lora))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     q = lora["layers"]["self_attn"]["q_proj"]

@@ -85,7 +85,7 @@ def row_losses() -> Any:
 
 
 def test_accumulation_is_one_large_batch() -> None:
-    """A=4 against A=1: the same sums in another order, float32; targets are counted over all rows, not per micro-step."""
+    """A=4 against A=1: the same float32 sums in another order; targets are counted over all rows at once."""
     one, one_metrics = sgd_step()(state(), {}, batch(1))
     four, four_metrics = sgd_step()(state(), {}, batch(4))
     np.testing.assert_allclose(four_metrics["loss"], one_metrics["loss"], rtol=1e-6)
@@ -210,7 +210,7 @@ def test_donation() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_state_keeps_its_dtypes(name: Any) -> None:
-    """bfloat16 parameters with accumulation in float32: a state of other dtypes could be neither donated nor restored."""
+    """bfloat16 parameters, float32 accumulation: a state of other dtypes could be neither donated nor restored."""
     config = OptimizerConfig(name=name, weight_decay=0.1)
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
