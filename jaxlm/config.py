@@ -121,7 +121,8 @@ class DataConfig:
         train_on_inputs: also learn the prompt, not only the answer.
         add_bos: begin each record with the tokenizer's bos token.
         add_eos: end each answer with the tokenizer's eos token, and learn it.
-        too_long: what to do with a record longer than a row: truncate (reported), drop (reported) or error.
+        too_long: what to do with a record longer than a row: truncate, split into pieces, drop (each reported) or
+            error; auto splits plain text and truncates the rest.
         workers: loader processes; 0 loads in a thread.
     """
 
@@ -132,7 +133,7 @@ class DataConfig:
     train_on_inputs: bool = False
     add_bos: bool = True
     add_eos: bool = True
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
     workers: int = 0
 
     @property

@@ -83,7 +83,8 @@ def from_list(items: Sequence[Example], source: Sequence[int] | NDArray[np.int32
 class SourceReport:
     """What became of a source.
 
-    `records` counts all that were read, or after a split off for validation those that are left; tokens are those kept.
+    `records` counts all that were read, or after a split off for validation those that are left (there, pieces of long
+    documents count each); tokens are those kept.
     """
 
     path: str
@@ -93,6 +94,7 @@ class SourceReport:
     trained_tokens: int = 0
     truncated: int = 0
     tokens_cut: int = 0
+    split: int = 0
     dropped_too_long: int = 0
     dropped_without_target: int = 0
 
@@ -106,6 +108,8 @@ class SourceReport:
         text += f", {self.trained_tokens:,} of them learnt"
         if self.truncated:
             text += f"; {self.truncated:,} records cut to data.sequence_length ({self.tokens_cut:,} tokens lost)"
+        if self.split:
+            text += f"; {self.split:,} records longer than data.sequence_length split into pieces"
         if self.dropped_too_long:
             text += f"; {self.dropped_too_long:,} records dropped as too long"
         if self.dropped_without_target:
@@ -237,9 +241,8 @@ def build_examples(
             )
             for record, example in zip(batch, encoded, strict=True):
                 kept = _fit(record, example, config, report)
-                if kept is not None:
-                    items.append(kept)
-                    origin.append(number)
+                items.extend(kept)
+                origin.extend([number] * len(kept))
             if progress is not None:
                 progress(source.path, report.records)
     examples = from_list(items, origin)
@@ -247,30 +250,42 @@ def build_examples(
     return examples, tuple(reports)
 
 
-def _fit(record: Record, example: Example, config: DataConfig, report: SourceReport) -> Example | None:
-    """The example cut to the row length and counted, or None when it is dropped."""
+def _fit(record: Record, example: Example, config: DataConfig, report: SourceReport) -> list[Example]:
+    """The example in pieces that fit a row, counted; none when it is dropped."""
     report.records += 1
     length, room = len(example.input_ids), config.sequence_length
-    cut = length - room if config.packing_mode != "group_texts" and length > room else 0
-    if cut and config.too_long == "error":
-        raise UserError(
-            f"data: {record.name} has {length} tokens, data.sequence_length is {room}; "
-            "raise it, or set data.too_long to truncate or drop"
-        )
-    if cut and config.too_long == "drop":
-        report.dropped_too_long += 1
-        return None
-    if cut:
-        report.truncated += 1
-        report.tokens_cut += cut
-        example = Example(example.input_ids[:room], example.loss_mask[:room])
-    trained = int(example.loss_mask.sum())
-    if trained == 0:
+    pieces = [example]
+    if config.packing_mode != "group_texts" and length > room:
+        action = config.too_long
+        if action == "auto":  # a document loses nothing by being cut in pieces; an answer loses its question
+            action = "split" if report.template == "text" else "truncate"
+        if action == "error":
+            raise UserError(
+                f"data: {record.name} has {length} tokens, data.sequence_length is {room}; "
+                "raise it, or set data.too_long to truncate, split or drop"
+            )
+        if action == "drop":
+            report.dropped_too_long += 1
+            return []
+        pieces = [
+            Example(example.input_ids[start : start + room], example.loss_mask[start : start + room].copy())
+            for start in range(0, length, room)
+        ]
+        if action == "truncate":
+            report.truncated += 1
+            report.tokens_cut += length - room
+            del pieces[1:]
+        else:
+            report.split += 1
+            for piece in pieces:
+                piece.loss_mask[0] = False  # nothing in the row predicts it
+    kept = [piece for piece in pieces if piece.loss_mask.any()]
+    if not kept:
         report.dropped_without_target += 1
-        return None
-    report.tokens += len(example.input_ids)
-    report.trained_tokens += trained
-    return example
+    for piece in kept:
+        report.tokens += len(piece.input_ids)
+        report.trained_tokens += int(piece.loss_mask.sum())
+    return kept
 
 
 def _check(

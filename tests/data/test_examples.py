@@ -171,6 +171,20 @@ def test_too_long(tokenizer: Tokenizer, tmp_path: Path) -> None:
         build(tmp_path, tokenizer, long, sequence_length=300, too_long="error")
 
 
+def test_long_texts_are_split_and_lose_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    texts = [{"text": "granite is a rock. " * 40}, {"text": "melt"}]
+    whole, _ = build(tmp_path, tokenizer, texts, sequence_length=4096)
+    pieces, (report,) = build(tmp_path, tokenizer, texts, sequence_length=64)
+    assert pieces.input_ids.tolist() == whole.input_ids.tolist()
+    assert pieces.lengths.max() == 64 and len(pieces) == -(-whole.lengths[0] // 64) + 1
+    assert (report.split, report.truncated, report.records) == (1, 0, 2)
+    assert not any(pieces[i].loss_mask[0] for i in range(len(pieces)))
+    assert report.trained_tokens == len(whole.input_ids) - len(pieces)
+    assert "1 records longer than data.sequence_length split" in report.line()
+    _, (report,) = build(tmp_path, tokenizer, texts, sequence_length=64, too_long="truncate")
+    assert (report.split, report.truncated) == (0, 1)
+
+
 def test_nothing_to_learn(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no record with anything to learn is left .*6 records dropped because"):
         build(tmp_path, tokenizer, RECORDS, sequence_length=16)
