@@ -39,65 +39,22 @@ def peak_memory() -> int:
 
 
 def jax_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+    from train_step import build_step
 
-    from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
-    from jaxlm.models.llama import Llama
-    from jaxlm.models.lora import resolve_lora
+    from jaxlm.config import LoraConfig
     from jaxlm.models.shapes import LlamaConfig
-    from jaxlm.parallel.mesh import make_mesh, put_batch, use_mesh
-    from jaxlm.training.optimizer import make_optimizer, make_schedule
-    from jaxlm.training.state import Initializer
-    from jaxlm.training.step import make_train_step
 
-    config = LlamaConfig.from_hf({"architectures": ["LlamaForCausalLM"], **SHAPE})
-    lora = LoraConfig(rank=RANK, targets=TARGETS) if mode == "lora" else None
-    compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[dtype]
-    model = Llama(
-        config,
-        resolve_lora(config, lora) if lora else {},
-        compute,
-        compute if lora else jnp.float32,  # a frozen base is kept in the compute dtype
-        attention="xla",
+    step = build_step(
+        LlamaConfig.from_hf({"architectures": ["LlamaForCausalLM"], **SHAPE}),
+        lora=LoraConfig(rank=RANK, targets=TARGETS) if mode == "lora" else None,
+        compute=dtype,
+        params=dtype if mode == "lora" else "float32",  # a frozen base is kept in the compute dtype
+        rows=BATCH,
+        length=LENGTH,
+        documents=1,
         remat=os.environ.get("JAXLM_BENCH_REMAT", "none"),
     )
-    mesh = make_mesh(MeshConfig())
-    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
-    schedule = make_schedule(settings, 1000)
-    optimizer = make_optimizer(settings, schedule)
-    setup = Initializer(model, lora, mesh, optimizer)
-    base = setup.init_params(0)
-    frozen = {"params": base} if lora else {}
-    state = setup.new_state({"lora": setup.init_lora(base, 1)} if lora else {"params": base}, 0)
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, BATCH, LENGTH)).astype(np.int32)
-    batch = put_batch(
-        {
-            "input_ids": ids,
-            "loss_mask": np.ones(ids.shape, bool),
-            "segment_ids": np.ones_like(ids),
-            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape),
-        },
-        mesh,
-    )
-    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, BATCH)
-    started = time.perf_counter()
-    with use_mesh(mesh):
-        lowered = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None)).lower(
-            state, frozen, batch
-        )
-        traced = time.perf_counter()
-        program = lowered.compile()
-    facts = {"trace_s": traced - started, "compile_s": time.perf_counter() - traced}
-    holder = [state]
-    del state, base
-
-    def one() -> float:
-        holder[0], metrics = program(holder[0], frozen, batch)
-        return float(metrics["loss"])
-
-    return one, facts
+    return step.run, step.facts
 
 
 def torch_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]]:

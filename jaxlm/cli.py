@@ -22,7 +22,6 @@ from jaxlm.config import RunConfig, to_dict
 from jaxlm.errors import UserError
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """Words that belong to the command, not to the run: name -> whether it takes a value."""

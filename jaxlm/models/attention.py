@@ -100,7 +100,11 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) ->
     """cuDNN's fused attention through `jax.nn.dot_product_attention`."""
     window = None if mask.window is None else (mask.window - 1, 0)
     # Segments reach cuDNN only as a dense mask: right, but it computes every tile.
-    dense = None if mask.segment_ids is None else mask.replace(window=None).dense(0, q.shape[1], 0, q.shape[1])
+    dense = (
+        None
+        if mask.segment_ids is None
+        else MaskSpec(mask.segment_ids, mask.causal).dense(0, q.shape[1], 0, q.shape[1])
+    )
     return jax.nn.dot_product_attention(
         q, k, v, mask=dense, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -82,7 +83,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool = True) -> jax.Array:
         """x [..., *in] -> [..., *out]; `layer` is this layer's index, which ranks and scales may depend on."""
-        kernel = self.param(
+        kernel: Any = self.param(
             "kernel",
             nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.in_axes + self.out_axes),
             self.in_dims + self.out_dims,
@@ -98,7 +99,7 @@ class Linear(nn.Module):
             y = self._adapted(x, flat_kernel, self.adapter, layer, deterministic)
         y = y.reshape(*lead, *self.out_dims)
         if self.use_bias:
-            bias = self.param(
+            bias: Any = self.param(
                 "bias",
                 nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes),
                 self.out_dims,
@@ -112,7 +113,7 @@ class Linear(nn.Module):
     ) -> jax.Array:
         fan_in, fan_out, rank = kernel.shape[0], kernel.shape[1], spec.rank
 
-        def init_a(key: jax.Array) -> jax.Array:
+        def init_a(key: Any) -> jax.Array:
             # PEFT: kaiming_uniform(a=sqrt(5)) on [R, in]. Columns behind this layer's own rank stay zero.
             bound = 1.0 / math.sqrt(fan_in)
             a = jax.random.uniform(key, (fan_in, rank), jnp.float32, -bound, bound)
@@ -153,5 +154,4 @@ class Linear(nn.Module):
         return plain + change + update * ratio.astype(self.dtype)
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
-        value: jax.Array = self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value
-        return value
+        return cast(jax.Array, self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value)

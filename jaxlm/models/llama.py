@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
+        scale: Any = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
             (x.shape[-1],),
@@ -154,9 +154,9 @@ class Block(nn.Module):
         c = self.config
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="input_layernorm")(x)
-        x = x + Attention(
-            c, self.adapters, self.dtype, self.param_dtype, self.implementation, name="self_attn"
-        )(normed, layer, cos, sin, mask, self.deterministic)
+        x = x + Attention(c, self.adapters, self.dtype, self.param_dtype, self.implementation, name="self_attn")(
+            normed, layer, cos, sin, mask, self.deterministic
+        )
         normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
         x = x + MLP(c, self.adapters, self.dtype, self.param_dtype, name="mlp")(normed, layer, self.deterministic)
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None

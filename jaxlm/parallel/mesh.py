@@ -65,9 +65,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(
             f"mesh: {_describe(config)} asks for {fixed} devices, this machine has {len(devices)}; set one axis to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _describe(config: MeshConfig) -> str:

@@ -451,4 +451,3 @@ def _announce(
     if step:
         pairs.append(("resumed", f"from step {step}"))
     print_pairs(console, pairs)
-

@@ -127,9 +127,7 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.Gradien
             mask=mask,
         )
     if config.name == "lion":
-        return optax.lion(
-            schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=mask
-        )
+        return optax.lion(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=mask)
     return optax.chain(
         _per_layer(
             optax.chain(

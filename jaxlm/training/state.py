@@ -64,7 +64,6 @@ def with_saved(abstract: Any, lora: LoraConfig) -> Any:
     return collection
 
 
-
 class Initializer:
     """Makes and places the state of one run; shapes are known before any array exists.
 
@@ -200,4 +199,3 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
         lambda leaf, sharding: int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize, tree, shardings
     )
     return sum(jax.tree.leaves(sizes))
-

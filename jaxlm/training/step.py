@@ -90,9 +90,7 @@ def make_train_step(
             loss, grads = grad_fn(state.trainable, frozen, micro, weights[0], jax.random.fold_in(step_key, 0))
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-            (loss, grads), _ = jax.lax.scan(
-                micro_step, (jnp.float32(0), zeros), (batch, weights, jnp.arange(steps))
-            )
+            (loss, grads), _ = jax.lax.scan(micro_step, (jnp.float32(0), zeros), (batch, weights, jnp.arange(steps)))
 
         grad_norm = optax.tree.norm(grads)
         factor = jnp.float32(1.0)

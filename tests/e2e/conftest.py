@@ -10,7 +10,28 @@ from typing import Any
 import pytest
 import yaml
 
-WORDS = "rock sand clay lava iron zinc salt acid base atom ion gas heat cold deep soft hard melt form flow".split()
+WORDS = [
+    "rock",
+    "sand",
+    "clay",
+    "lava",
+    "iron",
+    "zinc",
+    "salt",
+    "acid",
+    "base",
+    "atom",
+    "ion",
+    "gas",
+    "heat",
+    "cold",
+    "deep",
+    "soft",
+    "hard",
+    "melt",
+    "form",
+    "flow",
+]
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -45,7 +66,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_config(inputs: Path) -> dict[str, Any]:
-    """A full fine-tuning run of six steps from a fresh model: packing on, and accumulation where there are fewer than 8 devices."""
+    """Six steps of full fine-tuning a fresh model, rows packed, accumulation where there are fewer than 8 devices."""
     return {
         "model": {"shape": str(inputs / "shape.json"), "dtype": "float32", "remat": "none"},
         "tokenizer": {"path": str(inputs / "tokenizer")},

@@ -96,9 +96,7 @@ def test_vocabulary_smaller_than_a_token_id(
 
 
 @pytest.fixture(scope="module")
-def hf_model(
-    inputs: Path, base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def hf_model(inputs: Path, base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory, written by `convert` from a one-step run."""
     from convert.cli import main as convert
 

@@ -153,7 +153,10 @@ def test_help_and_print_config_answer_at_once(tmp_path: Path) -> None:
     def seconds(*words: str) -> tuple[float, str]:
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "jaxlm.train", *words], capture_output=True, text=True, check=True
+            [sys.executable, "-X", "importtime", "-m", "jaxlm.train", *words],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert "| jax\n" not in done.stderr, "JAX was imported"
         return time.perf_counter() - started, done.stdout

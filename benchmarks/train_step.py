@@ -1,0 +1,87 @@
+"""jaxlm's real train step on a synthetic packed batch, ready to be timed; shared by the training benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.models.attention import choose_attention
+from jaxlm.models.llama import Llama
+from jaxlm.models.lora import resolve_lora
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.parallel.mesh import make_mesh, put_batch, use_mesh
+from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.state import Initializer
+from jaxlm.training.step import make_train_step
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass
+class TimedStep:
+    """A compiled step: call `run()` for the loss of one step; `facts` has compile times and memory."""
+
+    run: Callable[[], float]
+    facts: dict[str, Any]
+
+
+def build_step(
+    shape: LlamaConfig,
+    *,
+    lora: LoraConfig | None,
+    compute: str,
+    params: str,
+    rows: int,
+    length: int,
+    documents: int,
+    remat: str,
+    attention: str = "auto",
+) -> TimedStep:
+    """Compiles a step of `rows` rows of `length` tokens, each row packed with `documents` documents."""
+    platform = jax.devices()[0].platform
+    kind, _ = choose_attention(attention, platform, compute, documents > 1)  # type: ignore[arg-type]
+    adapters = resolve_lora(shape, lora) if lora else {}
+    model = Llama(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
+    mesh = make_mesh(MeshConfig())
+    settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
+    schedule = make_schedule(settings, 1000)
+    optimizer = make_optimizer(settings, schedule)
+    setup = Initializer(model, lora, mesh, optimizer)
+    base = setup.init_params(0)
+    frozen = {"params": base} if lora else {}
+    state = setup.new_state({"lora": setup.init_lora(base, 1)} if lora else {"params": base}, 0)
+    del base
+    ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, rows, length)).astype(np.int32)
+    document = np.arange(length) * documents // length
+    starts = np.searchsorted(document, document)
+    batch = put_batch(
+        {
+            "input_ids": ids,
+            "loss_mask": np.ones(ids.shape, bool),
+            "segment_ids": np.broadcast_to((document + 1).astype(np.int32), ids.shape),
+            "positions": np.broadcast_to((np.arange(length) - starts).astype(np.int32), ids.shape),
+        },
+        mesh,
+    )
+    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, rows)
+    started = time.perf_counter()
+    with use_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))
+        lowered = jitted.lower(state, frozen, batch)
+        traced = time.perf_counter()
+        program = lowered.compile()
+    facts: dict[str, Any] = {"trace_s": traced - started, "compile_s": time.perf_counter() - traced, "attention": kind}
+    holder = [state]
+
+    def run() -> float:
+        holder[0], metrics = program(holder[0], frozen, batch)
+        return float(metrics["loss"])
+
+    return TimedStep(run, facts)
