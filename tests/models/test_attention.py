@@ -86,12 +86,15 @@ def segment_rows(draw: st.DrawFn, length: int) -> np.ndarray:
     return row
 
 
-# Lengths: one, a block, ragged, more blocks than MAX_BLOCKS; every ratio of heads; windows below and above a block.
+# Lengths: one, a block, ragged, a last block of two rows, one more than the window, more blocks than MAX_BLOCKS;
+# every ratio of heads; windows below and above a block.
 STATIC = [
     (1, (4, 2), None),
     (8, (4, 1), 64),
     (19, (1, 1), None),
     (19, (4, 2), 3),
+    (18, (2, 2), None),
+    (12, (2, 1), 11),
     (35, (6, 2), 11),
     (35, (4, 4), 1),
     (35, (4, 1), None),

@@ -22,7 +22,8 @@ def rope(rope_type: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **more}}
 
 
-YARN = dict(factor=4.0, original_max_position_embeddings=16)
+# Numbers with which the ramp has an inside: pairs 0..3 of a head of 8 get 0, 0.33, 0.67, 1.
+YARN = dict(rope_theta=100.0, factor=4.0, original_max_position_embeddings=64, beta_fast=8.0, beta_slow=0.5)
 # name: (architecture, rows, length, options of the HF config)
 CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", 2, 24, {}),
@@ -50,9 +51,14 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         "LlamaForCausalLM",
         2,
         24,
-        rope("yarn", **YARN, beta_fast=16.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.4, truncate=False),
+        rope("yarn", **YARN, mscale=0.7, mscale_all_dim=0.4, truncate=False),
     ),
-    "yarn-factor": ("LlamaForCausalLM", 2, 24, rope("yarn", **YARN, attention_factor=1.3)),
+    "yarn-factor": (
+        "LlamaForCausalLM",
+        2,
+        24,
+        rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=1.3),
+    ),
     "mistral": ("MistralForCausalLM", 2, 24, dict(sliding_window=7)),
     "mistral-blocks": ("MistralForCausalLM", 1, 300, dict(sliding_window=37, head_dim=16)),
     "qwen2": ("Qwen2ForCausalLM", 2, 24, {}),
