@@ -306,7 +306,7 @@ def _check_values(config: RunConfig) -> None:
     checks: list[tuple[str, Any, Callable[[Any], bool], str]] = [
         ("data.sequence_length", config.data.sequence_length, lambda v: v >= 2, "at least 2"),
         ("data.workers", config.data.workers, lambda v: v >= 0, "0 or more"),
-        ("optimizer.learning_rate", config.optimizer.learning_rate, lambda v: v >= 0, "0 or more"),
+        ("optimizer.learning_rate", config.optimizer.learning_rate, lambda v: 0 <= v <= 1000, "between 0 and 1000"),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps, lambda v: v >= 0, "0 or more"),
         ("optimizer.weight_decay", config.optimizer.weight_decay, lambda v: v >= 0, "0 or more"),
         ("optimizer.clip_norm", config.optimizer.clip_norm, lambda v: v >= 0, "0 (off) or more"),

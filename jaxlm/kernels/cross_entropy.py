@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-# Tokens per chunk: 16 MB of float32 logits per 4,096 pieces of vocabulary.
+# Tokens of a device per chunk: 16 MB of float32 logits per 4,096 pieces of vocabulary.
 CHUNK_TOKENS = 1024
+# Mesh axes that rows are split over (`parallel.mesh.BATCH`).
+ROW_AXES = ("data", "fsdp")
 
 
 @flax.struct.dataclass
@@ -41,8 +43,10 @@ def reference_cross_entropy(
 
 
 def _chunks(batch: int, length: int) -> int:
-    # Cut the length, not the rows: rows may be sharded over devices.
-    wanted = min(length, max(1, (batch * length) // CHUNK_TOKENS))
+    """How many chunks a batch of [B, T] is cut into: along T, since rows may be sharded over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
+    wanted = min(length, max(1, (batch * length) // shards // CHUNK_TOKENS))
     return math.ceil(length / math.ceil(length / wanted))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -37,7 +38,7 @@ from jaxlm.training.report import (
     print_pairs,
     read_metrics,
 )
-from jaxlm.training.resume import check_unchanged
+from jaxlm.training.resume import base_fingerprint, check_unchanged
 from jaxlm.training.state import Initializer, Readable, TrainState, bytes_per_device, count
 from jaxlm.training.step import make_eval_step, make_train_step, merged_variables
 
@@ -156,13 +157,16 @@ def train(job: Job, console: Console) -> Outcome:
         raise UserError(
             f"output_dir: {out} holds checkpoints and train.resume is false; choose another output_dir or delete it"
         )
+    prints = {"data": job.data.fingerprint}
+    if config.lora is not None and job.source is not None:
+        prints["base"] = base_fingerprint(job.model, job.source)
     base = None
     if config.lora is not None or not steps_saved:
         base = setup.load_params(job.source) if job.source is not None else setup.init_params(config.train.seed)
     frozen = {"params": base} if config.lora is not None else {}
     if steps_saved:
         step = steps_saved[-1]
-        check_unchanged(checkpoints.files(step), config, job.data.fingerprint, checkpoints.path(step))
+        check_unchanged(checkpoints.files(step), config, prints, checkpoints.path(step))
         state, data_state = checkpoints.restore(step, setup.abstract_state())
     else:
         step, data_state = 0, {"step": 0}
@@ -177,7 +181,7 @@ def train(job: Job, console: Console) -> Outcome:
         _announce(terminal, job, setup, mesh, accumulation, total, step, f"{kind}: {why}", compile_seconds, memory)
 
     # Loop -------------------------------------------------------------------------------------
-    files = {**job.files, "run.yaml": job.run_yaml.encode(), "data_fingerprint": job.data.fingerprint.encode()}
+    files = {**job.files, "run.yaml": job.run_yaml.encode(), "fingerprints.json": json.dumps(prints).encode()}
     files["model.json"] = model_json(
         job.model.to_dict(),
         None if config.lora is None else to_dict(config.lora),

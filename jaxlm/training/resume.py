@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import yaml
 
 from jaxlm.config import RunConfig, to_dict
 from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.training.state import Readable
 
 # Keys that may differ: where and how long it runs and what it tells, not what is computed from which data.
 FREE = (
@@ -43,13 +47,21 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): values}
 
 
-def check_unchanged(files: Mapping[str, bytes], config: RunConfig, fingerprint: str, checkpoint: Path) -> None:
+def base_fingerprint(model: LlamaConfig, source: Readable) -> str:
+    """Hash of a base model's shape and norm weights: small to read, and training changes them all."""
+    digest = hashlib.sha256(json.dumps(model.to_dict(), sort_keys=True).encode())
+    for leaf in ("norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"):
+        digest.update(source.read(leaf, ()).tobytes())
+    return digest.hexdigest()
+
+
+def check_unchanged(files: Mapping[str, bytes], config: RunConfig, prints: Mapping[str, str], checkpoint: Path) -> None:
     """Compares a run with the one that wrote a checkpoint.
 
     Args:
         files: small files of the checkpoint.
         config: the run that wants to go on.
-        fingerprint: of its data.
+        prints: fingerprints of its inputs: 'data', and 'base' where only an adapter trains.
         checkpoint: for the message.
 
     Raises:
@@ -66,8 +78,10 @@ def check_unchanged(files: Mapping[str, bytes], config: RunConfig, fingerprint: 
             f"{checkpoint} was written with other settings ({'; '.join(changed)}); "
             f"set them back, or choose another output_dir"
         )
-    if files["data_fingerprint"].decode() != fingerprint:
-        raise UserError(
-            f"{checkpoint}: the training data is not what this run began with (same settings, other content); "
-            f"bring the files back, or choose another output_dir"
-        )
+    kept = json.loads(files["fingerprints.json"])
+    for kind, what in (("data", "the training data are"), ("base", "the base model at model.path is")):
+        if kept.get(kind) != prints.get(kind):
+            raise UserError(
+                f"{checkpoint}: {what} not what this run began with (same settings, other content); "
+                f"bring the files back, or choose another output_dir"
+            )

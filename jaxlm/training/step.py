@@ -55,7 +55,7 @@ def make_train_step(
     """(state, frozen, batch) -> (state, metrics); not jitted.
 
     The batch has leaves [A, B, T]; A micro-steps are scanned and their gradients summed in float32.
-    A step whose loss, gradient or learning rate is not finite leaves weights and optimizer as they were; it is counted.
+    A step whose loss or gradient is not finite leaves weights and optimizer as they were; it is counted.
     """
 
     def loss_fn(trainable: Any, frozen: Any, micro: Batch, weights: jax.Array, key: jax.Array) -> jax.Array:
@@ -98,24 +98,25 @@ def make_train_step(
             factor = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
         # In the parameters' dtype, or the optimizer's moments would change theirs from one step to the next.
         grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.trainable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        # The rate the optimizer uses: a skipped step does not move its count. An update is a few times the rate, and of
-        # weights whose square overflows RMSNorm makes zeros: the loss is log(V), finite, and would go unnoticed.
-        rate = schedule(state.step - state.skipped)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (rate < 1e19)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        def update(old: tuple[Any, Any]) -> tuple[Any, Any]:
+            trainable, opt_state = old
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), opt_state
+
+        # A branch, not a select on each leaf: a select would keep old and new moments alive at once.
+        trainable, opt_state = jax.lax.cond(finite, update, lambda old: old, (state.trainable, state.opt_state))
         new_state = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
-            trainable=keep(trainable, state.trainable),
-            opt_state=keep(opt_state, state.opt_state),
+            trainable=trainable,
+            opt_state=opt_state,
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": rate,
+            "learning_rate": schedule(state.step - state.skipped),  # the optimizer's count stands still when it skips
             "target_tokens": (weights > 0).sum(),
             "tokens": (batch["segment_ids"] > 0).sum(),
             "skipped": new_state.skipped,

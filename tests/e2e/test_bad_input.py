@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.source import open_model
 from jaxlm.train import main
 from tests.e2e.conftest import SHAPE, write_config
 
@@ -32,6 +35,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--model.dtype", "fp16"], "model.dtype: expected one of bfloat16, float32, found fp16"),
         (["--data.sequence_length", "long"], "data.sequence_length: expected a whole number, found long"),
         (["--lora.rank", "x"], "lora.rank: expected a whole number, found x"),
+        (["--optimizer.learning_rate", "1e30"], "optimizer.learning_rate: 1e+30 must be between 0 and 1000"),
         (["--lora.dropout", "1.5"], "lora.dropout: 1.5 must be between 0 and 1"),
         (["--train.keep", "0"], "train.keep: 0 must be at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
@@ -169,21 +173,61 @@ def test_resume_with_changes_is_refused(
     content = json.loads(copy.read_text())
     content[0]["output"] = "other words"
     copy.write_text(json.dumps(content))
-    assert "the training data is not what this run began with" in error_of(capsys, *run)
+    assert "the training data are not what this run began with" in error_of(capsys, *run)
     assert before == {path: path.stat().st_mtime_ns for path in checkpoint.rglob("*")}
 
 
-def test_loss_that_is_not_finite_stops_and_saves(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any]
+def test_resume_on_another_base_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any], hf_model: Path
 ) -> None:
-    message = run_error(
-        capsys,
-        tmp_path,
-        base_config,
-        optimizer={"learning_rate": 1e38, "warmup_steps": 0, "clip_norm": 0.0},
-        train={"eval_every": 0, "save_every": 0},
-    )
-    assert "step 1: loss" in message and "not be finite" in message
-    assert "optimizer.learning_rate" in message
-    saved = list((tmp_path / "out" / "checkpoints").iterdir())
-    assert len(saved) == 1
+    base = tmp_path / "base"
+    shutil.copytree(hf_model, base)
+    changes = {"model": {"path": str(base), "shape": None}, "tokenizer": None, "lora": {"rank": 2}}
+    config = write_config(tmp_path / "config", base_config, **changes, train={"steps": 1})
+    run = ["--config", str(config), "--output_dir", str(tmp_path / "out")]
+    assert main(run) == 0
+    tensors = load_file(base / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * 2}, base / "model.safetensors")
+    assert "the base model at model.path is not what this run began with" in error_of(capsys, *run)
+
+
+def test_full_disk(tmp_path: Path, base_config: dict[str, Any]) -> None:
+    """A real one: a small file system of its own. The run ends with a message, its last checkpoint stays good."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        config = write_config(
+            tmp_path / "config", base_config, train={"steps": 40, "eval_every": 0, "save_every": 1, "keep": 40}
+        )
+        command = [sys.executable, "-m", "jaxlm.train", "--config", str(config), "--output_dir", str(disk / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and "No space left on device" in done.stderr
+        assert "choose another output_dir" in done.stderr and "Traceback" not in done.stderr
+        complete = [path for path in (disk / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+        assert len(complete) >= 2
+        newest = max(complete, key=lambda path: int(path.name))
+        assert open_model(newest).read("norm/scale", ()).shape == (64,)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_loss_that_is_not_finite_stops_and_saves(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any], hf_model: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(hf_model, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    changes = {"model": {"path": str(broken), "shape": None}, "tokenizer": None}
+    message = run_error(capsys, tmp_path, base_config, **changes)
+    assert "step 1: loss nan" in message and "optimizer.learning_rate" in message
+    (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert np.isnan(open_model(saved).read("layers/mlp/up_proj/kernel", ())).sum() == 1, "nothing else was touched"
+    config = write_config(tmp_path / "skip", base_config, **changes, train={"on_nonfinite": "skip", "steps": 3})
+    assert main(["--config", str(config), "--output_dir", str(tmp_path / "skip" / "out")]) == 0
+    assert "step 2: loss nan" in capsys.readouterr().out

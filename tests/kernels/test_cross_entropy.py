@@ -155,3 +155,14 @@ def test_frozen_head_costs_no_gradient(trains: bool, small_chunks: None) -> None
     # The carry [V, D] of the scan is gone with it.
     outputs = re.findall(rf"= f32\[{V},{D}\]\S* (\w[\w-]*)\(", compiled)
     assert any(op not in ("parameter", "get-tuple-element", "copy") for op in outputs) == trains
+
+
+def test_chunks_are_counted_per_device(small_chunks: None) -> None:
+    def chunks() -> int:
+        jaxpr = jax.make_jaxpr(lambda *args: linear_cross_entropy(*args).loss)(*inputs(8, 64))
+        return int(re.findall(r"length=(\d+)", str(jaxpr))[0])
+
+    assert chunks() == 64
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        assert chunks() == 8
