@@ -52,7 +52,7 @@ def jax_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]
         rows=BATCH,
         length=LENGTH,
         documents=1,
-        remat=os.environ.get("JAXLM_BENCH_REMAT", "full"),
+        remat=os.environ.get("JAXLM_BENCH_REMAT") or {"full": "qkv_out", "lora": "dots"}[mode],
     )
     return step.run, step.facts
 

@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the loop, which saves and ends by itself
+        print("interrupted before a step was done; run the same command again", file=sys.stderr)
+        return 130
 
 
 def _check_config(config: RunConfig) -> None:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-# Tokens of a device per chunk: 16 MB of float32 logits per 4,096 pieces of vocabulary.
-CHUNK_TOKENS = 1024
+# A chunk has so many logits on a device (64 MiB in float32), but never fewer tokens than keep the matrix products large.
+CHUNK_LOGITS = 2**24
+MIN_CHUNK_TOKENS = 512
 # Mesh axes that rows are split over (`parallel.mesh.BATCH`).
 ROW_AXES = ("data", "fsdp")
 
@@ -42,11 +43,12 @@ def reference_cross_entropy(
     return LossOutput(loss=-jnp.sum(picked * weights), correct=jnp.sum(correct, dtype=jnp.float32))
 
 
-def _chunks(batch: int, length: int) -> int:
+def _chunks(batch: int, length: int, vocab: int) -> int:
     """How many chunks a batch of [B, T] is cut into: along T, since rows may be sharded over devices."""
     mesh = jax.sharding.get_abstract_mesh()
     shards = math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
-    wanted = min(length, max(1, (batch * length) // shards // CHUNK_TOKENS))
+    tokens = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // vocab)
+    wanted = min(length, max(1, (batch * length) // shards // tokens))
     return math.ceil(length / math.ceil(length / wanted))
 
 
@@ -79,7 +81,7 @@ def _chunk_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tup
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, dtype: DTypeLike) -> jax.Array:
-    n = _chunks(*x.shape[:2])
+    n = _chunks(*x.shape[:2], head.shape[0])
     head = head.astype(dtype)
 
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -92,7 +94,7 @@ def _loss(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, 
 
 
 def _loss_fwd(x: Any, head: Any, labels: Any, weights: Any, dtype: DTypeLike) -> tuple[jax.Array, Any]:
-    n = _chunks(*x.value.shape[:2])
+    n = _chunks(*x.value.shape[:2], head.value.shape[0])
     # Under LoRA the head is frozen: its gradient, a third of the work here, is not formed.
     head_trains = head.perturbed
     matrix = head.value.astype(dtype)
@@ -130,7 +132,7 @@ _loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
 
 
 def _correct(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, dtype: DTypeLike) -> jax.Array:
-    n = _chunks(*x.shape[:2])
+    n = _chunks(*x.shape[:2], head.shape[0])
     head = head.astype(dtype)
 
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

@@ -90,7 +90,7 @@ class Attention(nn.Module):
         q = checkpoint_name(apply_rope(project("q_proj", c.num_heads, "heads"), cos, sin), "q")
         k = checkpoint_name(apply_rope(project("k_proj", c.num_kv_heads, "kv_heads"), cos, sin), "k")
         v = checkpoint_name(project("v_proj", c.num_kv_heads, "kv_heads"), "v")
-        out = checkpoint_name(attention(q, k, v, mask, self.implementation), "attention_out")
+        out = attention(q, k, v, mask, self.implementation)
         return Linear(
             (c.num_heads, c.head_dim),
             (c.hidden_size,),

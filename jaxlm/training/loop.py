@@ -172,6 +172,14 @@ def train(job: Job, console: Console) -> Outcome:
         step, data_state = 0, {"step": 0}
         state = setup.new_state(_new_trainable(job, setup, base), config.train.seed)
     del base
+    if step >= total:
+        best = checkpoints.best()
+        checkpoints.close()
+        if terminal is not None:
+            terminal.print(f"complete: {checkpoints.path(step)} is step {step} of {total}", highlight=False)
+        return Outcome(
+            step, True, checkpoints.path(step), model, merged_variables(state.trainable, frozen), mesh, [], best
+        )
 
     # Programs ---------------------------------------------------------------------------------
     train_step, eval_step, compile_seconds, memory = _compile(

@@ -97,6 +97,13 @@ def test_lora_run_continues_from_an_adapter_and_exports(
     np.testing.assert_allclose(merged, read(third, "validation_loss")[-1], rtol=1e-5)
 
 
+def test_a_complete_run_is_left_alone(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in full_run.rglob("*") if path.name != "config.yaml"}
+    assert main(["--config", str(full_run / "config.yaml")]) == 0
+    assert "is step 8 of 8" in capsys.readouterr().out
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in full_run.rglob("*")}.items()
+
+
 def test_result_opens_in_transformers_and_peft(full_run: Path, tmp_path: Path, inputs: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
