@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
-# A chunk has so many logits on a device (64 MiB in float32), but never fewer tokens than keep the matrix products large.
+# A chunk has so many logits on a device (64 MiB in float32), but enough tokens to keep the matrix products large.
 CHUNK_LOGITS = 2**24
 MIN_CHUNK_TOKENS = 512
 # Mesh axes that rows are split over (`parallel.mesh.BATCH`).
@@ -81,7 +81,7 @@ def _chunk_loss(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> tup
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, dtype: DTypeLike) -> jax.Array:
-    n = _chunks(*x.shape[:2], head.shape[0])
+    n = _chunks(x.shape[0], x.shape[1], head.shape[0])
     head = head.astype(dtype)
 
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -94,7 +94,7 @@ def _loss(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, 
 
 
 def _loss_fwd(x: Any, head: Any, labels: Any, weights: Any, dtype: DTypeLike) -> tuple[jax.Array, Any]:
-    n = _chunks(*x.value.shape[:2], head.value.shape[0])
+    n = _chunks(x.value.shape[0], x.value.shape[1], head.value.shape[0])
     # Under LoRA the head is frozen: its gradient, a third of the work here, is not formed.
     head_trains = head.perturbed
     matrix = head.value.astype(dtype)
@@ -132,7 +132,7 @@ _loss.defvjp(_loss_fwd, _loss_bwd, symbolic_zeros=True)
 
 
 def _correct(x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, dtype: DTypeLike) -> jax.Array:
-    n = _chunks(*x.shape[:2], head.shape[0])
+    n = _chunks(x.shape[0], x.shape[1], head.shape[0])
     head = head.astype(dtype)
 
     def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:

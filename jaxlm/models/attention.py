@@ -19,7 +19,7 @@ from jaxlm.errors import UserError
 
 Implementation = Literal["auto", "xla", "cudnn", "reference"]
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
-# in the program: for the 110 M benchmark at T = 512 a train step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
+# in the program: at T = 512 the 110 M benchmark's step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
 QUERY_BLOCK = 256
 # Blocks are unrolled in the program; more of them cost compile time and save little.
 MAX_BLOCKS = 16
