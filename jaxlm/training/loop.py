@@ -160,13 +160,14 @@ def train(job: Job, console: Console) -> Outcome:
     prints = {"data": job.data.fingerprint}
     if config.lora is not None and job.source is not None:
         prints["base"] = base_fingerprint(job.model, job.source)
+    if steps_saved:
+        check_unchanged(checkpoints.files(steps_saved[-1]), config, prints, checkpoints.path(steps_saved[-1]))
     base = None
     if config.lora is not None or not steps_saved:
         base = setup.load_params(job.source) if job.source is not None else setup.init_params(config.train.seed)
     frozen = {"params": base} if config.lora is not None else {}
     if steps_saved:
         step = steps_saved[-1]
-        check_unchanged(checkpoints.files(step), config, prints, checkpoints.path(step))
         state, data_state = checkpoints.restore(step, setup.abstract_state())
     else:
         step, data_state = 0, {"step": 0}
@@ -361,7 +362,13 @@ def _compile(
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
 
     step = make_train_step(
-        setup.model, optimizer, schedule, config.train, config.optimizer.clip_norm, config.train.micro_batch_size
+        setup.model,
+        optimizer,
+        schedule,
+        config.train,
+        config.optimizer.clip_norm,
+        config.train.micro_batch_size,
+        _packs(config),
     )
     started = time.perf_counter()
     status = console.status("compiling the train step") if console is not None else contextlib.nullcontext()
@@ -374,7 +381,7 @@ def _compile(
         eval_step = None
         if job.data.validation is not None:
             eval_step = (
-                jax.jit(make_eval_step(setup.model), out_shardings=everywhere)
+                jax.jit(make_eval_step(setup.model, _packs(config)), out_shardings=everywhere)
                 .lower(state.trainable, frozen, abstract_batch(1, _eval_rows(config, rows_axis_size(mesh))))
                 .compile()
             )

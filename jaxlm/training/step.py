@@ -51,8 +51,12 @@ def make_train_step(
     config: TrainConfig,
     clip_norm: float,
     group_rows: int,
+    packed: bool = True,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics); not jitted.
+
+    With `packed` false rows hold one document each and the attention is told so: padding stands behind it, where no
+    token looks.
 
     The batch has leaves [A, B, T]; A micro-steps are scanned and their gradients summed in float32.
     A step whose loss or gradient is not finite leaves weights and optimizer as they were; it is counted.
@@ -64,7 +68,7 @@ def make_train_step(
             micro["input_ids"],
             weights,
             positions=micro["positions"],
-            segment_ids=micro["segment_ids"],
+            segment_ids=micro["segment_ids"] if packed else None,
             deterministic=False,
             rngs={"dropout": key},
             method="loss",
@@ -126,7 +130,7 @@ def make_train_step(
     return step
 
 
-def make_eval_step(model: Llama) -> Callable[[Any, Any, Batch], Metrics]:
+def make_eval_step(model: Llama, packed: bool = True) -> Callable[[Any, Any, Batch], Metrics]:
     """(trainable, frozen, batch with leaves [1, B, T]) -> sums of loss, hits and target tokens; not jitted."""
 
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
@@ -137,7 +141,7 @@ def make_eval_step(model: Llama) -> Callable[[Any, Any, Batch], Metrics]:
             micro["input_ids"],
             weights,
             positions=micro["positions"],
-            segment_ids=micro["segment_ids"],
+            segment_ids=micro["segment_ids"] if packed else None,
             accuracy=True,
             method="loss",
         )

@@ -193,6 +193,27 @@ def test_skip_leaves_the_state_and_survives_donation() -> None:
     jax.tree.map(np.testing.assert_array_equal, third.trainable, straight.trainable)
 
 
+def test_padded_rows_need_no_segments() -> None:
+    """One document a row, padding behind it: without segment ids the same loss and gradients."""
+    rows = batch()
+    lengths = np.array([12, 3, 7, 9, 1, 12, 5, 4])[None, :, None]
+    inside = np.arange(T)[None, None] < lengths
+    rows |= {
+        "segment_ids": inside.astype(np.int32),
+        "positions": np.where(inside, np.arange(T), 0).astype(np.int32),
+        "loss_mask": inside & (np.arange(T) > 0),
+    }
+    step = jax.jit(make_train_step(MODEL, SGD, optax.constant_schedule(1.0), TrainConfig(), 0.0, 1, packed=False))
+    plain, plain_metrics = step(state(), {}, rows)
+    packed, metrics = sgd_step()(state(), {}, rows)
+    np.testing.assert_allclose(plain_metrics["loss"], metrics["loss"], rtol=1e-6)
+    assert_trees_close(plain.trainable, packed.trainable, 1e-5)
+    # The test sees what it looks for: two documents in a row do need them.
+    _, other = step(state(), {}, batch())
+    _, right = sgd_step()(state(), {}, batch())
+    assert abs(other["loss"] - right["loss"]) > 1e-3
+
+
 def test_donation() -> None:
     optimizer, _, step = adamw_step()
     old = state(optimizer=optimizer)
