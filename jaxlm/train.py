@@ -271,10 +271,10 @@ def _use_compilation_cache(setting: str | None) -> None:
 
 
 def _quiet_logs() -> None:
-    """Keeps library chatter (INFO and WARNING of absl, which Orbax logs through) off the terminal."""
+    """Keeps what Orbax logs through absl off the terminal; what goes wrong there also arrives as an exception."""
     import logging
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from convert.source import open_model
 from jaxlm.train import main
 from tests.e2e.conftest import SHAPE, write_config
 
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("bad input")]
+
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()

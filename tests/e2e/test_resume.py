@@ -17,8 +17,10 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.e2e.conftest import write_config
 
-pytestmark = pytest.mark.e2e
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+# One worker runs these: they share the uninterrupted run.
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("resume")]
+# One device, and programs that are quick to compile.
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def start(config: Path, output: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -108,7 +110,6 @@ def test_sigkill_at_several_moments_continues_bit_exactly(
 
     moments = {
         "before the first save is complete": lambda: bool(saving()),
-        "between saves": lambda: steps_done(output) >= 11,
         "in the middle of a save": lambda: bool(saving()) and steps_done(output) > 20,
         "late": lambda: steps_done(output) >= 45,
     }
@@ -140,5 +141,6 @@ def test_a_signal_saves_and_exits_0(
     assert f"{number.name}: saved step" in text
     assert "Run the same command again" in text
     assert "Traceback" not in text
-    finish(lora_config, output, log)
-    assert_same_run(output, uninterrupted)
+    if number == signal.SIGTERM:  # the other saves by the same code
+        finish(lora_config, output, log)
+        assert_same_run(output, uninterrupted)

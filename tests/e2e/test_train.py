@@ -17,6 +17,8 @@ from convert.cli import main as convert
 from jaxlm.train import main
 from tests.e2e.conftest import SHAPE, write_config
 
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("train")]
+
 
 def read(output: Path, key: str) -> list[float]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
