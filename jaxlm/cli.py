@@ -93,17 +93,20 @@ def _stages(
         near = difflib.get_close_matches(only, names, 1)
         raise UserError(f"--stage: {only!r} is none of {', '.join(names)}" + (f"; {near[0]!r}?" if near else ""))
     configs: list[RunConfig] = []
+    written: RunConfig | None = None  # the stage before, as it was written
     for stage, name in zip(stages, names, strict=True):
         own = {key: value for key, value in stage.items() if key != "name"}
         config = _typed(_merge(_merge(base, own), overrides))
-        configs.append(_after(config, name, configs[-1] if configs else None))
+        moved_on = written is not None and config.model.path not in (None, written.model.path)
+        configs.append(_after(config, name, None if moved_on or not configs else configs[-1]))
+        written = config
     return configs if only is None else [configs[names.index(only)]]
 
 
 def _after(config: RunConfig, name: str, previous: RunConfig | None) -> RunConfig:
-    """A stage writes below output_dir and, unless told otherwise, starts where the one before it ended."""
+    """A stage writes below output_dir and starts where `previous` ended, if that is given."""
     model, lora = config.model, config.lora
-    if previous is not None and (model.path is None or model.path == previous.model.path):
+    if previous is not None:
         if previous.lora is None:
             model = dataclasses.replace(model, path=previous.output_dir, shape=None)
         elif lora is not None:
@@ -146,6 +149,8 @@ def _read_words(argv: Sequence[str], flags: dict[str, Flags]) -> tuple[list[str]
                 raise UserError(f"--{name}: {value!r} is not a whole number") from None
         else:
             _set(overrides, name, value)
+    if "stages" in overrides:
+        raise UserError("--stages: stages are given in the configuration file; --stage NAME runs one of them")
     _check_keys(overrides, RunConfig, "", "command line")
     return files, overrides, given
 
@@ -250,7 +255,10 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file}: not valid YAML: {error}") from None
     _check_keys(content, RunConfig, "", file)
-    for stage in content.get("stages") or []:
+    stages = content.get("stages", [{}])
+    if not isinstance(stages, list) or not stages:
+        raise UserError(f"{file}: stages: expected a list of at least one stage, found {stages!r}")
+    for stage in stages:
         own = {k: v for k, v in stage.items() if k != "name"} if isinstance(stage, dict) else stage
         _check_keys(own, RunConfig, "", f"{file}: stages")
     return typing.cast(dict[str, Any], content)
@@ -309,6 +317,11 @@ def _check_values(config: RunConfig) -> None:
         ("optimizer.learning_rate", config.optimizer.learning_rate, lambda v: 0 <= v <= 1000, "between 0 and 1000"),
         ("optimizer.warmup_steps", config.optimizer.warmup_steps, lambda v: v >= 0, "0 or more"),
         ("optimizer.weight_decay", config.optimizer.weight_decay, lambda v: v >= 0, "0 or more"),
+        ("optimizer.beta1", config.optimizer.beta1, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        ("optimizer.beta2", config.optimizer.beta2, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        ("optimizer.eps", config.optimizer.eps, lambda v: v > 0, "more than 0"),
+        ("optimizer.end_ratio", config.optimizer.end_ratio, lambda v: v >= 0, "0 or more"),
+        ("optimizer.power", config.optimizer.power, lambda v: v >= 0, "0 or more"),
         ("optimizer.clip_norm", config.optimizer.clip_norm, lambda v: v >= 0, "0 (off) or more"),
         ("train.epochs", config.train.epochs, lambda v: v > 0, "more than 0"),
         ("train.steps", config.train.steps, lambda v: v is None or v >= 1, "at least 1"),
@@ -326,6 +339,9 @@ def _check_values(config: RunConfig) -> None:
         checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
     for source in config.data.train:
         checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: v > 0, "more than 0"))
+    for source in () if isinstance(config.data.validation, int) else config.data.validation:
+        wanted = "1: every validation record counts once"
+        checks.append((f"data.validation: {source.path}: weight", source.weight, lambda v: v == 1, wanted))
     for key, value, holds, wanted in checks:
         if not holds(value):
             raise UserError(f"{key}: {value} must be {wanted}")

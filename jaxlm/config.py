@@ -188,22 +188,24 @@ class TrainConfig:
         epochs: passes over the data; ignored when steps is given.
         steps: optimizer steps.
         global_batch_size: rows per optimizer step, over all devices and hosts.
-        micro_batch_size: rows per device at a time; the rest is gradient accumulation.
+        micro_batch_size: most rows per device at a time; the rest is gradient accumulation.
         seed: of initialisation, data order, split and dropout.
         loss_normalisation: tokens weighs every target token of the global batch alike; mean_of_means
             averages the means of micro-batches, as alpaca-lora, K2 and KnowLM do.
-        eval_every: steps between evaluations on the validation data; 0 evaluates only at the end.
+        eval_every: steps between evaluations on the validation data, and one before the first step; 0 evaluates only at
+            the end.
         save_every: steps between checkpoints; 0 saves only at the end.
         keep: newest checkpoints to keep; the one with the best validation loss is kept besides.
         log_every: steps between lines in metrics.jsonl.
-        on_nonfinite: stop ends the run with the last good state saved; skip leaves the state as it was and
-            counts the step.
+        on_nonfinite: stop saves and ends the run; skip goes on and counts the step. Neither lets the step touch
+            the parameters.
         resume: continue from output_dir when it holds a checkpoint; false refuses to touch such a directory.
         sample_prompts: instructions to answer at the end of the run, shown as text.
         sample_tokens: length of those answers.
         tensorboard: also write TensorBoard events to output_dir/tensorboard.
         wandb: also log to this Weights & Biases project.
-        compilation_cache: directory of compiled programs; null means the user's cache directory, "off" none.
+        compilation_cache: directory of compiled programs; null means the user's cache directory; none
+            (as text) keeps nothing.
     """
 
     epochs: float = 1.0

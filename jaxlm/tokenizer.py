@@ -295,12 +295,12 @@ class Tokenizer:
         return text if keep_marks else text.replace(MARK_BEGIN, "").replace(MARK_END, "")
 
     def save(self, directory: str | Path) -> None:
-        """Copies the tokenizer's files as they came."""
+        """Copies the tokenizer's files as they came; a single file gets the name that `load_tokenizer` looks for."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for file in self._files:
             # copyfile, not copy: a read-only original would leave files that cannot be replaced.
-            shutil.copyfile(file, directory / file.name)
+            shutil.copyfile(file, directory / (f"tokenizer{file.suffix}" if file == self.path else file.name))
 
 
 @functools.cache

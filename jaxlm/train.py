@@ -37,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for config in configs:
             _check_config(config)
-        return _run(configs, flags.get("preview", 0))
+        preview = flags.get("preview")
+        if preview is not None and preview < 1:
+            raise UserError(f"--preview: {preview} must be at least 1")
+        return _run(configs, preview)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the loop, which saves and ends by itself
         print("interrupted before a step was done; run the same command again", file=sys.stderr)
@@ -55,7 +61,7 @@ def _check_config(config: RunConfig) -> None:
         raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
 
 
-def _run(configs: list[RunConfig], preview: int) -> int:
+def _run(configs: list[RunConfig], preview: int | None) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
     from rich.console import Console
 
@@ -65,11 +71,11 @@ def _run(configs: list[RunConfig], preview: int) -> int:
     for number, config in enumerate(configs):
         if len(configs) > 1:
             console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
-        if preview:
+        if preview is not None:
             _preview(config, preview, console)
             return 0
         outcome = _train(config, console)
-        if not outcome.finished:
+        if outcome.interrupted:
             return 0
     return 0
 
@@ -87,6 +93,13 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
+    prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
+    for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
+        if not 0 < len(prompt) < shape.max_length:
+            raise UserError(
+                f"train.sample_prompts: {text[:40]!r} is {len(prompt)} tokens, the model takes 1 to "
+                f"{shape.max_length - 1}"
+            )
     job = Job(
         config=config,
         run_yaml=dump_yaml(config),
@@ -97,8 +110,8 @@ def _train(config: RunConfig, console: Console) -> Outcome:
         files=files,
     )
     outcome = train(job, console)
-    if outcome.finished:
-        _samples(config, outcome, tokenizer, console)
+    if not outcome.interrupted:
+        _samples(config, outcome, prompts, tokenizer, console)
         _summary(config, outcome, console)
     return outcome
 
@@ -132,12 +145,21 @@ def _tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str, byt
         return tokenizer, {path.name: path.read_bytes() for path in source.tokenizer_files}
     if not config.tokenizer.train_on:
         raise UserError("tokenizer: a fresh model has none; set tokenizer.path, or tokenizer.train_on to train one")
-    directory = Path(config.output_dir) / "tokenizer"
-    if not directory.is_dir():  # else it belongs to the run that is resumed
-        unfinished = directory.with_name(f".tokenizer-{os.getpid()}")
-        train_sentencepiece(_text_files(config.tokenizer.train_on), config.tokenizer.vocab_size, unfinished)
-        unfinished.replace(directory)
-    return load_tokenizer(directory), _read_files(directory)
+    files = _kept_tokenizer(Path(config.output_dir) / "checkpoints")
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        if not files:
+            train_sentencepiece(_text_files(config.tokenizer.train_on), config.tokenizer.vocab_size, directory)
+        return load_tokenizer(directory), _read_files(directory)
+
+
+def _kept_tokenizer(checkpoints: Path) -> dict[str, bytes]:
+    """The tokenizer of the run that is resumed; empty when there is none yet."""
+    steps = [path for path in checkpoints.glob("*") if path.name.isdigit() and (path / "jaxlm" / "tokenizer").is_dir()]
+    newest = max(steps, key=lambda path: int(path.name), default=None)
+    return {} if newest is None else _read_files(newest / "jaxlm" / "tokenizer")
 
 
 def _read_files(directory: Path) -> dict[str, bytes]:
@@ -166,7 +188,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
             tokenizer,
             seed=config.train.seed,
             vocab_size=shape.vocab_size,
-            max_positions=shape.max_position_embeddings,
+            max_positions=shape.max_length,
         )
     if jax.process_index() == 0:
         console.print("\n".join(data.report.lines()), highlight=False)
@@ -177,12 +199,22 @@ def _adapter(config: RunConfig, shape: Any) -> Any:
     """The adapter that lora.init_from names, checked against what is asked for now."""
     if config.lora is None or config.lora.init_from is None:
         return None
+    from convert.names import leaf_shapes
     from convert.source import open_adapter
+    from jaxlm.models.lora import SAVEABLE
 
     adapter = open_adapter(config.lora.init_from, shape)
     if adapter.layers is not None:
         raise UserError(f"lora.init_from: {config.lora.init_from} adapts only the layers {list(adapter.layers)}")
-    for key in ("rank", "targets", "rank_pattern", "dora", "modules_to_save"):
+    for module in config.lora.modules_to_save:
+        leaf = SAVEABLE[module]
+        found, wanted = adapter.leaves.get(f"modules_to_save/{leaf}"), leaf_shapes(shape)[leaf]
+        if found is not None and found.shape != wanted:
+            raise UserError(
+                f"lora.init_from: {config.lora.init_from} saved {module} with shape {found.shape}, "
+                f"the model has {wanted}; merge it into its base first (`convert merge`)"
+            )
+    for key in ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "dora", "modules_to_save"):
         mine, theirs = getattr(config.lora, key), getattr(adapter.lora, key)
         same = set(mine) == set(theirs) if isinstance(mine, tuple) else mine == theirs
         if not same:
@@ -205,13 +237,14 @@ def _preview(config: RunConfig, batches: int, console: Console) -> None:
         preview(train[number], tokenizer, console)
 
 
-def _samples(config: RunConfig, outcome: Outcome, tokenizer: Tokenizer, console: Console) -> None:
-    if not config.train.sample_prompts:
+def _samples(
+    config: RunConfig, outcome: Outcome, prompts: list[list[int]], tokenizer: Tokenizer, console: Console
+) -> None:
+    if not prompts:
         return
     from jaxlm.parallel.mesh import use_mesh
     from jaxlm.training.samples import greedy_answers
 
-    prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     stops = [token for token in (tokenizer.eos_id,) if token is not None]
     with use_mesh(outcome.mesh):
         answers = greedy_answers(outcome.model, outcome.variables, prompts, config.train.sample_tokens, stops)
@@ -233,7 +266,9 @@ def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]
         name = choose_template(next(read_records(source)), tokenizer, source.columns)
     # Whatever schema the template reads, it finds the question.
     fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
-    return prompt_ids(load_template(name, tokenizer), Record("train.sample_prompts", fields), tokenizer)
+    return prompt_ids(
+        load_template(name, tokenizer), Record("train.sample_prompts", fields), tokenizer, config.data.add_bos
+    )
 
 
 def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
@@ -262,7 +297,7 @@ def _use_compilation_cache(setting: str | None) -> None:
     """Compiled programs are kept between runs, so that the second start of a run is quick."""
     import jax
 
-    if setting == "off":
+    if setting == "none":
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = Path(setting) if setting else home / "jaxlm" / "xla"

@@ -231,6 +231,16 @@ class LlamaConfig:
             values["eos_token_id"] = tuple(values["eos_token_id"])
         return cls(**values)
 
+    @property
+    def max_length(self) -> int:
+        """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
+        rope, length = self.rope, self.max_position_embeddings
+        if rope.rope_type in ("linear", "dynamic"):
+            return int(length * (rope.factor or 1.0))
+        if rope.rope_type == "yarn" and rope.original_max_position_embeddings:
+            return max(length, int((rope.factor or 1.0) * rope.original_max_position_embeddings))
+        return length
+
     def num_params(self) -> int:
         """Parameters of the dense model, in units."""
         d, h = self.hidden_size, self.head_dim

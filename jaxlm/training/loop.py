@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
 import time
@@ -74,7 +73,7 @@ class Outcome:
 
     Attributes:
         step: last step done.
-        finished: False when a signal ended the run early.
+        interrupted: a signal asked for the end.
         checkpoint: the newest checkpoint.
         model: the model object, for sampling.
         variables: trained variables, as `Model.apply` takes them.
@@ -84,7 +83,7 @@ class Outcome:
     """
 
     step: int
-    finished: bool
+    interrupted: bool
     checkpoint: Path
     model: Llama
     variables: Any
@@ -126,7 +125,8 @@ def train(job: Job, console: Console) -> Outcome:
 
     # Model and mesh ---------------------------------------------------------------------------
     mesh = make_mesh(config.mesh)
-    accumulation = _accumulation(config, rows_axis_size(mesh))
+    micro_batch = _micro_batch(config, rows_axis_size(mesh))
+    accumulation = config.train.global_batch_size // (micro_batch * rows_axis_size(mesh))
     platform = jax.devices()[0].platform
     kind, why = choose_attention(config.model.attention, platform, config.model.dtype, _packs(config))
     model = Llama(
@@ -176,10 +176,12 @@ def train(job: Job, console: Console) -> Outcome:
     if step >= total:
         best = checkpoints.best()
         checkpoints.close()
+        if first_host and (out / "metrics.jsonl").exists() and not (out / "loss.png").exists():
+            plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         if terminal is not None:
             terminal.print(f"complete: {checkpoints.path(step)} is step {step} of {total}", highlight=False)
         return Outcome(
-            step, True, checkpoints.path(step), model, merged_variables(state.trainable, frozen), mesh, [], best
+            step, False, checkpoints.path(step), model, merged_variables(state.trainable, frozen), mesh, [], best
         )
 
     # Programs ---------------------------------------------------------------------------------
@@ -219,8 +221,6 @@ def train(job: Job, console: Console) -> Outcome:
         if values["skipped"] > skipped:
             skipped = int(values["skipped"])
             what = f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}"
-            if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-                what += ", and parameters that would not be finite"
             if config.train.on_nonfinite == "stop":
                 raise _NonFinite(what)
             report.say(f"{what}: step skipped")
@@ -244,7 +244,7 @@ def train(job: Job, console: Console) -> Outcome:
     rows.set_state(data_state)
     with _StopSignal() as stop, contextlib.closing(report), contextlib.closing(rows):
         try:
-            if step == 0:
+            if step == 0 and config.train.eval_every:
                 evaluate(0)
             while step < total and stop.name is None:
                 batch = put_batch(next(rows), mesh)
@@ -256,7 +256,8 @@ def train(job: Job, console: Console) -> Outcome:
                 due_save = _due(step, config.train.save_every, total)
                 if due_eval or due_save:
                     finish_pending()
-                    validation_loss = evaluate(step) if due_eval else None
+                    # Someone who asks for the end is not kept waiting by an evaluation.
+                    validation_loss = evaluate(step) if due_eval and stop.name is None else None
                     if due_save:
                         saved = checkpoints.save(state, rows.get_state(), files, validation_loss)
                         report.pause()
@@ -268,7 +269,7 @@ def train(job: Job, console: Console) -> Outcome:
             saved = checkpoints.save(state, rows.get_state(), files, None)
             checkpoints.close()
             raise UserError(
-                f"{error}; parameters are those before it, saved in {checkpoints.path(saved)}. Lower "
+                f"{error}; it was not taken, and the run is saved in {checkpoints.path(saved)}. Lower "
                 f"optimizer.learning_rate, or set train.on_nonfinite: skip to pass over such steps"
             ) from None
         finally:
@@ -286,7 +287,7 @@ def train(job: Job, console: Console) -> Outcome:
         )
     return Outcome(
         step=step,
-        finished=step >= total,
+        interrupted=stop.name is not None,
         checkpoint=checkpoints.path(saved),
         model=model,
         variables=merged_variables(state.trainable, frozen),
@@ -320,15 +321,22 @@ def _make_output_dir(config: RunConfig) -> Path:
     return out
 
 
-def _accumulation(config: RunConfig, row_groups: int) -> int:
-    """Micro-steps per optimizer step."""
-    rows = config.train.micro_batch_size * row_groups
-    if config.train.global_batch_size % rows:
+def _micro_batch(config: RunConfig, row_groups: int) -> int:
+    """Rows of a device at a time: at most micro_batch_size, and a divisor of its share of the global batch."""
+    wanted, total = config.train.micro_batch_size, config.train.global_batch_size
+    if total % row_groups:
         raise UserError(
-            f"train.global_batch_size: {config.train.global_batch_size} is no multiple of micro_batch_size "
-            f"{config.train.micro_batch_size} x {row_groups} groups of devices (mesh data x fsdp) = {rows}"
+            f"train.global_batch_size: {total} rows cannot be shared by {row_groups} groups of devices "
+            "(mesh data x fsdp)"
         )
-    return config.train.global_batch_size // rows
+    share = total // row_groups
+    micro = next(n for n in range(min(wanted, share), 0, -1) if share % n == 0)
+    if micro != wanted and config.train.loss_normalisation == "mean_of_means":
+        raise UserError(
+            f"train.micro_batch_size: {wanted} does not divide the {share} rows of a group of devices; under "
+            f"mean_of_means it is part of the loss, so it is not changed for you. Try {micro}"
+        )
+    return micro
 
 
 def _new_trainable(job: Job, setup: Initializer, base: Any) -> Any:
@@ -367,7 +375,7 @@ def _compile(
         schedule,
         config.train,
         config.optimizer.clip_norm,
-        config.train.micro_batch_size,
+        micro_rows // rows_axis_size(mesh),
         _packs(config),
     )
     started = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,22 @@ class MetricsWriter:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise UserError("train.tensorboard: needs tensorboardX; pip install 'jaxlm[tensorboard]'") from None
-            self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
         if wandb:
             try:
                 import wandb as wandb_module
             except ImportError:
                 raise UserError("train.wandb: needs wandb; pip install 'jaxlm[wandb]'") from None
-            self._wandb = wandb_module.init(project=wandb, dir=str(output_dir), config=config, resume="allow")
+            identity = output_dir / "wandb_id"  # a resumed run goes on in the same W&B run
+            if not identity.exists():
+                identity.write_text(uuid.uuid4().hex, encoding="utf-8")
+            self._wandb = wandb_module.init(
+                project=wandb,
+                dir=str(output_dir),
+                config=config,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+            )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -67,11 +67,14 @@ def check_unchanged(files: Mapping[str, bytes], config: RunConfig, prints: Mappi
     Raises:
         UserError: naming each changed key with both values.
     """
+    # Under mean_of_means the micro batch is part of the loss.
+    fixed = {"train.micro_batch_size"} if config.train.loss_normalisation == "mean_of_means" else set()
+    free = [key for key in FREE if key not in fixed]
     before, now = _flat(yaml.safe_load(files["run.yaml"])), _flat(to_dict(config))
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if changed:
         raise UserError(

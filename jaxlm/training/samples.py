@@ -21,14 +21,14 @@ def greedy_answers(
     """New tokens for each prompt, without the stop token.
 
     Args:
-        model: the model; rows of at most its max_position_embeddings tokens are computed.
+        model: the model; rows of at most its config's max_length tokens are computed.
         variables: what `Model.apply` takes.
         prompts: token ids, each at least one.
         max_tokens: most tokens of an answer.
         stop_ids: tokens that end an answer.
     """
     longest = max(len(prompt) for prompt in prompts)
-    length = min(longest + max_tokens, model.config.max_position_embeddings)
+    length = min(longest + max_tokens, model.config.max_length)
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt[:length]

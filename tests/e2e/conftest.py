@@ -82,7 +82,7 @@ def base_config(inputs: Path) -> dict[str, Any]:
             "micro_batch_size": 2,
             "eval_every": 3,
             "save_every": 3,
-            "compilation_cache": "off",
+            "compilation_cache": "none",
         },
         "mesh": {"data": -1, "fsdp": 1},
     }

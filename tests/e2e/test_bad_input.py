@@ -38,6 +38,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--data.sequence_length", "long"], "data.sequence_length: expected a whole number, found long"),
         (["--lora.rank", "x"], "lora.rank: expected a whole number, found x"),
         (["--optimizer.learning_rate", "1e30"], "optimizer.learning_rate: 1e+30 must be between 0 and 1000"),
+        (["--optimizer.eps", "0"], "optimizer.eps: 0.0 must be more than 0"),
+        (["--optimizer.beta2", "1.0"], "optimizer.beta2: 1.0 must be at least 0 and below 1"),
+        (["--model.shape", "a", "--data.train", "[{path: b}]", "--preview", "0"], "--preview: 0 must be at least 1"),
         (["--lora.dropout", "1.5"], "lora.dropout: 1.5 must be between 0 and 1"),
         (["--train.keep", "0"], "train.keep: 0 must be at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
@@ -61,6 +64,9 @@ def test_configuration_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "run.yaml: not valid YAML" in error_of(capsys, "--config", str(file))
     file.write_text("stages: [{model: {}}]\n")
     assert "stages: each needs a name" in error_of(capsys, "--config", str(file))
+    file.write_text("stages: 5\n")
+    assert "stages: expected a list" in error_of(capsys, "--config", str(file))
+    assert "stages are given in the configuration file" in error_of(capsys, "--stages", "[{name: a}]")
     file.write_text("stages: [{name: one}]\n")
     assert "--stage: 'two' is none of one" in error_of(capsys, "--config", str(file), "--stage", "two")
 
@@ -154,7 +160,9 @@ def test_mesh(capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: d
     message = run_error(capsys, tmp_path, base_config, mesh={"data": 1, "tensor": 8})
     assert "mesh.tensor: 8 does not divide" in message
     message = run_error(capsys, tmp_path, base_config, train={"global_batch_size": 12})
-    assert "train.global_batch_size: 12 is no multiple of" in message
+    assert "train.global_batch_size: 12 rows cannot be shared by 8 groups" in message
+    means = {"global_batch_size": 24, "loss_normalisation": "mean_of_means"}
+    assert "Try 1" in run_error(capsys, tmp_path, base_config, train=means)
 
 
 def test_resume_with_changes_is_refused(

@@ -179,6 +179,23 @@ def test_help_and_print_config_answer_at_once(tmp_path: Path) -> None:
     assert all(stage["train"]["seed"] == 7 for stage in stages)
 
 
+def test_each_stage_starts_where_the_one_before_it_ended(tmp_path: Path) -> None:
+    from jaxlm.cli import parse_run
+
+    file = tmp_path / "stages.yaml"
+    adapter = "lora: {rank: 2}"
+    file.write_text(
+        "output_dir: o\nmodel: {path: start}\nstages:\n"
+        f"  - {{name: pre}}\n  - {{name: one, {adapter}}}\n  - {{name: two, {adapter}}}\n"
+        f"  - {{name: other, model: {{path: elsewhere}}, {adapter}}}\n"
+    )
+    configs, _ = parse_run(["--config", str(file)], prog="", description="")
+    found = [(c.model.path, c.lora.init_from if c.lora else None) for c in configs]
+    assert found == [("start", None), ("o/pre", None), ("o/pre", "o/one"), ("elsewhere", None)]
+    configs, _ = parse_run(["--config", str(file), "--stage", "two"], prog="", description="")
+    assert [(c.model.path, c.output_dir) for c in configs] == [("o/pre", "o/two")]
+
+
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*/*.yaml")), ids=str)
 def test_recipes_are_valid(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
