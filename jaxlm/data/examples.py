@@ -33,19 +33,21 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Many records, flat: record i is [offsets[i], offsets[i + 1]).
+    """Many examples, flat: example i is [offsets[i], offsets[i + 1]).
 
     Args:
         input_ids: int32 [tokens].
         loss_mask: bool [tokens].
-        offsets: int64 [records + 1].
-        source: int32 [records], which source each came from.
+        offsets: int64 [examples + 1].
+        source: int32 [examples], which source each came from.
+        record: int64 [examples], which record: the pieces of a long document share one.
     """
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     source: NDArray[np.int32]
+    record: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -59,9 +61,9 @@ class Examples:
         return np.diff(self.offsets)
 
     def take(self, indices: NDArray[np.int64]) -> Examples:
-        """Some of the records, copied."""
+        """Some of the examples, copied."""
         items = [self[int(i)] for i in indices]
-        return from_list(items, self.source[indices])
+        return from_list(items, self.source[indices], self.record[indices])
 
     def digest(self) -> str:
         """SHA-256 of the contents."""
@@ -71,20 +73,27 @@ class Examples:
         return digest.hexdigest()
 
 
-def from_list(items: Sequence[Example], source: Sequence[int] | NDArray[np.int32]) -> Examples:
-    """Flat arrays of single examples; `source` gives the source of each."""
+def from_list(
+    items: Sequence[Example], source: Sequence[int] | NDArray[np.int32], record: Sequence[int] | NDArray[np.int64]
+) -> Examples:
+    """Flat arrays of single examples, with the source and record of each."""
     ids = [item.input_ids for item in items] or [np.zeros(0, np.int32)]
     masks = [item.loss_mask for item in items] or [np.zeros(0, np.bool_)]
     lengths = np.array([0, *(len(item.input_ids) for item in items)], np.int64)
-    return Examples(np.concatenate(ids), np.concatenate(masks), np.cumsum(lengths), np.asarray(source, np.int32))
+    return Examples(
+        np.concatenate(ids),
+        np.concatenate(masks),
+        np.cumsum(lengths),
+        np.asarray(source, np.int32),
+        np.asarray(record, np.int64),
+    )
 
 
 @dataclass
 class SourceReport:
     """What became of a source.
 
-    `records` counts all that were read, or after a split off for validation those that are left (there, pieces of long
-    documents count each); tokens are those kept.
+    `records` counts all that were read, or after a split off for validation those that are left; tokens are those kept.
     """
 
     path: str
@@ -221,6 +230,8 @@ def build_examples(
     """
     items: list[Example] = []
     origin: list[int] = []
+    number_of: list[int] = []
+    record_count = 0
     reports = []
     for number, source in enumerate(sources):
         records = read_records(source)
@@ -243,9 +254,11 @@ def build_examples(
                 kept = _fit(record, example, config, report)
                 items.extend(kept)
                 origin.extend([number] * len(kept))
+                number_of.extend([record_count] * len(kept))
+                record_count += 1
             if progress is not None:
                 progress(source.path, report.records)
-    examples = from_list(items, origin)
+    examples = from_list(items, origin, number_of)
     _check(examples, sources, reports, tokenizer, vocab_size)
     return examples, tuple(reports)
 
@@ -327,13 +340,15 @@ def epoch_order(examples: Examples, weights: Sequence[float], seed: int, epoch: 
 
 
 def split_off(examples: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
-    """(the rest, `count` examples drawn at random): training and validation data."""
-    if count >= len(examples):
+    """(the rest, `count` records drawn at random): training and validation data. A record is not torn apart."""
+    records = np.unique(examples.record)
+    if count >= len(records):
         raise UserError(
-            f"data.validation is {count}, but there are only {len(examples)} records; choose a smaller number"
+            f"data.validation is {count}, but there are only {len(records)} records; choose a smaller number"
         )
-    order = np.random.default_rng([seed, 2]).permutation(len(examples))
-    return examples.take(np.sort(order[count:])), examples.take(np.sort(order[:count]))
+    drawn = records[np.random.default_rng([seed, 2]).permutation(len(records))[:count]]
+    held_out = np.isin(examples.record, drawn)
+    return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))
 
 
 def count_split(
@@ -347,7 +362,7 @@ def count_split(
         trained = np.diff(trained_before[part.offsets])
         return dataclasses.replace(
             report,
-            records=int(mine.sum()),
+            records=len(np.unique(part.record[mine])),
             tokens=int(part.lengths[mine].sum()),
             trained_tokens=int(trained[mine].sum()),
         )

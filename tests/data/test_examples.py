@@ -181,6 +181,11 @@ def test_long_texts_are_split_and_lose_nothing(tokenizer: Tokenizer, tmp_path: P
     assert not any(pieces[i].loss_mask[0] for i in range(len(pieces)))
     assert report.trained_tokens == len(whole.input_ids) - len(pieces)
     assert "1 records longer than data.sequence_length split" in report.line()
+    # Held-out records go as a whole: no piece of one is trained on.
+    for seed in range(4):
+        train, held_out = split_off(pieces, 1, seed)
+        assert not set(train.record) & set(held_out.record) and len(set(held_out.record)) == 1
+        assert len(train) + len(held_out) == len(pieces)
     _, (report,) = build(tmp_path, tokenizer, texts, sequence_length=64, too_long="truncate")
     assert (report.split, report.truncated) == (0, 1)
 
@@ -213,7 +218,13 @@ def test_a_tokenizer_without_bos_or_eos(chat_tokenizer: Tokenizer, tmp_path: Pat
 def numbered(count: int) -> Examples:
     source = np.repeat([0, 1], [count, 4]).astype(np.int32)
     size = count + 4
-    return Examples(np.arange(size, dtype=np.int32), np.ones(size, bool), np.arange(size + 1, dtype=np.int64), source)
+    return Examples(
+        np.arange(size, dtype=np.int32),
+        np.ones(size, bool),
+        np.arange(size + 1, dtype=np.int64),
+        source,
+        np.arange(size),
+    )
 
 
 def test_weights() -> None:
