@@ -204,6 +204,7 @@ def train(job: Job, console: Console) -> Outcome:
         terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None)
     )
     validation: list[tuple[int, float]] = []
+    stop = _StopSignal()
     pending: tuple[int, Any] | None = None
     skipped = int(state.skipped)
 
@@ -226,7 +227,7 @@ def train(job: Job, console: Console) -> Outcome:
             report.say(f"{what}: step skipped")
 
     def evaluate(at: int) -> float | None:
-        result = _evaluate(job, eval_step, state, frozen, mesh, rows_axis_size(mesh))
+        result = _evaluate(job, eval_step, state, frozen, mesh, stop)
         if result is None:
             return None
         if writer is not None:
@@ -242,7 +243,7 @@ def train(job: Job, console: Console) -> Outcome:
     saved = step
     rows = batches.iterator()
     rows.set_state(data_state)
-    with _StopSignal() as stop, contextlib.closing(report), contextlib.closing(rows):
+    with stop, contextlib.closing(report), contextlib.closing(rows):
         try:
             if step == 0 and config.train.eval_every:
                 evaluate(0)
@@ -256,8 +257,7 @@ def train(job: Job, console: Console) -> Outcome:
                 due_save = _due(step, config.train.save_every, total)
                 if due_eval or due_save:
                     finish_pending()
-                    # Someone who asks for the end is not kept waiting by an evaluation.
-                    validation_loss = evaluate(step) if due_eval and stop.name is None else None
+                    validation_loss = evaluate(step) if due_eval else None
                     if due_save:
                         saved = checkpoints.save(state, rows.get_state(), files, validation_loss)
                         report.pause()
@@ -411,16 +411,21 @@ def _eval_rows(config: RunConfig, row_groups: int) -> int:
 
 
 def _evaluate(
-    job: Job, eval_step: Any, state: TrainState, frozen: Any, mesh: jax.sharding.Mesh, row_groups: int
+    job: Job, eval_step: Any, state: TrainState, frozen: Any, mesh: jax.sharding.Mesh, stop: _StopSignal
 ) -> dict[str, Any] | None:
-    """Token-weighted loss, perplexity and accuracy over all validation rows."""
+    """Token-weighted loss, perplexity and accuracy over all validation rows; None without any.
+
+    None too once a signal asks for the end: a preempted machine has seconds left, and they are for saving.
+    """
     if eval_step is None:
         return None
-    rows = _eval_rows(job.config, row_groups)
+    rows = _eval_rows(job.config, rows_axis_size(mesh))
     sums = dict.fromkeys(("loss", "correct", "target_tokens"), 0.0)
     for batch in job.data.eval_batches(rows, jax.process_index(), jax.process_count()):
         micro = put_batch({name: array[None] for name, array in batch.items()}, mesh)
         out = jax.device_get(eval_step(state.trainable, frozen, micro))
+        if stop.name is not None:
+            return None
         for key in sums:
             sums[key] += float(out[key])
     loss = sums["loss"] / max(sums["target_tokens"], 1.0)
