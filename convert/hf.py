@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.leaves import Advance, Index, LeafInfo, ParamSource, full_index, index_shape, main_dtype
+from convert.leaves import (
+    Advance,
+    Index,
+    LeafInfo,
+    ParamSource,
+    full_index,
+    index_shape,
+    main_dtype,
+    row_blocks,
+    stored_blocks,
+)
 from convert.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
-from convert.tensors import WEIGHT_DTYPES, StoredTensor, find_weights, read_tensors, same_bytes
+from convert.tensors import WEIGHT_DTYPES, Tensor, find_weights, read_tensors, same_bytes
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, read_json
 
@@ -34,8 +43,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-# Rows of an embedding or head read and written at a time.
-ROW_BLOCK_BYTES = 64 << 20
 
 
 def find_tokenizer_files(directory: Path) -> list[Path]:
@@ -44,7 +51,7 @@ def find_tokenizer_files(directory: Path) -> list[Path]:
     return sorted(found)
 
 
-def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, StoredTensor]) -> LeafInfo:
+def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
     """The leaf that the tensors of all layers make; refused when they differ in dtype or are no weights."""
     first = next(iter(tensors.values()))
     for tensor in tensors.values():
@@ -61,7 +68,7 @@ def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, S
     return LeafInfo(shape, first.dtype)
 
 
-def match_tensors(where: Path, tensors: dict[str, StoredTensor], entries: list[Entry]) -> None:
+def match_tensors(where: Path, tensors: Mapping[str, Tensor], entries: list[Entry]) -> None:
     """Refuses missing, extra or differently shaped tensors, by name."""
     wanted = {entry.name: entry for entry in entries}
     for entry in entries:
@@ -89,17 +96,22 @@ class StackedTensors:
 
     def __init__(self) -> None:
         self.leaves: dict[str, LeafInfo] = {}
-        self._tensors: dict[str, dict[int | None, tuple[StoredTensor, Layout]]] = {}
+        self._tensors: dict[str, dict[int | None, tuple[Tensor, Layout]]] = {}
 
-    def add(
-        self, where: Path, shapes: dict[str, Shape], tensors: dict[str, StoredTensor], entries: list[Entry]
-    ) -> None:
+    def add(self, where: Path, shapes: dict[str, Shape], tensors: Mapping[str, Tensor], entries: list[Entry]) -> None:
         """Registers the leaves of `shapes`, made of `tensors` as `entries` says."""
         for entry in entries:
             self._tensors.setdefault(entry.path, {})[entry.layer] = (tensors[entry.name], entry.layout)
         for path, shape in shapes.items():
             parts = {layer: tensor for layer, (tensor, _) in self._tensors[path].items()}
             self.leaves[path] = stack_leaf(where, path, shape, parts)
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        """One tensor as the HF entry lays it out, in blocks of rows straight from the file."""
+        tensor, layout = self._tensors[entry.path][entry.layer]
+        assert layout.stored == entry.layout.stored, entry
+        for start, stop in row_blocks(layout):
+            yield tensor.rows(start, stop)
 
     def read(self, path: str, index: Index) -> np.ndarray:
         info = self.leaves[path]
@@ -145,13 +157,15 @@ class HfSource(StackedTensors):
             raise UserError(
                 f"{path}: has config.json but no weights: model.safetensors or pytorch_model.bin, or their index.json"
             )
-        tensors = {name: t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)}
+        tensors: dict[str, Tensor] = {
+            name: t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
+        }
         self._drop_tied_head(weights, tensors)
         entries = hf_entries(self.config)
         match_tensors(weights, tensors, entries)
         self.add(weights, leaf_shapes(self.config), tensors, entries)
 
-    def _drop_tied_head(self, weights: Path, tensors: dict[str, StoredTensor]) -> None:
+    def _drop_tied_head(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         # Old transformers versions stored the head of tied models too.
         head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if not self.config.tie_word_embeddings or head is None or embedding is None:
@@ -162,20 +176,6 @@ class HfSource(StackedTensors):
                 "differs from model.embed_tokens.weight; set tie_word_embeddings to false to keep both"
             )
         del tensors["lm_head.weight"]
-
-
-def stored_blocks(source: ParamSource, entry: Entry) -> Iterator[np.ndarray]:
-    """One tensor in the other format's layout, in pieces: a layer whole, an embedding in rows."""
-    itemsize = source.leaves[entry.path].dtype.itemsize
-    layout = entry.layout
-    if entry.layer is not None:
-        whole = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]
-        yield layout.to_stored(np.ascontiguousarray(whole))
-        return
-    assert layout.split == 0, entry
-    step = max(1, ROW_BLOCK_BYTES // max(1, math.prod(layout.view[1:]) * itemsize))
-    for start in range(0, layout.view[0], step):
-        yield np.ascontiguousarray(source.read(entry.path, (slice(start, min(start + step, layout.view[0])),)))
 
 
 def hf_config_for(source: ParamSource) -> str:

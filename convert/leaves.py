@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from convert.names import Shape
+from convert.names import Entry, Layout, Shape
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
@@ -17,6 +18,8 @@ from jaxlm.models.shapes import LlamaConfig
 
 Index = tuple[slice, ...]
 Advance = Callable[[int], None]
+# Elements of a stored tensor that are read, worked on and written at a time: they stay in the cache.
+BLOCK_ELEMENTS = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,45 @@ class ParamSource(LeafSource, Protocol):
     @property
     def tokenizer_dir(self) -> Path:
         """The directory that a tokenizer can be loaded from."""
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A source that can give tensors in HF's layout without turning them: those read from files like HF's."""
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        """What `stored_blocks` yields, from the files."""
+
+
+def row_blocks(layout: Layout) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of the blocks that every source cuts a stored tensor into.
+
+    They depend on the layout alone, so the blocks of two models of one shape match. Heads stay whole.
+    """
+    rows = layout.stored[0] if layout.stored else 1
+    unit = layout.row_unit
+    step = max(1, BLOCK_ELEMENTS // max(1, math.prod(layout.stored[1:]) * unit)) * unit
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def stored_blocks(source: LeafSource, entry: Entry) -> Iterator[np.ndarray]:
+    """One tensor of a model in HF's layout, in the blocks of `row_blocks`, contiguous and in the source's dtype.
+
+    From files like HF's the blocks are read as they are. From another layout one layer is read and turned at a time.
+    """
+    if isinstance(source, BlockSource):
+        yield from source.blocks(entry)
+        return
+    whole: np.ndarray | None = None
+    if entry.layer is not None:
+        leaf = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]
+        whole = entry.layout.to_stored(np.ascontiguousarray(leaf))
+    else:
+        assert entry.layout.split == 0, entry
+    for start, stop in row_blocks(entry.layout):
+        rows = slice(start, stop)
+        yield np.ascontiguousarray(source.read(entry.path, (rows,)) if whole is None else whole[rows])
 
 
 class AdapterSource(LeafSource, Protocol):
@@ -173,3 +215,7 @@ class CastSource:
 
     def read(self, path: str, index: Index) -> np.ndarray:
         return cast(self._source.read(path, index), self._dtype, path)
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        for block in stored_blocks(self._source, entry):
+            yield cast(block, self._dtype, entry.name)

@@ -94,6 +94,11 @@ class Layout:
         assert self.perm == (*range(first, len(self.perm)), *range(first)), self.perm
         return first
 
+    @property
+    def row_unit(self) -> int:
+        """Stored rows in one step along the first dimension of `view`: h where heads lie below each other."""
+        return self.stored[0] // max(1, self.view[0]) if self.view else 1
+
     def to_stored(self, leaf: np.ndarray) -> np.ndarray:
         """A contiguous leaf of `shape` in the other format's layout, contiguous."""
         rows = math.prod(self.view[: self.split])

@@ -17,7 +17,7 @@ def small_blocks() -> Iterator[None]:
         "convert.tensors.BLOCK_BYTES": 256,
         "convert.tensors.STRIP_ROWS": 5,
         "convert.names.STRIP_ROWS": 5,
-        "convert.hf.ROW_BLOCK_BYTES": 1000,
+        "convert.leaves.BLOCK_ELEMENTS": 250,
         "convert.merge.BLOCK_BYTES": 300,
     }
     with pytest.MonkeyPatch.context() as patch:

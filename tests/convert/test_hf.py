@@ -59,7 +59,7 @@ def test_round_trip_is_bit_equal(
 ) -> None:
     if name == "extra_row":  # too many rows for tiny blocks
         monkeypatch.setattr("convert.tensors.BLOCK_BYTES", 100_000)
-        monkeypatch.setattr("convert.hf.ROW_BLOCK_BYTES", 100_000)
+        monkeypatch.setattr("convert.leaves.BLOCK_ELEMENTS", 25_000)
     model = make_hf_model(**MODELS[name])
     model.save_pretrained(tmp_path / "hf")
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
