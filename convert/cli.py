@@ -79,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_dtype(verb)
     _add_shard_size(verb)
 
+    from convert.formats_cli import add_format_verbs
+
+    add_format_verbs(verbs)
+
     verb = _verb(verbs, "inspect", _inspect, "show what a model, adapter or weight file holds")
     verb.add_argument("source", metavar="PATH", help="any model or adapter directory, or a .safetensors or .bin file")
     return parser

@@ -68,6 +68,12 @@ def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, T
     return LeafInfo(shape, first.dtype)
 
 
+def check_num_layers(where: Path, num_layers: int, num_tensors: int) -> None:
+    """Refuses a number of layers that the tensors cannot be of, before a list of that length is made."""
+    if num_layers > num_tensors:
+        raise UserError(f"{where}: says that the model has {num_layers} layers, but there are {num_tensors} tensors")
+
+
 def match_tensors(where: Path, tensors: Mapping[str, Tensor], entries: list[Entry]) -> None:
     """Refuses missing, extra or differently shaped tensors, by name."""
     wanted = {entry.name: entry for entry in entries}
@@ -160,6 +166,7 @@ class HfSource(StackedTensors):
         tensors: dict[str, Tensor] = {
             name: t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
         }
+        check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
         self._drop_tied_head(weights, tensors)
         entries = hf_entries(self.config)
         match_tensors(weights, tensors, entries)

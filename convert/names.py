@@ -1,9 +1,11 @@
-"""One table of parameter names: the path in jaxlm, the name in Hugging Face, and the layout of both.
+"""One table of parameter names: the path in jaxlm, the names in Hugging Face, Meta and MindSpore, and the layouts.
 
 A layout is written in the project's letters (D model, H query heads, K key/value heads, h head dim, F feed-forward,
 V vocabulary). Parentheses join dimensions that the other format stores as one: HF keeps `q_proj` as a matrix
 `(H h) D`, jaxlm as `D H h`. Everything else (shapes, transposes, PEFT's names and factor shapes, coverage) is derived
-from these rows. Rotary dimensions are in HF's rotate-half order on both sides, so no permutation of h is needed.
+from these rows. Rotary dimensions are in HF's rotate-half order in jaxlm, HF and MindSpore, so h is not permuted; Meta
+keeps the two numbers of a pair beside each other, which `rotary` marks. MindSpore's layouts are HF's, and so are Meta's
+once its shards are joined.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.errors import UserError
 from jaxlm.models.lora import LINEARS, SAVEABLE, LoraSpec, module_parent
 from jaxlm.models.shapes import LlamaConfig
 
@@ -27,40 +30,86 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: `path` holds the leaf (stacked over layers under 'layers/'), `hf` its name with '{}' for the layer."""
+    """One row: `path` holds the leaf (stacked over layers under 'layers/'); names have '{}' for the layer.
+
+    Args:
+        meta: Meta's name; None where Meta's models have no such tensor.
+        only: field of LlamaConfig that switches the tensor on; '!' negates.
+        meta_split: dimensions of the stored tensor that Meta's model-parallel shards may split; () means every shard
+            holds it whole. Two: LLaMA 1 and 2 split the first one named, LLaMA 3 the second.
+        rotary: whether Meta stores the rows of each head in another order (pairs beside each other instead of halves).
+    """
 
     path: str
     hf: str
+    meta: str | None
+    mindspore: str
     dims: str
     hf_dims: str
-    only: str = ""  # field of LlamaConfig that switches the tensor on; '!' negates
+    only: str = ""
+    meta_split: tuple[int, ...] = ()
+    rotary: bool = False
+
+    def name(self, form: str) -> str | None:
+        """The tensor's name in 'hf', 'meta' or 'mindspore'."""
+        return {"hf": self.hf, "meta": self.meta, "mindspore": self.mindspore}[form]
 
 
-def _linear(name: str, dims: str, hf_dims: str, bias: str) -> list[Rule]:
+def _linear(name: str, other: str, dims: str, hf_dims: str, bias: str, split: int) -> list[Rule]:
+    # `other` is what both Meta and MindSpore call the layer.
     parent = module_parent(name)
-    path, hf = f"layers/{parent}/{name}", f"model.layers.{{}}.{parent}.{name}"
+    path, hf, ms = f"layers/{parent}/{name}", f"model.layers.{{}}.{parent}.{name}", f"model.layers.{{}}.{other}"
     out, hf_out = dims.split(" ", 1)[1], hf_dims.rsplit(" ", 1)[0]
     if name == "o_proj":
         out, hf_out = "D", "D"
+    meta, rotary = f"layers.{{}}.{other}.weight", name in ("q_proj", "k_proj")
     return [
-        Rule(f"{path}/kernel", f"{hf}.weight", dims, hf_dims),
-        Rule(f"{path}/bias", f"{hf}.bias", out, hf_out, only=bias),
+        Rule(f"{path}/kernel", f"{hf}.weight", meta, f"{ms}.weight", dims, hf_dims, "", (split,), rotary),
+        Rule(f"{path}/bias", f"{hf}.bias", None, f"{ms}.bias", out, hf_out, bias, (), rotary),
     ]
 
 
+def _norm(name: str, other: str) -> Rule:
+    names = f"model.layers.{{}}.{name}.weight", f"layers.{{}}.{other}.weight", f"model.layers.{{}}.{other}.weight"
+    return Rule(f"layers/{name}/scale", *names, "D", "D")
+
+
 RULES: tuple[Rule, ...] = (
-    Rule("embed_tokens/embedding", "model.embed_tokens.weight", "V D", "V D"),
-    Rule("layers/input_layernorm/scale", "model.layers.{}.input_layernorm.weight", "D", "D"),
-    *_linear("q_proj", "D H h", "(H h) D", "qkv_bias"),
-    *_linear("k_proj", "D K h", "(K h) D", "qkv_bias"),
-    *_linear("v_proj", "D K h", "(K h) D", "qkv_bias"),
-    *_linear("o_proj", "H h D", "D (H h)", "o_bias"),
-    Rule("layers/post_attention_layernorm/scale", "model.layers.{}.post_attention_layernorm.weight", "D", "D"),
-    *_linear("gate_proj", "D F", "F D", "mlp_bias"),
-    *_linear("up_proj", "D F", "F D", "mlp_bias"),
-    *_linear("down_proj", "F D", "D F", "mlp_bias"),
-    Rule("norm/scale", "model.norm.weight", "D", "D"),
-    Rule("lm_head/kernel", "lm_head.weight", "V D", "V D", only="!tie_word_embeddings"),
+    Rule(
+        "embed_tokens/embedding",
+        "model.embed_tokens.weight",
+        "tok_embeddings.weight",
+        "model.tok_embeddings.embedding_weight",
+        "V D",
+        "V D",
+        meta_split=(1, 0),
+    ),
+    _norm("input_layernorm", "attention_norm"),
+    *_linear("q_proj", "attention.wq", "D H h", "(H h) D", "qkv_bias", 0),
+    *_linear("k_proj", "attention.wk", "D K h", "(K h) D", "qkv_bias", 0),
+    *_linear("v_proj", "attention.wv", "D K h", "(K h) D", "qkv_bias", 0),
+    *_linear("o_proj", "attention.wo", "H h D", "D (H h)", "o_bias", 1),
+    _norm("post_attention_layernorm", "ffn_norm"),
+    *_linear("gate_proj", "feed_forward.w1", "D F", "F D", "mlp_bias", 0),
+    *_linear("up_proj", "feed_forward.w3", "D F", "F D", "mlp_bias", 0),
+    *_linear("down_proj", "feed_forward.w2", "F D", "D F", "mlp_bias", 1),
+    Rule("norm/scale", "model.norm.weight", "norm.weight", "model.norm_out.weight", "D", "D"),
+    Rule(
+        "lm_head/kernel",
+        "lm_head.weight",
+        "output.weight",
+        "lm_head.weight",
+        "V D",
+        "V D",
+        only="!tie_word_embeddings",
+        meta_split=(0,),
+    ),
+)
+
+# MindSpore's linear layers that hold several of ours below each other: name, parts, in this order.
+MINDSPORE_JOINED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("model.layers.{}.attention.w_qkv", ("q_proj", "k_proj", "v_proj")),
+    ("model.layers.{}.feed_forward.w_gate_hidden", ("gate_proj", "up_proj")),
 )
 
 # Buffers that old transformers versions stored beside the weights; they are recomputed from the configuration.
@@ -164,21 +213,43 @@ def _active(rule: Rule, config: LlamaConfig) -> bool:
     return bool(getattr(config, rule.only.lstrip("!"))) == wanted
 
 
-def hf_entries(config: LlamaConfig) -> list[Entry]:
-    """Every tensor of the HF model, in HF's order: embedding, layer by layer, final norm, head."""
+def stored_entries(config: LlamaConfig, form: str) -> list[Entry]:
+    """Every tensor of the model by its name in `form` ('hf', 'meta', 'mindspore'), all laid out as HF does.
+
+    In HF's order: embedding, layer by layer, final norm, head.
+
+    Raises:
+        UserError: when the form has no name for one of the model's tensors.
+    """
     sizes = dim_sizes(config)
     rules = [(rule, make_layout(rule.dims, rule.hf_dims, sizes)) for rule in RULES if _active(rule, config)]
-    stacked = [(rule, layout) for rule, layout in rules if rule.path.startswith("layers/")]
+    named = []
+    for rule, layout in rules:
+        name = rule.name(form)
+        if name is None:
+            raise UserError(f"the model has {rule.hf.format(0)!r}, for which Meta's format has no place")
+        named.append((rule, name, layout))
+    stacked = [item for item in named if item[0].path.startswith("layers/")]
     entries: list[Entry] = []
     layers_done = False
-    for rule, layout in rules:
+    for rule, name, layout in named:
         if not rule.path.startswith("layers/"):
-            entries.append(Entry(rule.hf, rule.path, None, layout))
+            entries.append(Entry(name, rule.path, None, layout))
         elif not layers_done:
             layers_done = True
             for layer in range(config.num_layers):
-                entries += [Entry(r.hf.format(layer), r.path, layer, lay) for r, lay in stacked]
+                entries += [Entry(name.format(layer), r.path, layer, lay) for r, name, lay in stacked]
     return entries
+
+
+def hf_entries(config: LlamaConfig) -> list[Entry]:
+    """Every tensor of the HF model, in HF's order."""
+    return stored_entries(config, "hf")
+
+
+def rule_for(path: str) -> Rule:
+    """The row of a leaf."""
+    return next(rule for rule in RULES if rule.path == path)
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[str, Shape]:

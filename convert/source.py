@@ -12,6 +12,7 @@ from pathlib import Path
 
 from convert.hf import HfSource
 from convert.leaves import AdapterSource, LeafInfo, ParamSource
+from convert.meta import PARAMS, MetaSource, find_shards
 from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, find_native, read_model_json
 from convert.peft import PeftSource
 from convert.tensors import find_weights
@@ -22,7 +23,7 @@ __all__ = ["AdapterSource", "LeafInfo", "ParamSource", "is_adapter", "open_adapt
 
 ACCEPTED = (
     "accepted are a Hugging Face directory (config.json and weights), a converted jaxlm directory, "
-    "a run directory, and one of its checkpoints"
+    "a run directory, one of its checkpoints, and Meta's checkpoint (params.json and consolidated.00.pth)"
 )
 
 
@@ -51,8 +52,12 @@ def is_adapter(path: str | Path) -> bool:
     return (directory / "adapter_config.json").is_file() and find_weights(directory) is None
 
 
-def open_model(path: str | Path) -> ParamSource:
-    """A full model: a Hugging Face directory, a jaxlm directory, a checkpoint, or a run directory (its newest step).
+def open_model(path: str | Path, max_positions: int | None = None) -> ParamSource:
+    """A full model: a Hugging Face directory, a jaxlm directory, a checkpoint, or a run directory (its newest step);
+    Meta's checkpoint.
+
+    Args:
+        max_positions: the longest row in tokens, where the format does not say it (Meta's).
 
     Raises:
         UserError: when it is none of these, is an adapter, or is not complete.
@@ -68,6 +73,12 @@ def open_model(path: str | Path) -> ParamSource:
         return NativeSource(native, read_model_json(native))
     if (directory / "config.json").is_file():
         return HfSource(directory)
+    if (directory / PARAMS).is_file():
+        return MetaSource(directory, max_positions)
+    if find_shards(directory):
+        raise UserError(
+            f"{directory}: has consolidated.00.pth but no {PARAMS}, which lies beside it in Meta's releases"
+        )
     raise UserError(f"{directory}: is no model: {_found(directory)}; {ACCEPTED}")
 
 
