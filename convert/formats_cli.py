@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from convert import cli
+from convert.command import add_dtype, add_shard_size, add_verb, say_model, with_dtype, write_hf, write_jax, writing
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 def add_format_verbs(verbs: Any) -> None:
     """Adds the verbs to argparse's sub-commands."""
-    verb = cli._verb(verbs, "meta-to-jax", _meta_to_jax, "Meta's checkpoint becomes a jaxlm model")
+    verb = add_verb(verbs, "meta-to-jax", _meta_to_jax, "Meta's checkpoint becomes a jaxlm model")
     _add_meta_source(verb)
     verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
-    cli._add_dtype(verb)
+    add_dtype(verb)
 
-    verb = cli._verb(verbs, "meta-to-hf", _meta_to_hf, "Meta's checkpoint becomes a Hugging Face model")
+    verb = add_verb(verbs, "meta-to-hf", _meta_to_hf, "Meta's checkpoint becomes a Hugging Face model")
     _add_meta_source(verb)
     verb.add_argument("destination", metavar="DST", help="Hugging Face directory to create")
-    cli._add_dtype(verb)
-    cli._add_shard_size(verb)
+    add_dtype(verb)
+    add_shard_size(verb)
 
     for name, what in (("jax-to-meta", "a jaxlm model"), ("hf-to-meta", "a Hugging Face model")):
-        verb = cli._verb(verbs, name, _to_meta, f"{what} becomes a checkpoint in Meta's format")
+        verb = add_verb(verbs, name, _to_meta, f"{what} becomes a checkpoint in Meta's format")
         verb.add_argument("source", metavar="SRC", help="directory of the model")
         verb.add_argument("destination", metavar="DST", help="directory to create: consolidated.NN.pth, params.json")
         verb.add_argument(
             "--shards", type=int, default=1, metavar="N", help="files, the model-parallel size to run with (default: 1)"
         )
-        cli._add_dtype(verb)
+        add_dtype(verb)
 
 
 def _add_meta_source(verb: argparse.ArgumentParser) -> None:
@@ -59,17 +59,17 @@ def _open_meta(options: argparse.Namespace) -> tuple[MetaSource, ParamSource]:
         raise UserError(f"{options.source}: is no checkpoint in Meta's format (consolidated.00.pth and params.json)")
     if source.assumed:
         print(f"taken: {source.assumed}", file=sys.stderr)
-    return source, cli._with_dtype(source, options.dtype)
+    return source, with_dtype(source, options.dtype)
 
 
 def _meta_to_jax(options: argparse.Namespace) -> None:
     _, source = _open_meta(options)
-    cli._write_jax(source, options.destination)
+    write_jax(source, options.destination)
 
 
 def _meta_to_hf(options: argparse.Namespace) -> None:
     _, source = _open_meta(options)
-    cli._write_hf(source, options.destination, options.shard_size)
+    write_hf(source, options.destination, options.shard_size)
 
 
 def _open_as(options: argparse.Namespace) -> ParamSource:
@@ -82,7 +82,7 @@ def _open_as(options: argparse.Namespace) -> ParamSource:
     wanted, name = (NativeSource, "jaxlm") if options.verb.startswith("jax-") else (HfSource, "Hugging Face")
     if not isinstance(source, wanted):
         raise UserError(f"{options.source}: is no {name} model; see `convert --help` for the verb of its format")
-    return cli._with_dtype(source, options.dtype)
+    return with_dtype(source, options.dtype)
 
 
 def _to_meta(options: argparse.Namespace) -> None:
@@ -91,11 +91,10 @@ def _to_meta(options: argparse.Namespace) -> None:
     if options.shards < 1:
         raise UserError(f"--shards {options.shards}: must be at least 1")
     source = _open_as(options)
-    with cli._writing(source, options.destination) as (directory, advance):
+    with writing(source, options.destination) as (directory, advance):
         write_meta(source, directory, options.shards, advance)
     length = source.config.max_position_embeddings
-    cli._say_model(
+    say_model(
         source,
-        options.destination,
         f"run it with {options.shards} processes ({FILE_NAMES}); max_seq_len up to {length}",
     )

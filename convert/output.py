@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,9 +26,21 @@ from jaxlm.errors import UserError
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
+@runtime_checkable
+class Watcher(Protocol):
+    """An `advance` that also follows which parts of files are finished, to hash them meanwhile."""
+
+    def __call__(self, nbytes: int) -> None: ...
+
+    def final(self, path: Path, end: int) -> None:
+        """The first `end` bytes of the file will not change any more."""
+
+
 @contextlib.contextmanager
 def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
     """A new directory to write into, which takes the name `destination` when all went well and vanishes otherwise.
+
+    What killed runs to the same destination left behind is removed first.
 
     Args:
         destination: must not exist yet.
@@ -42,14 +56,16 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
     try:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(final)
             free = shutil.disk_usage(final.parent).free
             if free < needed:
                 raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
             temporary.mkdir()
-            yield temporary
-            _sync_tree(temporary)
-            temporary.rename(final)
-            _sync(final.parent)
+            with _locked(temporary):
+                yield temporary
+                _sync_tree(temporary)
+                temporary.rename(final)
+                _sync(final.parent)
         finally:
             _remove(temporary)
     except OSError as error:
@@ -60,6 +76,51 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"{final}: cannot be created ({error.strerror})") from None
         raise
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on a directory, which the system lets go when the process dies, however it dies."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers are not removed there
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(final: Path) -> None:
+    prefix = f".{final.name}.tmp-"
+    for path in final.parent.iterdir():
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdigit() and path.is_dir() and _abandoned(path, int(pid)):
+            print(f"removing what a killed run left: {path}", file=sys.stderr)
+            _remove(path)
+
+
+def _abandoned(directory: Path, pid: int) -> bool:
+    """Whether the process that wrote there is gone: no such process, and nobody holds the lock.
+
+    Both, because the number may be that of a process on another machine or in another container, and because the lock
+    is taken a moment after the directory is made.
+    """
+    try:
+        if pid != os.getpid():
+            os.kill(pid, 0)
+            return False
+    except ProcessLookupError:
+        pass
+    except OSError:
+        return False  # there is one, of another user
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _remove(directory: Path) -> None:
@@ -166,6 +227,8 @@ def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance
         offset += spec.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+    final = advance.final if isinstance(advance, Watcher) else None
+    end = 8 + len(raw)
     with path.open("wb", buffering=0) as handle:
         _write(handle.fileno(), len(raw).to_bytes(8, "little") + raw)
         for spec in specs:
@@ -175,7 +238,10 @@ def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance
                 _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
                 written += block.nbytes
                 advance(block.nbytes)
+                if final is not None:
+                    final(path, end + written)
             assert written == spec.nbytes, f"{spec.name}: {written} of {spec.nbytes} bytes"
+            end += written
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:

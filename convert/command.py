@@ -1,0 +1,179 @@
+"""What the verbs of `convert` share: their options, writing with a progress bar, and the summary at the end."""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import itertools
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from convert.leaves import AdapterSource, Advance, LeafSource, ParamSource
+    from convert.manifest import Hasher
+
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+
+
+def add_verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    """A sub-command. `run` returns the exit status, None for 0."""
+    verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    verb.set_defaults(run=run)
+    return verb
+
+
+def add_dtype(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--dtype", choices=DTYPES, default="keep", help="of the written weights (default: as stored)")
+
+
+def add_shard_size(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+
+
+def add_result_format(verb: argparse.ArgumentParser, default: str) -> None:
+    verb.add_argument("--format", choices=("hf", "jax"), help=f"of the result (default: {default})")
+
+
+def with_dtype(source: ParamSource, dtype: str) -> ParamSource:
+    """The source as it is ('keep'), or read in another dtype."""
+    from convert.leaves import CastSource
+
+    return source if dtype == "keep" else CastSource(source, dtype)
+
+
+def write_jax(source: ParamSource, destination: str) -> None:
+    """Writes a jaxlm directory and says so."""
+    from convert.native import write_model
+
+    with writing(source, destination) as (directory, advance):
+        write_model(source, directory, advance)
+    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {destination}")
+
+
+def write_hf(source: ParamSource, destination: str, shard_size: str) -> None:
+    """Writes a Hugging Face directory and says so."""
+    from convert.hf import write_hf
+    from convert.output import parse_size
+
+    size = parse_size(shard_size)
+    with writing(source, destination) as (directory, advance):
+        write_hf(source, directory, size, advance)
+    say_model(source, f'AutoModelForCausalLM.from_pretrained("{destination}")')
+
+
+class Watch:
+    """The `advance` of a run: moves the progress bar, and has finished parts of files hashed on the way."""
+
+    def __init__(self, progress: Progress, hasher: Hasher, sizes: Sequence[int]) -> None:
+        self._progress = progress
+        self._hasher = hasher
+        # Tensors come one after the other, so the bytes written tell how many are done.
+        self._ends = list(itertools.accumulate(sizes))
+        self._task = progress.add_task("writing", total=sum(sizes), tensors=0, all_tensors=len(sizes))
+        self._done = 0
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress.update(self._task, advance=nbytes, tensors=bisect.bisect_right(self._ends, self._done))
+
+    def final(self, path: Path, end: int) -> None:
+        """See `convert.output.Watcher`."""
+        self._hasher.final(path, end)
+
+
+@contextlib.contextmanager
+def writing(source: LeafSource, destination: str) -> Iterator[tuple[Path, Advance]]:
+    """The directory to write into, and what to call with the bytes written.
+
+    Shows bytes, tensors, speed and the time left; leaves a manifest in the directory; ends with a summary.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from convert.leaves import total_bytes
+    from convert.manifest import Hasher
+    from convert.output import output_directory
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[tensors]}/{task.fields[all_tensors]} tensors"),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    started = time.perf_counter()
+    with (
+        output_directory(destination, total_bytes(source.leaves)) as directory,
+        Hasher(directory) as hasher,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
+        yield directory, Watch(progress, hasher, _tensor_sizes(source))
+        progress.update(progress.task_ids[0], description="checksums")
+        files = hasher.finish()
+    _say_written(destination, files, time.perf_counter() - started)
+
+
+def _tensor_sizes(source: LeafSource) -> list[int]:
+    """Bytes of every tensor, layers apart."""
+    sizes = []
+    for path, leaf in source.leaves.items():
+        count = leaf.shape[0] if path.startswith("layers/") else 1
+        sizes += [leaf.nbytes // max(1, count)] * count
+    return sizes
+
+
+def _say_written(destination: str, files: dict[str, int], seconds: float) -> None:
+    from convert.manifest import MANIFEST
+    from convert.output import human
+
+    nbytes = sum(files.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rows = {
+        "written": destination,
+        "files": f"{len(files)}, {human(nbytes)}, sha256 of each in {MANIFEST}",
+        "time": f"{seconds:.1f} s, {human(nbytes / max(seconds, 1e-9))}/s",
+        "peak memory": human(peak),
+    }
+    for name, value in rows.items():
+        print(f"{name:12} {value}")
+
+
+def say_model(source: ParamSource, following: str) -> None:
+    """What the result is, and what to do with it."""
+    from convert.leaves import main_dtype, total_bytes
+    from convert.output import human
+
+    size, dtype = human(total_bytes(source.leaves)), main_dtype(source.leaves)
+    print(f"{'model':12} {source.config.architecture}, {source.config.num_params():,} parameters, {size} in {dtype}")
+    print(f"{'next':12} {following}")
+
+
+def say_adapter(adapter: AdapterSource, following: str) -> None:
+    """What the result is, and what to do with it."""
+    from convert.leaves import main_dtype, total_bytes
+    from convert.output import human
+
+    size, dtype = human(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
+    print(f"{'adapter':12} {describe_lora(adapter)}, {size} in {dtype}")
+    print(f"{'next':12} {following}")
+
+
+def describe_lora(adapter: AdapterSource) -> str:
+    """'LoRA rank 8, alpha 16, on q_proj v_proj'."""
+    lora = adapter.lora
+    kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+    saved = f", saved in full: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    return f"{kind} rank {lora.rank}, alpha {lora.alpha:g}, on {' '.join(lora.targets)}{saved}"

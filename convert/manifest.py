@@ -1,0 +1,166 @@
+"""manifest.json: the SHA-256 of every file in a directory, made while the files are written.
+
+Files are hashed in pieces of 64 MiB by several threads, each piece as soon as it stands in the file, so that the pages
+are still in memory. One digest over a whole file could use one core only, and would be slower than the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import read_json
+
+MANIFEST = "manifest.json"
+PIECE_BYTES = 64 << 20
+_FORMAT = "jaxlm-manifest"
+# Read at a time; hashlib lets other threads run meanwhile.
+_READ_BYTES = 1 << 20
+
+
+def _num_threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _piece_digest(path: Path, piece: int, piece_bytes: int, sync: bool) -> str:
+    """SHA-256 of one piece of a file, as hexadecimal digits; UserError when the file ends before it."""
+    digest = hashlib.sha256()
+    buffer = bytearray(min(_READ_BYTES, piece_bytes))
+    view = memoryview(buffer)
+    left = piece_bytes
+    with path.open("rb", buffering=0) as handle:
+        handle.seek(piece * piece_bytes)
+        while left and (got := handle.readinto(view[: min(left, len(view))])):
+            digest.update(view[:got])
+            left -= got
+        if sync:
+            # Here rather than at the end: the disk works while other threads compute.
+            os.fsync(handle.fileno())
+    return digest.hexdigest()
+
+
+class Hasher:
+    """Hashes the files of a directory while they are written, and writes the manifest at the end.
+
+    Use it as a context manager, around the writing; the threads end with the block.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pool = ThreadPoolExecutor(_num_threads(), thread_name_prefix="hash")
+        self._pieces: dict[Path, list[Future[str]]] = {}
+
+    def __enter__(self) -> Hasher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def final(self, path: Path, end: int) -> None:
+        """Tells that the first `end` bytes of a file will not change any more."""
+        pieces = self._pieces.setdefault(path, [])
+        while (len(pieces) + 1) * PIECE_BYTES <= end:
+            pieces.append(self._pool.submit(_piece_digest, path, len(pieces), PIECE_BYTES, True))
+
+    def finish(self) -> dict[str, int]:
+        """Hashes what is left and writes manifest.json. Returns the bytes of every file but that, by relative name."""
+        sizes = {path: path.stat().st_size for path in _files(self._directory)}
+        for path, size in sizes.items():
+            self.final(path, size)
+            pieces = self._pieces[path]
+            if len(pieces) * PIECE_BYTES < size or not pieces:
+                pieces.append(self._pool.submit(_piece_digest, path, len(pieces), PIECE_BYTES, False))
+        files = {
+            path.relative_to(self._directory).as_posix(): {
+                "bytes": size,
+                "sha256": [piece.result() for piece in self._pieces[path]],
+            }
+            for path, size in sizes.items()
+        }
+        content = {"format": _FORMAT, "version": 1, "piece_bytes": PIECE_BYTES, "files": files}
+        (self._directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return {path.relative_to(self._directory).as_posix(): size for path, size in sizes.items()}
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of manifest.json, checked.
+
+    Raises:
+        UserError: when there is none, it is no manifest, or it names a file outside the directory.
+    """
+    where = directory / MANIFEST
+    if not where.is_file():
+        raise UserError(
+            f"{directory}: has no {MANIFEST}, so its files cannot be checked; jaxlm leaves one in what it writes. "
+            "To compare two models: convert verify A B"
+        )
+    content = read_json(where)
+    piece_bytes, files = content.get("piece_bytes"), content.get("files")
+    if content.get("format") != _FORMAT or content.get("version") != 1:
+        raise UserError(f"{where}: format {content.get('format')!r} version {content.get('version')!r} is not known")
+    if type(piece_bytes) is not int or piece_bytes < 1 or not isinstance(files, dict):
+        raise UserError(f"{where}: 'piece_bytes' or 'files' is missing; copy the file again")
+    for name, entry in files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in ("", "."):
+            raise UserError(f"{where}: names {name!r}, which lies outside {directory}")
+        digests = entry.get("sha256") if isinstance(entry, dict) else None
+        size = entry.get("bytes") if isinstance(entry, dict) else None
+        if type(size) is not int or not isinstance(digests, list) or len(digests) != max(1, -(-size // piece_bytes)):
+            raise UserError(f"{where}: the entry of {name!r} has not one digest for each piece; copy the file again")
+    return content
+
+
+def check_manifest(directory: Path) -> Iterator[tuple[str, str | None]]:
+    """Compares every file with the manifest.
+
+    Yields:
+        name, what is wrong with it: changed bytes, another length, missing (None: nothing).
+
+    Raises:
+        UserError: as `read_manifest`.
+    """
+    content = read_manifest(directory)
+    piece_bytes: int = content["piece_bytes"]
+    pool = ThreadPoolExecutor(_num_threads())
+    try:
+        for name, entry in content["files"].items():
+            path = directory / name
+            if not path.is_file():
+                yield name, "is missing"
+                continue
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                yield name, f"has {size} bytes, {entry['bytes']} were written"
+                continue
+            count = len(entry["sha256"])
+            found = pool.map(_piece_digest, [path] * count, range(count), [piece_bytes] * count, [False] * count)
+            bad = [piece for piece, (a, b) in enumerate(zip(found, entry["sha256"], strict=True)) if a != b]
+            yield name, _describe_pieces(bad, piece_bytes, size) if bad else None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def files_not_listed(directory: Path) -> list[str]:
+    """Files that the manifest does not name: they were added later."""
+    listed = read_manifest(directory)["files"]
+    names = [path.relative_to(directory).as_posix() for path in _files(directory)]
+    return [name for name in names if name not in listed]
+
+
+def _describe_pieces(bad: list[int], piece_bytes: int, size: int) -> str:
+    first = bad[0]
+    places = f"bytes {first * piece_bytes} to {min(size, (first + 1) * piece_bytes)}"
+    return f"has changed ({places}{f' and {len(bad) - 1} more pieces' if len(bad) > 1 else ''})"
