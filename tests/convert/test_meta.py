@@ -156,7 +156,7 @@ def test_hf_to_meta(name: str, shards: int, tmp_path: Path, run: Callable[..., s
     assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == [
         *names,
         "generation_config.json",
-            "manifest.json",
+        "manifest.json",
         "params.json",
     ]
     files = [torch.load(tmp_path / "meta" / file, weights_only=True) for file in names]
