@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command import add_dtype, add_shard_size, add_verb, say_model, with_dtype, write_hf, write_jax, writing
+from convert.command import (
+    add_dtype,
+    add_shard_size,
+    add_verb,
+    say_adapter,
+    say_model,
+    with_dtype,
+    write_hf,
+    write_jax,
+    writing,
+)
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
-    from convert.leaves import ParamSource
+    from convert.leaves import AdapterSource, ParamSource
     from convert.meta import MetaSource
 
 
@@ -35,6 +47,121 @@ def add_format_verbs(verbs: Any) -> None:
             "--shards", type=int, default=1, metavar="N", help="files, the model-parallel size to run with (default: 1)"
         )
         add_dtype(verb)
+
+    verb = add_verb(verbs, "mindspore-to-jax", _mindspore_to_jax, "a MindSpore checkpoint becomes a jaxlm model")
+    _add_mindspore_source(verb, "jaxlm directory to create")
+    verb = add_verb(verbs, "mindspore-to-hf", _mindspore_to_hf, "a MindSpore checkpoint becomes a Hugging Face model")
+    _add_mindspore_source(verb, "Hugging Face directory to create (with --lora: PEFT)")
+    add_shard_size(verb)
+
+    for name, what in (("jax-to-mindspore", "a jaxlm model"), ("hf-to-mindspore", "a Hugging Face model")):
+        verb = add_verb(verbs, name, _to_mindspore, f"{what} becomes a MindSpore checkpoint for MindFormers")
+        verb.add_argument("source", metavar="SRC", help="directory of the model")
+        verb.add_argument("destination", metavar="DST", help="directory to create: model.ckpt, config.json, tokenizer")
+        verb.add_argument("--qkv-concat", action="store_true", help="write w_qkv and w_gate_hidden (not interleaved)")
+        verb.add_argument("--crc", action="store_true", help="end the file with its CRC-32 (crc_check of MindSpore)")
+        add_dtype(verb)
+
+
+def _add_mindspore_source(verb: argparse.ArgumentParser, destination: str) -> None:
+    verb.add_argument(
+        "source", metavar="SRC", help="a .ckpt or .safetensors file with MindSpore's names, or its folder"
+    )
+    verb.add_argument("destination", metavar="DST", help=destination)
+    verb.add_argument(
+        "--config",
+        metavar="FILE",
+        help="shape of the model: config.json, MindFormers' YAML, or a known name like llama-2-7b "
+        "(default: the one file of these beside SRC)",
+    )
+    verb.add_argument(
+        "--groups",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how often wq, wk, wv alternate in w_qkv (tensor parallelism it was concatenated for; default: 1)",
+    )
+    verb.add_argument("--lora", action="store_true", help="take the LoRA factors, not the model")
+    verb.add_argument("--alpha", type=float, metavar="A", help="lora_alpha, which SRC does not record (default: 16)")
+    verb.add_argument("--base", metavar="BASE", help="with --lora: the base model, in any format")
+    add_dtype(verb)
+
+
+def _open_mindspore(options: argparse.Namespace) -> ParamSource:
+    from convert.mindspore import MindSporeSource
+    from convert.source import open_model
+
+    for name in ("alpha", "base"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: is for --lora only")
+    if options.groups < 1:
+        raise UserError(f"--groups {options.groups}: must be at least 1")
+    source = open_model(options.source, options.config, options.groups)
+    if not isinstance(source, MindSporeSource):
+        raise UserError(
+            f"{options.source}: is no MindSpore checkpoint; see `convert --help` for the verb of its format"
+        )
+    if source.joined:
+        how = "whole, one below the other" if options.groups == 1 else f"interleaved in {options.groups} groups"
+        print(f"taken: wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)", file=sys.stderr)
+    elif options.groups != 1:
+        raise UserError(f"--groups {options.groups}: {options.source} holds no concatenated tensors")
+    return with_dtype(source, options.dtype)
+
+
+def _open_mindspore_adapter(options: argparse.Namespace) -> AdapterSource:
+    from convert.mindspore import DEFAULT_ALPHA, find_config
+    from convert.source import open_adapter, open_model
+
+    if options.dtype != "keep" or options.groups != 1:
+        raise UserError("--dtype and --groups: are not for --lora; factors stay as they are stored")
+    if options.base is not None:
+        config = open_model(options.base, options.config).config
+    else:
+        path = Path(options.source)
+        config, _ = find_config(path if path.is_dir() else path.parent, options.config, {})
+    alpha = options.alpha
+    if alpha is None:
+        alpha = DEFAULT_ALPHA
+        print(f"taken: lora_alpha {alpha:g}, as MindFormers' configurations (another: --alpha A)", file=sys.stderr)
+    if not 0 < alpha < math.inf:
+        raise UserError(f"--alpha {alpha:g}: must be positive")
+    return open_adapter(options.source, config, alpha)
+
+
+def _mindspore_to_jax(options: argparse.Namespace) -> None:
+    from convert.native import write_adapter
+
+    if not options.lora:
+        write_jax(_open_mindspore(options), options.destination)
+        return
+    if options.base is None:
+        raise UserError("--lora: needs --base BASE, which a jaxlm adapter records")
+    adapter = _open_mindspore_adapter(options)
+    with writing(adapter, options.destination) as (directory, advance):
+        write_adapter(adapter, directory, options.base, advance)
+    say_adapter(adapter, f"convert merge {options.base} {options.destination} OUT")
+
+
+def _mindspore_to_hf(options: argparse.Namespace) -> None:
+    from convert.peft import write_peft
+
+    if not options.lora:
+        write_hf(_open_mindspore(options), options.destination, options.shard_size)
+        return
+    adapter = _open_mindspore_adapter(options)
+    with writing(adapter, options.destination) as (directory, advance):
+        write_peft(adapter, directory, advance)
+    say_adapter(adapter, f'PeftModel.from_pretrained(base, "{options.destination}")')
+
+
+def _to_mindspore(options: argparse.Namespace) -> None:
+    from convert.mindspore import FILE_NAME, write_mindspore
+
+    source = _open_as(options)
+    with writing(source, options.destination) as (directory, advance):
+        write_mindspore(source, directory, advance, joined=options.qkv_concat, crc=options.crc)
+    say_model(source, f"load_checkpoint: {options.destination}/{FILE_NAME} in MindFormers' YAML")
 
 
 def _add_meta_source(verb: argparse.ArgumentParser) -> None:

@@ -13,9 +13,19 @@ from pathlib import Path
 from convert.hf import HfSource
 from convert.leaves import AdapterSource, LeafInfo, ParamSource
 from convert.meta import PARAMS, MetaSource, find_shards
+from convert.mindspore import (
+    DEFAULT_ALPHA,
+    MindSporeAdapter,
+    MindSporeSource,
+    find_files,
+    is_lora,
+    looks_like_mindspore,
+    read_files,
+)
+from convert.names import rule_for
 from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, find_native, read_model_json
 from convert.peft import PeftSource
-from convert.tensors import find_weights
+from convert.tensors import find_weights, read_safetensors
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 
@@ -23,17 +33,33 @@ __all__ = ["AdapterSource", "LeafInfo", "ParamSource", "is_adapter", "open_adapt
 
 ACCEPTED = (
     "accepted are a Hugging Face directory (config.json and weights), a converted jaxlm directory, "
-    "a run directory, one of its checkpoints, and Meta's checkpoint (params.json and consolidated.00.pth)"
+    "a run directory, one of its checkpoints, Meta's checkpoint (params.json and consolidated.00.pth), and "
+    "MindSpore's (.ckpt, or .safetensors with MindSpore's names)"
 )
 
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such directory; {ACCEPTED}")
-    if not path.is_dir():
-        raise UserError(f"{path}: is a file; {ACCEPTED}")
+        raise UserError(f"{path}: no such directory or file; {ACCEPTED}")
     return path
+
+
+def _mindspore_files(path: Path) -> list[Path]:
+    """The files when a path means MindSpore's; a file that is another format's is refused."""
+    files = find_files(path)
+    if path.is_dir() or (files and (path.suffix == ".ckpt" or looks_like_mindspore(read_files(files, check=False)))):
+        return files
+    hint = f"give its directory, {path.parent}" if path.suffix in (".safetensors", ".bin", ".pth") else ACCEPTED
+    raise UserError(f"{path}: is a file, and not a MindSpore checkpoint; {hint}")
+
+
+def _is_hf(directory: Path) -> bool:
+    weights = find_weights(directory)
+    # MindSpore's safetensors may have HF's file name.
+    return weights is not None and not (
+        weights.suffix == ".safetensors" and looks_like_mindspore(read_safetensors(weights))
+    )
 
 
 def _found(path: Path) -> str:
@@ -43,70 +69,90 @@ def _found(path: Path) -> str:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a directory holds a low-rank adapter rather than a full model."""
-    directory = _existing(path)
-    native = find_native(directory)
+    """Whether a path holds a low-rank adapter rather than a full model."""
+    path = _existing(path)
+    native = find_native(path)
     if native is not None:
         return read_model_json(native).get("lora") is not None
-    # Some trainers put the base's config.json beside the adapter; a merged model may keep adapter_config.json.
-    return (directory / "adapter_config.json").is_file() and find_weights(directory) is None
+    if (path / "adapter_config.json").is_file():
+        # Some trainers put the base's config.json beside the adapter; a merged model may keep adapter_config.json.
+        return find_weights(path) is None
+    if path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path)):
+        return False
+    tensors = read_files(_mindspore_files(path), check=False)
+    return is_lora(tensors) and rule_for("embed_tokens/embedding").mindspore not in tensors
 
 
-def open_model(path: str | Path, max_positions: int | None = None) -> ParamSource:
+def open_model(
+    path: str | Path, config: str | Path | None = None, groups: int = 1, max_positions: int | None = None
+) -> ParamSource:
     """A full model: a Hugging Face directory, a jaxlm directory, a checkpoint, or a run directory (its newest step);
-    Meta's checkpoint.
+    Meta's checkpoint; MindSpore's, a file or its directory.
 
     Args:
-        max_positions: the longest row in tokens, where the format does not say it (Meta's).
+        config: MindSpore only: shape by name, config.json or MindFormers' YAML; None takes the one beside the file.
+        groups: MindSpore only: see `MindSporeSource`.
+        max_positions: Meta only: the longest row in tokens, which that format does not say.
 
     Raises:
         UserError: when it is none of these, is an adapter, or is not complete.
     """
-    directory = _existing(path)
-    native = find_native(directory)
-    if is_adapter(directory):
+    path = _existing(path)
+    native = find_native(path)
+    if is_adapter(path):
         raise UserError(
-            f"{directory}: is a LoRA adapter, not a full model; give the base model and this adapter, "
-            f"or make one model of them: convert merge BASE {directory} OUT"
+            f"{path}: is a LoRA adapter, not a full model; give the base model and this adapter, "
+            f"or make one model of them: convert merge BASE {path} OUT"
         )
     if native is not None:
         return NativeSource(native, read_model_json(native))
-    if (directory / "config.json").is_file():
-        return HfSource(directory)
-    if (directory / PARAMS).is_file():
-        return MetaSource(directory, max_positions)
-    if find_shards(directory):
-        raise UserError(
-            f"{directory}: has consolidated.00.pth but no {PARAMS}, which lies beside it in Meta's releases"
-        )
-    raise UserError(f"{directory}: is no model: {_found(directory)}; {ACCEPTED}")
+    if path.is_dir() and (path / PARAMS).is_file() and find_shards(path) and not _is_hf(path):
+        return MetaSource(path, max_positions)
+    if path.is_dir() and _is_hf(path) and (path / "config.json").is_file():
+        return HfSource(path)
+    if _mindspore_files(path):
+        return MindSporeSource(path, config, groups)
+    if (path / "config.json").is_file():
+        return HfSource(path)  # which says that there are no weights
+    if (path / PARAMS).is_file():
+        return MetaSource(path, max_positions)
+    if find_shards(path):
+        raise UserError(f"{path}: has consolidated.00.pth but no {PARAMS}, which lies beside it in Meta's releases")
+    raise UserError(f"{path}: is no model: {_found(path)}; {ACCEPTED}")
 
 
-def open_adapter(path: str | Path, base_config: LlamaConfig | None = None) -> AdapterSource:
-    """A LoRA adapter: a PEFT directory, a converted one, or a LoRA run (its newest checkpoint).
+def open_adapter(
+    path: str | Path, base_config: LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+) -> AdapterSource:
+    """A LoRA adapter: a PEFT directory, a converted one, a LoRA run (its newest checkpoint), or MindSpore's.
 
     Args:
-        base_config: shape of the model it belongs to. Only jaxlm's own directories record it; PEFT's need it.
+        base_config: shape of the model it belongs to. Only jaxlm's own directories record it; the others need it.
+        alpha: MindSpore only: lora_alpha, which that format does not record.
 
     Raises:
         UserError: when it is no adapter, is not complete, or does not fit the base.
     """
-    directory = _existing(path)
-    native = find_native(directory)
+    path = _existing(path)
+    native = find_native(path)
     if native is not None:
         content = read_model_json(native)
         if content.get("lora") is None:
-            raise UserError(f"{directory}: is a full model, not an adapter; open it as the model itself")
+            raise UserError(f"{path}: is a full model, not an adapter; open it as the model itself")
         adapter = NativeAdapter(native, content)
         if base_config is not None:
             adapter.config = base_config
             check_adapter_leaves(adapter, native / "model")
         return adapter
-    if not (directory / "adapter_config.json").is_file():
+    peft = (path / "adapter_config.json").is_file()
+    other = not peft and path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path))
+    if not peft and (other or not is_lora(read_files(_mindspore_files(path), check=False))):
         raise UserError(
-            f"{directory}: is no adapter: {_found(directory)}; accepted are a PEFT directory (adapter_config.json and "
-            "adapter_model.safetensors), a converted adapter, and a LoRA run directory"
+            f"{path}: is no adapter{f': {_found(path)}' if path.is_dir() else ''}; accepted are a PEFT directory "
+            "(adapter_config.json and adapter_model.safetensors), a converted adapter, a LoRA run directory, and a "
+            "MindSpore file with LoRA factors"
         )
     if base_config is None:
-        raise UserError(f"{directory}: a PEFT adapter does not record the shape of its base; give the base model too")
-    return PeftSource(directory, base_config)
+        kind = "PEFT" if peft else "MindSpore"
+        raise UserError(f"{path}: a {kind} adapter does not record the shape of its base; give the base model too")
+    return PeftSource(path, base_config) if peft else MindSporeAdapter(path, base_config, alpha)

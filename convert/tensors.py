@@ -343,11 +343,15 @@ def find_weights(directory: Path, stem: str = "model", torch_stem: str = "pytorc
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .safetensors or .bin file, or of all shards named by an index.json."""
+    """The tensors of a .safetensors, .bin, .pth or MindSpore .ckpt file, or of all shards named by an index.json."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     if path.suffix == ".json":
         return _read_index(path)
+    from convert.mindspore_ckpt import is_ckpt, read_ckpt
+
+    if path.suffix == ".ckpt" and is_ckpt(path):
+        return read_ckpt(path)
     from convert.torch_zip import read_torch_zip
 
     return read_torch_zip(path)

@@ -253,7 +253,7 @@ def test_what_is_no_model(tmp_path: Path, refused: Callable[..., str]) -> None:
     for name in "wxyz":
         (tmp_path / "a" / name).touch()
     assert "found w, x, y, z; accepted are" in refused("inspect", tmp_path / "a")
-    assert "no such directory" in refused("hf-to-jax", tmp_path / "b", tmp_path / "c")
+    assert "no such directory or file" in refused("hf-to-jax", tmp_path / "b", tmp_path / "c")
     assert "is a file" in refused("hf-to-jax", tmp_path / "a" / "w", tmp_path / "c")
     (tmp_path / "a" / "config.json").write_text(json.dumps(CONFIG.to_hf("float32")))
     assert "has config.json but no weights" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")

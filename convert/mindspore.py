@@ -1,0 +1,424 @@
+"""MindFormers models in MindSpore's formats: `.ckpt` or safetensors files, full models and LoRA adapters.
+
+Names differ from HF's, layouts do not (MindFormers rotates halves, too). Three things to know:
+
+- A checkpoint of a training run also holds optimizer moments, step counters and caches: those are skipped by name.
+- `w_qkv` and `w_gate_hidden` hold wq, wk, wv and w1, w3 below each other, either whole (`groups` 1) or interleaved in
+  as many groups as it was trained with tensor parallelism; the file does not say which.
+- There is no configuration in it. It comes from `config.json` or MindFormers' YAML beside it, or from the caller.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from convert.hf import (
+    StackedTensors,
+    check_num_layers,
+    copy_files,
+    find_tokenizer_files,
+    hf_config_for,
+    match_tensors,
+)
+from convert.leaves import Advance, ParamSource, stored_blocks
+from convert.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
+from convert.names import (
+    MINDSPORE_JOINED,
+    Entry,
+    adapter_shapes,
+    leaf_shapes,
+    linear_path,
+    peft_entries,
+    rule_for,
+    stored_entries,
+)
+from convert.tensors import JoinedRows, StoredTensor, Tensor, read_safetensors
+from jaxlm.config import LoraConfig
+from jaxlm.errors import UserError
+from jaxlm.models.lora import LINEARS, resolve_lora
+from jaxlm.models.shapes import SHAPES, LlamaConfig, RopeConfig, read_json
+
+FILE_NAME = "model.ckpt"
+# What MindSpore and MindFormers save beside the parameters of the network.
+_SKIPPED = re.compile(
+    r"(adam_[mv]|adamw?_[mv]|moments?[12]?|moment[12]|accu_grads?|accum|master|main_params?|fp32_params?)\..*"
+    r"|.*[._](key_past|value_past|key_cache|value_cache|batch_valid_length|freqs_cis|freqs_cos|freqs_sin)"
+    r"|(epoch_num|step_num|cur_epoch_num|cur_step_num|current_iterator_step|last_overflow_iterator_step|loss_scale|"
+    r"scale_sense|learning_rate|lr|weight_decay|global_step|global_batch_size|data_parallel|model_parallel|"
+    r"beta[12]_power|random_op|append_info|network_config|has_trained_epoches|has_trained_steps)"
+)
+_LORA = re.compile(r"(?P<linear>.*)\.(?:tk|mindpet)_delta_lora_(?P<factor>[ab])", re.IGNORECASE)
+# MindFormers' first converter forgot to rename the embedding.
+_ALIASES = {"model.tok_embeddings.weight": "model.tok_embeddings.embedding_weight"}
+# lora_alpha of MindFormers' published configurations; the files do not record it.
+DEFAULT_ALPHA = 16.0
+_RANK_FOLDER = re.compile(r"rank_\d+")
+MERGE_RANKS = (
+    "merge the parts first, in MindSpore: mindspore.transform_checkpoints(SOURCE_DIR, OUT_DIR, 'model_', "
+    "src_strategy_file, None)"
+)
+
+
+def find_files(path: Path) -> list[Path]:
+    """The MindSpore files that a path means: itself, or those in a directory; empty when there are none.
+
+    Raises:
+        UserError: for a directory with one folder per rank, or with several checkpoints.
+    """
+    if path.is_file():
+        return [path] if path.suffix in (".ckpt", ".safetensors") else []
+    ranks = sorted(item.name for item in path.iterdir() if item.is_dir() and _RANK_FOLDER.fullmatch(item.name))
+    if ranks:
+        raise UserError(f"{path}: holds one part per rank ({ranks[0]}, …), not a whole model; {MERGE_RANKS}")
+    files = sorted(item for item in path.iterdir() if item.is_file() and "strategy" not in item.name)
+    checkpoints = [file for file in files if file.suffix == ".ckpt" and is_ckpt(file)]
+    if len(checkpoints) > 1:
+        names = ", ".join(file.name for file in checkpoints[:4])
+        raise UserError(f"{path}: holds {len(checkpoints)} MindSpore checkpoints ({names}, …); name one of them")
+    return checkpoints or [file for file in files if file.suffix == ".safetensors"]
+
+
+def read_files(files: list[Path], check: bool = True) -> dict[str, StoredTensor]:
+    """The parameters in MindSpore files by name, without what belongs to the optimizer or the run.
+
+    Args:
+        check: see `read_ckpt`.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in (read_ckpt(file, check) if file.suffix == ".ckpt" else read_safetensors(file)).items():
+            if _SKIPPED.fullmatch(name):
+                continue
+            name = _ALIASES.get(name, name)
+            if name in tensors:
+                raise UserError(
+                    f"{file}: holds {name!r}, which {tensors[name].file.name} holds too; remove one of them"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def looks_like_mindspore(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether names are MindFormers', of a model or an adapter."""
+    embedding = rule_for("embed_tokens/embedding").mindspore
+    return embedding in tensors or is_lora(tensors)
+
+
+def is_lora(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any name is that of a LoRA factor."""
+    return any(_LORA.fullmatch(name) for name in tensors)
+
+
+class MindSporeSource(StackedTensors):
+    """A model in MindSpore files, read without loading it.
+
+    Args:
+        path: the file or its directory.
+        config: a known shape by name, a config.json, or MindFormers' YAML; None takes what lies beside the file.
+        groups: how many times wq, wk, wv (and w1, w3) alternate in concatenated tensors.
+
+    Raises:
+        UserError: when there is no configuration, or a tensor is missing, unexpected or of another shape than it says.
+    """
+
+    def __init__(self, path: Path, config: str | Path | None = None, groups: int = 1) -> None:
+        super().__init__()
+        self.path = path
+        files = find_files(path)
+        if not files:
+            raise UserError(f"{path}: holds no MindSpore checkpoint (.ckpt or .safetensors)")
+        directory = path if path.is_dir() else path.parent
+        self.tokenizer_dir = directory
+        self.tokenizer_files = find_tokenizer_files(directory)
+        tensors = read_files(files)
+        if is_lora(tensors):
+            raise UserError(
+                f"{files[0]}: holds LoRA factors; take them out as an adapter (convert mindspore-to-hf {files[0]} OUT "
+                "--lora --base BASE) and open the base model itself"
+            )
+        self.config, self.hf_config = find_config(directory, config, tensors)
+        check_num_layers(files[0], self.config.num_layers, len(tensors))
+        found: dict[str, Tensor] = dict(tensors)
+        #: Whether tensors were concatenated, so that `groups` mattered.
+        self.joined = _split_joined(files[0], found, self.config, groups)
+        entries = stored_entries(self.config, "mindspore")
+        try:
+            match_tensors(files[0], found, entries)
+        except UserError as error:
+            rank = next((part for part in path.absolute().parts if _RANK_FOLDER.fullmatch(part)), None)
+            if rank is None:
+                raise
+            raise UserError(f"{error}; {rank} holds the part of one rank: {MERGE_RANKS}") from None
+        self.add(files[0], leaf_shapes(self.config), found, entries)
+
+
+def _joined_parts(config: LlamaConfig, groups: int) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
+    """The name of each concatenated tensor that the model may have, and its parts: (name, rows of one group)."""
+    rows = {entry.path: entry.layout.stored[0] for entry in stored_entries(config, "mindspore")}
+    for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
+        for joined, linears in MINDSPORE_JOINED:
+            paths = [f"{linear_path(linear)}/{leaf}" for linear in linears]
+            if not all(path in rows for path in paths):
+                continue
+            for path in paths:
+                if rows[path] % groups:
+                    raise UserError(f"--groups {groups}: does not divide the {rows[path]} rows of {path}")
+            for layer in range(config.num_layers):
+                parts = [(rule_for(path).mindspore.format(layer), rows[path] // groups) for path in paths]
+                yield f"{joined.format(layer)}.{suffix}", tuple(parts)
+
+
+def _split_joined(where: Path, tensors: dict[str, Tensor], config: LlamaConfig, groups: int) -> bool:
+    """Replaces concatenated tensors by their parts; whether there were any."""
+    found = False
+    for name, parts in _joined_parts(config, groups):
+        if name not in tensors:
+            continue
+        found = True
+        whole = tensors.pop(name)
+        stride = sum(rows for _, rows in parts)
+        if not whole.shape or whole.shape[0] != stride * groups:
+            raise UserError(
+                f"{where}: tensor {name!r} has shape {list(whole.shape)}, "
+                f"the configuration expects {stride * groups} rows"
+            )
+        start = 0
+        for part, rows in parts:
+            if part in tensors:
+                raise UserError(f"{where}: holds {part!r} both by itself and in {name!r}")
+            begins = [start + group * stride for group in range(groups)]
+            tensors[part] = JoinedRows(part, tuple((whole, begin, begin + rows) for begin in begins))
+            start += rows
+    return found
+
+
+# ---- the configuration
+
+
+def find_config(
+    directory: Path, given: str | Path | None, tensors: Mapping[str, Tensor]
+) -> tuple[LlamaConfig, dict[str, Any] | None]:
+    """The model's shape and, when it comes from a config.json, that file's content.
+
+    Args:
+        given: a known shape by name, or a file; None looks for one in `directory`.
+    """
+    if given is not None and str(given) in SHAPES:
+        return SHAPES[str(given)], None
+    if given is not None:
+        file = Path(given)
+        if not file.is_file():
+            raise UserError(
+                f"--config {given}: is neither a file (config.json, MindFormers' YAML) nor a known shape: "
+                f"{', '.join(SHAPES)}"
+            )
+    else:
+        found = [directory / "config.json"] if (directory / "config.json").is_file() else []
+        found = found or [path for path in sorted(directory.glob("*.y*ml")) if _model_section(path) is not None]
+        if len(found) != 1:
+            raise UserError(
+                f"{directory}: MindSpore's checkpoints do not say the model's shape, and there "
+                f"{'are several configurations' if found else 'is no config.json or MindFormers YAML'} beside it; "
+                f"give --config FILE, or one of the known shapes: {', '.join(SHAPES)}"
+            )
+        (file,) = found
+    if file.suffix == ".json":
+        content = read_json(file)
+        return LlamaConfig.from_hf(content), content
+    section = _model_section(file)
+    if section is None:
+        raise UserError(f"{file}: has no model.model_config, as MindFormers' YAML files have")
+    return _from_mindformers(file, section, tensors), None
+
+
+def _model_section(file: Path) -> dict[str, Any] | None:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from None
+    section = content
+    for key in ("model", "model_config"):
+        section = section.get(key) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _from_mindformers(file: Path, section: dict[str, Any], tensors: Mapping[str, Tensor]) -> LlamaConfig:
+    """MindFormers' LlamaConfig; its defaults where the file is silent, F from the tensors."""
+
+    def number(key: str, default: Any, kind: type = int) -> Any:
+        value = section.get(key)
+        value = default if value is None else value
+        good = isinstance(value, (int, float)) if kind is float else type(value) is int
+        if not good or isinstance(value, bool) or not value > 0:
+            raise UserError(f"{file}: model.model_config.{key} is {value!r}; expected a positive number")
+        return kind(value)
+
+    hidden, heads = number("hidden_size", 4096), number("num_heads", 32)
+    ffn = section.get("intermediate_size")
+    if ffn is None:
+        name = rule_for("layers/mlp/down_proj/kernel").mindspore.format(0)
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise UserError(f"{file}: says no intermediate_size, and there is no matrix {name!r} to take it from")
+        ffn = tensors[name].shape[1]
+    method = str(section.get("extend_method") or "None").upper()
+    theta, scaling = number("theta", 10000.0, float), section.get("scaling_factor")
+    if method == "NONE":
+        rope = RopeConfig(rope_theta=theta)
+    elif method == "PI":
+        rope = RopeConfig(rope_type="linear", rope_theta=theta, factor=number("scaling_factor", 1.0, float))
+    elif method == "LLAMA3" and isinstance(scaling, dict):
+        rope = RopeConfig.from_hf({"rope_parameters": {"rope_type": "llama3", "rope_theta": theta, **scaling}})
+    else:
+        raise UserError(
+            f"{file}: extend_method {section.get('extend_method')!r} is not supported; None, PI, LLAMA3 are"
+        )
+    length = section.get("max_position_embedding") or section.get("seq_length") or 2048
+    biased = bool(section.get("qkv_has_bias", False))
+    values: dict[str, Any] = dict(
+        vocab_size=number("vocab_size", 32000),
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_layers=number("num_layers", 32),
+        num_heads=heads,
+        num_kv_heads=number("n_kv_heads", heads),
+        head_dim=number("head_dim", hidden // heads),
+        max_position_embeddings=length,
+        rms_norm_eps=number("rms_norm_eps", 1e-5, float),
+        rope=rope,
+        tie_word_embeddings=bool(section.get("tie_word_embeddings", False)),
+        qkv_bias=biased,
+        architecture="Qwen2ForCausalLM" if biased else "LlamaForCausalLM",
+        bos_token_id=section.get("bos_token_id", 1),
+        eos_token_id=section.get("eos_token_id", 2),
+        pad_token_id=section.get("pad_token_id", 0),
+    )
+    for key in ("intermediate_size", "max_position_embeddings", "head_dim"):
+        if type(values[key]) is not int or values[key] < 1:
+            raise UserError(f"{file}: {key} would be {values[key]!r}; expected a positive whole number")
+    return LlamaConfig(**values)
+
+
+# ---- adapters
+
+
+class MindSporeAdapter(StackedTensors):
+    """A LoRA adapter that MindFormers trained (`…_delta_lora_a`, `…_delta_lora_b`), for a base of the shape `config`.
+
+    Args:
+        alpha: the scale, which the files do not record: lora_alpha of the run's pet_config.
+
+    Raises:
+        UserError: when a factor is missing, of another shape, or of a layer that is not known.
+    """
+
+    def __init__(self, path: Path, config: LlamaConfig, alpha: float = DEFAULT_ALPHA) -> None:
+        super().__init__()
+        self.path = path
+        self.config = config
+        self.base: str | None = None
+        self.peft_config: dict[str, Any] | None = None
+        files = find_files(path)
+        if not files:
+            raise UserError(f"{path}: holds no MindSpore checkpoint (.ckpt or .safetensors)")
+        directory = path if path.is_dir() else path.parent
+        self.tokenizer_files = find_tokenizer_files(directory)
+        where = files[0]
+        linears = {
+            rule_for(f"{linear_path(linear)}/kernel").mindspore.format(layer).removesuffix(".weight"): (linear, layer)
+            for linear in LINEARS
+            for layer in range(config.num_layers)
+        }
+        factors: dict[tuple[str, int, str], StoredTensor] = {}
+        for name, tensor in read_files(files).items():
+            match = _LORA.fullmatch(name)
+            if match is None:
+                continue  # the frozen base, which MindFormers saves too unless told not to
+            if match["linear"] not in linears:
+                raise UserError(
+                    f"{where}: {name!r} belongs to no linear layer of the base model's {config.num_layers} layers"
+                )
+            key = (*linears[match["linear"]], match["factor"].upper())
+            if key in factors:
+                raise UserError(f"{where}: {name!r} and {factors[key].name!r} are the same factor twice")
+            factors[key] = tensor
+        if not factors:
+            raise UserError(f"{where}: holds no LoRA factors (names that end in _delta_lora_a and _delta_lora_b)")
+        self.lora, self.layers = _lora_of(where, factors, config, alpha)
+        specs = resolve_lora(config, self.lora, self.layers)
+        entries = peft_entries(config, specs)
+        tensors = {
+            entry.name: factors[key] for entry in entries if (key := _factor_key(entry)) in factors
+        }  # by PEFT's names: one place knows the factors' shapes
+        match_tensors(where, tensors, entries)
+        self.add(where, adapter_shapes(config, specs), tensors, entries)
+
+
+def _factor_key(entry: Entry) -> tuple[str, int, str]:
+    linear, factor = entry.path.split("/")[-2:]
+    assert entry.layer is not None
+    return linear, entry.layer, factor.removeprefix("lora_")
+
+
+def _lora_of(
+    where: Path, factors: Mapping[tuple[str, int, str], StoredTensor], config: LlamaConfig, alpha: float
+) -> tuple[LoraConfig, tuple[int, ...] | None]:
+    found = {(linear, layer) for linear, layer, _ in factors}
+    targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in found))
+    layers = tuple(sorted({layer for _, layer in found}))
+    for linear in targets:
+        for layer in layers:
+            for factor in "AB":
+                if (linear, layer, factor) not in factors:
+                    raise UserError(f"{where}: layer {layer} lacks lora_{factor.lower()} of {linear}")
+    first = next(tensor for (_, _, factor), tensor in factors.items() if factor == "A")
+    if len(first.shape) != 2 or not 0 < first.shape[0] <= 65536:
+        raise UserError(f"{where}: {first.name!r} has shape {list(first.shape)}; expected [rank, inputs]")
+    lora = LoraConfig(rank=first.shape[0], alpha=alpha, dropout=0.0, targets=targets)
+    return lora, None if len(layers) == config.num_layers else layers
+
+
+# ---- writing
+
+
+def write_mindspore(
+    source: ParamSource, directory: Path, advance: Advance, joined: bool = False, crc: bool = False
+) -> None:
+    """Writes a model as `model.ckpt`, with `config.json` and tokenizer files beside it, in one pass.
+
+    Args:
+        directory: an existing, empty directory.
+        advance: called with the bytes written.
+        joined: concatenates wq, wk, wv into w_qkv, and w1, w3 into w_gate_hidden (MindFormers' qkv_concat).
+        crc: ends the file with its CRC-32.
+    """
+    entries = {entry.name: entry for entry in stored_entries(source.config, "mindspore")}
+    parts_of = {}
+    if joined:
+        for name, parts in _joined_parts(source.config, 1):
+            for part, _ in parts:
+                parts_of[part] = (name, [entries[other] for other, _ in parts])
+    with CkptWriter(directory / FILE_NAME, crc) as writer:
+        done = set()
+        for entry in entries.values():
+            name, group = parts_of.get(entry.name, (entry.name, [entry]))
+            if name in done:
+                continue
+            done.add(name)
+            shape = (sum(part.layout.stored[0] for part in group), *entry.layout.stored[1:])
+            dtypes = {source.leaves[part.path].dtype for part in group}
+            if len(dtypes) > 1:
+                raise UserError(f"{name!r}: its parts have different dtypes; add --dtype to give them one")
+            writer.write(name, shape, dtypes.pop(), _chained(source, group), advance)
+    (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
+    copy_files(source.tokenizer_files, directory)
+
+
+def _chained(source: ParamSource, entries: list[Entry]) -> Iterator[np.ndarray]:
+    for entry in entries:
+        yield from stored_blocks(source, entry)
