@@ -12,14 +12,16 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from jaxlm.config import RunConfig, to_dict
+from jaxlm.config import RunConfig, SourceConfig, to_dict
 from jaxlm.errors import UserError
+
+Config = TypeVar("Config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +53,19 @@ def parse_run(
     flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")} | (flags or {})
     flags["stage"] = Flags("run only this stage of a config that has stages", str)
     if not argv or "--help" in argv or "-h" in argv:
-        print(_help(prog, description, flags))
+        print(_help(prog, description, flags, RunConfig))
         raise SystemExit(0)
-    files, overrides, given = _read_words(argv, flags)
+    files, overrides, given = _read_words(argv, flags, RunConfig, {})
+    if "stages" in overrides:
+        raise UserError("--stages: stages are given in the configuration file; --stage NAME runs one of them")
     base: dict[str, Any] = {}
     for file in files:
-        base = _merge(base, _read_yaml(file))
+        base = _merge(base, _read_yaml(file, RunConfig))
     stages = base.pop("stages", None)
     if stages is None:
         if "stage" in given:
             raise UserError(f"--stage: {given['stage']!r}: this configuration has no stages")
-        configs = [_typed(_merge(base, overrides))]
+        configs = [_typed(_merge(base, overrides), RunConfig)]
     else:
         configs = _stages(base, stages, overrides, given.get("stage"))
     if given.get("print_config"):
@@ -70,17 +74,44 @@ def parse_run(
     return configs, given
 
 
-def dump_yaml(config: RunConfig) -> str:
+def parse_config(
+    argv: Sequence[str], root: type[Config], *, prog: str, description: str, aliases: Mapping[str, str]
+) -> Config:
+    """Reads the configuration of a command that has one dataclass `root` of keys and no stages.
+
+    Args:
+        argv, prog, description: as `parse_run`.
+        aliases: other names of keys on the command line, e.g. those that other systems use.
+
+    Raises:
+        As `parse_run`.
+    """
+    flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")}
+    if not argv or "--help" in argv or "-h" in argv:
+        print(_help(prog, description, flags, root, aliases))
+        raise SystemExit(0)
+    files, overrides, given = _read_words(argv, flags, root, aliases)
+    values: dict[str, Any] = {}
+    for file in files:
+        values = _merge(values, _read_yaml(file, root))
+    config = _typed(_merge(values, overrides), root)
+    if given.get("print_config"):
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def dump_yaml(config: Any) -> str:
     """The config as YAML that `--config` reads back."""
     values = to_dict(config)
-    if values["stages"] is None:
+    if values.get("stages", 0) is None:
         del values["stages"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_run_yaml(text: str, origin: str) -> RunConfig:
     """Reads what `dump_yaml` wrote; `origin` names it in errors."""
-    return _typed(_check_keys(yaml.safe_load(text), RunConfig, "", origin))
+    return _typed(_check_keys(yaml.safe_load(text), RunConfig, "", origin, RunConfig), RunConfig)
 
 
 def _stages(
@@ -96,7 +127,7 @@ def _stages(
     written: RunConfig | None = None  # the stage before, as it was written
     for stage, name in zip(stages, names, strict=True):
         own = {key: value for key, value in stage.items() if key != "name"}
-        config = _typed(_merge(_merge(base, own), overrides))
+        config = _typed(_merge(_merge(base, own), overrides), RunConfig)
         moved_on = written is not None and config.model.path not in (None, written.model.path)
         configs.append(_after(config, name, None if moved_on or not configs else configs[-1]))
         written = config
@@ -122,7 +153,9 @@ def _after(config: RunConfig, name: str, previous: RunConfig | None) -> RunConfi
     return dataclasses.replace(config, model=model, lora=lora, output_dir=output_dir)
 
 
-def _read_words(argv: Sequence[str], flags: dict[str, Flags]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+def _read_words(
+    argv: Sequence[str], flags: dict[str, Flags], root: type, aliases: Mapping[str, str]
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     files: list[str] = []
     overrides: dict[str, Any] = {}
     given: dict[str, Any] = {}
@@ -132,6 +165,8 @@ def _read_words(argv: Sequence[str], flags: dict[str, Flags]) -> tuple[list[str]
         if not word.startswith("--"):
             raise UserError(f"{word!r}: expected --config FILE or --key value; see --help")
         name, equals, attached = word[2:].partition("=")
+        name = name.replace("-", "_")
+        name = aliases.get(name, name)
         value = attached if equals else words.pop(0) if words and not words[0].startswith("--") else None
         if name == "config":
             if value is None:
@@ -148,22 +183,25 @@ def _read_words(argv: Sequence[str], flags: dict[str, Flags]) -> tuple[list[str]
             except ValueError:
                 raise UserError(f"--{name}: {value!r} is not a whole number") from None
         else:
-            _set(overrides, name, value)
-    if "stages" in overrides:
-        raise UserError("--stages: stages are given in the configuration file; --stage NAME runs one of them")
-    _check_keys(overrides, RunConfig, "", "command line")
+            _set(overrides, name, value, root)
+    _check_keys(overrides, root, "", "command line", root)
     return files, overrides, given
 
 
-def _set(tree: dict[str, Any], name: str, value: str | None) -> None:
+def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None:
+    section = _section(_hint_of(name, root))
+    if section is not None and value is not None and "path" in _fields(section) and not value.startswith("{"):
+        name = f"{name}.path"  # --model DIR
     *parents, leaf = name.split(".")
-    hint = _hint_of(name)
+    hint = _hint_of(name, root)
     if value is None:
         if hint is not bool and bool not in typing.get_args(hint):
             raise UserError(f"--{name}: needs a value")
         parsed: Any = True
     elif hint is str or (str in typing.get_args(hint) and value not in ("null", "None")):
         parsed = value  # a path or name is taken as it stands, also when it looks like a number
+    elif typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str and not value.startswith("["):
+        parsed = [value]  # a list of one
     else:
         try:
             parsed = yaml.safe_load(value)
@@ -189,15 +227,15 @@ def _section(hint: Any) -> type | None:
     return None
 
 
-def _hint_of(name: str) -> Any:
-    hint: Any = RunConfig
+def _hint_of(name: str, root: type) -> Any:
+    hint: Any = root
     for part in name.split("."):
         section = _section(hint)
         hint = _fields(section).get(part) if section is not None else None
     return hint
 
 
-def _all_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
     keys = []
     for name, hint in _fields(cls).items():
         keys.append(prefix + name)
@@ -207,7 +245,7 @@ def _all_keys(cls: type = RunConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check_keys(values: Any, cls: type, prefix: str, origin: str) -> dict[str, Any]:
+def _check_keys(values: Any, cls: type, prefix: str, origin: str, root: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         where = f"{origin}: {prefix.rstrip('.')}" if prefix else origin
         raise UserError(f"{where}: expected keys and values, found {values!r}")
@@ -215,20 +253,20 @@ def _check_keys(values: Any, cls: type, prefix: str, origin: str) -> dict[str, A
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            raise UserError(f"{origin}: unknown key {name!r}{_suggest(name, key)}")
+            raise UserError(f"{origin}: unknown key {name!r}{_suggest(name, key, root)}")
         section = _section(hints[key])
         if section is None:
             continue
         if isinstance(value, list):
             for item in value:
-                _check_keys(item, section, f"{name}.", origin)
+                _check_keys(item, section, f"{name}.", origin, root)
         elif isinstance(value, dict) or not typing.get_args(hints[key]):
-            _check_keys(value, section, f"{name}.", origin)
+            _check_keys(value, section, f"{name}.", origin, root)
     return typing.cast(dict[str, Any], values)
 
 
-def _suggest(name: str, key: str) -> str:
-    known = _all_keys()
+def _suggest(name: str, key: str, root: type) -> str:
+    known = _all_keys(root)
     near = difflib.get_close_matches(name, known, 1, cutoff=0.7)
     if not near:  # a right key in a wrong section
         near = [full for full in known if full.split(".")[-1] == key][:1]
@@ -243,7 +281,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _read_yaml(file: str, root: type) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -254,34 +292,30 @@ def _read_yaml(file: str) -> dict[str, Any]:
         raise UserError(f"--config: {file}: not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {file}: not valid YAML: {error}") from None
-    _check_keys(content, RunConfig, "", file)
+    _check_keys(content, root, "", file, root)
     stages = content.get("stages", [{}])
     if not isinstance(stages, list) or not stages:
         raise UserError(f"{file}: stages: expected a list of at least one stage, found {stages!r}")
     for stage in stages:
         own = {k: v for k, v in stage.items() if k != "name"} if isinstance(stage, dict) else stage
-        _check_keys(own, RunConfig, "", f"{file}: stages")
+        _check_keys(own, root, "", f"{file}: stages", root)
     return typing.cast(dict[str, Any], content)
 
 
-def _parser(prog: str, description: str | None) -> Any:
-    import jsonargparse
-
-    parser = jsonargparse.ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_class_arguments(RunConfig)
-    return parser
-
-
-def _typed(values: dict[str, Any]) -> RunConfig:
+def _typed(values: dict[str, Any], root: type[Config]) -> Config:
     import argparse
 
-    parser = _parser("jaxlm", None)
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(root)
     try:
         typed = parser.instantiate(parser.parse_object(values))
     except argparse.ArgumentError as error:
         raise UserError(_explain(str(error))) from None
-    config = RunConfig(**{item.name: typed[item.name] for item in dataclasses.fields(RunConfig)})
-    _check_values(config)
+    config = root(**{name: typed[name] for name in _fields(root)})
+    if isinstance(config, RunConfig):
+        _check_values(config)
     return config
 
 
@@ -347,7 +381,9 @@ def _check_values(config: RunConfig) -> None:
             raise UserError(f"{key}: {value} must be {wanted}")
 
 
-def _help(prog: str, description: str, flags: dict[str, Flags]) -> str:
+def _help(
+    prog: str, description: str, flags: dict[str, Flags], root: type, aliases: Mapping[str, str] | None = None
+) -> str:
     """All keys by section, each with its default and meaning; wrapped for a terminal."""
     import textwrap
 
@@ -380,11 +416,15 @@ def _help(prog: str, description: str, flags: dict[str, Flags]) -> str:
 
     def section(title: str, cls: type, prefix: str) -> None:
         lines.append(title)
-        docs = {param.arg_name: param.description or "" for param in docstring_parser.parse(cls.__doc__ or "").params}
+        docs = {
+            param.arg_name: param.description or ""
+            for base in reversed(cls.__mro__)
+            for param in docstring_parser.parse(base.__doc__ or "").params
+        }
         hints = _fields(cls)
         for item in dataclasses.fields(cls):
             inner = _section(hints[item.name])
-            if cls is RunConfig and inner is not None:
+            if cls is root and inner is not None:
                 continue
             head = f"  {prefix}{item.name}: {kind(hints[item.name])} = {shown(item)}"
             lines.append(head)
@@ -395,13 +435,15 @@ def _help(prog: str, description: str, flags: dict[str, Flags]) -> str:
         lines.append(f"  {head}")
         lines.extend(textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     lines.append("")
-    from jaxlm.config import SourceConfig
-
-    for name, hint in _fields(RunConfig).items():
+    section("keys", root, "--")
+    for name, hint in _fields(root).items():
         inner = _section(hint)
         if inner is not None:
             absent = " (absent unless given)" if type(None) in typing.get_args(hint) else ""
             section(f"{name}{absent}", inner, f"--{name}.")
-    section("a source, in data.train and data.validation (in YAML)", SourceConfig, "")
-    section("run", RunConfig, "--")
+    if root is RunConfig:
+        section("a source, in data.train and data.validation (in YAML)", SourceConfig, "")
+    if aliases:
+        lines.append("other names")
+        lines.extend(f"  --{alias}: --{name}" for alias, name in aliases.items())
     return "\n".join(lines).rstrip()

@@ -274,6 +274,108 @@ class RunConfig:
     stages: list[dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Decoding parameters, named as in transformers.
+
+    Args:
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the most probable token (greedy, or beam search with num_beams); above 0 tokens are drawn.
+        top_k: draw from the k most probable tokens; 0 is off.
+        top_p: draw from the most probable tokens that together have this probability; 1 is off.
+        min_p: leave out tokens less probable than this share of the best one's probability; 0 is off.
+        repetition_penalty: divide the score of every token that stands in the text already; 1 is off.
+        no_repeat_ngram_size: let no n-gram of this size occur twice; 0 is off.
+        num_beams: beam search over this many beams; 1 is off.
+        length_penalty: of beam search: scores are divided by length to this power; above 0 favours longer answers.
+        early_stopping: of beam search: true ends when num_beams answers are complete, false when a better one is
+            unlikely, never when none is possible.
+        samples: answers per prompt: drawn ones, or the best beams.
+        stop: texts that end an answer; they are left out of it.
+        stop_ids: token ids that end an answer, beside the model's own.
+        seed: of what is drawn; the same seed gives the same text, whatever the batch.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceModelConfig:
+    """Which model, and how it computes.
+
+    Args:
+        path: directory of the model: Hugging Face, converted jaxlm, a run directory or one of its checkpoints. A LoRA
+            run brings its base along.
+        adapter: LoRA adapter to apply on the fly: a PEFT directory, a converted one, or a LoRA run.
+        merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
+        dtype: of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
+        int8: keep the linear layers in int8, with a factor per output; half the memory of bfloat16.
+        attention: which implementation reads prompts; auto picks by device and says which.
+    """
+
+    path: str | None = None
+    adapter: str | None = None
+    merge_adapter: bool = False
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    int8: bool = False
+    attention: Literal["auto", "xla", "cudnn", "reference"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Decoding):
+    """Using a model to write.
+
+    Args:
+        model: the model.
+        tokenizer: a directory or SentencePiece .model file; null means the model's own.
+        prompt: answer this.
+        input: goes with the prompt where the template has a place for it (alpaca's input).
+        system: the system message of chat templates.
+        interactive: a conversation; /help lists what can be typed.
+        predict_data: answer every prompt of this file: .json (records, or a list of texts), .jsonl, .csv, or .txt with
+            a prompt a line, where \\n stands for a line break.
+        save_file: where the answers go: .json, .jsonl, .csv or .txt. An interrupted run goes on when started again.
+        overwrite: replace a save_file that exists, and begin anew.
+        template: how a prompt becomes text: a template name or JSON file, chat for the tokenizer's chat template, text
+            for the prompt as it is; auto takes the one that the model was trained with here, else the chat template,
+            else text.
+        columns: the template's field names mapped to those of predict_data, e.g. {instruction: question}.
+        add_bos: begin with the tokenizer's bos token; null: if it has one and the template does not write it.
+        batch_size: prompts answered together.
+        mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
+        compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
+    """
+
+    model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
+    tokenizer: str | None = None
+    prompt: str | None = None
+    input: str | None = None
+    system: str | None = None
+    interactive: bool = False
+    predict_data: str | None = None
+    save_file: str | None = None
+    overwrite: bool = False
+    template: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    add_bos: bool | None = None
+    batch_size: int = 8
+    mesh: MeshConfig | None = None
+    compilation_cache: str | None = None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain YAML or JSON values (tuples become lists)."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -65,9 +64,11 @@ def _run(configs: list[RunConfig], preview: int | None) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
     from rich.console import Console
 
+    from jaxlm.start import quiet_logs, use_compilation_cache
+
     console = Console(soft_wrap=True)
-    _quiet_logs()
-    _use_compilation_cache(configs[0].train.compilation_cache)
+    quiet_logs()
+    use_compilation_cache(configs[0].train.compilation_cache)
     for number, config in enumerate(configs):
         if len(configs) > 1:
             console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
@@ -93,6 +94,7 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
+    files |= _prompt_files([report.template for report in data.report.train])
     prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
         if not 0 < len(prompt) < shape.max_length:
@@ -114,6 +116,17 @@ def _train(config: RunConfig, console: Console) -> Outcome:
         _samples(config, outcome, prompts, tokenizer, console)
         _summary(config, outcome, console)
     return outcome
+
+
+def _prompt_files(templates: list[str]) -> dict[str, bytes]:
+    """What tells `jaxlm.generate` how to ask: the first template that is not plain text; a user's own comes along."""
+    name = next((name for name in templates if name != "text"), "text")
+    if not name.endswith(".json"):
+        return {"prompt.json": json.dumps({"template": name}).encode()}
+    return {
+        "prompt.json": json.dumps({"template": "template.json"}).encode(),
+        "template.json": Path(name).expanduser().read_bytes(),
+    }
 
 
 def _shape(config: RunConfig, source: Any) -> Any:
@@ -291,25 +304,6 @@ def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
         pairs.append(("or", f"convert merge {config.model.path} {out} {out.parent / (out.name + '-merged')}"))
     console.print()
     print_pairs(console, pairs)
-
-
-def _use_compilation_cache(setting: str | None) -> None:
-    """Compiled programs are kept between runs, so that the second start of a run is quick."""
-    import jax
-
-    if setting == "none":
-        return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = Path(setting) if setting else home / "jaxlm" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _quiet_logs() -> None:
-    """Keeps what Orbax logs through absl off the terminal; what goes wrong there also arrives as an exception."""
-    import logging
-
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

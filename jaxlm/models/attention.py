@@ -7,13 +7,16 @@ to honour it. Each fast one is tested against `reference`, values and gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
 
@@ -234,3 +237,77 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implemen
     """
     out = IMPLEMENTATIONS[implementation](q, k, v, mask)
     return out if implementation == "xla" else checkpoint_name(out, "attention_out")
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of one layer.
+
+    Attributes:
+        k, v: [B, K, S, h]; slot s of a row holds the token at place s of its text. Slots behind a row's last token hold
+            anything: no query looks there before they are written.
+        places: [B, T] int32, where the tokens of this step stand; None while a prompt is read.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    places: jax.Array | None
+
+
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None
+) -> tuple[jax.Array, KVCache]:
+    """Attention of a few new tokens to a cache, into which their keys and values are written first.
+
+    Args:
+        q: [B, T, H, h]; k, v: [B, T, K, h], all at `cache.places`; a place beyond the last slot is not written.
+        window: a query sees so many slots up to its own place; None: all of them.
+
+    Returns:
+        [B, T, H, h] in q's dtype (scores and softmax in float32), and the new cache.
+    """
+    assert cache.places is not None
+    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(_cached_attention, window=window)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        # Rows and heads become one dim in there, which a partitioner could split only by gathering the cache.
+        spec = nn.logical_to_mesh_axes(("batch", "kv_heads", "length"))
+        rows, heads, length = (None, None, None) if spec is None else spec
+        token, slot = P(rows, length, heads, None), P(rows, heads, None, None)
+        attend = jax.shard_map(
+            attend, in_specs=(token, token, token, slot, slot, P(rows, length)), out_specs=(token, slot, slot)
+        )
+    out, new_k, new_v = attend(q, k, v, cache.k, cache.v, cache.places)
+    return out, KVCache(new_k, new_v, cache.places)
+
+
+def _cached_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    places: jax.Array,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    batch, length, heads, dim = q.shape
+    kv_heads, slots = cache_k.shape[1:3]
+    groups, pairs = heads // kv_heads, batch * kv_heads
+    # Rows and heads as one dim: with B = 1, XLA's CPU backend otherwise lays the cache out anew at every step.
+    index = jnp.broadcast_to(jnp.arange(pairs)[:, None], (pairs, length)), jnp.repeat(places, kv_heads, axis=0)
+
+    def write(cache: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.swapaxes(1, 2).reshape(pairs, length, dim)
+        return cache.reshape(pairs, slots, dim).at[index].set(new.astype(cache.dtype), mode="drop")
+
+    keys, values = write(cache_k, k), write(cache_v, v)
+    # One small product for each row and kv head; queries of a group and of several places share its keys.
+    grouped = q.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    scores = _einsum("nqd,nsd->nqs", grouped.reshape(pairs, groups * length, dim), keys) / math.sqrt(dim)
+    behind = places[:, None, None, :, None] - jnp.arange(slots)
+    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    scores = jnp.where(visible, scores.reshape(batch, kv_heads, groups, length, slots), NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    out = _einsum("nqs,nsd->nqd", weights.reshape(pairs, groups * length, slots), values)
+    out = out.reshape(batch, kv_heads, groups, length, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return out.astype(q.dtype), keys.reshape(cache_k.shape), values.reshape(cache_v.shape)

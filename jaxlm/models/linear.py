@@ -1,4 +1,4 @@
-"""`Linear`: the one place that knows plain weights and LoRA.
+"""`Linear`: the one place that knows plain weights, LoRA and int8 weights.
 
 Adapter maths is PEFT's (arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353).
 """
@@ -12,6 +12,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -56,6 +57,24 @@ def _matmul_bwd(
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
+def _matmul_scaled(x: jax.Array, kernel: jax.Array, factor: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+    y = matmul(x, kernel, dtype)
+    return y if factor is None else (y.astype(jnp.float32) * factor).astype(dtype)
+
+
+def quantize(kernel: np.ndarray, in_dims: int) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel [*in, *out] as int8 and its float32 factors [*out]: kernel ~ int8 * factor, rounded to nearest.
+
+    Args:
+        in_dims: how many leading dims are contracted.
+    """
+    kernel = kernel.astype(np.float32)
+    axes = tuple(range(in_dims))
+    largest = np.abs(kernel).max(axis=axes)
+    factor = np.where(largest > 0, largest / 127.0, 1.0).astype(np.float32)
+    return np.rint(kernel / factor).astype(np.int8), factor
+
+
 class Linear(nn.Module):
     """y = x W (+ b), with an optional adapter.
 
@@ -68,6 +87,7 @@ class Linear(nn.Module):
         dtype: compute dtype.
         param_dtype: dtype of kernel and bias; adapters are float32.
         init_std: standard deviation of a fresh kernel.
+        quantized: the kernel is int8 with a float32 factor per output (see `quantize`); inference only.
     """
 
     in_dims: tuple[int, ...]
@@ -79,24 +99,30 @@ class Linear(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     init_std: float = 0.02
+    quantized: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool = True) -> jax.Array:
         """x [..., *in] -> [..., *out]; `layer` is this layer's index, which ranks and scales may depend on."""
+        init = nn.initializers.zeros if self.quantized else nn.initializers.normal(self.init_std)
         kernel: Any = self.param(
             "kernel",
-            nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.in_axes + self.out_axes),
+            nn.with_logical_partitioning(init, self.in_axes + self.out_axes),
             self.in_dims + self.out_dims,
-            self.param_dtype,
+            jnp.int8 if self.quantized else self.param_dtype,
         )
         fan_in, fan_out = math.prod(self.in_dims), math.prod(self.out_dims)
         lead = x.shape[: x.ndim - len(self.in_dims)]
         x = x.reshape(-1, fan_in)
         flat_kernel = kernel.reshape(fan_in, fan_out)
+        factor: jax.Array | None = None
+        if self.quantized:
+            declared = nn.with_logical_partitioning(nn.initializers.ones, self.out_axes)
+            factor = cast(Any, self.param("kernel_scale", declared, self.out_dims, jnp.float32)).reshape(fan_out)
         if self.adapter is None:
-            y = matmul(x, flat_kernel, self.dtype)
+            y = _matmul_scaled(x, flat_kernel, factor, self.dtype)
         else:
-            y = self._adapted(x, flat_kernel, self.adapter, layer, deterministic)
+            y = self._adapted(x, flat_kernel, factor, self.adapter, layer, deterministic)
         y = y.reshape(*lead, *self.out_dims)
         if self.use_bias:
             bias: Any = self.param(
@@ -109,7 +135,13 @@ class Linear(nn.Module):
         return y
 
     def _adapted(
-        self, x: jax.Array, kernel: jax.Array, spec: LoraSpec, layer: jax.Array, deterministic: bool
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        factor: jax.Array | None,
+        spec: LoraSpec,
+        layer: jax.Array,
+        deterministic: bool,
     ) -> jax.Array:
         fan_in, fan_out, rank = kernel.shape[0], kernel.shape[1], spec.rank
 
@@ -131,7 +163,7 @@ class Linear(nn.Module):
         a = lora_a.reshape(fan_in, rank) * scale
         b = lora_b.reshape(rank, fan_out)
         dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
-        plain = matmul(x, kernel, self.dtype)
+        plain = _matmul_scaled(x, kernel, factor, self.dtype)
         update = matmul(matmul(dropped, a, self.dtype), b, self.dtype)
         if not spec.dora:
             return plain + update
@@ -141,7 +173,7 @@ class Linear(nn.Module):
             lambda: jnp.linalg.norm(kernel.astype(jnp.float32), axis=0).reshape(self.out_dims),
         )
         # The norm is treated as a constant (paper, section 4.3).
-        weight = kernel.astype(jnp.float32) + a @ b
+        weight = kernel.astype(jnp.float32) * (1.0 if factor is None else factor) + a @ b
         norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=0))
         ratio = magnitude.reshape(fan_out) / norm
         if len(set(spec.ranks)) > 1:
@@ -150,7 +182,7 @@ class Linear(nn.Module):
         if deterministic or spec.dropout == 0:
             return (plain + update) * ratio.astype(self.dtype)
         # As PEFT: what the adapter adds to the base sees the dropped input, the base itself never does.
-        change = (ratio - 1).astype(self.dtype) * matmul(dropped, kernel, self.dtype)
+        change = (ratio - 1).astype(self.dtype) * _matmul_scaled(dropped, kernel, factor, self.dtype)
         return plain + change + update * ratio.astype(self.dtype)
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
-from jaxlm.models.attention import MaskSpec, attention
+from jaxlm.models.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.models.linear import Linear
 from jaxlm.models.lora import LoraSpec
 from jaxlm.models.rope import apply_rope, rope_cos_sin
@@ -59,6 +59,7 @@ class Attention(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    quantized: bool = False
 
     @nn.compact
     def __call__(
@@ -69,7 +70,9 @@ class Attention(nn.Module):
         sin: jax.Array,
         mask: MaskSpec,
         deterministic: bool,
-    ) -> jax.Array:
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """x [B, T, D] -> [B, T, D], and the keys and values: of these tokens, or `cache` with them written to it."""
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
@@ -83,6 +86,7 @@ class Attention(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 init_std=c.initializer_range,
+                quantized=self.quantized,
                 name=name,
             )(x, layer, deterministic)
             return nn.with_logical_constraint(y, ("batch", "length", axis, None))
@@ -90,8 +94,12 @@ class Attention(nn.Module):
         q = checkpoint_name(apply_rope(project("q_proj", c.num_heads, "heads"), cos, sin), "q")
         k = checkpoint_name(apply_rope(project("k_proj", c.num_kv_heads, "kv_heads"), cos, sin), "k")
         v = checkpoint_name(project("v_proj", c.num_kv_heads, "kv_heads"), "v")
-        out = attention(q, k, v, mask, self.implementation)
-        return Linear(
+        if cache is None:
+            out = attention(q, k, v, mask, self.implementation)
+            cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        else:
+            out, cache = cached_attention(q, k, v, cache, c.sliding_window)
+        projected = Linear(
             (c.num_heads, c.head_dim),
             (c.hidden_size,),
             ("heads", "head_dim"),
@@ -101,8 +109,10 @@ class Attention(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             init_std=c.initializer_range,
+            quantized=self.quantized,
             name="o_proj",
         )(out, layer, deterministic)
+        return projected, cache
 
 
 class MLP(nn.Module):
@@ -112,6 +122,7 @@ class MLP(nn.Module):
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
+    quantized: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
@@ -128,6 +139,7 @@ class MLP(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 init_std=c.initializer_range,
+                quantized=self.quantized,
                 name=name,
             )
 
@@ -138,7 +150,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer; a scan body: (x, layer, broadcast inputs) -> (x, None)."""
+    """One pre-norm decoder layer; a scan body: (x, layer, broadcast inputs) -> (x, None).
+
+    Attributes:
+        keep_kv: return the layer's keys and values (see `Attention`) in place of None.
+        quantized: weights are int8 (see `Linear`).
+    """
 
     config: LlamaConfig
     adapters: Mapping[str, LoraSpec]
@@ -146,20 +163,31 @@ class Block(nn.Module):
     param_dtype: DTypeLike
     implementation: str
     deterministic: bool
+    keep_kv: bool = False
+    quantized: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, layer: jax.Array, cos: jax.Array, sin: jax.Array, mask: MaskSpec
-    ) -> tuple[jax.Array, None]:
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: MaskSpec,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         c = self.config
+        shared = (c, self.adapters, self.dtype, self.param_dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="input_layernorm")(x)
-        x = x + Attention(c, self.adapters, self.dtype, self.param_dtype, self.implementation, name="self_attn")(
-            normed, layer, cos, sin, mask, self.deterministic
+        attended, kept = Attention(*shared, self.implementation, self.quantized, name="self_attn")(
+            normed, layer, cos, sin, mask, self.deterministic, cache
         )
+        x = x + attended
         normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
-        x = x + MLP(c, self.adapters, self.dtype, self.param_dtype, name="mlp")(normed, layer, self.deterministic)
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+        x = x + MLP(*shared, self.quantized, name="mlp")(normed, layer, self.deterministic)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        return x, kept if self.keep_kv else None
 
 
 class Llama(nn.Module):
@@ -236,14 +264,7 @@ class Llama(nn.Module):
     ) -> jax.Array:
         """Logits [B, T, V] float32."""
         x, head = self.hidden(input_ids, positions, segment_ids, deterministic)
-        flat = x.reshape(-1, x.shape[-1])
-        logits = jax.lax.dot_general(
-            flat.astype(self.dtype),
-            head.astype(self.dtype),
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        return logits.reshape(*x.shape[:-1], -1)
+        return output_logits(x, head, self.dtype)
 
     def loss(
         self,
@@ -269,6 +290,20 @@ class Llama(nn.Module):
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
         return linear_cross_entropy(x, head, labels, shifted, dtype=self.dtype, accuracy=accuracy)
+
+
+def output_logits(x: jax.Array, head: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Logits [..., V] float32 of hidden states [..., D] by the output matrix [V, D]."""
+    flat = x.reshape(-1, x.shape[-1]).astype(dtype)
+    dims = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(flat, head.astype(dtype), dims, preferred_element_type=jnp.float32)
+    return logits.reshape(*x.shape[:-1], -1)
+
+
+def abstract_variables(model: Llama) -> Any:
+    """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(lambda key, ids: model.init({"params": key}, ids), jax.random.key(0), tokens)
 
 
 class _Matrix(nn.Module):

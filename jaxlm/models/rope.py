@@ -69,7 +69,8 @@ def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.
 
     Args:
         config: the model's shape.
-        length: tokens seen (largest position + 1); only dynamic NTK depends on it.
+        length: tokens seen (largest position + 1), a scalar or [..., 1]; only dynamic NTK depends on it, and then
+            the frequencies are [..., h/2].
     """
     rope, head_dim = config.rope, config.head_dim
     if rope.rope_type == "yarn":
@@ -89,9 +90,15 @@ def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.
     return inv_freq, 1.0
 
 
-def rope_cos_sin(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin, each [B, T, h/2] float32, for positions [B, T]."""
-    inv_freq, factor = rope_frequencies(config, jnp.max(positions) + 1)
+def rope_cos_sin(
+    config: LlamaConfig, positions: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cos and sin, each [B, T, h/2] float32, for positions [B, T].
+
+    Args:
+        lengths: [B] tokens seen in each row; None: the largest position of all rows + 1.
+    """
+    inv_freq, factor = rope_frequencies(config, jnp.max(positions) + 1 if lengths is None else lengths[:, None, None])
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

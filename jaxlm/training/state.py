@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
-from jaxlm.models.llama import Llama
+from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.lora import SAVEABLE
 from jaxlm.parallel.mesh import load_sharded, replicated, tree_shardings, use_mesh
 
@@ -43,12 +43,6 @@ class TrainState:
     opt_state: Any
     dropout_key: Any
     skipped: Any
-
-
-def abstract_variables(model: Llama) -> Any:
-    """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(lambda key, ids: model.init({"params": key}, ids), jax.random.key(0), tokens)
 
 
 def with_saved(abstract: Any, lora: LoraConfig) -> Any:

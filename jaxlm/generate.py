@@ -1,0 +1,355 @@
+"""`python -m jaxlm.generate --model DIR --prompt TEXT | --interactive | --predict_data FILE --save_file FILE`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.cli import parse_config
+from jaxlm.config import Decoding, GenerateConfig
+from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.prompts import Prompter
+
+DESCRIPTION = (
+    "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
+    "Takes a Hugging Face directory, a converted one, a run directory or checkpoint, alone or with a LoRA adapter."
+)
+# What the systems that jaxlm follows call these keys.
+ALIASES = {
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+    "adapter": "model.adapter",
+    "lora_weights": "model.adapter",
+    "load_8bit": "model.int8",
+    "dtype": "model.dtype",
+    "prompt_template": "template",
+    "num_return_sequences": "samples",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some prompts of a file have no answer, 2 a mistake in the input, 130 interrupted."""
+    try:
+        config = parse_config(
+            sys.argv[1:] if argv is None else argv,
+            GenerateConfig,
+            prog="python -m jaxlm.generate",
+            description=DESCRIPTION,
+            aliases=ALIASES,
+        )
+        _check_config(config)
+        return _run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with a file where it was", file=sys.stderr)
+        return 130
+
+
+def _check_config(config: GenerateConfig) -> None:
+    """What can be known without the model."""
+    from jaxlm.inference.options import check_decoding
+
+    check_decoding(config)
+    if config.model.path is None and config.model.adapter is None:
+        raise UserError("model: name one, e.g. --model out/run")
+    modes = {
+        "--prompt": config.prompt is not None,
+        "--interactive": config.interactive,
+        "--predict_data": config.predict_data is not None,
+    }
+    if sum(modes.values()) != 1:
+        given = [name for name, is_given in modes.items() if is_given]
+        found = f"found {' and '.join(given)}" if given else "found none"
+        raise UserError(f"what to do: give one of {', '.join(modes)}; {found}")
+    if (config.predict_data is None) != (config.save_file is None):
+        raise UserError(
+            "predict_data and save_file go together: prompts are read from the one, answers go to the other"
+        )
+    if config.batch_size < 1:
+        raise UserError(f"batch_size: {config.batch_size} must be at least 1")
+    if config.input is not None and config.prompt is None:
+        raise UserError("input: goes with --prompt; in a file, records have a field `input`")
+    if config.prompt is not None and not config.prompt.strip():
+        raise UserError("prompt: it is empty: there is nothing to answer")
+    if config.save_file is not None:
+        _check_save_file(Path(config.save_file), config.overwrite)
+
+
+def _check_save_file(path: Path, overwrite: bool) -> None:
+    from jaxlm.inference.batch import KINDS
+
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"save_file: {path}: the ending must be one of {', '.join(KINDS)}")
+    if path.exists() and not overwrite:
+        raise UserError(f"save_file: {path} exists already; name another file, or replace it with --overwrite")
+
+
+def _run(config: GenerateConfig) -> int:
+    # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
+    from rich.console import Console
+
+    from jaxlm.start import quiet_logs, use_compilation_cache
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    quiet_logs()
+    use_compilation_cache(config.compilation_cache)
+    items = None
+    if config.predict_data is not None:
+        from jaxlm.inference.batch import read_items
+
+        items = read_items(Path(config.predict_data))
+    generator, prompter, facts = _load(config, console)
+    if items is not None:
+        return _batch(config, generator, prompter, facts, items, console)
+    if config.interactive:
+        _chat(config, generator, prompter, console)
+    else:
+        _single(config, generator, prompter, console)
+    return 0
+
+
+def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
+    """The model on its devices, and what says which model it is."""
+    import jax
+
+    from convert.merge import MergedSource
+    from convert.source import is_adapter, open_adapter, open_model
+    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.model import Decoder, load_weights, weight_bytes
+    from jaxlm.inference.prompts import Prompter
+    from jaxlm.models.attention import choose_attention
+    from jaxlm.models.lora import resolve_lora
+    from jaxlm.parallel.mesh import make_mesh
+    from jaxlm.tokenizer import load_tokenizer
+
+    path, adapter_path = config.model.path, config.model.adapter
+    if path is not None and adapter_path is None and is_adapter(path):
+        path, adapter_path = None, path  # a LoRA run
+    if path is None:
+        assert adapter_path is not None
+        path = _base_of(adapter_path)
+    source: Any = open_model(path)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, source.config)
+    whole = source if adapter is None else MergedSource(source, adapter)
+    tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
+    template, why = _template(config, source.path if adapter is None else adapter.path, tokenizer)
+    prompter = Prompter(template, tokenizer, config.columns, config.add_bos, config.system)
+
+    platform = jax.default_backend()
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    attention, reason = choose_attention(config.model.attention, platform, dtype, False)
+    merge = adapter is not None and config.model.merge_adapter
+    on_the_fly = adapter if not merge else None
+    specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
+    decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8)
+    mesh = make_mesh(config.mesh or _auto_mesh(whole.config, jax.device_count()))
+    started = time.perf_counter()
+    with console.status("loading"):
+        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
+    stops = _stop_ids(whole, tokenizer)
+
+    from convert.output import human
+
+    lora = "" if adapter is None else f" + {adapter.path} ({'merged' if merge else 'on the fly'})"
+    kept = f"{dtype}, linear layers in int8" if config.model.int8 else dtype
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    console.print(f"model      {source.path}{lora}", markup=False)
+    console.print(
+        f"           {whole.config.num_params():,} parameters, {human(weight_bytes(weights))} in {kept}, on {platform} "
+        f"({shape}), loaded in {time.perf_counter() - started:.1f} s; context {whole.config.max_length:,} tokens",
+        markup=False,
+    )
+    console.print(f"template   {template}: {why}", markup=False)
+    console.print(f"attention  {attention}: {reason}; while writing: plain, over the cache", markup=False)
+    if not stops:
+        console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
+    facts = {
+        "model": str(source.path),
+        "adapter": None if adapter is None else str(adapter.path),
+        "dtype": kept,
+        "merge_adapter": merge,
+        "template": template,
+        "columns": config.columns,
+        "system": config.system,
+        "add_bos": config.add_bos,
+    }
+    return Generator(decoder, weights, mesh, stops), prompter, facts
+
+
+def _base_of(adapter_path: str) -> str:
+    """The base that an adapter records."""
+    from convert.native import find_native, read_model_json
+
+    native = find_native(Path(adapter_path))
+    if native is not None:
+        base = read_model_json(native).get("base")
+    else:
+        file = Path(adapter_path) / "adapter_config.json"
+        if not file.is_file():
+            raise UserError(f"model.adapter: {adapter_path} is no adapter (no adapter_config.json)")
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or not Path(base).exists():
+        raise UserError(
+            f"{adapter_path} is a LoRA adapter of {base!r}, which is not here; name its base: "
+            f"--model BASE --model.adapter {adapter_path}"
+        )
+    return str(base)
+
+
+def _template(config: GenerateConfig, path: Path, tokenizer: Any) -> tuple[str, str]:
+    """The template's name, and why it is that one."""
+    if config.template != "auto":
+        return config.template, "as asked for"
+    recorded = path / "jaxlm" / "prompt.json"
+    if recorded.is_file():
+        name = json.loads(recorded.read_text(encoding="utf-8"))["template"]
+        if name.endswith(".json"):
+            name = str(recorded.parent / name)
+        return name, "the one it was trained with"
+    if tokenizer.chat_template is not None:
+        return "chat", "the tokenizer's chat template"
+    return "text", "the prompt as it is; --template alpaca and others ask a question"
+
+
+def _stop_ids(source: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
+    found: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
+    for file in source.tokenizer_files:
+        if file.name == "generation_config.json":
+            found.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    flat = [index for item in found for index in (item if isinstance(item, (list, tuple)) else [item])]
+    return sorted({index for index in flat if index is not None})
+
+
+def _auto_mesh(shape: Any, devices: int) -> Any:
+    """Heads over as many devices as divide them, the rest see different prompts."""
+    import math
+
+    from jaxlm.config import MeshConfig
+
+    tensor = math.gcd(devices, shape.num_kv_heads, shape.intermediate_size, shape.vocab_size)
+    return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
+
+
+def _single(config: GenerateConfig, generator: Generator, prompter: Prompter, console: Console) -> None:
+    from jaxlm.inference.chat import stream_answer
+    from jaxlm.inference.text import answer_text, cut_at_stop
+
+    assert config.prompt is not None
+    ids = prompter.question(config.prompt, config.input)
+    writing = generator.start([ids], config, flush=8)
+    started = time.perf_counter()
+    if config.samples == 1:
+        answer = stream_answer(writing, prompter, config, _show)
+        _show("\n")
+        answers = [answer]
+    else:
+        for _ in writing.steps():
+            pass
+        answers = writing.answers()[0]
+        for number, answer in enumerate(answers, 1):
+            text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), config.stop)[0]
+            _show(f"[{number}] {text.strip()}\n")
+    seconds = time.perf_counter() - started
+    tokens = sum(len(answer.ids) for answer in answers)
+    console.print(
+        f"{len(ids)} tokens read, {tokens} written in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s, compilation "
+        f"included); ended by {', '.join(dict.fromkeys(answer.finish for answer in answers))}"
+    )
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _chat(config: GenerateConfig, generator: Generator, prompter: Prompter, console: Console) -> None:
+    import contextlib
+
+    from jaxlm.inference.chat import Chat
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() a history)
+    if not prompter.takes_turns:
+        kind = "continues a text" if prompter.is_text else "takes one question"
+        console.print(f"this template {kind}: earlier turns are not seen by the model", markup=False)
+    console.print("type a question; /help lists the commands, Ctrl-D leaves", markup=False)
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", markup=False)
+
+    Chat(generator, prompter, config, lambda: input("> "), _show, say).run()
+
+
+def _batch(
+    config: GenerateConfig,
+    generator: Generator,
+    prompter: Prompter,
+    facts: dict[str, Any],
+    items: Sequence[Any],
+    console: Console,
+) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from jaxlm.inference.batch import Journal, answer_all, settings_of, write_results
+
+    assert config.predict_data is not None and config.save_file is not None
+    save_file = Path(config.save_file)
+    journal_path = save_file.with_name(f"{save_file.name}.partial")
+    if config.overwrite:
+        journal_path.unlink(missing_ok=True)
+    options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
+    journal = Journal(journal_path, settings_of(Path(config.predict_data), options, facts))
+    if journal.results:
+        console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)
+    columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
+    started, written = time.perf_counter(), 0
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(items), completed=len(journal.results), speed="")
+
+        def advance(prompts: int, tokens: int) -> None:
+            nonlocal written
+            written += tokens
+            speed = f"{written / (time.perf_counter() - started):.1f} tokens/s"
+            progress.update(task, advance=prompts, speed=speed)
+
+        answer_all(items, generator, prompter, options, config.batch_size, journal, advance)
+    write_results(save_file, items, journal.results)
+    journal.close()
+    journal_path.unlink()
+    return _report(save_file, journal.results, console)
+
+
+def _report(save_file: Path, results: dict[int, Any], console: Console) -> int:
+    failed = [results[number] for number in sorted(results) if results[number].error is not None]
+    endings = [finish for result in results.values() for finish in result.finish]
+    console.print(f"{len(results) - len(failed)} answered; wrote {save_file}", markup=False)
+    for kind, limit in (("length", "max_new_tokens"), ("context", "the model's context")):
+        if endings.count(kind):
+            console.print(f"{endings.count(kind)} answers end because of {limit}", markup=False)
+    for result in failed[:5]:
+        console.print(f"not answered: {result.error}", markup=False)
+    if len(failed) > 5:
+        console.print(f"and {len(failed) - 5} more; each has its error in {save_file}", markup=False)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""Answering a file of prompts: what was answered is kept at once, and a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from jaxlm.config import Decoding
+from jaxlm.data.sources import Record
+from jaxlm.errors import UserError
+from jaxlm.inference.engine import Generator
+from jaxlm.inference.prompts import Prompter
+from jaxlm.inference.text import answer_text, cut_at_stop
+
+KINDS = (".json", ".jsonl", ".csv", ".txt")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of a file.
+
+    Args:
+        name: "file:number", for messages; lines where prompts are lines, else counting from 1.
+        question: a prompt that is a text.
+        fields: a prompt that is a record.
+        error: why there is neither.
+    """
+
+    name: str
+    question: str | None = None
+    fields: dict[str, Any] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a prompt: its answers, or why there are none."""
+
+    answers: tuple[str, ...] = ()
+    finish: tuple[str, ...] = ()
+    error: str | None = None
+
+
+def read_items(path: Path) -> list[Item]:
+    """The prompts of a file. A line that is broken becomes an item with an error; the others are not lost.
+
+    Raises:
+        UserError: for a file that is missing, of unknown kind, empty, or broken as a whole.
+    """
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"predict_data: {path}: the ending must be one of {', '.join(KINDS)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"predict_data: {path} does not exist (paths are relative to the working directory)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"predict_data: {path} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
+    read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}[path.suffix.lower()]
+    items = list(read(path, text))
+    if not items:
+        raise UserError(f"predict_data: {path} holds no prompt")
+    return items
+
+
+def _item(name: str, value: Any) -> Item:
+    if isinstance(value, str):
+        return Item(name, question=value)
+    if isinstance(value, dict):
+        return Item(name, fields=value)
+    return Item(name, error=f"a prompt must be a text or a record with named fields, found {type(value).__name__}")
+
+
+def _read_json(path: Path, text: str) -> Iterator[Item]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"predict_data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
+    if not isinstance(values, list):
+        raise UserError(f"predict_data: {path} must hold an array of texts or records, found {type(values).__name__}")
+    for number, value in enumerate(values, 1):
+        yield _item(f"{path}:{number}", value)
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[Item]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield _item(f"{path}:{number}", json.loads(line))
+        except json.JSONDecodeError as error:
+            yield Item(f"{path}:{number}", error=f"broken JSON: {error.msg}")
+
+
+def _read_csv(path: Path, text: str) -> Iterator[Item]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    for row in rows:
+        name = f"{path}:{rows.line_num}"
+        if None in row or None in row.values():
+            columns = len(rows.fieldnames or ())
+            yield Item(name, error=f"the row does not have the header's {columns} columns")
+        else:
+            yield Item(name, fields=dict(row))
+
+
+def _read_txt(path: Path, text: str) -> Iterator[Item]:
+    for number, line in enumerate(text.splitlines(), 1):
+        # MindFormers' convention: the two characters \n stand for a line break.
+        yield Item(f"{path}:{number}", question=line.replace("\\n", "\n"))
+
+
+class Journal:
+    """Answers as they come, in a file beside the final one: a header, then a line for each prompt that is done.
+
+    Args:
+        path: of the journal.
+        settings: what decides the answers; a run with other settings must not go on with it.
+
+    Raises:
+        UserError: when it was begun with other settings, or another run is writing it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.results: dict[int, Result] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{path}: another run is answering into this file; wait for it, or stop it") from None
+        self._file.seek(0)
+        content = self._file.read()
+        # A line that was being written when the run was killed has no end; it is written again.
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            self._write(settings)
+            return
+        for key in settings:
+            if lines[0].get(key) != settings[key]:
+                self._file.close()
+                raise UserError(
+                    f"{path}: an interrupted run was begun with {key} {lines[0].get(key)!r}, now it is "
+                    f"{settings[key]!r}; go on with the same, or begin anew with --overwrite"
+                )
+        for line in lines[1:]:
+            self.results[line["number"]] = Result(tuple(line["answers"]), tuple(line["finish"]), line["error"])
+
+    def _write(self, *values: dict[str, Any]) -> None:
+        self._file.write(b"".join(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, results: dict[int, Result]) -> None:
+        """Keeps results for good, by the number of their prompt."""
+        self.results |= results
+        self._write(
+            *(
+                {"number": number, "answers": result.answers, "finish": result.finish, "error": result.error}
+                for number, result in results.items()
+            )
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def settings_of(path: Path, options: Decoding, model: dict[str, Any]) -> dict[str, Any]:
+    """What decides the answers to a file: its contents, the decoding options, and what `model` says of the rest."""
+    values = {"predict_data (sha256)": hashlib.sha256(path.read_bytes()).hexdigest(), **model}
+    # Through JSON, as it will be read back: tuples become lists.
+    result: dict[str, Any] = json.loads(json.dumps(values | dataclasses.asdict(options)))
+    return result
+
+
+def answer_all(
+    items: Sequence[Item],
+    generator: Generator,
+    prompter: Prompter,
+    options: Decoding,
+    batch_size: int,
+    journal: Journal,
+    advance: Callable[[int, int], None],
+) -> None:
+    """Answers what the journal does not hold yet.
+
+    Prompts of like length are answered together, the longest first: little padding, and memory that does not suffice is
+    noticed at once.
+
+    Args:
+        advance: called with the numbers of prompts and tokens done.
+    """
+    prompts: dict[int, list[int]] = {}
+    refused: dict[int, Result] = {}
+    for number, item in enumerate(items):
+        if number in journal.results:
+            continue
+        try:
+            if item.error is not None:
+                raise UserError(f"{item.name}: {item.error}")
+            if item.fields is not None:
+                ids = prompter.record(Record(item.name, item.fields))
+            else:
+                ids = prompter.question(item.question or "", None, item.name)
+            generator.check_prompt(ids, item.name)
+            prompts[number] = ids
+        except UserError as error:
+            refused[number] = Result(error=str(error))
+    if refused:
+        journal.add(refused)
+        advance(len(refused), 0)
+    order = sorted(prompts, key=lambda number: (-len(prompts[number]), number))
+    full = min(batch_size, len(order))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = [prompts[number] for number in numbers]
+        writing = generator.start(batch, options, numbers, rows=full)
+        for _ in writing.steps():
+            if options.stop and options.num_beams == 1:
+                for row, answers in enumerate(writing.answers()):
+                    for sample, answer in enumerate(answers):
+                        text = answer_text(prompter.tokenizer, batch[row], answer.ids)
+                        if not answer.complete and cut_at_stop(text, options.stop)[1]:
+                            writing.stop(row, sample)
+        results, tokens = {}, 0
+        for number, answers in zip(numbers, writing.answers(), strict=True):
+            texts, finish = [], []
+            for answer in answers:
+                text = answer_text(prompter.tokenizer, prompts[number], answer.ids)
+                text, stopped = cut_at_stop(text, options.stop)
+                texts.append(text if prompter.is_text else text.strip())
+                finish.append("stop" if stopped else answer.finish)
+                tokens += len(answer.ids)
+            results[number] = Result(tuple(texts), tuple(finish))
+        journal.add(results)
+        advance(len(results), tokens)
+
+
+def write_results(path: Path, items: Sequence[Item], results: dict[int, Result]) -> None:
+    """The final file, in the order of the prompts; its kind goes by its ending."""
+    rows = [_row(item, results[number]) for number, item in enumerate(items)]
+    kind = path.suffix.lower()
+    if kind == ".json":
+        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+    elif kind == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    elif kind == ".csv":
+        text = _csv(rows)
+    else:
+        text = "".join(_line(results[number]) + "\n" for number in range(len(items)))
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _row(item: Item, result: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {"question": item.question} if item.fields is None else dict(item.fields)
+    if item.error is not None:
+        row = {}
+    if result.error is not None:
+        return row | {"error": result.error}
+    # A record may bring the right answer along, which must stay.
+    name = "prediction" if "answer" in row or "answers" in row else "answer"
+    return row | ({name: result.answers[0]} if len(result.answers) == 1 else {f"{name}s": list(result.answers)})
+
+
+def _line(result: Result) -> str:
+    if result.error is not None:
+        return f"[error] {result.error}".replace("\n", "\\n")
+    # Backslashes stay as they are: SMILES have them.
+    return "\t".join(answer.replace("\n", "\\n").replace("\t", "\\t") for answer in result.answers)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, columns, restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {k: json.dumps(v, ensure_ascii=False) if isinstance(v, (list, dict)) else v for k, v in row.items()}
+        )
+    return out.getvalue()

@@ -1,0 +1,119 @@
+"""The decoding loop: tokens are chosen and fed back on the device, some dozens at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.inference.model import Caches, Decoder, Weights, next_logits
+from jaxlm.inference.sampling import Method, Settings, choose, penalize
+
+
+@flax.struct.dataclass
+class State:
+    """Texts that are being written, a row each.
+
+    Attributes:
+        tokens: [R, N] int32: prompt, then what was written; anything behind it.
+        lengths: [R] int32: tokens of prompt and answer.
+        starts: [R] int32: tokens of the prompt.
+        limits: [R] int32: a row ends when it has so many tokens.
+        finished: [R] bool: ended by a stop id or its limit (or from outside).
+        keys: [R, 2] uint32: random keys.
+        seen: [R, V] bool: tokens that stand in the text; None without a repetition penalty.
+    """
+
+    tokens: Any
+    lengths: Any
+    starts: Any
+    limits: Any
+    finished: Any
+    keys: Any
+    seen: Any
+
+
+def new_state(
+    prompts: list[list[int]], limits: list[int], room: int, keys: np.ndarray, vocab_size: int, method: Method
+) -> State:
+    """The state before the first token.
+
+    Args:
+        prompts: token ids of each row; an empty one is a row that only fills up the batch.
+        limits: most tokens, prompt and answer, of each row.
+        room: N, at least every limit.
+        keys: [R, 2] uint32.
+    """
+    tokens = np.zeros((len(prompts), room), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = np.array([max(1, len(prompt)) for prompt in prompts], np.int32)
+    seen = None
+    if method.penalty:
+        seen = np.zeros((len(prompts), vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+    finished = np.array([not prompt for prompt in prompts])
+    return State(tokens, lengths, lengths.copy(), np.array(limits, np.int32), finished, keys, seen)
+
+
+@partial(jax.jit, static_argnames="method", donate_argnums=1)
+def write(logits: jax.Array, state: State, settings: Settings, stops: jax.Array, *, method: Method) -> State:
+    """The state with one more token in each row that is not finished.
+
+    Args:
+        logits: [R, V] float32.
+        stops: [n] int32, ids that end a text; such a token is written too.
+    """
+    scores = penalize(logits, state.tokens, state.lengths, state.seen, settings, method)
+    chosen = choose(scores, state.keys, state.lengths - state.starts, settings, method)
+    rows = jnp.arange(len(chosen))
+    # A finished row writes nothing: its place is out of bounds, and dropped.
+    place = jnp.where(state.finished, state.tokens.shape[1], state.lengths)
+    lengths = jnp.where(state.finished, state.lengths, state.lengths + 1)
+    seen = state.seen
+    if method.penalty:
+        seen = seen.at[rows, jnp.where(state.finished, scores.shape[1], chosen)].set(True, mode="drop")
+    new: State = state.replace(  # type: ignore[attr-defined]
+        tokens=state.tokens.at[rows, place].set(chosen, mode="drop"),
+        lengths=lengths,
+        finished=state.finished | (lengths >= state.limits) | jnp.isin(chosen, stops),
+        seen=seen,
+    )
+    return new
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="method", donate_argnums=(2, 3))
+def decode(
+    decoder: Decoder,
+    weights: Weights,
+    caches: Caches,
+    state: State,
+    settings: Settings,
+    stops: jax.Array,
+    steps: jax.Array,
+    *,
+    method: Method,
+) -> tuple[Caches, State]:
+    """Writes up to `steps` tokens in each row, and ends early when all rows are finished.
+
+    The caches hold all but the last token of each row, and must have a slot for every token there will be.
+    """
+    rows = jnp.arange(state.lengths.shape[0])
+
+    def unfinished(carry: Any) -> jax.Array:
+        step, _, state = carry
+        return (step < steps) & ~jnp.all(state.finished)
+
+    def one_more(carry: Any) -> Any:
+        step, caches, state = carry
+        last = state.lengths - 1
+        logits, caches = next_logits(decoder, weights, caches, state.tokens[rows, last], last)
+        return step + 1, caches, write(logits, state, settings, stops, method=method)
+
+    _, caches, state = jax.lax.while_loop(unfinished, one_more, (jnp.int32(0), caches, state))
+    return caches, state

@@ -1,0 +1,49 @@
+"""Checking how text is to be generated. No JAX here: `--help` and mistakes answer at once."""
+
+from __future__ import annotations
+
+from jaxlm.config import Decoding
+from jaxlm.errors import UserError
+
+
+def check_decoding(options: Decoding) -> None:
+    """Raises UserError for a value that cannot be meant, naming key, value and range."""
+    checks = [
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", options.temperature >= 0, "0 (take the most probable token) or more"),
+        ("top_k", options.top_k >= 0, "0 (off) or more"),
+        ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1 (off)"),
+        ("min_p", 0 <= options.min_p <= 1, "between 0 (off) and 1"),
+        ("repetition_penalty", options.repetition_penalty > 0, "above 0; 1 is off"),
+        ("no_repeat_ngram_size", options.no_repeat_ngram_size >= 0, "0 (off) or more"),
+        ("num_beams", options.num_beams >= 1, "at least 1"),
+        ("samples", options.samples >= 1, "at least 1"),
+        ("seed", 0 <= options.seed < 2**32, "between 0 and 4294967295"),
+        ("stop", "" not in options.stop, "texts that are not empty"),
+        ("stop_ids", all(index >= 0 for index in options.stop_ids), "token ids, 0 or more"),
+    ]
+    for key, holds, wanted in checks:
+        if not holds:
+            raise UserError(f"{key}: {getattr(options, key)!r} must be {wanted}")
+    if options.num_beams > 1 and options.temperature > 0:
+        raise UserError(
+            f"num_beams: {options.num_beams} with temperature {options.temperature:g}: beam search draws nothing, so "
+            "temperature, top_k, top_p and min_p would do nothing; set temperature 0, or num_beams 1"
+        )
+    if options.temperature == 0:
+        for key, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            if getattr(options, key) != off:
+                raise UserError(
+                    f"{key}: {getattr(options, key):g} does nothing at temperature 0, where the most probable token "
+                    "is taken; set a temperature above 0"
+                )
+    if options.num_beams == 1:
+        for key, unset in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(options, key) != unset:
+                raise UserError(f"{key}: {getattr(options, key)!r} belongs to beam search; set num_beams above 1")
+    if options.samples > 1 and options.num_beams > 1 and options.samples > options.num_beams:
+        raise UserError(
+            f"samples: {options.samples} answers need at least as many beams (num_beams: {options.num_beams})"
+        )
+    if options.samples > 1 and options.num_beams == 1 and options.temperature == 0:
+        raise UserError(f"samples: {options.samples} equal answers at temperature 0; set a temperature above 0")

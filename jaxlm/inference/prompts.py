@@ -1,0 +1,98 @@
+"""From what a user asks to the tokens that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxlm.data.examples import prompt_ids
+from jaxlm.data.sources import Record
+from jaxlm.data.templates import ChatTemplate, ConversationTemplate, Template, load_template
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import Tokenizer
+
+# A record may hold its question under one of these names, if the template's own column is not there.
+QUESTIONS = ("prompt", "question")
+
+
+class Prompter:
+    """Prompts by one template.
+
+    Args:
+        template: a template name or JSON file (see `data.templates`).
+        tokenizer: the model's.
+        columns: the template's field names mapped to those of the records.
+        add_bos: begin with bos unless the template does; None: if the tokenizer has one.
+        system: system message of a conversation.
+
+    Raises:
+        UserError: for an unknown template, or a system message that the template has no place for.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        tokenizer: Tokenizer,
+        columns: Mapping[str, str] | None = None,
+        add_bos: bool | None = None,
+        system: str | None = None,
+    ) -> None:
+        self._columns = dict(columns or {})
+        self._template: Template = load_template(template, tokenizer, self._columns)
+        self.tokenizer = tokenizer
+        self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+        self.takes_turns = isinstance(self._template, (ChatTemplate, ConversationTemplate))
+        self.system: str | None = None
+        self.set_system(system)
+
+    @property
+    def is_text(self) -> bool:
+        """The prompt is continued as it stands."""
+        return self._template.name == "text"
+
+    def set_system(self, text: str | None) -> None:
+        """Changes the system message."""
+        if text is not None and not self.takes_turns:
+            raise UserError(
+                f"system: the template {self._template.name} has no place for a system message; "
+                "use one for conversations, e.g. --template chat"
+            )
+        self.system = text
+
+    def question(self, text: str, extra: str | None = None, name: str = "the prompt") -> list[int]:
+        """Tokens of a single question; `extra` goes where the template has a place for an input.
+
+        Raises:
+            UserError: for an empty question, or an input that the template would not show.
+        """
+        if not text.strip():
+            raise UserError(f"{name} is empty: there is nothing to answer")
+        if self.takes_turns and extra is None:
+            return self.turns([{"role": "user", "content": text}], name)
+        # Whatever the template reads, it finds the question.
+        fields: dict[str, Any] = {"instruction": text, "text": text}
+        if extra is not None:
+            if self.is_text:
+                raise UserError("input: the template text has no place for it; put all of it into the prompt")
+            fields["input"] = extra
+        return self._ids(Record(name, {self._columns.get(key, key): value for key, value in fields.items()}))
+
+    def turns(self, messages: Sequence[Mapping[str, str]], name: str = "the conversation") -> list[int]:
+        """Tokens of a conversation that ends with a question: [{"role", "content"}, ...]."""
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return self._ids(Record(name, {self._columns.get("messages", "messages"): [*first, *messages]}))
+
+    def record(self, record: Record) -> list[int]:
+        """Tokens of a record of a file, up to where its answer begins."""
+        fields = ("text",) if self.is_text else ("instruction", "messages", "conversations", "conversation")
+        known = {self._columns.get(field, field) for field in fields}
+        if not known & record.data.keys():
+            for key in QUESTIONS:
+                if isinstance(record.data.get(key), str):
+                    return self.question(record.data[key], record.data.get("input") or None, record.name)
+        if self.takes_turns and self.system is not None:
+            raise UserError(f"{record.name}: system: the records' own messages are used; put the system message there")
+        return self._ids(record)
+
+    def _ids(self, record: Record) -> list[int]:
+        return prompt_ids(self._template, record, self.tokenizer, self._add_bos)
