@@ -24,6 +24,7 @@ from convert.command import (
     write_jax,
     writing,
 )
+from convert.delta_cli import add_delta_verbs, normalise
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 `verify` found a difference, 2 a mistake in the input."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(normalise(sys.argv[1:] if arguments is None else arguments))
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     from convert.formats_cli import add_format_verbs
 
     add_format_verbs(verbs)
+    add_delta_verbs(verbs)
 
     verb = add_verb(verbs, "inspect", _inspect, "show what a model, adapter or weight file holds")
     verb.add_argument("source", metavar="PATH", help="any model or adapter directory, or a .safetensors or .bin file")

@@ -200,22 +200,42 @@ def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
     return result
 
 
-class CastSource:
-    """A model read in another dtype."""
+class DerivedSource:
+    """A model that is another one but for what a subclass changes."""
 
-    def __init__(self, source: ParamSource, dtype: str) -> None:
+    def __init__(self, source: ParamSource) -> None:
         self._source = source
-        self._dtype = WEIGHT_DTYPES[dtype]
         self.path = source.path
         self.config = source.config
         self.hf_config = source.hf_config
         self.tokenizer_files = source.tokenizer_files
         self.tokenizer_dir = source.tokenizer_dir
-        self.leaves = {path: LeafInfo(leaf.shape, self._dtype) for path, leaf in source.leaves.items()}
+        self.leaves: Mapping[str, LeafInfo] = source.leaves
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        return cast(self._source.read(path, index), self._dtype, path)
+        return self._source.read(path, index)
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        return stored_blocks(self._source, entry)
+
+
+class CastSource(DerivedSource):
+    """A model read in another dtype.
+
+    Args:
+        dtype: name of the dtype of all leaves, or leaf -> its dtype.
+    """
+
+    def __init__(self, source: ParamSource, dtype: str | Mapping[str, np.dtype[Any]]) -> None:
+        super().__init__(source)
+        self.leaves = {
+            path: LeafInfo(leaf.shape, WEIGHT_DTYPES[dtype] if isinstance(dtype, str) else dtype[path])
+            for path, leaf in source.leaves.items()
+        }
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return cast(self._source.read(path, index), self.leaves[path].dtype, path)
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
         for block in stored_blocks(self._source, entry):
-            yield cast(block, self._dtype, entry.name)
+            yield cast(block, self.leaves[entry.path].dtype, entry.name)
