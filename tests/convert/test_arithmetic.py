@@ -22,7 +22,7 @@ def test_float16_is_numpys(subtract: bool) -> None:
         found = combine(first[keep], second[keep], subtract, "x")
         assert found.dtype == np.float16 and found.tobytes() == want[keep].tobytes()
         if not keep.all():
-            with pytest.raises(UserError, match="x: .* not finite in float16"):
+            with pytest.raises(UserError, match="not finite in float16"):
                 combine(first, second, subtract, "x")
 
 
