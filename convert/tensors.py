@@ -310,7 +310,7 @@ def shard_path(directory: Path, name: Any, index: Path) -> Path:
 
     A model in the Hugging Face cache consists of links into the `blobs` folder beside it; those are followed.
     """
-    inside = isinstance(name, str) and name not in ("", ".")
+    inside = isinstance(name, str) and name not in ("", ".") and name.isprintable()
     if inside:
         for pure in (PurePosixPath(name), PureWindowsPath(name)):
             inside = inside and not pure.is_absolute() and not pure.drive and ".." not in pure.parts

@@ -12,6 +12,7 @@ import math
 import pickletools
 import struct
 import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ ORDERED_DICT = "collections OrderedDict"
 REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
 REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
 GLOBALS = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER, *STORAGES}
-# data.pkl of a model with thousands of tensors is well below a megabyte.
-MAX_PICKLE_BYTES = 64 << 20
+# data.pkl takes about 250 bytes a tensor.
+MAX_PICKLE_BYTES = 8 << 20
+MAX_DIMS = 64
 
+AGAIN = "copy or download the file again"
 RESAVE = (
     "re-save it with a recent PyTorch, e.g. "
     "torch.save(torch.load('{name}', weights_only=True), '{name}'), or as safetensors"
@@ -89,15 +92,25 @@ def read_torch_zip(path: Path) -> dict[str, StoredTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
+            if len(members) != len(archive.infolist()):
+                raise zipfile.BadZipFile("a name occurs twice")
             pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
             if len(pickles) != 1:
                 raise UserError(f"{path}: a zip file, but not one written by torch.save (no data.pkl)")
             root = pickles[0].removesuffix("data.pkl")
-            if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-                raise UserError(f"{path}: data.pkl has {members[pickles[0]].file_size} bytes; not a state dict")
-            program = archive.read(pickles[0])
-            byte_order = archive.read(f"{root}byteorder") if f"{root}byteorder" in members else b"little"
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+            program = _small_member(path, archive, members[pickles[0]])
+            order = members.get(f"{root}byteorder")
+            byte_order = _small_member(path, archive, order) if order is not None else b"little"
+    # What the zipfile module raises for damaged files is not one family.
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+        struct.error,
+    ) as error:
         raise UserError(f"{path}: damaged zip file ({error}); copy or download it again") from None
     if byte_order.strip() != b"little":
         raise UserError(f"{path}: written on a big-endian machine; " + RESAVE.format(name=path.name))
@@ -107,8 +120,8 @@ def read_torch_zip(path: Path) -> dict[str, StoredTensor]:
         raise UserError(
             f"{path}: refused: {error}; only tensors by name are read. " + RESAVE.format(name=path.name)
         ) from None
-    except (ValueError, IndexError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path}: data.pkl is damaged ({error}); copy or download the file again") from None
+    except (ValueError, IndexError, KeyError, struct.error, OverflowError) as error:
+        raise UserError(f"{path}: data.pkl is damaged ({error}); {AGAIN}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds {type(state).__name__.strip('_')}, not tensors by name")
     offsets: dict[str, int] = {}
@@ -118,7 +131,21 @@ def read_torch_zip(path: Path) -> dict[str, StoredTensor]:
             kind = type(value).__name__.strip("_")
             raise UserError(f"{path}: entry {name!r} is {kind}, not a tensor; save the model's state dict alone")
         tensors[name] = _locate(path, name, value, members, root, offsets)
+    for member in members:
+        # A tensor that was pointed at another's storage would leave its own behind.
+        if member.startswith(f"{root}data/") and member not in offsets and not member.endswith("/"):
+            raise UserError(f"{path}: {member.removeprefix(root)} belongs to no tensor; the file is damaged: {AGAIN}")
     return tensors
+
+
+def _small_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """A member that is read whole; its CRC is checked by the zipfile module."""
+    name = info.filename.split("/", 1)[-1]
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise UserError(f"{path}: {name} is compressed or encrypted; " + RESAVE.format(name=path.name))
+    if info.file_size > min(MAX_PICKLE_BYTES, path.stat().st_size):
+        raise UserError(f"{path}: {name} has {info.file_size} bytes; not a state dict")
+    return archive.read(info)
 
 
 def _locate(
@@ -133,7 +160,7 @@ def _locate(
     info = members.get(f"{root}data/{storage.key}")
     if info is None:
         raise UserError(f"{path}: tensor {name!r} lies in data/{storage.key}, which is not in the file")
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
         raise UserError(f"{path}: data/{storage.key} is compressed or encrypted; " + RESAVE.format(name=path.name))
     itemsize = storage.dtype.itemsize
     if len(tensor.shape) != len(tensor.strides) or min((*tensor.shape, *tensor.strides, tensor.offset), default=0) < 0:
@@ -160,15 +187,22 @@ def _locate(
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
     # The lengths in the local header may differ from those in the central directory (torch pads the extra field).
     size = path.stat().st_size
+    damaged = UserError(f"{path}: damaged zip header of {info.filename}; {AGAIN}")
     with path.open("rb") as handle:
         handle.seek(info.header_offset)
         header = handle.read(30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise UserError(f"{path}: damaged zip header of {info.filename}; copy or download the file again")
-    name_length, extra_length = struct.unpack("<HH", header[26:30])
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise damaged
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        name, extra = handle.read(name_length), handle.read(extra_length)
+    # A wrong length here would shift the tensor by some bytes, so everything must fit.
+    while len(extra) >= 4 and len(extra) >= 4 + int.from_bytes(extra[2:4], "little"):
+        extra = extra[4 + int.from_bytes(extra[2:4], "little") :]
+    if name != info.filename.encode() or extra:
+        raise damaged
     start = info.header_offset + 30 + name_length + extra_length
     if start + info.file_size > size:
-        raise UserError(f"{path}: cut short inside {info.filename}; copy or download the file again")
+        raise UserError(f"{path}: cut short inside {info.filename}; {AGAIN}")
     return int(start)
 
 
@@ -213,16 +247,18 @@ def _run(program: bytes) -> Any:
             pairs = pop_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
             if not isinstance(stack[-1], dict):
                 raise _Refused("it sets items of something that is no dict")
-            stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
+            stack[-1].update(_items(zip(pairs[::2], pairs[1::2], strict=True)))
         elif name in ("APPEND", "APPENDS"):
             values = pop_mark() if name == "APPENDS" else [stack.pop()]
             if not isinstance(stack[-1], list):
                 raise _Refused("it appends to something that is no list")
             stack[-1].extend(values)
         elif name == "GLOBAL":
-            stack.append(_known_global(argument))
+            stack.append(_known_global(str(argument)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
+            if not isinstance(attribute, str) or not isinstance(module, str):
+                raise _Refused("it names a class by something that is no text")
             stack.append(_known_global(f"{module} {attribute}"))
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
@@ -241,18 +277,33 @@ def _run(program: bytes) -> Any:
     return stack[0]
 
 
-def _known_global(name: Any) -> _Global:
+# Nothing that a program has put together is printed or hashed before its type is known: a tuple of the same tuple
+# twice, forty times over, is small in memory but takes forever to go through.
+
+
+def _items(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise _Refused(f"it names an entry by {type(key).__name__.strip('_')}, not by text")
+        yield key, value
+
+
+def _known_global(name: str) -> _Global:
     if name not in GLOBALS:
-        raise _Refused(f"it asks for {str(name).replace(' ', '.')}")
+        raise _Refused(f"it asks for {name[:200].replace(' ', '.')}")
     return _Global(name)
 
 
 def _storage(value: Any) -> _Storage:
+    if not isinstance(value, tuple) or len(value) != 5:
+        raise _Refused("it describes a storage in an unknown way")
     kind, storage, key, _, numel = value
-    if kind != "storage" or not isinstance(storage, _Global) or storage.name not in STORAGES:
-        raise _Refused(f"it holds an object of kind {kind!r}")
+    if not isinstance(kind, str) or kind != "storage" or not isinstance(storage, _Global):
+        raise _Refused("it holds an object that is no storage")
+    if storage.name not in STORAGES:
+        raise _Refused(f"it holds an object of the class {storage.name.replace(' ', '.')}")
     if not isinstance(key, str) or not key.isdigit() or type(numel) is not int:
-        raise _Refused(f"it names the storage {key!r}")
+        raise _Refused("it names a storage by something that is no number")
     return _Storage(STORAGES[storage.name], key, numel)
 
 
@@ -260,17 +311,19 @@ def _reduce(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
         raise _Refused("it calls something that is no known function")
     if function.name == ORDERED_DICT:
-        if len(arguments) > 1:
-            raise _Refused("it builds an OrderedDict from several arguments")
-        return dict(arguments[0]) if arguments else {}
+        if len(arguments) > 1 or (arguments and not isinstance(arguments[0], (list, tuple))):
+            raise _Refused("it builds an OrderedDict in an unknown way")
+        return dict(_items((key, value) for key, value in arguments[0])) if arguments else {}
     if function.name == REBUILD_TENSOR:
         storage, offset, shape, strides = arguments[:4]
-        numbers = [offset, *shape, *strides]
-        if not isinstance(storage, _Storage) or any(type(number) is not int for number in numbers):
+        good = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+        if not good or max(len(shape), len(strides)) > MAX_DIMS:
             raise _Refused("it describes a tensor in an unknown way")
+        if any(type(number) is not int for number in (offset, *shape, *strides)):
+            raise _Refused("it describes a tensor by something that is no number")
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
     if function.name == REBUILD_PARAMETER:
-        if not isinstance(arguments[0], _Tensor):
+        if not arguments or not isinstance(arguments[0], _Tensor):
             raise _Refused("it describes a parameter in an unknown way")
         return arguments[0]
     raise _Refused(f"it calls {function.name.replace(' ', '.')}")
