@@ -1,20 +1,32 @@
 """A base model with an adapter folded into its weights, read like any other model.
 
-W + scale * A B is formed in float32 and rounded once to the result's dtype, one layer of one tensor at a time; under
-DoRA (arXiv:2402.09353) the sum is scaled per output to the learned magnitude before that. Same numbers as PEFT's
-`merge_and_unload` in float32.
+W + scale * A B is formed in float32 and rounded once to the result's dtype; under DoRA (arXiv:2402.09353) the sum is
+scaled per output to the learned magnitude before that. Same numbers as PEFT's `merge_and_unload` in float32.
+
+`blocks` goes through a matrix by rows of outputs, as HF stores them, and so holds a few megabytes at a time, with DoRA
+too: the norm of an output is that of a row. `read` gives any slice in jaxlm's layout; DoRA then needs all inputs of the
+outputs asked for. The two add up products in different orders, so their results may differ in the last bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
-from convert.leaves import AdapterSource, Index, LeafInfo, ParamSource, cast, full_index
-from convert.names import linear_dims, linear_path
+from convert.leaves import (
+    AdapterSource,
+    DerivedSource,
+    Index,
+    LeafInfo,
+    ParamSource,
+    cast,
+    full_index,
+    row_blocks,
+    stored_blocks,
+)
+from convert.names import Entry, linear_dims, linear_path
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.models.lora import SAVEABLE, LoraSpec, resolve_lora
@@ -24,7 +36,7 @@ from jaxlm.models.shapes import LlamaConfig
 BLOCK_BYTES = 16 << 20
 
 
-class MergedSource:
+class MergedSource(DerivedSource):
     """`base` with `adapter` merged in.
 
     Args:
@@ -36,22 +48,21 @@ class MergedSource:
     """
 
     def __init__(self, base: ParamSource, adapter: AdapterSource, dtype: str | None = None) -> None:
+        super().__init__(base)
         self._base = base
         self._adapter = adapter
-        self.path: Path = base.path
-        self.hf_config: dict[str, Any] | None = base.hf_config
         specs = resolve_lora(base.config, adapter.lora, adapter.layers)
         self._linears = {f"{linear_path(linear)}/kernel": (linear, spec) for linear, spec in specs.items()}
         self._saved = {SAVEABLE[name]: f"modules_to_save/{SAVEABLE[name]}" for name in adapter.lora.modules_to_save}
-        self.leaves = {}
+        leaves = {}
         for path, leaf in base.leaves.items():
             shape = adapter.leaves[self._saved[path]].shape if path in self._saved else leaf.shape
-            self.leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype])
+            leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype])
+        self.leaves = leaves
         self.config = self._with_vocabulary(base.config)
         names = {file.name for file in adapter.tokenizer_files}
         own = bool(names & {"tokenizer.json", "tokenizer.model"})
         self.tokenizer_dir = adapter.tokenizer_files[0].parent if own else base.tokenizer_dir
-        self.tokenizer_files = list(base.tokenizer_files)
         if own:
             # The adapter's tokenizer may have tokens that the base's lacks; the two are not mixed.
             generation = [file for file in base.tokenizer_files if file.name == "generation_config.json"]
@@ -85,6 +96,39 @@ class MergedSource:
             else:
                 out[position] = cast(part[position], out.dtype, path)
         return out
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        dtype = self.leaves[entry.path].dtype
+        linear, spec = self._linears.get(entry.path, ("", None))
+        if entry.path in self._saved:
+            for start, stop in row_blocks(entry.layout):
+                yield np.ascontiguousarray(self.read(entry.path, (slice(start, stop),)))
+        elif spec is None or entry.layer is None or not spec.ranks[entry.layer]:
+            for block in stored_blocks(self._base, entry):
+                yield cast(block, dtype, entry.name)
+        else:
+            for block in self._merged_blocks(entry, linear, spec, entry.layer):
+                yield cast(block, dtype, entry.name)
+
+    def _merged_blocks(self, entry: Entry, linear: str, spec: LoraSpec, layer: int) -> Iterator[np.ndarray]:
+        """Rows of outputs of one layer's merged matrix in float32."""
+        rank, stem, here = spec.ranks[layer], linear_path(linear), slice(layer, layer + 1)
+        every = tuple(slice(None) for _ in linear_dims(linear)[0].split())
+        a = self._adapter.read(f"{stem}/lora_A", (here, *every, slice(0, rank))).astype(np.float32)
+        b = self._adapter.read(f"{stem}/lora_B", (here, slice(0, rank))).astype(np.float32)
+        to_inputs, to_outputs = np.ascontiguousarray(a.reshape(-1, rank).T), b.reshape(rank, -1).T
+        scale = np.float32(spec.scales[layer])
+        magnitude: np.ndarray | None = None
+        if spec.dora:
+            magnitude = self._adapter.read(f"{stem}/magnitude", (here,)).astype(np.float32).reshape(-1)
+        for (start, stop), block in zip(row_blocks(entry.layout), stored_blocks(self._base, entry), strict=True):
+            merged = to_outputs[start:stop] @ to_inputs
+            merged *= scale
+            merged += block.astype(np.float32, copy=False)
+            if magnitude is not None:
+                norms = np.sqrt(np.square(merged, dtype=np.float64).sum(axis=1)).astype(np.float32)
+                merged *= (magnitude[start:stop] / norms)[:, None]
+            yield merged
 
     def _merge(
         self, base: np.ndarray, out: np.ndarray, path: str, linear: str, spec: LoraSpec, layer: int, index: Index
