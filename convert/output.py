@@ -54,13 +54,13 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
         raise UserError(f"{final}: exists already; name another destination or remove it first")
     temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(final)
+        free = shutil.disk_usage(final.parent).free
+        if free < needed:
+            raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
+        temporary.mkdir()
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(final)
-            free = shutil.disk_usage(final.parent).free
-            if free < needed:
-                raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
-            temporary.mkdir()
             with _locked(temporary):
                 yield temporary
                 _sync_tree(temporary)
