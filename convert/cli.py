@@ -25,6 +25,7 @@ from convert.command import (
     writing,
 )
 from convert.delta_cli import add_delta_verbs, normalise
+from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_format_verbs(verbs)
     add_delta_verbs(verbs)
+    add_vocab_verb(verbs)
 
     verb = add_verb(verbs, "inspect", _inspect, "show what a model, adapter or weight file holds")
     verb.add_argument("source", metavar="PATH", help="any model or adapter directory, or a .safetensors or .bin file")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from convert.hf import find_tokenizer_files
 from convert.leaves import (
     BLOCK_ELEMENTS,
     DerivedSource,
@@ -20,10 +25,10 @@ from convert.leaves import (
 )
 from convert.names import Entry
 from jaxlm.errors import UserError
+from jaxlm.models.shapes import read_json
+from jaxlm.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
-# What a new row can start as.
-NEW_ROWS = ("mean", "zero")
 
 
 class GrownSource(DerivedSource):
@@ -133,3 +138,136 @@ def grow(source: ParamSource, vocab_size: int, new_row: str) -> ParamSource:
         row = np.zeros(width, np.float32) if new_row == "zero" else mean_row(source, path, old)
         rows[path] = np.broadcast_to(row, (vocab_size - old, width))
     return GrownSource(source, old, rows)
+
+
+def padded(vocab_size: int, multiple: int | None) -> int:
+    """The next multiple, e.g. 32003 -> 32064 for 64."""
+    if multiple is None:
+        return vocab_size
+    if multiple < 1:
+        raise UserError(f"--pad-to {multiple}: expected a number of rows of at least 1")
+    return -(-vocab_size // multiple) * multiple
+
+
+def extend(
+    source: ParamSource, tokenizer: Tokenizer, tokens: Sequence[str], init: str, pad_to: int | None = None
+) -> ParamSource:
+    """The model with a row for each new token, behind the tokens that the tokenizer has.
+
+    Where the model has spare rows behind the tokenizer's last token, these are taken first.
+
+    Args:
+        tokenizer: the model's, without the new tokens.
+        init: 'mean' of the rows of the tokenizer's tokens, 'zero', or 'pieces': the mean of the rows of the pieces that
+            the tokenizer splits the new token into.
+        pad_to: the number of rows becomes a multiple of it; rows without a token are means too, or zero with 'zero'.
+
+    Raises:
+        UserError: when the tokenizer has more tokens than the model has rows.
+    """
+    first, old = tokenizer.vocab_size, source.config.vocab_size
+    if first > old:
+        raise UserError(
+            f"{source.path}: its tokenizer has {first} tokens, but its embedding only {old} rows; "
+            "this is not the tokenizer that the model was trained with"
+        )
+    size = padded(max(old, first + len(tokens)), pad_to)
+    rows, spare = {}, {}
+    for path in vocabulary_leaves(source):
+        width = source.leaves[path].shape[1]
+        row = np.zeros(width, np.float32) if init == "zero" else mean_row(source, path, first)
+        if init == "pieces":
+            rows[path] = np.stack([_pieces_row(source, path, tokenizer, token) for token in tokens])
+        else:
+            rows[path] = np.broadcast_to(row, (len(tokens), width))
+        spare[path] = np.broadcast_to(row, (size - max(old, first + len(tokens)), width))
+    grown = GrownSource(source, first, rows)
+    return GrownSource(grown, grown.config.vocab_size, spare)
+
+
+def _pieces_row(source: ParamSource, path: str, tokenizer: Tokenizer, token: str) -> np.ndarray:
+    ids = tokenizer.encode(token).ids
+    if not ids:
+        raise UserError(f"--init pieces: the tokenizer makes nothing of {token!r}; use --init mean")
+    if len(ids) > 1 and tokenizer.token(ids[0]) == "▁" and not token.startswith((" ", "▁")):
+        del ids[0]  # the space that SentencePiece puts in front of every text
+    rows = [source.read(path, (slice(index, index + 1),))[0].astype(np.float32) for index in ids]
+    mean: np.ndarray = np.mean(rows, axis=0)
+    return mean
+
+
+def read_tokens(argument: str) -> list[str]:
+    """New tokens: the lines of a UTF-8 file, or a list with commas.
+
+    Raises:
+        UserError: when there is none, or one is there twice.
+    """
+    if Path(argument).is_file():
+        try:
+            lines = Path(argument).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--tokens {argument}: is not UTF-8 text ({error})") from None
+        tokens = [line for line in lines if line.strip()]
+    else:
+        tokens = [token for token in argument.split(",") if token.strip()]
+    if not tokens:
+        raise UserError(f"--tokens {argument}: names no token; expected a file with a token on each line, or a,b,c")
+    twice = next((token for number, token in enumerate(tokens) if token in tokens[:number]), None)
+    if twice is not None:
+        raise UserError(f"--tokens {argument}: {twice!r} is there twice")
+    return tokens
+
+
+def write_tokenizer(
+    files: Sequence[Path], tokenizer: Tokenizer, tokens: Sequence[str], special: bool, directory: Path
+) -> list[Path]:
+    """Copies a tokenizer's files to a directory with the new tokens added, and returns the copies.
+
+    tokenizer.json gets them through the `tokenizers` library. A SentencePiece .model stays as it is; the tokens stand
+    in added_tokens.json beside it and, with their kind, in tokenizer_config.json, where transformers and jaxlm look.
+
+    Args:
+        special: whether decoding leaves them out.
+
+    Raises:
+        UserError: when one of the tokens exists already.
+    """
+    for token in tokens:
+        index = tokenizer.id_of(token)
+        if index is not None:
+            raise UserError(f"{tokenizer.path}: has the token {token!r} already, with id {index}")
+    ids = {token: tokenizer.vocab_size + number for number, token in enumerate(tokens)}
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+    fast, trained = directory / "tokenizer.json", directory / "tokenizer.model"
+    if fast.is_file():
+        _add_to_fast(fast, ids, special)
+    if trained.is_file():
+        _update_json(directory / "added_tokens.json", ids)
+    settings = directory / "tokenizer_config.json"
+    old = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
+    if old is not None or trained.is_file():
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
+        new = {str(index): {"content": token, **flags} for token, index in ids.items()}
+        _update_json(settings, {"added_tokens_decoder": (old or {}) | new})
+    return find_tokenizer_files(directory)
+
+
+def _add_to_fast(file: Path, ids: dict[str, int], special: bool) -> None:
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_file(str(file))
+    model.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token in ids])
+    for token, index in ids.items():
+        found = model.token_to_id(token)
+        if found != index:
+            raise UserError(
+                f"{file.name}: the new token {token!r} would get id {found} there instead of {index}: "
+                "its ids have a gap, or its files do not belong together"
+            )
+    model.save(str(file))
+
+
+def _update_json(file: Path, values: dict[str, Any]) -> None:
+    content = read_json(file) if file.is_file() else {}
+    file.write_text(json.dumps(content | values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

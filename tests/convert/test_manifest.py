@@ -105,5 +105,5 @@ def test_broken_manifests(change: Callable[[dict], object], words: str, tmp_path
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no manifest.json"):
+    with pytest.raises(UserError, match="has no manifest"):
         list(check_manifest(tmp_path))

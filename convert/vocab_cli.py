@@ -1,0 +1,53 @@
+"""The verb extend-vocab."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from convert.command import add_shard_size, add_verb, write_hf, write_jax
+from jaxlm.errors import UserError
+
+
+def add_vocab_verb(verbs: Any) -> None:
+    """Adds the verb to argparse's sub-commands."""
+    verb = add_verb(verbs, "extend-vocab", _extend_vocab, "add tokens to a model and its tokenizer")
+    verb.add_argument("source", metavar="MODEL", help="model directory with its tokenizer")
+    verb.add_argument("destination", metavar="OUT", help="directory to create")
+    verb.add_argument("--tokens", required=True, metavar="FILE|A,B", help="a file with a token on each line, or a list")
+    verb.add_argument(
+        "--init",
+        choices=("mean", "zero", "pieces"),
+        default="mean",
+        help="the new rows of embedding and head: mean of all rows (default), zeros, or the mean of the rows of the "
+        "pieces that the token was split into so far",
+    )
+    verb.add_argument("--special", action="store_true", help="decoding leaves the tokens out")
+    verb.add_argument("--pad-to", type=int, metavar="N", help="make the number of rows a multiple of N")
+    verb.add_argument("--format", choices=("hf", "jax"), help="of the result (default: jax for jaxlm models, else hf)")
+    add_shard_size(verb)
+
+
+def _extend_vocab(options: argparse.Namespace) -> None:
+    from convert.delta import WithTokenizer
+    from convert.native import NativeSource
+    from convert.source import open_model
+    from convert.vocab import extend, read_tokens, write_tokenizer
+    from jaxlm.tokenizer import load_tokenizer
+
+    tokens = read_tokens(options.tokens)
+    source = open_model(options.source)
+    if not source.tokenizer_files:
+        raise UserError(f"{options.source}: has no tokenizer; put tokenizer.json or tokenizer.model there")
+    tokenizer = load_tokenizer(source.tokenizer_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_tokenizer(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder))
+        extended = WithTokenizer(extend(source, tokenizer, tokens, options.init, options.pad_to), files)
+        if (options.format or ("jax" if isinstance(source, NativeSource) else "hf")) == "hf":
+            write_hf(extended, options.destination, options.shard_size)
+        else:
+            write_jax(extended, options.destination)
+    first, rows = tokenizer.vocab_size, extended.config.vocab_size
+    print(f"{'new tokens':12} ids {first} to {first + len(tokens) - 1}; {rows} rows in embedding and head")
