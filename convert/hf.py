@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from convert.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
 from convert.tensors import WEIGHT_DTYPES, Tensor, find_weights, read_tensors, same_bytes
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, read_json
+
+if TYPE_CHECKING:
+    from convert.output import TensorSpec
 
 # What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
 TOKENIZER_FILES = (
@@ -97,6 +100,14 @@ def match_tensors(where: Path, tensors: Mapping[str, Tensor], entries: list[Entr
         )
 
 
+def parse_hf_config(where: Path, content: dict[str, Any]) -> LlamaConfig:
+    """The shape that a `config.json` describes; errors name the file."""
+    try:
+        return LlamaConfig.from_hf(content)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
+
+
 class StackedTensors:
     """Leaves read from one stored tensor per layer."""
 
@@ -157,7 +168,7 @@ class HfSource(StackedTensors):
         self.hf_config: dict[str, Any] | None = read_json(path / "config.json")
         if self.hf_config.get("quantization_config"):
             raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
-        self.config = LlamaConfig.from_hf(self.hf_config)
+        self.config = parse_hf_config(path / "config.json", self.hf_config)
         weights = find_weights(path)
         if weights is None:
             raise UserError(
@@ -208,6 +219,16 @@ def copy_files(files: list[Path], directory: Path) -> None:
         shutil.copyfile(file, directory / file.name)
 
 
+def hf_tensors(source: ParamSource) -> list[TensorSpec]:
+    """The tensors of a model as HF names and lays them out, to be read once, in this order."""
+    from convert.output import TensorSpec
+
+    return [
+        TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, stored_blocks(source, entry))
+        for entry in hf_entries(source.config)
+    ]
+
+
 def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
     """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
@@ -216,12 +237,8 @@ def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Adv
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.
     """
-    from convert.output import TensorSpec, write_safetensors
+    from convert.output import write_safetensors
 
-    specs = [
-        TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, stored_blocks(source, entry))
-        for entry in hf_entries(source.config)
-    ]
-    write_safetensors(directory, "model", specs, shard_size, advance)
+    write_safetensors(directory, "model", hf_tensors(source), shard_size, advance)
     (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
     copy_files(source.tokenizer_files, directory)

@@ -25,6 +25,7 @@ from convert.hf import (
     find_tokenizer_files,
     hf_config_for,
     match_tensors,
+    parse_hf_config,
 )
 from convert.leaves import Advance, ParamSource, stored_blocks
 from convert.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
@@ -230,7 +231,7 @@ def find_config(
         (file,) = found
     if file.suffix == ".json":
         content = read_json(file)
-        return LlamaConfig.from_hf(content), content
+        return parse_hf_config(file, content), content
     section = _model_section(file)
     if section is None:
         raise UserError(f"{file}: has no model.model_config, as MindFormers' YAML files have")

@@ -84,7 +84,9 @@ def read_torch_zip(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
+    with path.open("rb") as handle:
+        zipped = handle.read(4) == b"PK\x03\x04"
+    if not zipped:
         raise UserError(
             f"{path}: not a PyTorch zip file: either cut short or in the format of PyTorch before 1.6; "
             + RESAVE.format(name=path.name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,14 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
         """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form."""
-        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(found, dict):
+            raise UserError(f"config.json: rope_parameters (or rope_scaling) is {found!r}; expected a JSON object")
+        given = dict(found)
         given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
         legacy_type = given.pop("type", None)
         given.setdefault("rope_type", legacy_type or "default")
-        if given["rope_type"] not in ROPE_TYPES:
+        if given["rope_type"] not in list(ROPE_TYPES):  # a list: the value may be anything, also what has no hash
             raise UserError(
                 f"config.json: rope_type {given['rope_type']!r} is not supported; known: {', '.join(ROPE_TYPES)}"
             )
@@ -60,6 +64,11 @@ class RopeConfig:
         unknown = sorted(set(given) - known)
         if unknown:
             raise UserError(f"config.json: unknown rope parameters {', '.join(unknown)}")
+        for name, value in given.items():
+            if name not in ("rope_type", "truncate") and value is not None and not _is_number(value):
+                raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a number")
+        if not given["rope_theta"] or given["rope_theta"] <= 0:
+            raise UserError(f"config.json: rope_theta is {given['rope_theta']!r}; expected a positive number")
         given["rope_theta"] = float(given["rope_theta"])
         rope = cls(**given)
         if rope.rope_type != "default" and rope.factor is None:
@@ -72,6 +81,31 @@ class RopeConfig:
 
     def to_hf(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Refuses values of a `config.json` that are of another kind than their keys, by name."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+    for key in sizes + optional:
+        value = config.get(key)
+        if (value is not None or key in sizes) and (type(value) is not int or not 0 < value < 1 << 31):
+            raise UserError(f"config.json: {key} is {value!r}; expected a positive whole number")
+    for key in ("rms_norm_eps", "initializer_range"):
+        if key in config and not (_is_number(config[key]) and config[key] > 0):
+            raise UserError(f"config.json: {key} is {config[key]!r}; expected a positive number")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if any(item is not None and type(item) is not int for item in ids):
+            raise UserError(f"config.json: {key} is {value!r}; expected a token id")
+    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
+        if config.get(key) is not None and type(config[key]) is not bool:
+            raise UserError(f"config.json: {key} is {config[key]!r}; expected true or false")
 
 
 @dataclass(frozen=True)
@@ -115,11 +149,11 @@ class LlamaConfig:
         Raises UserError for an unsupported architecture, activation or RoPE type.
         """
         architectures = config.get("architectures") or []
-        architecture = architectures[0] if architectures else None
+        architecture = architectures[0] if isinstance(architectures, list) and architectures else None
         if architecture is None:
             by_type = {kind: name for name, kind in ARCHITECTURES.items()}
-            architecture = by_type.get(config.get("model_type", ""))
-        if architecture not in ARCHITECTURES:
+            architecture = by_type.get(str(config.get("model_type")))
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise UserError(
                 f"config.json: architecture {architecture or config.get('model_type')!r} is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"
@@ -130,10 +164,11 @@ class LlamaConfig:
         missing = [
             key
             for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            if not isinstance(config.get(key), int)
+            if config.get(key) is None
         ]
         if missing:
-            raise UserError(f"config.json: missing or not a whole number: {', '.join(missing)}")
+            raise UserError(f"config.json: missing: {', '.join(missing)}")
+        _check_values(config)
         num_heads = config["num_attention_heads"]
         window = config.get("sliding_window")
         if kind == "qwen2":
@@ -156,7 +191,7 @@ class LlamaConfig:
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            max_position_embeddings=config.get("max_position_embeddings") or 2048,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
