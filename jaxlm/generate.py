@@ -114,12 +114,13 @@ def _run(config: GenerateConfig) -> int:
 
         items = read_items(Path(config.predict_data))
     generator, prompter, facts = _load(config, console)
+    options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
     if items is not None:
-        return _batch(config, generator, prompter, facts, items, console)
+        return _batch(config, options, generator, prompter, facts, items, console)
     if config.interactive:
-        _chat(config, generator, prompter, console)
+        _chat(options, generator, prompter, console)
     else:
-        _single(config, generator, prompter, console)
+        _single(config, options, generator, prompter, console)
     return 0
 
 
@@ -248,16 +249,18 @@ def _auto_mesh(shape: Any, devices: int) -> Any:
     return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
 
 
-def _single(config: GenerateConfig, generator: Generator, prompter: Prompter, console: Console) -> None:
+def _single(
+    config: GenerateConfig, options: Decoding, generator: Generator, prompter: Prompter, console: Console
+) -> None:
     from jaxlm.inference.chat import stream_answer
     from jaxlm.inference.text import answer_text, cut_at_stop
 
     assert config.prompt is not None
     ids = prompter.question(config.prompt, config.input)
-    writing = generator.start([ids], config, flush=8)
+    writing = generator.start([ids], options, flush=8)
     started = time.perf_counter()
-    if config.samples == 1:
-        answer = stream_answer(writing, prompter, config, _show)
+    if options.samples == 1:
+        answer = stream_answer(writing, prompter, options, _show)
         _show("\n")
         answers = [answer]
     else:
@@ -265,7 +268,7 @@ def _single(config: GenerateConfig, generator: Generator, prompter: Prompter, co
             pass
         answers = writing.answers()[0]
         for number, answer in enumerate(answers, 1):
-            text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), config.stop)[0]
+            text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
             _show(f"[{number}] {text.strip()}\n")
     seconds = time.perf_counter() - started
     tokens = sum(len(answer.ids) for answer in answers)
@@ -280,7 +283,7 @@ def _show(text: str) -> None:
     sys.stdout.flush()
 
 
-def _chat(config: GenerateConfig, generator: Generator, prompter: Prompter, console: Console) -> None:
+def _chat(options: Decoding, generator: Generator, prompter: Prompter, console: Console) -> None:
     import contextlib
 
     from jaxlm.inference.chat import Chat
@@ -295,11 +298,12 @@ def _chat(config: GenerateConfig, generator: Generator, prompter: Prompter, cons
     def say(text: str) -> None:
         console.print(text, style="dim", markup=False)
 
-    Chat(generator, prompter, config, lambda: input("> "), _show, say).run()
+    Chat(generator, prompter, options, lambda: input("> "), _show, say).run()
 
 
 def _batch(
     config: GenerateConfig,
+    options: Decoding,
     generator: Generator,
     prompter: Prompter,
     facts: dict[str, Any],
@@ -315,7 +319,6 @@ def _batch(
     journal_path = save_file.with_name(f"{save_file.name}.partial")
     if config.overwrite:
         journal_path.unlink(missing_ok=True)
-    options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
     journal = Journal(journal_path, settings_of(Path(config.predict_data), options, facts))
     if journal.results:
         console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)

@@ -190,9 +190,10 @@ def extend(
     """
     params = weights["params"]
     x, cos, sin = _start(decoder, params["embed_tokens"], tokens, starts, starts + lengths)
+    places = _places(tokens, starts)
     result: Caches = []
     for number, layer in enumerate(params["layers"]):
-        x, kv = _extend_layer(decoder, layer, weights["lora"][number], number, x, cos, sin, starts, caches[number])
+        x, kv = _extend_layer(decoder, layer, weights["lora"][number], number, x, cos, sin, places, caches[number])
         result.append(kv)
     return _finish(decoder, _output(params), params["norm"], x, lengths - 1), result
 
@@ -252,20 +253,23 @@ def _prefill_layer(
     return x, _with_slots(kv, slots)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(4, 8))
-def _extend_layer(
+def _cached_layer(
     decoder: Decoder,
     layer: Any,
     lora: Any,
-    number: jax.Array,
+    number: jax.Array | int,
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    starts: jax.Array,
+    places: jax.Array,
     kv: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    cache = KVCache(*kv, _places(x[..., 0], starts))
-    return _run_layer(decoder, layer, lora, number, x, cos, sin, cache)
+    return _run_layer(decoder, layer, lora, number, x, cos, sin, KVCache(*kv, places))
+
+
+_extend_layer = jax.jit(_cached_layer, static_argnums=0, donate_argnums=(4, 8))
+# Inside a compiled loop: traced once instead of once per layer. The compiler puts it in line.
+_inner_layer = jax.jit(_cached_layer, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -296,8 +300,7 @@ def next_logits(
     cos, sin = rope_cos_sin(decoder.config, places, place + 1)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
-        cache = KVCache(*caches[number], places)
-        x, kv = _run_layer(decoder, layer, lora, number, x, cos, sin, cache)
+        x, kv = _inner_layer(decoder, layer, lora, number, x, cos, sin, places, caches[number])
         result.append(kv)
     return _logits(decoder, _output(params), params["norm"], x[:, 0]), result
 

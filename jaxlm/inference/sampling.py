@@ -8,6 +8,7 @@ one batch may have settings of their own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -154,12 +155,13 @@ def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Sett
     return drawn.astype(jnp.int32)
 
 
-def row_keys(seed: int, numbers: list[int], samples: int) -> np.ndarray:
-    """Key data [len(numbers) * samples, 2]: of each prompt, by its number, and of each of its samples."""
-    base = jax.random.key(seed)
-
-    def one(pair: jax.Array) -> jax.Array:
-        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(base, pair[0]), pair[1]))
-
-    pairs = [(number, sample) for number in numbers for sample in range(samples)]
-    return np.asarray(jax.vmap(one)(jnp.array(pairs, jnp.uint32)))
+def row_keys(seed: int, numbers: Sequence[int], samples: int) -> np.ndarray:
+    """Key data [len(numbers) * samples, 2] uint32: of each prompt, by its number, and of each of its samples."""
+    return np.array(
+        [
+            np.random.SeedSequence([seed, number, sample]).generate_state(2)
+            for number in numbers
+            for sample in range(samples)
+        ],
+        np.uint32,
+    )
