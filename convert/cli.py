@@ -11,13 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
+from convert.check_cli import add_check_verbs
 from convert.command import (
     add_dtype,
     add_shard_size,
     add_verb,
-    describe_lora,
     say_adapter,
     with_dtype,
     write_hf,
@@ -25,11 +24,9 @@ from convert.command import (
     writing,
 )
 from convert.delta_cli import add_delta_verbs, normalise
+from convert.formats_cli import add_format_verbs
 from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
-
-if TYPE_CHECKING:
-    from convert.leaves import LeafSource
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,14 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     add_dtype(verb)
     add_shard_size(verb)
 
-    from convert.formats_cli import add_format_verbs
-
     add_format_verbs(verbs)
     add_delta_verbs(verbs)
     add_vocab_verb(verbs)
-
-    verb = add_verb(verbs, "inspect", _inspect, "show what a model, adapter or weight file holds")
-    verb.add_argument("source", metavar="PATH", help="any model or adapter directory, or a .safetensors or .bin file")
+    add_check_verbs(verbs)
     return parser
 
 
@@ -157,43 +150,3 @@ def _merge(options: argparse.Namespace) -> None:
         write_hf(merged, options.destination, options.shard_size)
     else:
         write_jax(merged, options.destination)
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from convert.peft import find_adapter_weights
-    from convert.source import is_adapter, open_adapter, open_model
-    from convert.tensors import read_tensors
-
-    path = Path(options.source)
-    rows: list[tuple[str, tuple[int, ...], str, int]]
-    if path.is_file() or (is_adapter(path) and (path / "adapter_config.json").is_file()):
-        tensors = read_tensors(path if path.is_file() else find_adapter_weights(path))
-        print("tensors in the file" if path.is_file() else "PEFT adapter")
-        rows = [(name, tensor.shape, tensor.dtype.name, tensor.nbytes) for name, tensor in tensors.items()]
-    else:
-        source: LeafSource
-        if is_adapter(path):
-            source = adapter = open_adapter(path)
-            print(f"{source.path}: jaxlm adapter: {describe_lora(adapter)}, base {adapter.base}")
-        else:
-            source = model = open_model(path)
-            c = model.config
-            print(
-                f"{source.path}: {c.architecture}: L {c.num_layers}, D {c.hidden_size}, F {c.intermediate_size}, "
-                f"H {c.num_heads}, K {c.num_kv_heads}, h {c.head_dim}, V {c.vocab_size}, "
-                f"rope {c.rope.rope_type} {c.rope.rope_theta:g}, window {c.sliding_window}, "
-                f"tied {c.tie_word_embeddings}; {c.num_params():,} parameters"
-            )
-        rows = [(name, leaf.shape, leaf.dtype.name, leaf.nbytes) for name, leaf in source.leaves.items()]
-        if source.tokenizer_files:
-            print("tokenizer: " + " ".join(file.name for file in source.tokenizer_files))
-    _print_table(rows)
-
-
-def _print_table(rows: list[tuple[str, tuple[int, ...], str, int]]) -> None:
-    from convert.output import human
-
-    width = max((len(name) for name, *_ in rows), default=0)
-    for name, shape, dtype, nbytes in rows:
-        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {human(nbytes):>9}")
-    print(f"{len(rows)} tensors, {human(sum(row[3] for row in rows))}")

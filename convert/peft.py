@@ -274,8 +274,8 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
     return original | values
 
 
-def write_peft(source: AdapterSource, directory: Path, advance: Advance) -> None:
-    """Writes an adapter as a PEFT directory, in the dtype it is stored in."""
+def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
+    """The tensors of an adapter as PEFT names and lays them out."""
     specs = resolve_lora(source.config, source.lora, source.layers)
     tensors = []
     for entry in peft_entries(source.config, specs):
@@ -292,7 +292,12 @@ def write_peft(source: AdapterSource, directory: Path, advance: Advance) -> None
             layout = Layout(leaf.shape, leaf.shape, tuple(range(len(leaf.shape))))
             entry = Entry(f"{PEFT_PREFIX}{name}", path, None, layout)
             tensors.append(TensorSpec(entry.name, leaf.shape, leaf.dtype, _Factor(source, entry)))
-    write_safetensors_file(directory / "adapter_model.safetensors", tensors, advance)
+    return tensors
+
+
+def write_peft(source: AdapterSource, directory: Path, advance: Advance) -> None:
+    """Writes an adapter as a PEFT directory, in the dtype it is stored in."""
+    write_safetensors_file(directory / "adapter_model.safetensors", peft_tensors(source), advance)
     config = peft_config_for(source, directory / "adapter_config.json")
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")

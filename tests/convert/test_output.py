@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from convert.output import human, output_directory, parse_size
+from convert.manifest import check_manifest
+from convert.output import _locked, human, output_directory, parse_size
 from jaxlm.errors import UserError
 from tests.convert.test_source import write_hf_sharded, write_native
 
@@ -135,6 +137,79 @@ def test_terminated(tmp_path: Path) -> None:
     assert process.wait(30) == 128 + signal.SIGTERM
     process.stdout.close()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+KILL = """
+import os, signal, sys
+import convert.output as output
+
+target, count = sys.argv[1], int(sys.argv[2])
+
+def die(function):
+    def call(*arguments, **more):
+        global count
+        count -= 1
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **more)
+    return call
+
+holder = {"write": (output, "_write"), "sync": (os, "fsync"), "rename": (output.Path, "rename")}[target]
+setattr(*holder, die(getattr(*holder)))
+from convert.cli import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("moment", [("write", 1), ("write", 25), ("sync", 1), ("sync", 3), ("rename", 1)])
+def test_killed(moment: tuple[str, int], tmp_path: Path, run: Callable[..., str]) -> None:
+    """SIGKILL leaves nothing under the final name, and the next run to it clears away what is left beside it."""
+    write_native(tmp_path / "jax")
+    arguments = ["jax-to-hf", str(tmp_path / "jax"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", KILL, moment[0], str(moment[1]), *arguments]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.glob(".out.tmp-*")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / ".out.tmp-x").mkdir()  # somebody else's
+    (tmp_path / f".outer{leftover.name[4:]}").mkdir()
+    run(*arguments)
+    assert not leftover.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"jax", "out", ".out.tmp-x", f".outer{leftover.name[4:]}"}
+    run("verify", tmp_path / "out")
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    command = [sys.executable, "-m", "convert", "hf-to-jax", str(tmp_path / "hf"), str(tmp_path / "out")]
+    random = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob("*out*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(float(random.uniform(0, 0.05)))
+        process.kill()
+        process.wait()
+        if (tmp_path / "out").exists():
+            assert all(problem is None for _, problem in check_manifest(tmp_path / "out"))
+            shutil.rmtree(tmp_path / "out")
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
+def test_leftovers_of_living_processes_stay(tmp_path: Path) -> None:
+    """One whose process lives, and one that is locked by a process this machine does not see."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    alive, locked, dead = (tmp_path / f".out.tmp-{pid}" for pid in (os.getppid(), gone.pid, gone.pid + 4_000_000))
+    for path in (alive, locked, dead):
+        path.mkdir()
+    with _locked(locked), output_directory(tmp_path / "out", 0) as folder:
+        # A second run to the same name does not disturb the first.
+        with pytest.raises(UserError), output_directory(tmp_path / "out", 0):
+            pytest.fail("entered")
+        assert folder.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", alive.name, locked.name}
 
 
 def test_sizes() -> None:
