@@ -156,7 +156,9 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     attention, reason = choose_attention(config.model.attention, platform, dtype, False)
-    merge = adapter is not None and config.model.merge_adapter
+    if adapter is None and config.model.merge_adapter:
+        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
+    merge = config.model.merge_adapter
     on_the_fly = adapter if not merge else None
     specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
     decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8)

@@ -160,7 +160,9 @@ def with_setting(options: Decoding, key: str, value: str) -> Decoding:
     if key not in hints:
         raise UserError(f"/set: {key!r} is none of {', '.join(hints)}")
     try:
-        parsed: Any = yaml.safe_load(value) if hints[key] is not tuple[str, ...] else value.strip()
+        # A text is taken as it stands: YAML would see a comment in ###.
+        is_text = hints[key] == tuple[str, ...] and not value.startswith("[")
+        parsed: Any = value if is_text else yaml.safe_load(value)
     except yaml.YAMLError:
         parsed = None
     kind = hints[key]

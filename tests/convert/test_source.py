@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+import convert.leaves
 import convert.native
 from convert.hf import write_hf
-from convert.leaves import LeafInfo, ParamSource
-from convert.names import leaf_shapes
+from convert.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
+from convert.names import hf_entries, leaf_shapes
 from convert.native import write_model
 from convert.output import output_directory
 from convert.source import is_adapter, open_adapter, open_model
@@ -142,6 +143,25 @@ def test_any_slice_is_numpys(sources: dict[str, ParamSource], case: tuple[str, t
 def test_leaves(sources: dict[str, ParamSource]) -> None:
     for source in sources.values():
         assert dict(source.leaves) == MODEL.leaves and source.config == CONFIG
+
+
+def test_blocks_are_the_tensors_in_hfs_layout(sources: dict[str, ParamSource], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert.leaves, "READ_BYTES", 500)
+    for entry in hf_entries(CONFIG):
+        leaf = MODEL.arrays[entry.path] if entry.layer is None else MODEL.arrays[entry.path][entry.layer]
+        matrix = leaf.reshape(entry.layout.stored) if not entry.layout.split else entry.layout.to_stored(leaf)
+        for name, source in sources.items():
+            for (start, stop), block in zip(row_blocks(entry.layout), stored_blocks(source, entry), strict=True):
+                assert block.flags.c_contiguous and block.tobytes() == matrix[start:stop].tobytes(), (name, entry)
+
+
+def test_no_chunk_is_read_for_every_block(sources: dict[str, ParamSource], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert.leaves, "BLOCK_ELEMENTS", 20)
+    source, calls = sources["native"], []
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda path, index: calls.append(path) or read(path, index))  # type: ignore[func-returns-value]
+    entry = next(entry for entry in hf_entries(CONFIG) if entry.path == "embed_tokens/embedding")
+    assert len(list(stored_blocks(source, entry))) == 37 and len(calls) == 1
 
 
 def test_reads_from_many_threads(sources: dict[str, ParamSource]) -> None:
