@@ -20,6 +20,8 @@ Index = tuple[slice, ...]
 Advance = Callable[[int], None]
 # Elements of a stored tensor that are read, worked on and written at a time: they stay in the cache.
 BLOCK_ELEMENTS = 256 << 10
+# Read at a time of an embedding in a layout of larger chunks: as much as jaxlm's own have.
+READ_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -98,20 +100,28 @@ def row_blocks(layout: Layout) -> Iterator[tuple[int, int]]:
 def stored_blocks(source: LeafSource, entry: Entry) -> Iterator[np.ndarray]:
     """One tensor of a model in HF's layout, in the blocks of `row_blocks`, contiguous and in the source's dtype.
 
-    From files like HF's the blocks are read as they are. From another layout one layer is read and turned at a time.
+    From files like HF's the blocks are read as they are. From another layout one layer is read and turned at a time,
+    and an embedding in pieces of READ_BYTES: smaller ones would read and check the same chunks over and over.
     """
     if isinstance(source, BlockSource):
         yield from source.blocks(entry)
         return
-    whole: np.ndarray | None = None
+    blocks = list(row_blocks(entry.layout))
     if entry.layer is not None:
         leaf = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]
         whole = entry.layout.to_stored(np.ascontiguousarray(leaf))
-    else:
-        assert entry.layout.split == 0, entry
-    for start, stop in row_blocks(entry.layout):
-        rows = slice(start, stop)
-        yield np.ascontiguousarray(source.read(entry.path, (rows,)) if whole is None else whole[rows])
+        for start, stop in blocks:
+            yield whole[start:stop]
+        return
+    assert entry.layout.split == 0, entry
+    row_bytes = source.leaves[entry.path].nbytes // max(1, entry.layout.stored[0])
+    together = max(1, READ_BYTES // max(1, row_bytes * (blocks[0][1] - blocks[0][0])))
+    for first in range(0, len(blocks), together):
+        part = blocks[first : first + together]
+        offset = part[0][0]
+        piece = np.ascontiguousarray(source.read(entry.path, (slice(offset, part[-1][1]),)))
+        for start, stop in part:
+            yield piece[start - offset : stop - offset]
 
 
 class AdapterSource(LeafSource, Protocol):

@@ -26,6 +26,7 @@ import numpy as np
 from convert.hf import StackedTensors, check_num_layers, copy_files, find_tokenizer_files, match_tensors
 from convert.leaves import Advance, ParamSource, stored_blocks
 from convert.names import RULES, Entry, Rule, Shape, leaf_shapes, rule_for, stored_entries
+from convert.output import Watcher
 from convert.tensors import BFLOAT16, JoinedColumns, JoinedRows, Tensor, same_bytes
 from convert.torch_write import TensorInfo, TorchZipWriter
 from convert.torch_zip import read_torch_zip
@@ -349,6 +350,8 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
         for entry in entries:
             for writer in writers:
                 writer.begin(entry.name)
+                if isinstance(advance, Watcher):
+                    advance.final(writer.path, writer.settled)
             rotary = rule_for(entry.path).rotary
             row = 0
             for block in stored_blocks(source, entry):

@@ -24,6 +24,7 @@ import numpy as np
 
 from convert.leaves import Advance
 from convert.names import Shape
+from convert.output import Watcher
 from convert.tensors import BFLOAT16, StoredTensor
 from jaxlm.errors import UserError
 
@@ -277,7 +278,9 @@ class CkptWriter:
     """
 
     def __init__(self, path: Path, crc: bool = False) -> None:
+        self._path = path
         self._file = path.open("wb", buffering=0)
+        self._position = 0
         self._crc: int | None = 0 if crc else None
 
     def __enter__(self) -> CkptWriter:
@@ -311,12 +314,15 @@ class CkptWriter:
                 self._append(part)
                 left -= part.nbytes
             advance(block.nbytes)
+            if isinstance(advance, Watcher):
+                advance.final(self._path, self._position)
         assert left == 0 and not slices, name
 
     def _append(self, data: bytes | memoryview) -> None:
         if self._crc is not None:
             self._crc = zlib.crc32(data, self._crc)
         view = memoryview(data)
+        self._position += view.nbytes
         while view:
             view = view[os.write(self._file.fileno(), view) :]
 

@@ -60,6 +60,7 @@ class TorchZipWriter:
     """
 
     def __init__(self, path: Path, tensors: Sequence[TensorInfo]) -> None:
+        self.path = path
         self._file = path.open("wb", buffering=0)
         self._tensors = list(tensors)
         self._members: list[_Member] = []
@@ -83,6 +84,11 @@ class TorchZipWriter:
                 self._append(self._directory())
         finally:
             self._file.close()
+
+    @property
+    def settled(self) -> int:
+        """Bytes at the beginning of the file that will not change any more: the CRC of a member comes at its end."""
+        return self._members[-1].offset if self._members else 0
 
     def begin(self, name: str) -> None:
         """Starts the next tensor."""
