@@ -297,6 +297,7 @@ def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
     if len(outcome.validation) > 1:
         first, last = outcome.validation[0], outcome.validation[-1]
         pairs.append(("validation loss", f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}"))
+    pairs.append(("ask it", f"python -m jaxlm.generate --model {out} --interactive"))
     if config.lora is None:
         pairs.append(("next", f"convert jax-to-hf {out} {out.parent / (out.name + '-hf')}"))
     else:
