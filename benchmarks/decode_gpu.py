@@ -1,0 +1,88 @@
+"""Greedy decoding at LLaMA-7B shape on one GPU, beside the limit that its memory bandwidth sets.
+
+A token needs every weight once, and the keys and values so far: at best batch * bandwidth / (weights + batch * cache)
+tokens a second. Weights are random; prompts of 128 tokens, 256 new ones. One call, a few minutes:
+
+    python benchmarks/decode_gpu.py [--shape llama-2-7b] [--batches 1,8] [--bandwidth 4.8e12] [--int8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.names import leaf_shapes
+from jaxlm.config import Decoding, MeshConfig
+from jaxlm.inference.engine import Generator
+from jaxlm.inference.model import Decoder, cache_bytes, load_weights, weight_bytes
+from jaxlm.models.shapes import load_shape
+from jaxlm.parallel.mesh import make_mesh
+
+PROMPT, NEW = 128, 256
+
+
+class RandomModel:
+    """Leaves of random numbers; all layers share theirs, so that making them takes seconds."""
+
+    leaves: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        self.shapes = leaf_shapes(config)
+        self.made: dict[str, np.ndarray] = {}
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        layered = path.startswith("layers/")
+        if path not in self.made:
+            shape = self.shapes[path][1:] if layered else self.shapes[path]
+            self.made[path] = np.random.default_rng(len(path)).standard_normal(shape, np.float32) * 0.02
+        return self.made[path][None] if layered else self.made[path][index]
+
+
+def measure(generator: Generator, batch: int, rounds: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds per step after it), medians."""
+    prompts = np.random.default_rng(0).integers(3, 32000, (batch, PROMPT)).tolist()
+    firsts, steps = [], []
+    for turn in range(rounds + 1):
+        marks = [time.perf_counter()]
+        for _ in generator.start(prompts, Decoding(max_new_tokens=NEW), flush=NEW).steps():
+            marks.append(time.perf_counter())
+        if turn:  # the first one compiles
+            firsts.append(marks[1] - marks[0])
+            steps.append((marks[-1] - marks[1]) / (NEW - 1))
+    return statistics.median(firsts), statistics.median(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-2-7b")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second; default: H200")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--int8", action="store_true", help="also measure int8 weights")
+    arguments = parser.parse_args()
+    config = load_shape(arguments.shape)
+    print(f"{jax.devices()[0].device_kind}, {arguments.shape}, bfloat16, prompt {PROMPT}, {NEW} new tokens")
+    for int8 in (False, True) if arguments.int8 else (False,):
+        decoder = Decoder(config, dtype="bfloat16", quantized=int8)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config)), mesh, [])
+        embedding = generator.weights["params"]["embed_tokens"]["embedding"].nbytes
+        # The table is looked up, not read, unless it is the output matrix too.
+        needed = weight_bytes(generator.weights) - (0 if config.tie_word_embeddings else embedding)
+        for batch in map(int, arguments.batches.split(",")):
+            first, step = measure(generator, batch, arguments.rounds)
+            least = (needed + cache_bytes(config, batch, PROMPT + NEW // 2, "bfloat16")) / arguments.bandwidth
+            print(
+                f"{'int8' if int8 else 'bf16'} batch {batch}: first token {1e3 * first:.0f} ms, "
+                f"{batch / step:.1f} tokens/s, {100 * least / step:.0f} % of the memory's limit",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
