@@ -33,27 +33,6 @@ SHAPE = {
 }
 
 
-class RandomModel:
-    """Leaves of random numbers in the place of a checkpoint."""
-
-    leaves: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, config: Any) -> None:
-        from convert.names import leaf_shapes
-
-        self.shapes = leaf_shapes(config)
-
-    def read(self, path: str, index: tuple[slice, ...]) -> Any:
-        import numpy as np
-
-        shape = self.shapes[path]
-        out = np.random.default_rng(len(path)).standard_normal(
-            shape[1:] if path.startswith("layers/") else shape, np.float32
-        )
-        out *= 0.02
-        return out[None] if path.startswith("layers/") else out[index]
-
-
 def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], float]:
     """Makes `new` tokens for the batch; returns the seconds until the first one."""
     import jax
@@ -62,10 +41,11 @@ def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], fl
     jax.config.update("jax_compilation_cache_dir", cache_directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-    from jaxlm.config import MeshConfig
+    from decode_gpu import RandomModel
+
+    from jaxlm.config import Decoding, MeshConfig
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.model import Decoder, load_weights
-    from jaxlm.inference.options import Decoding
     from jaxlm.models.shapes import LlamaConfig
     from jaxlm.parallel.mesh import make_mesh
 

@@ -13,13 +13,15 @@ import statistics
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from flax import traverse_util
 
-from convert.names import leaf_shapes
 from jaxlm.config import Decoding, MeshConfig
 from jaxlm.inference.engine import Generator
 from jaxlm.inference.model import Decoder, cache_bytes, load_weights, weight_bytes
+from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.shapes import load_shape
 from jaxlm.parallel.mesh import make_mesh
 
@@ -32,7 +34,8 @@ class RandomModel:
     leaves: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
-        self.shapes = leaf_shapes(config)
+        tree = nn.unbox(abstract_variables(Llama(config))["params"])
+        self.shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         self.made: dict[str, np.ndarray] = {}
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
