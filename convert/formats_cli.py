@@ -190,13 +190,37 @@ def _open_meta(options: argparse.Namespace) -> tuple[MetaSource, ParamSource]:
 
 
 def _meta_to_jax(options: argparse.Namespace) -> None:
-    _, source = _open_meta(options)
-    write_jax(source, options.destination)
+    from convert.native import write_model
+
+    meta, source = _open_meta(options)
+    with writing(source, options.destination) as (directory, advance):
+        write_model(source, directory, advance)
+        _add_tokenizer(meta, directory / "jaxlm" / "tokenizer")
+    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {options.destination}")
 
 
 def _meta_to_hf(options: argparse.Namespace) -> None:
-    _, source = _open_meta(options)
-    write_hf(source, options.destination, options.shard_size)
+    from convert.hf import write_hf
+    from convert.output import parse_size
+
+    meta, source = _open_meta(options)
+    size = parse_size(options.shard_size)
+    with writing(source, options.destination) as (directory, advance):
+        write_hf(source, directory, size, advance)
+        _add_tokenizer(meta, directory)
+    say_model(source, f'AutoModelForCausalLM.from_pretrained("{options.destination}")')
+
+
+def _add_tokenizer(source: MetaSource, directory: Path) -> None:
+    """What Hugging Face needs to read LLaMA 3's tokenizer; LLaMA 1's and 2's it reads as they are."""
+    from convert.tiktoken import is_tiktoken, write_tokenizer_json
+
+    model = directory / "tokenizer.model"
+    if not model.is_file():
+        print(f"note: no tokenizer.model in {source.path} or above it; the result has no tokenizer", file=sys.stderr)
+    elif is_tiktoken(model) and not (directory / "tokenizer.json").exists():
+        new = source.config.rope.rope_type == "llama3"
+        write_tokenizer_json(model, directory, source.config.vocab_size, new)
 
 
 def _open_as(options: argparse.Namespace) -> ParamSource:
@@ -220,6 +244,11 @@ def _to_meta(options: argparse.Namespace) -> None:
     source = _open_as(options)
     with writing(source, options.destination) as (directory, advance):
         write_meta(source, directory, options.shards, advance)
+    if not any(file.name == "tokenizer.model" for file in source.tokenizer_files):
+        print(
+            f"note: {options.source} has no tokenizer.model, which Meta's code reads; copy it from Meta's release",
+            file=sys.stderr,
+        )
     length = source.config.max_position_embeddings
     say_model(
         source,
