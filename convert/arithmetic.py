@@ -13,8 +13,8 @@ import numpy as np
 from convert.tensors import BFLOAT16
 from jaxlm.errors import UserError
 
-# Bits of a 16-bit float's exponent: all of them are set in infinities and NaNs.
-_EXPONENTS = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
+# Infinity of the 16-bit floats as an integer; NaNs are above it, and the negative ones 0x8000 higher.
+_INFINITY = {np.dtype(np.float16): 0x7C00, BFLOAT16: 0x7F80}
 
 
 def combine(first: np.ndarray, second: np.ndarray, subtract: bool, name: str) -> np.ndarray:
@@ -42,9 +42,14 @@ def combine(first: np.ndarray, second: np.ndarray, subtract: bool, name: str) ->
 
 def combine_plain(first: np.ndarray, second: np.ndarray, subtract: bool) -> np.ndarray:
     """The same by numpy. Its float16 is calculated in software, at an eighth of the speed."""
+    calculate = np.subtract if subtract else np.add
     with np.errstate(over="ignore", invalid="ignore"):
-        result: np.ndarray = first - second if subtract else first + second
-    return result
+        if first.dtype != BFLOAT16:
+            result: np.ndarray = calculate(first, second)
+            return result
+        # Rounded once all the same: float32 holds the sum of two of them to more than twice their digits.
+        wide = first.astype(np.float32)
+        return calculate(wide, second, out=wide).astype(BFLOAT16)
 
 
 @functools.cache
@@ -62,8 +67,9 @@ def _jitted(subtract: bool) -> Callable[[np.ndarray, np.ndarray], Any]:
 
 def all_finite(array: np.ndarray) -> bool:
     """Whether no number is infinite or NaN."""
-    mask = _EXPONENTS.get(array.dtype)
-    if mask is None:
+    infinity = _INFINITY.get(array.dtype)
+    if infinity is None:
         return bool(np.isfinite(array).all())
-    bits = array.view(np.uint16) & np.uint16(0x7FFF)
-    return bits.size == 0 or int(bits.max()) < mask
+    if array.size == 0:
+        return True
+    return int(array.view(np.int16).max()) < infinity and int(array.view(np.uint16).max()) < 0x8000 + infinity

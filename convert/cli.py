@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,19 +19,20 @@ from convert.command import (
     add_shard_size,
     add_verb,
     say_adapter,
-    with_dtype,
     write_hf,
     write_jax,
     writing,
 )
 from convert.delta_cli import add_delta_verbs, normalise
-from convert.formats_cli import add_format_verbs
+from convert.formats_cli import add_format_verbs, open_as
 from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 `verify` found a difference, 2 a mistake in the input."""
+    # The products of a merge are too small to be shared out: threads that wait for each other cost more than they do.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = _parser().parse_args(normalise(sys.argv[1:] if arguments is None else arguments))
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
@@ -93,23 +95,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hf_to_jax(options: argparse.Namespace) -> None:
-    from convert.hf import HfSource
-    from convert.source import open_model
-
-    source = open_model(options.source)
-    if not isinstance(source, HfSource):
-        raise UserError(f"{options.source}: is a jaxlm model already")
-    write_jax(with_dtype(source, options.dtype), options.destination)
+    write_jax(open_as(options), options.destination)
 
 
 def _jax_to_hf(options: argparse.Namespace) -> None:
-    from convert.hf import HfSource
-    from convert.source import open_model
-
-    source = open_model(options.source)
-    if isinstance(source, HfSource):
-        raise UserError(f"{options.source}: is a Hugging Face model already")
-    write_hf(with_dtype(source, options.dtype), options.destination, options.shard_size)
+    write_hf(open_as(options), options.destination, options.shard_size)
 
 
 def _peft_to_jax(options: argparse.Namespace) -> None:

@@ -115,6 +115,7 @@ def writing(source: LeafSource, destination: str) -> Iterator[tuple[Path, Advanc
         TimeRemainingColumn(),
     )
     started = time.perf_counter()
+    keep_freed_memory()
     with (
         output_directory(destination, total_bytes(source.leaves)) as directory,
         Hasher(directory) as hasher,
@@ -124,6 +125,18 @@ def writing(source: LeafSource, destination: str) -> Iterator[tuple[Path, Advanc
         progress.update(progress.task_ids[0], description="checksums")
         files = hasher.finish()
     _say_written(destination, files, time.perf_counter() - started)
+
+
+def keep_freed_memory() -> None:
+    """Has blocks of up to 31 MiB allocated from memory that was freed before, instead of fresh pages for each.
+
+    The C library (glibc) takes the size of the largest piece that was given back to the system as the size from which
+    pieces come from the system, so one is given back. A third of the processor time of a conversion is saved.
+    """
+    import numpy as np
+
+    del_me = np.empty(31 << 20, np.uint8)
+    del del_me
 
 
 def _tensor_sizes(source: LeafSource) -> list[int]:

@@ -40,3 +40,14 @@ def test_overflow_is_refused(dtype: type) -> None:
     with pytest.raises(UserError, match="w: the sum is not finite"):
         combine(big, big, False, "w")
     assert combine(big, big, True, "w") == 0
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+def test_bfloat16_is_rounded_once(subtract: bool) -> None:
+    random = np.random.default_rng(0)
+    first, second = (random.standard_normal(100_000).astype(ml_dtypes.bfloat16) for _ in range(2))
+    second *= np.array(2.0 ** random.integers(-20, 20, 100_000), ml_dtypes.bfloat16)
+    exact = first.astype(np.float64) - second if subtract else first.astype(np.float64) + second
+    found = combine(first, second, subtract, "x")
+    assert found.tobytes() == (first - second if subtract else first + second).tobytes()
+    assert (np.abs(found - exact) <= np.abs(exact) * 2**-8).all()
