@@ -89,18 +89,14 @@ def _add_mindspore_source(verb: argparse.ArgumentParser, destination: str) -> No
 
 def _open_mindspore(options: argparse.Namespace) -> ParamSource:
     from convert.mindspore import MindSporeSource
-    from convert.source import open_model
 
     for name in ("alpha", "base"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name}: is for --lora only")
     if options.groups < 1:
         raise UserError(f"--groups {options.groups}: must be at least 1")
-    source = open_model(options.source, options.config, options.groups)
-    if not isinstance(source, MindSporeSource):
-        raise UserError(
-            f"{options.source}: is no MindSpore checkpoint; see `convert --help` for the verb of its format"
-        )
+    source = _of_format(options, config=options.config, groups=options.groups)
+    assert isinstance(source, MindSporeSource)
     if source.joined:
         how = "whole, one below the other" if options.groups == 1 else f"interleaved in {options.groups} groups"
         print(f"taken: wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)", file=sys.stderr)
@@ -158,7 +154,7 @@ def _mindspore_to_hf(options: argparse.Namespace) -> None:
 def _to_mindspore(options: argparse.Namespace) -> None:
     from convert.mindspore import FILE_NAME, write_mindspore
 
-    source = _open_as(options)
+    source = open_as(options)
     with writing(source, options.destination) as (directory, advance):
         write_mindspore(source, directory, advance, joined=options.qkv_concat, crc=options.crc)
     say_model(source, f"load_checkpoint: {options.destination}/{FILE_NAME} in MindFormers' YAML")
@@ -177,13 +173,11 @@ def _add_meta_source(verb: argparse.ArgumentParser) -> None:
 def _open_meta(options: argparse.Namespace) -> tuple[MetaSource, ParamSource]:
     """The source, and how it is read (in which dtype)."""
     from convert.meta import MetaSource
-    from convert.source import open_model
 
     if options.max_positions is not None and options.max_positions < 1:
         raise UserError(f"--max-positions {options.max_positions}: must be at least 1")
-    source = open_model(options.source, max_positions=options.max_positions)
-    if not isinstance(source, MetaSource):
-        raise UserError(f"{options.source}: is no checkpoint in Meta's format (consolidated.00.pth and params.json)")
+    source = _of_format(options, max_positions=options.max_positions)
+    assert isinstance(source, MetaSource)
     if source.assumed:
         print(f"taken: {source.assumed}", file=sys.stderr)
     return source, with_dtype(source, options.dtype)
@@ -223,17 +217,35 @@ def _add_tokenizer(source: MetaSource, directory: Path) -> None:
         write_tokenizer_json(model, directory, source.config.vocab_size, new)
 
 
-def _open_as(options: argparse.Namespace) -> ParamSource:
-    """The source of `jax-to-…` or `hf-to-…`, which must be what the verb says."""
+def open_as(options: argparse.Namespace, **how: Any) -> ParamSource:
+    """The source of the verb `A-to-B`, which must be of format A, in the dtype asked for."""
+    source = _of_format(options, **how)
+    return with_dtype(source, options.dtype)
+
+
+def _of_format(options: argparse.Namespace, **how: Any) -> ParamSource:
     from convert.hf import HfSource
+    from convert.meta import MetaSource
+    from convert.mindspore import MindSporeSource
     from convert.native import NativeSource
     from convert.source import open_model
 
-    source = open_model(options.source)
-    wanted, name = (NativeSource, "jaxlm") if options.verb.startswith("jax-") else (HfSource, "Hugging Face")
-    if not isinstance(source, wanted):
-        raise UserError(f"{options.source}: is no {name} model; see `convert --help` for the verb of its format")
-    return with_dtype(source, options.dtype)
+    formats = {
+        "hf": (HfSource, "a Hugging Face model"),
+        "jax": (NativeSource, "a jaxlm model"),
+        "meta": (MetaSource, "a checkpoint in Meta's format"),
+        "mindspore": (MindSporeSource, "a MindSpore checkpoint"),
+    }
+    wanted, result = options.verb.split("-to-")
+    source = open_model(options.source, **how)
+    kind = next(name for name, (form, _) in formats.items() if isinstance(source, form))
+    if kind == wanted:
+        return source
+    if kind == result:
+        raise UserError(f"{options.source}: is {formats[kind][1]} already")
+    raise UserError(
+        f"{options.source}: is {formats[kind][1]}, not {formats[wanted][1]}: use convert {kind}-to-{result}"
+    )
 
 
 def _to_meta(options: argparse.Namespace) -> None:
@@ -241,7 +253,7 @@ def _to_meta(options: argparse.Namespace) -> None:
 
     if options.shards < 1:
         raise UserError(f"--shards {options.shards}: must be at least 1")
-    source = _open_as(options)
+    source = open_as(options)
     with writing(source, options.destination) as (directory, advance):
         write_meta(source, directory, options.shards, advance)
     if not any(file.name == "tokenizer.model" for file in source.tokenizer_files):

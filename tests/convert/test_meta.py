@@ -306,9 +306,10 @@ def test_what_meta_cannot_hold(
 def test_verbs_say_what_they_take(tmp_path: Path, refused: Callable[..., str]) -> None:
     model, source = saved("llama2", tmp_path / "meta")
     model.save_pretrained(tmp_path / "hf")
-    assert "is no Hugging Face model" in refused("hf-to-meta", source, tmp_path / "out")
-    assert "is no jaxlm model" in refused("jax-to-meta", tmp_path / "hf", tmp_path / "out")
-    assert "is no checkpoint in Meta's format" in refused("meta-to-jax", tmp_path / "hf", tmp_path / "out")
+    assert "is a checkpoint in Meta's format already" in refused("hf-to-meta", source, tmp_path / "out")
+    assert "not a jaxlm model: use convert hf-to-meta" in refused("jax-to-meta", tmp_path / "hf", tmp_path / "out")
+    assert "is a Hugging Face model, not a checkpoint in" in refused("meta-to-jax", tmp_path / "hf", tmp_path / "out")
+    assert "use convert meta-to-jax" in refused("hf-to-jax", source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,8 @@ def test_what_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
         write(tmp_path / "two" / f"{name}.ckpt", arrays)
     assert "holds 2 MindSpore checkpoints (a.ckpt, b.ckpt" in refused("mindspore-to-hf", tmp_path / "two", out)
     model.save_pretrained(tmp_path / "hf")
-    assert "is no MindSpore checkpoint" in refused("mindspore-to-hf", tmp_path / "hf", out)
+    assert "is a Hugging Face model already" in refused("mindspore-to-hf", tmp_path / "hf", out)
+    assert "is a Hugging Face model, not a MindSpore" in refused("mindspore-to-jax", tmp_path / "hf", out)
 
 
 # ---- LoRA
