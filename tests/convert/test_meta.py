@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from convert.meta import MetaSource, ffn_params
+from convert.meta import MetaSource, _generation, ffn_params
 from convert.source import open_model
+from convert.tensors import WEIGHT_DTYPES
 from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig, RopeConfig
 from tests.convert.tiny import logits, make_hf_model
 
-SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+# Three pairs in a head: with two, Meta's order and HF's would be each other's.
+SIZES = {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 28}
 LLAMA31 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -169,7 +173,7 @@ def test_hf_to_meta(name: str, shards: int, tmp_path: Path, run: Callable[..., s
             part = weight if axis is None else weight.chunk(shards, axis)[number]
             assert file[key].dtype == part.dtype and torch.equal(file[key], part), key
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
-    assert params["vocab_size"] == 40 and params["dim"] == 16 and params.get("n_kv_heads", 4) in (2, 4)
+    assert params["vocab_size"] == 40 and params["dim"] == 24 and params.get("n_kv_heads", 4) in (2, 4)
     assert params.get("use_scaled_rope", False) == (name in ("llama3.1", "llama3.2"))
     assert params.get("rope_theta", 10000.0) == model.config.rope_parameters["rope_theta"]
 
@@ -233,7 +237,7 @@ def change(directory: Path, **values: Any) -> None:
         ({"n_layers": 4}, "'layers.3."),
         ({"n_layers": 2}, "'layers.2."),
         ({"n_layers": 1 << 30}, "says that the model has 1073741824 layers, but there are"),
-        ({"n_heads": 3}, "do not fit"),
+        ({"n_heads": 5}, "do not fit"),
         ({"n_kv_heads": 4}, "'layers.0.attention.wk.weight' has shape"),
         ({"vocab_size": 39}, "vocab_size is 39, but the tensors have 40"),
         ({"norm_eps": "x"}, "norm_eps is 'x'"),
@@ -269,8 +273,8 @@ def test_shards_that_do_not_fit(tmp_path: Path, refused: Callable[..., str]) -> 
     assert f"{second}: tensor 'norm.weight' is missing" in say()
     torch.save(good | {"norm.weight": good["norm.weight"].half()}, second)
     assert "'norm.weight' is float16, in the first shard bfloat16" in say()
-    torch.save(good | {"layers.1.feed_forward.w2.weight": torch.ones(16, 13)}, second)
-    assert "[16, 24] split into 2 shards" in say() and str(second) in say()
+    torch.save(good | {"layers.1.feed_forward.w2.weight": torch.ones(24, 13)}, second)
+    assert "[24, 28] split into 2 shards" in say() and str(second) in say()
     second.rename(source / "consolidated.02.pth")
     assert "consolidated.01.pth is missing between the shards" in say()
     (source / "consolidated.02.pth").unlink()
@@ -289,7 +293,7 @@ def test_shards_that_do_not_fit(tmp_path: Path, refused: Callable[..., str]) -> 
         ("Llama", {"attention_bias": True}, "'model.layers.0.self_attn.q_proj.bias'"),
         ("Qwen2", {}, "'model.layers.0.self_attn.q_proj.bias'"),
         ("Mistral", {"sliding_window": 8}, "sliding window of 8"),
-        ("Llama", {"head_dim": 6}, "4 heads of 6 for D 16"),
+        ("Llama", {"head_dim": 4}, "4 heads of 4 for D 24"),
         ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'linear'"),
         ("Llama", {"rope_parameters": LLAMA31 | {"low_freq_factor": 2.0}}, "differs from Meta's"),
         ("Llama", {"vocab_size": 37}, "cannot be split evenly (37"),
@@ -334,3 +338,27 @@ def test_ffn_formula(dim: int, hidden: int, want: dict[str, Any] | None) -> None
     assert width == hidden
     if want is not None:
         assert found == want
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "want"),
+    [
+        ({}, "float16", ("LLaMA 1", 2048)),
+        ({}, "bfloat16", ("LLaMA 2", 4096)),
+        ({"num_kv_heads": 2}, "float16", ("LLaMA 2", 4096)),  # 70B, saved again in float16
+        ({"rope": RopeConfig(rope_theta=1e6)}, "bfloat16", ("Code Llama", 16384)),
+        ({"rope": RopeConfig(rope_theta=5e5)}, "bfloat16", ("LLaMA 3", 8192)),
+        ({"rope": RopeConfig(**LLAMA31)}, "bfloat16", ("LLaMA 3.1 and later", 131072)),
+    ],
+)
+def test_generations(values: dict[str, Any], dtype: str, want: tuple[str, int]) -> None:
+    config = dataclasses.replace(LlamaConfig(40, 24, 28, 3, 4, 4, 6), **values)
+    assert _generation(config, WEIGHT_DTYPES[dtype]) == want
+
+
+def test_rope_factor_that_no_release_has(tmp_path: Path, run: Callable[..., str]) -> None:
+    rope = {"rope_parameters": LLAMA31 | {"factor": 32.0}}
+    make_hf_model(**(SIZES | rope)).save_pretrained(tmp_path / "hf")
+    run("hf-to-meta", tmp_path / "hf", tmp_path / "meta")
+    assert json.loads((tmp_path / "meta" / "params.json").read_text())["rope_scaling_factor"] == 32.0
+    assert MetaSource(tmp_path / "meta").config.rope.factor == 32.0
