@@ -223,10 +223,10 @@ def find_config(
         found = [directory / "config.json"] if (directory / "config.json").is_file() else []
         found = found or [path for path in sorted(directory.glob("*.y*ml")) if _model_section(path) is not None]
         if len(found) != 1:
+            there = "are several configurations" if found else "is no config.json or MindFormers YAML"
             raise UserError(
-                f"{directory}: MindSpore's checkpoints do not say the model's shape, and there "
-                f"{'are several configurations' if found else 'is no config.json or MindFormers YAML'} beside it; "
-                f"give --config FILE, or one of the known shapes: {', '.join(SHAPES)}"
+                f"{directory}: MindSpore's checkpoints do not say the model's shape, and there {there} beside it; put "
+                f"one there, or give the verb --config FILE or a known shape: {', '.join(SHAPES)}"
             )
         (file,) = found
     if file.suffix == ".json":

@@ -235,7 +235,7 @@ def test_mindspore_to_hf(
     model = make_hf_model(architecture, dtype)
     path = write(tmp_path / "llama.ckpt", mindspore_arrays(model) | STATE, crc)
     model.config.save_pretrained(tmp_path / "other")
-    assert "give --config FILE, or one of the known shapes" in refused("mindspore-to-hf", path, tmp_path / "hf")
+    assert "put one there, or give the verb --config" in refused("mindspore-to-hf", path, tmp_path / "hf")
     run("mindspore-to-hf", path, tmp_path / "hf", "--config", tmp_path / "other" / "config.json")
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     assert type(found) is type(model) and found.state_dict().keys() == model.state_dict().keys()
