@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from convert.check_cli import add_check_verbs
+from convert.combine_cli import add_combine_verbs, normalise
 from convert.command import (
     add_dtype,
     add_shard_size,
@@ -23,7 +24,6 @@ from convert.command import (
     write_jax,
     writing,
 )
-from convert.delta_cli import add_delta_verbs, normalise
 from convert.formats_cli import add_format_verbs, open_as
 from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
@@ -79,16 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="SRC", help="LoRA run directory, one of its checkpoints, or converted adapter")
     verb.add_argument("destination", metavar="DST", help="PEFT directory to create")
 
-    verb = add_verb(verbs, "merge", _merge, "fold an adapter into its base model")
-    verb.add_argument("base", metavar="BASE", help="the model: Hugging Face or jaxlm")
-    verb.add_argument("source", metavar="ADAPTER", help="the adapter: PEFT, jaxlm, or a LoRA run directory")
-    verb.add_argument("destination", metavar="OUT", help="directory to create")
-    verb.add_argument("--format", choices=("hf", "jax"), help="of the result (default: that of BASE)")
-    add_dtype(verb)
-    add_shard_size(verb)
-
     add_format_verbs(verbs)
-    add_delta_verbs(verbs)
+    add_combine_verbs(verbs)
     add_vocab_verb(verbs)
     add_check_verbs(verbs)
     return parser
@@ -126,17 +118,3 @@ def _jax_to_peft(options: argparse.Namespace) -> None:
     with writing(adapter, options.destination) as (directory, advance):
         write_peft(adapter, directory, advance)
     say_adapter(adapter, f'PeftModel.from_pretrained(base, "{options.destination}")')
-
-
-def _merge(options: argparse.Namespace) -> None:
-    from convert.hf import HfSource
-    from convert.merge import MergedSource
-    from convert.source import open_adapter, open_model
-
-    base = open_model(options.base)
-    dtype = None if options.dtype == "keep" else options.dtype
-    merged = MergedSource(base, open_adapter(options.source, base.config), dtype)
-    if (options.format or ("hf" if isinstance(base, HfSource) else "jax")) == "hf":
-        write_hf(merged, options.destination, options.shard_size)
-    else:
-        write_jax(merged, options.destination)

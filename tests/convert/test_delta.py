@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.combine_cli import FAMILY_NAMES
 from convert.delta import FAMILIES, inv_freq_sum, published_sum, sum_matches
-from convert.delta_cli import FAMILY_NAMES
 from convert.source import open_model
 from convert.vocab import mean_row
 from jaxlm.models.shapes import load_shape
@@ -186,6 +186,17 @@ def test_any_mixture_of_formats(
     want = load(tmp_path / "want", FAMILIES[family].dtype).state_dict()
     assert_state(tmp_path / "hf", want)
     assert_state(tmp_path / "from_jax", want)
+
+
+def test_mindspore_delta_onto_a_hugging_face_base(tmp_path: Path, run: Callable[..., str]) -> None:
+    """MindSpore's file does not say the shape: it is the base's, unless something beside the file says it."""
+    base, delta = two_models(tmp_path, "knowlm", "float16")
+    run("hf-to-mindspore", delta, tmp_path / "ms")
+    (file,) = (tmp_path / "ms").glob("*.ckpt")
+    for out in ("beside", "bare"):
+        run("apply-delta", base, file, tmp_path / out)
+        assert_state(tmp_path / out, published(base, delta, "k2", +1))
+        (tmp_path / "ms" / "config.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,25 @@ def test_jaxlm_base_and_bin_adapter(tmp_path: Path, run: Callable[..., str]) -> 
         assert torch.equal(a[key], b[key]) and torch.allclose(a[key], value, atol=1e-6, rtol=0), key
 
 
+def test_options_of_other_scripts(tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]) -> None:
+    """FastChat's apply_lora and KnowLM's weight_diff merge."""
+    model, base, adapter = build(tmp_path, {})
+    out = tmp_path / "out"
+    run("merge", "--base-model-path", base, "--lora-path", adapter, "--target-model-path", out)
+    state, want = load_file(out / "model.safetensors"), model.merge_and_unload().state_dict()
+    assert all(torch.allclose(state[key], value, atol=1e-6, rtol=0) for key, value in want.items())
+    arguments = [
+        f"--path_zhixi={base}",
+        f"--path_lora={adapter}",
+        f"--path_sfted={tmp_path / 'half'}",
+        "--is_fp16=True",
+    ]
+    run("merge", *arguments)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(half[key], value.half()) for key, value in state.items())
+    assert "BASE ADAPTER OUT" in refused("merge", base, adapter)
+
+
 def test_merging_rounds_once(tmp_path: Path) -> None:
     """A bfloat16 base is widened, the float32 sum rounded to bfloat16; --dtype float32 keeps the sum."""
     base = make_hf_model(dtype="bfloat16")
