@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from convert.arithmetic import all_finite, convert_dtype
 from convert.names import Entry, Layout, Shape
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.config import LoraConfig
@@ -198,11 +199,8 @@ def check_leaves(where: Path, found: Mapping[str, Shape], expected: Mapping[str,
 
 def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
     """`array` rounded to `dtype`; UserError when a finite value would become infinite."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if dtype == np.float16:
+    result = convert_dtype(array, dtype)
+    if result is not array and dtype == np.float16 and not all_finite(result):
         bad = np.isinf(result) & np.isfinite(array)
         if bad.any():
             largest = float(np.abs(array[bad].astype(np.float32)).max())

@@ -92,6 +92,7 @@ def test_families_reproduce_the_published_procedure(
     delta, back = tmp_path / "delta", tmp_path / "back"
     run("make-delta", base, tuned, delta, "--family", family)
     assert_state(delta, published(base, tuned, family, -1))
+    assert (delta / "tokenizer.model").read_text() == "tuned's"
     run("apply-delta", base, delta, back, "--family", family)
     assert_state(back, published(base, delta, family, +1))
     side = "base's" if FAMILIES[family].side == "base" else "tuned's"
