@@ -88,7 +88,7 @@ class Watch:
         self._done += nbytes
         self._progress.update(self._task, advance=nbytes, tensors=bisect.bisect_right(self._ends, self._done))
 
-    def final(self, path: Path, end: int) -> None:
+    def final(self, path: Path, end: int | None) -> None:
         """See `convert.output.Watcher`."""
         self._hasher.final(path, end)
 

@@ -30,7 +30,7 @@ def _num_threads() -> int:
 
 
 def _piece_digest(path: Path, piece: int, piece_bytes: int, sync: bool) -> str:
-    """SHA-256 of one piece of a file, as hexadecimal digits; UserError when the file ends before it."""
+    """SHA-256 of one piece of a file, the last one may be shorter, as hexadecimal digits."""
     digest = hashlib.sha256()
     buffer = bytearray(min(_READ_BYTES, piece_bytes))
     view = memoryview(buffer)
@@ -56,6 +56,7 @@ class Hasher:
         self._directory = directory
         self._pool = ThreadPoolExecutor(_num_threads(), thread_name_prefix="hash")
         self._pieces: dict[Path, list[Future[str]]] = {}
+        self._sizes: dict[Path, int] = {}  # of the files that are complete
 
     def __enter__(self) -> Hasher:
         return self
@@ -65,30 +66,31 @@ class Hasher:
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def final(self, path: Path, end: int) -> None:
-        """Tells that the first `end` bytes of a file will not change any more."""
+    def final(self, path: Path, end: int | None) -> None:
+        """Tells that the first `end` bytes of a file will not change any more; None: that it is complete."""
         pieces = self._pieces.setdefault(path, [])
-        while (len(pieces) + 1) * PIECE_BYTES <= end:
+        size = path.stat().st_size if end is None else end
+        while (len(pieces) + 1) * PIECE_BYTES <= size:
             pieces.append(self._pool.submit(_piece_digest, path, len(pieces), PIECE_BYTES, True))
+        if end is None:
+            if len(pieces) * PIECE_BYTES < size or not pieces:
+                pieces.append(self._pool.submit(_piece_digest, path, len(pieces), PIECE_BYTES, True))
+            self._sizes[path] = size
 
     def finish(self) -> dict[str, int]:
         """Hashes what is left and writes manifest.json. Returns the bytes of every file but that, by relative name."""
-        sizes = {path: path.stat().st_size for path in _files(self._directory)}
-        for path, size in sizes.items():
-            self.final(path, size)
-            pieces = self._pieces[path]
-            if len(pieces) * PIECE_BYTES < size or not pieces:
-                pieces.append(self._pool.submit(_piece_digest, path, len(pieces), PIECE_BYTES, False))
-        files = {
-            path.relative_to(self._directory).as_posix(): {
-                "bytes": size,
-                "sha256": [piece.result() for piece in self._pieces[path]],
-            }
-            for path, size in sizes.items()
+        files = _files(self._directory)
+        for path in files:
+            if path not in self._sizes:
+                self.final(path, None)
+        names = {path: path.relative_to(self._directory).as_posix() for path in files}
+        entries = {
+            names[path]: {"bytes": self._sizes[path], "sha256": [piece.result() for piece in self._pieces[path]]}
+            for path in files
         }
-        content = {"format": _FORMAT, "version": 1, "piece_bytes": PIECE_BYTES, "files": files}
+        content = {"format": _FORMAT, "version": 1, "piece_bytes": PIECE_BYTES, "files": entries}
         (self._directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return {path.relative_to(self._directory).as_posix(): size for path, size in sizes.items()}
+        return {names[path]: self._sizes[path] for path in files}
 
 
 def _files(directory: Path) -> list[Path]:

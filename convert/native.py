@@ -36,6 +36,7 @@ from convert.leaves import (
     main_dtype,
 )
 from convert.names import Shape, adapter_shapes, leaf_shapes
+from convert.output import tell_final
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
@@ -251,20 +252,21 @@ def _write_tree(source: LeafSource, directory: Path, collection: str, advance: A
     names = {path: (collection, *path.split("/")) for path in source.leaves}
     chunks = {}
     # Writes run behind reads, up to twice CHUNK_BYTES.
-    pending: deque[tuple[Any, int]] = deque()
+    pending: deque[tuple[Any, int, Path]] = deque()
     try:
         for path, leaf in source.leaves.items():
             chunks[path] = chunk_shape(leaf.shape, leaf.dtype.itemsize, path.startswith("layers/"))
-            store = _create(model / ".".join(names[path]), leaf, chunks[path], context)
+            folder = model / ".".join(names[path])
+            store = _create(folder, leaf, chunks[path], context)
             for index, block in _chunks(source, path, chunks[path]):
-                pending.append((store[index].write(block), block.nbytes))
-                while sum(nbytes for _, nbytes in pending) > 2 * CHUNK_BYTES:
-                    advance(_finish(pending, model))
+                pending.append((store[index].write(block), block.nbytes, _chunk_file(folder, index, chunks[path])))
+                while sum(nbytes for _, nbytes, _ in pending) > 2 * CHUNK_BYTES:
+                    _finish(pending, model, advance)
         while pending:
-            advance(_finish(pending, model))
+            _finish(pending, model, advance)
     finally:
         # After an error too: a write still running would put files back into a directory that is being removed.
-        for future, _ in pending:
+        for future, *_ in pending:
             future.exception()
     _write_metadata(source, directory, names, chunks, started)
 
@@ -303,15 +305,22 @@ def _create(path: Path, leaf: LeafInfo, chunk: Shape, context: Any) -> Any:
         raise _write_error(path, error) from None
 
 
-def _finish(pending: deque[tuple[Any, int]], model: Path) -> int:
-    """Waits for the oldest write; returns its bytes."""
-    future, nbytes = pending[0]
+def _chunk_file(folder: Path, index: Index, chunk: Shape) -> Path:
+    """Where zarr keeps the chunk that begins at `index`."""
+    places = [part.start // size for part, size in zip(index, chunk, strict=False)]
+    return folder.joinpath("c", *(str(place) for place in [*places, *(0 for _ in chunk[len(places) :])]))
+
+
+def _finish(pending: deque[tuple[Any, int, Path]], model: Path, advance: Advance) -> None:
+    """Waits for the oldest write."""
+    future, nbytes, file = pending[0]
     try:
         future.result()
     except ValueError as error:
         raise _write_error(model, error) from None
     pending.popleft()
-    return nbytes
+    advance(nbytes)
+    tell_final(advance, file, None)
 
 
 def _write_error(path: Path, error: ValueError) -> Exception:

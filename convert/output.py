@@ -32,8 +32,14 @@ class Watcher(Protocol):
 
     def __call__(self, nbytes: int) -> None: ...
 
-    def final(self, path: Path, end: int) -> None:
-        """The first `end` bytes of the file will not change any more."""
+    def final(self, path: Path, end: int | None) -> None:
+        """The first `end` bytes of the file will not change any more; None: it is complete."""
+
+
+def tell_final(advance: Advance, path: Path, end: int | None) -> None:
+    """Tells a Watcher; anything else does not want to know."""
+    if isinstance(advance, Watcher):
+        advance.final(path, end)
 
 
 @contextlib.contextmanager
@@ -227,7 +233,6 @@ def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance
         offset += spec.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    final = advance.final if isinstance(advance, Watcher) else None
     end = 8 + len(raw)
     with path.open("wb", buffering=0) as handle:
         _write(handle.fileno(), len(raw).to_bytes(8, "little") + raw)
@@ -238,10 +243,10 @@ def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance
                 _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
                 written += block.nbytes
                 advance(block.nbytes)
-                if final is not None:
-                    final(path, end + written)
             assert written == spec.nbytes, f"{spec.name}: {written} of {spec.nbytes} bytes"
             end += written
+            tell_final(advance, path, end)
+    tell_final(advance, path, None)
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:
