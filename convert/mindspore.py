@@ -10,6 +10,8 @@ Names differ from HF's, layouts do not (MindFormers rotates halves, too). Three 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,6 +61,7 @@ _LORA = re.compile(r"(?P<linear>.*)\.(?:tk|mindpet)_delta_lora_(?P<factor>[ab])"
 _ALIASES = {"model.tok_embeddings.weight": "model.tok_embeddings.embedding_weight"}
 # lora_alpha of MindFormers' published configurations; the files do not record it.
 DEFAULT_ALPHA = 16.0
+MAX_YAML_BYTES = 1 << 20
 _RANK_FOLDER = re.compile(r"rank_\d+")
 MERGE_RANKS = (
     "merge the parts first, in MindSpore: mindspore.transform_checkpoints(SOURCE_DIR, OUT_DIR, 'model_', "
@@ -235,13 +238,19 @@ def find_config(
     section = _model_section(file)
     if section is None:
         raise UserError(f"{file}: has no model.model_config, as MindFormers' YAML files have")
-    return _from_mindformers(file, section, tensors), None
+    try:
+        return _from_mindformers(section, tensors), None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _model_section(file: Path) -> dict[str, Any] | None:
+    """`model.model_config` of a YAML file; None when it is another kind of file."""
+    if file.stat().st_size > MAX_YAML_BYTES:
+        return None
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]})") from None
     section = content
     for key in ("model", "model_config"):
@@ -249,39 +258,53 @@ def _model_section(file: Path) -> dict[str, Any] | None:
     return section if isinstance(section, dict) else None
 
 
-def _from_mindformers(file: Path, section: dict[str, Any], tensors: Mapping[str, Tensor]) -> LlamaConfig:
+def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) -> LlamaConfig:
     """MindFormers' LlamaConfig; its defaults where the file is silent, F from the tensors."""
 
-    def number(key: str, default: Any, kind: type = int) -> Any:
-        value = section.get(key)
+    def number(key: str, default: Any, kind: type = int, values: dict[str, Any] = section) -> Any:
+        value: Any = values.get(key)
         value = default if value is None else value
-        good = isinstance(value, (int, float)) if kind is float else type(value) is int
-        if not good or isinstance(value, bool) or not value > 0:
-            raise UserError(f"{file}: model.model_config.{key} is {value!r}; expected a positive number")
+        if kind is float and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML takes 1e-5, without a dot, for text
+        known = (int, float) if kind is float else (int,)
+        if type(value) not in known or not 0 < value < math.inf:
+            # Not the value itself: YAML's aliases can nest it so that printing never ends.
+            shown = repr(value) if type(value) in (int, float, str, bool) else f"of type {type(value).__name__}"
+            raise UserError(f"model.model_config.{key} is {shown}; expected a positive number")
         return kind(value)
 
+    def token(key: str, default: int) -> Any:
+        value = section.get(key, default)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if any(item is not None and type(item) is not int for item in ids):
+            raise UserError(f"model.model_config.{key} is no token id")
+        return tuple(ids) if isinstance(value, list) else value
+
     hidden, heads = number("hidden_size", 4096), number("num_heads", 32)
-    ffn = section.get("intermediate_size")
-    if ffn is None:
+    if section.get("intermediate_size") is not None:
+        ffn = number("intermediate_size", None)
+    else:
         name = rule_for("layers/mlp/down_proj/kernel").mindspore.format(0)
         if name not in tensors or len(tensors[name].shape) != 2:
-            raise UserError(f"{file}: says no intermediate_size, and there is no matrix {name!r} to take it from")
+            raise UserError(f"says no intermediate_size, and there is no matrix {name!r} to take it from")
         ffn = tensors[name].shape[1]
-    method = str(section.get("extend_method") or "None").upper()
-    theta, scaling = number("theta", 10000.0, float), section.get("scaling_factor")
+    method, scaling = section.get("extend_method"), section.get("scaling_factor")
+    method = method.upper() if isinstance(method, str) else "NONE" if method is None else "another kind"
+    theta = number("theta", 10000.0, float)
     if method == "NONE":
         rope = RopeConfig(rope_theta=theta)
     elif method == "PI":
         rope = RopeConfig(rope_type="linear", rope_theta=theta, factor=number("scaling_factor", 1.0, float))
     elif method == "LLAMA3" and isinstance(scaling, dict):
-        rope = RopeConfig.from_hf({"rope_parameters": {"rope_type": "llama3", "rope_theta": theta, **scaling}})
+        keys = "factor", "low_freq_factor", "high_freq_factor"
+        factors = {key: number(key, None, float, scaling) for key in keys}
+        original = number("original_max_position_embeddings", None, int, scaling)
+        rope = RopeConfig("llama3", theta, original_max_position_embeddings=original, **factors)
     else:
-        raise UserError(
-            f"{file}: extend_method {section.get('extend_method')!r} is not supported; None, PI, LLAMA3 are"
-        )
-    length = section.get("max_position_embedding") or section.get("seq_length") or 2048
-    biased = bool(section.get("qkv_has_bias", False))
-    values: dict[str, Any] = dict(
+        raise UserError(f"extend_method is {method!r}; None, PI and LLAMA3 (with its factors) are read")
+    biased = section.get("qkv_has_bias") is True
+    return LlamaConfig(
         vocab_size=number("vocab_size", 32000),
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -289,20 +312,16 @@ def _from_mindformers(file: Path, section: dict[str, Any], tensors: Mapping[str,
         num_heads=heads,
         num_kv_heads=number("n_kv_heads", heads),
         head_dim=number("head_dim", hidden // heads),
-        max_position_embeddings=length,
+        max_position_embeddings=number("max_position_embedding", number("seq_length", 2048)),
         rms_norm_eps=number("rms_norm_eps", 1e-5, float),
         rope=rope,
-        tie_word_embeddings=bool(section.get("tie_word_embeddings", False)),
+        tie_word_embeddings=section.get("tie_word_embeddings") is True,
         qkv_bias=biased,
         architecture="Qwen2ForCausalLM" if biased else "LlamaForCausalLM",
-        bos_token_id=section.get("bos_token_id", 1),
-        eos_token_id=section.get("eos_token_id", 2),
-        pad_token_id=section.get("pad_token_id", 0),
+        bos_token_id=token("bos_token_id", 1),
+        eos_token_id=token("eos_token_id", 2),
+        pad_token_id=token("pad_token_id", 0),
     )
-    for key in ("intermediate_size", "max_position_embeddings", "head_dim"):
-        if type(values[key]) is not int or values[key] < 1:
-            raise UserError(f"{file}: {key} would be {values[key]!r}; expected a positive whole number")
-    return LlamaConfig(**values)
 
 
 # ---- adapters

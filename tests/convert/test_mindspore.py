@@ -337,6 +337,7 @@ def test_safetensors_and_their_folder(tmp_path: Path, run: Callable[..., str]) -
         ({"theta": 5e5, "bos_token_id": 7}, {"rope": {"rope_theta": 5e5}, "bos_token_id": 7}),
         ({"max_position_embedding": 99}, {"max_position_embeddings": 99}),
         ({"intermediate_size": 24}, {}),
+        ({"rms_norm_eps": "1e-5", "eos_token_id": [2, 3]}, {"rms_norm_eps": 1e-5, "eos_token_id": (2, 3)}),
         (
             {"extend_method": "PI", "scaling_factor": 4.0},
             {"rope": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
@@ -383,11 +384,17 @@ def test_mindformers_yaml(changes: dict[str, Any], want: dict[str, Any], tmp_pat
     [
         ({"hidden_size": "x"}, "hidden_size is 'x'; expected a positive number"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_heads": True}, "num_heads is True"),
+        ({"n_kv_heads": 3}, "is no multiple of"),
+        ({"theta": {"a": 1}}, "theta is of type dict"),
+        ({"bos_token_id": "x"}, "bos_token_id is no token id"),
+        ({"extend_method": "LLAMA3", "scaling_factor": {"factor": 8.0}}, "low_freq_factor is of type NoneType"),
+        ({"extend_method": ["PI"]}, "extend_method is 'another kind'"),
         ({"num_layers": 10**9}, "says that the model has 1000000000 layers"),
         ({"num_layers": 4}, "tensor 'model.layers.3.attention_norm.weight' is missing"),
         ({"num_heads": 8, "n_kv_heads": 4}, ""),
         ({"vocab_size": 38}, "has shape [37, 16], the configuration expects [38, 16]"),
-        ({"extend_method": "NTK"}, "extend_method 'NTK' is not supported"),
+        ({"extend_method": "NTK"}, "extend_method is 'NTK'; None, PI and LLAMA3"),
         ({"qkv_has_bias": True}, "wq.bias' is missing"),
     ],
 )
@@ -400,7 +407,17 @@ def test_configurations_that_do_not_fit(changes: dict[str, Any], words: str, tmp
         return
     with pytest.raises(UserError) as error:
         open_model(path)
-    assert words in str(error.value)
+    assert words in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "extend_method", "bos_token_id", "scaling_factor"])
+def test_yaml_that_grows_when_printed(key: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.ckpt", mindspore_arrays(make_hf_model()))
+    laughs = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    (tmp_path / "run.yaml").write_text(f"{laughs}model: {{model_config: {{extend_method: PI, {key}: *a29}}}}\n")
+    with pytest.raises(UserError) as error:
+        open_model(path)
+    assert len(str(error.value)) < 500
 
 
 def test_what_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
