@@ -102,7 +102,7 @@ def mean_row(source: ParamSource, path: str, rows: int) -> np.ndarray:
     for row in _float32_rows(source, path, rows):
         levels[0] += row
         done += 1
-        if done % step or done > rows // step * step:
+        if done % step:
             continue
         for level in range(1, 4):
             levels[level] += levels[level - 1]

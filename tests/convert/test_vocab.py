@@ -111,6 +111,9 @@ def test_spare_rows_come_first(spare: int, trained: Path, tmp_path: Path, run: C
     assert len(new) == max(size + 2, size + spare)
     assert np.array_equal(new[:size], old[:size]) and not new[size : size + 2].any()
     assert np.array_equal(new[size + 2 :], old[size + 2 :])
+    # They are no tokens, so they are no part of the mean.
+    run("extend-vocab", model, tmp_path / "mean", "--tokens", "one1,two2")
+    np.testing.assert_allclose(state(tmp_path / "mean")["lm_head.weight"][size], old[:size].mean(axis=0), atol=1e-6)
 
 
 def test_jaxlm_models_and_dtypes(trained: Path, tmp_path: Path, run: Callable[..., str]) -> None:
