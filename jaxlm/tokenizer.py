@@ -78,8 +78,8 @@ class _SentencePiece:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from Meta "
-                "is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
+                f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from "
+                "Meta is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
             ) from None
         trained = self.model.vocab_size()
         self.added = {token.content: token.id for token in added if token.id >= trained}
