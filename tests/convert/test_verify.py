@@ -52,9 +52,10 @@ class TestBlocks:
         assert found.max_abs == 2.0 and found.max_rel == 2.0
 
     def test_signs_of_zero_and_what_is_no_number(self) -> None:
-        found = Difference("x", (1,), ("", ""))
-        compare_blocks(np.array([0.0, np.nan], np.float32), np.array([-0.0, np.nan], np.float32), found)
-        assert (found.different, found.max_ulp, found.max_abs, found.max_rel) == (1, 0, 0, 0)
+        for first, second, different in (([0.0, 1.0], [-0.0, 1.0], 1), ([np.nan], [np.nan], 0)):
+            found = Difference("x", (1,), ("", ""))
+            compare_blocks(np.array(first, np.float32), np.array(second, np.float32), found)
+            assert (found.different, found.max_ulp, found.max_abs, found.max_rel) == (different, 0, 0, 0)
         for bad in (np.nan, np.inf):
             found = Difference("x", (1,), ("", ""))
             compare_blocks(np.array([1.0], np.float32), np.array([bad], np.float32), found)
