@@ -178,8 +178,8 @@ def _open_meta(options: argparse.Namespace) -> tuple[MetaSource, ParamSource]:
         raise UserError(f"--max-positions {options.max_positions}: must be at least 1")
     source = _of_format(options, max_positions=options.max_positions)
     assert isinstance(source, MetaSource)
-    if source.assumed:
-        print(f"taken: {source.assumed}", file=sys.stderr)
+    for what in source.assumed:
+        print(f"taken: {what}", file=sys.stderr)
     return source, with_dtype(source, options.dtype)
 
 

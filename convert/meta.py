@@ -138,10 +138,12 @@ class MetaSource(StackedTensors):
         embedding, head = (joined[rule_for(leaf).meta or ""] for leaf in ("embed_tokens/embedding", "lm_head/kernel"))
         self.config = _config(path / PARAMS, params, sizes, tied=same_bytes(embedding, head))
         #: What was taken that the files do not say, in words.
-        self.assumed = ""
+        self.assumed: list[str] = []
+        if self.config.tie_word_embeddings:
+            self.assumed.append("a tied head: output.weight equals tok_embeddings.weight")
         if max_positions is None:
             generation, max_positions = _generation(self.config, embedding.dtype)
-            self.assumed = (
+            self.assumed.append(
                 f"max_position_embeddings {max_positions}, as {generation} (Meta's files do not say it; "
                 "another: --max-positions N)"
             )

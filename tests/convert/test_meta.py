@@ -206,10 +206,12 @@ def test_slices(tmp_path: Path) -> None:
 
 def test_max_positions(tmp_path: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     _, source = saved("llama2", tmp_path / "meta")
-    assert "max_position_embeddings 4096, as LLaMA 2" in MetaSource(source).assumed
+    assert "max_position_embeddings 4096, as LLaMA 2" in MetaSource(source).assumed[0]
     run("meta-to-hf", source, tmp_path / "hf", "--max-positions", 123)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["max_position_embeddings"] == 123
     assert not MetaSource(source, 123).assumed
+    _, tied = saved("llama3.2", tmp_path / "tied")
+    assert MetaSource(tied, 123).assumed == ["a tied head: output.weight equals tok_embeddings.weight"]
 
 
 def test_tokenizer_above_the_sizes(tmp_path: Path, run: Callable[..., str]) -> None:
