@@ -48,7 +48,6 @@ class BeamState:
         done_scores: [B, n] float32, after the length penalty.
         done_lengths: [B, n] int32.
         complete: [B, n] bool, which of them are complete answers.
-        hopeful: [B] bool, a better answer may still be found.
         finished: [B] bool, the search has ended.
         seen: [B * n, V] bool, tokens of the running texts; None without a repetition penalty.
     """
@@ -62,7 +61,6 @@ class BeamState:
     done_scores: Any
     done_lengths: Any
     complete: Any
-    hopeful: Any
     finished: Any
     seen: Any
 
@@ -93,7 +91,6 @@ def new_beams(
         done_scores=np.full((count, beams), WORST, np.float32),
         done_lengths=np.zeros((count, beams), np.int32),
         complete=np.zeros((count, beams), bool),
-        hopeful=np.ones(count, bool),
         finished=np.array([not prompt for prompt in prompts]),
         seen=seen,
     )
@@ -144,7 +141,6 @@ def advance(
     worth = found / (state.lengths + 1 - state.starts)[:, None].astype(jnp.float32) ** length_penalty
     if beams.early_stopping is True:
         worth += jnp.all(state.complete, axis=1, keepdims=True) * WORST
-    worth += (~state.hopeful)[:, None] * WORST
     answers = ended & (jnp.arange(beams.candidates) < n)[None]
     worth += ~answers * WORST
     done_scores, best = jax.lax.top_k(jnp.concatenate([state.done_scores, worth], axis=1), n)
@@ -168,11 +164,10 @@ def advance(
         complete=merged(state.complete, answers),
         seen=seen,
     )
-    hopeful = _hopeful(after, length_penalty, beams)
-    over = ~hopeful | jnp.all(ended, axis=1)
+    over = ~_hopeful(after, length_penalty, beams) | jnp.all(ended, axis=1)
     if beams.early_stopping is True:
         over = over | jnp.all(after.complete, axis=1)
-    after = after.replace(hopeful=hopeful, finished=over)  # type: ignore[attr-defined]
+    after = after.replace(finished=over)  # type: ignore[attr-defined]
 
     # A search that has ended stays as it was.
     def hold(old: Any, new: Any) -> Any:
@@ -191,8 +186,7 @@ def _hopeful(state: BeamState, length_penalty: jax.Array, beams: Beams) -> jax.A
         length = jnp.where(length_penalty > 0, longest, length)
     possible = state.scores[:, 0] / length**length_penalty
     worst = jnp.where(state.complete, jnp.min(state.done_scores, axis=1, keepdims=True), WORST)
-    result: jax.Array = state.hopeful & jnp.any(possible[:, None] > worst, axis=1)
-    return result
+    return jnp.any(possible[:, None] > worst, axis=1)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("method", "beams"), donate_argnums=(2, 3))

@@ -5,6 +5,7 @@ Adapter maths is PEFT's (arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any, cast
@@ -104,6 +105,21 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool = True) -> jax.Array:
         """x [..., *in] -> [..., *out]; `layer` is this layer's index, which ranks and scales may depend on."""
+        kernel, factor = self._kernel()
+        lead = x.shape[: x.ndim - len(self.in_dims)]
+        x = x.reshape(-1, kernel.shape[0])
+        if self.adapter is None:
+            y = _matmul_scaled(x, kernel, factor, self.dtype)
+        else:
+            y = self._adapted(x, kernel, factor, self.adapter, layer, deterministic)
+        y = y.reshape(*lead, *self.out_dims)
+        if self.use_bias:
+            y = y + self._bias().astype(self.dtype)
+        return y
+
+    def _kernel(self) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel [I, O] as it is stored, and the factors [O] of an int8 one."""
+        fan_in, fan_out = math.prod(self.in_dims), math.prod(self.out_dims)
         init = nn.initializers.zeros if self.quantized else nn.initializers.normal(self.init_std)
         kernel: Any = self.param(
             "kernel",
@@ -111,39 +127,20 @@ class Linear(nn.Module):
             self.in_dims + self.out_dims,
             jnp.int8 if self.quantized else self.param_dtype,
         )
-        fan_in, fan_out = math.prod(self.in_dims), math.prod(self.out_dims)
-        lead = x.shape[: x.ndim - len(self.in_dims)]
-        x = x.reshape(-1, fan_in)
-        flat_kernel = kernel.reshape(fan_in, fan_out)
-        factor: jax.Array | None = None
+        factor: Any = None
         if self.quantized:
-            declared = nn.with_logical_partitioning(nn.initializers.ones, self.out_axes)
-            factor = cast(Any, self.param("kernel_scale", declared, self.out_dims, jnp.float32)).reshape(fan_out)
-        if self.adapter is None:
-            y = _matmul_scaled(x, flat_kernel, factor, self.dtype)
-        else:
-            y = self._adapted(x, flat_kernel, factor, self.adapter, layer, deterministic)
-        y = y.reshape(*lead, *self.out_dims)
-        if self.use_bias:
-            bias: Any = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes),
-                self.out_dims,
-                self.param_dtype,
-            )
-            y = y + bias.astype(self.dtype)
-        return y
+            ones = nn.with_logical_partitioning(nn.initializers.ones, self.out_axes)
+            factor = self.param("kernel_scale", ones, self.out_dims, jnp.float32)
+            factor = factor.reshape(fan_out)
+        return kernel.reshape(fan_in, fan_out), factor
 
-    def _adapted(
-        self,
-        x: jax.Array,
-        kernel: jax.Array,
-        factor: jax.Array | None,
-        spec: LoraSpec,
-        layer: jax.Array,
-        deterministic: bool,
-    ) -> jax.Array:
-        fan_in, fan_out, rank = kernel.shape[0], kernel.shape[1], spec.rank
+    def _bias(self) -> jax.Array:
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
+        return cast(jax.Array, self.param("bias", zeros, self.out_dims, self.param_dtype))
+
+    def _factors(self, spec: LoraSpec, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The adapter's A [I, R], times its scale, and B [R, O]."""
+        fan_in, fan_out, rank = math.prod(self.in_dims), math.prod(self.out_dims), spec.rank
 
         def init_a(key: Any) -> jax.Array:
             # PEFT: kaiming_uniform(a=sqrt(5)) on [R, in]. Columns behind this layer's own rank stay zero.
@@ -160,8 +157,18 @@ class Linear(nn.Module):
         scale: float | jax.Array = spec.scales[0]
         if len(set(spec.scales)) > 1:
             scale = jnp.asarray(spec.scales, jnp.float32)[layer]
-        a = lora_a.reshape(fan_in, rank) * scale
-        b = lora_b.reshape(rank, fan_out)
+        return lora_a.reshape(fan_in, rank) * scale, lora_b.reshape(rank, fan_out)
+
+    def _adapted(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        factor: jax.Array | None,
+        spec: LoraSpec,
+        layer: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        a, b = self._factors(spec, layer)
         dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
         plain = _matmul_scaled(x, kernel, factor, self.dtype)
         update = matmul(matmul(dropped, a, self.dtype), b, self.dtype)
@@ -175,7 +182,7 @@ class Linear(nn.Module):
         # The norm is treated as a constant (paper, section 4.3).
         weight = kernel.astype(jnp.float32) * (1.0 if factor is None else factor) + a @ b
         norm = jax.lax.stop_gradient(jnp.linalg.norm(weight, axis=0))
-        ratio = magnitude.reshape(fan_out) / norm
+        ratio = magnitude.reshape(-1) / norm
         if len(set(spec.ranks)) > 1:
             # A layer that carries no adapter (rank 0) has no magnitude either.
             ratio = jnp.where(jnp.asarray(spec.ranks)[layer] > 0, ratio, jnp.ones_like(ratio))
@@ -187,3 +194,38 @@ class Linear(nn.Module):
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
         return cast(jax.Array, self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value)
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a linear layer is made of, for code that multiplies in a way of its own.
+
+    Attributes:
+        kernel: [I, O] in the compute dtype.
+        a, b: [I, R] (scaled) and [R, O] of a LoRA adapter, or None.
+        bias: [O], or None.
+        dropout: on the adapter's input.
+    """
+
+    kernel: jax.Array
+    a: jax.Array | None
+    b: jax.Array | None
+    bias: jax.Array | None
+    dropout: float
+
+
+class LinearParts(Linear):
+    """The same parameters as `Linear`, handed out instead of applied."""
+
+    @nn.compact
+    def __call__(self, layer: jax.Array) -> Parts:  # type: ignore[override]
+        kernel, factor = self._kernel()
+        a = b = None
+        if self.adapter is not None:
+            assert not self.adapter.dora
+            a, b = self._factors(self.adapter, layer)
+        kernel = kernel.astype(self.dtype)
+        if factor is not None:
+            kernel = (kernel * factor).astype(self.dtype)
+        bias = self._bias() if self.use_bias else None
+        return Parts(kernel, a, b, bias, 0.0 if self.adapter is None else self.adapter.dropout)

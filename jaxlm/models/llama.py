@@ -20,6 +20,7 @@ from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
 from jaxlm.models.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.models.linear import Linear
 from jaxlm.models.lora import LoraSpec
+from jaxlm.models.moe import MoeMLP, modality_ids
 from jaxlm.models.rope import apply_rope, rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
 
@@ -155,6 +156,8 @@ class Block(nn.Module):
     Attributes:
         keep_kv: return the layer's keys and values (see `Attention`) in place of None.
         quantized: weights are int8 (see `Linear`).
+        experts: how an MoE feed-forward computes (see `MoeMLP`).
+        router_noise: see `MoeMLP`.
     """
 
     config: LlamaConfig
@@ -165,6 +168,8 @@ class Block(nn.Module):
     deterministic: bool
     keep_kv: bool = False
     quantized: bool = False
+    experts: str = "dense"
+    router_noise: float = 0.0
 
     @nn.compact
     def __call__(
@@ -174,6 +179,7 @@ class Block(nn.Module):
         cos: jax.Array,
         sin: jax.Array,
         mask: MaskSpec,
+        modality: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         c = self.config
@@ -185,7 +191,12 @@ class Block(nn.Module):
         )
         x = x + attended
         normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
-        x = x + MLP(*shared, self.quantized, name="mlp")(normed, layer, self.deterministic)
+        if c.moe is None:
+            x = x + MLP(*shared, self.quantized, name="mlp")(normed, layer, self.deterministic)
+        else:
+            assert modality is not None
+            mlp = MoeMLP(*shared, self.quantized, self.experts, self.router_noise, name="mlp")
+            x = x + mlp(normed, layer, self.deterministic, modality)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         return x, kept if self.keep_kv else None
 
@@ -200,6 +211,8 @@ class Llama(nn.Module):
         param_dtype: dtype of the base parameters.
         attention: a key of `attention.IMPLEMENTATIONS`.
         remat: a key of REMAT_POLICIES, or 'none'.
+        experts: how an MoE feed-forward computes (see `moe.MoeMLP`).
+        router_noise: see `moe.MoeMLP`.
     """
 
     config: LlamaConfig
@@ -208,6 +221,8 @@ class Llama(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     attention: str = "xla"
     remat: str = "full"
+    experts: str = "dense"
+    router_noise: float = 0.0
 
     @nn.compact
     def hidden(
@@ -242,13 +257,24 @@ class Llama(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "moe": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.adapters, self.dtype, self.param_dtype, self.attention, deterministic, name="layers")
-        x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask)
+        )(
+            c,
+            self.adapters,
+            self.dtype,
+            self.param_dtype,
+            self.attention,
+            deterministic,
+            experts=self.experts,
+            router_noise=self.router_noise,
+            name="layers",
+        )
+        modality = None if c.moe is None else modality_ids(c.moe, input_ids, segment_ids)
+        x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask, modality)
         x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         if c.tie_word_embeddings:
             return x, embedding

@@ -6,6 +6,7 @@ No JAX is imported here, so that commands which only look at a model start at on
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -108,6 +109,72 @@ def _check_values(config: dict[str, Any]) -> None:
             raise UserError(f"config.json: {key} is {config[key]!r}; expected true or false")
 
 
+ROUTERS = ("activation", "activation_released", "learned", "modality")
+TEXT = "text"  # the modality of every token that belongs to no other
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """The feed-forward layer as E experts: contiguous blocks of its F neurons, F / E each.
+
+    Args:
+        experts: E.
+        router: which experts a token uses. activation: those whose neurons' activations sum highest (SciMind's design);
+            activation_released: as SciMind's code computes it, see `models.moe`; learned: by a trained linear router;
+            modality: a fixed set for each modality.
+        modalities: names by modality id; the first is text.
+        ranges: token ids [start, stop) of each modality but text, in the order of `modalities`.
+        top_k: experts that a token uses, by modality id.
+        shared: router modality: the first so many experts serve every modality.
+    """
+
+    experts: int
+    router: str
+    modalities: tuple[str, ...] = (TEXT,)
+    ranges: tuple[tuple[int, int], ...] = ()
+    top_k: tuple[int, ...] = ()
+    shared: int = 0
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise UserError(f"moe.experts: {self.experts} must be at least 1")
+        if self.router not in ROUTERS:
+            raise UserError(f"moe.router: {self.router!r} is not one of {', '.join(ROUTERS)}")
+        if self.modalities[:1] != (TEXT,) or len(set(self.modalities)) != len(self.modalities):
+            raise UserError(f"moe.modalities: {list(self.modalities)}: names must differ, and the first is {TEXT!r}")
+        if len(self.ranges) != len(self.modalities) - 1:
+            raise UserError(
+                f"moe.ranges: {len(self.ranges)} ranges of tokens for {len(self.modalities) - 1} modalities"
+            )
+        for name, (start, stop) in zip(self.modalities[1:], self.ranges, strict=True):
+            if not 0 <= start < stop:
+                raise UserError(f"moe.ranges: {name}: tokens {start} to {stop} are no range")
+        ordered = sorted(self.ranges)
+        for (_, stop), (start, _) in itertools.pairwise(ordered):
+            if start < stop:
+                raise UserError(f"moe.ranges: {ordered}: two modalities share tokens")
+        if len(self.top_k) != len(self.modalities):
+            raise UserError(f"moe.top_k: {len(self.top_k)} numbers for the modalities {', '.join(self.modalities)}")
+        for name, k in zip(self.modalities, self.top_k, strict=True):
+            if not 1 <= k <= self.experts:
+                raise UserError(
+                    f"moe.top_k: {name}: {k}; there are {self.experts} experts, so it is 1 to {self.experts}"
+                )
+        if not 0 <= self.shared <= min(self.top_k):
+            raise UserError(f"moe.shared: {self.shared}; every modality uses them, so at most {min(self.top_k)}")
+
+    @property
+    def most(self) -> int:
+        """The largest k."""
+        return max(self.top_k)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoeConfig:
+        """Reads what `dataclasses.asdict` gave, through JSON."""
+        lists = {"modalities": tuple(values["modalities"]), "top_k": tuple(values["top_k"])}
+        return cls(**{**values, **lists, "ranges": tuple((start, stop) for start, stop in values["ranges"])})
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a LLaMA-family decoder. Names follow the field; D, F, L, H, K, h, V as in the docs."""
@@ -132,8 +199,14 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.moe is not None and self.intermediate_size % self.moe.experts:
+            raise UserError(
+                f"moe.experts: {self.moe.experts} does not divide the {self.intermediate_size} neurons of the "
+                "feed-forward layer; experts are of equal size"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"config: num_attention_heads {self.num_heads} is no multiple of "
@@ -262,6 +335,8 @@ class LlamaConfig:
     def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
         values = dict(values)
         values["rope"] = RopeConfig(**values["rope"])
+        if values.get("moe") is not None:
+            values["moe"] = MoeConfig.from_dict(values["moe"])
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
         return cls(**values)

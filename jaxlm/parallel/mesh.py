@@ -28,7 +28,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
+    ("mlp", ("expert", "tensor")),  # contiguous blocks: whole experts of an MoE
+    ("experts", None),
     ("vocab", "tensor"),
     ("head_dim", None),
     ("norm", None),
@@ -39,18 +40,21 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 BATCH = P(None, ("data", "fsdp"), None)  # [A, B, T]: micro-steps, rows, length
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, experts: int | None = None) -> Mesh:
     """The mesh over all five axes.
 
+    Args:
+        experts: of a model whose feed-forward layer is divided into so many; None for a dense one.
+
     Raises:
-        UserError: when the sizes do not multiply to the number of devices.
+        UserError: when the sizes do not multiply to the number of devices, or would cut an expert apart.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
     for axis, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
             raise UserError(f"mesh.{axis}: {size}; give a positive number, or -1 for what is left")
-    for axis in ("expert", "sequence"):
+    for axis in ("sequence",) if experts else ("expert", "sequence"):
         if getattr(config, axis) != 1:
             raise UserError(f"mesh.{axis}: {getattr(config, axis)} has nothing to shard in this model yet; set it to 1")
     if sizes.count(-1) > 1:
@@ -64,6 +68,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     elif fixed != len(devices):
         raise UserError(
             f"mesh: {_describe(config)} asks for {fixed} devices, this machine has {len(devices)}; set one axis to -1"
+        )
+    owners = sizes[AXES.index("expert")] * sizes[AXES.index("tensor")]
+    if experts and experts % owners:
+        raise UserError(
+            f"mesh: expert {sizes[AXES.index('expert')]} times tensor {sizes[AXES.index('tensor')]} must divide the "
+            f"{experts} experts; each device has whole ones"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 

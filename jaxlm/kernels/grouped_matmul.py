@@ -1,0 +1,124 @@
+"""Matrix products of rows that are sorted into groups, each group with a matrix of its own: the work of a sparse MoE.
+
+Rows lie in a buffer of blocks. A block belongs to one group, and only the first `live` blocks hold rows at all, so the
+work is that of the rows there are, although shapes are static:
+
+    rows of group 0 | padding to a whole block | rows of group 1 | padding | ... | unused blocks
+
+Padding must be zero in whatever is multiplied; results there are zero (or never read).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Most rows of a block. Larger ones make faster products, and more padding: half a block per group on average.
+BLOCK = 256
+
+
+@flax.struct.dataclass
+class Groups:
+    """Which rows belong together.
+
+    Attributes:
+        sizes: [E] int32, rows of each group, padding included: multiples of the block.
+        owner: [blocks] int32, the group of each block (of an unused one: the last).
+        live: int32 scalar, how many blocks are used.
+    """
+
+    sizes: jax.Array
+    owner: jax.Array
+    live: jax.Array
+
+
+def make_groups(counts: jax.Array, rows: int, block: int = BLOCK) -> tuple[Groups, jax.Array, int]:
+    """Groups of `counts` [E] rows each, at most `rows` together.
+
+    Returns:
+        The groups; the row [E] at which each begins; the number of rows of the buffer (a static upper bound).
+    """
+    groups = counts.shape[0]
+    blocks = -(-rows // block) + groups
+    used = -(-counts // block)
+    ends = jnp.cumsum(used)
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), groups - 1)
+    starts = (ends - used) * block
+    return Groups(used * block, owner.astype(jnp.int32), ends[-1].astype(jnp.int32)), starts, blocks * block
+
+
+def reference_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
+    """Every row with every matrix, all but its own masked away: the plain twin."""
+    block = x.shape[0] // groups.owner.shape[0]
+    used = jnp.arange(groups.owner.shape[0]) < groups.live
+    mine = jax.nn.one_hot(groups.owner, w.shape[0], dtype=x.dtype) * used[:, None].astype(x.dtype)
+    per_row = jnp.repeat(mine, block, axis=0)
+    return jnp.einsum("me,mi,eio->mo", per_row, x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def ragged_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
+    """XLA's own grouped product, which TPU and GPU compile to one kernel."""
+    return jax.lax.ragged_dot(x, w, groups.sizes, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jax.custom_vjp
+def loop_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
+    """A loop over the live blocks, one dense product each. For CPUs, where `ragged_dot` computes every row E times."""
+    return _loop_fwd(x, w, groups)[0]
+
+
+def _block(x: jax.Array, index: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis=0)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _loop_fwd(x: jax.Array, w: jax.Array, groups: Groups) -> tuple[jax.Array, Any]:
+    size = x.shape[0] // groups.owner.shape[0]
+
+    def one(index: jax.Array, out: jax.Array) -> jax.Array:
+        matrix = jax.lax.dynamic_index_in_dim(w, groups.owner[index], keepdims=False)
+        product = _dot(_block(x, index, size), matrix, 1, 0).astype(out.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, index * size, axis=0)
+
+    out = jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+    return jax.lax.fori_loop(0, groups.live, one, out), (x, w, groups)
+
+
+def _loop_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, w, groups = residuals
+    size = x.shape[0] // groups.owner.shape[0]
+
+    def one(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        grad_x, grad_w = carry
+        owner, here = groups.owner[index], _block(grad, index, size)
+        matrix = jax.lax.dynamic_index_in_dim(w, owner, keepdims=False)
+        product = _dot(here, matrix, 1, 1).astype(grad_x.dtype)
+        grad_x = jax.lax.dynamic_update_slice_in_dim(grad_x, product, index * size, axis=0)
+        return grad_x, grad_w.at[owner].add(_dot(_block(x, index, size), here, 0, 0))
+
+    grads = jnp.zeros(x.shape, x.dtype), jnp.zeros(w.shape, jnp.float32)
+    grad_x, grad_w = jax.lax.fori_loop(0, groups.live, one, grads)
+    return grad_x, grad_w.astype(w.dtype), None
+
+
+loop_grouped_matmul.defvjp(_loop_fwd, _loop_bwd)
+
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, Groups], jax.Array]] = {
+    "reference": reference_grouped_matmul,
+    "ragged": ragged_grouped_matmul,
+    "loop": loop_grouped_matmul,
+}
+
+
+@partial(jax.named_call, name="grouped_matmul")
+def grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups, implementation: str) -> jax.Array:
+    """x [M, I] times the matrix of each row's group, w [E, I, O]: [M, O] in x's dtype, accumulated in float32."""
+    return IMPLEMENTATIONS[implementation](x, w, groups)

@@ -1,0 +1,432 @@
+"""The feed-forward layer divided into experts, of which tokens of different modalities use different numbers.
+
+The F neurons of a dense SwiGLU layer are E contiguous blocks (`convert moefy` puts them in that order), so that with
+all experts on it is the dense layer. Source of the idea: MoEfication (arXiv:2110.01786) and SciMind (langmol 2024).
+
+Routers, each with its own k for every modality:
+
+- activation: the k experts whose neurons' activations, silu(gate) * up, sum highest. No gradient goes through the
+  scores, and gate and up must be computed in full: only the down projection can skip anything.
+- activation_released: what SciMind's published code computes. A token's scores are zeroed for the modalities it does
+  not belong to, and top-k of zeros picks the first experts: so every token also uses experts 0 to k' - 1 of the other
+  modalities' k'. Ties go to the lowest index; a product with zero would leave -0.0, which JAX sorts below 0.0.
+- learned: a linear router on the layer's input; the output is weighted by k times the softmax over the chosen, so that
+  a router that does not discriminate gives the plain sum.
+- modality: a fixed set for each modality: the shared experts, and others of its own.
+
+Shapes: N tokens, D model, F neurons, E experts, f = F / E, k experts of a token, M (token, expert) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
+from jaxlm.models.linear import Linear, LinearParts, Parts
+from jaxlm.models.lora import LoraSpec
+from jaxlm.models.shapes import LlamaConfig, MoeConfig
+
+PADDING = -1  # modality id of a token that uses no expert
+
+
+@flax.struct.dataclass
+class Routing:
+    """Which experts each token uses.
+
+    Attributes:
+        experts: [N, k] int32, for the largest k.
+        live: [N, k] bool; False behind the token's own k.
+        weights: [N, k] float32, factors of the experts' outputs; None: all 1.
+    """
+
+    experts: jax.Array
+    live: jax.Array
+    weights: jax.Array | None
+
+    def mask(self, experts: int) -> jax.Array:
+        """[N, E] float32: the weight of each expert, 0 where it is not used."""
+        values = self.live.astype(jnp.float32)
+        if self.weights is not None:
+            values = values * self.weights
+        return jnp.einsum("nk,nke->ne", values, jax.nn.one_hot(self.experts, experts, dtype=jnp.float32))
+
+
+def modality_ids(moe: MoeConfig, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """The modality of each token, int32 in the shape of `input_ids`; PADDING where segment_ids are 0."""
+    found = jnp.zeros(input_ids.shape, jnp.int32)
+    for number, (start, stop) in enumerate(moe.ranges, 1):
+        found = jnp.where((input_ids >= start) & (input_ids < stop), number, found)
+    return found if segment_ids is None else jnp.where(segment_ids == 0, PADDING, found)
+
+
+def _own_k(moe: MoeConfig, modality: jax.Array) -> jax.Array:
+    """k of each token; 0 for padding."""
+    return jnp.array([*moe.top_k, 0])[modality]  # PADDING, -1, is the last one
+
+
+def route_by_scores(moe: MoeConfig, scores: jax.Array, modality: jax.Array) -> Routing:
+    """The k best experts of each token by `scores` [N, E]; ties go to the lowest index."""
+    experts = jax.lax.top_k(scores, moe.most)[1]
+    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[:, None], None)
+
+
+def released_mask(moe: MoeConfig, scores: jax.Array, modality: jax.Array) -> jax.Array:
+    """[N, E] float32 of `activation_released`: the union of every modality's top-k."""
+    mask = jnp.zeros(scores.shape, bool)
+    for number, k in enumerate(moe.top_k):
+        own = jnp.where((modality == number)[:, None], scores, 0.0)  # never a product: see the module's text
+        best = jax.lax.top_k(own, k)[1]
+        mask |= jax.nn.one_hot(best, moe.experts, dtype=bool).any(axis=1)
+    return (mask & (modality != PADDING)[:, None]).astype(jnp.float32)
+
+
+def experts_of_modalities(moe: MoeConfig) -> np.ndarray:
+    """[modalities, k] int32: the fixed sets of the router `modality`, for the largest k.
+
+    The shared experts come first. The others are dealt in turn, and from the start again when there are not enough.
+    """
+    own = list(range(moe.shared, moe.experts)) or [0]
+    table = np.zeros((len(moe.modalities), moe.most), np.int32)
+    at = 0
+    for number, k in enumerate(moe.top_k):
+        dealt = [own[(at + step) % len(own)] for step in range(k - moe.shared)]
+        at += k - moe.shared
+        table[number, :k] = [*range(moe.shared), *dealt]
+    return table
+
+
+def route_by_modality(moe: MoeConfig, modality: jax.Array) -> Routing:
+    """The fixed experts of each token's modality."""
+    experts = jnp.asarray(experts_of_modalities(moe))[jnp.maximum(modality, 0)]
+    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[:, None], None)
+
+
+def route_learned(moe: MoeConfig, logits: jax.Array, noise: jax.Array | None, modality: jax.Array) -> Routing:
+    """The k best experts by logits [N, E] (plus noise, when training), weighted by k times the softmax over them."""
+    routing = route_by_scores(moe, logits if noise is None else logits + noise, modality)
+    chosen = jnp.where(routing.live, jnp.take_along_axis(logits, routing.experts, axis=1), -jnp.inf)
+    # Padding has no live expert: a softmax over nothing must not become NaN, nor its gradient.
+    largest = jnp.max(jnp.where(routing.live, chosen, -1e30), axis=1, keepdims=True)
+    powers = jnp.where(routing.live, jnp.exp(jnp.where(routing.live, chosen, 0.0) - largest), 0.0)
+    shares = powers / jnp.maximum(powers.sum(axis=1, keepdims=True), 1e-30)
+    return routing.replace(weights=shares * _own_k(moe, modality)[:, None])  # type: ignore[attr-defined]
+
+
+def router_losses(
+    moe: MoeConfig, logits: jax.Array, routing: Routing, modality: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Load-balance loss (1 when experts are used evenly; arXiv:2101.03961) and z loss (arXiv:2202.08906), means."""
+    valid = (modality != PADDING).astype(jnp.float32)
+    tokens = jnp.maximum(valid.sum(), 1.0)
+    used = jnp.einsum("nk,nke->e", routing.live.astype(jnp.float32), jax.nn.one_hot(routing.experts, moe.experts))
+    share = used / jnp.maximum(used.sum(), 1.0)
+    probability = (jax.nn.softmax(logits, axis=-1) * valid[:, None]).sum(0) / tokens
+    balance = moe.experts * jnp.sum(jax.lax.stop_gradient(share) * probability)
+    z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * valid) / tokens
+    return balance, z
+
+
+# --- computing only what is used --------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Dispatch:
+    """Pairs of token and expert, sorted by expert into blocks.
+
+    Attributes:
+        groups: the rows of the buffer [rows], by expert.
+        slot: [N, k] int32, the row of each pair; `rows` for a pair that is not live.
+        token: [rows] int32, the token in each row; N where there is none.
+    """
+
+    groups: Groups
+    slot: jax.Array
+    token: jax.Array
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block: large ones multiply faster, small ones waste less when experts have few tokens each."""
+    size = 8
+    while size < BLOCK and size * 2 * experts <= pairs:
+        size *= 2
+    return size
+
+
+def make_dispatch(experts: jax.Array, live: jax.Array, count: int) -> Dispatch:
+    """Sorts the pairs by expert, stable in the order of tokens.
+
+    Args:
+        experts: [N, k] int32, in 0 .. count - 1 where live.
+        live: [N, k] bool.
+        count: E.
+    """
+    tokens, k = experts.shape
+    flat = jnp.where(live, experts, count).reshape(-1)
+    counts = jnp.bincount(flat, length=count + 1)[:count]
+    groups, starts, rows = make_groups(counts, tokens * k, block_rows(tokens * k, count))
+    order = jnp.argsort(flat, stable=True)
+    first = jnp.cumsum(counts) - counts
+    expert = jnp.minimum(flat[order], count - 1)
+    place = starts[expert] + jnp.arange(tokens * k) - first[expert]
+    place = jnp.where(flat[order] < count, place, rows).astype(jnp.int32)
+    slot = jnp.zeros(tokens * k, jnp.int32).at[order].set(place)
+    token = jnp.full(rows, tokens, jnp.int32).at[slot].set(jnp.arange(tokens * k, dtype=jnp.int32) // k, mode="drop")
+    return Dispatch(groups, slot.reshape(tokens, k), token)
+
+
+# Both directions of both moves are gathers: XLA's scatter-add is slow on every platform.
+
+
+@jax.custom_vjp
+def to_experts(x: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """x [N, I] -> [rows, I]: each pair's token; zeros in the padding."""
+    return jnp.take(x, dispatch.token, axis=0, mode="fill", fill_value=0)
+
+
+def _to_experts_fwd(x: jax.Array, dispatch: Dispatch) -> tuple[jax.Array, Dispatch]:
+    return to_experts(x, dispatch), dispatch
+
+
+def _to_experts_bwd(dispatch: Dispatch, grad: jax.Array) -> tuple[jax.Array, None]:
+    pairs = jnp.take(grad, dispatch.slot, axis=0, mode="fill", fill_value=0)
+    return pairs.astype(jnp.float32).sum(axis=1).astype(grad.dtype), None
+
+
+to_experts.defvjp(_to_experts_fwd, _to_experts_bwd)
+
+
+@jax.custom_vjp
+def from_experts(y: jax.Array, weights: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """y [rows, O] -> [N, O]: the sum over each token's pairs, times weights [N, k], in float32."""
+    pairs = jnp.take(y, dispatch.slot, axis=0, mode="fill", fill_value=0)
+    return jnp.einsum("nko,nk->no", pairs, weights, preferred_element_type=jnp.float32).astype(y.dtype)
+
+
+def _from_experts_fwd(y: jax.Array, weights: jax.Array, dispatch: Dispatch) -> tuple[jax.Array, Any]:
+    return from_experts(y, weights, dispatch), (y, weights, dispatch)
+
+
+def _from_experts_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    y, weights, dispatch = residuals
+    pairs = jnp.take(y, dispatch.slot, axis=0, mode="fill", fill_value=0)
+    grad_weights = jnp.einsum("nko,no->nk", pairs, grad, preferred_element_type=jnp.float32)
+    rows = jnp.take(grad, dispatch.token, axis=0, mode="fill", fill_value=0)
+    factor = jnp.zeros(y.shape[0], jnp.float32).at[dispatch.slot].set(weights.astype(jnp.float32), mode="drop")
+    return (rows * factor[:, None]).astype(y.dtype), grad_weights.astype(weights.dtype), None
+
+
+from_experts.defvjp(_from_experts_fwd, _from_experts_bwd)
+
+
+def _by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
+    """[I, F] (dim 1) or [F, O] (dim 0) -> [E, I, f] or [E, f, O]."""
+    if dim == 0:
+        return matrix.reshape(experts, -1, matrix.shape[1])
+    return matrix.reshape(matrix.shape[0], experts, -1).swapaxes(0, 1)
+
+
+def _entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> tuple[jax.Array, jax.Array]:
+    """Inputs [N, I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
+
+    An adapter is further inputs x A and further rows B; a bias is an input of ones. So one product does it all.
+    """
+    inputs, rows = [x], [jnp.concatenate([_by_expert(p.kernel, experts, 1) for p in (gate, up)], axis=-1)]
+    for part, before in ((gate, True), (up, False)):
+        extra = []
+        if part.a is not None and part.b is not None:
+            inputs.append(jnp.dot(drop(x, part.dropout), part.a.astype(x.dtype)))
+            extra.append(part.b)
+        if part.bias is not None:
+            inputs.append(jnp.ones((x.shape[0], 1), x.dtype))
+            extra.append(part.bias[None])
+        for matrix in extra:
+            mine = _by_expert(matrix.astype(x.dtype), experts, 1)
+            both = (mine, jnp.zeros_like(mine)) if before else (jnp.zeros_like(mine), mine)
+            rows.append(jnp.concatenate(both, axis=-1))
+    return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
+
+
+def _run_experts(
+    x: jax.Array,
+    routing: Routing,
+    gate_up: jax.Array,
+    down: jax.Array,
+    offset: jax.Array | int,
+    implementation: str,
+) -> jax.Array:
+    """Inputs [N, I] through some experts, those from `offset` on: the weighted sum [N, O] of their outputs."""
+    count = gate_up.shape[0]
+    local = routing.experts - offset
+    live = routing.live & (local >= 0) & (local < count)
+    dispatch = make_dispatch(local, live, count)
+    hidden = grouped_matmul(to_experts(x, dispatch), gate_up, dispatch.groups, implementation)
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    y = grouped_matmul(nn.silu(gate) * up, down, dispatch.groups, implementation)
+    weights = live.astype(jnp.float32)
+    if routing.weights is not None:
+        weights = weights * routing.weights
+    return from_experts(y, weights, dispatch)
+
+
+def _over_devices(run: Any, experts: int) -> Any:
+    """`run` with experts split over the mesh's axes of the neurons, and tokens over those of the rows.
+
+    Tokens are at every device of the experts' axes, each of which does the pairs of its own experts; sums follow.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return lambda x, routing, gate_up, down: run(x, routing, gate_up, down, 0)
+    rows = nn.logical_to_mesh_axes(("batch",))[0]  # type: ignore[index]
+    owners = nn.logical_to_mesh_axes(("mlp",))[0]  # type: ignore[index]
+    owners = owners if isinstance(owners, tuple) else (owners,)
+
+    def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        offset = jax.lax.axis_index(owners) * gate_up.shape[0]
+        return jax.lax.psum(run(x, routing, gate_up, down, offset), owners)
+
+    token, matrix = P(rows, None), P(owners, None, None)
+    return jax.shard_map(local, in_specs=(token, token, matrix, matrix), out_specs=token, check_vma=False)
+
+
+class MoeMLP(nn.Module):
+    """SwiGLU feed-forward of which every token uses some experts; the parameters are those of the dense layer.
+
+    Attributes:
+        compute: 'dense' computes all neurons and masks; 'loop' and 'ragged' compute the used ones, by grouped products
+            (see `kernels.grouped_matmul`). The routers by activation need all of gate and up either way.
+        noise: standard deviation of noise on a learned router's logits while training.
+    """
+
+    config: LlamaConfig
+    adapters: Mapping[str, LoraSpec]
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    quantized: bool = False
+    compute: str = "dense"
+    noise: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
+        """x [B, T, D], modality [B, T] int32 (see `modality_ids`) -> [B, T, D]."""
+        c, moe = self.config, self.config.moe
+        assert moe is not None
+        shape = x.shape
+        x, modality = x.reshape(-1, shape[-1]), modality.reshape(-1)
+        if moe.router == "learned":
+            router: Any = self.param(
+                "router",
+                nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "experts")),
+                (c.hidden_size, moe.experts),
+                self.param_dtype,
+            )
+            logits = jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32))
+            noise = None
+            if self.noise > 0 and not deterministic:
+                noise = self.noise * jax.random.normal(self.make_rng("dropout"), logits.shape)
+            routing = route_learned(moe, logits, noise, modality)
+            balance, z = router_losses(moe, logits, routing, modality)
+            self._note("balance_loss", balance)
+            self._note("z_loss", z)
+        elif moe.router == "modality":
+            routing = route_by_modality(moe, modality)
+        else:
+            return self._by_activation(x, layer, deterministic, modality).reshape(shape)
+        if self.compute == "dense":
+            self._count(routing.mask(moe.experts) > 0, modality)
+            return self._masked(x, layer, deterministic, routing.mask(moe.experts)).reshape(shape)
+        self._count(Routing(routing.experts, routing.live, None).mask(moe.experts) > 0, modality)
+        return self._sparse(x, layer, deterministic, routing).reshape(shape)
+
+    def _linear(self, cls: type[Linear], name: str) -> Any:
+        c = self.config
+        entering = name != "down_proj"
+        dims = (c.hidden_size,), (c.intermediate_size,)
+        axes = ("embed",), ("mlp",)
+        return cls(
+            *(dims if entering else dims[::-1]),
+            *(axes if entering else axes[::-1]),
+            use_bias=c.mlp_bias,
+            adapter=self.adapters.get(name),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            init_std=c.initializer_range,
+            quantized=self.quantized,
+            name=name,
+        )
+
+    def _hidden(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
+        gate = self._linear(Linear, "gate_proj")(x, layer, deterministic)
+        up = self._linear(Linear, "up_proj")(x, layer, deterministic)
+        return nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "mlp"))
+
+    def _masked(self, x: jax.Array, layer: jax.Array, deterministic: bool, mask: jax.Array) -> jax.Array:
+        """All neurons, times mask [N, E] of their experts: the plain twin of `_sparse`."""
+        h = self._hidden(x, layer, deterministic)
+        return self._linear(Linear, "down_proj")(self._apply_mask(h, mask), layer, deterministic)
+
+    def _apply_mask(self, h: jax.Array, mask: jax.Array) -> jax.Array:
+        blocks = h.reshape(*mask.shape, -1) * mask[..., None].astype(h.dtype)
+        return blocks.reshape(h.shape)
+
+    def _by_activation(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
+        moe = self.config.moe
+        assert moe is not None
+        h = self._hidden(x, layer, deterministic)
+        scores = jax.lax.stop_gradient(h).reshape(len(h), moe.experts, -1).astype(jnp.float32).sum(axis=-1)
+        if moe.router == "activation_released":
+            mask = released_mask(moe, scores, modality)
+        else:
+            mask = route_by_scores(moe, scores, modality).mask(moe.experts)
+        self._count(mask > 0, modality)
+        out: jax.Array = self._linear(Linear, "down_proj")(self._apply_mask(h, mask), layer, deterministic)
+        return out
+
+    def _sparse(self, x: jax.Array, layer: jax.Array, deterministic: bool, routing: Routing) -> jax.Array:
+        """Only the pairs of token and expert that there are."""
+        c, moe = self.config, self.config.moe
+        assert moe is not None
+        gate, up, down = (self._linear(LinearParts, name)(layer) for name in ("gate_proj", "up_proj", "down_proj"))
+
+        def drop(value: jax.Array, rate: float) -> jax.Array:
+            dropped: jax.Array = nn.Dropout(rate)(value, deterministic=deterministic)
+            return dropped
+
+        x = x.astype(self.dtype)
+        inputs, entering = _entering(x, gate, up, moe.experts, drop)
+        leaving = down.kernel
+        if down.a is not None:
+            # h A beside h W; dropout on h is not to be had here, as h never exists for all neurons.
+            assert deterministic or down.dropout == 0, "dropout on down_proj's adapter needs the dense form"
+            leaving = jnp.concatenate([leaving, down.a.astype(self.dtype)], axis=1)
+        run = _over_devices(partial(_run_experts, implementation=self.compute), moe.experts)
+        y = run(inputs, routing, entering, _by_expert(leaving, moe.experts, 0))
+        out = y[:, : c.hidden_size]
+        if down.b is not None:
+            out = out + jnp.dot(y[:, c.hidden_size :], down.b.astype(self.dtype))
+        if down.bias is not None:
+            out = out + down.bias.astype(self.dtype)
+        return out
+
+    def _note(self, name: str, value: jax.Array) -> None:
+        if not self.is_initializing():
+            self.sow("moe", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+    def _count(self, used: jax.Array, modality: jax.Array) -> None:
+        """Notes how many tokens of each modality used each expert [modalities, E], and how many there were."""
+        moe = self.config.moe
+        assert moe is not None
+        if not self.is_mutable_collection("moe") or self.is_initializing():
+            return
+        kinds = jax.nn.one_hot(modality, len(moe.modalities), dtype=jnp.float32)  # none for padding
+        self._note("used", jnp.einsum("nm,ne->me", kinds, used.astype(jnp.float32)))
+        self._note("tokens", kinds.sum(axis=0))

@@ -1,0 +1,290 @@
+"""The feed-forward layer in experts: routers, the sparse form against the masked one, and against the dense model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.config import LoraConfig, MeshConfig
+from jaxlm.errors import UserError
+from jaxlm.models.llama import Llama, abstract_variables
+from jaxlm.models.lora import resolve_lora
+from jaxlm.models.moe import (
+    PADDING,
+    experts_of_modalities,
+    make_dispatch,
+    modality_ids,
+    released_mask,
+    route_by_scores,
+    route_learned,
+)
+from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.parallel.mesh import make_mesh, use_mesh
+from tests.models.compare import assert_trees_close, random_tree
+
+DENSE = LlamaConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+)
+NAMES, RANGES = ("text", "smiles", "protein"), ((40, 50), (50, 60))
+
+
+def moe_config(
+    router: str = "learned", top_k: tuple[int, ...] = (5, 2, 3), experts: int = 8, **more: Any
+) -> LlamaConfig:
+    moe = MoeConfig(experts, router, NAMES, RANGES, top_k, **more)
+    return dataclasses.replace(DENSE, moe=moe)
+
+
+def variables_of(model: Llama, seed: int = 0) -> Any:
+    boxed = abstract_variables(model)
+    return {name: random_tree(nn.unbox(boxed[name]), seed, 0.3) for name in ("params", "lora") if name in boxed}
+
+
+IDS = np.random.default_rng(0).integers(0, 64, (3, 17)).astype(np.int32)
+SEGMENTS = np.where(np.arange(17)[None] < np.array([17, 12, 6])[:, None], 1, 0).astype(np.int32)
+
+
+def loss_and_grads(model: Llama, variables: Any, segments: Any = None) -> Any:
+    def loss(variables: Any) -> Any:
+        logits = model.apply(variables, IDS, segment_ids=segments)
+        weights = np.cos(np.arange(np.prod(logits.shape))).reshape(logits.shape)
+        keep = 1.0 if segments is None else (segments > 0)[..., None]
+        return jnp.sum(logits * weights * keep)
+
+    return jax.jit(jax.value_and_grad(loss))(variables)
+
+
+# --- routers ----------------------------------------------------------------------------------------------------------
+
+
+def test_modalities_of_tokens() -> None:
+    moe = moe_config().moe
+    assert moe is not None
+    ids = np.array([[0, 39, 40, 49, 50, 59, 60]])
+    np.testing.assert_array_equal(modality_ids(moe, ids), [[0, 0, 1, 1, 2, 2, 0]])
+    found = modality_ids(moe, ids, np.array([[1, 1, 1, 0, 0, 2, 0]]))
+    np.testing.assert_array_equal(found, [[0, 0, 1, PADDING, PADDING, 2, PADDING]])
+
+
+def test_each_token_uses_its_modalitys_number_of_experts() -> None:
+    """Intended routing: exactly k, the best ones, and the lowest index among equals."""
+    moe = moe_config("activation").moe
+    assert moe is not None
+    scores = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    scores[0] = 1.0
+    modality = jnp.array([0, 1, 2, PADDING])
+    mask = np.asarray(route_by_scores(moe, jnp.asarray(scores), modality).mask(8))
+    np.testing.assert_array_equal(mask.sum(1), [5, 2, 3, 0])
+    np.testing.assert_array_equal(np.flatnonzero(mask[0]), range(5))
+    np.testing.assert_array_equal(np.flatnonzero(mask[1]), np.sort(np.argsort(-scores[1])[:2]))
+
+
+def scimind() -> MoeConfig:
+    return MoeConfig(16, "activation_released", ("text", "smiles"), ((40, 50),), (14, 2))
+
+
+def test_released_routing_is_what_the_published_code_does() -> None:
+    """COMPAT: molecule -> its top 2 and experts 0..13; text -> its top 14 and experts 0, 1. The trap is -0.0."""
+    scores = np.random.default_rng(2).normal(size=(40, 16)).astype(np.float32)
+    modality = np.arange(40) % 2
+    mask = np.asarray(released_mask(scimind(), jnp.asarray(scores), jnp.asarray(modality)))
+    intended = np.asarray(route_by_scores(scimind(), jnp.asarray(scores), jnp.asarray(modality)).mask(16))
+    for row in range(40):
+        best = np.argsort(-scores[row])[: (14, 2)[modality[row]]]
+        expected = set(best) | set(range((2, 14)[modality[row]]))
+        assert set(np.flatnonzero(mask[row])) == expected
+        assert (mask[row] >= intended[row]).all()
+    assert mask.sum(1).min() >= 14
+    # A naive port multiplies by the mask: negative scores become -0.0, and other experts are taken.
+    naive = jax.lax.top_k(jnp.array([-1.0, 1.0, -1.0]) * 0.0, 1)[1]
+    assert int(naive[0]) == 1
+
+
+def test_the_hard_map() -> None:
+    moe = MoeConfig(8, "modality", NAMES, RANGES, (4, 2, 3), shared=1)
+    np.testing.assert_array_equal(experts_of_modalities(moe), [[0, 1, 2, 3], [0, 4, 0, 0], [0, 5, 6, 0]])
+
+
+def test_a_learned_router_that_does_not_discriminate_is_the_plain_sum() -> None:
+    moe = moe_config().moe
+    assert moe is not None
+    modality = jnp.array([0, 1, 2, PADDING])
+    weights = np.asarray(route_learned(moe, jnp.zeros((4, 8)), None, modality).mask(8))
+    np.testing.assert_allclose(weights[0], [1] * 5 + [0] * 3)
+    np.testing.assert_allclose(weights.sum(1), [5, 2, 3, 0])
+    gradient = jax.grad(lambda x: route_learned(moe, x, None, modality).mask(8).sum())(jnp.zeros((4, 8)))
+    assert np.isfinite(gradient).all()
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ["activation", "activation_released", "learned", "modality"])
+@pytest.mark.parametrize("compute", ["dense", "loop", "ragged"])
+def test_all_experts_on_is_the_dense_model(router: str, compute: str) -> None:
+    config = moe_config(router, (8, 8, 8))
+    model = Llama(config, experts=compute, remat="none")
+    variables = variables_of(model)
+    if router == "learned":
+        variables["params"]["layers"]["mlp"]["router"][:] = 0
+    dense = {"params": jax.tree.map(lambda x: x, variables["params"])}
+    dense["params"]["layers"]["mlp"] = {k: v for k, v in variables["params"]["layers"]["mlp"].items() if k != "router"}
+    found, expected = model.apply(variables, IDS), Llama(DENSE, remat="none").apply(dense, IDS)
+    if compute == "dense":
+        np.testing.assert_array_equal(found, expected)  # bit by bit: the mask is all ones
+    else:
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+LORAS = {
+    "none": None,
+    "lora": LoraConfig(rank=3, alpha=6, targets=("q_proj", "gate_proj", "up_proj", "down_proj")),
+    "gate": LoraConfig(rank=2, targets=("gate_proj",)),
+    "down": LoraConfig(rank=2, targets=("down_proj", "up_proj"), rank_pattern={"layers.0.mlp.down_proj": 1}),
+}
+
+
+@pytest.mark.parametrize("router", ["learned", "modality"])
+@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("compute", ["loop", "ragged"])
+def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
+    """Values and gradients, with padding, remat, biases and adapters."""
+    config = moe_config(router, shared=1 if router == "modality" else 0)
+    config = dataclasses.replace(config, mlp_bias=lora in ("none", "lora"))
+    specs = {} if LORAS[lora] is None else resolve_lora(config, LORAS[lora])  # type: ignore[arg-type]
+    masked, sparse = (Llama(config, specs, experts=kind, remat="full") for kind in ("dense", compute))
+    variables = variables_of(masked, 3)
+    expected = loss_and_grads(masked, variables, SEGMENTS)
+    found = loss_and_grads(sparse, variables, SEGMENTS)
+    assert_trees_close(found, expected, 1e-4)
+
+
+def test_gradients_reach_only_the_neurons_that_were_used() -> None:
+    """And none goes through the activation scores: neurons of unused experts get exactly zero."""
+    config = moe_config("activation", (1, 1, 1))
+    config = dataclasses.replace(config, num_layers=1)
+    model = Llama(config, remat="none")
+    variables = variables_of(model, 4)
+    ids = IDS[:1, :1]
+
+    def loss(variables: Any) -> Any:
+        return jnp.sum(jnp.sin(model.apply(variables, ids)))
+
+    grads = jax.grad(loss)(variables)["params"]["layers"]["mlp"]
+    _, notes = model.apply(variables, ids, mutable=["moe"])
+    used = np.asarray(notes["moe"]["layers"]["mlp"]["used"])[0].sum(0) > 0
+    assert used.sum() == 1
+    for name in ("gate_proj", "up_proj"):
+        per_expert = np.abs(np.asarray(grads[name]["kernel"][0])).reshape(16, 8, 6).sum((0, 2))
+        assert ((per_expert > 0) == used).all(), name
+    down = np.abs(np.asarray(grads["down_proj"]["kernel"][0])).reshape(8, 6, 16).sum((1, 2))
+    assert ((down > 0) == used).all()
+
+
+def test_padding_uses_no_expert() -> None:
+    model = Llama(moe_config("learned"), experts="loop")
+    _, notes = model.apply(variables_of(model), IDS, segment_ids=SEGMENTS, mutable=["moe"])
+    notes = notes["moe"]["layers"]["mlp"]
+    assert notes["tokens"].sum() == 2 * SEGMENTS.sum()
+    per_modality = notes["tokens"] * np.array([5, 2, 3])
+    np.testing.assert_array_equal(notes["used"].sum(-1), per_modality)
+    assert notes["balance_loss"].shape == (2,) and (notes["balance_loss"] > 0).all()
+
+
+def test_the_balance_loss_is_one_when_use_is_even() -> None:
+    from jaxlm.models.moe import router_losses
+
+    moe = MoeConfig(4, "learned", top_k=(1,))
+    logits = jnp.eye(4) * 50.0
+    modality = jnp.zeros(4, jnp.int32)
+    even, z = router_losses(moe, logits, route_learned(moe, logits, None, modality), modality)
+    np.testing.assert_allclose([even, z], [1.0, 2500.0], rtol=1e-5)
+    one = jnp.tile(jnp.eye(4)[:1] * 50.0, (4, 1))
+    np.testing.assert_allclose(router_losses(moe, one, route_learned(moe, one, None, modality), modality)[0], 4.0)
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 4, "tensor": 2}]
+)
+@pytest.mark.parametrize("router", ["learned", "modality", "activation"])
+def test_experts_on_several_devices_give_the_same_numbers(mesh: dict[str, int], router: str) -> None:
+    config = moe_config(router)
+    compute = "dense" if router == "activation" else "loop"
+    model = Llama(config, experts=compute, remat="none")
+    variables = variables_of(model, 5)
+    ids = np.tile(IDS, (3, 1))[:8]
+
+    def loss(variables: Any, ids: Any) -> Any:
+        logits = model.apply(variables, ids)
+        return jnp.sum(logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape))
+
+    expected = jax.jit(jax.value_and_grad(loss))(variables, ids)
+    from jaxlm.parallel.mesh import tree_shardings
+
+    devices = make_mesh(MeshConfig(**({"fsdp": 1} | mesh)), experts=8)
+    shardings = tree_shardings(abstract_variables(model)["params"], devices)
+    with use_mesh(devices):
+        placed = {"params": jax.tree.map(jax.device_put, variables["params"], shardings)}
+        kernel = placed["params"]["layers"]["mlp"]["up_proj"]["kernel"]
+        owners = mesh.get("expert", 1) * mesh.get("tensor", 1)
+        assert kernel.sharding.shard_shape(kernel.shape)[2] == 48 // owners
+        found = jax.jit(jax.value_and_grad(loss))(placed, ids)
+    assert_trees_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tokens, k, count = 37, 3, 5
+    experts = np.stack([rng.permutation(count)[:k] for _ in range(tokens)]).astype(np.int32)
+    live = rng.random((tokens, k)) < (0.0 if seed == 3 else 0.7)
+    dispatch = make_dispatch(jnp.asarray(experts), jnp.asarray(live), count)
+    slot, token = np.asarray(dispatch.slot), np.asarray(dispatch.token)
+    block = len(token) // len(dispatch.groups.owner)
+    assert len(set(slot[live])) == live.sum() and (slot[~live] == len(token)).all()
+    for n, j in zip(*np.nonzero(live), strict=True):
+        assert token[slot[n, j]] == n
+        assert dispatch.groups.owner[slot[n, j] // block] == experts[n, j]
+        assert slot[n, j] // block < dispatch.groups.live
+    assert (np.sort(token)[: live.sum()] < tokens).all() and (np.sort(token)[live.sum() :] == tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": (9, 2, 3)}, "moe.top_k: text: 9; there are 8 experts"),
+        ({"top_k": (5, 0, 3)}, "moe.top_k: smiles: 0"),
+        ({"top_k": (5, 2)}, "2 numbers for the modalities text, smiles, protein"),
+        ({"experts": 7}, "7 does not divide the 48 neurons"),
+        ({"router": "softmax"}, "'softmax' is not one of"),
+        ({"ranges": ((40, 50), (45, 60))}, "share tokens"),
+        ({"ranges": ((50, 40), (50, 60))}, "are no range"),
+        ({"ranges": ((40, 50),)}, "1 ranges of tokens for 2 modalities"),
+        ({"modalities": ("smiles", "text", "protein")}, "the first is 'text'"),
+        ({"shared": 3}, "moe.shared: 3"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    good = {"experts": 8, "router": "modality", "modalities": NAMES, "ranges": RANGES, "top_k": (5, 2, 3)}
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(DENSE, moe=MoeConfig(**(good | values)))
+
+
+def test_the_configuration_survives_json() -> None:
+    import json
+
+    config = moe_config("modality", shared=2)
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
