@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,8 +119,7 @@ class MetaSource(StackedTensors):
         self.path = path
         self.hf_config: dict[str, Any] | None = None
         self.tokenizer_files = _tokenizer_files(path)
-        own = any(file.parent == path for file in self.tokenizer_files)
-        self.tokenizer_dir = path if own or not self.tokenizer_files else self.tokenizer_files[0].parent
+        self.tokenizer_dir = next((f.parent for f in self.tokenizer_files if f.name.startswith("tokenizer.")), path)
         files = find_shards(path)
         if not files:
             raise UserError(f"{path}: has {PARAMS} but no consolidated.00.pth; download the weights too")
@@ -186,11 +184,11 @@ def _read_params(where: Path) -> dict[str, Any]:
         params[key] = value
     for key, number in {"norm_eps": 1e-5, "rope_theta": 10000.0, "rope_high_freq_factor": 4.0}.items():
         given: Any = params.get(key) if params.get(key) is not None else number
-        if type(given) not in (int, float) or not 0 < given < math.inf:
+        if type(given) not in (int, float) or not 0 < given < 1e300:
             raise UserError(f"{where}: {key} is {params.get(key)!r}; expected a positive number")
         params[key] = float(given)
     factor = params.get("rope_scaling_factor")
-    if factor is not None and (type(factor) not in (int, float) or not 1 <= factor < math.inf):
+    if factor is not None and (type(factor) not in (int, float) or not 1 <= factor < 1e300):
         raise UserError(f"{where}: rope_scaling_factor is {factor!r}; expected a number of at least 1")
     if type(params.get("use_scaled_rope") or False) is not bool:
         raise UserError(f"{where}: use_scaled_rope is {params['use_scaled_rope']!r}; expected true or false")

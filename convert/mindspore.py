@@ -11,7 +11,6 @@ Names differ from HF's, layouts do not (MindFormers rotates halves, too). Three 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -268,7 +267,7 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML takes 1e-5, without a dot, for text
         known = (int, float) if kind is float else (int,)
-        if type(value) not in known or not 0 < value < math.inf:
+        if type(value) not in known or not 0 < value < 1e300:
             # Not the value itself: YAML's aliases can nest it so that printing never ends.
             shown = repr(value) if type(value) in (int, float, str, bool) else f"of type {type(value).__name__}"
             raise UserError(f"model.model_config.{key} is {shown}; expected a positive number")

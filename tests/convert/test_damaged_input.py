@@ -349,7 +349,7 @@ def test_small_files_cut_and_flipped(name: str, models: Path) -> None:
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
-    st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, -1, 2**31, 2**62, 10**30, 0.0, -2.5, 1e300, float("nan"), float("inf")]),
+    st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, -1, 2**31, 2**62, 10**400, 0.0, -2.5, 1e300, float("nan"), float("inf")]),
     st.sampled_from(["", "4", "x", "\ud800", "\x00", "../x", "/etc/passwd", "model.safetensors", "llama3", "Infinity"]),
     st.sampled_from([[], [1, 2], {}, {"a": 1}, [[]], {"rope_type": "llama3", "factor": "x"}, {"rope_theta": "x"}]),
 )
