@@ -19,6 +19,7 @@ from convert.leaves import (
     full_index,
     index_shape,
     main_dtype,
+    refuse_experts,
     row_blocks,
     stored_blocks,
 )
@@ -239,6 +240,7 @@ def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Adv
     """
     from convert.output import write_safetensors
 
+    refuse_experts(source, "Hugging Face")
     write_safetensors(directory, "model", hf_tensors(source), shard_size, advance)
     (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
     copy_files(source.tokenizer_files, directory)

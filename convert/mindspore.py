@@ -28,7 +28,7 @@ from convert.hf import (
     match_tensors,
     parse_hf_config,
 )
-from convert.leaves import Advance, ParamSource, stored_blocks
+from convert.leaves import Advance, ParamSource, refuse_experts, stored_blocks
 from convert.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
 from convert.names import (
     MINDSPORE_JOINED,
@@ -416,6 +416,7 @@ def write_mindspore(
         joined: concatenates wq, wk, wv into w_qkv, and w1, w3 into w_gate_hidden (MindFormers' qkv_concat).
         crc: ends the file with its CRC-32.
     """
+    refuse_experts(source, "MindSpore")
     entries = {entry.name: entry for entry in stored_entries(source.config, "mindspore")}
     parts_of = {}
     if joined:

@@ -1,7 +1,7 @@
 """One table of parameter names: the path in jaxlm, the names in Hugging Face, Meta and MindSpore, and the layouts.
 
 A layout is written in the project's letters (D model, H query heads, K key/value heads, h head dim, F feed-forward,
-V vocabulary). Parentheses join dimensions that the other format stores as one: HF keeps `q_proj` as a matrix
+V vocabulary, E experts). Parentheses join dimensions that the other format stores as one: HF keeps `q_proj` as a matrix
 `(H h) D`, jaxlm as `D H h`. Everything else (shapes, transposes, PEFT's names and factor shapes, coverage) is derived
 from these rows. Rotary dimensions are in HF's rotate-half order in jaxlm, HF and MindSpore, so h is not permuted; Meta
 keeps the two numbers of a pair beside each other, which `rotary` marks. MindSpore's layouts are HF's, and so are Meta's
@@ -93,6 +93,16 @@ RULES: tuple[Rule, ...] = (
     *_linear("gate_proj", "feed_forward.w1", "D F", "F D", "mlp_bias", 0),
     *_linear("up_proj", "feed_forward.w3", "D F", "F D", "mlp_bias", 0),
     *_linear("down_proj", "feed_forward.w2", "F D", "D F", "mlp_bias", 1),
+    # The linear router of a layer divided into experts; the name outside jaxlm is our own.
+    Rule(
+        "layers/mlp/router",
+        "model.layers.{}.mlp.router.weight",
+        None,
+        "model.layers.{}.feed_forward.router.weight",
+        "D E",
+        "E D",
+        only="learned_router",
+    ),
     Rule("norm/scale", "model.norm.weight", "norm.weight", "model.norm_out.weight", "D", "D"),
     Rule(
         "lm_head/kernel",
@@ -180,6 +190,7 @@ def dim_sizes(config: LlamaConfig) -> dict[str, int]:
         "K": config.num_kv_heads,
         "h": config.head_dim,
         "V": config.vocab_size,
+        "E": config.moe.experts if config.moe else 1,
     }
 
 

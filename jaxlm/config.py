@@ -67,6 +67,35 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeRunConfig:
+    """The feed-forward layer divided into experts. What is not given is as the model has it.
+
+    Args:
+        experts: into how many equal blocks the neurons are divided.
+        router: which experts a token uses: activation (those whose neurons respond most), activation_released (as
+            SciMind's published code has it), learned (a trained linear router), modality (a fixed set for each).
+        top_k: experts that a token uses, by modality, e.g. {text: 14, smiles: 2}; text is every token of no other.
+        ranges: the token ids [first, last + 1] of each modality but text, e.g. {smiles: [32000, 32066]}.
+        shared: router modality: the first so many experts serve every modality.
+        balance_loss: weight of the learned router's load-balance loss.
+        z_loss: weight of the learned router's z loss.
+        noise: standard deviation of noise on the learned router's logits while training.
+        compute: dense computes every neuron and masks; loop and ragged compute those that are used, by blocks of rows
+            (CPU) or the device's grouped product; auto picks by device.
+    """
+
+    experts: int | None = None
+    router: Literal["activation", "activation_released", "learned", "modality"] | None = None
+    top_k: dict[str, int] = field(default_factory=dict)
+    ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shared: int | None = None
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    noise: float = 0.0
+    compute: Literal["auto", "dense", "loop", "ragged"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Where the tokenizer comes from.
 
@@ -253,6 +282,7 @@ class RunConfig:
     Args:
         model: the model.
         lora: adapters; absent means full fine-tuning.
+        moe: experts in the feed-forward layer; absent means as the model is.
         tokenizer: the tokenizer.
         data: the data.
         optimizer: the optimizer.
@@ -265,6 +295,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig | None = None
+    moe: MoeRunConfig | None = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

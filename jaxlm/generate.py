@@ -135,6 +135,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     from jaxlm.inference.prompts import Prompter
     from jaxlm.models.attention import choose_attention
     from jaxlm.models.lora import resolve_lora
+    from jaxlm.models.moe import choose_compute
     from jaxlm.parallel.mesh import make_mesh
     from jaxlm.tokenizer import load_tokenizer
 
@@ -161,8 +162,11 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     merge = config.model.merge_adapter
     on_the_fly = adapter if not merge else None
     specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
-    decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8)
-    mesh = make_mesh(config.mesh or _auto_mesh(whole.config, jax.device_count()))
+    moe = whole.config.moe
+    experts, experts_why = ("dense", "") if moe is None else choose_compute("auto", platform, moe, specs)
+    decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8, experts)
+    shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
+    mesh = make_mesh(shape_of, experts=None if moe is None else moe.experts)
     started = time.perf_counter()
     with console.status("loading"):
         weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
@@ -181,6 +185,8 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     )
     console.print(f"template   {template}: {why}", markup=False)
     console.print(f"attention  {attention}: {reason}; while writing: plain, over the cache", markup=False)
+    if moe is not None:
+        console.print(f"experts    {moe.experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
     if not stops:
         console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
     facts = {
@@ -247,7 +253,8 @@ def _auto_mesh(shape: Any, devices: int) -> Any:
 
     from jaxlm.config import MeshConfig
 
-    tensor = math.gcd(devices, shape.num_kv_heads, shape.intermediate_size, shape.vocab_size)
+    blocks = shape.intermediate_size if shape.moe is None else shape.moe.experts
+    tensor = math.gcd(devices, shape.num_kv_heads, blocks, shape.vocab_size)
     return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
 
 

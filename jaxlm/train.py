@@ -130,12 +130,12 @@ def _prompt_files(templates: list[str]) -> dict[str, bytes]:
 
 
 def _shape(config: RunConfig, source: Any) -> Any:
-    from jaxlm.models.shapes import load_shape
+    from jaxlm.models.shapes import load_shape, resolve_moe
 
     if source is not None:
-        return source.config
+        return resolve_moe(source.config, config.moe, fresh=False)
     assert config.model.shape is not None
-    return load_shape(config.model.shape)
+    return resolve_moe(load_shape(config.model.shape), config.moe, fresh=True)
 
 
 def _with_special_ids(shape: Any, tokenizer: Tokenizer) -> Any:

@@ -23,6 +23,7 @@ from jaxlm.models.attention import KVCache, MaskSpec
 from jaxlm.models.linear import quantize
 from jaxlm.models.llama import Block, Llama, RMSNorm, abstract_variables, output_logits
 from jaxlm.models.lora import LoraSpec
+from jaxlm.models.moe import modality_ids
 from jaxlm.models.rope import rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.mesh import load_sharded, tree_shardings
@@ -51,6 +52,7 @@ class Decoder:
         dtype: of weights and compute, e.g. 'bfloat16'.
         attention: implementation for reading prompts (see `models.attention`).
         quantized: linear layers are kept in int8.
+        experts: how an MoE feed-forward computes (see `models.moe`).
     """
 
     config: LlamaConfig
@@ -58,11 +60,20 @@ class Decoder:
     dtype: str = "float32"
     attention: str = "xla"
     quantized: bool = False
+    experts: str = "dense"
 
     def block(self) -> Block:
         dtype = jnp.dtype(self.dtype)
         return Block(
-            self.config, dict(self.adapters), dtype, dtype, self.attention, True, keep_kv=True, quantized=self.quantized
+            self.config,
+            dict(self.adapters),
+            dtype,
+            dtype,
+            self.attention,
+            True,
+            keep_kv=True,
+            quantized=self.quantized,
+            experts=self.experts,
         )
 
     def abstract_weights(self) -> Weights:
@@ -73,7 +84,8 @@ class Decoder:
         x = jax.ShapeDtypeStruct((1, 8, c.hidden_size), dtype)
 
         def init(key: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
-            return self.block().init(key, x, jnp.int32(0), cos, sin, MaskSpec())
+            modality = jnp.zeros(x.shape[:2], jnp.int32)
+            return self.block().init(key, x, jnp.int32(0), cos, sin, MaskSpec(), modality)
 
         layer = jax.eval_shape(init, jax.random.key(0), x, angles, angles)
         top["layers"] = [layer["params"]] * c.num_layers
@@ -166,10 +178,10 @@ def prefill(
         Logits [R, V] float32 after each row's last token, and the caches.
     """
     params = weights["params"]
-    x, cos, sin = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    x, *shared = _start(decoder, params["embed_tokens"], tokens, None, lengths)
     caches: Caches = []
     for number, layer in enumerate(params["layers"]):
-        x, kv = _prefill_layer(decoder, layer, weights["lora"][number], number, x, cos, sin, slots)
+        x, kv = _prefill_layer(decoder, layer, weights["lora"][number], number, x, *shared, slots)
         caches.append(kv)
     return _finish(decoder, _output(params), params["norm"], x, lengths - 1), caches
 
@@ -189,11 +201,11 @@ def extend(
         As `prefill`.
     """
     params = weights["params"]
-    x, cos, sin = _start(decoder, params["embed_tokens"], tokens, starts, starts + lengths)
+    x, *shared = _start(decoder, params["embed_tokens"], tokens, starts, starts + lengths)
     places = _places(tokens, starts)
     result: Caches = []
     for number, layer in enumerate(params["layers"]):
-        x, kv = _extend_layer(decoder, layer, weights["lora"][number], number, x, cos, sin, places, caches[number])
+        x, kv = _extend_layer(decoder, layer, weights["lora"][number], number, x, *shared, places, caches[number])
         result.append(kv)
     return _finish(decoder, _output(params), params["norm"], x, lengths - 1), result
 
@@ -216,9 +228,15 @@ def _embed(decoder: Decoder, embedding: jax.Array, tokens: jax.Array) -> jax.Arr
 @partial(jax.jit, static_argnums=0)
 def _start(
     decoder: Decoder, embed_tokens: Any, tokens: jax.Array, starts: jax.Array | None, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     x = _embed(decoder, embed_tokens["embedding"], tokens)
-    return x, *rope_cos_sin(decoder.config, _places(tokens, starts), lengths)
+    places = _places(tokens, starts)
+    padding = (places < lengths[:, None]).astype(jnp.int32)
+    return x, *rope_cos_sin(decoder.config, places, lengths), _modality(decoder, tokens, padding)
+
+
+def _modality(decoder: Decoder, tokens: jax.Array, present: jax.Array | None) -> jax.Array | None:
+    return None if decoder.config.moe is None else modality_ids(decoder.config.moe, tokens, present)
 
 
 def _run_layer(
@@ -229,15 +247,18 @@ def _run_layer(
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    modality: jax.Array | None,
     cache: KVCache | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     variables = {"params": layer, "lora": lora} if lora else {"params": layer}
     mask = MaskSpec(window=decoder.config.sliding_window)
-    x, kept = cast(tuple[jax.Array, KVCache], decoder.block().apply(variables, x, number, cos, sin, mask, cache))
+    x, kept = cast(
+        tuple[jax.Array, KVCache], decoder.block().apply(variables, x, number, cos, sin, mask, modality, cache)
+    )
     return x, (kept.k, kept.v)
 
 
-@partial(jax.jit, static_argnums=(0, 7), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 8), donate_argnums=4)
 def _prefill_layer(
     decoder: Decoder,
     layer: Any,
@@ -246,10 +267,11 @@ def _prefill_layer(
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    modality: jax.Array | None,
     slots: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # No mask for the padding: it stands behind the text, and nothing looks ahead.
-    x, kv = _run_layer(decoder, layer, lora, number, x, cos, sin)
+    x, kv = _run_layer(decoder, layer, lora, number, x, cos, sin, modality)
     return x, _with_slots(kv, slots)
 
 
@@ -261,13 +283,14 @@ def _cached_layer(
     x: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
+    modality: jax.Array | None,
     places: jax.Array,
     kv: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _run_layer(decoder, layer, lora, number, x, cos, sin, KVCache(*kv, places))
+    return _run_layer(decoder, layer, lora, number, x, cos, sin, modality, KVCache(*kv, places))
 
 
-_extend_layer = jax.jit(_cached_layer, static_argnums=0, donate_argnums=(4, 8))
+_extend_layer = jax.jit(_cached_layer, static_argnums=0, donate_argnums=(4, 9))
 # Inside a compiled loop: traced once instead of once per layer. The compiler puts it in line.
 _inner_layer = jax.jit(_cached_layer, static_argnums=0)
 
@@ -298,9 +321,10 @@ def next_logits(
     params, tokens, places = weights["params"], token[:, None], place[:, None]
     x = _embed(decoder, params["embed_tokens"]["embedding"], tokens)
     cos, sin = rope_cos_sin(decoder.config, places, place + 1)
+    modality = _modality(decoder, tokens, None)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
-        x, kv = _inner_layer(decoder, layer, lora, number, x, cos, sin, places, caches[number])
+        x, kv = _inner_layer(decoder, layer, lora, number, x, cos, sin, modality, places, caches[number])
         result.append(kv)
     return _logits(decoder, _output(params), params["norm"], x[:, 0]), result
 

@@ -31,6 +31,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from jaxlm.errors import UserError
 from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
 from jaxlm.models.linear import Linear, LinearParts, Parts
 from jaxlm.models.lora import LoraSpec
@@ -134,6 +135,36 @@ def router_losses(
     balance = moe.experts * jnp.sum(jax.lax.stop_gradient(share) * probability)
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * valid) / tokens
     return balance, z
+
+
+def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapping[str, LoraSpec]) -> tuple[str, str]:
+    """How a model's experts compute (see `MoeMLP`), and why, for the start-up line.
+
+    Args:
+        requested: 'auto', 'dense', 'loop' or 'ragged'.
+        platform: 'cpu', 'gpu' or 'tpu'.
+
+    Raises:
+        UserError: when the one asked for cannot serve.
+    """
+    dora = any(spec.dora for spec in adapters.values())
+    dropped = "down_proj" in adapters and adapters["down_proj"].dropout > 0
+    why_dense = ""
+    if moe.router.startswith("activation"):
+        why_dense = f"the router {moe.router} scores experts by their activations, which takes all neurons"
+    elif dora:
+        why_dense = "DoRA scales whole columns of the weights"
+    elif dropped:
+        why_dense = "dropout on the adapter of down_proj falls on all neurons"
+    if requested == "auto":
+        if why_dense:
+            return "dense", why_dense
+        return (
+            ("loop", "blocks of rows on a CPU") if platform == "cpu" else ("ragged", f"grouped products on {platform}")
+        )
+    if requested != "dense" and why_dense:
+        raise UserError(f"moe.compute: {requested!r} cannot serve: {why_dense}; use 'auto' or 'dense'")
+    return requested, "as configured"
 
 
 # --- computing only what is used --------------------------------------------------------------------------------------
@@ -303,7 +334,7 @@ class MoeMLP(nn.Module):
 
     Attributes:
         compute: 'dense' computes all neurons and masks; 'loop' and 'ragged' compute the used ones, by grouped products
-            (see `kernels.grouped_matmul`). The routers by activation need all of gate and up either way.
+            (see `kernels.grouped_matmul` and `choose_compute`). The routers by activation are always dense.
         noise: standard deviation of noise on a learned router's logits while training.
     """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
 
 # HF architecture -> what differs from LLaMA.
@@ -342,6 +343,11 @@ class LlamaConfig:
         return cls(**values)
 
     @property
+    def learned_router(self) -> bool:
+        """Whether each layer has a trained router."""
+        return self.moe is not None and self.moe.router == "learned"
+
+    @property
     def max_length(self) -> int:
         """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
         rope, length = self.rope, self.max_position_embeddings
@@ -458,3 +464,43 @@ def load_shape(name: str) -> LlamaConfig:
     raise UserError(
         f"model.shape: {name!r} is neither a known shape ({', '.join(SHAPES)}) nor a JSON file like HF's config.json"
     )
+
+
+def resolve_moe(shape: LlamaConfig, run: MoeRunConfig | None, fresh: bool) -> LlamaConfig:
+    """The shape with what a run says of experts.
+
+    Args:
+        run: the section `moe`; what is not given stays as it is.
+        fresh: the model is new; otherwise its weights decide whether there are experts and a learned router.
+
+    Raises:
+        UserError: for a dense model, another number of experts, or numbers that do not fit each other.
+    """
+    if run is None:
+        return shape
+    old = shape.moe
+    if old is None and not fresh:
+        raise UserError("moe: the model's feed-forward layer is not divided into experts; `convert moefy` does that")
+    if old is not None and run.experts not in (None, old.experts):
+        raise UserError(f"moe.experts: {run.experts}, but the model has {old.experts}; leave it out")
+    experts = run.experts or (old.experts if old else None)
+    if experts is None:
+        raise UserError("moe.experts: say into how many experts the feed-forward layer is divided")
+    router = run.router or (old.router if old else "learned")
+    if old is not None and router == "learned" != old.router:
+        raise UserError(f"moe.router: the model has no trained router (it is {old.router}), so it cannot be 'learned'")
+    ranges = dict(zip(old.modalities[1:], old.ranges, strict=True)) if old and not run.ranges else dict(run.ranges)
+    top_k = dict(zip(old.modalities, old.top_k, strict=True)) if old and not run.top_k else dict(run.top_k)
+    names = (TEXT, *ranges)
+    for name in top_k.keys() - set(names):
+        raise UserError(f"moe.top_k: {name!r} is no modality of this model; it has {', '.join(names)} (moe.ranges)")
+    for name in names:
+        if name not in top_k:
+            raise UserError(f"moe.top_k: say how many experts tokens of the modality {name!r} use")
+    shared = run.shared if run.shared is not None else (old.shared if old else 0)
+    for name, (_, stop) in ranges.items():
+        if stop > shape.vocab_size:
+            raise UserError(f"moe.ranges: {name} ends at token {stop}, the model has {shape.vocab_size}")
+    pairs = tuple((start, stop) for start, stop in ranges.values())
+    moe = MoeConfig(experts, router, names, pairs, tuple(top_k[name] for name in names), shared)
+    return dataclasses.replace(shape, moe=moe)

@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from rich.console import Console
 
-from jaxlm.config import RunConfig, to_dict
+from jaxlm.config import MoeRunConfig, RunConfig, to_dict
 from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
 from jaxlm.models.attention import choose_attention
 from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
+from jaxlm.models.moe import choose_compute
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.mesh import BATCH, make_mesh, put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.training.checkpoint import Checkpoints, model_json
@@ -38,6 +39,7 @@ from jaxlm.training.report import (
     read_metrics,
 )
 from jaxlm.training.resume import base_fingerprint, check_unchanged
+from jaxlm.training.routing import RoutingReport
 from jaxlm.training.state import Initializer, Readable, TrainState, bytes_per_device, count
 from jaxlm.training.step import make_eval_step, make_train_step, merged_variables
 
@@ -124,18 +126,23 @@ def train(job: Job, console: Console) -> Outcome:
     terminal = console if first_host else None
 
     # Model and mesh ---------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, experts=job.model.moe.experts if job.model.moe else None)
     micro_batch = _micro_batch(config, rows_axis_size(mesh))
     accumulation = config.train.global_batch_size // (micro_batch * rows_axis_size(mesh))
     platform = jax.devices()[0].platform
     kind, why = choose_attention(config.model.attention, platform, config.model.dtype, _packs(config))
+    adapters = resolve_lora(job.model, config.lora) if config.lora else {}
+    moe = config.moe or MoeRunConfig()
+    experts = None if job.model.moe is None else choose_compute(moe.compute, platform, job.model.moe, adapters)
     model = Llama(
         job.model,
-        resolve_lora(job.model, config.lora) if config.lora else {},
+        adapters,
         DTYPES[config.model.dtype],
         DTYPES[config.model.param_dtype],
         kind,
         config.model.remat,
+        experts[0] if experts else "dense",
+        moe.noise,
     )
     batches = job.data.train_batches(
         config.train.global_batch_size,
@@ -189,7 +196,8 @@ def train(job: Job, console: Console) -> Outcome:
         job, setup, mesh, optimizer, schedule, accumulation, state, frozen, terminal
     )
     if terminal is not None:
-        _announce(terminal, job, setup, mesh, accumulation, total, step, f"{kind}: {why}", compile_seconds, memory)
+        attention = f"{kind}: {why}"
+        _announce(terminal, job, setup, mesh, accumulation, total, step, attention, experts, compile_seconds, memory)
 
     # Loop -------------------------------------------------------------------------------------
     files = {**job.files, "run.yaml": job.run_yaml.encode(), "fingerprints.json": json.dumps(prints).encode()}
@@ -203,6 +211,7 @@ def train(job: Job, console: Console) -> Outcome:
     report = ProgressReport(
         terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None)
     )
+    routing = RoutingReport(job.model.moe)
     validation: list[tuple[int, float]] = []
     stop = _StopSignal()
     pending: tuple[int, Any] | None = None
@@ -213,12 +222,15 @@ def train(job: Job, console: Console) -> Outcome:
         nonlocal pending, skipped
         if pending is None:
             return
-        done, values = pending[0], {key: float(value) for key, value in jax.device_get(pending[1]).items()}
+        done, found = pending[0], jax.device_get(pending[1])
         pending = None
+        use, seen = found.pop("expert_use", None), found.pop("modality_tokens", None)
+        values = {key: float(value) for key, value in found.items()}
+        experts_used = {} if use is None else routing.add(use, seen)
         figures = report.step(done, values)
         if writer is not None and (done % config.train.log_every == 0 or done == total):
             counts = {key: int(values[key]) for key in ("tokens", "target_tokens", "skipped")}
-            writer.write(done, {**values, **counts, **figures})
+            writer.write(done, {**values, **counts, **figures, **experts_used})
         if values["skipped"] > skipped:
             skipped = int(values["skipped"])
             what = f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}"
@@ -279,6 +291,7 @@ def train(job: Job, console: Console) -> Outcome:
     checkpoints.close()
     if first_host:
         plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
+        routing.plot(out / "experts.png")
     if stop.name is not None and step < total and terminal is not None:
         terminal.print(
             f"{stop.name}: saved step {saved} of {total} in {checkpoints.path(saved)}. "
@@ -377,6 +390,7 @@ def _compile(
         config.optimizer.clip_norm,
         micro_rows // rows_axis_size(mesh),
         _packs(config),
+        config.moe or MoeRunConfig(),
     )
     started = time.perf_counter()
     status = console.status("compiling the train step") if console is not None else contextlib.nullcontext()
@@ -452,6 +466,7 @@ def _announce(
     total: int,
     step: int,
     attention: str,
+    experts: tuple[str, str] | None,
     compile_seconds: float,
     memory: int | None,
 ) -> None:
@@ -474,6 +489,11 @@ def _announce(
         ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}")
     )
     pairs.append(("attention", attention))
+    if job.model.moe is not None and experts is not None:
+        moe = job.model.moe
+        own = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
+        pairs.append(("experts", f"{moe.experts}, router {moe.router}, a token uses: {own}"))
+        pairs.append(("", f"{experts[0]}: {experts[1]}"))
     rows, length = config.train.global_batch_size, config.data.sequence_length
     micro = "" if accumulation == 1 else f", in {accumulation} micro-steps"
     pairs.append(("a step", f"{rows} rows of {length} = {rows * length:,} tokens{micro}; {total} steps"))

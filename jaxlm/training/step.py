@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.config import TrainConfig
+from jaxlm.config import MoeRunConfig, TrainConfig
+from jaxlm.kernels.cross_entropy import LossOutput
 from jaxlm.models.llama import Llama, with_saved_modules
 from jaxlm.training.optimizer import Schedule
 from jaxlm.training.state import TrainState
@@ -44,6 +45,44 @@ def merged_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
     return with_saved_modules(frozen["params"], trainable["lora"])
 
 
+def apply_loss(
+    model: Llama, variables: Any, micro: Batch, weights: jax.Array, packed: bool, **options: Any
+) -> tuple[LossOutput, Any]:
+    """`Llama.loss` of a batch with leaves [B, T], and what its routers noted ({} for a dense model)."""
+    found = model.apply(
+        variables,
+        micro["input_ids"],
+        weights,
+        positions=micro["positions"],
+        segment_ids=micro["segment_ids"] if packed or model.config.moe else None,
+        method="loss",
+        mutable=["moe"],
+        **options,
+    )
+    out, notes = cast(tuple[LossOutput, Any], found)
+    return out, notes
+
+
+def moe_figures(notes: Any, config: MoeRunConfig, steps: int) -> tuple[jax.Array | float, Metrics]:
+    """The routers' weighted losses, and figures to be summed over `steps` micro-steps.
+
+    Returns:
+        What is added to the loss, and figures: router_balance and router_z (means over layers); expert_use
+        [L, modalities, E] and modality_tokens [modalities], the tokens that used each expert and those there were.
+        Nothing for a dense model.
+    """
+    if "moe" not in notes:
+        return 0.0, {}
+    found = notes["moe"]["layers"]["mlp"]
+    figures = {"expert_use": found["used"], "modality_tokens": found["tokens"][0]}
+    penalty: jax.Array | float = 0.0
+    if "balance_loss" in found:
+        balance, z = found["balance_loss"].mean() / steps, found["z_loss"].mean() / steps
+        figures |= {"router_balance": balance, "router_z": z}
+        penalty = config.balance_loss * balance + config.z_loss * z
+    return penalty, figures
+
+
 def make_train_step(
     model: Llama,
     optimizer: optax.GradientTransformation,
@@ -52,6 +91,7 @@ def make_train_step(
     clip_norm: float,
     group_rows: int,
     packed: bool = True,
+    moe: MoeRunConfig = MoeRunConfig(),  # noqa: B008 (frozen)
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics); not jitted.
 
@@ -62,39 +102,44 @@ def make_train_step(
     A step whose loss or gradient is not finite leaves weights and optimizer as they were; it is counted.
     """
 
-    def loss_fn(trainable: Any, frozen: Any, micro: Batch, weights: jax.Array, key: jax.Array) -> jax.Array:
-        out = model.apply(
+    def loss_fn(
+        trainable: Any, frozen: Any, micro: Batch, weights: jax.Array, key: jax.Array, steps: int
+    ) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        out, notes = apply_loss(
+            model,
             merged_variables(trainable, frozen),
-            micro["input_ids"],
+            micro,
             weights,
-            positions=micro["positions"],
-            segment_ids=micro["segment_ids"] if packed else None,
+            packed,
             deterministic=False,
             rngs={"dropout": key},
-            method="loss",
         )
-        loss: jax.Array = out.loss  # type: ignore[union-attr]
-        return loss
+        # The routers' losses are means over tokens: each micro-step counts alike.
+        penalty, figures = moe_figures(notes, moe, steps)
+        return out.loss + penalty, (out.loss, figures)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         weights = loss_weights(batch["loss_mask"], config.loss_normalisation, group_rows)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
-        grad_fn = jax.value_and_grad(loss_fn)
+        steps = weights.shape[0]
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def micro_step(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def micro_step(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
             loss, grads = carry
             micro, micro_weights, index = inputs
             key = jax.random.fold_in(step_key, index)
-            more_loss, more_grads = grad_fn(state.trainable, frozen, micro, micro_weights, key)
-            return (loss + more_loss, jax.tree.map(lambda g, m: g + m.astype(jnp.float32), grads, more_grads)), None
+            (_, (more, figures)), more_grads = grad_fn(state.trainable, frozen, micro, micro_weights, key, steps)
+            return (loss + more, jax.tree.map(lambda g, m: g + m.astype(jnp.float32), grads, more_grads)), figures
 
-        steps = weights.shape[0]
         if steps == 1:
             micro = {name: value[0] for name, value in batch.items()}
-            loss, grads = grad_fn(state.trainable, frozen, micro, weights[0], jax.random.fold_in(step_key, 0))
+            key = jax.random.fold_in(step_key, 0)
+            (_, (loss, figures)), grads = grad_fn(state.trainable, frozen, micro, weights[0], key, steps)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-            (loss, grads), _ = jax.lax.scan(micro_step, (jnp.float32(0), zeros), (batch, weights, jnp.arange(steps)))
+            carry = jnp.float32(0), zeros
+            (loss, grads), figures = jax.lax.scan(micro_step, carry, (batch, weights, jnp.arange(steps)))
+            figures = jax.tree.map(lambda value: value.sum(axis=0), figures)
 
         grad_norm = optax.tree.norm(grads)
         factor = jnp.float32(1.0)
@@ -124,6 +169,7 @@ def make_train_step(
             "target_tokens": (weights > 0).sum(),
             "tokens": (batch["segment_ids"] > 0).sum(),
             "skipped": new_state.skipped,
+            **figures,
         }
         return new_state, metrics
 
@@ -136,15 +182,7 @@ def make_eval_step(model: Llama, packed: bool = True) -> Callable[[Any, Any, Bat
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
         micro = {name: value[0] for name, value in batch.items()}
         weights = micro["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
-        out = model.apply(
-            merged_variables(trainable, frozen),
-            micro["input_ids"],
-            weights,
-            positions=micro["positions"],
-            segment_ids=micro["segment_ids"] if packed else None,
-            accuracy=True,
-            method="loss",
-        )
-        return {"loss": out.loss, "correct": out.correct, "target_tokens": weights.sum()}  # type: ignore[union-attr]
+        out, _ = apply_loss(model, merged_variables(trainable, frozen), micro, weights, packed, accuracy=True)
+        return {"loss": out.loss, "correct": out.correct, "target_tokens": weights.sum()}
 
     return step

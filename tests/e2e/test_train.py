@@ -202,3 +202,70 @@ def test_recipes_are_valid(file: Path, capsys: pytest.CaptureFixture[str]) -> No
         main(["--config", str(file), "--model.path", "somewhere", "--print_config"])
     assert end.value.code == 0
     assert "output_dir" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def expert_run(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    moe = {"experts": 4, "router": "learned", "top_k": {"text": 2, "rare": 1}, "ranges": {"rare": [200, 320]}}
+    config = write_config(folder, base_config, moe=moe, mesh={"data": 2, "fsdp": 1, "expert": 2, "tensor": 2})
+    assert main(["--config", str(config), "--output_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_a_model_of_experts_trains_and_tells_which_are_used(expert_run: Path) -> None:
+    losses = read(expert_run, "loss")
+    assert losses[-1] < losses[0] - 0.3
+    share = read(expert_run, "expert_share")[-1]
+    assert [len(share[name]) for name in ("text", "rare")] == [4, 4]  # type: ignore[index]
+    np.testing.assert_allclose([sum(share["text"]), sum(share["rare"])], [2, 1], atol=1e-3)  # type: ignore[index]
+    assert read(expert_run, "dropped") == [0] * 6
+    assert all(0 < entropy["text"] <= 1 for entropy in read(expert_run, "router_entropy"))  # type: ignore[index]
+    assert read(expert_run, "router_balance")[0] > 0
+    assert (expert_run / "experts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_of_experts_goes_on_and_writes(
+    expert_run: Path, base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA run begins with it, without a section `moe`; the text is the same however the experts compute."""
+    from jaxlm.generate import main as generate
+
+    lora = {"rank": 2, "targets": ["q_proj", "up_proj"]}
+    model = {"path": str(expert_run), "dtype": "float32", "shape": None}
+    config = write_config(tmp_path, base_config, lora=lora, model=model, tokenizer=None, train={"steps": 2})
+    assert main(["--config", str(config), "--output_dir", str(tmp_path / "lora")]) == 0
+    capsys.readouterr()
+    words = ["--prompt", "rock sand", "--max_new_tokens", "8", "--compilation_cache", "none"]
+    assert generate(["--model", str(expert_run), *words]) == 0
+    said = capsys.readouterr()
+    assert "4, router learned; loop" in said.err
+    assert generate(["--model", str(tmp_path / "lora"), *words, "--mesh.data", "8", "--mesh.fsdp", "1"]) == 0
+    assert capsys.readouterr().out
+    assert convert(["jax-to-hf", str(expert_run), str(tmp_path / "hf")]) == 2
+    assert "4 experts, which the Hugging Face format has no place for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"experts": 7, "top_k": {"text": 1}}, "moe.experts: 7 does not divide the 128 neurons"),
+        ({"experts": 4, "top_k": {"text": 5}}, "moe.top_k: text: 5"),
+        ({"experts": 4, "top_k": {"text": 2, "smile": 1}}, "'smile' is no modality"),
+        ({"experts": 4, "top_k": {"text": 2}, "ranges": {"rare": [300, 330]}}, "say how many experts"),
+        ({"experts": 4, "top_k": {"text": 2, "rare": 1}, "ranges": {"rare": [300, 330]}}, "ends at token 330"),
+        ({"top_k": {"text": 2}}, "say into how many experts"),
+        ({"experts": 4, "top_k": {"text": 2}, "router": "activation", "compute": "loop"}, "'loop' cannot serve"),
+    ],
+    ids=str,
+)
+def test_experts_that_cannot_be(
+    base_config: dict[str, Any],
+    tmp_path: Path,
+    moe: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_config(tmp_path, base_config, moe=moe)
+    assert main(["--config", str(config), "--output_dir", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
