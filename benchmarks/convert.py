@@ -122,21 +122,28 @@ def settle(*directories: Path) -> None:
                 os.close(handle)
 
 
+# A small process between this one and the measured one: a new process starts with its parent's largest memory.
+WAIT = """
+import os, sys
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
+_, status, usage = os.wait4(pid, 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+"""
+
+
 def run(command: list[str], sync: Path | None = None) -> Run:
     """Runs a command; with `sync`, then syncs the files of that directory, within the time."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)}: status {status}\n{errors[-2000:]}")
+    done = subprocess.run([sys.executable, "-S", "-c", WAIT, *command], capture_output=True, text=True)
+    status, cpu, mib = done.stdout.split()
+    if int(status):
+        sys.exit(f"{' '.join(command)}: status {status}\n{done.stderr[-2000:]}")
     if sync is not None:
         for path in sync.rglob("*"):
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    return Run(time.perf_counter() - started, float(cpu), float(mib))
 
 
 def cases(folder: Path, torch: bool) -> Iterator[tuple[str, list[Path], list[str], list[str] | None]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command import add_verb
+from convert.command import add_verb, keep_freed_memory
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def _progress(source: LeafSource) -> Iterator[Callable[[int], None]]:
 
     from convert.leaves import total_bytes
 
+    keep_freed_memory()
     columns = "comparing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total_bytes(source.leaves))

@@ -37,10 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"convert {options.verb}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has seen enough; nothing more may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"convert {options.verb}: interrupted; nothing was left at the destination", file=sys.stderr)
         return 130

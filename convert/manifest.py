@@ -104,6 +104,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         UserError: when there is none, it is no manifest, or it names a file outside the directory.
     """
     where = directory / MANIFEST
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
     if not where.is_file():
         raise UserError(
             f"{directory}: has no {MANIFEST}, so its files cannot be checked; jaxlm leaves one in what it writes. "

@@ -17,6 +17,8 @@ from convert.output import TensorSpec
 from convert.peft import peft_tensors
 from jaxlm.models.shapes import LlamaConfig
 
+# Numbers compared at a time, so that everything between stays in the cache.
+_STEP = 1 << 14
 # Fields of a configuration that change nothing in what a model computes for a text.
 _NOT_COMPUTED = {"initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 
@@ -145,30 +147,40 @@ def compare_blocks(first: np.ndarray, second: np.ndarray, found: Difference) -> 
     if first.dtype == second.dtype:
         bits = np.dtype(f"u{first.dtype.itemsize}")
         unequal = first.view(bits) != second.view(bits)
-        narrow = first.dtype
     else:
-        narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
         unequal = first.astype(np.float32) != second.astype(np.float32)
     count = int(np.count_nonzero(unequal))
     if not count:
         return
     found.different += count
-    first, second = first[unequal], second[unequal]
-    a, b = first.astype(np.float64), second.astype(np.float64)
+    if 2 * count < first.size:
+        first, second = first[unequal], second[unequal]
+    first, second = first.reshape(-1), second.reshape(-1)
+    for start in range(0, first.size, _STEP):
+        _measure(first[start : start + _STEP], second[start : start + _STEP], found)
+
+
+def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
+    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    # float32 holds what 16-bit numbers differ by to more than their own digits.
+    wide = np.float64 if first.dtype == second.dtype == np.float32 else np.float32
+    a, b = first.astype(wide), second.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
         absolute = np.abs(a - b)
-        absolute[np.isnan(absolute)] = np.inf
-        absolute[np.isnan(a) & np.isnan(b)] = 0
-        relative = absolute / np.maximum(np.abs(a), np.abs(b))
-        ulps = np.abs(_ordered(first.astype(narrow)) - _ordered(second.astype(narrow)))
+        if not np.isfinite(absolute.max()):
+            absolute[np.isnan(absolute)] = np.inf
+            absolute[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        # Where both are 0 anything will do but 0.
+        larger = np.maximum(np.maximum(np.abs(a), np.abs(b)), np.finfo(wide).tiny)
+        relative = absolute / larger
+        ulps = np.abs(_ordered(first.astype(narrow, copy=False)) - _ordered(second.astype(narrow, copy=False)))
     found.max_ulp = max(found.max_ulp, int(ulps.max()))
     found.max_abs = max(found.max_abs, float(absolute.max()))
-    # 0 / 0 is that of -0 and 0, or of two NaNs.
-    found.max_rel = max(found.max_rel, float(np.nan_to_num(relative, nan=0.0, posinf=np.inf).max()))
+    found.max_rel = max(found.max_rel, float(np.nan_to_num(relative.max(), nan=np.inf, posinf=np.inf)))
 
 
 def _ordered(numbers: np.ndarray) -> np.ndarray:
     """Integers in the order of the numbers, neighbours one apart; -0 and 0 are both 0."""
     width = numbers.dtype.itemsize
-    bits = numbers.view(np.dtype(f"i{width}")).astype(np.int64)
+    bits = numbers.view(np.dtype(f"i{width}")).astype(np.int64 if width == 4 else np.int32)
     return np.where(bits < 0, -(bits & ((1 << (8 * width - 1)) - 1)), bits)

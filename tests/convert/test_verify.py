@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,9 @@ class TestBlocks:
             found = Difference("x", (1,), ("", ""))
             compare_blocks(np.array(first, np.float32), np.array(second, np.float32), found)
             assert (found.different, found.max_ulp, found.max_abs, found.max_rel) == (different, 0, 0, 0)
+        found = Difference("x", (3,), ("", ""))  # most of them differ, one by nothing that is a number
+        compare_blocks(np.array([np.inf, 1, 2], np.float32), np.array([np.inf, 2, 4], np.float32), found)
+        assert (found.different, found.max_abs, found.max_rel) == (2, 2, 0.5)
         for bad in (np.nan, np.inf):
             found = Difference("x", (1,), ("", ""))
             compare_blocks(np.array([1.0], np.float32), np.array([bad], np.float32), found)
@@ -223,6 +228,16 @@ def test_inspect(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     printed = run("inspect", tmp_path / "jax", "--checksum")
     assert "jaxlm model" in printed and f"sum of all numbers: {total:.4f}" in printed and "manifest: " in printed
     assert f"sum of all numbers: {total:.4f}" in run("inspect", hf_dir / "model.safetensors", "--checksum")
+
+
+def test_whoever_has_seen_enough(hf_dir: Path) -> None:
+    """`convert inspect … | head -1` ends quietly."""
+    command = [sys.executable, "-m", "convert", "inspect", str(hf_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+    process.stderr.close()
 
 
 def test_inspect_adapters(tmp_path: Path, run: Callable[..., str]) -> None:
