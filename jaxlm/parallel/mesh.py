@@ -106,17 +106,23 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     def one(path: tuple[Any, ...], spec: P, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = [rules[name] if name is not None else None for name in spec]
-        used = [axis for axis in axes if axis is not None]
+        used = [name for axis in axes for name in _as_tuple(axis)]
         if len(set(used)) != len(used):
             raise AssertionError(f"{jax.tree_util.keystr(path)}: {spec} puts two dims on one mesh axis: {axes}")
         for dim, axis, logical in zip(leaf.shape, axes, spec, strict=False):
-            size = 1 if axis is None else math.prod(mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis))
+            split = [name for name in _as_tuple(axis) if mesh.shape[name] > 1]
+            size = math.prod(mesh.shape[name] for name in split)
             if dim % size:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise UserError(f"mesh.{axis}: {size} does not divide {dim}, the {logical} dim of {name} {leaf.shape}")
+                keys = " times ".join(f"mesh.{axis}" for axis in split)
+                raise UserError(f"{keys}: {size} does not divide {dim}, the {logical} dim of {name} {leaf.shape}")
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(one, specs, shapes, is_leaf=lambda x: isinstance(x, P))
+
+
+def _as_tuple(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
