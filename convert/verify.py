@@ -163,7 +163,7 @@ def compare_blocks(first: np.ndarray, second: np.ndarray, found: Difference) -> 
 def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
     narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
     # float32 holds what 16-bit numbers differ by to more than their own digits.
-    wide = np.float64 if first.dtype == second.dtype == np.float32 else np.float32
+    wide: Any = np.float64 if first.dtype == second.dtype == np.float32 else np.float32
     a, b = first.astype(wide), second.astype(wide)
     with np.errstate(invalid="ignore", over="ignore"):
         absolute = np.abs(a - b)
@@ -182,5 +182,5 @@ def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
 def _ordered(numbers: np.ndarray) -> np.ndarray:
     """Integers in the order of the numbers, neighbours one apart; -0 and 0 are both 0."""
     width = numbers.dtype.itemsize
-    bits = numbers.view(np.dtype(f"i{width}")).astype(np.int64 if width == 4 else np.int32)
+    bits: np.ndarray = numbers.view(f"i{width}").astype(np.int64 if width == 4 else np.int32)
     return np.where(bits < 0, -(bits & ((1 << (8 * width - 1)) - 1)), bits)
