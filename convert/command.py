@@ -64,12 +64,12 @@ def write_jax(source: ParamSource, destination: str) -> None:
 
 def write_hf(source: ParamSource, destination: str, shard_size: str) -> None:
     """Writes a Hugging Face directory and says so."""
-    from convert.hf import write_hf
+    from convert import hf
     from convert.output import parse_size
 
     size = parse_size(shard_size)
     with writing(source, destination) as (directory, advance):
-        write_hf(source, directory, size, advance)
+        hf.write_hf(source, directory, size, advance)
     say_model(source, f'AutoModelForCausalLM.from_pretrained("{destination}")')
 
 
@@ -135,8 +135,8 @@ def keep_freed_memory() -> None:
     """
     import numpy as np
 
-    del_me = np.empty(31 << 20, np.uint8)
-    del del_me
+    piece = np.empty(31 << 20, np.uint8)
+    del piece
 
 
 def _tensor_sizes(source: LeafSource) -> list[int]:
@@ -153,15 +153,25 @@ def _say_written(destination: str, files: dict[str, int], seconds: float) -> Non
     from convert.output import human
 
     nbytes = sum(files.values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     rows = {
         "written": destination,
         "files": f"{len(files)}, {human(nbytes)}, sha256 of each in {MANIFEST}",
         "time": f"{seconds:.1f} s, {human(nbytes / max(seconds, 1e-9))}/s",
-        "peak memory": human(peak),
+        "peak memory": human(_peak_memory()),
     }
     for name, value in rows.items():
         print(f"{name:12} {value}")
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage, whose number begins with that of the process that started this one.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def say_model(source: ParamSource, following: str) -> None:
