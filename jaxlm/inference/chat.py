@@ -126,8 +126,7 @@ class Chat:
         if self._prompter.takes_turns:
             text = cut_at_stop(answer_text(self._prompter.tokenizer, ids, answer.ids), self._options.stop)[0]
             self._messages += [turn, {"role": "assistant", "content": text.strip()}]
-        if self._options.num_beams == 1 and self._options.samples == 1:
-            self._memory = writing.memory()
+        self._memory = writing.memory()
 
     def _command(self, name: str, rest: str) -> None:
         rest = rest.strip()

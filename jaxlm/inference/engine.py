@@ -221,9 +221,11 @@ class Writing:
             shared += 1
         return shared
 
-    def _steps_in(self, caches: Caches, slots: int, longest: int) -> tuple[Caches, int, int]:
-        """Room for a flush of tokens: caches, their slots, and how many tokens to write."""
-        steps = min(self._flush, max(self._limits) - longest)
+    def _room(self, caches: Caches, slots: int, state: State | BeamState) -> tuple[Caches, int, int]:
+        """Room for a flush of tokens: caches, their slots, and how many tokens to write. `state` is on the host."""
+        # Rows that have ended do not count: one may stand at the end of its context while others have far to go.
+        lengths, limits = state.lengths[~state.finished], state.limits[~state.finished]
+        longest, steps = int(lengths.max()), min(self._flush, int((limits - lengths).max()))
         if longest + steps > slots:
             slots = min(bucket(max(self._limits)), bucket(slots + 1))
             caches = grow(caches, slots)
@@ -243,9 +245,9 @@ class Writing:
         yield
         while not self._over():
             state = self._with_stopped(state)
-            if bool(np.all(self._host.finished | self._stopped_rows())):
+            if self._over():
                 break
-            caches, slots, steps = self._steps_in(caches, slots, int(self._host.lengths.max()))
+            caches, slots, steps = self._room(caches, slots, self._host)
             caches, state = decode(
                 generator.decoder,
                 generator.weights,
@@ -273,8 +275,11 @@ class Writing:
         return rows
 
     def _with_stopped(self, state: State) -> State:
-        rows = self._stopped_rows()
-        return dataclasses.replace(state, finished=self._host.finished | rows) if rows.any() else state
+        if self._stopped:
+            finished = self._host.finished | self._stopped_rows()
+            self._host = dataclasses.replace(self._host, finished=finished)
+            state = dataclasses.replace(state, finished=finished)
+        return state
 
     def stop(self, prompt: int, sample: int = 0) -> None:
         """Ends an answer, e.g. because its text holds a stop text."""
@@ -295,7 +300,7 @@ class Writing:
             if self._over():
                 return
             yield
-            caches, slots, steps = self._steps_in(caches, slots, int(self._host.lengths.max()))
+            caches, slots, steps = self._room(caches, slots, self._host)
             caches, state = search(
                 generator.decoder, generator.weights, caches, state, settings, stops, penalty, np.int32(steps), **how
             )
@@ -322,9 +327,14 @@ class Writing:
             ids.pop()
         return Answer(tuple(ids), finish, complete)
 
-    def memory(self) -> Memory:
-        """For the next turn of a conversation of one prompt, once `steps` has ended or was left."""
-        assert len(self._rows) == 1 and self._copies == 1 and isinstance(self._host, State)
+    def memory(self) -> Memory | None:
+        """For the next turn of a conversation, once `steps` has ended; None when it cannot be gone on with.
+
+        That is for a batch of several rows, and for dynamic RoPE, where a longer text turns all of its keys anew.
+        """
+        dynamic = self._generator.decoder.config.rope.rope_type == "dynamic"
+        if len(self._rows) != 1 or self._copies != 1 or dynamic or not isinstance(self._host, State):
+            return None
         caches, self._caches = self._caches, []
         # The last token has been written, but not read.
         return Memory(self._host.tokens[0, : int(self._host.lengths[0]) - 1].tolist(), caches)

@@ -75,6 +75,21 @@ def test_earlier_turns_are_seen(talk: Callable[..., Talk]) -> None:
     assert talk()("rock", "earth").shown == found.shown
 
 
+def test_on_several_devices_it_is_the_same(generator: Generator, talk: Callable[..., Talk]) -> None:
+    """Rows fill up the mesh there, so that nothing is kept between turns."""
+    import jax
+
+    from jaxlm.config import MeshConfig
+    from jaxlm.parallel.mesh import make_mesh
+
+    expected = talk(temperature=0.0)("rock", "earth")
+    found = talk(temperature=0.0)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1), jax.devices()[:4])
+    weights = jax.device_put(generator.weights, jax.NamedSharding(mesh, jax.P()))
+    found._generator = Generator(generator.decoder, weights, mesh, generator.stop_ids)
+    assert found("rock", "earth").shown == expected.shown
+
+
 def test_reset_and_system_begin_anew(talk: Callable[..., Talk]) -> None:
     found = talk()("rock", "/reset", "earth", "/system T", "more", "/system", "the")
     assert found.prompts == ["S U: rock A:", "S U: earth A:", "T U: more A:", "S U: the A:"]

@@ -203,6 +203,17 @@ def test_the_context_ends_an_answer(llama: Any) -> None:
     assert (len(answer.ids), answer.finish) == (5, "context")
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_row_at_the_end_of_its_context_does_not_hold_up_the_others(llama: Any, options: dict[str, Any]) -> None:
+    _, config, generator = llama
+    quiet = Generator(generator.decoder, generator.weights, generator.mesh, [])
+    decoding = Decoding(max_new_tokens=40, **options)
+    prompts = [(list(range(3, 90)) * 4)[: config.max_length - 4], [5, 6, 7]]
+    answers = [row[0] for row in quiet.generate(prompts, decoding)]
+    assert [(len(answer.ids), answer.finish) for answer in answers] == [(4, "context"), (40, "length")]
+    assert answers == [quiet.generate([prompt], decoding)[0][0] for prompt in prompts]
+
+
 def test_stop_ids_of_the_user(llama: Any) -> None:
     _, _, generator = llama
     prompt = prompts_of(1, 10, seed=6)[0]
