@@ -243,9 +243,9 @@ def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance
                 _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
                 written += block.nbytes
                 advance(block.nbytes)
+                tell_final(advance, path, end + written)
             assert written == spec.nbytes, f"{spec.name}: {written} of {spec.nbytes} bytes"
             end += written
-            tell_final(advance, path, end)
     tell_final(advance, path, None)
 
 
