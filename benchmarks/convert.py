@@ -56,6 +56,13 @@ base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
+# The same command without its SHA-256 sums, to see what they cost.
+NO_SUMS = """
+import sys
+from convert import cli, manifest
+manifest._piece_digest = lambda *piece: ""
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +187,15 @@ def measure(folder: Path, gigabytes: float, dtype: str, wanted: str, torch: bool
         copies.append(run(["cp", "-r", str(folder / "base"), str(folder / "copy")], folder / "copy").seconds)
         shutil.rmtree(folder / "copy")
 
-    results: list[tuple[str, Run, Run | None]] = []
+    results: list[tuple[str, Run, Run, Run | None]] = []
     for name, inputs, arguments, script in cases(folder, torch):
         if wanted not in name:
             continue
         out = folder / name.split()[0]
         copy()
+        settle(*inputs)
+        without = run([sys.executable, "-c", NO_SUMS, *arguments, str(out)])
+        shutil.rmtree(out)
         settle(*inputs)
         found = run([sys.executable, "-m", "convert", *arguments, str(out)])
         peer = None
@@ -194,18 +204,22 @@ def measure(folder: Path, gigabytes: float, dtype: str, wanted: str, torch: bool
             peer = run([*script, str(folder / "peer")], folder / "peer")
             shutil.rmtree(folder / "peer")
         copy()
-        results.append((name, found, peer))
+        results.append((name, found, without, peer))
         if name not in ("hf-to-meta", "hf-to-mindspore", "hf-to-jax"):
             shutil.rmtree(out)
     speed = nbytes / statistics.median(copies) / 1e6
     print(f"\n{nbytes / 1e9:.2f} GB in {dtype}, {config.num_layers} layers of 7B; cp {speed:.0f} MB/s")
-    print("| conversion | MB/s | of cp | processor s/GB | peak MiB | PyTorch MB/s | PyTorch peak MiB |")
+    print("| conversion | MB/s | of cp | without SHA-256 | processor s/GB | peak MiB | PyTorch MB/s, peak MiB |")
     print("|---|---|---|---|---|---|---|")
-    for name, found, peer in results:
-        rate = nbytes / found.seconds / 1e6
-        other = "| |" if peer is None else f"| {nbytes / peer.seconds / 1e6:.0f} | {peer.mib:,.0f} |"
-        per_gb = found.cpu / (nbytes / 1e9)
-        print(f"| {name} | {rate:.0f} | **{rate / speed:.2f}** | {per_gb:.1f} | {found.mib:,.0f} {other}", flush=True)
+    for name, found, without, peer in results:
+        rates = [nbytes / item.seconds / 1e6 for item in (found, without)]
+        other = "" if peer is None else f"{nbytes / peer.seconds / 1e6:.0f}, {peer.mib:,.0f}"
+        per_gb = " / ".join(f"{item.cpu / (nbytes / 1e9):.1f}" for item in (found, without))
+        print(
+            f"| {name} | {rates[0]:.0f} | **{rates[0] / speed:.2f}** | {rates[1] / speed:.2f} | {per_gb} "
+            f"| {found.mib:,.0f} | {other} |",
+            flush=True,
+        )
 
 
 def main() -> None:
