@@ -189,9 +189,10 @@ def _read_words(
 
 
 def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None:
-    section = _section(_hint_of(name, root))
-    if section is not None and value is not None and "path" in _fields(section) and not value.startswith("{"):
-        name = f"{name}.path"  # --model DIR
+    hint = _hint_of(name, root)
+    if dataclasses.is_dataclass(hint) and "path" in _fields(typing.cast(type, hint)):
+        if value is not None and not value.startswith("{"):
+            name = f"{name}.path"  # --model DIR
     *parents, leaf = name.split(".")
     hint = _hint_of(name, root)
     if value is None:
