@@ -190,9 +190,9 @@ def _read_words(
 
 def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None:
     hint = _hint_of(name, root)
-    if dataclasses.is_dataclass(hint) and "path" in _fields(typing.cast(type, hint)):
-        if value is not None and not value.startswith("{"):
-            name = f"{name}.path"  # --model DIR
+    has_path = dataclasses.is_dataclass(hint) and "path" in _fields(typing.cast(type, hint))
+    if has_path and value is not None and not value.startswith("{"):
+        name = f"{name}.path"  # --model DIR
     *parents, leaf = name.split(".")
     hint = _hint_of(name, root)
     if value is None:
@@ -261,7 +261,9 @@ def _check_keys(values: Any, cls: type, prefix: str, origin: str, root: type) ->
         if isinstance(value, list):
             for item in value:
                 _check_keys(item, section, f"{name}.", origin, root)
-        elif isinstance(value, dict) or not typing.get_args(hints[key]):
+        elif isinstance(value, dict) or (
+            value is not None and set(typing.get_args(hints[key])) <= {section, type(None)}
+        ):
             _check_keys(value, section, f"{name}.", origin, root)
     return typing.cast(dict[str, Any], values)
 
