@@ -24,6 +24,7 @@ from convert.command import (
     write_jax,
     writing,
 )
+from convert.experts_cli import add_expert_verbs
 from convert.formats_cli import add_format_verbs, open_as
 from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add_format_verbs(verbs)
     add_combine_verbs(verbs)
     add_vocab_verb(verbs)
+    add_expert_verbs(verbs)
     add_check_verbs(verbs)
     return parser
 

@@ -112,6 +112,8 @@ def parse_hf_config(where: Path, content: dict[str, Any]) -> LlamaConfig:
 class StackedTensors:
     """Leaves read from one stored tensor per layer."""
 
+    partition: np.ndarray | None = None  # only jaxlm's own format keeps one
+
     def __init__(self) -> None:
         self.leaves: dict[str, LeafInfo] = {}
         self._tensors: dict[str, dict[int | None, tuple[Tensor, Layout]]] = {}

@@ -77,6 +77,10 @@ class ParamSource(LeafSource, Protocol):
     def tokenizer_dir(self) -> Path:
         """The directory that a tokenizer can be loaded from."""
 
+    @property
+    def partition(self) -> np.ndarray | None:
+        """The original neuron at each place, int32 [L, F], of a model that `convert moefy` divided into experts."""
+
 
 @runtime_checkable
 class BlockSource(Protocol):
@@ -228,6 +232,10 @@ class DerivedSource:
         self.tokenizer_files = source.tokenizer_files
         self.tokenizer_dir = source.tokenizer_dir
         self.leaves: Mapping[str, LeafInfo] = source.leaves
+
+    @property
+    def partition(self) -> np.ndarray | None:
+        return self._source.partition
 
     def read(self, path: str, index: Index) -> np.ndarray:
         return self._source.read(path, index)

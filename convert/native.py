@@ -2,6 +2,7 @@
 
     DIR/jaxlm/model.json     {"format": "jaxlm", "version": 1, "model": ..., "lora": ..., "base": ..., "dtype": ...}
     DIR/jaxlm/tokenizer/     tokenizer files as they came
+    DIR/jaxlm/partition.npy  of a model that `convert moefy` made: see `convert.partition`
     DIR/model/               an Orbax pytree, {"params": ...} or {"lora": ...}
 
 `model/` is read and written through TensorStore slice by slice. Training writes it with Orbax (one OCDBT database); the
@@ -37,6 +38,7 @@ from convert.leaves import (
 )
 from convert.names import Shape, adapter_shapes, leaf_shapes
 from convert.output import tell_final
+from convert.partition import PARTITION_FILE, load_partition, npy_bytes
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
@@ -151,6 +153,18 @@ class NativeSource(_Native):
         self.hf_config = self._optional_json("hf_config.json")
         check_leaves(path / "model", {name: leaf.shape for name, leaf in self.leaves.items()}, leaf_shapes(self.config))
 
+    @property
+    def partition(self) -> np.ndarray | None:
+        """Read when it is asked for.
+
+        Raises:
+            UserError: when it does not fit the model.
+        """
+        file = self.path / "jaxlm" / PARTITION_FILE
+        if self.config.moe is None or not file.is_file():
+            return None
+        return load_partition(file, self.config.num_layers, self.config.intermediate_size)
+
 
 class NativeAdapter(_Native):
     """An adapter in a jaxlm directory."""
@@ -210,6 +224,9 @@ def write_model(source: ParamSource, directory: Path, advance: Advance) -> None:
     _write_small(directory, source, source.config, source.tokenizer_files, {"lora": None, "base": None})
     if source.hf_config is not None:
         _write_json(directory / "jaxlm" / "hf_config.json", source.hf_config)
+    partition = None if source.config.moe is None else source.partition
+    if partition is not None:
+        (directory / "jaxlm" / PARTITION_FILE).write_bytes(npy_bytes(partition))
     _write_tree(source, directory, "params", advance)
 
 

@@ -82,6 +82,7 @@ def _run(configs: list[RunConfig], preview: int | None) -> int:
 
 
 def _train(config: RunConfig, console: Console) -> Outcome:
+    from convert.partition import PARTITION_FILE, npy_bytes
     from convert.source import open_model
     from jaxlm.training.loop import Job, train
 
@@ -94,6 +95,8 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
+    if source is not None and source.config.moe is not None and source.partition is not None:
+        files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files([report.template for report in data.report.train])
     prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
