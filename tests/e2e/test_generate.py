@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("generate")]
 GREEDY = ["--max_new_tokens", "12", "--compilation_cache", "none"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/ (a run), lora/ (an adapter run on it), and both in the formats of others: base-hf, lora-peft, merged-hf."""
     folder = tmp_path_factory.mktemp("models")

@@ -94,7 +94,7 @@ def test_same_tokens_as_transformers(llama: Any, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("options", [SEARCHES[3], SEARCHES[5]], ids=["greedy", "beams"])
 def test_a_prompt_alone_and_in_a_batch(llama: Any, options: dict[str, Any]) -> None:
     _, _, generator = llama
-    prompts = prompts_of(7, 30, seed=1)
+    prompts = prompts_of(4, 30, seed=1)
     decoding = Decoding(max_new_tokens=20, **options)
     together = generator.generate(prompts, decoding)
     assert together == [generator.generate([prompt], decoding)[0] for prompt in prompts]

@@ -35,7 +35,7 @@ def problem(counts: list[int], block: int, spare: int, seed: int) -> tuple[Any, 
     spare=st.integers(0, 9),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_values_and_gradients(counts: list[int], block: int, spare: int, seed: int) -> None:
     x, w, groups, owners = problem(counts, block, spare, seed)
     expected = np.zeros((len(x), O), np.float32)
