@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from convert.leaves import DerivedSource, Index, LeafInfo, ParamSource, full_index, index_shape, main_dtype, row_blocks
 from convert.names import Entry, leaf_shapes
@@ -170,7 +172,9 @@ def make_order(source: ParamSource, experts: int, method: str, partition: Path |
         if found != experts:
             raise UserError(f"--experts {experts}: the partition {partition} has {found}; leave --experts out")
         return np.stack([permutation(row) for row in owners])
-    return np.stack([permutation(_clustered(source, layer, experts, seed)) for layer in range(layers)])
+    with Progress(console=Console(stderr=True)) as progress:
+        every = progress.track(range(layers), description="clustering")
+        return np.stack([permutation(_clustered(source, layer, experts, seed)) for layer in every])
 
 
 def _clustered(source: ParamSource, layer: int, experts: int, seed: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, fi
 from convert.peft import PeftSource
 from convert.tensors import find_weights, read_safetensors
 from jaxlm.errors import UserError
+from jaxlm.models.lora import resolve_lora
 from jaxlm.models.shapes import LlamaConfig
 
 __all__ = ["AdapterSource", "LeafInfo", "ParamSource", "is_adapter", "open_adapter", "open_model"]
@@ -121,6 +122,20 @@ def open_model(
     raise UserError(f"{path}: is no model: {_found(path)}; {ACCEPTED}")
 
 
+def _check_order(adapter: NativeAdapter, base: LlamaConfig) -> None:
+    """Refuses an adapter whose neurons stand in another order: a dense model's for one of experts, or the reverse."""
+    moved = sorted(
+        {"gate_proj", "up_proj", "down_proj"} & resolve_lora(adapter.config, adapter.lora, adapter.layers).keys()
+    )
+    own, other = adapter.config.moe, base.moe
+    if moved and (own is None) != (other is None):
+        kind, kind_of_base = ("a dense model" if moe is None else "a model of experts" for moe in (own, other))
+        raise UserError(
+            f"{adapter.path}: was trained on {kind}, the base is {kind_of_base}: `convert moefy` changes the order of "
+            f"the neurons, and with it what the adapter of {moved[0]} means; give the model that it was trained on"
+        )
+
+
 def open_adapter(
     path: str | Path, base_config: LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
 ) -> AdapterSource:
@@ -141,6 +156,7 @@ def open_adapter(
             raise UserError(f"{path}: is a full model, not an adapter; open it as the model itself")
         adapter = NativeAdapter(native, content)
         if base_config is not None:
+            _check_order(adapter, base_config)
             adapter.config = base_config
             check_adapter_leaves(adapter, native / "model")
         return adapter

@@ -20,7 +20,7 @@ from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import ROUTERS, MoeConfig
-from tests.convert.tiny import make_hf_model
+from tests.convert.tiny import make_adapter, make_hf_model
 
 EVERY: tuple[slice, ...] = ()
 L, F, E = 3, 24, 4  # of tests.convert.tiny.BASE
@@ -135,13 +135,28 @@ def test_the_permutation_travels(hf_dir: Path, tmp_path: Path, run: Callable[...
     """A copy made with other verbs keeps it."""
     run("moefy", hf_dir, tmp_path / "moe", *TEXT_TWO)
     pytest.importorskip("peft")
-    from tests.convert.tiny import make_adapter
-
     make_adapter(make_hf_model(), tmp_path / "adapter", target_modules=["q_proj"])
     run("merge", tmp_path / "moe", tmp_path / "adapter", tmp_path / "merged")
     run("demoefy", tmp_path / "merged", tmp_path / "back")
     run("merge", hf_dir, tmp_path / "adapter", tmp_path / "expected", "--format", "jax")
     assert_same_leaves(open_model(tmp_path / "back"), open_model(tmp_path / "expected"))
+
+
+def test_adapter_of_the_dense_model(
+    hf_dir: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """On the neurons it means something else after moefy; on attention it does not."""
+    pytest.importorskip("peft")
+    run("moefy", hf_dir, tmp_path / "moe", *TEXT_TWO)
+    for target in ("up_proj", "q_proj"):
+        make_adapter(make_hf_model(), tmp_path / target, target_modules=[target])
+        for base in (hf_dir, tmp_path / "moe"):
+            run("peft-to-jax", tmp_path / target, tmp_path / f"{target}-{base.name}", "--base", base)
+    for own, other in ((hf_dir, tmp_path / "moe"), (tmp_path / "moe", hf_dir)):
+        message = refused("merge", other, tmp_path / f"up_proj-{own.name}", tmp_path / "out")
+        assert "adapter of up_proj" in message and "that it was trained on" in message
+        run("merge", own, tmp_path / f"up_proj-{own.name}", tmp_path / f"merged-{own.name}")
+        run("merge", other, tmp_path / f"q_proj-{own.name}", tmp_path / f"attention-{own.name}")
 
 
 # --- all experts on ---------------------------------------------------------------------------------------------------
@@ -209,6 +224,15 @@ def test_kmeans_is_balanced_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("convert.partition.CLUSTER_ELEMENTS", 100)  # the same by strips, up to the order of sums
     again = cluster_neurons(weights, 6, 3)
     assert tightness(again) > 1.2 * chance and (np.bincount(again) == 10).all()
+
+
+def test_kmeans_goes_by_direction() -> None:
+    """Lengths of the neurons make no difference; powers of two, so that not a bit does."""
+    rng = np.random.default_rng(4)
+    weights = rng.normal(size=(12, 60)).astype(np.float32)
+    longer = weights * np.exp2(rng.integers(-6, 7, 60)).astype(np.float32)
+    for seed in range(3):
+        np.testing.assert_array_equal(cluster_neurons(longer, 6, seed), cluster_neurons(weights, 6, seed))
 
 
 @pytest.mark.parametrize("weights", [np.zeros((4, 12)), np.ones((4, 12)), np.eye(4, 12)])
