@@ -199,18 +199,35 @@ def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None
         if hint is not bool and bool not in typing.get_args(hint):
             raise UserError(f"--{name}: needs a value")
         parsed: Any = True
+    elif typing.get_origin(hint) is tuple:
+        # A list; or one of it, or several with commas where they are numbers, and the word again adds to it.
+        if value.startswith("["):
+            parsed = _loaded(name, value)
+        else:
+            parsed = [value] if typing.get_args(hint)[0] is str else _loaded(name, f"[{value}]")
+            parsed = [*_given(tree, parents, leaf), *parsed]
     elif hint is str or (str in typing.get_args(hint) and value not in ("null", "None")):
         parsed = value  # a path or name is taken as it stands, also when it looks like a number
-    elif typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str and not value.startswith("["):
-        parsed = [value]  # a list of one
     else:
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--{name}: {value!r} is not a valid value") from None
+        parsed = _loaded(name, value)
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[leaf] = parsed
+
+
+def _loaded(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--{name}: {value!r} is not a valid value") from None
+
+
+def _given(tree: dict[str, Any], parents: list[str], leaf: str) -> list[Any]:
+    """What an earlier word has put into a list."""
+    for parent in parents:
+        tree = tree.get(parent, {})
+    before = tree.get(leaf, [])
+    return before if isinstance(before, list) else []
 
 
 def _fields(cls: type) -> dict[str, Any]:
@@ -316,7 +333,10 @@ def _typed(values: dict[str, Any], root: type[Config]) -> Config:
         typed = parser.instantiate(parser.parse_object(values))
     except argparse.ArgumentError as error:
         raise UserError(_explain(str(error))) from None
-    config = root(**{name: typed[name] for name in _fields(root)})
+    hints = _fields(root)
+    # jsonargparse reads a text once more as YAML where null is allowed too, and finds a comment in "# Heading".
+    texts = {name: v for name, v in values.items() if isinstance(v, str) and str in typing.get_args(hints[name])}
+    config = root(**({name: typed[name] for name in hints} | texts))
     if isinstance(config, RunConfig):
         _check_values(config)
     return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with a file where it was", file=sys.stderr)
+        print("interrupted; with --predict_data the same command goes on where it was", file=sys.stderr)
         return 130
 
 
@@ -88,6 +88,8 @@ def _check_config(config: GenerateConfig) -> None:
         raise UserError("prompt: it is empty: there is nothing to answer")
     if config.save_file is not None:
         _check_save_file(Path(config.save_file), config.overwrite)
+        if config.predict_data is not None and Path(config.save_file).resolve() == Path(config.predict_data).resolve():
+            raise UserError(f"save_file: {config.save_file} is predict_data; the prompts would be lost")
 
 
 def _check_save_file(path: Path, overwrite: bool) -> None:
@@ -97,6 +99,9 @@ def _check_save_file(path: Path, overwrite: bool) -> None:
         raise UserError(f"save_file: {path}: the ending must be one of {', '.join(KINDS)}")
     if path.exists() and not overwrite:
         raise UserError(f"save_file: {path} exists already; name another file, or replace it with --overwrite")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"save_file: {path}: nothing can be written in {folder}")
 
 
 def _run(config: GenerateConfig) -> int:
@@ -148,9 +153,11 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     source: Any = open_model(path)
     adapter = None if adapter_path is None else open_adapter(adapter_path, source.config)
     whole = source if adapter is None else MergedSource(source, adapter)
+    if adapter is not None and adapter.base and not _same_place(adapter.base, path):
+        console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
     tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
-    template, why = _template(config, source.path if adapter is None else adapter.path, tokenizer)
-    prompter = Prompter(template, tokenizer, config.columns, config.add_bos, config.system)
+    template, why, add_bos = _template(config, source.path if adapter is None else adapter.path, tokenizer)
+    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system)
 
     platform = jax.default_backend()
     dtype = config.model.dtype
@@ -164,6 +171,9 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
     moe = whole.config.moe
     experts, experts_why = ("dense", "") if moe is None else choose_compute("auto", platform, moe, specs)
+    for index in config.stop_ids:
+        if index >= whole.config.vocab_size:
+            raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {whole.config.vocab_size - 1}")
     decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8, experts)
     shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
     mesh = make_mesh(shape_of, experts=None if moe is None else moe.experts)
@@ -197,7 +207,8 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
         "template": template,
         "columns": config.columns,
         "system": config.system,
-        "add_bos": config.add_bos,
+        "add_bos": add_bos,
+        "tokenizer": str(tokenizer.path),
     }
     return Generator(decoder, weights, mesh, stops), prompter, facts
 
@@ -205,6 +216,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
 def _base_of(adapter_path: str) -> str:
     """The base that an adapter records."""
     from convert.native import find_native, read_model_json
+    from jaxlm.models.shapes import read_json
 
     native = find_native(Path(adapter_path))
     if native is not None:
@@ -213,7 +225,7 @@ def _base_of(adapter_path: str) -> str:
         file = Path(adapter_path) / "adapter_config.json"
         if not file.is_file():
             raise UserError(f"model.adapter: {adapter_path} is no adapter (no adapter_config.json)")
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = read_json(file).get("base_model_name_or_path")
     if not base or not Path(base).exists():
         raise UserError(
             f"{adapter_path} is a LoRA adapter of {base!r}, which is not here; name its base: "
@@ -222,27 +234,41 @@ def _base_of(adapter_path: str) -> str:
     return str(base)
 
 
-def _template(config: GenerateConfig, path: Path, tokenizer: Any) -> tuple[str, str]:
-    """The template's name, and why it is that one."""
-    if config.template != "auto":
-        return config.template, "as asked for"
+def _same_place(recorded: str, path: str) -> bool:
+    """Whether a recorded base is this one; a name of the hub and a local copy of it count as the same."""
+    return Path(recorded).resolve() == Path(path).resolve() or Path(recorded).name == Path(path).name
+
+
+def _template(config: GenerateConfig, path: Path, tokenizer: Any) -> tuple[str, str, bool | None]:
+    """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
+    from jaxlm.models.shapes import read_json
+
     recorded = path / "jaxlm" / "prompt.json"
-    if recorded.is_file():
-        name = json.loads(recorded.read_text(encoding="utf-8"))["template"]
-        if name.endswith(".json"):
-            name = str(recorded.parent / name)
-        return name, "the one it was trained with"
+    trained = read_json(recorded) if recorded.is_file() else {}
+    add_bos = trained.get("add_bos") if config.add_bos is None else config.add_bos
+    if config.template != "auto":
+        return config.template, "as asked for", add_bos
+    if "template" in trained:
+        name = str(trained["template"])
+        name = str(recorded.parent / name) if name.endswith(".json") else name
+        return name, "the one it was trained with", add_bos
     if tokenizer.chat_template is not None:
-        return "chat", "the tokenizer's chat template"
-    return "text", "the prompt as it is; --template alpaca and others ask a question"
+        return "chat", "the tokenizer's chat template", add_bos
+    return "text", "the prompt as it is; --template alpaca and others ask a question", add_bos
 
 
 def _stop_ids(source: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
+    from jaxlm.models.shapes import read_json
+
     found: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
     for file in source.tokenizer_files:
         if file.name == "generation_config.json":
-            found.append(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+            own = read_json(file).get("eos_token_id")
+            ids = own if isinstance(own, list) else [own]
+            if not all(index is None or type(index) is int for index in ids):
+                raise UserError(f"{file}: eos_token_id is {own!r}; it must be a token id or a list of them")
+            found.append(ids)
     flat = [index for item in found for index in (item if isinstance(item, (list, tuple)) else [item])]
     return sorted({index for index in flat if index is not None})
 
@@ -254,7 +280,7 @@ def _auto_mesh(shape: Any, devices: int) -> Any:
     from jaxlm.config import MeshConfig
 
     blocks = shape.intermediate_size if shape.moe is None else shape.moe.experts
-    tensor = math.gcd(devices, shape.num_kv_heads, blocks, shape.vocab_size)
+    tensor = math.gcd(devices, shape.num_kv_heads, blocks)
     return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
 
 
@@ -326,9 +352,9 @@ def _batch(
     assert config.predict_data is not None and config.save_file is not None
     save_file = Path(config.save_file)
     journal_path = save_file.with_name(f"{save_file.name}.partial")
-    if config.overwrite:
-        journal_path.unlink(missing_ok=True)
-    journal = Journal(journal_path, settings_of(Path(config.predict_data), options, facts))
+    settings = settings_of(Path(config.predict_data), options, facts)
+    # What an interrupted run has answered is kept, also under --overwrite, as long as the settings are the same.
+    journal = Journal(journal_path, settings, discard=config.overwrite)
     if journal.results:
         console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
@@ -344,8 +370,7 @@ def _batch(
 
         answer_all(items, generator, prompter, options, config.batch_size, journal, advance)
     write_results(save_file, items, journal.results)
-    journal.close()
-    journal_path.unlink()
+    journal.close(remove=True)
     return _report(save_file, journal.results, console)
 
 

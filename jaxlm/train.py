@@ -97,7 +97,7 @@ def _train(config: RunConfig, console: Console) -> Outcome:
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
-    files |= _prompt_files([report.template for report in data.report.train])
+    files |= _prompt_files([report.template for report in data.report.train], config.data.add_bos)
     prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
         if not 0 < len(prompt) < shape.max_length:
@@ -121,13 +121,13 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     return outcome
 
 
-def _prompt_files(templates: list[str]) -> dict[str, bytes]:
+def _prompt_files(templates: list[str], add_bos: bool) -> dict[str, bytes]:
     """What tells `jaxlm.generate` how to ask: the first template that is not plain text; a user's own comes along."""
     name = next((name for name in templates if name != "text"), "text")
     if not name.endswith(".json"):
-        return {"prompt.json": json.dumps({"template": name}).encode()}
+        return {"prompt.json": json.dumps({"template": name, "add_bos": add_bos}).encode()}
     return {
-        "prompt.json": json.dumps({"template": "template.json"}).encode(),
+        "prompt.json": json.dumps({"template": "template.json", "add_bos": add_bos}).encode(),
         "template.json": Path(name).expanduser().read_bytes(),
     }
 

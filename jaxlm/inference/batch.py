@@ -22,6 +22,7 @@ from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.text import answer_text, cut_at_stop
 
 KINDS = (".json", ".jsonl", ".csv", ".txt")
+MARK = "jaxlm answers"  # in the first line of a journal
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,17 @@ def read_items(path: Path) -> list[Item]:
     except UnicodeDecodeError as error:
         raise UserError(f"predict_data: {path} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
     read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}[path.suffix.lower()]
-    items = list(read(path, text))
+    items = list(read(path, text)) if text.strip() else []
     if not items:
         raise UserError(f"predict_data: {path} holds no prompt")
     return items
 
 
 def _item(name: str, value: Any) -> Item:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Item(name, error="holds an incomplete Unicode character (a lone surrogate)")
     if isinstance(value, str):
         return Item(name, question=value)
     if isinstance(value, dict):
@@ -84,6 +89,8 @@ def _read_json(path: Path, text: str) -> Iterator[Item]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"predict_data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise UserError(f"predict_data: {path}: JSON that cannot be read: {error}") from None
     if not isinstance(values, list):
         raise UserError(f"predict_data: {path} must hold an array of texts or records, found {type(values).__name__}")
     for number, value in enumerate(values, 1):
@@ -96,25 +103,30 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Item]:
             continue
         try:
             yield _item(f"{path}:{number}", json.loads(line))
-        except json.JSONDecodeError as error:
-            yield Item(f"{path}:{number}", error=f"broken JSON: {error.msg}")
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError; so are numbers too long
+            yield Item(f"{path}:{number}", error=f"broken JSON: {getattr(error, 'msg', error)}")
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Item]:
+    csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(io.StringIO(text, newline=""))
+    names = rows.fieldnames or ()
+    for column in names:
+        if list(names).count(column) > 1:
+            raise UserError(f"predict_data: {path}: two columns are named {column!r}; rename one")
     for row in rows:
         name = f"{path}:{rows.line_num}"
         if None in row or None in row.values():
-            columns = len(rows.fieldnames or ())
-            yield Item(name, error=f"the row does not have the header's {columns} columns")
+            yield Item(name, error=f"the row does not have the header's {len(names)} columns")
         else:
             yield Item(name, fields=dict(row))
 
 
 def _read_txt(path: Path, text: str) -> Iterator[Item]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: it also breaks at characters that stand in the middle of texts.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         # MindFormers' convention: the two characters \n stand for a line break.
-        yield Item(f"{path}:{number}", question=line.replace("\\n", "\n"))
+        yield Item(f"{path}:{number}", question=line.removesuffix("\r").replace("\\n", "\n"))
 
 
 class Journal:
@@ -123,37 +135,59 @@ class Journal:
     Args:
         path: of the journal.
         settings: what decides the answers; a run with other settings must not go on with it.
+        discard: begin anew when it was begun with other settings.
 
     Raises:
-        UserError: when it was begun with other settings, or another run is writing it.
+        UserError: when it was begun with other settings, another run is writing it, or it is no journal.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], discard: bool = False) -> None:
         self.path = path
         self.results: dict[int, Result] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("ab+")
+        self._file = self._locked(path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._open(settings, discard)
+        except UserError:
             self._file.close()
-            raise UserError(f"{path}: another run is answering into this file; wait for it, or stop it") from None
+            raise
+
+    def _locked(self, path: Path) -> IO[bytes]:
+        while True:
+            file = path.open("ab+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UserError(f"{path}: another run is answering into this file; wait for it, or stop it") from None
+            # The run that had the lock may have ended and removed the file in between.
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+            file.close()
+
+    def _open(self, settings: dict[str, Any], discard: bool) -> None:
         self._file.seek(0)
         content = self._file.read()
         # A line that was being written when the run was killed has no end; it is written again.
         whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines:
-            self._write(settings)
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            ours = all(isinstance(line, dict) for line in lines) and (lines or content[:1] in (b"", b"{"))
+        except ValueError:
+            ours = False
+        if not ours or (lines and MARK not in lines[0]):
+            raise UserError(f"{self.path}: is not the journal of an interrupted run; move it away")
+        same = {key: lines[0].get(key) for key in settings} == settings if lines else False
+        if lines and not same and not discard:
+            key = next(key for key in settings if lines[0].get(key) != settings[key])
+            raise UserError(
+                f"{self.path}: an interrupted run was begun with {key} {lines[0].get(key)!r}, now it is "
+                f"{settings[key]!r}; go on with the same, or begin anew with --overwrite"
+            )
+        self._file.truncate(len(whole) if same else 0)
+        if not same:
+            self._write({MARK: 1, **settings})
             return
-        for key in settings:
-            if lines[0].get(key) != settings[key]:
-                self._file.close()
-                raise UserError(
-                    f"{path}: an interrupted run was begun with {key} {lines[0].get(key)!r}, now it is "
-                    f"{settings[key]!r}; go on with the same, or begin anew with --overwrite"
-                )
         for line in lines[1:]:
             self.results[line["number"]] = Result(tuple(line["answers"]), tuple(line["finish"]), line["error"])
 
@@ -172,7 +206,10 @@ class Journal:
             )
         )
 
-    def close(self) -> None:
+    def close(self, remove: bool = False) -> None:
+        """Lets others have it; `remove` it first when the final file is written."""
+        if remove:
+            self.path.unlink(missing_ok=True)
         self._file.close()
 
 
@@ -274,7 +311,10 @@ def _row(item: Item, result: Result) -> dict[str, Any]:
     if result.error is not None:
         return row | {"error": result.error}
     # A record may bring the right answer along, which must stay.
-    name = "prediction" if "answer" in row or "answers" in row else "answer"
+    name = "answer"
+    for taken, other in (("answer", "prediction"), ("prediction", "jaxlm_answer")):
+        if taken in row or f"{taken}s" in row:
+            name = other
     return row | ({name: result.answers[0]} if len(result.answers) == 1 else {f"{name}s": list(result.answers)})
 
 
@@ -282,7 +322,8 @@ def _line(result: Result) -> str:
     if result.error is not None:
         return f"[error] {result.error}".replace("\n", "\\n")
     # Backslashes stay as they are: SMILES have them.
-    return "\t".join(answer.replace("\n", "\\n").replace("\t", "\\t") for answer in result.answers)
+    escapes = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})
+    return "\t".join(answer.translate(escapes) for answer in result.answers)
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

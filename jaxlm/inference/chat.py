@@ -80,14 +80,23 @@ class Chat:
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
+        leaving = False
         while True:
             try:
                 line = self._read()
                 while line.endswith("\\"):
                     line = f"{line[:-1]}\n{self._read()}"
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 self._show("\n")
                 return
+            except KeyboardInterrupt:  # pressed a moment after the answer had ended, it must not end all
+                if leaving:
+                    return
+                leaving = True
+                self._show("\n")
+                self._say("Ctrl-C again or Ctrl-D leaves")
+                continue
+            leaving = False
             if line.strip() in ("/exit", "/quit"):
                 return
             try:
@@ -161,12 +170,10 @@ def with_setting(options: Decoding, key: str, value: str) -> Decoding:
     try:
         # A text is taken as it stands: YAML would see a comment in ###.
         is_text = hints[key] == tuple[str, ...] and not value.startswith("[")
-        parsed: Any = value if is_text else yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed: Any = value if is_text else float(value) if hints[key] is float else yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
         parsed = None
     kind = hints[key]
-    if kind is float and isinstance(parsed, int) and not isinstance(parsed, bool):
-        parsed = float(parsed)
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         values = parsed if isinstance(parsed, list) else [] if parsed in (None, "") else [parsed]

@@ -107,7 +107,8 @@ def load_weights(decoder: Decoder, mesh: Mesh, model: Readable, adapter: Readabl
         return adapter.read(name, index) if adapter is not None and name in saved else model.read(path, index)
 
     top = {name: tree for name, tree in boxed["params"].items() if name != "layers"}
-    params = load_sharded(nn.unbox(top), tree_shardings(top, mesh), read_top)
+    # A vocabulary of 32,001 rows (Alpaca's and Vicuna's) must not keep the layers from being split.
+    params = load_sharded(nn.unbox(top), tree_shardings(top, mesh, ("vocab",)), read_top)
     layers, factors = [], []
     for number in range(decoder.config.num_layers):
         params_box, lora_box = boxed["params"]["layers"][number], boxed["lora"][number]

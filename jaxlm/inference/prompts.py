@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlm.data.examples import prompt_ids
 from jaxlm.data.sources import Record
-from jaxlm.data.templates import ChatTemplate, ConversationTemplate, Template, load_template
+from jaxlm.data.templates import ChatTemplate, ConversationTemplate, Template, load_template, read_messages
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
@@ -92,7 +92,21 @@ class Prompter:
                     return self.question(record.data[key], record.data.get("input") or None, record.name)
         if self.takes_turns and self.system is not None:
             raise UserError(f"{record.name}: system: the records' own messages are used; put the system message there")
+        self._check_question(record)
         return self._ids(record)
+
+    def _check_question(self, record: Record) -> None:
+        """Refuses a record that asks nothing."""
+        if self.takes_turns:
+            asked = [
+                m["content"] for m in read_messages(record, self._columns, self._template.name) if m["role"] == "user"
+            ]
+            text = asked[-1] if asked else ""
+        else:
+            field = "text" if self.is_text else "instruction"
+            text = str(record.data.get(self._columns.get(field, field)) or "")
+        if not text.strip():
+            raise UserError(f"{record.name} is empty: there is nothing to answer")
 
     def _ids(self, record: Record) -> list[int]:
         return prompt_ids(self._template, record, self.tokenizer, self._add_bos)

@@ -94,8 +94,11 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+def tree_shardings(boxed: Any, mesh: Mesh, whole_if_uneven: tuple[str, ...] = ()) -> Any:
     """NamedShardings for a tree of logically partitioned (boxed) abstract arrays, same structure unboxed.
+
+    Args:
+        whole_if_uneven: logical axes that are not split when they cannot be split evenly.
 
     Raises:
         UserError: when a dim is not divisible by the mesh axes it is split over.
@@ -109,10 +112,12 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
         used = [name for axis in axes for name in _as_tuple(axis)]
         if len(set(used)) != len(used):
             raise AssertionError(f"{jax.tree_util.keystr(path)}: {spec} puts two dims on one mesh axis: {axes}")
-        for dim, axis, logical in zip(leaf.shape, axes, spec, strict=False):
+        for at, (dim, axis, logical) in enumerate(zip(leaf.shape, axes, spec, strict=False)):
             split = [name for name in _as_tuple(axis) if mesh.shape[name] > 1]
             size = math.prod(mesh.shape[name] for name in split)
-            if dim % size:
+            if dim % size and logical in whole_if_uneven:
+                axes[at] = None
+            elif dim % size:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 keys = " times ".join(f"mesh.{axis}" for axis in split)
                 raise UserError(f"{keys}: {size} does not divide {dim}, the {logical} dim of {name} {leaf.shape}")

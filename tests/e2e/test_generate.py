@@ -135,6 +135,28 @@ def test_sigkill_in_the_middle_of_a_file(models: Path, tmp_path: Path) -> None:
     assert (tmp_path / "killed.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
 
 
+def test_words_of_the_command_line(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts that look like YAML stay texts; lists take one value, several, or the word again."""
+    from jaxlm.cli import parse_config
+    from jaxlm.config import GenerateConfig
+
+    def parse(*words: str) -> GenerateConfig:
+        return parse_config(words, GenerateConfig, prog="", description="", aliases={})
+
+    assert parse("--prompt", "# Heading").prompt == "# Heading"
+    assert parse("--prompt", "~", "--input", "null").prompt == "~"
+    assert parse("--stop", "###").stop == ("###",)
+    assert parse("--stop", "User:", "--stop", "a, b").stop == ("User:", "a, b")
+    assert parse("--stop", '["x", "y"]').stop == ("x", "y")
+    assert parse("--stop_ids", "2").stop_ids == (2,)
+    assert parse("--stop-ids", "2,3", "--stop_ids=4").stop_ids == (2, 3, 4)
+    free = answer(capsys, "--model", str(models / "base"), "--prompt", "rock sand")
+    stop = free.strip()[3]
+    assert answer(capsys, "--model", str(models / "base"), "--prompt", "rock sand", "--stop", stop).strip() == (
+        free.strip().split(stop)[0].strip()
+    )
+
+
 def test_a_conversation_through_a_pipe(models: Path) -> None:
     words = ["--model", str(models / "base"), "--interactive", *GREEDY]
     typed = "rock\n/set max_new_tokens 3\nsand\n/reset\n"

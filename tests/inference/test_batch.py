@@ -59,6 +59,10 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert [item.name[-1] for item in records] == ["1", "3"]
     table = read_items(write(tmp_path / "c.csv", 'question,input\n"a, b",x\nc,\n'))
     assert [item.fields for item in table] == [{"question": "a, b", "input": "x"}, {"question": "c", "input": ""}]
+    wide = read_items(write(tmp_path / "w.csv", "question\n" + "x" * 200_000 + "\n"))
+    assert wide[0].fields == {"question": "x" * 200_000}
+    odd = read_items(write(tmp_path / "o.txt", "one\u2028still one\x0c\r\ntwo"))
+    assert [item.question for item in odd] == ["one\u2028still one\x0c", "two"]
     scimind = read_items(write(tmp_path / "d.txt", "one\\ntwo\nthree\n"))
     assert [item.question for item in scimind] == ["one\ntwo", "three"]
 
@@ -69,6 +73,10 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         ("a.jsonl", '{"instruction": "one"}\n{"instruct\n"three"\n', r"a\.jsonl:2.*broken JSON"),
         ("a.json", '["one", 2, "three"]', r"found int"),
         ("a.csv", "instruction,input\na,b\nc\nd,e\n", r"header's 2 columns"),
+        ("a.json", '["one", "\\ud83d", "three"]', r"lone surrogate"),
+        ("a.jsonl", '"one"\n' + "9" * 5000 + '\n"three"\n', r"broken JSON"),
+        ("a.jsonl", '"one"\n' + "[" * 100000 + '\n"three"\n', r"broken JSON"),
+        ("a.jsonl", '"one"\n{"instruction": " "}\n"three"\n', r"is empty"),
     ],
 )
 def test_a_broken_prompt_does_not_lose_the_others(
@@ -101,6 +109,7 @@ def _ignore(prompts: int, tokens: int) -> None:
         ("a.json", '{"a": 1}', "must hold an array"),
         ("a.json", "[1,", "broken JSON"),
         ("a.txt", "", "holds no prompt"),
+        ("a.csv", "a,a\n1,2\n", "two columns are named 'a'"),
         ("missing.txt", None, "does not exist"),
     ],
 )
@@ -162,6 +171,27 @@ def test_other_settings_do_not_go_on(tmp_path: Path, run: Callable[..., dict[int
     run(tmp_path / "journal")
     with pytest.raises(UserError, match=r"begun with seed 1, now it is 2.*--overwrite"):
         Journal(tmp_path / "journal", {"seed": 2})
+
+
+def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+    for content in ("garbage\nline\n", "garbage", '{"a": 1}\n', "[1]\n"):
+        path = write(tmp_path / "notes.partial", content)
+        with pytest.raises(UserError, match="is not the journal"):
+            Journal(path, {})
+        assert path.read_text() == content
+
+
+def test_beginning_anew_keeps_what_has_the_same_settings(tmp_path: Path, run: Callable[..., dict[int, Result]]) -> None:
+    found = run(tmp_path / "journal")
+    same = Journal(tmp_path / "journal", {"seed": 1}, discard=True)
+    assert same.results == found
+    same.close()
+    other = Journal(tmp_path / "journal", {"seed": 2}, discard=True)
+    assert not other.results
+    with pytest.raises(UserError, match="another run"):
+        Journal(tmp_path / "journal", {"seed": 2}, discard=True)
+    other.close(remove=True)
+    assert not (tmp_path / "journal").exists()
 
 
 def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:

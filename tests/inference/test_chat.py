@@ -140,10 +140,27 @@ def test_ctrl_c_ends_an_answer_not_the_conversation(talk: Callable[..., Talk], m
     assert "stopped" in found.said[0]
 
 
+def test_ctrl_c_at_the_prompt_asks_again(generator: Generator, tokenizer: Tokenizer) -> None:
+    said: list[str] = []
+    typed = iter([KeyboardInterrupt(), "/show", KeyboardInterrupt(), KeyboardInterrupt(), "/show"])
+
+    def read() -> str:
+        for line in typed:
+            if isinstance(line, str):
+                return line
+            raise line
+        raise EOFError
+
+    Chat(generator, Prompter("text", tokenizer), Decoding(), read, said.append, said.append).run()
+    assert sum("Ctrl-C again" in line for line in said) == 2
+    assert sum("max_new_tokens" in line for line in said) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
         ("temperature", "1", 1.0),
+        ("temperature", "1e-1", 0.1),
         ("top_k", "40", 40),
         ("stop", "###", ("###",)),
         ("stop", "[a, b]", ("a", "b")),
