@@ -150,10 +150,10 @@ def test_words_of_the_command_line(models: Path, capsys: pytest.CaptureFixture[s
     assert parse("--stop", '["x", "y"]').stop == ("x", "y")
     assert parse("--stop_ids", "2").stop_ids == (2,)
     assert parse("--stop-ids", "2,3", "--stop_ids=4").stop_ids == (2, 3, 4)
-    free = answer(capsys, "--model", str(models / "base"), "--prompt", "rock sand")
+    free = answer(capsys, "--model", str(models / "lora"), "--prompt", "rock sand")
     assert free.strip()
     stop = free.strip()[-1]
-    assert answer(capsys, "--model", str(models / "base"), "--prompt", "rock sand", "--stop", stop).strip() == (
+    assert answer(capsys, "--model", str(models / "lora"), "--prompt", "rock sand", "--stop", stop).strip() == (
         free.strip().split(stop)[0].strip()
     )
 
