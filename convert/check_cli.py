@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from convert.verify import Report
 
 _WORST = 10
+# Verbs with no destination.
+READ_ONLY = ("inspect", "verify")
 
 
 def add_check_verbs(verbs: Any) -> None:
     """Adds the verbs to argparse's sub-commands."""
     verb = add_verb(verbs, "inspect", _inspect, "show what a model, adapter or weight file holds")
-    verb.add_argument("source", metavar="PATH", help="any model or adapter, or a .safetensors, .bin or index file")
+    verb.add_argument(
+        "source", metavar="PATH", help="any model or adapter, or a .safetensors, .bin, .pth or index file"
+    )
     verb.add_argument("--json", action="store_true", help="as JSON")
     verb.add_argument("--checksum", action="store_true", help="add up all numbers, as some published deltas ask for")
     verb.add_argument("--base", metavar="BASE", help="the model that a PEFT or MindSpore adapter belongs to")
@@ -83,6 +87,8 @@ def _print_description(found: Description) -> None:
         )
     if found.tokenizer is not None:
         print("tokenizer: " + ", ".join(f"{key} {_words(value)}" for key, value in found.tokenizer.items()))
+    if found.format != "jaxlm" and (found.kind == "model" or found.summary):
+        print("tensors: under jaxlm's names and shapes, layers stacked, whatever the files call them")
     width = max((len(name) for name, *_ in found.tensors), default=0)
     for name, shape, dtype, nbytes in found.tensors:
         print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {human(nbytes):>9}")
@@ -237,12 +243,17 @@ def _say_report(options: argparse.Namespace, report: Report, agreement: Agreemen
 
 
 def _print_tensors(report: Report) -> None:
+    import numpy as np
+
+    from convert.verify import coarser
+
     worst = report.worst
     print(f"{len(report.tensors)} tensors compared, {len(report.exact)} equal, {len(worst)} differ")
     casts = sorted({tensor.dtypes for tensor in report.tensors if tensor.dtypes[0] != tensor.dtypes[1]})
     for first, second in casts:
         count = sum(tensor.dtypes == (first, second) for tensor in report.tensors)
-        print(f"{count} tensors are {first} and {second}: compared as numbers, ulps after rounding to the narrower")
+        rounded = coarser(np.dtype(first), np.dtype(second)).name
+        print(f"{count} tensors are {first} and {second}: compared as numbers, ulps after rounding to {rounded}")
     if not worst:
         return
     shown = worst[:_WORST]

@@ -72,7 +72,7 @@ def describe(path: Path, base: Path | None, config: str | None, checksum: bool) 
     Raises:
         UserError: when it is none of the known formats, or is broken.
     """
-    if path.is_file() and path.suffix in (".safetensors", ".bin", ".json"):
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".pth", ".json"):
         return _describe_file(path, "file", checksum)
     if is_adapter(path):
         if (path / "adapter_config.json").is_file() and base is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.hf import hf_tensors
@@ -29,7 +30,7 @@ class Difference:
 
     Args:
         dtypes: of the tensor in each of them. Where they differ, numbers are compared in float32, and ulps are counted
-            after rounding to the narrower one.
+            after rounding to the one with fewer significant digits.
         different: elements that are not equal: bit by bit, or as numbers where the dtypes differ.
         max_ulp: largest distance in units in the last place, i.e. in representable numbers.
         max_abs: largest absolute difference; infinite where only one of the two is a number.
@@ -160,8 +161,13 @@ def compare_blocks(first: np.ndarray, second: np.ndarray, found: Difference) -> 
         _measure(first[start : start + _STEP], second[start : start + _STEP], found)
 
 
+def coarser(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype with fewer significant digits: bfloat16 before float16 before float32, in either order."""
+    return min(first, second, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
+
+
 def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
-    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    narrow = coarser(first.dtype, second.dtype)
     # float32 holds what 16-bit numbers differ by to more than their own digits.
     wide: Any = np.float64 if first.dtype == second.dtype == np.float32 else np.float32
     a, b = first.astype(wide), second.astype(wide)
