@@ -200,8 +200,21 @@ def _read_params(where: Path) -> dict[str, Any]:
     return params
 
 
+def _check_count(where: Path, dim: int, shards: list[dict[str, Tensor]], files: list[Path]) -> None:
+    """Refuses shards of which the last ones are missing: wq has `dim` rows, shared out; the norm is whole in each."""
+    norm, parts = shards[0].get("norm.weight"), [shard.get("layers.0.attention.wq.weight") for shard in shards]
+    rows = sum(part.shape[0] for part in parts if part is not None and part.shape)
+    if norm is not None and norm.shape == (dim,) and 0 < rows < dim and dim * len(files) % rows == 0:
+        raise UserError(
+            f"{where.parent}: holds {len(files)} of the shards, up to {files[-1].name}, but together they have only "
+            f"{rows} of the {dim} rows of wq that dim in {where.name} calls for: consolidated.{len(files):02d}.pth "
+            f"seems to be missing (of {dim * len(files) // rows} in all); download all of them"
+        )
+
+
 def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, int]:
     """V and F from the shapes of all shards."""
+    _check_count(where, params["dim"], shards, files)
     found = []
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         total = 0

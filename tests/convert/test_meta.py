@@ -280,7 +280,10 @@ def test_shards_that_do_not_fit(tmp_path: Path, refused: Callable[..., str]) -> 
     second.rename(source / "consolidated.02.pth")
     assert "consolidated.01.pth is missing between the shards" in say()
     (source / "consolidated.02.pth").unlink()
-    assert "expects [40, 16]" in say() or "but the tensors have" in say() or "has shape" in say()
+    for vocabulary in ({}, {"vocab_size": 40}):
+        change(source, **vocabulary)
+        assert "holds 1 of the shards, up to consolidated.00.pth" in say()
+        assert "12 of the 24 rows" in say() and "consolidated.01.pth seems to be missing (of 2 in all)" in say()
     (source / "consolidated.00.pth").unlink()
     assert "no consolidated.00.pth" in refused("meta-to-hf", source, tmp_path / "out")
     (source / "params.json").unlink()
