@@ -79,6 +79,7 @@ class DeltaSource(DerivedSource):
         self._other = other
         self._subtract = subtract
         self.path = other.path
+        self.prompt_files = other.prompt_files or base.prompt_files
         self.config = dataclasses.replace(side.config, vocab_size=other.config.vocab_size)
         self.leaves = other.leaves
 
@@ -244,11 +245,20 @@ def delta_source(
 def check_shapes(base: ParamSource, other: ParamSource) -> None:
     """Refuses a pair of models that differ in more than the rows of embedding and head."""
 
-    def shapes(source: ParamSource) -> dict[str, Shape]:
-        found = {path: leaf.shape for path, leaf in source.leaves.items()}
-        return found | {path: (0, *found[path][1:]) for path in vocabulary_leaves(source)}
-
-    check_leaves(other.path, shapes(other), shapes(base))
+    found = {path: leaf.shape for path, leaf in other.leaves.items()}
+    expected: dict[str, Shape] = {path: leaf.shape for path, leaf in base.leaves.items()}
+    for path in vocabulary_leaves(base) & found.keys():
+        expected[path] = (found[path][0], *expected[path][1:])
+    try:
+        check_leaves(other.path, found, expected)
+    except UserError as error:
+        sizes = [
+            f"{name} is {getattr(other.config, name)}, of the base {getattr(base.config, name)}"
+            for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+            if getattr(other.config, name) != getattr(base.config, name)
+        ]
+        words = f" (its {'; '.join(sizes)})" if sizes else ""
+        raise UserError(f"{error}; it belongs to another base than {base.path}{words}") from None
 
 
 def _wider(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:

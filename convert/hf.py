@@ -115,6 +115,7 @@ class StackedTensors:
     partition: np.ndarray | None = None  # only jaxlm's own format keeps one
 
     def __init__(self) -> None:
+        self.prompt_files: list[Path] = []  # only jaxlm's own format has them
         self.leaves: dict[str, LeafInfo] = {}
         self._tensors: dict[str, dict[int | None, tuple[Tensor, Layout]]] = {}
 

@@ -52,6 +52,10 @@ class LeafSource(Protocol):
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer and generation files, to be carried along byte for byte."""
 
+    @property
+    def prompt_files(self) -> list[Path]:
+        """prompt.json and, where it names one, template.json: how a jaxlm model was asked in training. Else empty."""
+
     def read(self, path: str, index: Index) -> np.ndarray:
         """A slice of a leaf in its stored dtype, as numpy would index it; reads only what is needed.
 
@@ -231,6 +235,7 @@ class DerivedSource:
         self.hf_config = source.hf_config
         self.tokenizer_files = source.tokenizer_files
         self.tokenizer_dir = source.tokenizer_dir
+        self.prompt_files = source.prompt_files
         self.leaves: Mapping[str, LeafInfo] = source.leaves
 
     @property

@@ -60,6 +60,8 @@ class MergedSource(DerivedSource):
             leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype])
         self.leaves = leaves
         self.config = self._with_vocabulary(base.config)
+        # The adapter was trained last, so what it was asked with is what the merged model answers to.
+        self.prompt_files = adapter.prompt_files or base.prompt_files
         names = {file.name for file in adapter.tokenizer_files}
         own = bool(names & {"tokenizer.json", "tokenizer.model"})
         self.tokenizer_dir = adapter.tokenizer_files[0].parent if own else base.tokenizer_dir

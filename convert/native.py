@@ -2,6 +2,7 @@
 
     DIR/jaxlm/model.json     {"format": "jaxlm", "version": 1, "model": ..., "lora": ..., "base": ..., "dtype": ...}
     DIR/jaxlm/tokenizer/     tokenizer files as they came
+    DIR/jaxlm/prompt.json    {"template": NAME}, how training asked; NAME may be template.json, which lies beside it
     DIR/jaxlm/partition.npy  of a model that `convert moefy` made: see `convert.partition`
     DIR/model/               an Orbax pytree, {"params": ...} or {"lora": ...}
 
@@ -48,6 +49,7 @@ from jaxlm.models.shapes import LlamaConfig, read_json
 COMMITTED = "commit_success.txt"
 # The same as in training checkpoints; a chunk is the least that can be read.
 CHUNK_BYTES = 64 << 20
+PROMPT_FILES = ("prompt.json", "template.json")
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
 
@@ -133,6 +135,7 @@ class _Native:
         self.path = path
         self.tokenizer_dir = path / "jaxlm" / "tokenizer"
         self.tokenizer_files = sorted(file for file in self.tokenizer_dir.glob("*") if file.is_file())
+        self.prompt_files = [file for name in PROMPT_FILES if (file := path / "jaxlm" / name).is_file()]
         self.config = LlamaConfig.from_dict(content["model"])
         self._arrays = _Arrays(path, collection)
         self.leaves: Mapping[str, LeafInfo] = self._arrays.leaves
@@ -176,10 +179,24 @@ class NativeAdapter(_Native):
         self.layers = None if layers is None else tuple(layers)
         self.base: str | None = content.get("base")
         self.peft_config = self._optional_json("adapter_config.json")
-        check_adapter_leaves(self, path / "model")
+        _check_adapter(self, path / "model")
 
 
 def check_adapter_leaves(adapter: AdapterSource, where: Path) -> None:
+    """Refuses an adapter whose leaves do not fit the base that it was opened for."""
+    try:
+        _check_adapter(adapter, where)
+    except UserError as error:
+        raise UserError(f"{error}; {of_another_base(adapter.base)}") from None
+
+
+def of_another_base(base: str | None) -> str:
+    """Why an adapter does not fit, and what would: the base that it records."""
+    found = "it does not say which" if not base else f"it records {base!r}"
+    return f"the adapter seems to belong to another base than the one given: {found}"
+
+
+def _check_adapter(adapter: AdapterSource, where: Path) -> None:
     """Refuses an adapter whose leaves are not those that its configuration calls for."""
     expected = adapter_shapes(adapter.config, resolve_lora(adapter.config, adapter.lora, adapter.layers))
     expected |= saved_shapes(adapter.config, adapter.lora, adapter.leaves)
@@ -247,6 +264,7 @@ def _write_small(
     head = {"format": "jaxlm", "version": 1, "model": config.to_dict()}
     _write_json(directory / "jaxlm" / "model.json", head | content | {"dtype": main_dtype(source.leaves)})
     copy_files(files, directory / "jaxlm" / "tokenizer")
+    copy_files(source.prompt_files, directory / "jaxlm")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

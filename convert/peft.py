@@ -22,6 +22,7 @@ from convert.names import (
     peft_entries,
     saved_module_name,
 )
+from convert.native import of_another_base
 from convert.output import TensorSpec, write_safetensors_file
 from convert.tensors import StoredTensor, read_tensors, same_bytes
 from jaxlm.config import LoraConfig
@@ -86,7 +87,10 @@ class PeftSource(StackedTensors):
                     f"{weights}: saves {name!r} (PEFT takes 'norm' in modules_to_save for the layers' norms too); "
                     "only the final norm can be saved in full: train with 'model.norm'"
                 )
-        match_tensors(weights, tensors, entries)
+        try:
+            match_tensors(weights, tensors, entries)
+        except UserError as error:
+            raise UserError(f"{error}; {of_another_base(self.base)}") from None
         self.add(weights, shapes, tensors, entries)
 
 

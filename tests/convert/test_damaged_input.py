@@ -284,6 +284,7 @@ class Memory:
         self.path = self.tokenizer_dir = Path("memory")
         self.config, self.hf_config = CONFIG, None
         self.tokenizer_files: list[Path] = []
+        self.prompt_files: list[Path] = []
         self.arrays = {p: dice.standard_normal(s).astype(np.float32) for p, s in leaf_shapes(CONFIG).items()}
         self.leaves = {path: LeafInfo(array.shape, array.dtype) for path, array in self.arrays.items()}
 

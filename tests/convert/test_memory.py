@@ -37,6 +37,7 @@ class Counting:
         self.path = self.tokenizer_dir = Path("counting")
         self.config, self.hf_config = CONFIG, None
         self.tokenizer_files: list[Path] = []
+        self.prompt_files: list[Path] = []
         self.leaves = {path: LeafInfo(shape, BFLOAT16) for path, shape in leaf_shapes(CONFIG).items()}
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:

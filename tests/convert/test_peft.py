@@ -360,12 +360,16 @@ def test_directories_with_both_kinds_of_files(plain: Path, tmp_path: Path) -> No
 
 def test_adapter_of_another_base(tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]) -> None:
     _, base, adapter = build(tmp_path, {})
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "some/llama"}))
     run("peft-to-jax", adapter, tmp_path / "jax", "--base", base)
     make_hf_model(num_hidden_layers=2).save_pretrained(tmp_path / "short")
     make_hf_model(hidden_size=32).save_pretrained(tmp_path / "wide")
     for directory in (adapter, tmp_path / "jax"):
         assert "layers" in refused("merge", tmp_path / "short", directory, tmp_path / "o")
-        assert "shape" in refused("merge", tmp_path / "wide", directory, tmp_path / "o")
+        message = refused("merge", tmp_path / "wide", directory, tmp_path / "o")
+        assert "shape" in message and "another base than the one given: it records " in message
+        assert ("some/llama" if directory == adapter else str(base)) in message
 
 
 def test_inspect(tmp_path: Path, run: Callable[..., str]) -> None:

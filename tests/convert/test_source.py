@@ -52,6 +52,7 @@ class Memory:
         self.config = CONFIG
         self.hf_config = None
         self.tokenizer_files: list[Path] = []
+        self.prompt_files: list[Path] = []
         self.tokenizer_dir = self.path
         self.arrays = {p: random.standard_normal(s).astype(dtype) for p, s in leaf_shapes(CONFIG).items()}
         self.leaves = {path: LeafInfo(array.shape, array.dtype) for path, array in self.arrays.items()}
