@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from convert.check_cli import add_check_verbs
+from convert.check_cli import READ_ONLY, add_check_verbs
 from convert.combine_cli import add_combine_verbs, normalise
 from convert.command import (
     add_dtype,
     add_shard_size,
     add_verb,
     say_adapter,
+    say_template,
     write_hf,
     write_jax,
     writing,
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"convert {options.verb}: interrupted; nothing was left at the destination", file=sys.stderr)
+        left = "" if options.verb in READ_ONLY else "; nothing was left at the destination"
+        print(f"convert {options.verb}: interrupted{left}", file=sys.stderr)
         return 130
 
 
@@ -126,3 +128,4 @@ def _jax_to_peft(options: argparse.Namespace) -> None:
     with writing(adapter, options.destination) as (directory, advance):
         write_peft(adapter, directory, advance)
     say_adapter(adapter, f'PeftModel.from_pretrained(base, "{options.destination}")')
+    say_template(adapter)

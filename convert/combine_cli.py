@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.command import DTYPES, add_dtype, add_shard_size, add_verb, write_hf, write_jax
+from convert.command import DTYPES, add_dtype, add_shard_size, add_verb, write_model_as
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,10 +165,7 @@ def _run(options: argparse.Namespace, base_path: str, other_path: str, out: str,
     origin = f"tokenizer from {files[0].parent}" if files else "no tokenizer"
     family = f"family {options.family}, " if options.family else ""
     print(f"{family}{main_dtype(result.leaves)}, {added}, {origin}", file=sys.stderr)
-    if options.format == "hf":
-        write_hf(source, out, options.shard_size)
-    else:
-        write_jax(source, out)
+    write_model_as(options.format, source, out, options.shard_size)
     if expected is not None:
         _say_sum(total, expected)
 
@@ -219,7 +216,5 @@ def _merge(options: argparse.Namespace) -> None:
     dtype = _dtype(options)
     base = open_model(base_path, options.config)
     merged = MergedSource(base, open_adapter(adapter_path, base.config), dtype)
-    if (options.format or ("jax" if isinstance(base, NativeSource) else "hf")) == "hf":
-        write_hf(merged, out, options.shard_size)
-    else:
-        write_jax(merged, out)
+    form = options.format or ("jax" if isinstance(base, NativeSource) else "hf")
+    write_model_as(form, merged, out, options.shard_size)

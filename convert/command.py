@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxlm.errors import UserError
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from convert.leaves import AdapterSource, Advance, LeafSource, ParamSource
     from convert.manifest import Hasher
 
+SHARD_SIZE = "5GB"
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -39,7 +42,7 @@ def add_dtype(verb: argparse.ArgumentParser) -> None:
 
 
 def add_shard_size(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    verb.add_argument("--shard-size", metavar="SIZE", help=f"largest weight file (default: {SHARD_SIZE})")
 
 
 def add_result_format(verb: argparse.ArgumentParser, default: str) -> None:
@@ -62,15 +65,29 @@ def write_jax(source: ParamSource, destination: str) -> None:
     say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {destination}")
 
 
-def write_hf(source: ParamSource, destination: str, shard_size: str) -> None:
+def write_model_as(form: str, source: ParamSource, destination: str, shard_size: str | None) -> None:
+    """Writes a directory of the format 'hf' or 'jax' and says so."""
+    if form == "hf":
+        write_hf(source, destination, shard_size)
+        return
+    if shard_size is not None:
+        raise UserError(
+            f"--shard-size {shard_size}: is for --format hf; the result is --format jax, which is not cut into weight "
+            "files of a size; leave it out"
+        )
+    write_jax(source, destination)
+
+
+def write_hf(source: ParamSource, destination: str, shard_size: str | None) -> None:
     """Writes a Hugging Face directory and says so."""
     from convert import hf
     from convert.output import parse_size
 
-    size = parse_size(shard_size)
+    size = parse_size(shard_size or SHARD_SIZE)
     with writing(source, destination) as (directory, advance):
         hf.write_hf(source, directory, size, advance)
     say_model(source, f'AutoModelForCausalLM.from_pretrained("{destination}")')
+    say_template(source)
 
 
 class Watch:
@@ -182,6 +199,19 @@ def say_model(source: ParamSource, following: str) -> None:
     size, dtype = human(total_bytes(source.leaves)), main_dtype(source.leaves)
     print(f"{'model':12} {source.config.architecture}, {source.config.num_params():,} parameters, {size} in {dtype}")
     print(f"{'next':12} {following}")
+
+
+def say_template(source: LeafSource) -> None:
+    """Of a result in another format than jaxlm's: the prompt template that it has no place for."""
+    from jaxlm.models.shapes import read_json
+
+    files = {file.name: file for file in source.prompt_files}
+    if "prompt.json" in files:
+        recorded = str(read_json(files["prompt.json"]).get("template"))
+        name = str(files.get(recorded, recorded))  # a user's own lies beside it
+        print(
+            f"{'template':12} {name}, which this format has no place for: jaxlm.generate needs --template {name} there"
+        )
 
 
 def say_adapter(adapter: AdapterSource, following: str) -> None:

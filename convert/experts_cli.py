@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.command import add_shard_size, add_verb, write_hf, write_jax
+from convert.command import add_shard_size, add_verb, write_jax, write_model_as
 from jaxlm.errors import UserError
 
 # Checked against convert.experts and jaxlm.models.shapes by a test; those modules are too heavy for --help.
@@ -98,10 +98,7 @@ def _demoefy(options: argparse.Namespace) -> None:
     from convert.source import open_model
 
     source = DenseSource(open_model(options.source))
-    if options.format == "hf":
-        write_hf(source, options.destination, options.shard_size)
-    else:
-        write_jax(source, options.destination)
+    write_model_as(options.format, source, options.destination, options.shard_size)
 
 
 def _pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:

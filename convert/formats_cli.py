@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.command import (
+    SHARD_SIZE,
     add_dtype,
     add_shard_size,
     add_verb,
     say_adapter,
     say_model,
+    say_template,
     with_dtype,
     write_hf,
     write_jax,
@@ -145,6 +147,8 @@ def _mindspore_to_hf(options: argparse.Namespace) -> None:
     if not options.lora:
         write_hf(_open_mindspore(options), options.destination, options.shard_size)
         return
+    if options.shard_size is not None:
+        raise UserError(f"--shard-size {options.shard_size}: is not for --lora; an adapter is one file; leave it out")
     adapter = _open_mindspore_adapter(options)
     with writing(adapter, options.destination) as (directory, advance):
         write_peft(adapter, directory, advance)
@@ -158,6 +162,7 @@ def _to_mindspore(options: argparse.Namespace) -> None:
     with writing(source, options.destination) as (directory, advance):
         write_mindspore(source, directory, advance, joined=options.qkv_concat, crc=options.crc)
     say_model(source, f"load_checkpoint: {options.destination}/{FILE_NAME} in MindFormers' YAML")
+    say_template(source)
 
 
 def _add_meta_source(verb: argparse.ArgumentParser) -> None:
@@ -198,7 +203,7 @@ def _meta_to_hf(options: argparse.Namespace) -> None:
     from convert.output import parse_size
 
     meta, source = _open_meta(options)
-    size = parse_size(options.shard_size)
+    size = parse_size(options.shard_size or SHARD_SIZE)
     with writing(source, options.destination) as (directory, advance):
         write_hf(source, directory, size, advance)
         _add_tokenizer(meta, directory)
@@ -266,3 +271,4 @@ def _to_meta(options: argparse.Namespace) -> None:
         source,
         f"run it with {options.shards} processes ({FILE_NAMES}); max_seq_len up to {length}",
     )
+    say_template(source)

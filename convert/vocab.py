@@ -200,14 +200,25 @@ def read_tokens(argument: str) -> list[str]:
     """New tokens: the lines of a UTF-8 file, or a list with commas.
 
     Raises:
-        UserError: when there is none, or one is there twice.
+        UserError: when there is none, or one is there twice, or what looks like a file is not there.
     """
-    if Path(argument).is_file():
+    path = Path(argument)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError:  # a list too long for a name
+        is_file = is_folder = False
+    if is_file:
         try:
-            lines = Path(argument).read_text(encoding="utf-8").splitlines()
+            # Nothing but \n ends a line: a token may hold other separators, which splitlines would cut at.
+            lines = path.read_bytes().decode("utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"--tokens {argument}: is not UTF-8 text ({error})") from None
-        tokens = [line for line in lines if line.strip()]
+        tokens = [line for line in (line.strip("\r") for line in lines) if line.strip()]
+    elif "," not in argument and ("/" in argument or argument.endswith((".txt", ".json")) or is_folder):
+        raise UserError(
+            f"--tokens {argument}: no such file; a list of tokens needs a comma, also behind a single token: "
+            f"'{argument},'"
+        )
     else:
         tokens = [token for token in argument.split(",") if token.strip()]
     if not tokens:

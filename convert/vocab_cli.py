@@ -7,8 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from convert.command import add_shard_size, add_verb, write_hf, write_jax
+from convert.command import add_shard_size, add_verb, write_model_as
 from jaxlm.errors import UserError
+
+# Tokens named at the end.
+_SHOWN = 20
 
 
 def add_vocab_verb(verbs: Any) -> None:
@@ -45,9 +48,9 @@ def _extend_vocab(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_tokenizer(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder))
         extended = WithTokenizer(extend(source, tokenizer, tokens, options.init, options.pad_to), files)
-        if (options.format or ("jax" if isinstance(source, NativeSource) else "hf")) == "hf":
-            write_hf(extended, options.destination, options.shard_size)
-        else:
-            write_jax(extended, options.destination)
+        form = options.format or ("jax" if isinstance(source, NativeSource) else "hf")
+        write_model_as(form, extended, options.destination, options.shard_size)
     first, rows = tokenizer.vocab_size, extended.config.vocab_size
-    print(f"{'new tokens':12} ids {first} to {first + len(tokens) - 1}; {rows} rows in embedding and head")
+    more = f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else ""
+    shown = ", ".join(map(repr, tokens[:_SHOWN])) + more
+    print(f"{'new tokens':12} ids {first} to {first + len(tokens) - 1}: {shown}; {rows} rows in embedding and head")

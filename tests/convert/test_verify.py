@@ -74,6 +74,13 @@ class TestBlocks:
         compare_blocks(wide, half, found)
         assert found.max_ulp == 0 and found.different == (wide != half.astype(np.float32)).sum() > 0
         assert found.max_abs == np.abs(wide - half.astype(np.float32)).max() and found.max_rel < 2**-8
+        # Of the two 16-bit dtypes bfloat16 has fewer digits, whichever comes first.
+        other = wide.astype(np.float16)
+        rounded = other.astype(ml_dtypes.bfloat16)
+        for pair in ((other, rounded), (rounded, other)):
+            found = Difference("x", (1000,), ("", ""))
+            compare_blocks(*pair, found)
+            assert found.max_ulp == 0 and found.different
         same = Difference("x", (1000,), ("", ""))
         compare_blocks(half.astype(np.float32), half, same)
         assert not same.different
@@ -117,7 +124,12 @@ def test_formats_are_equal(
     # In another dtype every number counts.
     run("hf-to-jax", hf_dir, tmp_path / "half", "--dtype", "bfloat16")
     status, printed = verify(capsys, hf_dir, tmp_path / "half")
-    assert status == 1 and "30 tensors are float32 and bfloat16" in printed and "NOT equal" in printed
+    assert (
+        status == 1
+        and "30 tensors are float32 and bfloat16" in printed
+        and "rounding to bfloat16" in printed
+        and "NOT equal" in printed
+    )
     run("jax-to-hf", tmp_path / "half", tmp_path / "wide", "--dtype", "float32")
     assert verify(capsys, tmp_path / "half", tmp_path / "wide", "--no-logits")[0] == 0
 
@@ -228,6 +240,27 @@ def test_inspect(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     printed = run("inspect", tmp_path / "jax", "--checksum")
     assert "jaxlm model" in printed and f"sum of all numbers: {total:.4f}" in printed and "manifest: " in printed
     assert f"sum of all numbers: {total:.4f}" in run("inspect", hf_dir / "model.safetensors", "--checksum")
+
+    file = "consolidated.00.pth"
+    assert "layers.2.attention.wq.weight" in run("inspect", tmp_path / "meta" / file)
+    for path, other in ((hf_dir, True), (tmp_path / "meta", True), (tmp_path / "jax", False)):
+        assert ("under jaxlm's names" in run("inspect", path)) == other
+    assert "under jaxlm's names" not in run("inspect", tmp_path / "meta" / file)
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, hf_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.source.open_model", interrupt)
+    monkeypatch.setattr("convert.describe.describe", interrupt)
+    for arguments, written in (
+        (["verify", hf_dir, hf_dir], False),
+        (["inspect", hf_dir], False),
+        (["hf-to-jax", hf_dir, tmp_path / "out"], True),
+    ):
+        assert main([str(argument) for argument in arguments]) == 130
+        assert ("nothing was left at the destination" in capsys.readouterr().err) == written
 
 
 def test_whoever_has_seen_enough(hf_dir: Path) -> None:

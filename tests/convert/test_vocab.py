@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from convert.source import open_model
-from convert.vocab import GrownSource
+from convert.vocab import GrownSource, read_tokens
 from jaxlm.tokenizer import load_tokenizer, train_sentencepiece
 from tests.convert.test_source import MODEL
 from tests.convert.tiny import make_hf_model
@@ -129,7 +129,7 @@ def test_jaxlm_models_and_dtypes(trained: Path, tmp_path: Path, run: Callable[..
         assert a.read(path, ()).tobytes() == b.read(path, ()).tobytes() == c.read(path, ()).tobytes()
     assert load_tokenizer(a.tokenizer_dir).id_of("two2") == a.config.vocab_size - 1
     # Once more, from a model that was extended.
-    run("extend-vocab", tmp_path / "a", tmp_path / "again", "--tokens", "three3")
+    assert ": 'three3'; " in run("extend-vocab", tmp_path / "a", tmp_path / "again", "--tokens", "three3")
     again = load_tokenizer(tmp_path / "again" / "jaxlm" / "tokenizer")
     assert [again.id_of(t) for t in ("one1", "two2", "three3")] == [again.vocab_size - n for n in (3, 2, 1)]
 
@@ -143,6 +143,10 @@ def test_mistakes(trained: Path, tmp_path: Path, refused: Callable[..., str]) ->
         ("a b,a b", ["'a b' is there twice"]),
         (",", ["names no token"]),
         (bad, ["UTF-8"]),
+        ("tokens.txt", ["tokens.txt: no such file", "a list of tokens needs a comma"]),
+        ("more.json", ["no such file"]),
+        ("a/b", ["no such file"]),
+        (tmp_path, ["no such file"]),
     ):
         message = refused("extend-vocab", model, tmp_path / "out", "--tokens", tokens)
         assert all(word in message for word in words), message
@@ -152,6 +156,15 @@ def test_mistakes(trained: Path, tmp_path: Path, refused: Callable[..., str]) ->
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (model / name).unlink()
     assert "has no tokenizer" in refused("extend-vocab", model, tmp_path / "out", "--tokens", "x9")
+
+
+def test_read_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.txt"
+    file.write_bytes("a\u2028b\r\n\r\n c \nd\x0ce\r\n".encode())
+    assert read_tokens(str(file)) == ["a\u2028b", " c ", "d\x0ce"]
+    assert read_tokens("</s>,") == ["</s>"] and read_tokens("one") == ["one"]
+    many = [f"token{number}" for number in range(2000)]
+    assert read_tokens(",".join(many)) == many  # longer than a file name may be
 
 
 @pytest.mark.parametrize("first", [30, 35, 37])
