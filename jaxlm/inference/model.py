@@ -232,8 +232,8 @@ def _start(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     x = _embed(decoder, embed_tokens["embedding"], tokens)
     places = _places(tokens, starts)
-    padding = (places < lengths[:, None]).astype(jnp.int32)
-    return x, *rope_cos_sin(decoder.config, places, lengths), _modality(decoder, tokens, padding)
+    present = (places < lengths[:, None]).astype(jnp.int32)  # 0 in the padding, which uses no expert
+    return x, *rope_cos_sin(decoder.config, places, lengths), _modality(decoder, tokens, present)
 
 
 def _modality(decoder: Decoder, tokens: jax.Array, present: jax.Array | None) -> jax.Array | None:

@@ -35,7 +35,7 @@ def check_decoding(options: Decoding) -> None:
             if getattr(options, key) != off:
                 raise UserError(
                     f"{key}: {getattr(options, key):g} does nothing at temperature 0, where the most probable token "
-                    "is taken; set a temperature above 0"
+                    f"is taken; set a temperature above 0, or {key} {off} first"
                 )
     if options.num_beams == 1:
         for key, unset in (("length_penalty", 1.0), ("early_stopping", False)):
