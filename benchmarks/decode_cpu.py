@@ -19,18 +19,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from train_cpu import SHAPE
+
 PROMPT, NEW = 128, 128
-SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 
 
 def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], float]:
