@@ -46,6 +46,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "modalities.json",
 )
 
 
