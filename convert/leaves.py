@@ -37,24 +37,12 @@ class LeafInfo:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-class LeafSource(Protocol):
+class LeafReader(Protocol):
     """Leaves that can be read slice by slice, from several threads at once."""
-
-    @property
-    def path(self) -> Path:
-        """Where it was opened."""
 
     @property
     def leaves(self) -> Mapping[str, LeafInfo]:
         """Path ('layers/self_attn/q_proj/kernel') -> shape and dtype."""
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """Tokenizer and generation files, to be carried along byte for byte."""
-
-    @property
-    def prompt_files(self) -> list[Path]:
-        """prompt.json and, where it names one, template.json: how a jaxlm model was asked in training. Else empty."""
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """A slice of a leaf in its stored dtype, as numpy would index it; reads only what is needed.
@@ -64,6 +52,22 @@ class LeafSource(Protocol):
             index: slices (starts, stops and positive steps may be None) of the leading dimensions; the
                 rest is taken whole. The first dimension of 'layers/...' is the layer.
         """
+
+
+class LeafSource(LeafReader, Protocol):
+    """The leaves of a model or adapter in files."""
+
+    @property
+    def path(self) -> Path:
+        """Where it was opened."""
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizer and generation files, to be carried along byte for byte."""
+
+    @property
+    def prompt_files(self) -> list[Path]:
+        """prompt.json and, where it names one, template.json: how a jaxlm model was asked in training. Else empty."""
 
 
 class ParamSource(LeafSource, Protocol):

@@ -163,12 +163,15 @@ class Layout:
         rows = math.prod(self.view[: self.split])
         if self.split == 0 or leaf.size == 0:
             return leaf.reshape(self.stored)
-        matrix = leaf.reshape(-1, rows)
-        out = np.empty(matrix.shape[::-1], leaf.dtype)
-        # In strips, each of which stays in the cache: three times as fast as numpy's transposed copy.
-        for start in range(0, matrix.shape[0], STRIP_ROWS):
-            out[:, start : start + STRIP_ROWS] = matrix[start : start + STRIP_ROWS].T
-        return out.reshape(self.stored)
+        return transposed(leaf.reshape(-1, rows)).reshape(self.stored)
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """The transpose of a matrix, contiguous: in strips that stay in the cache, three times as fast as numpy's copy."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, matrix.shape[0], STRIP_ROWS):
+        out[:, start : start + STRIP_ROWS] = matrix[start : start + STRIP_ROWS].T
+    return out
 
 
 @dataclass(frozen=True)
