@@ -78,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("destination", metavar="DST", help="Hugging Face directory to create")
     add_dtype(verb)
     add_shard_size(verb)
+    verb.add_argument(
+        "--layout",
+        choices=("dense", "mixtral"),
+        default="dense",
+        help="of a model of experts: a dense model with the experts in files beside it, which jaxlm reads (default), "
+        "or Mixtral's, for a learned router with one k",
+    )
 
     verb = add_verb(verbs, "peft-to-jax", _peft_to_jax, "a PEFT LoRA adapter becomes a jaxlm adapter")
     verb.add_argument("source", metavar="ADAPTER", help="directory with adapter_config.json and adapter_model.*")
@@ -101,7 +108,7 @@ def _hf_to_jax(options: argparse.Namespace) -> None:
 
 
 def _jax_to_hf(options: argparse.Namespace) -> None:
-    write_hf(open_as(options), options.destination, options.shard_size)
+    write_hf(open_as(options), options.destination, options.shard_size, options.layout)
 
 
 def _peft_to_jax(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from convert.leaves import AdapterSource, Advance, LeafSource, ParamSource
     from convert.manifest import Hasher
+    from jaxlm.models.shapes import MoeConfig
 
 SHARD_SIZE = "5GB"
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -78,16 +79,39 @@ def write_model_as(form: str, source: ParamSource, destination: str, shard_size:
     write_jax(source, destination)
 
 
-def write_hf(source: ParamSource, destination: str, shard_size: str | None) -> None:
+def write_hf(source: ParamSource, destination: str, shard_size: str | None, layout: str = "dense") -> None:
     """Writes a Hugging Face directory and says so."""
     from convert import hf
+    from convert.mixtral import check_mixtral
     from convert.output import parse_size
 
     size = parse_size(shard_size or SHARD_SIZE)
+    if layout == "mixtral":
+        check_mixtral(source)
     with writing(source, destination) as (directory, advance):
-        hf.write_hf(source, directory, size, advance)
+        hf.write_hf(source, directory, size, advance, layout)
     say_model(source, f'AutoModelForCausalLM.from_pretrained("{destination}")')
     say_template(source)
+    if source.config.moe is not None:
+        _say_experts(source.config.moe, destination, layout)
+
+
+def _say_experts(moe: MoeConfig, destination: str, layout: str) -> None:
+    """Of a Hugging Face directory: what transformers makes of the experts."""
+    from convert.hf_experts import FOLDER
+
+    k = moe.top_k[0]
+    if layout != "mixtral":
+        print(
+            f"{'experts':12} transformers computes all {moe.experts} for every token: to it this is a dense model. "
+            f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"
+        )
+        return
+    rounded = "" if k & (k - 1) == 0 else f"; {k} is no power of two, so these are rounded"
+    print(
+        f"{'experts':12} {moe.experts}, of which transformers computes {k} for every token; w2 holds {k} times "
+        f"down_proj{rounded}"
+    )
 
 
 class Watch:

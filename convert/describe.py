@@ -12,7 +12,8 @@ import numpy as np
 
 from convert.command import describe_lora
 from convert.delta import block_sum, inv_freq_sum
-from convert.hf import HfSource, hf_tensors
+from convert.hf import hf_tensors
+from convert.hf_experts import HF_SOURCES
 from convert.leaves import AdapterSource, LeafSource, ParamSource, total_bytes
 from convert.manifest import MANIFEST, read_manifest
 from convert.meta import MetaSource
@@ -26,7 +27,12 @@ from jaxlm.models.shapes import read_json
 from jaxlm.tokenizer import load_tokenizer
 
 _ADAPTER_FORMATS = ((PeftSource, "PEFT"), (NativeAdapter, "jaxlm"), (MindSporeAdapter, "MindSpore"))
-_FORMATS = ((HfSource, "Hugging Face"), (NativeSource, "jaxlm"), (MetaSource, "Meta"), (MindSporeSource, "MindSpore"))
+_FORMATS: tuple[tuple[Any, str], ...] = (
+    (HF_SOURCES, "Hugging Face"),
+    (NativeSource, "jaxlm"),
+    (MetaSource, "Meta"),
+    (MindSporeSource, "MindSpore"),
+)
 
 
 @dataclass

@@ -229,14 +229,14 @@ def open_as(options: argparse.Namespace, **how: Any) -> ParamSource:
 
 
 def _of_format(options: argparse.Namespace, **how: Any) -> ParamSource:
-    from convert.hf import HfSource
+    from convert.hf_experts import HF_SOURCES
     from convert.meta import MetaSource
     from convert.mindspore import MindSporeSource
     from convert.native import NativeSource
     from convert.source import open_model
 
-    formats = {
-        "hf": (HfSource, "a Hugging Face model"),
+    formats: dict[str, tuple[Any, str]] = {
+        "hf": (HF_SOURCES, "a Hugging Face model"),
         "jax": (NativeSource, "a jaxlm model"),
         "meta": (MetaSource, "a checkpoint in Meta's format"),
         "mindspore": (MindSporeSource, "a MindSpore checkpoint"),

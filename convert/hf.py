@@ -19,7 +19,6 @@ from convert.leaves import (
     full_index,
     index_shape,
     main_dtype,
-    refuse_experts,
     row_blocks,
     stored_blocks,
 )
@@ -173,7 +172,7 @@ class HfSource(StackedTensors):
         self.hf_config: dict[str, Any] | None = read_json(path / "config.json")
         if self.hf_config.get("quantization_config"):
             raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
-        self.config = parse_hf_config(path / "config.json", self.hf_config)
+        self.config = self.parse_config(path / "config.json", self.hf_config)
         weights = find_weights(path)
         if weights is None:
             raise UserError(
@@ -183,12 +182,17 @@ class HfSource(StackedTensors):
             name: t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
         }
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
-        self._drop_tied_head(weights, tensors)
+        self.prepare(weights, tensors)
         entries = hf_entries(self.config)
         match_tensors(weights, tensors, entries)
         self.add(weights, leaf_shapes(self.config), tensors, entries)
 
-    def _drop_tied_head(self, weights: Path, tensors: dict[str, Tensor]) -> None:
+    def parse_config(self, where: Path, content: dict[str, Any]) -> LlamaConfig:
+        """The shape that `config.json` describes."""
+        return parse_hf_config(where, content)
+
+    def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
+        """Gives the tensors found the names and shapes of `hf_entries`."""
         # Old transformers versions stored the head of tied models too.
         head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if not self.config.tie_word_embeddings or head is None or embedding is None:
@@ -234,17 +238,30 @@ def hf_tensors(source: ParamSource) -> list[TensorSpec]:
     ]
 
 
-def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
+def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Advance, layout: str = "dense") -> None:
     """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
     Args:
         directory: an existing, empty directory.
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.
+        layout: of a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
+            or 'mixtral'.
+
+    Raises:
+        UserError: when Mixtral's layout has no place for the model.
     """
+    from convert.experts import DenseSource
+    from convert.hf_experts import write_folder
+    from convert.mixtral import write_mixtral
     from convert.output import write_safetensors
 
-    refuse_experts(source, "Hugging Face")
-    write_safetensors(directory, "model", hf_tensors(source), shard_size, advance)
-    (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
-    copy_files(source.tokenizer_files, directory)
+    if layout == "mixtral":
+        write_mixtral(source, directory, shard_size, advance)
+    else:
+        plain = source if source.config.moe is None else DenseSource(source, strict=False)
+        write_safetensors(directory, "model", hf_tensors(plain), shard_size, advance)
+        (directory / "config.json").write_text(hf_config_for(plain), encoding="utf-8")
+        copy_files(source.tokenizer_files, directory)
+    if source.config.moe is not None:
+        write_folder(source, directory, advance, layout == "mixtral")

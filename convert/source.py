@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from convert.hf import HfSource
+from convert.hf_experts import open_hf
 from convert.leaves import AdapterSource, LeafInfo, ParamSource
 from convert.meta import PARAMS, MetaSource, find_shards
 from convert.mindspore import (
@@ -110,11 +110,11 @@ def open_model(
     if path.is_dir() and (path / PARAMS).is_file() and find_shards(path) and not _is_hf(path):
         return MetaSource(path, max_positions)
     if path.is_dir() and _is_hf(path) and (path / "config.json").is_file():
-        return HfSource(path)
+        return open_hf(path)
     if _mindspore_files(path):
         return MindSporeSource(path, config, groups)
     if (path / "config.json").is_file():
-        return HfSource(path)  # which says that there are no weights
+        return open_hf(path)  # which says that there are no weights
     if (path / PARAMS).is_file():
         return MetaSource(path, max_positions)
     if find_shards(path):
