@@ -24,7 +24,11 @@ from convert.leaves import (
     stored_blocks,
 )
 from convert.names import Entry
+from jaxlm.cli import read_section
+from jaxlm.config import ModalityConfig, TokenizerConfig
 from jaxlm.errors import UserError
+from jaxlm.modalities import PRESETS, Modality
+from jaxlm.modalities import save as save_modalities
 from jaxlm.models.shapes import read_json
 from jaxlm.tokenizer import Tokenizer
 
@@ -229,27 +233,61 @@ def read_tokens(argument: str) -> list[str]:
     return tokens
 
 
+def read_modalities(arguments: Sequence[str]) -> list[ModalityConfig]:
+    """Modalities by preset, or from YAML or JSON files with a list `modalities`, as in a run's section tokenizer.
+
+    Raises:
+        UserError: for an unknown preset, or a file that is not such a list.
+    """
+    entries: list[ModalityConfig] = []
+    for argument in arguments:
+        if Path(argument).suffix in (".yaml", ".yml", ".json"):
+            found = read_section(argument, TokenizerConfig).modalities
+            if not found:
+                raise UserError(f"--modality {argument}: has no list `modalities`")
+            entries += found
+        elif argument in PRESETS:
+            entries.append(ModalityConfig(preset=argument))
+        else:
+            raise UserError(f"--modality {argument}: is none of {', '.join(PRESETS)}, and no .yaml or .json file")
+    return entries
+
+
 def write_tokenizer(
-    files: Sequence[Path], tokenizer: Tokenizer, tokens: Sequence[str], special: bool, directory: Path
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    tokens: Sequence[str],
+    special: bool,
+    directory: Path,
+    modalities: Sequence[Modality] = (),
 ) -> list[Path]:
     """Copies a tokenizer's files to a directory with the new tokens added, and returns the copies.
+
+    Files that are in the directory already are changed.
 
     tokenizer.json gets them through the `tokenizers` library. A SentencePiece .model stays as it is; the tokens stand
     in added_tokens.json beside it and, with their kind, in tokenizer_config.json, where transformers and jaxlm look.
 
     Args:
         special: whether decoding leaves them out.
+        modalities: those that the new tokens are of; recorded beside the ones that the tokenizer has.
 
     Raises:
-        UserError: when one of the tokens exists already.
+        UserError: when one of the tokens, or of the modalities' names or tags, exists already.
     """
+    for modality in modalities:
+        known = {name for old in tokenizer.modalities for name in (old.name, *old.tags)}
+        for name in (modality.name, *modality.tags):
+            if name in known:
+                raise UserError(f"{tokenizer.path}: has a modality with the name or tag {name!r} already")
     for token in tokens:
         index = tokenizer.id_of(token)
         if index is not None:
             raise UserError(f"{tokenizer.path}: has the token {token!r} already, with id {index}")
     ids = {token: tokenizer.vocab_size + number for number, token in enumerate(tokens)}
     for file in files:
-        shutil.copyfile(file, directory / file.name)
+        if file.parent != directory:
+            shutil.copyfile(file, directory / file.name)
     fast, trained = directory / "tokenizer.json", directory / "tokenizer.model"
     if fast.is_file():
         _add_to_fast(fast, ids, special)
@@ -261,6 +299,8 @@ def write_tokenizer(
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
         new = {str(index): {"content": token, **flags} for token, index in ids.items()}
         _update_json(settings, {"added_tokens_decoder": (old or {}) | new})
+    if modalities:
+        save_modalities([*tokenizer.modalities, *modalities], directory)
     return find_tokenizer_files(directory)
 
 

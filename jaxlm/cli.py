@@ -101,6 +101,15 @@ def parse_config(
     return config
 
 
+def read_section(file: str, root: type[Config]) -> Config:
+    """A YAML (or JSON) file that holds one section of a configuration, checked like the whole.
+
+    Raises:
+        UserError: for an unknown key, a wrong type, a missing or broken file.
+    """
+    return _typed(_read_yaml(file, root), root)
+
+
 def dump_yaml(config: Any) -> str:
     """The config as YAML that `--config` reads back."""
     values = to_dict(config)
@@ -305,13 +314,13 @@ def _read_yaml(file: str, root: type) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config: {file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise UserError(f"--config: {file}: not valid YAML{where}: {error.problem}") from None
+        raise UserError(f"{file}: not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {file}: not valid YAML: {error}") from None
+        raise UserError(f"{file}: not valid YAML: {error}") from None
     _check_keys(content, root, "", file, root)
     stages = content.get("stages", [{}])
     if not isinstance(stages, list) or not stages:

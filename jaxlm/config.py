@@ -96,16 +96,48 @@ class MoeRunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModalityConfig:
+    """A kind of thing that has tokens of its own: molecules, proteins, ...; see `jaxlm.modalities`.
+
+    Args:
+        preset: start from smiles, nucleic, protein (SciMind's alphabets) or smiles_atoms (atoms as tokens).
+        name: what it is called in moe.top_k.
+        tokens: its alphabet, in the order of ids.
+        tokens_file: instead of tokens, a file with one on each line.
+        pattern: regular expression that finds the tokens in a text; null: every character is one.
+        delimiters: what stands before and after a token in the vocabulary, e.g. {|C|}.
+        tags: what opens and closes it in a text; null: <name> and </name>.
+        tag_tokens: the tags are tokens too; null: as the preset, else true.
+        strip: drop white space beside it, as SciMind's tokenizer does.
+        fallback: for a character outside of the alphabet: error, or text: all from tag to tag is read as plain text.
+    """
+
+    preset: str | None = None
+    name: str | None = None
+    tokens: tuple[str, ...] = ()
+    tokens_file: str | None = None
+    pattern: str | None = None
+    delimiters: tuple[str, str] = ("{|", "|}")
+    tags: tuple[str, str] | None = None
+    tag_tokens: bool | None = None
+    strip: bool = False
+    fallback: Literal["error", "text"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Where the tokenizer comes from.
 
     Args:
         path: a directory or SentencePiece .model file; null means the model's own.
+        modalities: kinds of things with tokens of their own; a fresh model's tokenizer gets them, another's must have
+            them (`convert extend-vocab` adds them). Empty: as recorded beside the tokenizer.
         train_on: text files (or folders) to train a SentencePiece model on, when a fresh model has none.
         vocab_size: pieces of the tokenizer trained on train_on.
     """
 
     path: str | None = None
+    modalities: tuple[ModalityConfig, ...] = ()
     train_on: tuple[str, ...] = ()
     vocab_size: int = 4096
 
@@ -150,6 +182,7 @@ class DataConfig:
         train_on_inputs: also learn the prompt, not only the answer.
         add_bos: begin each record with the tokenizer's bos token.
         add_eos: end each answer with the tokenizer's eos token, and learn it.
+        drop_unknown: leave out records with a token that the tokenizer does not know, as SciMind does.
         too_long: what to do with a record longer than a row: truncate, split into pieces, drop (each reported) or
             error; auto splits plain text and truncates the rest.
         workers: loader processes; 0 loads in a thread.
@@ -162,6 +195,7 @@ class DataConfig:
     train_on_inputs: bool = False
     add_bos: bool = True
     add_eos: bool = True
+    drop_unknown: bool = False
     too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
     workers: int = 0
 

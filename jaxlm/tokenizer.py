@@ -9,12 +9,14 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from jaxlm.errors import UserError
+from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
+from jaxlm.modalities import load as load_modalities
 
 # Everything that belongs to a tokenizer and travels with it.
 TOKENIZER_FILES = (
@@ -27,6 +29,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "generation_config.json",
+    MODALITIES_FILE,
 )
 
 # Unicode noncharacters: no text holds them, so they can mark places in a rendered chat.
@@ -216,10 +219,20 @@ class Tokenizer:
         bos_id, eos_id, pad_id, unk_id: ids, or None where the tokenizer has no such token.
         special_ids: ids that decode(skip_special=True) leaves out.
         chat_template: the Jinja source, or None.
+        modalities: those with tokens of their own, `<smiles>CCO</smiles>` in texts; see `jaxlm.modalities`.
     """
 
-    def __init__(self, path: Path, files: Sequence[Path], backend: _Backend, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path],
+        backend: _Backend,
+        settings: Mapping[str, Any],
+        modalities: Sequence[Modality] = (),
+    ) -> None:
         self.path = path
+        self.modalities = tuple(modalities)
+        self._modalities = Modalities(modalities) if modalities else None
         self._files = tuple(files)
         self._backend = backend
         self.vocab_size = backend.size
@@ -236,16 +249,34 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = own["bos"], own["eos"], own["unk"], own["pad"]
 
     def encode(self, text: str, special_tokens: bool | None = None) -> Encoding:
-        """Tokens of `text` without bos and eos. special_tokens: see the class."""
-        return self._backend.encode([text], special_tokens)[0]
+        """Tokens of `text` without bos and eos. special_tokens: see the class.
+
+        Raises:
+            TextError: (see `jaxlm.modalities`) tags that are not in pairs, or what a modality has no token for.
+        """
+        return self.encode_batch([text], special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], special_tokens: bool | None = None) -> list[Encoding]:
         """`encode` of every text, on all cores."""
-        return self._backend.encode(texts, special_tokens)
+        if self._modalities is None:
+            return self._backend.encode(texts, special_tokens)
+        split = [self._modalities.split(text, number) for number, text in enumerate(texts)]
+        plain = [
+            text[run.begin : run.end] for text, runs in zip(texts, split, strict=True) for run in runs if not run.ids
+        ]
+        encoded = iter(self._backend.encode(plain, special_tokens))
+        return [_joined(runs, encoded) for runs in split]
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Text of `ids`. An id beyond the vocabulary (embeddings are often padded to a round number) gives nothing."""
-        return self._backend.decode([int(i) for i in ids if 0 <= int(i) < self.vocab_size], skip_special)
+    def decode(self, ids: Iterable[int], skip_special: bool = True, open_end: bool = False) -> str:
+        """Text of `ids`. An id beyond the vocabulary (embeddings are often padded to a round number) gives nothing.
+
+        Args:
+            open_end: more ids may follow: a modality at the end is not closed.
+        """
+        known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
+        if self._modalities is None:
+            return self._backend.decode(known, skip_special)
+        return self._modalities.decode(known, lambda run: self._backend.decode(run, skip_special), open_end)
 
     def token(self, index: int) -> str:
         """The piece with this id as the vocabulary spells it ("▁the"); empty for an unused id."""
@@ -304,6 +335,21 @@ class Tokenizer:
         for file in self._files:
             # copyfile, not copy: a read-only original would leave files that cannot be replaced.
             shutil.copyfile(file, directory / (f"tokenizer{file.suffix}" if file == self.path else file.name))
+
+
+def _joined(runs: Sequence[Run], encoded: Iterator[Encoding]) -> Encoding:
+    """The runs of one text, plain ones taken from `encoded`."""
+    ids: list[int] = []
+    offsets: Offsets = []
+    for run in runs:
+        if run.ids:
+            ids += run.ids
+            offsets += run.offsets
+        else:
+            part = next(encoded)
+            ids += part.ids
+            offsets += [(begin + run.begin, end + run.begin) for begin, end in part.offsets]
+    return Encoding(ids, offsets)
 
 
 @functools.cache
@@ -387,7 +433,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend = _SentencePiece(main, added)
     else:
         raise UserError(f"tokenizer: {path} is neither a directory nor a .model or tokenizer.json file")
-    return Tokenizer(path, files, backend, settings)
+    beside = next((file for file in files if file.name == MODALITIES_FILE), None)
+    modalities = [] if beside is None else load_modalities(beside, backend.id_of)
+    return Tokenizer(path, files, backend, settings, modalities)
 
 
 def _read_json(path: Path) -> Any:

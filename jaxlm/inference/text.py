@@ -12,11 +12,15 @@ CONTEXT = 8
 BROKEN = "\ufffd"
 
 
-def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """The text that `ids` add to the prompt; never ends in half a UTF-8 character."""
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], last: bool = True) -> str:
+    """The text that `ids` add to the prompt; never ends in half a UTF-8 character.
+
+    Args:
+        last: nothing follows; else what closes a molecule or the like at the end is left out.
+    """
     context = list(prompt[-CONTEXT:])
-    before, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids])
-    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)
+    before, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids], open_end=not last)
+    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, open_end=not last)
     return text.rstrip(BROKEN)
 
 
@@ -48,7 +52,7 @@ class TextStream:
         Returns:
             The new text, and whether a stop text was met.
         """
-        text, stopped = cut_at_stop(answer_text(self._tokenizer, self._prompt, ids), self._stops)
+        text, stopped = cut_at_stop(answer_text(self._tokenizer, self._prompt, ids, last), self._stops)
         safe = len(text)
         if not (stopped or last):
             safe = len(text) - self._maybe_stop(text)
