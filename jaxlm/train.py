@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -87,8 +88,8 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     from jaxlm.training.loop import Job, train
 
     source = None if config.model.path is None else open_model(config.model.path)
-    shape = _shape(config, source)
     tokenizer, tokenizer_files = _tokenizer(config, source)
+    shape = _shape(config, source, tokenizer)
     data = _data(config, tokenizer, shape, console)
     if source is None:
         shape = _with_special_ids(shape, tokenizer)
@@ -97,7 +98,7 @@ def _train(config: RunConfig, console: Console) -> Outcome:
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
-    files |= _prompt_files([report.template for report in data.report.train], config.data.add_bos)
+    files |= _prompt_files([report.template for report in data.report.train], config.data.add_bos, tokenizer)
     prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
         if not 0 < len(prompt) < shape.max_length:
@@ -121,9 +122,15 @@ def _train(config: RunConfig, console: Console) -> Outcome:
     return outcome
 
 
-def _prompt_files(templates: list[str], add_bos: bool) -> dict[str, bytes]:
-    """What tells `jaxlm.generate` how to ask: the first template that is not plain text; a user's own comes along."""
+def _prompt_files(templates: list[str], add_bos: bool, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What tells `jaxlm.generate` how to ask: the first template that is not plain text; a user's own comes along.
+
+    Of a task it is the conversation that the task is put into: whoever asks words the question.
+    """
+    from jaxlm.data.templates import for_questions, load_template
+
     name = next((name for name in templates if name != "text"), "text")
+    name = for_questions(load_template(name, tokenizer)).name
     if not name.endswith(".json"):
         return {"prompt.json": json.dumps({"template": name, "add_bos": add_bos}).encode()}
     return {
@@ -132,13 +139,14 @@ def _prompt_files(templates: list[str], add_bos: bool) -> dict[str, bytes]:
     }
 
 
-def _shape(config: RunConfig, source: Any) -> Any:
+def _shape(config: RunConfig, source: Any, tokenizer: Tokenizer) -> Any:
     from jaxlm.models.shapes import load_shape, resolve_moe
 
+    ranges = {modality.name: modality.range for modality in tokenizer.modalities}
     if source is not None:
-        return resolve_moe(source.config, config.moe, fresh=False)
+        return resolve_moe(source.config, config.moe, fresh=False, ranges=ranges)
     assert config.model.shape is not None
-    return resolve_moe(load_shape(config.model.shape), config.moe, fresh=True)
+    return resolve_moe(load_shape(config.model.shape), config.moe, fresh=True, ranges=ranges)
 
 
 def _with_special_ids(shape: Any, tokenizer: Tokenizer) -> Any:
@@ -155,10 +163,13 @@ def _tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str, byt
         tokenizer = load_tokenizer(config.tokenizer.path)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(folder)
-            return tokenizer, _read_files(Path(folder))
+            return _with_modalities(config, tokenizer, Path(folder), new=False)
     if source is not None:
         tokenizer = load_tokenizer(source.tokenizer_dir)
-        return tokenizer, {path.name: path.read_bytes() for path in source.tokenizer_files}
+        with tempfile.TemporaryDirectory() as folder:
+            for path in source.tokenizer_files:
+                shutil.copyfile(path, Path(folder) / path.name)
+            return _with_modalities(config, tokenizer, Path(folder), new=False)
     if not config.tokenizer.train_on:
         raise UserError("tokenizer: a fresh model has none; set tokenizer.path, or tokenizer.train_on to train one")
     files = _kept_tokenizer(Path(config.output_dir) / "checkpoints")
@@ -168,7 +179,45 @@ def _tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str, byt
             (directory / name).write_bytes(content)
         if not files:
             train_sentencepiece(_text_files(config.tokenizer.train_on), config.tokenizer.vocab_size, directory)
-        return load_tokenizer(directory), _read_files(directory)
+        return _with_modalities(config, load_tokenizer(directory), directory, new=True)
+
+
+def _with_modalities(
+    config: RunConfig, tokenizer: Tokenizer, files: Path, new: bool
+) -> tuple[Tokenizer, dict[str, bytes]]:
+    """The tokenizer with the modalities that the run names, and its files.
+
+    Args:
+        files: directory with copies of the tokenizer's files; a new tokenizer (`new`) gets the tokens it lacks.
+    """
+    from convert.vocab import write_tokenizer
+    from jaxlm.modalities import resolve, save
+    from jaxlm.tokenizer import load_tokenizer
+
+    entries = config.tokenizer.modalities
+    if entries:
+        tokens = [token for modality in resolve(entries, 0) for token in modality.tokens()]
+        first = tokenizer.id_of(tokens[0])
+        modalities = resolve(entries, tokenizer.vocab_size if first is None else first)
+        if tokenizer.modalities:
+            if list(tokenizer.modalities) != modalities:
+                raise UserError(
+                    "tokenizer.modalities: differ from those that the tokenizer has "
+                    f"({', '.join(m.name for m in tokenizer.modalities)}, in {tokenizer.path}); leave them out"
+                )
+        elif first is not None:
+            save(modalities, files)  # loading checks the ids of all tokens
+            tokenizer = load_tokenizer(files)
+        elif new:
+            write_tokenizer(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
+            tokenizer = load_tokenizer(files)
+        else:
+            names = " ".join(f"--modality {entry.preset or 'FILE'}" for entry in entries)
+            raise UserError(
+                f"tokenizer.modalities: {tokenizer.path} has no token {tokens[0]!r}; add them to model and tokenizer: "
+                f"convert extend-vocab {config.model.path} OUT {names}"
+            )
+    return tokenizer, _read_files(files)
 
 
 def _kept_tokenizer(checkpoints: Path) -> dict[str, bytes]:
@@ -205,6 +254,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
             seed=config.train.seed,
             vocab_size=shape.vocab_size,
             max_positions=shape.max_length,
+            ranges=None if shape.moe is None else shape.moe.ranges,
         )
     if jax.process_index() == 0:
         console.print("\n".join(data.report.lines()), highlight=False)
@@ -246,7 +296,7 @@ def _preview(config: RunConfig, batches: int, console: Console) -> None:
 
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, _ = _tokenizer(config, source)
-    data = _data(config, tokenizer, _shape(config, source), console)
+    data = _data(config, tokenizer, _shape(config, source, tokenizer), console)
     train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps, 0, 1)
     for number in range(min(batches, len(train))):
         console.rule(f"batch {number}")
@@ -274,7 +324,7 @@ def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]
     """A question in the template of the first source, as tokens up to where the answer begins."""
     from jaxlm.data.examples import prompt_ids
     from jaxlm.data.sources import Record, read_records
-    from jaxlm.data.templates import choose_template, load_template
+    from jaxlm.data.templates import choose_template, for_questions, load_template
 
     source = config.data.train[0]
     name = source.template
@@ -282,9 +332,8 @@ def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]
         name = choose_template(next(read_records(source)), tokenizer, source.columns)
     # Whatever schema the template reads, it finds the question.
     fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
-    return prompt_ids(
-        load_template(name, tokenizer), Record("train.sample_prompts", fields), tokenizer, config.data.add_bos
-    )
+    template = for_questions(load_template(name, tokenizer))
+    return prompt_ids(template, Record("train.sample_prompts", fields), tokenizer, config.data.add_bos)
 
 
 def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:

@@ -15,6 +15,7 @@ from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.sources import Record, read_records
 from jaxlm.data.templates import Rendered, Segment, Template, choose_template, load_template
 from jaxlm.errors import UserError
+from jaxlm.modalities import TextError
 from jaxlm.tokenizer import Encoding, Tokenizer
 
 # Called with the source's path and the number of its records done so far.
@@ -106,10 +107,11 @@ class SourceReport:
     split: int = 0
     dropped_too_long: int = 0
     dropped_without_target: int = 0
+    dropped_unknown: int = 0
 
     @property
     def dropped(self) -> int:
-        return self.dropped_too_long + self.dropped_without_target
+        return self.dropped_too_long + self.dropped_without_target + self.dropped_unknown
 
     def line(self) -> str:
         """One line for a log."""
@@ -121,6 +123,8 @@ class SourceReport:
             text += f"; {self.split:,} records longer than data.sequence_length split into pieces"
         if self.dropped_too_long:
             text += f"; {self.dropped_too_long:,} records dropped as too long"
+        if self.dropped_unknown:
+            text += f"; {self.dropped_unknown:,} records dropped for an unknown token (data.drop_unknown)"
         if self.dropped_without_target:
             text += f"; {self.dropped_without_target:,} records dropped because nothing to learn is left of them"
         return text
@@ -143,12 +147,17 @@ def encode_rendered(
 
     Raises:
         UserError: bos or eos is asked for and the tokenizer has none.
+        TextError: a record with what the tokenizer cannot read; its number is the record's place in `items`.
     """
     segments = [segment for item in items for segment in item.segments]
     special = {item.special_tokens for item in items}
     if len(special) > 1:
         raise AssertionError("records of one call must come from one template")
-    encodings = iter(tokenizer.encode_batch([s.text for s in segments], next(iter(special), None)))
+    try:
+        encodings = iter(tokenizer.encode_batch([s.text for s in segments], next(iter(special), None)))
+    except TextError as error:
+        owners = [number for number, item in enumerate(items) for _ in item.segments]
+        raise TextError(owners[error.number], str(error)) from None
     return [_join(item, encodings, tokenizer, add_bos, add_eos, train_on_inputs, running) for item in items]
 
 
@@ -203,7 +212,10 @@ def _mask(segment: Segment, encoding: Encoding) -> NDArray[np.bool_]:
 def prompt_ids(template: Template, record: Record, tokenizer: Tokenizer, add_bos: bool = True) -> list[int]:
     """Token ids of everything before the record's last answer, for inference."""
     rendered = template.render_prompt(record)
-    example = encode_rendered([rendered], tokenizer, add_bos=add_bos, add_eos=True, train_on_inputs=False)[0]
+    try:
+        example = encode_rendered([rendered], tokenizer, add_bos=add_bos, add_eos=True, train_on_inputs=False)[0]
+    except TextError as error:
+        raise UserError(f"{record.name}: {error}") from None
     return [int(index) for index in example.input_ids]
 
 
@@ -220,7 +232,7 @@ def build_examples(
 
     Args:
         sources: read in this order.
-        config: sequence_length, too_long, add_bos, add_eos, train_on_inputs and packing are used.
+        config: sequence_length, too_long, drop_unknown, add_bos, add_eos, train_on_inputs and packing are used.
         tokenizer: the tokenizer.
         vocab_size: rows of the model's embedding.
         progress: called now and then.
@@ -242,15 +254,22 @@ def build_examples(
         reports.append(report)
         records = itertools.chain([first], records)
         while batch := list(itertools.islice(records, _BATCH)):
-            encoded = encode_rendered(
-                [template.render(record) for record in batch],
-                tokenizer,
-                add_bos=config.add_bos,
-                add_eos=config.add_eos,
-                train_on_inputs=config.train_on_inputs,
-                running=config.packing_mode == "group_texts",
-            )
+            try:
+                encoded = encode_rendered(
+                    [template.render(record) for record in batch],
+                    tokenizer,
+                    add_bos=config.add_bos,
+                    add_eos=config.add_eos,
+                    train_on_inputs=config.train_on_inputs,
+                    running=config.packing_mode == "group_texts",
+                )
+            except TextError as error:
+                raise UserError(f"data: {batch[error.number].name}: {error}") from None
             for record, example in zip(batch, encoded, strict=True):
+                if config.drop_unknown and (example.input_ids == tokenizer.unk_id).any():
+                    report.records += 1
+                    report.dropped_unknown += 1
+                    continue
                 kept = _fit(record, example, config, report)
                 items.extend(kept)
                 origin.extend([number] * len(kept))

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,17 @@ from jaxlm.data.examples import (
 )
 from jaxlm.data.packing import Plan, plan_rows
 from jaxlm.errors import UserError
+from jaxlm.modalities import PADDING
 from jaxlm.tokenizer import Tokenizer
 
 Batch = dict[str, NDArray[Any]]
+BATCH_DTYPES: dict[str, Any] = {
+    "input_ids": np.int32,
+    "loss_mask": np.bool_,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "modality_ids": np.int8,
+}
 
 
 class BatchSource:
@@ -41,7 +49,8 @@ class BatchSource:
         input_ids int32, 0 where padded;
         loss_mask bool: the token is a target;
         segment_ids int32: 1, 2, … for the documents of a row, 0 where padded;
-        positions int32: from 0 in each segment.
+        positions int32: from 0 in each segment;
+        modality_ids int8: 0 for text, 1, 2, … for the modalities that have tokens of their own, -1 where padded.
 
     Row a * B_global + b of a global batch is row b of micro-step a; a host has a contiguous block of b. Rows run on
     over epochs, so a batch may hold rows of two. A run by epochs fills its last batch with empty rows.
@@ -56,6 +65,7 @@ class BatchSource:
         steps: length of the run.
         process_index: this host.
         process_count: hosts.
+        ranges: token ids [start, stop) of the modalities 1, 2, ...; every other token is text, 0.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class BatchSource:
         steps: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
+        ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
         if rows % process_count:
             raise UserError(
@@ -79,6 +90,7 @@ class BatchSource:
         self._examples = examples
         self._plan = plan
         self._length = sequence_length
+        self._ranges = tuple(ranges)
         self._rows = rows
         self._accumulation = accumulation
         self._local = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
@@ -114,17 +126,15 @@ class BatchSource:
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
         shape = (self._accumulation, len(self._local), self._length)
-        batch: Batch = {
-            "input_ids": np.zeros(shape, np.int32),
-            "loss_mask": np.zeros(shape, np.bool_),
-            "segment_ids": np.zeros(shape, np.int32),
-            "positions": np.zeros(shape, np.int32),
-        }
+        batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
         for a in range(self._accumulation):
             for local, b in enumerate(self._local):
                 row = (step * self._accumulation + a) * self._rows + b
                 if self._total is None or row < self._total:
                     self._fill({name: array[a, local] for name, array in batch.items()}, row)
+        for number, (start, stop) in enumerate(self._ranges, 1):
+            batch["modality_ids"][(batch["input_ids"] >= start) & (batch["input_ids"] < stop)] = number
+        batch["modality_ids"][batch["segment_ids"] == 0] = PADDING
         return batch
 
     def _fill(self, row: Batch, number: int) -> None:
@@ -303,6 +313,7 @@ class Data:
         validation: the validation examples, or None.
         report: counts per source.
         fingerprint: hash of all tokens and of everything that decides their order.
+        ranges: token ids of each modality but text, see `BatchSource`.
     """
 
     config: DataConfig
@@ -311,6 +322,7 @@ class Data:
     validation: Examples | None
     report: Report
     fingerprint: str
+    ranges: tuple[tuple[int, int], ...] = ()
 
     def _planner(self, examples: Examples, weights: tuple[float, ...]) -> _Planner:
         return _Planner(examples, weights, self.config.packing_mode, self.config.sequence_length, self.seed)
@@ -357,6 +369,7 @@ class Data:
             steps=steps,
             process_index=process_index,
             process_count=process_count,
+            ranges=self.ranges,
         )
         return Batches(source, self.config.workers)
 
@@ -378,6 +391,7 @@ class Data:
             rows=batch_size,
             process_index=process_index,
             process_count=process_count,
+            ranges=self.ranges,
         )
         return Batches(_EvaluationSource(source), 0)
 
@@ -390,6 +404,7 @@ def build_data(
     vocab_size: int,
     max_positions: int,
     progress: Progress | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> Data:
     """Reads, tokenises and splits the data of a run.
 
@@ -400,6 +415,7 @@ def build_data(
         vocab_size: rows of the model's embedding.
         max_positions: the longest row that the model takes.
         progress: called with a source's path and the number of its records read so far.
+        ranges: token ids of each modality but text, in the order of the model's; None: the tokenizer's.
 
     Raises:
         UserError: anything wrong with the configuration or the data.
@@ -432,4 +448,7 @@ def build_data(
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for examples in (train, validation):
         digest.update((examples.digest() if examples is not None else "none").encode())
-    return Data(config, seed, train, validation, Report(reports, validation_reports), digest.hexdigest())
+    if ranges is None:
+        ranges = [modality.range for modality in tokenizer.modalities]
+    report = Report(reports, validation_reports)
+    return Data(config, seed, train, validation, report, digest.hexdigest(), tuple(ranges))

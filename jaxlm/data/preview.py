@@ -55,7 +55,7 @@ def _document(ids: NDArray[Any], mask: NDArray[Any], tokenizer: Tokenizer) -> Te
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     for begin, end in itertools.pairwise(borders):
         # A piece decoded alone would lose its leading space, so decode from the start and take what is new.
-        whole = tokenizer.decode(ids[:end].tolist(), skip_special=False)
+        whole = tokenizer.decode(ids[:end].tolist(), skip_special=False, open_end=end < len(ids))
         part, shown = whole[shown:], len(whole)
         if mask[begin]:
             text.append(f"{OPEN}{part}{CLOSE}", style=STYLE)

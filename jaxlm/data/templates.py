@@ -1,10 +1,13 @@
 """How a record becomes text, and which characters of it are learnt.
 
-Templates are JSON files beside this module, of two kinds, and a user's own file may be either:
+Templates are JSON files beside this module, of three kinds, and a user's own file may be any:
 
 - prompt templates, in alpaca-lora's manner: description, prompt_input, prompt_no_input, response_split;
 - conversations, in the manner of FastChat's ADD_COLON_TWO: description, system, user, assistant, separator. A round is
   "{user}: question{separator}{assistant}: answer" and eos; the system text and a separator come first.
+
+- tasks: description, question, answer, frame. Question and answer have the names of columns in braces, `frame` is the
+  conversation that they are put into: {"question": "Describe {molecule}.", "answer": "{caption}", "frame": "scimind"}.
 
 Besides there are `text` (plain documents) and `chat` (the tokenizer's own Jinja chat template).
 """
@@ -17,6 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Protocol
 
 from jaxlm.data.sources import Record
@@ -344,6 +348,60 @@ class ChatTemplate:
         )
 
 
+@dataclass(frozen=True)
+class TaskTemplate:
+    """A question about a record's columns, and its answer, as a conversation of another template."""
+
+    columns: Mapping[str, str]
+    name: str
+    question: str
+    answer: str
+    inner: Template
+
+    def render(self, record: Record) -> Rendered:
+        answer = {"role": "assistant", "content": self._filled(self.answer, record)}
+        return self.inner.render(self._conversation(record, [answer]))
+
+    def render_prompt(self, record: Record) -> Rendered:
+        return self.inner.render_prompt(self._conversation(record, []))
+
+    def response(self, text: str) -> str:
+        return self.inner.response(text)
+
+    @property
+    def asks_for(self) -> tuple[str, ...]:
+        """The columns that the question names, before `columns` renames them."""
+        return _placeholders(self.question)
+
+    def _conversation(self, record: Record, answer: list[dict[str, str]]) -> Record:
+        question = {"role": "user", "content": self._filled(self.question, record)}
+        return Record(record.name, {"messages": [question, *answer]})
+
+    def _filled(self, text: str, record: Record) -> str:
+        fields = {name: _field(record, name, self.columns, self.name) for name in _placeholders(text)}
+        return text.format(**fields)
+
+
+def for_questions(template: Template) -> Template:
+    """The template for a question that a user words: of a task, the conversation that it is put into."""
+    return template.inner if isinstance(template, TaskTemplate) else template
+
+
+def _placeholders(text: str) -> tuple[str, ...]:
+    """The names in braces, each once.
+
+    Raises:
+        ValueError: for braces that hold anything but a name.
+    """
+    names = []
+    for _, name, form, conversion in Formatter().parse(text):
+        if name is not None and (not name.isidentifier() or form or conversion):
+            raise ValueError(f"{{{name}}} is no name of a column")
+        if name is not None:
+            names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
 def template_names() -> list[str]:
     """Names that `load_template` knows."""
     return sorted(["text", "chat", *(path.stem for path in DIRECTORY.glob("*.json"))])
@@ -361,11 +419,18 @@ def load_template(name: str, tokenizer: Tokenizer, columns: Mapping[str, str] | 
         UserError: unknown name, broken file, or `chat` for a tokenizer without a chat template.
     """
     columns = dict(columns or {})
+    template = _load(name, tokenizer, columns)
     known = {"instruction", "input", "output", "text", "messages"}
+    if isinstance(template, TaskTemplate):
+        known = {*template.asks_for, *_placeholders(template.answer)}
     if unknown := set(columns) - known:
         raise UserError(
             f"data: columns names the field {sorted(unknown)[0]!r}; a template's fields are {', '.join(sorted(known))}"
         )
+    return template
+
+
+def _load(name: str, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Template:
     if name == "text":
         return TextTemplate(columns)
     if name == "chat":
@@ -384,10 +449,10 @@ def load_template(name: str, tokenizer: Tokenizer, columns: Mapping[str, str] | 
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"template {path} is not valid JSON: {error}") from None
-    return _from_json(content, name, path, columns)
+    return _from_json(content, name, path, columns, tokenizer)
 
 
-def _from_json(content: Any, name: str, path: Path, columns: Mapping[str, str]) -> Template:
+def _from_json(content: Any, name: str, path: Path, columns: Mapping[str, str], tokenizer: Tokenizer) -> Template:
     kinds: tuple[tuple[type[PromptTemplate] | type[ConversationTemplate], set[str]], ...] = (
         (PromptTemplate, {"prompt_input", "prompt_no_input", "response_split"}),
         (ConversationTemplate, {"system", "user", "assistant", "separator"}),
@@ -399,11 +464,32 @@ def _from_json(content: Any, name: str, path: Path, columns: Mapping[str, str]) 
             if isinstance(template, PromptTemplate):
                 _check_placeholders(template, path)
             return template
+    task = {"question", "answer", "frame"}
+    if set(fields) == task and all(isinstance(value, str) for value in fields.values()):
+        return _task(fields, name, path, columns, tokenizer)
     raise UserError(
         f"template {path} has the keys {', '.join(sorted(fields)) or 'none'}; it must have either "
-        + " or ".join(", ".join(sorted(keys)) for _, keys in kinds)
+        + " or ".join(", ".join(sorted(keys)) for keys in (*(keys for _, keys in kinds), task))
         + " (and may have description), all of them texts"
     )
+
+
+def _task(
+    fields: Mapping[str, str], name: str, path: Path, columns: Mapping[str, str], tokenizer: Tokenizer
+) -> TaskTemplate:
+    for key in ("question", "answer"):
+        try:
+            found = _placeholders(fields[key])
+        except ValueError as error:
+            raise UserError(
+                f"template {path}: {key} may contain {{NAME}} for a column, other braces doubled: {error}"
+            ) from None
+        if not found:
+            raise UserError(f"template {path}: {key} must contain the name of a column in braces")
+    inner = load_template(fields["frame"], tokenizer)
+    if not isinstance(inner, (ConversationTemplate, ChatTemplate)):
+        raise UserError(f"template {path}: frame {fields['frame']!r} is no conversation; choose scimind or chat, say")
+    return TaskTemplate(columns, name, fields["question"], fields["answer"], inner)
 
 
 def _check_placeholders(template: PromptTemplate, path: Path) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 from jaxlm.data.examples import prompt_ids
 from jaxlm.data.sources import Record
-from jaxlm.data.templates import ChatTemplate, ConversationTemplate, Template, load_template, read_messages
+from jaxlm.data.templates import (
+    ChatTemplate,
+    ConversationTemplate,
+    TaskTemplate,
+    Template,
+    load_template,
+    read_messages,
+)
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
@@ -41,6 +48,7 @@ class Prompter:
         self._template: Template = load_template(template, tokenizer, self._columns)
         self.tokenizer = tokenizer
         self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+        self._asks_for = self._template.asks_for if isinstance(self._template, TaskTemplate) else ()
         self.takes_turns = isinstance(self._template, (ChatTemplate, ConversationTemplate))
         self.system: str | None = None
         self.set_system(system)
@@ -70,7 +78,7 @@ class Prompter:
         if self.takes_turns and extra is None:
             return self.turns([{"role": "user", "content": text}], name)
         # Whatever the template reads, it finds the question.
-        fields: dict[str, Any] = {"instruction": text, "text": text}
+        fields: dict[str, Any] = {"instruction": text, "text": text, **dict.fromkeys(self._asks_for, text)}
         if extra is not None:
             if self.is_text:
                 raise UserError("input: the template text has no place for it; put all of it into the prompt")
@@ -84,7 +92,8 @@ class Prompter:
 
     def record(self, record: Record) -> list[int]:
         """Tokens of a record of a file, up to where its answer begins."""
-        fields = ("text",) if self.is_text else ("instruction", "messages", "conversations", "conversation")
+        conversation = ("instruction", "messages", "conversations", "conversation")
+        fields = self._asks_for or (("text",) if self.is_text else conversation)
         known = {self._columns.get(field, field) for field in fields}
         if not known & record.data.keys():
             for key in QUESTIONS:
@@ -103,7 +112,7 @@ class Prompter:
             ]
             text = asked[-1] if asked else ""
         else:
-            field = "text" if self.is_text else "instruction"
+            field = "text" if self.is_text else (*self._asks_for, "instruction")[0]
             text = str(record.data.get(self._columns.get(field, field)) or "")
         if not text.strip():
             raise UserError(f"{record.name} is empty: there is nothing to answer")

@@ -20,7 +20,8 @@ from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
 from jaxlm.models.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.models.linear import Linear
 from jaxlm.models.lora import LoraSpec
-from jaxlm.models.moe import MoeMLP, modality_ids
+from jaxlm.models.moe import MoeMLP
+from jaxlm.models.moe import modality_ids as find_modalities
 from jaxlm.models.rope import apply_rope, rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
 
@@ -231,6 +232,7 @@ class Llama(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
+        modality_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Final hidden states [B, T, D] (normed) and the output matrix [V, D].
 
@@ -239,6 +241,7 @@ class Llama(nn.Module):
             positions: [B, T] int32; default 0..T-1.
             segment_ids: [B, T] int32; tokens see only their own segment. None: one segment.
             deterministic: no dropout.
+            modality_ids: [B, T] integers, for a model of experts; None: by the ranges of token ids in its config.
         """
         c = self.config
         if positions is None:
@@ -273,8 +276,11 @@ class Llama(nn.Module):
             router_noise=self.router_noise,
             name="layers",
         )
-        modality = None if c.moe is None else modality_ids(c.moe, input_ids, segment_ids)
-        x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask, modality)
+        if c.moe is None:
+            modality_ids = None
+        elif modality_ids is None:
+            modality_ids = find_modalities(c.moe, input_ids, segment_ids)
+        x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask, modality_ids)
         x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
         if c.tie_word_embeddings:
             return x, embedding
@@ -300,6 +306,7 @@ class Llama(nn.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         accuracy: bool = False,
+        modality_ids: jax.Array | None = None,
     ) -> LossOutput:
         """Weighted next-token cross-entropy, without logits of the whole batch.
 
@@ -308,11 +315,12 @@ class Llama(nn.Module):
             weights: [B, T] float32; weights[b, t] weighs the prediction OF token t (made at t - 1);
                 weights[:, 0] is ignored, there is nothing to predict it from.
             accuracy: also count tokens whose largest logit is right.
+            modality_ids: [B, T], see `hidden`.
 
         Returns:
             LossOutput with sums over the batch, float32 scalars.
         """
-        x, head = self.hidden(input_ids, positions, segment_ids, deterministic)
+        x, head = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
         return linear_cross_entropy(x, head, labels, shifted, dtype=self.dtype, accuracy=accuracy)

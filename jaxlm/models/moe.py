@@ -33,11 +33,10 @@ from jax.typing import DTypeLike
 
 from jaxlm.errors import UserError
 from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
+from jaxlm.modalities import PADDING
 from jaxlm.models.linear import Linear, LinearParts, Parts
 from jaxlm.models.lora import LoraSpec
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-
-PADDING = -1  # modality id of a token that uses no expert
 
 
 @flax.struct.dataclass
@@ -348,7 +347,7 @@ class MoeMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
-        """x [B, T, D], modality [B, T] int32 (see `modality_ids`) -> [B, T, D]."""
+        """x [B, T, D], modality [B, T] integers (see `modality_ids`) -> [B, T, D]."""
         c, moe = self.config, self.config.moe
         assert moe is not None
         shape = x.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -466,12 +467,15 @@ def load_shape(name: str) -> LlamaConfig:
     )
 
 
-def resolve_moe(shape: LlamaConfig, run: MoeRunConfig | None, fresh: bool) -> LlamaConfig:
+def resolve_moe(
+    shape: LlamaConfig, run: MoeRunConfig | None, fresh: bool, ranges: Mapping[str, tuple[int, int]] | None = None
+) -> LlamaConfig:
     """The shape with what a run says of experts.
 
     Args:
         run: the section `moe`; what is not given stays as it is.
         fresh: the model is new; otherwise its weights decide whether there are experts and a learned router.
+        ranges: the tokenizer's modalities, which a new model has unless the run says otherwise.
 
     Raises:
         UserError: for a dense model, another number of experts, or numbers that do not fit each other.
@@ -489,14 +493,17 @@ def resolve_moe(shape: LlamaConfig, run: MoeRunConfig | None, fresh: bool) -> Ll
     router = run.router or (old.router if old else "learned")
     if old is not None and router == "learned" != old.router:
         raise UserError(f"moe.router: the model has no trained router (it is {old.router}), so it cannot be 'learned'")
-    ranges = dict(zip(old.modalities[1:], old.ranges, strict=True)) if old and not run.ranges else dict(run.ranges)
+    if run.ranges:
+        ranges = run.ranges
+    else:
+        ranges = dict(zip(old.modalities[1:], old.ranges, strict=True)) if old else dict(ranges or {})
     top_k = dict(zip(old.modalities, old.top_k, strict=True)) if old and not run.top_k else dict(run.top_k)
     names = (TEXT, *ranges)
     for name in top_k.keys() - set(names):
         raise UserError(f"moe.top_k: {name!r} is no modality of this model; it has {', '.join(names)} (moe.ranges)")
     for name in names:
         if name not in top_k:
-            raise UserError(f"moe.top_k: say how many experts tokens of the modality {name!r} use")
+            raise UserError(f"moe.top_k: say how many experts tokens of the modality {name!r} use: {{{name}: K}}")
     shared = run.shared if run.shared is not None else (old.shared if old else 0)
     for name, (_, stop) in ranges.items():
         if stop > shape.vocab_size:

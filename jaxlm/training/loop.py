@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 from jaxlm.config import MoeRunConfig, RunConfig, to_dict
-from jaxlm.data.loader import Data
+from jaxlm.data.loader import BATCH_DTYPES, Data
 from jaxlm.errors import UserError
 from jaxlm.models.attention import choose_attention
 from jaxlm.models.llama import Llama
@@ -379,8 +379,7 @@ def _compile(
     def abstract_batch(micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (micro_steps, rows, config.data.sequence_length)
         sharding = NamedSharding(mesh, BATCH)
-        kinds = {"input_ids": jnp.int32, "loss_mask": jnp.bool_, "segment_ids": jnp.int32, "positions": jnp.int32}
-        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in kinds.items()}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in BATCH_DTYPES.items()}
 
     step = make_train_step(
         setup.model,

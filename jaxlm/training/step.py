@@ -48,13 +48,17 @@ def merged_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
 def apply_loss(
     model: Llama, variables: Any, micro: Batch, weights: jax.Array, packed: bool, **options: Any
 ) -> tuple[LossOutput, Any]:
-    """`Llama.loss` of a batch with leaves [B, T], and what its routers noted ({} for a dense model)."""
+    """`Llama.loss` of a batch with leaves [B, T], and what its routers noted.
+
+    A dense model needs no modality_ids, and notes {}.
+    """
     found = model.apply(
         variables,
         micro["input_ids"],
         weights,
         positions=micro["positions"],
-        segment_ids=micro["segment_ids"] if packed or model.config.moe else None,
+        segment_ids=micro["segment_ids"] if packed else None,
+        modality_ids=None if model.config.moe is None else micro["modality_ids"],
         method="loss",
         mutable=["moe"],
         **options,

@@ -13,11 +13,12 @@ import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data import Batches, Data, build_data
+from jaxlm.data.loader import BATCH_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
 MODES = ["first_fit", "group_texts", False]
-KEYS = ["input_ids", "loss_mask", "segment_ids", "positions"]
+KEYS = ["input_ids", "loss_mask", "segment_ids", "positions", "modality_ids"]
 
 
 def make(tokenizer: Tokenizer, path: Path, count: int = 60, **options: Any) -> Data:
@@ -45,9 +46,9 @@ def test_shapes_segments_and_positions(tokenizer: Tokenizer, tmp_path: Path, pac
     seen: list[int] = []
     for batch in batches:
         kinds = {key: (batch[key].shape, batch[key].dtype) for key in KEYS}
-        assert kinds == {key: ((2, 4, 48), np.dtype(bool if key == "loss_mask" else np.int32)) for key in KEYS}
+        assert kinds == {key: ((2, 4, 48), np.dtype(BATCH_DTYPES[key])) for key in KEYS}
         for row in range(8):
-            ids, mask, segments, positions = (batch[key].reshape(8, 48)[row] for key in KEYS)
+            ids, mask, segments, positions = (batch[key].reshape(8, 48)[row] for key in KEYS[:4])
             used = segments > 0
             assert not ids[~used].any() and not mask[~used].any() and not positions[~used].any() and not mask[0]
             assert not np.any(np.diff(used.astype(int)) > 0)  # padding is at the end

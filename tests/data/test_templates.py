@@ -31,6 +31,7 @@ FRENCH = (
     "demande.\n\n### Instruction:\nDo {this}.\n\n### Réponse:\n",
 )
 SII = "instruction: Do {this}.If prediction is finished, add </s> at the end of the output., input: "
+TASKS = {"smiles2text", "text2smiles"}  # in test_tasks.py
 PROMPTS = {
     "alpaca": (f"{WITH_INPUT}{I}### Response:\n", f"{WITHOUT}{N}### Response:\n"),
     "alpaca_legacy": (f"{WITH_INPUT}{I}### Response:", f"{WITHOUT}{N}### Response:"),
@@ -60,7 +61,7 @@ def test_prompt_templates(tokenizer: Tokenizer, name: str) -> None:
 
 
 def test_no_template_is_untested(tokenizer: Tokenizer) -> None:
-    assert set(template_names()) == {*PROMPTS, "text", "chat", "vicuna_v1.1", "scimind"}
+    assert set(template_names()) == {*PROMPTS, *TASKS, "text", "chat", "vicuna_v1.1", "scimind"}
 
 
 def test_absent_or_null_input_is_no_input(tokenizer: Tokenizer) -> None:
