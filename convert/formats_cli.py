@@ -156,13 +156,25 @@ def _mindspore_to_hf(options: argparse.Namespace) -> None:
 
 
 def _to_mindspore(options: argparse.Namespace) -> None:
-    from convert.mindspore import FILE_NAME, write_mindspore
+    from convert.mindspore import FILE_NAME, PATTERNS, check_experts, write_mindspore
 
     source = open_as(options)
+    check_experts(source)
     with writing(source, options.destination) as (directory, advance):
         write_mindspore(source, directory, advance, joined=options.qkv_concat, crc=options.crc)
-    say_model(source, f"load_checkpoint: {options.destination}/{FILE_NAME} in MindFormers' YAML")
+    out, moe = options.destination, source.config.moe
+    say_model(source, f"load_checkpoint: {out}/{FILE_NAME} in MindFormers' YAML")
     say_template(source)
+    if moe is None:
+        return
+    top_k = ",".join(f"{name}={k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
+    ranges = "".join(f" --range {name}={a}:{b}" for name, (a, b) in zip(moe.modalities[1:], moe.ranges, strict=True))
+    print(
+        f"{'experts':12} {moe.experts}, in {out}/{PATTERNS}; SciMind's code has k and token ids fixed: 14 of 16, "
+        "and 2 from token 32000 on"
+    )
+    said = f"--router {moe.router} --top-k {top_k}{ranges}"
+    print(f"{'back':12} convert moefy {out} MOE --partition {out}/{PATTERNS} {said}")
 
 
 def _add_meta_source(verb: argparse.ArgumentParser) -> None:

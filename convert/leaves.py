@@ -209,15 +209,6 @@ def check_leaves(where: Path, found: Mapping[str, Shape], expected: Mapping[str,
             raise UserError(f"{where}: tensor {path!r} has shape {found[path]}, expected {shape}")
 
 
-def refuse_experts(source: ParamSource, form: str) -> None:
-    """Raises UserError for a model of experts, which `form` would take as a dense one."""
-    if source.config.moe is not None:
-        raise UserError(
-            f"{source.path}: its feed-forward layers are divided into {source.config.moe.experts} experts, which the "
-            f"{form} format has no place for; it would be read as a dense model, which writes something else"
-        )
-
-
 def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
     """`array` rounded to `dtype`; UserError when a finite value would become infinite."""
     result = convert_dtype(array, dtype)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from convert.hf import StackedTensors, check_num_layers, copy_files, find_tokenizer_files, match_tensors
-from convert.leaves import Advance, ParamSource, refuse_experts, stored_blocks
+from convert.leaves import Advance, ParamSource, stored_blocks
 from convert.names import RULES, Entry, Rule, Shape, leaf_shapes, rule_for, stored_entries
 from convert.output import Watcher
 from convert.tensors import BFLOAT16, JoinedColumns, JoinedRows, Tensor, same_bytes
@@ -336,7 +336,12 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     Raises:
         UserError: when Meta's format cannot hold the model, or `shards` does not divide it.
     """
-    refuse_experts(source, "Meta")
+    if source.config.moe is not None:
+        raise UserError(
+            f"{source.path}: its feed-forward layers are divided into {source.config.moe.experts} experts, for which "
+            f"Meta's format has no place: make it dense first (convert demoefy {source.path} DENSE), or take the "
+            "Hugging Face format, which has one (convert jax-to-hf)"
+        )
     params = params_for(source.config)
     # Without its copy in the head a tied model would not load: Meta's code always has an output layer.
     config = dataclasses.replace(source.config, tie_word_embeddings=False)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from convert.experts import DenseSource
 from convert.hf import (
     StackedTensors,
     check_num_layers,
@@ -28,7 +29,7 @@ from convert.hf import (
     match_tensors,
     parse_hf_config,
 )
-from convert.leaves import Advance, ParamSource, refuse_experts, stored_blocks
+from convert.leaves import Advance, ParamSource, stored_blocks
 from convert.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
 from convert.names import (
     MINDSPORE_JOINED,
@@ -40,6 +41,7 @@ from convert.names import (
     rule_for,
     stored_entries,
 )
+from convert.partition import write_patterns
 from convert.tensors import JoinedRows, StoredTensor, Tensor, read_safetensors
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
@@ -47,6 +49,7 @@ from jaxlm.models.lora import LINEARS, resolve_lora
 from jaxlm.models.shapes import SHAPES, LlamaConfig, RopeConfig, read_json
 
 FILE_NAME = "model.ckpt"
+PATTERNS = "patterns"  # the folder of a model of experts
 # What MindSpore and MindFormers save beside the parameters of the network.
 _SKIPPED = re.compile(
     r"(adam_[mv]|adamw?_[mv]|moments?[12]?|moment[12]|accu_grads?|accum|master|main_params?|fp32_params?)\..*"
@@ -405,18 +408,42 @@ def _lora_of(
 # ---- writing
 
 
+def check_experts(source: ParamSource) -> None:
+    """Refuses a model of experts that SciMind's code would compute in another way, with the ways out."""
+    moe = source.config.moe
+    if moe is not None and not moe.router.startswith("activation"):
+        raise UserError(
+            f"{source.path}: its {moe.experts} experts have the router {moe.router}; beside a MindSpore checkpoint "
+            "there is only a place for SciMind's patterns, whose experts are chosen by activation. Make it dense first "
+            f"(convert demoefy {source.path} DENSE), or take the Hugging Face format (convert jax-to-hf)"
+        )
+
+
 def write_mindspore(
     source: ParamSource, directory: Path, advance: Advance, joined: bool = False, crc: bool = False
 ) -> None:
     """Writes a model as `model.ckpt`, with `config.json` and tokenizer files beside it, in one pass.
+
+    A model of experts becomes what SciMind takes: the dense one, neurons in their original order, and a folder with a
+    `patterns_{layer}.npy` for each layer. k and the tokens of modalities have no place: SciMind's code has them.
 
     Args:
         directory: an existing, empty directory.
         advance: called with the bytes written.
         joined: concatenates wq, wk, wv into w_qkv, and w1, w3 into w_gate_hidden (MindFormers' qkv_concat).
         crc: ends the file with its CRC-32.
+
+    Raises:
+        UserError: for a model of experts whose router does not go by activation.
     """
-    refuse_experts(source, "MindSpore")
+    check_experts(source)
+    moe = source.config.moe
+    if moe is not None:
+        order = source.partition
+        if order is None:
+            order = np.tile(np.arange(source.config.intermediate_size, dtype=np.int32), (source.config.num_layers, 1))
+        write_patterns(directory / PATTERNS, order, moe.experts)
+        source = DenseSource(source, strict=False)
     entries = {entry.name: entry for entry in stored_entries(source.config, "mindspore")}
     parts_of = {}
     if joined:

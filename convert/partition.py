@@ -19,6 +19,7 @@ import numpy as np
 from jaxlm.errors import UserError
 
 PARTITION_FILE = "partition.npy"
+PATTERN_FILE = "patterns_{}.npy"
 _HEADER_BYTES = 1024
 _HEADER = re.compile(
     rb"\x93NUMPY(?s:....|......)\{'descr': '(?P<dtype>[<|](?:b1|[iu][1248]|f[248]))', "
@@ -140,7 +141,7 @@ def _read_patterns(folder: Path, layers: int, neurons: int) -> np.ndarray:
     owners = np.empty((layers, neurons), np.int32)
     experts = None
     for layer in range(layers):
-        file = folder / f"patterns_{layer}.npy"
+        file = folder / PATTERN_FILE.format(layer)
         pattern = read_npy(file)
         if pattern.ndim != 2 or pattern.shape[1] != neurons or pattern.dtype != bool or not len(pattern):
             raise UserError(
@@ -157,9 +158,19 @@ def _read_patterns(folder: Path, layers: int, neurons: int) -> np.ndarray:
                 f"--partition {file}: neuron {neuron} is in {counts[neuron]} experts; each must be in exactly one"
             )
         owners[layer] = pattern.argmax(axis=0)
-    if (folder / f"patterns_{layers}.npy").exists():
+    if (folder / PATTERN_FILE.format(layers)).exists():
         raise UserError(f"--partition {folder}: has patterns of more than {layers} layers; it is for another model")
     return owners
+
+
+def write_patterns(folder: Path, permutations: np.ndarray, experts: int) -> None:
+    """Writes permutations [L, F] as SciMind's patterns_{layer}.npy, each bool [E, F], which `read_owners` reads."""
+    folder.mkdir()
+    layers, neurons = permutations.shape
+    owners = inverse(permutations) // (neurons // experts)
+    for layer in range(layers):
+        pattern = owners[layer] == np.arange(experts)[:, None]
+        (folder / PATTERN_FILE.format(layer)).write_bytes(npy_bytes(pattern))
 
 
 # --- balanced k-means -------------------------------------------------------------------------------------------------

@@ -242,8 +242,11 @@ def test_a_model_of_experts_goes_on_and_writes(
     assert "4, router learned; loop" in said.err
     assert generate(["--model", str(tmp_path / "lora"), *words, "--mesh.data", "8", "--mesh.fsdp", "1"]) == 0
     assert capsys.readouterr().out
-    assert convert(["jax-to-hf", str(expert_run), str(tmp_path / "hf")]) == 2
-    assert "4 experts, which the Hugging Face format has no place for" in capsys.readouterr().err
+    assert convert(["jax-to-hf", str(expert_run), str(tmp_path / "hf")]) == 0
+    assert "transformers computes all 4 for every token" in capsys.readouterr().out
+    assert generate(["--model", str(tmp_path / "hf"), *words, "--template", "text"]) == 0
+    assert "4, router learned; loop" in capsys.readouterr().err
+    assert convert(["verify", str(tmp_path / "hf"), str(expert_run)]) == 0
 
 
 @pytest.mark.parametrize(
