@@ -61,14 +61,15 @@ def logits(source: ParamSource, input_ids: np.ndarray) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         x = jnp.asarray(table.astype(np.float32).reshape(*input_ids.shape, -1))
         for layer in range(config.num_layers):
-            x = run_layer(_layer_params(source, layer), x)
+            x = run_layer(layer_params(source, layer), x)
         norm = RMSNorm(config.rms_norm_eps, jnp.float32, jnp.float32)
         scale = source.read("norm/scale", ()).astype(np.float32)
         hidden = np.asarray(norm.apply({"params": {"scale": scale}}, x))
     return np.concatenate([hidden @ rows.T for rows in _head_rows(source)], axis=-1)
 
 
-def _layer_params(source: ParamSource, layer: int) -> dict[str, Any]:
+def layer_params(source: ParamSource, layer: int) -> dict[str, Any]:
+    """The parameters of one layer as `models.llama.Block` takes them, in float32."""
     tree: dict[str, Any] = {}
     for path in source.leaves:
         first, *inner, name = path.split("/")
