@@ -27,6 +27,7 @@ from convert.command import (
 )
 from convert.experts_cli import add_expert_verbs
 from convert.formats_cli import add_format_verbs, open_as
+from convert.routing_cli import add_routing_verbs
 from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
 
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add_combine_verbs(verbs)
     add_vocab_verb(verbs)
     add_expert_verbs(verbs)
+    add_routing_verbs(verbs)
     add_check_verbs(verbs)
     return parser
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.command import add_shard_size, add_verb, write_jax, write_model_as
+from convert.routing_cli import COVERAGE_TOKENS, check_new, coverage_directory, report_coverage
+from convert.sample import add_sample_options, check_no_sample, read_sample
 from jaxlm.errors import UserError
 
 # Checked against convert.experts and jaxlm.models.shapes by a test; those modules are too heavy for --help.
@@ -50,6 +52,7 @@ def add_expert_verbs(verbs: Any) -> None:
     )
     verb.add_argument("--shared", type=int, metavar="N", help="router modality: experts that serve every modality")
     verb.add_argument("--config", metavar="CONFIG", help="shape of a MindSpore model: a known name or a file")
+    add_sample_options(verb, COVERAGE_TOKENS, False, "to measure the experts on, see `convert coverage`")
 
     verb = add_verb(verbs, "demoefy", _demoefy, "make a model of experts dense again, neurons in their original order")
     verb.add_argument("source", metavar="MODEL", help="what moefy made, or a run or merge that began with it")
@@ -72,8 +75,8 @@ def _moefy(options: argparse.Namespace) -> None:
         )
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: expected a whole number from 0 on")
-    top_k = {name: _number("--top-k", name, value) for name, value in _pairs("--top-k", options.top_k).items()}
-    ranges = {name: _range(name, value) for name, value in _pairs("--range", options.range).items()}
+    top_k = {name: _number("--top-k", name, value) for name, value in pairs("--top-k", options.top_k).items()}
+    ranges = {name: _range(name, value) for name, value in pairs("--range", options.range).items()}
     source = open_model(options.source, options.config)
     if source.config.moe is not None:
         raise UserError(
@@ -86,11 +89,20 @@ def _moefy(options: argparse.Namespace) -> None:
             raise UserError("--experts: say into how many experts the feed-forward layers are divided")
         experts = int(read_owners(partition, source.config.num_layers, source.config.intermediate_size).max()) + 1
     moe = moe_config(source.config, experts, options.router, top_k, ranges, options.shared)
+    sample = None
+    if options.sample is None:
+        check_no_sample(options)
+    else:  # mistakes in it before the work
+        check_new(Path(options.destination))
+        coverage = coverage_directory(options.destination)
+        sample = read_sample(options, source, moe)
     order = make_order(source, experts, method, partition, options.seed)
     write_jax(MoefiedSource(source, order, moe), options.destination)
     size = source.config.intermediate_size // experts
     used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
     print(f"{'experts':12} {experts} of {size} neurons by {method}, router {moe.router}; a token uses: {used}")
+    if sample is not None:
+        report_coverage(open_model(options.destination), sample, coverage)
 
 
 def _demoefy(options: argparse.Namespace) -> None:
@@ -101,7 +113,7 @@ def _demoefy(options: argparse.Namespace) -> None:
     write_model_as(options.format, source, options.destination, options.shard_size)
 
 
-def _pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:
+def pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:
     """The values by name of 'a=1,b=2', given once or several times."""
     found: dict[str, str] = {}
     for part in (part for argument in arguments for part in argument.split(",")):
