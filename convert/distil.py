@@ -245,5 +245,5 @@ def say_distilled(result: Distilled) -> None:
         columns.append((values, ".3f"))
     add_layers(table, columns)
     print_table(table)
-    held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True) if count)
+    held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True))
     print(f"{'held out':12} tokens of {held}; error: of the output, beside that with the experts by {result.teacher}")

@@ -74,7 +74,7 @@ def add_sample_options(verb: argparse.ArgumentParser, tokens: int, required: boo
         "--sample-tokens",
         type=int,
         metavar="N",
-        help=f"use the first so many tokens, as many of each file (default: {tokens})",
+        help=f"use the first records with so many tokens, as many of each file (default: {tokens})",
     )
     verb.set_defaults(default_sample_tokens=tokens)
 
