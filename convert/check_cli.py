@@ -157,7 +157,7 @@ def _progress(source: LeafSource) -> Iterator[Callable[[int], None]]:
 
 def _verify_adapters(options: argparse.Namespace) -> int:
     from convert.leaves import AdapterSource
-    from convert.source import open_adapter, open_model
+    from convert.source import open_model, stored_adapter
     from convert.verify import compare_adapters
 
     config = None if options.base is None else open_model(options.base).config
@@ -166,7 +166,7 @@ def _verify_adapters(options: argparse.Namespace) -> int:
     for path in sorted(
         (options.first, options.second), key=lambda path: (Path(path) / "adapter_config.json").is_file()
     ):
-        opened[path] = open_adapter(path, config)
+        opened[path] = stored_adapter(path, config)
         config = opened[path].config
     first, second = opened[options.first], opened[options.second]
     with _progress(first) as advance:

@@ -114,13 +114,13 @@ def _jax_to_hf(options: argparse.Namespace) -> None:
 
 
 def _peft_to_jax(options: argparse.Namespace) -> None:
-    from convert.native import write_adapter
-    from convert.peft import PeftSource
-    from convert.source import open_adapter, open_model
+    from convert.native import NativeAdapter, write_adapter
+    from convert.source import open_adapter, open_model, stored_adapter
 
-    adapter = open_adapter(options.source, open_model(options.base).config)
-    if not isinstance(adapter, PeftSource):
+    base = open_model(options.base)
+    if isinstance(stored_adapter(options.source, base.config), NativeAdapter):
         raise UserError(f"{options.source}: is a jaxlm adapter already")
+    adapter = open_adapter(options.source, base)
     with writing(adapter, options.destination) as (directory, advance):
         write_adapter(adapter, directory, options.base, advance)
     say_adapter(adapter, f"convert merge {options.base} {options.destination} OUT")
@@ -138,3 +138,5 @@ def _jax_to_peft(options: argparse.Namespace) -> None:
         write_peft(adapter, directory, advance)
     say_adapter(adapter, f'PeftModel.from_pretrained(base, "{options.destination}")')
     say_template(adapter)
+    if adapter.config.moe is not None:
+        print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")

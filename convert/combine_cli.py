@@ -215,6 +215,6 @@ def _merge(options: argparse.Namespace) -> None:
     base_path, adapter_path, out = _three(options, "base", "adapter", "out")
     dtype = _dtype(options)
     base = open_model(base_path, options.config)
-    merged = MergedSource(base, open_adapter(adapter_path, base.config), dtype)
+    merged = MergedSource(base, open_adapter(adapter_path, base), dtype)
     form = options.format or ("jax" if isinstance(base, NativeSource) else "hf")
     write_model_as(form, merged, out, options.shard_size)

@@ -20,7 +20,7 @@ from convert.meta import MetaSource
 from convert.mindspore import MindSporeAdapter, MindSporeSource
 from convert.native import NativeAdapter, NativeSource
 from convert.peft import PeftSource, find_adapter_weights, peft_tensors
-from convert.source import is_adapter, open_adapter, open_model
+from convert.source import is_adapter, open_model, stored_adapter
 from convert.tensors import BLOCK_BYTES, Tensor, read_tensors
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import read_json
@@ -83,7 +83,7 @@ def describe(path: Path, base: Path | None, config: str | None, checksum: bool) 
     if is_adapter(path):
         if (path / "adapter_config.json").is_file() and base is None:
             return _describe_file(find_adapter_weights(path), "adapter", checksum)
-        adapter = open_adapter(path, None if base is None else open_model(base).config)
+        adapter = stored_adapter(path, None if base is None else open_model(base).config)
         return _describe_adapter(adapter, checksum)
     return _describe_model(open_model(path, config=config), checksum)
 

@@ -26,6 +26,7 @@ from jaxlm.errors import UserError
 if TYPE_CHECKING:
     from convert.leaves import AdapterSource, ParamSource
     from convert.meta import MetaSource
+    from jaxlm.models.shapes import LlamaConfig
 
 
 def add_format_verbs(verbs: Any) -> None:
@@ -113,18 +114,19 @@ def _open_mindspore_adapter(options: argparse.Namespace) -> AdapterSource:
 
     if options.dtype != "keep" or options.groups != 1:
         raise UserError("--dtype and --groups: are not for --lora; factors stay as they are stored")
+    base: ParamSource | LlamaConfig
     if options.base is not None:
-        config = open_model(options.base, options.config).config
+        base = open_model(options.base, options.config)
     else:
         path = Path(options.source)
-        config, _ = find_config(path if path.is_dir() else path.parent, options.config, {})
+        base, _ = find_config(path if path.is_dir() else path.parent, options.config, {})
     alpha = options.alpha
     if alpha is None:
         alpha = DEFAULT_ALPHA
         print(f"taken: lora_alpha {alpha:g}, as MindFormers' configurations (another: --alpha A)", file=sys.stderr)
     if not 0 < alpha < math.inf:
         raise UserError(f"--alpha {alpha:g}: must be positive")
-    return open_adapter(options.source, config, alpha)
+    return open_adapter(options.source, base, alpha)
 
 
 def _mindspore_to_jax(options: argparse.Namespace) -> None:

@@ -45,7 +45,8 @@ class LeafReader(Protocol):
         """Path ('layers/self_attn/q_proj/kernel') -> shape and dtype."""
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """A slice of a leaf in its stored dtype, as numpy would index it; reads only what is needed.
+        """A slice of a leaf in its stored dtype, as numpy would index it; reads only what is needed. The array is the
+        caller's to change.
 
         Args:
             path: a key of `leaves`.
@@ -155,6 +156,10 @@ class AdapterSource(LeafSource, Protocol):
     @property
     def base(self) -> str | None:
         """The base model's path or name, as recorded."""
+
+    @property
+    def partition(self) -> np.ndarray | None:
+        """The order of the base's neurons, see `ParamSource`; None: the original one, or not recorded."""
 
     @property
     def peft_config(self) -> dict[str, Any] | None:

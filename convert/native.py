@@ -3,7 +3,7 @@
     DIR/jaxlm/model.json     {"format": "jaxlm", "version": 1, "model": ..., "lora": ..., "base": ..., "dtype": ...}
     DIR/jaxlm/tokenizer/     tokenizer files as they came
     DIR/jaxlm/prompt.json    {"template": NAME}, how training asked; NAME may be template.json, which lies beside it
-    DIR/jaxlm/partition.npy  of a model that `convert moefy` made: see `convert.partition`
+    DIR/jaxlm/partition.npy  of a model that `convert moefy` made, or an adapter of one: see `convert.partition`
     DIR/model/               an Orbax pytree, {"params": ...} or {"lora": ...}
 
 `model/` is read and written through TensorStore slice by slice. Training writes it with Orbax (one OCDBT database); the
@@ -143,6 +143,18 @@ class _Native:
     def read(self, path: str, index: Index) -> np.ndarray:
         return self._arrays.read(path, index)
 
+    @property
+    def partition(self) -> np.ndarray | None:
+        """Read when it is asked for.
+
+        Raises:
+            UserError: when it does not fit the model.
+        """
+        file = self.path / "jaxlm" / PARTITION_FILE
+        if self.config.moe is None or not file.is_file():
+            return None
+        return load_partition(file, self.config.num_layers, self.config.intermediate_size)
+
     def _optional_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / "jaxlm" / name
         return read_json(file) if file.is_file() else None
@@ -155,18 +167,6 @@ class NativeSource(_Native):
         super().__init__(path, content, "params")
         self.hf_config = self._optional_json("hf_config.json")
         check_leaves(path / "model", {name: leaf.shape for name, leaf in self.leaves.items()}, leaf_shapes(self.config))
-
-    @property
-    def partition(self) -> np.ndarray | None:
-        """Read when it is asked for.
-
-        Raises:
-            UserError: when it does not fit the model.
-        """
-        file = self.path / "jaxlm" / PARTITION_FILE
-        if self.config.moe is None or not file.is_file():
-            return None
-        return load_partition(file, self.config.num_layers, self.config.intermediate_size)
 
 
 class NativeAdapter(_Native):
@@ -241,9 +241,6 @@ def write_model(source: ParamSource, directory: Path, advance: Advance) -> None:
     _write_small(directory, source, source.config, source.tokenizer_files, {"lora": None, "base": None})
     if source.hf_config is not None:
         _write_json(directory / "jaxlm" / "hf_config.json", source.hf_config)
-    partition = None if source.config.moe is None else source.partition
-    if partition is not None:
-        (directory / "jaxlm" / PARTITION_FILE).write_bytes(npy_bytes(partition))
     _write_tree(source, directory, "params", advance)
 
 
@@ -258,11 +255,18 @@ def write_adapter(source: AdapterSource, directory: Path, base: str, advance: Ad
 
 
 def _write_small(
-    directory: Path, source: LeafSource, config: LlamaConfig, files: list[Path], content: dict[str, Any]
+    directory: Path,
+    source: ParamSource | AdapterSource,
+    config: LlamaConfig,
+    files: list[Path],
+    content: dict[str, Any],
 ) -> None:
     (directory / "jaxlm").mkdir()
     head = {"format": "jaxlm", "version": 1, "model": config.to_dict()}
     _write_json(directory / "jaxlm" / "model.json", head | content | {"dtype": main_dtype(source.leaves)})
+    partition = None if config.moe is None else source.partition
+    if partition is not None:
+        (directory / "jaxlm" / PARTITION_FILE).write_bytes(npy_bytes(partition))
     copy_files(files, directory / "jaxlm" / "tokenizer")
     copy_files(source.prompt_files, directory / "jaxlm")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.adapter_order import in_original_order
 from convert.hf import StackedTensors, copy_files, find_tokenizer_files, match_tensors
 from convert.leaves import AdapterSource, Advance
 from convert.names import (
@@ -279,7 +280,8 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
 
 
 def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
-    """The tensors of an adapter as PEFT names and lays them out."""
+    """The tensors of an adapter as PEFT names and lays them out, neurons in the dense model's order."""
+    source = in_original_order(source)
     specs = resolve_lora(source.config, source.lora, source.layers)
     tensors = []
     for entry in peft_entries(source.config, specs):

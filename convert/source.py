@@ -8,8 +8,10 @@ The training loop loads a model straight into its shards:
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+from convert.adapter_order import in_order_of
 from convert.hf_experts import open_hf
 from convert.leaves import AdapterSource, LeafInfo, ParamSource
 from convert.meta import PARAMS, MetaSource, find_shards
@@ -27,10 +29,9 @@ from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, fi
 from convert.peft import PeftSource
 from convert.tensors import find_weights, read_safetensors
 from jaxlm.errors import UserError
-from jaxlm.models.lora import resolve_lora
 from jaxlm.models.shapes import LlamaConfig
 
-__all__ = ["AdapterSource", "LeafInfo", "ParamSource", "is_adapter", "open_adapter", "open_model"]
+__all__ = ["AdapterSource", "LeafInfo", "ParamSource", "is_adapter", "open_adapter", "open_model", "stored_adapter"]
 
 ACCEPTED = (
     "accepted are a Hugging Face directory (config.json and weights), a converted jaxlm directory, "
@@ -122,32 +123,28 @@ def open_model(
     raise UserError(f"{path}: is no model: {_found(path)}; {ACCEPTED}")
 
 
-def _check_order(adapter: NativeAdapter, base: LlamaConfig) -> None:
-    """Refuses an adapter whose neurons stand in another order: a dense model's for one of experts, or the reverse."""
-    moved = sorted(
-        {"gate_proj", "up_proj", "down_proj"} & resolve_lora(adapter.config, adapter.lora, adapter.layers).keys()
-    )
-    own, other = adapter.config.moe, base.moe
-    if moved and (own is None) != (other is None):
-        kind, kind_of_base = ("a dense model" if moe is None else "a model of experts" for moe in (own, other))
-        raise UserError(
-            f"{adapter.path}: was trained on {kind}, the base is {kind_of_base}: `convert moefy` changes the order of "
-            f"the neurons, and with it what the adapter of {moved[0]} means; give the model that it was trained on"
-        )
-
-
 def open_adapter(
-    path: str | Path, base_config: LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+    path: str | Path, base: ParamSource | LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
 ) -> AdapterSource:
     """A LoRA adapter: a PEFT directory, a converted one, a LoRA run (its newest checkpoint), or MindSpore's.
 
     Args:
-        base_config: shape of the model it belongs to. Only jaxlm's own directories record it; the others need it.
+        base: the model it belongs to, or at least its shape, which only jaxlm's own directories record. When the
+            model's neurons stand in another order, the adapter is put in that (see `convert.adapter_order`).
         alpha: MindSpore only: lora_alpha, which that format does not record.
 
     Raises:
         UserError: when it is no adapter, is not complete, or does not fit the base.
     """
+    config = base if base is None or isinstance(base, LlamaConfig) else base.config
+    adapter = stored_adapter(path, config, alpha)
+    return adapter if base is None else in_order_of(adapter, base)
+
+
+def stored_adapter(
+    path: str | Path, base_config: LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+) -> PeftSource | NativeAdapter | MindSporeAdapter:
+    """The same with its neurons as they are stored; its `config.moe` is that of the model it was trained on."""
     path = _existing(path)
     native = find_native(path)
     if native is not None:
@@ -156,8 +153,7 @@ def open_adapter(
             raise UserError(f"{path}: is a full model, not an adapter; open it as the model itself")
         adapter = NativeAdapter(native, content)
         if base_config is not None:
-            _check_order(adapter, base_config)
-            adapter.config = base_config
+            adapter.config = dataclasses.replace(base_config, moe=adapter.config.moe)
             check_adapter_leaves(adapter, native / "model")
         return adapter
     peft = (path / "adapter_config.json").is_file()
@@ -171,4 +167,5 @@ def open_adapter(
     if base_config is None:
         kind = "PEFT" if peft else "MindSpore"
         raise UserError(f"{path}: a {kind} adapter does not record the shape of its base; give the base model too")
-    return PeftSource(path, base_config) if peft else MindSporeAdapter(path, base_config, alpha)
+    dense = dataclasses.replace(base_config, moe=None)
+    return PeftSource(path, dense) if peft else MindSporeAdapter(path, dense, alpha)

@@ -151,7 +151,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
         assert adapter_path is not None
         path = _base_of(adapter_path)
     source: Any = open_model(path)
-    adapter = None if adapter_path is None else open_adapter(adapter_path, source.config)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, source)
     whole = source if adapter is None else MergedSource(source, adapter)
     if adapter is not None and adapter.base and not _same_place(adapter.base, path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)

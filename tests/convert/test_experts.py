@@ -142,23 +142,6 @@ def test_the_permutation_travels(hf_dir: Path, tmp_path: Path, run: Callable[...
     assert_same_leaves(open_model(tmp_path / "back"), open_model(tmp_path / "expected"))
 
 
-def test_adapter_of_the_dense_model(
-    hf_dir: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
-) -> None:
-    """On the neurons it means something else after moefy; on attention it does not."""
-    pytest.importorskip("peft")
-    run("moefy", hf_dir, tmp_path / "moe", *TEXT_TWO)
-    for target in ("up_proj", "q_proj"):
-        make_adapter(make_hf_model(), tmp_path / target, target_modules=[target])
-        for base in (hf_dir, tmp_path / "moe"):
-            run("peft-to-jax", tmp_path / target, tmp_path / f"{target}-{base.name}", "--base", base)
-    for own, other in ((hf_dir, tmp_path / "moe"), (tmp_path / "moe", hf_dir)):
-        message = refused("merge", other, tmp_path / f"up_proj-{own.name}", tmp_path / "out")
-        assert "adapter of up_proj" in message and "that it was trained on" in message
-        run("merge", own, tmp_path / f"up_proj-{own.name}", tmp_path / f"merged-{own.name}")
-        run("merge", other, tmp_path / f"q_proj-{own.name}", tmp_path / f"attention-{own.name}")
-
-
 # --- all experts on ---------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,12 @@ def test_every_way_to_name_a_model(models: Path, capsys: pytest.CaptureFixture[s
         ["--adapter", str(models / "lora"), "--mesh.tensor", "2", "--mesh.data", "4", "--mesh.fsdp", "1", *ask],
     ):
         assert answer(capsys, *words) == adapted, words
+    # In another order of the neurons, all experts on, both are the same function.
+    moe = ["--experts", "4", "--top-k", "text=4", "--router", "modality"]
+    assert convert(["moefy", str(models / "base"), str(models / "moe"), *moe]) == 0
+    capsys.readouterr()
+    for adapter, words in (("lora", ask), ("lora-peft", told)):
+        assert answer(capsys, "--model", str(models / "moe"), "--adapter", str(models / adapter), *words) == adapted
 
 
 def test_transformers_gives_the_same_text(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
