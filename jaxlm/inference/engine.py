@@ -19,7 +19,7 @@ from jaxlm.inference.decode import State, decode, new_state, write
 from jaxlm.inference.model import Caches, Decoder, Weights, extend, grow, prefill, repeat_rows
 from jaxlm.inference.options import check_decoding
 from jaxlm.inference.sampling import Method, Settings, row_keys
-from jaxlm.parallel.mesh import rows_axis_size, use_mesh
+from jaxlm.parallel.mesh import ROW_AXES, rows_axis_size, use_mesh
 
 # Tokens written between two looks at the device.
 FLUSH = 32
@@ -202,7 +202,7 @@ class Writing:
         for row, prompt in enumerate(self._rows):
             tokens[row, : len(prompt)] = prompt
         lengths = np.array([max(1, len(prompt)) for prompt in self._rows], np.int32)
-        sharding = NamedSharding(self._generator.mesh, P(("data", "fsdp")))
+        sharding = NamedSharding(self._generator.mesh, P(ROW_AXES))
         logits, caches = prefill(
             decoder, weights, jax.device_put(tokens, sharding), jax.device_put(lengths, sharding), slots
         )

@@ -26,7 +26,7 @@ from jaxlm.models.lora import LoraSpec
 from jaxlm.models.moe import modality_ids
 from jaxlm.models.rope import rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import load_sharded, tree_shardings
+from jaxlm.parallel.mesh import ROW_AXES, load_sharded, tree_shardings
 
 # Of each layer: keys and values [R, K, S, h].
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -157,7 +157,7 @@ def unstack(variables: Mapping[str, Any], config: LlamaConfig) -> Weights:
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a cache [R, K, S, h] over the row axes, heads over `tensor`."""
-    return NamedSharding(mesh, P(("data", "fsdp"), "tensor", None, None))
+    return NamedSharding(mesh, P(ROW_AXES, "tensor", None, None))
 
 
 # --- reading a prompt -------------------------------------------------------------------------------------------------

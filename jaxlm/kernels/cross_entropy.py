@@ -20,8 +20,8 @@ from jax.typing import DTypeLike
 # A chunk has so many logits on a device (64 MiB in float32), but enough tokens to keep the matrix products large.
 CHUNK_LOGITS = 2**24
 MIN_CHUNK_TOKENS = 512
-# Mesh axes that rows are split over (`parallel.mesh.BATCH`).
-ROW_AXES = ("data", "fsdp")
+# Mesh axes that rows are split over, as in `parallel.mesh`, which lies above this package.
+ROW_AXES = ("data", "fsdp", "expert")
 
 
 @flax.struct.dataclass

@@ -24,41 +24,17 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
 from jaxlm.modalities import PADDING
-from jaxlm.models.linear import Linear, LinearParts, Parts
+from jaxlm.models.dispatch import Routing, by_expert, entering, over_devices, run_experts
+from jaxlm.models.linear import Linear, LinearParts
 from jaxlm.models.lora import LoraSpec
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-
-
-@flax.struct.dataclass
-class Routing:
-    """Which experts each token uses.
-
-    Attributes:
-        experts: [N, k] int32, for the largest k.
-        live: [N, k] bool; False behind the token's own k.
-        weights: [N, k] float32, factors of the experts' outputs; None: all 1.
-    """
-
-    experts: jax.Array
-    live: jax.Array
-    weights: jax.Array | None
-
-    def mask(self, experts: int) -> jax.Array:
-        """[N, E] float32: the weight of each expert, 0 where it is not used."""
-        values = self.live.astype(jnp.float32)
-        if self.weights is not None:
-            values = values * self.weights
-        return jnp.einsum("nk,nke->ne", values, jax.nn.one_hot(self.experts, experts, dtype=jnp.float32))
 
 
 def modality_ids(moe: MoeConfig, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -166,168 +142,6 @@ def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapp
     return requested, "as configured"
 
 
-# --- computing only what is used --------------------------------------------------------------------------------------
-
-
-@flax.struct.dataclass
-class Dispatch:
-    """Pairs of token and expert, sorted by expert into blocks.
-
-    Attributes:
-        groups: the rows of the buffer [rows], by expert.
-        slot: [N, k] int32, the row of each pair; `rows` for a pair that is not live.
-        token: [rows] int32, the token in each row; N where there is none.
-    """
-
-    groups: Groups
-    slot: jax.Array
-    token: jax.Array
-
-
-def block_rows(pairs: int, experts: int) -> int:
-    """Rows of a block: large ones multiply faster, small ones waste less when experts have few tokens each."""
-    size = 8
-    while size < BLOCK and size * 2 * experts <= pairs:
-        size *= 2
-    return size
-
-
-def make_dispatch(experts: jax.Array, live: jax.Array, count: int) -> Dispatch:
-    """Sorts the pairs by expert, stable in the order of tokens.
-
-    Args:
-        experts: [N, k] int32, in 0 .. count - 1 where live.
-        live: [N, k] bool.
-        count: E.
-    """
-    tokens, k = experts.shape
-    flat = jnp.where(live, experts, count).reshape(-1)
-    counts = jnp.bincount(flat, length=count + 1)[:count]
-    groups, starts, rows = make_groups(counts, tokens * k, block_rows(tokens * k, count))
-    order = jnp.argsort(flat, stable=True)
-    first = jnp.cumsum(counts) - counts
-    expert = jnp.minimum(flat[order], count - 1)
-    place = starts[expert] + jnp.arange(tokens * k) - first[expert]
-    place = jnp.where(flat[order] < count, place, rows).astype(jnp.int32)
-    slot = jnp.zeros(tokens * k, jnp.int32).at[order].set(place)
-    token = jnp.full(rows, tokens, jnp.int32).at[slot].set(jnp.arange(tokens * k, dtype=jnp.int32) // k, mode="drop")
-    return Dispatch(groups, slot.reshape(tokens, k), token)
-
-
-# Both directions of both moves are gathers: XLA's scatter-add is slow on every platform.
-
-
-@jax.custom_vjp
-def to_experts(x: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """x [N, I] -> [rows, I]: each pair's token; zeros in the padding."""
-    return jnp.take(x, dispatch.token, axis=0, mode="fill", fill_value=0)
-
-
-def _to_experts_fwd(x: jax.Array, dispatch: Dispatch) -> tuple[jax.Array, Dispatch]:
-    return to_experts(x, dispatch), dispatch
-
-
-def _to_experts_bwd(dispatch: Dispatch, grad: jax.Array) -> tuple[jax.Array, None]:
-    pairs = jnp.take(grad, dispatch.slot, axis=0, mode="fill", fill_value=0)
-    return pairs.astype(jnp.float32).sum(axis=1).astype(grad.dtype), None
-
-
-to_experts.defvjp(_to_experts_fwd, _to_experts_bwd)
-
-
-@jax.custom_vjp
-def from_experts(y: jax.Array, weights: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """y [rows, O] -> [N, O]: the sum over each token's pairs, times weights [N, k], in float32."""
-    pairs = jnp.take(y, dispatch.slot, axis=0, mode="fill", fill_value=0)
-    return jnp.einsum("nko,nk->no", pairs, weights, preferred_element_type=jnp.float32).astype(y.dtype)
-
-
-def _from_experts_fwd(y: jax.Array, weights: jax.Array, dispatch: Dispatch) -> tuple[jax.Array, Any]:
-    return from_experts(y, weights, dispatch), (y, weights, dispatch)
-
-
-def _from_experts_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    y, weights, dispatch = residuals
-    pairs = jnp.take(y, dispatch.slot, axis=0, mode="fill", fill_value=0)
-    grad_weights = jnp.einsum("nko,no->nk", pairs, grad, preferred_element_type=jnp.float32)
-    rows = jnp.take(grad, dispatch.token, axis=0, mode="fill", fill_value=0)
-    factor = jnp.zeros(y.shape[0], jnp.float32).at[dispatch.slot].set(weights.astype(jnp.float32), mode="drop")
-    return (rows * factor[:, None]).astype(y.dtype), grad_weights.astype(weights.dtype), None
-
-
-from_experts.defvjp(_from_experts_fwd, _from_experts_bwd)
-
-
-def _by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
-    """[I, F] (dim 1) or [F, O] (dim 0) -> [E, I, f] or [E, f, O]."""
-    if dim == 0:
-        return matrix.reshape(experts, -1, matrix.shape[1])
-    return matrix.reshape(matrix.shape[0], experts, -1).swapaxes(0, 1)
-
-
-def _entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> tuple[jax.Array, jax.Array]:
-    """Inputs [N, I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
-
-    An adapter is further inputs x A and further rows B; a bias is an input of ones. So one product does it all.
-    """
-    inputs, rows = [x], [jnp.concatenate([_by_expert(p.kernel, experts, 1) for p in (gate, up)], axis=-1)]
-    for part, before in ((gate, True), (up, False)):
-        extra = []
-        if part.a is not None and part.b is not None:
-            inputs.append(jnp.dot(drop(x, part.dropout), part.a.astype(x.dtype)))
-            extra.append(part.b)
-        if part.bias is not None:
-            inputs.append(jnp.ones((x.shape[0], 1), x.dtype))
-            extra.append(part.bias[None])
-        for matrix in extra:
-            mine = _by_expert(matrix.astype(x.dtype), experts, 1)
-            both = (mine, jnp.zeros_like(mine)) if before else (jnp.zeros_like(mine), mine)
-            rows.append(jnp.concatenate(both, axis=-1))
-    return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
-
-
-def _run_experts(
-    x: jax.Array,
-    routing: Routing,
-    gate_up: jax.Array,
-    down: jax.Array,
-    offset: jax.Array | int,
-    implementation: str,
-) -> jax.Array:
-    """Inputs [N, I] through some experts, those from `offset` on: the weighted sum [N, O] of their outputs."""
-    count = gate_up.shape[0]
-    local = routing.experts - offset
-    live = routing.live & (local >= 0) & (local < count)
-    dispatch = make_dispatch(local, live, count)
-    hidden = grouped_matmul(to_experts(x, dispatch), gate_up, dispatch.groups, implementation)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    y = grouped_matmul(nn.silu(gate) * up, down, dispatch.groups, implementation)
-    weights = live.astype(jnp.float32)
-    if routing.weights is not None:
-        weights = weights * routing.weights
-    return from_experts(y, weights, dispatch)
-
-
-def _over_devices(run: Any, experts: int) -> Any:
-    """`run` with experts split over the mesh's axes of the neurons, and tokens over those of the rows.
-
-    Tokens are at every device of the experts' axes, each of which does the pairs of its own experts; sums follow.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return lambda x, routing, gate_up, down: run(x, routing, gate_up, down, 0)
-    rows = nn.logical_to_mesh_axes(("batch",))[0]  # type: ignore[index]
-    owners = nn.logical_to_mesh_axes(("mlp",))[0]  # type: ignore[index]
-    owners = owners if isinstance(owners, tuple) else (owners,)
-
-    def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        offset = jax.lax.axis_index(owners) * gate_up.shape[0]
-        return jax.lax.psum(run(x, routing, gate_up, down, offset), owners)
-
-    token, matrix = P(rows, None), P(owners, None, None)
-    return jax.shard_map(local, in_specs=(token, token, matrix, matrix), out_specs=token, check_vma=False)
-
-
 class MoeMLP(nn.Module):
     """SwiGLU feed-forward of which every token uses some experts; the parameters are those of the dense layer.
 
@@ -432,14 +246,14 @@ class MoeMLP(nn.Module):
             return dropped
 
         x = x.astype(self.dtype)
-        inputs, entering = _entering(x, gate, up, moe.experts, drop)
+        inputs, gate_up = entering(x, gate, up, moe.experts, drop)
         leaving = down.kernel
         if down.a is not None:
             # h A beside h W; dropout on h is not to be had here, as h never exists for all neurons.
             assert deterministic or down.dropout == 0, "dropout on down_proj's adapter needs the dense form"
             leaving = jnp.concatenate([leaving, down.a.astype(self.dtype)], axis=1)
-        run = _over_devices(partial(_run_experts, implementation=self.compute), moe.experts)
-        y = run(inputs, routing, entering, _by_expert(leaving, moe.experts, 0))
+        run = over_devices(partial(run_experts, experts=moe.experts, implementation=self.compute), moe.experts)
+        y = run(inputs, routing, gate_up, by_expert(leaving, moe.experts, 0))
         out = y[:, : c.hidden_size]
         if down.b is not None:
             out = out + jnp.dot(y[:, c.hidden_size :], down.b.astype(self.dtype))

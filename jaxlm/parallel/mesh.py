@@ -20,15 +20,19 @@ from jaxlm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axis. One place: parameters and activations are both named by these.
+# Mesh axes that rows are split over.
+ROW_AXES = ("data", "fsdp", "expert")
+# Logical axis -> mesh axis. One place: parameters and activations are both named by these. Of two rules the first one
+# whose mesh axes are free counts: activations that have rows over `expert` have neurons over `tensor` alone.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ROW_AXES),
     ("length", None),
     ("act_embed", None),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", ("expert", "tensor")),  # contiguous blocks: whole experts of an MoE
+    ("mlp", "tensor"),
     ("experts", None),
     ("vocab", "tensor"),
     ("head_dim", None),
@@ -37,7 +41,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("lora_rank", None),
 )
 
-BATCH = P(None, ("data", "fsdp"), None)  # [A, B, T]: micro-steps, rows, length
+BATCH = P(None, ROW_AXES, None)  # [A, B, T]: micro-steps, rows, length
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, experts: int | None = None) -> Mesh:
@@ -84,7 +88,7 @@ def _describe(config: MeshConfig) -> str:
 
 def rows_axis_size(mesh: Mesh) -> int:
     """Over how many groups of devices rows are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 @contextmanager
@@ -105,7 +109,7 @@ def tree_shardings(boxed: Any, mesh: Mesh, whole_if_uneven: tuple[str, ...] = ()
     """
     specs = nn.get_partition_spec(boxed)
     shapes = nn.unbox(boxed)
-    rules = dict(RULES)
+    rules = dict(reversed(RULES))  # the first of each name: parameters have no rows
 
     def one(path: tuple[Any, ...], spec: P, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = [rules[name] if name is not None else None for name in spec]

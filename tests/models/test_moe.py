@@ -13,12 +13,12 @@ import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.errors import UserError
+from jaxlm.models.dispatch import make_dispatch
 from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.lora import resolve_lora
 from jaxlm.models.moe import (
     PADDING,
     experts_of_modalities,
-    make_dispatch,
     modality_ids,
     released_mask,
     route_by_scores,
@@ -216,10 +216,16 @@ def test_the_balance_loss_is_one_when_use_is_even() -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 4, "tensor": 2}]
+    ("router", "mesh"),
+    [
+        ("learned", {"data": 2, "expert": 4}),
+        ("learned", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("modality", {"data": 2, "expert": 2, "tensor": 2}),
+        ("modality", {"data": 4, "tensor": 2}),
+        ("activation", {"data": 2, "expert": 2, "tensor": 2}),
+    ],
 )
-@pytest.mark.parametrize("router", ["learned", "modality", "activation"])
-def test_experts_on_several_devices_give_the_same_numbers(mesh: dict[str, int], router: str) -> None:
+def test_experts_on_several_devices_give_the_same_numbers(router: str, mesh: dict[str, int]) -> None:
     config = moe_config(router)
     compute = "dense" if router == "activation" else "loop"
     model = Llama(config, experts=compute, remat="none")
@@ -250,14 +256,14 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
     tokens, k, count = 37, 3, 5
     experts = np.stack([rng.permutation(count)[:k] for _ in range(tokens)]).astype(np.int32)
     live = rng.random((tokens, k)) < (0.0 if seed == 3 else 0.7)
-    dispatch = make_dispatch(jnp.asarray(experts), jnp.asarray(live), count)
-    slot, token = np.asarray(dispatch.slot), np.asarray(dispatch.token)
-    block = len(token) // len(dispatch.groups.owner)
+    moves, groups = make_dispatch(jnp.asarray(experts), jnp.asarray(live), count, tokens * k)
+    slot, token = np.asarray(moves.slot), np.asarray(moves.token)
+    block = len(token) // len(groups.owner)
     assert len(set(slot[live])) == live.sum() and (slot[~live] == len(token)).all()
     for n, j in zip(*np.nonzero(live), strict=True):
         assert token[slot[n, j]] == n
-        assert dispatch.groups.owner[slot[n, j] // block] == experts[n, j]
-        assert slot[n, j] // block < dispatch.groups.live
+        assert groups.owner[slot[n, j] // block] == experts[n, j]
+        assert slot[n, j] // block < groups.live
     assert (np.sort(token)[: live.sum()] < tokens).all() and (np.sort(token)[live.sum() :] == tokens).all()
 
 
