@@ -80,11 +80,15 @@ def _print_description(found: Description) -> None:
             f"rope {rope['rope_type']} {rope['rope_theta']:g}, window {c['sliding_window']}, "
             f"tied {c['tie_word_embeddings']}, positions {c['max_position_embeddings']}"
         )
+        if c["moe"] is not None:
+            _print_experts(c)
     elif found.kind == "adapter":
         print(found.summary, end="; " if found.summary else "")
         print(
             "configuration: " + ", ".join(f"{key} {value}" for key, value in c.items() if value not in (None, {}, []))
         )
+    if found.order is not None:
+        print(f"neurons: {found.order}")
     if found.tokenizer is not None:
         print("tokenizer: " + ", ".join(f"{key} {_words(value)}" for key, value in found.tokenizer.items()))
     if found.format != "jaxlm" and (found.kind == "model" or found.summary):
@@ -102,6 +106,20 @@ def _print_description(found: Description) -> None:
         if "with_rotary_buffers" in found.checksum:
             value = found.checksum["with_rotary_buffers"]
             print(f"with the rotary buffers of old transformers versions: {value:.4f}")
+
+
+def _print_experts(config: dict[str, Any]) -> None:
+    """Of a model: how many experts, who chooses, and how many a token of each modality uses."""
+    moe = config["moe"]
+    used = []
+    for name, k, tokens in zip(moe["modalities"], moe["top_k"], [None, *moe["ranges"]], strict=True):
+        where = "all other tokens" if tokens is None else f"tokens {tokens[0]} to {tokens[1] - 1}"
+        used.append(f"{name} {k} ({where if moe['ranges'] else 'all tokens'})")
+    shared = f", {moe['shared']} shared by all" if moe["shared"] else ""
+    print(
+        f"experts: {moe['experts']} of {config['intermediate_size'] // moe['experts']} neurons, "
+        f"router {moe['router']}{shared}; a token uses: {', '.join(used)}"
+    )
 
 
 def _words(value: Any) -> str:

@@ -28,6 +28,7 @@ from convert.arithmetic import combine
 from convert.hf import find_tokenizer_files
 from convert.leaves import CastSource, DerivedSource, Index, ParamSource, check_leaves, stored_blocks
 from convert.names import Entry, Shape, leaf_shapes
+from convert.partition import order_name
 from convert.tensors import WEIGHT_DTYPES
 from convert.vocab import grow, vocabulary_leaves
 from jaxlm.errors import UserError
@@ -259,6 +260,12 @@ def check_shapes(base: ParamSource, other: ParamSource) -> None:
         ]
         words = f" (its {'; '.join(sizes)})" if sizes else ""
         raise UserError(f"{error}; it belongs to another base than {base.path}{words}") from None
+    orders = order_name(base.partition), order_name(other.partition)
+    if orders[0] != orders[1]:
+        raise UserError(
+            f"{other.path}: the neurons of its feed-forward layers stand in another order ({orders[1]}) than those of "
+            f"{base.path} ({orders[0]}); make a model of experts dense first: convert demoefy MODEL DENSE"
+        )
 
 
 def _wider(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:

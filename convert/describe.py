@@ -19,6 +19,7 @@ from convert.manifest import MANIFEST, read_manifest
 from convert.meta import MetaSource
 from convert.mindspore import MindSporeAdapter, MindSporeSource
 from convert.native import NativeAdapter, NativeSource
+from convert.partition import order_name
 from convert.peft import PeftSource, find_adapter_weights, peft_tensors
 from convert.source import is_adapter, open_model, stored_adapter
 from convert.tensors import BLOCK_BYTES, Tensor, read_tensors
@@ -46,6 +47,7 @@ class Description:
         config: of the model, or of the adapter.
         tokenizer: kind, vocab_size, ids and chat template; None without one.
         manifest: number of files in manifest.json and their bytes; None without one.
+        order: of a model of experts or its adapter, that of the neurons.
         checksum: sum of all numbers, and the same with the rotary buffers that old transformers versions stored.
     """
 
@@ -60,6 +62,7 @@ class Description:
     tokenizer: dict[str, Any] | None = None
     manifest: dict[str, int] | None = None
     checksum: dict[str, float] | None = None
+    order: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -115,6 +118,7 @@ def _describe_adapter(adapter: AdapterSource, checksum: bool) -> Description:
     found = _leaves(adapter, "adapter", form)
     found.summary = describe_lora(adapter)
     found.config = dataclasses.asdict(adapter.lora) | {"base": adapter.base, "layers": adapter.layers}
+    found.order = _order(adapter)
     if checksum:
         found.checksum = {"sum": sum(block_sum(b) for spec in peft_tensors(adapter) for b in spec.blocks)}
     return found
@@ -124,11 +128,21 @@ def _describe_model(model: ParamSource, checksum: bool) -> Description:
     name = next(name for kind, name in _FORMATS if isinstance(model, kind))
     found = _leaves(model, "model", name)
     found.config = model.config.to_dict()
+    found.order = _order(model)
     found.tokenizer = _tokenizer(model.tokenizer_dir) if model.tokenizer_files else None
     if checksum:
         total = sum(block_sum(block) for spec in hf_tensors(model) for block in spec.blocks)
         found.checksum = {"sum": total, "with_rotary_buffers": total + inv_freq_sum(model.config)}
     return found
+
+
+def _order(source: ParamSource | AdapterSource) -> str | None:
+    if source.config.moe is None:
+        return None
+    partition = source.partition
+    if partition is None:
+        return "as they stand, no other order is kept"
+    return f"moved by convert moefy, the original order is kept ({order_name(partition)})"
 
 
 def _leaves(source: LeafSource, kind: str, form: str) -> Description:

@@ -8,6 +8,7 @@ neuron at each place. Inside an expert neurons keep their order, so blocks that 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -95,6 +96,11 @@ def load_partition(path: Path, layers: int, neurons: int) -> np.ndarray:
 def permutation(owners: np.ndarray) -> np.ndarray:
     """Owners [F] -> the original neuron at each place, int32 [F]."""
     return np.argsort(owners, kind="stable").astype(np.int32)
+
+
+def order_name(partition: np.ndarray | None) -> str:
+    """The order of a model's neurons in a few letters, to compare it by."""
+    return "original" if partition is None else f"sha256 {hashlib.sha256(partition.tobytes()).hexdigest()[:16]}"
 
 
 def inverse(permutations: np.ndarray) -> np.ndarray:

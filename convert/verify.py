@@ -15,6 +15,7 @@ from convert.hf import hf_tensors
 from convert.leaves import AdapterSource, ParamSource
 from convert.names import Shape
 from convert.output import TensorSpec
+from convert.partition import order_name
 from convert.peft import peft_tensors
 from jaxlm.models.shapes import LlamaConfig
 
@@ -92,6 +93,9 @@ def compare_models(first: ParamSource, second: ParamSource, advance: Callable[[i
     """Compares two models; memory stays small. `advance` gets the bytes read of the first one."""
     report = _compare(hf_tensors(first), hf_tensors(second), advance)
     _compare_fields(first.config, second.config, report)
+    orders = order_name(first.partition), order_name(second.partition)
+    if orders[0] != orders[1]:
+        report.config["partition"] = orders
     return report
 
 

@@ -244,3 +244,44 @@ def test_trained_further_as_a_dense_model(exported: Path, tmp_path: Path) -> Non
     for path in ("layers/mlp/down_proj/kernel", "layers/mlp/up_proj/kernel"):
         np.testing.assert_array_equal(found.read(path, EVERY), wanted.read(path, EVERY))
     assert dataclasses.replace(found.config, moe=None) == open_model(tmp_path / "plain").config
+
+
+# --- what is said of them ---------------------------------------------------------------------------------------------
+
+
+def test_inspect(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+    make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "learned", **MODALITIES))
+    said = run("inspect", tmp_path / "moe")
+    assert (
+        "experts: 4 of 6 neurons, router learned; a token uses: text 3 (all other tokens), smiles 1 (tokens 20 to 29)"
+        in said
+    )
+    assert "neurons: moved by convert moefy, the original order is kept (sha256 " in said
+    make_moe(hf_dir, tmp_path / "plain", None, MoeConfig(E, "modality", top_k=(2,), shared=1))
+    said = run("inspect", tmp_path / "plain")
+    assert "router modality, 1 shared by all; a token uses: text 2 (all tokens)" in said and "as they stand" in said
+    assert json.loads(run("inspect", tmp_path / "moe", "--json"))["order"].startswith("moved")
+    assert "experts" not in run("inspect", hf_dir) and "neurons" not in run("inspect", hf_dir)
+
+
+def test_other_order_is_another_model(
+    hf_dir: Path,
+    tmp_path: Path,
+    run: Callable[..., str],
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Even where every number is the same."""
+    from convert.cli import main
+
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "modality", top_k=(2,)))
+    shutil.copytree(moe, tmp_path / "other")
+    (tmp_path / "other/jaxlm/partition.npy").write_bytes(npy_bytes(make_order()[::-1].copy()))
+    assert main(["verify", str(moe), str(tmp_path / "other")]) == 1
+    assert "configuration: partition is 'sha256" in capsys.readouterr().out
+    for base, delta in ((moe, hf_dir), (hf_dir, moe), (moe, tmp_path / "other")):
+        message = refused("apply-delta", base, delta, tmp_path / "out")
+        assert "another order" in message and "convert demoefy" in message
+    run("make-delta", moe, moe, tmp_path / "delta", "--format", "jax")
+    run("apply-delta", moe, tmp_path / "delta", tmp_path / "same")
+    assert_same_leaves(open_model(tmp_path / "same"), open_model(moe))
