@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.command import add_shard_size, add_verb, write_jax, write_model_as
 from convert.routing_cli import COVERAGE_TOKENS, check_new, coverage_directory, report_coverage
 from convert.sample import add_sample_options, check_no_sample, read_sample
 from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from convert.leaves import ParamSource
 
 # Checked against convert.experts and jaxlm.models.shapes by a test; those modules are too heavy for --help.
 METHODS = ("kmeans", "order", "partition")
@@ -48,7 +51,7 @@ def add_expert_verbs(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=A:B,...",
-        help="the token ids from A to B - 1 are a modality: smiles=32000:32066",
+        help="the token ids from A to B - 1 are a modality: smiles=32000:32066 (default: the tokenizer's modalities)",
     )
     verb.add_argument("--shared", type=int, metavar="N", help="router modality: experts that serve every modality")
     verb.add_argument("--config", metavar="CONFIG", help="shape of a MindSpore model: a known name or a file")
@@ -88,7 +91,7 @@ def _moefy(options: argparse.Namespace) -> None:
         if partition is None:
             raise UserError("--experts: say into how many experts the feed-forward layers are divided")
         experts = int(read_owners(partition, source.config.num_layers, source.config.intermediate_size).max()) + 1
-    moe = moe_config(source.config, experts, options.router, top_k, ranges, options.shared)
+    moe = moe_config(source.config, experts, options.router, top_k, ranges or _modalities(source), options.shared)
     sample = None
     if options.sample is None:
         check_no_sample(options)
@@ -124,6 +127,16 @@ def pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{option} {part}: {name.strip()!r} is there twice; give each modality once")
         found[name.strip()] = value.strip()
     return found
+
+
+def _modalities(source: ParamSource) -> dict[str, tuple[int, int]]:
+    """The token ids of the modalities that `convert extend-vocab` gave to the model's tokenizer."""
+    from jaxlm.modalities import MODALITIES_FILE
+    from jaxlm.tokenizer import load_tokenizer
+
+    if MODALITIES_FILE not in (file.name for file in source.tokenizer_files):
+        return {}
+    return {modality.name: modality.range for modality in load_tokenizer(source.tokenizer_dir).modalities}
 
 
 def _number(option: str, name: str, value: str) -> int:
