@@ -124,7 +124,7 @@ def test_slices_and_blocks(hf_dir: Path) -> None:
     for source in (moe, DenseSource(moe)):
         for path in source.leaves.keys() & {*experts.NEURON_DIMENSION, experts.ROUTER}:
             whole = source.read(path, EVERY)
-            for a, b, c in itertools.product(cuts, repeat=3):
+            for a, b, c in itertools.product((*cuts, slice(2, 3)), cuts, (*cuts, slice(None))):
                 np.testing.assert_array_equal(source.read(path, (a, b, c)), whole[a, b, c])
     for entry in hf_entries(dense.config):
         found = np.concatenate(list(stored_blocks(DenseSource(moe), entry)))
