@@ -144,9 +144,10 @@ def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
 
 def _moe(where: Path, values: Any) -> MoeConfig:
     """The section `moe`, every value checked: the file may have been edited by hand."""
-    fields = {field.name: field.default for field in dataclasses.fields(MoeConfig)}
-    if not isinstance(values, dict) or values.keys() != fields.keys():
-        raise UserError(f"{where}: moe must have {', '.join(fields)}; it is {values!r}")
+    needed = {"experts", "router", "modalities", "ranges", "top_k"}
+    known = {field.name for field in dataclasses.fields(MoeConfig)}
+    if not isinstance(values, dict) or not needed <= values.keys() <= known:
+        raise UserError(f"{where}: moe must have {', '.join(sorted(known))}; it is {values!r}")
 
     def numbers(value: Any) -> bool:
         return isinstance(value, list) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
@@ -157,10 +158,10 @@ def _moe(where: Path, values: Any) -> MoeConfig:
         "modalities": isinstance(values["modalities"], list) and all(isinstance(v, str) for v in values["modalities"]),
         "ranges": isinstance(values["ranges"], list) and all(numbers(v) and len(v) == 2 for v in values["ranges"]),
         "top_k": numbers(values["top_k"]),
-        "shared": numbers([values["shared"]]),
+        "shared": numbers([values.get("shared", 0)]),
     }
-    for key in fields:
-        if not good.get(key, True):
+    for key, fits in good.items():
+        if not fits:
             raise UserError(f"{where}: moe.{key} is {values[key]!r}, which is no value of its kind")
     try:
         return MoeConfig.from_dict(values)

@@ -156,8 +156,8 @@ def check_mixtral(source: ParamSource) -> None:
         raise UserError(f"--layout mixtral: {source.path} is a dense model; leave --layout out")
     if moe.router != "learned":
         raise UserError(
-            f"--layout mixtral: Mixtral's router is a trained matrix, that of {source.path} is {moe.router}; train one "
-            f"(convert moefy --router learned), or {instead}"
+            f"--layout mixtral: Mixtral's router is a trained matrix, that of {source.path} is {moe.router}; make one "
+            f"(convert distil-router), or {instead}"
         )
     if len(set(moe.top_k)) > 1:
         used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))

@@ -151,7 +151,7 @@ def test_a_mixtral_of_transformers(tied: bool, tmp_path: Path, run: Callable[...
 @pytest.mark.parametrize(
     ("moe", "words"),
     [
-        (MoeConfig(E, "activation", top_k=(2,)), ["is activation", "--router learned", "leave --layout out"]),
+        (MoeConfig(E, "activation", top_k=(2,)), ["is activation", "convert distil-router", "leave --layout out"]),
         (MoeConfig(E, "modality", top_k=(2,)), ["is modality"]),
         (MoeConfig(E, "learned", **MODALITIES), ["one k", "text 3, smiles 1", "leave --layout out"]),
     ],
