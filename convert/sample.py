@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from convert.leaves import ParamSource
     from jaxlm.data.examples import Examples
     from jaxlm.models.shapes import MoeConfig
@@ -131,6 +131,8 @@ def _first(file: Any, tokens: int, data: Any, tokenizer: Any, vocab_size: int) -
     """The first records of a file, so many that they have `tokens` tokens if there are."""
     import dataclasses
 
+    import numpy as np
+
     from jaxlm.data.examples import build_examples
 
     limit = _RECORDS
@@ -144,6 +146,8 @@ def _first(file: Any, tokens: int, data: Any, tokenizer: Any, vocab_size: int) -
 
 def make_rows(parts: Sequence[Examples], length: int, moe: MoeConfig, files: tuple[str, ...]) -> Sample:
     """Packs examples into rows of `length` tokens, in an order drawn with a fixed seed."""
+    import numpy as np
+
     from jaxlm.data.examples import from_list
     from jaxlm.data.loader import BatchSource
     from jaxlm.data.packing import plan_rows
