@@ -99,8 +99,8 @@ def permutation(owners: np.ndarray) -> np.ndarray:
 
 
 def order_name(partition: np.ndarray | None) -> str:
-    """The order of a model's neurons in a few letters, to compare it by."""
-    return "original" if partition is None else f"sha256 {hashlib.sha256(partition.tobytes()).hexdigest()[:16]}"
+    """The order of a model's neurons in a few letters, to compare it by: the beginning of the file's sha256."""
+    return "original" if partition is None else f"sha256 {hashlib.sha256(npy_bytes(partition)).hexdigest()[:16]}"
 
 
 def inverse(permutations: np.ndarray) -> np.ndarray:
