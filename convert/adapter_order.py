@@ -17,7 +17,7 @@ from convert.leaves import AdapterSource, Index, ParamSource
 from convert.names import linear_path
 from convert.partition import inverse
 from jaxlm.errors import UserError
-from jaxlm.models.lora import MLP_LINEARS, resolve_lora
+from jaxlm.models.lora import MLP_LINEARS, as_one_adapter, resolve_lora
 from jaxlm.models.shapes import LlamaConfig
 
 # Leaf of an adapter -> which of its dimensions is that of the neurons; 0 is the layer.
@@ -48,7 +48,8 @@ class ReorderedAdapter:
         self.partition = partition
         self.path = adapter.path
         self.leaves = adapter.leaves
-        self.lora = adapter.lora
+        # In another order experts are other neurons, so adapters of their own become one.
+        self.lora = as_one_adapter(adapter.config, adapter.lora)
         self.layers = adapter.layers
         self.base = adapter.base
         self.peft_config = adapter.peft_config

@@ -28,7 +28,7 @@ from convert.output import TensorSpec, write_safetensors_file
 from convert.tensors import StoredTensor, read_tensors, same_bytes
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.models.lora import LINEARS, SAVEABLE, resolve_lora
+from jaxlm.models.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
 from jaxlm.models.shapes import LlamaConfig, read_json
 
 # Keys of adapter_config.json that say nothing about what the adapter computes.
@@ -245,7 +245,7 @@ def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: LlamaCon
 
 def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
     """The adapter_config.json of an adapter: the one it came with where that still holds, otherwise updated or new."""
-    lora = source.lora
+    lora = as_one_adapter(source.config, source.lora)
     # PEFT wraps every module whose name ends so: a bare 'norm' would also mean the layers' norms.
     saved = ["model.norm" if module == "norm" else module for module in lora.modules_to_save]
     tied = source.config.tie_word_embeddings and "embed_tokens" in saved
@@ -282,7 +282,7 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
 def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
     """The tensors of an adapter as PEFT names and lays them out, neurons in the dense model's order."""
     source = in_original_order(source)
-    specs = resolve_lora(source.config, source.lora, source.layers)
+    specs = resolve_lora(source.config, as_one_adapter(source.config, source.lora), source.layers)
     tensors = []
     for entry in peft_entries(source.config, specs):
         tensors.append(

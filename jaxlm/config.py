@@ -50,6 +50,8 @@ class LoraConfig:
         rslora: rank-stabilised scaling.
         dora: weight-decomposed adapters (DoRA).
         modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens.
+        per_expert: of a model of experts: gate_proj, up_proj and down_proj have an adapter of this rank for each expert,
+            not one for all.
         init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a
             fresh optimizer.
     """
@@ -63,6 +65,7 @@ class LoraConfig:
     rslora: bool = False
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    per_expert: bool = False
     init_from: str | None = None
 
 
@@ -439,6 +442,28 @@ class GenerateConfig(Decoding):
     batch_size: int = 8
     mesh: MeshConfig | None = None
     compilation_cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Figures of a file of answers.
+
+    Args:
+        task: smiles2text (captions of molecules) or text2smiles (molecules for captions), with LPM-24's figures.
+        predictions: the file: .json, .jsonl or .csv as `jaxlm.generate` writes it, or LPM-24's table (.tsv or .txt).
+        reference: column of the right answers; null: caption or molecule, or "ground truth".
+        prediction: column of the model's answers; null: prediction, answer or output.
+        metric_tokenizer: directory of the Hugging Face tokenizer whose pieces BLEU counts (LPM-24: SciBERT's); null:
+            words and signs.
+        save_file: the figures as JSON.
+    """
+
+    task: Literal["smiles2text", "text2smiles"] | None = None
+    predictions: str | None = None
+    reference: str | None = None
+    prediction: str | None = None
+    metric_tokenizer: str | None = None
+    save_file: str | None = None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def _adapter(config: RunConfig, shape: Any) -> Any:
     from convert.source import open_adapter
     from jaxlm.models.lora import SAVEABLE
 
-    adapter = open_adapter(config.lora.init_from, shape)
+    adapter = open_adapter(config.lora.init_from, source or shape)
     if adapter.layers is not None:
         raise UserError(f"lora.init_from: {config.lora.init_from} adapts only the layers {list(adapter.layers)}")
     for module in config.lora.modules_to_save:
@@ -280,7 +280,7 @@ def _adapter(config: RunConfig, shape: Any) -> Any:
                 f"lora.init_from: {config.lora.init_from} saved {module} with shape {found.shape}, "
                 f"the model has {wanted}; merge it into its base first (`convert merge`)"
             )
-    for key in ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "dora", "modules_to_save"):
+    for key in ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "dora", "per_expert", "modules_to_save"):
         mine, theirs = getattr(config.lora, key), getattr(adapter.lora, key)
         same = set(mine) == set(theirs) if isinstance(mine, tuple) else mine == theirs
         if not same:

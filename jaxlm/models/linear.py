@@ -144,10 +144,22 @@ class Linear(nn.Module):
 
         def init_a(key: Any) -> jax.Array:
             # PEFT: kaiming_uniform(a=sqrt(5)) on [R, in]. Columns behind this layer's own rank stay zero.
-            bound = 1.0 / math.sqrt(fan_in)
+            bound = 1.0 / math.sqrt(fan_in // (spec.blocks if by_input else 1))
             a = jax.random.uniform(key, (fan_in, rank), jnp.float32, -bound, bound)
             live = jnp.arange(rank) < jnp.asarray(spec.ranks)[layer]
-            return jnp.where(live, a, 0.0).reshape(*self.in_dims, rank)
+            a = jnp.where(live, a, 0.0)
+            return (own(a, 0) if by_input else a).reshape(*self.in_dims, rank)
+
+        by_input = self.in_axes == ("mlp",)  # the side of the neurons, which are in blocks by expert
+
+        def own(factor: jax.Array, neurons: int) -> jax.Array:
+            """Zero where a neuron and a rank are not of one expert; the gradient is too."""
+            if spec.blocks == 1:
+                return factor
+            per_expert = jnp.asarray(spec.ranks)[layer] // spec.blocks
+            expert = jax.lax.broadcasted_iota(jnp.int32, factor.shape, neurons) * spec.blocks // factor.shape[neurons]
+            owner = jax.lax.broadcasted_iota(jnp.int32, factor.shape, 1 - neurons) // jnp.maximum(per_expert, 1)
+            return jnp.where(expert == owner, factor, 0.0)
 
         key = self.make_rng("params") if self.is_mutable_collection("lora") else None
         lora_a = self._adapter_variable("lora_A", (*self.in_axes, "lora_rank"), lambda: init_a(key))
@@ -157,7 +169,8 @@ class Linear(nn.Module):
         scale: float | jax.Array = spec.scales[0]
         if len(set(spec.scales)) > 1:
             scale = jnp.asarray(spec.scales, jnp.float32)[layer]
-        return lora_a.reshape(fan_in, rank) * scale, lora_b.reshape(rank, fan_out)
+        a, b = lora_a.reshape(fan_in, rank) * scale, lora_b.reshape(rank, fan_out)
+        return (own(a, 0), b) if by_input else (a, own(b, 1))
 
     def _adapted(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import re
@@ -31,6 +32,7 @@ class LoraSpec:
     scales: tuple[float, ...]  # [L]
     dropout: float
     dora: bool
+    blocks: int = 1  # adapters for so many experts, as one of their ranks together that is zero across them
 
     @property
     def rank(self) -> int:
@@ -48,6 +50,34 @@ def _match(patterns: dict[str, float], module: str) -> float | None:
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             return value
     return None
+
+
+def as_one_adapter(model: LlamaConfig, lora: LoraConfig) -> LoraConfig:
+    """The same adapter without `per_expert`.
+
+    Adapters of E experts are one of E times the rank, whose factor on the neurons' side is zero between the ranks of
+    one expert and the neurons of another.
+
+    Raises:
+        UserError: for a dense model, no feed-forward target, or patterns, which could not be told from these.
+    """
+    if not lora.per_expert:
+        return lora
+    targets = [target for target in lora.targets if target in MLP_LINEARS]
+    if model.moe is None:
+        raise UserError("lora.per_expert: the model is not divided into experts; `convert moefy` does that")
+    if not targets:
+        raise UserError(f"lora.per_expert: lora.targets has none of {', '.join(MLP_LINEARS)}")
+    if lora.rank_pattern or lora.alpha_pattern:
+        raise UserError("lora.per_expert: cannot be had together with rank_pattern or alpha_pattern")
+    experts = model.moe.experts
+    alpha = lora.alpha * (math.sqrt(experts) if lora.rslora else experts)
+    return dataclasses.replace(
+        lora,
+        per_expert=False,
+        rank_pattern=dict.fromkeys(targets, experts * lora.rank),
+        alpha_pattern=dict.fromkeys(targets, alpha),
+    )
 
 
 def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] | None = None) -> dict[str, LoraSpec]:
@@ -73,6 +103,8 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
             raise UserError(f"lora.modules_to_save: {module!r} is not one of {', '.join(SAVEABLE)}")
         if module == "lm_head" and model.tie_word_embeddings:
             raise UserError("lora.modules_to_save: lm_head is tied to embed_tokens in this model; name embed_tokens")
+    blocks = model.moe.experts if lora.per_expert and model.moe is not None else 1
+    lora = as_one_adapter(model, lora)
     used: set[str] = set()
     specs = {}
     for target in LINEARS:
@@ -95,7 +127,9 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
                 raise UserError(f"lora.rank: {rank} for {module}; a rank is at least 1")
             ranks.append(rank)
             scales.append(alpha / (math.sqrt(rank) if lora.rslora else rank))
-        specs[target] = LoraSpec(tuple(ranks), tuple(scales), lora.dropout, lora.dora)
+        specs[target] = LoraSpec(
+            tuple(ranks), tuple(scales), lora.dropout, lora.dora, blocks if target in MLP_LINEARS else 1
+        )
     unused = sorted((set(lora.rank_pattern) | set(lora.alpha_pattern)) - used)
     if unused:
         raise UserError(f"lora.rank_pattern / alpha_pattern: {', '.join(unused)} match no targeted layer")

@@ -231,7 +231,7 @@ def test_a_model_of_experts_goes_on_and_writes(
     """A LoRA run begins with it, without a section `moe`; the text is the same however the experts compute."""
     from jaxlm.generate import main as generate
 
-    lora = {"rank": 2, "targets": ["q_proj", "up_proj"]}
+    lora = {"rank": 2, "targets": ["q_proj", "up_proj", "down_proj"], "per_expert": True}
     model = {"path": str(expert_run), "dtype": "float32", "shape": None}
     config = write_config(tmp_path, base_config, lora=lora, model=model, tokenizer=None, train={"steps": 2})
     assert main(["--config", str(config), "--output_dir", str(tmp_path / "lora")]) == 0
@@ -241,7 +241,14 @@ def test_a_model_of_experts_goes_on_and_writes(
     said = capsys.readouterr()
     assert "4, router learned; loop" in said.err
     assert generate(["--model", str(tmp_path / "lora"), *words, "--mesh.data", "8", "--mesh.fsdp", "1"]) == 0
-    assert capsys.readouterr().out
+    adapted = capsys.readouterr().out
+    assert convert(["merge", str(expert_run), str(tmp_path / "lora"), str(tmp_path / "merged")]) == 0
+    assert convert(["jax-to-peft", str(tmp_path / "lora"), str(tmp_path / "peft")]) == 0
+    assert convert(["merge", str(expert_run), str(tmp_path / "peft"), str(tmp_path / "again"), "--format", "jax"]) == 0
+    for name in ("merged", "again"):
+        capsys.readouterr()
+        assert generate(["--model", str(tmp_path / name), *words, "--template", "alpaca_short"]) == 0
+        assert capsys.readouterr().out == adapted, name
     assert convert(["jax-to-hf", str(expert_run), str(tmp_path / "hf")]) == 0
     assert "transformers computes all 4 for every token" in capsys.readouterr().out
     assert generate(["--model", str(tmp_path / "hf"), *words, "--template", "text"]) == 0

@@ -15,7 +15,7 @@ from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.errors import UserError
 from jaxlm.models.dispatch import make_dispatch
 from jaxlm.models.llama import Llama, abstract_variables
-from jaxlm.models.lora import resolve_lora
+from jaxlm.models.lora import as_one_adapter, resolve_lora
 from jaxlm.models.moe import (
     PADDING,
     experts_of_modalities,
@@ -151,6 +151,7 @@ def test_all_experts_on_is_the_dense_model(router: str, compute: str) -> None:
 LORAS = {
     "none": None,
     "lora": LoraConfig(rank=3, alpha=6, targets=("q_proj", "gate_proj", "up_proj", "down_proj")),
+    "each": LoraConfig(rank=2, per_expert=True, targets=("v_proj", "gate_proj", "up_proj", "down_proj")),
     "gate": LoraConfig(rank=2, targets=("gate_proj",)),
     "down": LoraConfig(rank=2, targets=("down_proj", "up_proj"), rank_pattern={"layers.0.mlp.down_proj": 1}),
 }
@@ -169,6 +170,49 @@ def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     expected = loss_and_grads(masked, variables, SEGMENTS)
     found = loss_and_grads(sparse, variables, SEGMENTS)
     assert_trees_close(found, expected, 1e-4)
+
+
+def test_adapters_of_experts_are_apart() -> None:
+    """One for each expert: as if every expert were a layer with an adapter of its own."""
+    config = dataclasses.replace(moe_config("modality", (8, 8, 8)), num_layers=1)
+    lora = LoraConfig(rank=2, alpha=6, per_expert=True, targets=("gate_proj", "up_proj", "down_proj"))
+    specs = resolve_lora(config, lora)
+    assert {spec.rank for spec in specs.values()} == {16} and {spec.scales for spec in specs.values()} == {(3.0,)}
+    model = Llama(config, specs, remat="none")
+    start = nn.unbox(model.init({"params": jax.random.key(0)}, IDS))["lora"]["layers"]["mlp"]
+    blocks = np.asarray(start["down_proj"]["lora_A"][0]).reshape(8, 6, 8, 2)  # expert, neuron, owner, rank
+    assert all((np.abs(blocks[e, :, o]) > 0).all() == (e == o) for e in range(8) for o in range(8))
+    assert np.abs(blocks).max() <= 6**-0.5  # PEFT's bound for a layer of an expert's 6 neurons
+
+    variables = variables_of(model, 6)
+    grads = jax.grad(lambda v: jnp.sum(jnp.sin(model.apply(v, IDS))))(variables)["lora"]["layers"]["mlp"]
+    own = np.kron(np.eye(8), np.ones((6, 2))) > 0  # [F, E R]
+    for name, factor in (("gate_proj", "lora_B"), ("up_proj", "lora_B"), ("down_proj", "lora_A")):
+        grad = np.asarray(grads[name][factor][0])
+        grad = grad.T if factor == "lora_B" else grad
+        assert (grad[~own] == 0).all() and (grad[own] != 0).all(), name
+
+    # Ranks of other experts mean nothing to an expert: what the structure forbids may hold anything.
+    clean = jax.tree.map(lambda x: x, variables)
+    mlp = clean["lora"]["layers"]["mlp"]
+    for name in ("gate_proj", "up_proj"):
+        mlp[name]["lora_B"] = mlp[name]["lora_B"] * own.T
+    mlp["down_proj"]["lora_A"] = mlp["down_proj"]["lora_A"] * own
+    np.testing.assert_array_equal(model.apply(clean, IDS), model.apply(variables, IDS))
+    # And what is left is an ordinary adapter of eight times the rank.
+    plain = Llama(config, resolve_lora(config, as_one_adapter(config, lora)), remat="none")
+    np.testing.assert_allclose(plain.apply(clean, IDS), model.apply(clean, IDS), atol=1e-5)
+
+
+def test_adapters_of_experts_need_experts() -> None:
+    each = LoraConfig(per_expert=True, targets=("up_proj",))
+    for model, lora, wanted in (
+        (DENSE, each, "not divided into experts"),
+        (moe_config(), dataclasses.replace(each, targets=("q_proj",)), "none of gate_proj"),
+        (moe_config(), dataclasses.replace(each, rank_pattern={"up_proj": 2}), "together with rank_pattern"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            resolve_lora(model, lora)
 
 
 def test_gradients_reach_only_the_neurons_that_were_used() -> None:
