@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.kernels.expert_loop import loop_experts
 from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
 from jaxlm.models.linear import Parts
 
@@ -178,6 +179,8 @@ def run_experts(
         first = jnp.argsort(~live, axis=1, stable=True)[:, :count]
         local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
     moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts))
+    if implementation == "loop":
+        return loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups)
     hidden = grouped_matmul(to_experts(x, moves), gate_up, groups, implementation)
     gate, up = jnp.split(hidden, 2, axis=-1)
     y = grouped_matmul(nn.silu(gate) * up, down, groups, implementation)
