@@ -111,7 +111,7 @@ def _train(config: RunConfig, console: Console) -> Outcome:
         run_yaml=dump_yaml(config),
         model=shape,
         source=source,
-        adapter=_adapter(config, shape),
+        adapter=_adapter(config, shape, source),
         data=data,
         files=files,
     )
@@ -261,7 +261,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
     return data
 
 
-def _adapter(config: RunConfig, shape: Any) -> Any:
+def _adapter(config: RunConfig, shape: Any, source: Any) -> Any:
     """The adapter that lora.init_from names, checked against what is asked for now."""
     if config.lora is None or config.lora.init_from is None:
         return None
