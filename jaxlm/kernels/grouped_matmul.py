@@ -18,6 +18,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxlm.kernels.grouped_matmul_tpu import tpu_grouped_matmul
+
 # Most rows of a block. Larger ones make faster products, and more padding: half a block per group on average.
 BLOCK = 256
 
@@ -115,6 +117,7 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, Groups], jax.Array]] 
     "reference": reference_grouped_matmul,
     "ragged": ragged_grouped_matmul,
     "loop": loop_grouped_matmul,
+    "pallas_tpu": tpu_grouped_matmul,
 }
 
 
