@@ -50,8 +50,8 @@ class LoraConfig:
         rslora: rank-stabilised scaling.
         dora: weight-decomposed adapters (DoRA).
         modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens.
-        per_expert: of a model of experts: gate_proj, up_proj and down_proj have an adapter of this rank for each expert,
-            not one for all.
+        per_expert: of a model of experts: gate_proj, up_proj and down_proj have an adapter of this rank for each
+            expert, not one for all.
         init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a
             fresh optimizer.
     """

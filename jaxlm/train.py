@@ -280,7 +280,8 @@ def _adapter(config: RunConfig, shape: Any, source: Any) -> Any:
                 f"lora.init_from: {config.lora.init_from} saved {module} with shape {found.shape}, "
                 f"the model has {wanted}; merge it into its base first (`convert merge`)"
             )
-    for key in ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "dora", "per_expert", "modules_to_save"):
+    decisive = ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "dora", "per_expert")
+    for key in (*decisive, "modules_to_save"):
         mine, theirs = getattr(config.lora, key), getattr(adapter.lora, key)
         same = set(mine) == set(theirs) if isinstance(mine, tuple) else mine == theirs
         if not same:

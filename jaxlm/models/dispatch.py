@@ -187,6 +187,19 @@ def run_experts(
     return from_experts(y, weights, moves)
 
 
+def leave_experts(h: jax.Array, used: jax.Array, down: jax.Array, implementation: str) -> jax.Array:
+    """Neurons [N, E, f] through the down projections [E, f, O] of the experts that are used [N, E]: [N, O]."""
+    tokens, count, neurons = h.shape
+    experts = jnp.broadcast_to(jnp.arange(count), used.shape)
+    moves, groups = make_dispatch(experts, used, count, max(1, used.size // 2))
+    block = moves.token.shape[0] // groups.owner.shape[0]
+    owner = jnp.repeat(groups.owner, block, total_repeat_length=moves.token.shape[0])
+    pair = jnp.where(moves.token < tokens, moves.token * count + owner, tokens * count)
+    rows = to_experts(h.reshape(-1, neurons), Moves(moves.slot.reshape(-1, 1), pair))
+    y = grouped_matmul(rows, down, groups, implementation)
+    return from_experts(y, used.astype(jnp.float32), moves)
+
+
 # --- over devices -----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +226,23 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
 
     token, matrix = P(rows, None), P(("expert", "tensor"), None, None)
     return jax.shard_map(local, in_specs=(token, token, matrix, matrix), out_specs=token, check_vma=False)
+
+
+def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run` (see `leave_experts`) with tokens split over the rows' axes, experts over `tensor`.
+
+    Neurons that are computed for all experts are where their tokens are, so matrices come there, also along `expert`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run
+    rows = nn.logical_to_mesh_axes(("batch",))[0]  # type: ignore[index]
+
+    def local(h: jax.Array, used: jax.Array, down: jax.Array) -> jax.Array:
+        return jax.lax.psum(run(h, used, down), "tensor")
+
+    specs = P(rows, "tensor", None), P(rows, "tensor"), P("tensor", None, None)
+    return jax.shard_map(local, in_specs=specs, out_specs=P(rows, None), check_vma=False)
 
 
 def _at_their_devices(

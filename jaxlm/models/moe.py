@@ -19,7 +19,7 @@ Shapes: N tokens, D model, F neurons, E experts, f = F / E, k experts of a token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,17 @@ from jax.typing import DTypeLike
 
 from jaxlm.errors import UserError
 from jaxlm.modalities import PADDING
-from jaxlm.models.dispatch import Routing, by_expert, entering, over_devices, run_experts
+from jaxlm.models.dispatch import (
+    Routing,
+    by_expert,
+    entering,
+    leave_experts,
+    over_devices,
+    over_tensor,
+    run_experts,
+)
 from jaxlm.models.linear import Linear, LinearParts
-from jaxlm.models.lora import LoraSpec
+from jaxlm.models.lora import MLP_LINEARS, LoraSpec
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 
 
@@ -122,21 +130,23 @@ def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapp
     Raises:
         UserError: when the one asked for cannot serve.
     """
-    dora = any(spec.dora for spec in adapters.values())
-    dropped = "down_proj" in adapters and adapters["down_proj"].dropout > 0
+    scored = moe.router.startswith("activation")
+    # Of a router that scores activations only the down projection can skip anything.
+    touched = [adapters[name] for name in (("down_proj",) if scored else MLP_LINEARS) if name in adapters]
     why_dense = ""
-    if moe.router.startswith("activation"):
-        why_dense = f"the router {moe.router} scores experts by their activations, which takes all neurons"
-    elif dora:
+    if any(spec.dora for spec in touched):
         why_dense = "DoRA scales whole columns of the weights"
-    elif dropped:
+    elif "down_proj" in adapters and adapters["down_proj"].dropout > 0:
         why_dense = "dropout on the adapter of down_proj falls on all neurons"
     if requested == "auto":
         if why_dense:
             return "dense", why_dense
-        return (
-            ("loop", "blocks of rows on a CPU") if platform == "cpu" else ("ragged", f"grouped products on {platform}")
-        )
+        if scored and max(moe.top_k) * 2 > moe.experts:
+            return "dense", f"the router {moe.router} takes gate and up in full; with these k there is little to skip"
+        what = "what is used of down_proj, as the router takes gate and up in full; " if scored else ""
+        if platform == "cpu":
+            return "loop", f"{what}blocks of rows on a CPU"
+        return "ragged", f"{what}grouped products on {platform}"
     if requested != "dense" and why_dense:
         raise UserError(f"moe.compute: {requested!r} cannot serve: {why_dense}; use 'auto' or 'dense'")
     return requested, "as configured"
@@ -147,7 +157,7 @@ class MoeMLP(nn.Module):
 
     Attributes:
         compute: 'dense' computes all neurons and masks; 'loop' and 'ragged' compute the used ones, by grouped products
-            (see `kernels.grouped_matmul` and `choose_compute`). The routers by activation are always dense.
+            (see `kernels.grouped_matmul` and `choose_compute`). With routers by activation that is down_proj alone.
         noise: standard deviation of noise on a learned router's logits while training.
     """
 
@@ -232,34 +242,47 @@ class MoeMLP(nn.Module):
         else:
             mask = route_by_scores(moe, scores, modality).mask(moe.experts)
         self._count(mask > 0, modality)
-        out: jax.Array = self._linear(Linear, "down_proj")(self._apply_mask(h, mask), layer, deterministic)
-        return out
+        if self.compute == "dense":
+            out: jax.Array = self._linear(Linear, "down_proj")(self._apply_mask(h, mask), layer, deterministic)
+            return out
+        leave = over_tensor(partial(leave_experts, implementation=self.compute))
+        leaving, finish = self._leaving(layer, deterministic)
+        return finish(leave(h.reshape(*mask.shape, -1), mask > 0, by_expert(leaving, moe.experts, 0)))
 
     def _sparse(self, x: jax.Array, layer: jax.Array, deterministic: bool, routing: Routing) -> jax.Array:
         """Only the pairs of token and expert that there are."""
-        c, moe = self.config, self.config.moe
+        moe = self.config.moe
         assert moe is not None
-        gate, up, down = (self._linear(LinearParts, name)(layer) for name in ("gate_proj", "up_proj", "down_proj"))
+        gate, up = (self._linear(LinearParts, name)(layer) for name in ("gate_proj", "up_proj"))
 
         def drop(value: jax.Array, rate: float) -> jax.Array:
             dropped: jax.Array = nn.Dropout(rate)(value, deterministic=deterministic)
             return dropped
 
         x = x.astype(self.dtype)
+        leaving, finish = self._leaving(layer, deterministic)
         inputs, gate_up = entering(x, gate, up, moe.experts, drop)
+        run = over_devices(partial(run_experts, experts=moe.experts, implementation=self.compute), moe.experts)
+        return finish(run(inputs, routing, gate_up, by_expert(leaving, moe.experts, 0)))
+
+    def _leaving(self, layer: jax.Array, deterministic: bool) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+        """What neurons are multiplied with [F, D + R], and what makes the layer's output of the product."""
+        down = self._linear(LinearParts, "down_proj")(layer)
         leaving = down.kernel
         if down.a is not None:
             # h A beside h W; dropout on h is not to be had here, as h never exists for all neurons.
             assert deterministic or down.dropout == 0, "dropout on down_proj's adapter needs the dense form"
             leaving = jnp.concatenate([leaving, down.a.astype(self.dtype)], axis=1)
-        run = over_devices(partial(run_experts, experts=moe.experts, implementation=self.compute), moe.experts)
-        y = run(inputs, routing, gate_up, by_expert(leaving, moe.experts, 0))
-        out = y[:, : c.hidden_size]
-        if down.b is not None:
-            out = out + jnp.dot(y[:, c.hidden_size :], down.b.astype(self.dtype))
-        if down.bias is not None:
-            out = out + down.bias.astype(self.dtype)
-        return out
+
+        def finish(y: jax.Array) -> jax.Array:
+            out = y[:, : self.config.hidden_size]
+            if down.b is not None:
+                out = out + jnp.dot(y[:, self.config.hidden_size :], down.b.astype(self.dtype))
+            if down.bias is not None:
+                out = out + down.bias.astype(self.dtype)
+            return out
+
+        return leaving, finish
 
     def _note(self, name: str, value: jax.Array) -> None:
         if not self.is_initializing():

@@ -265,7 +265,6 @@ def test_a_model_of_experts_goes_on_and_writes(
         ({"experts": 4, "top_k": {"text": 2}, "ranges": {"rare": [300, 330]}}, "say how many experts"),
         ({"experts": 4, "top_k": {"text": 2, "rare": 1}, "ranges": {"rare": [300, 330]}}, "ends at token 330"),
         ({"top_k": {"text": 2}}, "say into how many experts"),
-        ({"experts": 4, "top_k": {"text": 2}, "router": "activation", "compute": "loop"}, "'loop' cannot serve"),
     ],
     ids=str,
 )
