@@ -1,8 +1,8 @@
 """LPM-24's figures (ACL L+M 2024 shared task): captions of molecules, and molecules for captions.
 
-What they are made of is the task's: corpus BLEU of NLTK, ROUGE of `rouge-score`, RDKit's fingerprints. Two things differ,
-and the report says so: captions are cut into words and signs here, not by SciBERT's tokenizer, unless a Hugging Face
-tokenizer is named; METEOR needs WordNet's data and FCD a network of its own, and neither is computed.
+What they are made of is the task's: corpus BLEU of NLTK, ROUGE of `rouge-score`, RDKit's fingerprints. Two things
+differ, and the report says so: captions are cut into words and signs here, not by SciBERT's tokenizer, unless a Hugging
+Face tokenizer is named; METEOR needs WordNet's data and FCD a network of its own, and neither is computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from jaxlm.errors import UserError
 
 Metrics = dict[str, float]
 WORDS = re.compile(r"\w+|[^\w\s]")
-# BLEU of many short texts meets n-grams that never match; NLTK warns at each.
 _ORDERS = {"bleu_2": (0.5, 0.5), "bleu_4": (0.25, 0.25, 0.25, 0.25)}
 
 
@@ -77,9 +76,9 @@ def caption_metrics(pairs: Sequence[Pair], tokens: Callable[[str], list[str]] = 
 def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
     """Figures of molecules written as SMILES.
 
-    bleu: corpus BLEU-4 over characters. exact: equal InChI. levenshtein: mean edit distance of the texts. validity: share
-    that RDKit takes. maccs, rdk, morgan: mean Tanimoto similarity of fingerprints, 0 for what is not valid. unique:
-    different molecules among the valid ones.
+    bleu: corpus BLEU-4 over characters. exact: equal InChI. levenshtein: mean edit distance of the texts. validity:
+    share that RDKit takes. maccs, rdk, morgan: mean Tanimoto similarity of fingerprints, 0 for what is not valid.
+    unique: different molecules among the valid ones.
 
     Raises:
         UserError: when a reference is no molecule.
@@ -123,6 +122,7 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
 def _bleu(corpus_bleu: Any, references: Any, predictions: Any, weights: Sequence[float]) -> float:
     import warnings
 
+    # Short texts have n-grams that never match, of which NLTK warns each time.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\nThe hypothesis contains 0 counts")
         return float(corpus_bleu(references, predictions, weights=weights))

@@ -98,7 +98,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--task", "text2smiles"], "[1]", "must hold a list of records"),
         (["--task", "text2smiles"], "[", "cannot be read"),
         (["--task", "captions"], "[]", "expected one of smiles2text, text2smiles"),
-        (["--task", "smiles2text", "--metric_tokenizer", "/none"], '[{"caption": "a", "answer": "b"}]', "/none holds no"),
+        (
+            ["--task", "smiles2text", "--metric_tokenizer", "/none"],
+            '[{"caption": "a", "answer": "b"}]',
+            "/none holds no",
+        ),
     ],
 )
 def test_mistakes(
