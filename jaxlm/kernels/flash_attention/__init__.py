@@ -1,0 +1,167 @@
+"""Flash attention: exact softmax attention that never stores the T x T scores, forward and backward.
+
+`jaxlm.models.attention.reference_attention` is the plain twin. See docs/kernels.md for what bounds the speed.
+
+Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.errors import UserError
+from jaxlm.kernels.flash_attention.common import LOG2_E
+from jaxlm.kernels.flash_attention.schedule import Spec
+from jaxlm.kernels.flash_attention.tpu import forward
+from jaxlm.kernels.flash_attention.tpu_backward import backward
+
+Axes = str | tuple[str, ...] | None
+
+# Rows of a block of queries and of keys.
+BLOCK = 512
+# Lengths are padded to whole registers of so many lanes; blocks at the end of a row may still be ragged.
+LANES = 128
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    block_q: int | None = None,
+    block_k: int | None = None,
+    rows_axes: Axes = None,
+    heads_axes: Axes = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention by a TPU kernel, differentiable in q, k and v.
+
+    A query sees a key of its own segment that is not later (causal) and fewer than `window` places back, by place in
+    the row. NaN and infinity elsewhere do not reach it, nor do they reach its gradient.
+
+    Args:
+        q: [B, T, H, h]; k, v: [B, S, K, h] of the same dtype; K divides H.
+        segment_ids: [B, T] int32; 0 is padding, which sees nothing and is seen by nothing. None: one segment.
+        kv_segment_ids: [B, S]; None: those of the queries.
+        soft_cap: scores become cap * tanh(score / cap).
+        scale: of scores; None: 1/sqrt(h).
+        block_q, block_k: rows of a block; None: BLOCK, or the length where that is shorter.
+        rows_axes, heads_axes: mesh axes over which B, and H and K, are split.
+        interpret: for tests: run on a CPU (see `pallas_call`).
+
+    Returns:
+        [B, T, H, h] in q's dtype (0 where a query sees nothing), and log-sum-exp of the scores [B, T, H] float32
+        (-inf there).
+
+    Raises:
+        UserError: shapes that do not go together; rows too long for the chip.
+    """
+    batch, q_length, heads, dim = q.shape
+    kv_length, kv_heads = k.shape[1:3]
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != dim or heads % kv_heads:
+        raise UserError(
+            f"flash_attention: q {q.shape}, k {k.shape} and v {v.shape} do not go together; "
+            "give q [B, T, H, h] and k, v [B, S, K, h] with K a divisor of H"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise UserError(f"flash_attention: q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cast them to one dtype")
+    if window is not None and window < 1:
+        raise UserError(f"flash_attention: window {window} lets a query see nothing; give at least 1, or None")
+    if kv_segment_ids is None:
+        kv_segment_ids = segment_ids
+    for name, ids, length in (("segment_ids", segment_ids, q_length), ("kv_segment_ids", kv_segment_ids, kv_length)):
+        if ids is not None and ids.shape != (batch, length):
+            raise UserError(f"flash_attention: {name} {ids.shape} should be {(batch, length)}, as q and k have it")
+    if (segment_ids is None) != (kv_segment_ids is None):
+        raise UserError("flash_attention: kv_segment_ids without segment_ids; give those of the queries too")
+    spec = Spec(
+        causal=causal,
+        window=window,
+        soft_cap=soft_cap,
+        scale=1 / math.sqrt(dim) if scale is None else scale,
+        q_length=q_length,
+        kv_length=kv_length,
+        block_q=min(block_q or BLOCK, _whole(q_length)),
+        block_k=min(block_k or BLOCK, _whole(kv_length)),
+        interpret=interpret,
+    )
+    ids = tuple(None if a is None else _padded(a.astype(jnp.int32), 1) for a in (segment_ids, kv_segment_ids))
+    by_head = (_padded(x.swapaxes(1, 2), 2) for x in (q, k, v))
+    out, lse = _flash(*by_head, *ids, spec, (rows_axes, heads_axes))
+    return out[:, :, :q_length].swapaxes(1, 2), lse[:, :, 0, :q_length].swapaxes(1, 2)
+
+
+def _whole(length: int) -> int:
+    return -(-length // LANES) * LANES
+
+
+def _padded(x: jax.Array, axis: int) -> jax.Array:
+    more = _whole(x.shape[axis]) - x.shape[axis]
+    return jnp.pad(x, [(0, more if at == axis else 0) for at in range(x.ndim)]) if more else x
+
+
+def _sharded(run: Callable[..., Any], axes: tuple[Axes, Axes], inputs: str, outputs: str) -> Callable[..., Any]:
+    """`run` on each device's rows and heads; 't' stands for a tensor [B, H, ...], 'i' for segment ids [B, ...]."""
+    if axes == (None, None):
+        return run
+    specs = {"t": P(*axes), "i": P(axes[0])}
+    # A kernel says nothing about how its results vary over the mesh.
+    return jax.shard_map(
+        run, in_specs=tuple(specs[c] for c in inputs), out_specs=tuple(specs[c] for c in outputs), check_vma=False
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _flash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: jax.Array | None,
+    kv_ids: jax.Array | None,
+    spec: Spec,
+    axes: tuple[Axes, Axes],
+) -> tuple[jax.Array, jax.Array]:
+    return _flash_fwd(q, k, v, q_ids, kv_ids, spec, axes)[0]
+
+
+def _flash_fwd(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: jax.Array | None,
+    kv_ids: jax.Array | None,
+    spec: Spec,
+    axes: tuple[Axes, Axes],
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    out, lse = _sharded(partial(forward, spec=spec), axes, "tttii", "tt")(q, k, v, q_ids, kv_ids)
+    # Named for remat policies: with both at hand the kernel need not run again.
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_out")
+    return (out, lse / LOG2_E), (q, k, v, q_ids, kv_ids, out, lse)
+
+
+def _flash_bwd(spec: Spec, axes: tuple[Axes, Axes], residuals: Any, grads: Any) -> tuple[Any, ...]:
+    q, k, v, q_ids, kv_ids, out, lse = residuals
+    grad, grad_lse = grads
+    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=3)[:, :, None]
+    # A gradient that is broken for one query is broken for all keys it sees, and the weights have to show it.
+    lse = lse + delta * 0.0
+    run = _sharded(partial(backward, spec=spec), axes, "tttiittt", "ttt")
+    grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad.astype(q.dtype))
+    return grad_q, grad_k, grad_v, None, None
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)
