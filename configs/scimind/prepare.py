@@ -60,28 +60,10 @@ CORES = [
     ),
     *("c1ccc2cc({b})ccc2c1{a}", "c1ccc(C{b})cc1{a}", "c1ccc(CC{b})cc1{a}", "c1ccc(-c2ccc({b})cc2)cc1{a}"),
 ]
-ENDS = [
-    "C",
-    "O",
-    "N",
-    "F",
-    "Cl",
-    "Br",
-    "S",
-    "OC",
-    "SC",
-    "C(=O)O",
-    "C(=O)OC",
-    "C(=O)N",
-    "C(=O)C",
-    "C=O",
-    "C#N",
-    "NC",
-    "N(C)C",
-    "C(F)(F)F",
-    "C(C)C",
-    "[N+](=O)[O-]",
-]
+ENDS = (
+    *("C", "O", "N", "F", "Cl", "Br", "S", "OC", "SC", "C(=O)O", "C(=O)OC", "C(=O)N", "C(=O)C", "C=O", "C#N", "NC"),
+    *("N(C)C", "C(F)(F)F", "C(C)C", "[N+](=O)[O-]"),
+)
 
 
 def caption(molecule: Chem.Mol) -> str:
