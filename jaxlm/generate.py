@@ -194,7 +194,8 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
         markup=False,
     )
     console.print(f"template   {template}: {why}", markup=False)
-    console.print(f"attention  {attention}: {reason}; while writing: plain, over the cache", markup=False)
+    writing = "a kernel that reads the slots in use" if attention == "pallas_tpu" else "plain, over all of the cache"
+    console.print(f"attention  {attention}: {reason}; while writing: {writing}", markup=False)
     if moe is not None:
         console.print(f"experts    {moe.experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
     if not stops:

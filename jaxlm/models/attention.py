@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
+from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
 
 Implementation = Literal["auto", "xla", "cudnn", "reference"]
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
@@ -255,19 +256,23 @@ class KVCache:
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, implementation: str
 ) -> tuple[jax.Array, KVCache]:
     """Attention of a few new tokens to a cache, into which their keys and values are written first.
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h], all at `cache.places`; a place beyond the last slot is not written.
         window: a query sees so many slots up to its own place; None: all of them.
+        implementation: 'pallas_tpu' reads only the slots that are seen, for up to MAX_TOKENS new tokens; all others,
+            and more new tokens, compute with all slots.
 
     Returns:
         [B, T, H, h] in q's dtype (scores and softmax in float32), and the new cache.
     """
     assert cache.places is not None
-    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(_cached_attention, window=window)
+    attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(
+        _cached_attention, window=window, kernel=implementation == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
+    )
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         # Rows and heads become one dim in there, which a partitioner could split only by gathering the cache.
@@ -275,7 +280,10 @@ def cached_attention(
         rows, heads, length = (None, None, None) if spec is None else spec
         token, slot = P(rows, length, heads, None), P(rows, heads, None, None)
         attend = jax.shard_map(
-            attend, in_specs=(token, token, token, slot, slot, P(rows, length)), out_specs=(token, slot, slot)
+            attend,
+            in_specs=(token, token, token, slot, slot, P(rows, length)),
+            out_specs=(token, slot, slot),
+            check_vma=False,  # a kernel's result does not say over which axes it varies
         )
     out, new_k, new_v = attend(q, k, v, cache.k, cache.v, cache.places)
     return out, KVCache(new_k, new_v, cache.places)
@@ -289,6 +297,7 @@ def _cached_attention(
     cache_v: jax.Array,
     places: jax.Array,
     window: int | None,
+    kernel: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, length, heads, dim = q.shape
     kv_heads, slots = cache_k.shape[1:3]
@@ -301,6 +310,9 @@ def _cached_attention(
         return cache.reshape(pairs, slots, dim).at[index].set(new.astype(cache.dtype), mode="drop")
 
     keys, values = write(cache_k, k), write(cache_v, v)
+    if kernel:
+        keys, values = keys.reshape(cache_k.shape), values.reshape(cache_v.shape)
+        return tpu_decode_attention(q, keys, values, places, window), keys, values
     # One small product for each row and kv head; queries of a group and of several places share its keys.
     grouped = q.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
     scores = _einsum("nqd,nsd->nqs", grouped.reshape(pairs, groups * length, dim), keys) / math.sqrt(dim)

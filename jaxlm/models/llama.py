@@ -100,7 +100,7 @@ class Attention(nn.Module):
             out = attention(q, k, v, mask, self.implementation)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:
-            out, cache = cached_attention(q, k, v, cache, c.sliding_window)
+            out, cache = cached_attention(q, k, v, cache, c.sliding_window, self.implementation)
         projected = Linear(
             (c.num_heads, c.head_dim),
             (c.hidden_size,),
