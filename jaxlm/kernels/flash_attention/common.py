@@ -1,8 +1,4 @@
-"""What both TPU kernels do to a tile of scores.
-
-Tiles are transposed, [keys, queries]: what belongs to a query (maximum, sum, log-sum-exp, segment) is then a row of
-lanes, a whole vector register, and is spread over the keys for nothing. In the usual order it would be a column.
-"""
+"""What both TPU kernels do to a tile of scores."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ import jax.numpy as jnp
 from jaxlm.kernels.flash_attention.schedule import Spec
 
 LOG2_E = math.log2(math.e)
+LANES = 128  # of a register
 
 
 def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
@@ -25,9 +22,8 @@ def dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
     )
 
 
-def scores(q: jax.Array, k: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array | None]:
-    """Scores of a tile [keys, queries] in units of log 2, and the derivative of the soft cap (None without one)."""
-    raw = dot(k, q, 1, 1)
+def scores(raw: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array | None]:
+    """From products q k^T: scores in units of log 2, and the derivative of the soft cap (None without one)."""
     # exp2 and not exp: the factor log2(e) is part of the scale.
     if spec.soft_cap is None:
         return raw * (spec.scale * LOG2_E), None
@@ -35,29 +31,49 @@ def scores(q: jax.Array, k: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array
     return bent * (spec.soft_cap * LOG2_E), 1.0 - bent * bent
 
 
-def visible(spec: Spec, q_block: jax.Array, k_block: jax.Array, q_ids: Any | None, kv_ids: Any | None) -> jax.Array:
-    """Which key of a tile is seen by which query, [keys, queries] bool.
+def spread(x: jax.Array, width: int) -> jax.Array:
+    """[n, LANES] of equal columns -> [n, width]: free, whole registers are used again."""
+    times = -(-width // LANES)
+    return (x if times == 1 else jnp.tile(x, (1, times)))[:, :width]
+
+
+def column(row: jax.Array) -> jax.Array:
+    """[1, n] -> [n, LANES], equal columns."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def visible(
+    spec: Spec, q_block: jax.Array, k_block: jax.Array, q_ids: Any | None, kv_ids: Any | None, by_keys: bool
+) -> jax.Array:
+    """Which key of a tile is seen by which query, bool: [keys, queries] if `by_keys`, else [queries, keys].
 
     Args:
         q_block, k_block: which tile.
         q_ids, kv_ids: references to the tile's segment ids, [1, queries] and [1, keys]; None: one segment.
     """
-    shape = spec.block_k, spec.block_q
-    key = k_block * spec.block_k + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    query = q_block * spec.block_q + jax.lax.broadcasted_iota(jnp.int32, (1, spec.block_q), 1)
-    # What can be said of a query alone is said in one row: the last key that it sees.
+    size_q, size_k = spec.block_q, spec.block_k
+    query = q_block * size_q + jax.lax.broadcasted_iota(jnp.int32, (1, size_q), 1)
+    if by_keys:
+        key = k_block * size_k + jax.lax.broadcasted_iota(jnp.int32, (size_k, size_q), 0)
+    else:
+        key = k_block * size_k + jax.lax.broadcasted_iota(jnp.int32, (1, size_k), 1)
+    # What can be said of a query alone is said before there are keys: the last one that it sees.
     last = jnp.minimum(query, spec.kv_length - 1) if spec.causal else jnp.full_like(query, spec.kv_length - 1)
-    if spec.q_length % spec.block_q:
+    if spec.q_length % size_q:
         last = jnp.where(query < spec.q_length, last, -1)
     if q_ids is not None:
         last = jnp.where(q_ids[...] != 0, last, -1)
-    seen = key <= last
+
+    def of_query(row: jax.Array) -> jax.Array:
+        return row if by_keys else spread(column(row), size_k)
+
+    seen = key <= of_query(last)
     if spec.window is not None:
-        seen &= key > query - spec.window
+        seen &= key > of_query(query - spec.window)
     if q_ids is not None:
         assert kv_ids is not None
-        column = jnp.broadcast_to(kv_ids[...], (128, spec.block_k)).T[:, :1]
-        seen &= column == q_ids[...]
+        ids = spread(column(kv_ids[...]), size_q) if by_keys else kv_ids[...]
+        seen &= ids == of_query(q_ids[...])
     return seen
 
 

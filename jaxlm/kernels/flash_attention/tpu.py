@@ -1,6 +1,8 @@
 """Forward kernel for TPUs (Mosaic): softmax(q k^T) v with a running maximum, one pair of blocks a step.
 
-After FlashAttention (arXiv:2205.14135, arXiv:2307.08691); tiles are transposed (see `common`).
+After FlashAttention (arXiv:2205.14135, arXiv:2307.08691); tiles are [queries, keys]. The
+transposed order needs no columns, yet its schedule is a quarter longer: weights are then the operand that the matrix
+unit holds, and the queries that stream past them only h rows.
 
 Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim.
 """
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlm.kernels.flash_attention.common import dot, finite, nbytes, scores, visible
+from jaxlm.kernels.flash_attention.common import LANES, dot, finite, nbytes, scores, spread, visible
 from jaxlm.kernels.flash_attention.schedule import COMPUTE, MASKED, Q_FIRST, Q_LAST, Spec, make_schedule
 
 LOWEST = -1e30  # finite: the difference of a masked score (-inf) and a maximum is never NaN
@@ -27,6 +29,7 @@ def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: 
     q, k, v, out, lse, largest, total, acc = refs[2 if segmented else 0 :]
     step = pl.program_id(1)
     flag = flags[step]
+    width = acc.shape[1]
 
     @pl.when((flag & Q_FIRST) != 0)
     def _() -> None:
@@ -35,21 +38,23 @@ def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: 
         acc[...] = jnp.zeros_like(acc)
 
     def tile(masked: bool) -> None:
-        s, _ = scores(q[...], k[...], spec)
+        s, _ = scores(dot(q[...], k[...], 1, 1), spec)
         values = v[...]
         if masked:
             # A broken value becomes a broken score: queries that see the key get NaN, others nothing of it.
-            broken = jnp.sum(values.astype(jnp.float32) * 0.0, axis=1, keepdims=True)
-            seen = visible(spec, q_block[step], k_block[step], q_ids, kv_ids)
-            s = jnp.where(seen, s + broken, -jnp.inf)
+            broken = dot(
+                jnp.ones((8, width), values.dtype), (values.astype(jnp.float32) * 0.0).astype(values.dtype), 1, 1
+            )
+            seen = visible(spec, q_block[step], k_block[step], q_ids, kv_ids, by_keys=False)
+            s = jnp.where(seen, s + broken[:1], -jnp.inf)
             values = finite(values)
         before = largest[...]
-        now = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
-        weights = jnp.exp2(s - now)
+        now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+        weights = jnp.exp2(s - spread(now, spec.block_k))
         shrink = jnp.exp2(before - now)
         largest[...] = now
-        total[...] = total[...] * shrink + jnp.sum(weights, axis=0, keepdims=True)
-        acc[...] = acc[...] * shrink + dot(values, weights.astype(values.dtype), 0, 0)
+        total[...] = total[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        acc[...] = acc[...] * spread(shrink, width) + dot(weights.astype(values.dtype), values, 1, 0)
 
     work = flag & (COMPUTE | MASKED)
     pl.when(work == COMPUTE)(partial(tile, False))
@@ -58,8 +63,8 @@ def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: 
     @pl.when((flag & Q_LAST) != 0)
     def _() -> None:
         sums = total[...]
-        out[...] = (acc[...] * jnp.where(sums == 0.0, 0.0, 1.0 / sums)).T.astype(out.dtype)
-        lse[...] = largest[...] + jnp.log2(sums)
+        out[...] = (acc[...] * spread(jnp.where(sums == 0.0, 0.0, 1.0 / sums), width)).astype(out.dtype)
+        lse[...] = largest[...].T[:1] + jnp.log2(sums.T[:1])
 
 
 def forward(
@@ -107,9 +112,9 @@ def forward(
             in_specs=in_specs,
             out_specs=(q_spec, lse_spec),
             scratch_shapes=[
-                pltpu.VMEM((1, spec.block_q), jnp.float32),
-                pltpu.VMEM((1, spec.block_q), jnp.float32),
-                pltpu.VMEM((dim, spec.block_q), jnp.float32),
+                pltpu.VMEM((spec.block_q, LANES), jnp.float32),
+                pltpu.VMEM((spec.block_q, LANES), jnp.float32),
+                pltpu.VMEM((spec.block_q, dim), jnp.float32),
             ],
         ),
         out_shape=out_shape,

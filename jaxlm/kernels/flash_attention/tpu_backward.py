@@ -2,7 +2,8 @@
 
 Five products a tile instead of the seven of two kernels: blocks of keys are outside, their dk and dv are summed in
 on-chip memory as usual, and so is dq of ALL queries of a row (4 bytes * T * h a head, 2 MiB at 4,096 x 128), which is
-written block by block when a block has seen its last key.
+written block by block when a block has seen its last key. Tiles are [keys, queries]: what belongs to a query is a row,
+and two of the three products that are summed need no transposition.
 
 Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim.
 """
@@ -63,13 +64,13 @@ def _kernel(
 
     def tile(masked: bool) -> None:
         queries_, keys, grads = q[...], k[...], grad[...]
-        s, bend = scores(queries_, keys, spec)
+        s, bend = scores(dot(keys, queries_, 1, 1), spec)
         weights = jnp.exp2(s - lse[...])
         back = weights * (dot(v[...], grads, 1, 1) - delta[...])
         if bend is not None:
             back = back * bend
         if masked:
-            seen = visible(spec, q_block[step], k_block[step], q_ids, kv_ids)
+            seen = visible(spec, q_block[step], k_block[step], q_ids, kv_ids, by_keys=True)
             weights, back = jnp.where(seen, weights, 0.0), jnp.where(seen, back, 0.0)
             queries_, keys, grads = finite(queries_), finite(keys), finite(grads)
         back = back.astype(keys.dtype)
@@ -126,7 +127,7 @@ def backward(
     Raises:
         UserError: when rows are so long that one head's dq does not fit on the chip.
     """
-    batch, heads, length, dim = q.shape
+    batch, heads, _, dim = q.shape
     kv_heads = k.shape[1]
     rows = spec.blocks[0] * spec.block_q
     parts = _head_parts(heads // kv_heads, rows, dim)
