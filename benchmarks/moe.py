@@ -84,6 +84,17 @@ def main() -> None:
             f"({min(found):.2f} to {max(found):.2f}), {1e3 * own:.0f} ms, compiled in {seconds:.1f} s",
             flush=True,
         )
+    for experts in (8, 16, 32, 64):  # more experts of the same size, of which a token uses as many: more to choose from
+        wide = dataclasses.replace(sparse(experts, 4), intermediate_size=arguments.neurons // 16 * experts)
+        run, _ = layer(wide, dtype, arguments.tokens, arguments.compute)
+        own, _ = ratios(run, lambda: None, arguments.rounds)
+        print(f"{experts:3} experts of {arguments.neurons // 16} neurons, k 4: {1e3 * own:.0f} ms", flush=True)
+    for k in (2, 4):
+        run, _ = layer(sparse(16, k, "activation"), dtype, arguments.tokens, arguments.compute)
+        _, found = ratios(run, dense, arguments.rounds)
+        print(
+            f"16 experts, k {k}, router activation (down_proj alone skips): {statistics.median(found):.2f} of dense time"
+        )
     for tokens in (arguments.tokens // 4, arguments.tokens // 2, arguments.tokens, arguments.tokens * 2):
         run, _ = layer(sparse(16, 4), dtype, tokens, arguments.compute)
         own, _ = ratios(run, lambda: None, arguments.rounds)

@@ -1,9 +1,9 @@
 """Does a learned router tell two modalities apart, and is it worth its neurons? A small experiment, whatever it shows.
 
-Two languages with tokens of their own (64 each): the next token follows from the last two by a random table, with one in
-ten drawn at random. So there is more to remember than a small feed-forward layer holds. Three models, alike but for that
-layer, see the same rows: dense with the neurons that a token of the experts' model uses, that model (E experts, k used,
-router learned), and dense with all of its neurons.
+Two languages with tokens of their own (64 each): the next token follows from the last two by a random table, with one
+in ten drawn at random. So there is more to remember than a small feed-forward layer holds. Three models, alike but for
+that layer, see the same rows: dense with the neurons that a token of the experts' model uses, that model (E experts, k
+used, router learned), and dense with all of its neurons.
 
     python benchmarks/two_modalities.py [--seeds 3] [--steps 800] [--json FILE]
 """

@@ -47,7 +47,7 @@ def _run(config: EvaluateConfig) -> int:
 
     if config.task is None or config.predictions is None:
         raise UserError(f"say the task (--task {' or '.join(REFERENCES)}) and the file (--predictions FILE)")
-    pairs = read_pairs(Path(config.predictions), config.task, config.reference, config.prediction)
+    pairs, missing = read_pairs(Path(config.predictions), config.task, config.reference, config.prediction)
     if config.task == "text2smiles":
         metrics = lpm24.molecule_metrics(pairs)
         how = "fingerprints by RDKit, Morgan radius 2"
@@ -57,6 +57,8 @@ def _run(config: EvaluateConfig) -> int:
         how = f"BLEU over {'words and signs' if config.metric_tokenizer is None else config.metric_tokenizer}"
     console = Console()
     console.print(f"{config.task}: {len(pairs):,} answers ({how})", highlight=False)
+    if missing:
+        console.print(f"{missing:,} of them were not answered (see their 'error'); they count as wrong", style="bold")
     table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -64,13 +66,22 @@ def _run(config: EvaluateConfig) -> int:
         table.add_row(name, f"{value:.4f}")
     console.print(table)
     if config.save_file is not None:
-        content = {"task": config.task, "predictions": config.predictions, "answers": len(pairs), "how": how, **metrics}
+        content = {
+            "task": config.task,
+            "predictions": config.predictions,
+            "answers": len(pairs),
+            "missing": missing,
+            "how": how,
+            **metrics,
+        }
         Path(config.save_file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
-def read_pairs(path: Path, task: str, reference: str | None = None, prediction: str | None = None) -> list[Pair]:
-    """The right answers and the model's.
+def read_pairs(
+    path: Path, task: str, reference: str | None = None, prediction: str | None = None
+) -> tuple[list[Pair], int]:
+    """The right answers and the model's, and how many there are none of: empty ones, of records with an error.
 
     Args:
         path: .json, .jsonl, .csv or .tsv / .txt (the benchmark's table, columns divided by tabs).
@@ -81,7 +92,7 @@ def read_pairs(path: Path, task: str, reference: str | None = None, prediction: 
     """
     from jaxlm.evaluation.lpm24 import Pair
 
-    pairs = []
+    pairs, missing = [], 0
     for number, row in enumerate(_rows(path), 1):
         texts = []
         for option, given, usual in (
@@ -90,6 +101,8 @@ def read_pairs(path: Path, task: str, reference: str | None = None, prediction: 
         ):
             names = usual if given is None else (given,)
             found = next((row[name] for name in names if isinstance(row.get(name), str)), None)
+            if found is None and option == "prediction" and row.get("error"):
+                found, missing = "", missing + 1
             if found is None:
                 raise UserError(
                     f"{path}: record {number} has no text in {' or '.join(names)}; columns found: "
@@ -99,7 +112,7 @@ def read_pairs(path: Path, task: str, reference: str | None = None, prediction: 
         pairs.append(Pair(*texts))
     if not pairs:
         raise UserError(f"{path} holds no answer")
-    return pairs
+    return pairs, missing
 
 
 def _molecule(text: str) -> str:

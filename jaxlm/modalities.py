@@ -335,8 +335,8 @@ class Modalities:
                 raise TextError(
                     number,
                     f"{unknown!r} at character {at} is no token of the modality {modality.name}: "
-                    f"{_around(text, opening.start(), closing.end())}; correct it, or set the modality's "
-                    "fallback: text, which reads all from tag to tag as plain text",
+                    f"{_around(text, opening.start(), closing.end())}; correct it, or let "
+                    "all from tag to tag be read as plain text (fallback: text, of the modality)",
                 )
             if piece:
                 found.append(ids[piece])

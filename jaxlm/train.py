@@ -163,7 +163,7 @@ def _tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str, byt
         tokenizer = load_tokenizer(config.tokenizer.path)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(folder)
-            return _with_modalities(config, tokenizer, Path(folder), new=False)
+            return _with_modalities(config, tokenizer, Path(folder), new=source is None)
     if source is not None:
         tokenizer = load_tokenizer(source.tokenizer_dir)
         with tempfile.TemporaryDirectory() as folder:
@@ -200,11 +200,19 @@ def _with_modalities(
         first = tokenizer.id_of(tokens[0])
         modalities = resolve(entries, tokenizer.vocab_size if first is None else first)
         if tokenizer.modalities:
-            if list(tokenizer.modalities) != modalities:
+            # How texts are read may be changed; what the tokens are may not.
+            kept = [
+                dataclasses.replace(old, strip=new_one.strip, fallback=new_one.fallback)
+                for old, new_one in zip(tokenizer.modalities, modalities, strict=False)
+            ]
+            if kept != modalities or len(kept) != len(tokenizer.modalities):
                 raise UserError(
                     "tokenizer.modalities: differ from those that the tokenizer has "
-                    f"({', '.join(m.name for m in tokenizer.modalities)}, in {tokenizer.path}); leave them out"
+                    f"({', '.join(m.name for m in tokenizer.modalities)}, in {tokenizer.path}) in more than fallback "
+                    "and strip; leave them out, or give all of them as they are there"
                 )
+            save(modalities, files)
+            tokenizer = load_tokenizer(files)
         elif first is not None:
             save(modalities, files)  # loading checks the ids of all tokens
             tokenizer = load_tokenizer(files)

@@ -68,14 +68,16 @@ def test_tables(tmp_path: Path) -> None:
     written = tmp_path / "a.json"
     records = [{"molecule": "CC", "caption": "x", "answer": "It is <smiles>CCO</smiles>."}]
     written.write_text(json.dumps(records))
-    assert read_pairs(written, "text2smiles") == [Pair("CC", "CCO")]
-    assert read_pairs(written, "smiles2text") == [Pair("x", "It is <smiles>CCO</smiles>.")]
+    assert read_pairs(written, "text2smiles") == ([Pair("CC", "CCO")], 0)
+    assert read_pairs(written, "smiles2text") == ([Pair("x", "It is <smiles>CCO</smiles>.")], 0)
     table = tmp_path / "b.txt"
     table.write_text('description\tground truth\toutput\na "b\tCC\tCCO\n'.replace('"', "'"))
-    assert read_pairs(table, "text2smiles") == [Pair("CC", "CCO")]
+    assert read_pairs(table, "text2smiles") == ([Pair("CC", "CCO")], 0)
     lines = tmp_path / "c.jsonl"
     lines.write_text('{"q": "1", "p": "2"}\n')
-    assert read_pairs(lines, "smiles2text", "q", "p") == [Pair("1", "2")]
+    assert read_pairs(lines, "smiles2text", "q", "p") == ([Pair("1", "2")], 0)
+    written.write_text(json.dumps([*records, {"molecule": "C", "error": "was too long"}]))
+    assert read_pairs(written, "text2smiles") == ([Pair("CC", "CCO"), Pair("C", "")], 1)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
