@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from jaxlm.kernels.grouped_matmul import Groups
 
 MIB = 2**20
-# What tiles may take of the chip's vector memory, and the limit that the compiler is given: it needs some for itself.
-# TPU v5p and 7x have 64 MiB, v5e and v6e 128 MiB.
-VMEM, VMEM_LIMIT = 48 * MIB, 60 * MIB
+# The chip's vector memory that a kernel may use: TPU v5p and 7x have 64 MiB, v5e and v6e 128 MiB, older ones 16 MiB.
+VMEM, OLD_VMEM = 60 * MIB, 15 * MIB
+OLD = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 
 
 @jax.custom_vjp
@@ -62,8 +62,18 @@ def _tile(size: int, tiles: int) -> int:
     return size if tiles == 1 else pl.cdiv(pl.cdiv(size, tiles), 128) * 128
 
 
+def vector_memory() -> int:
+    """Bytes; of a TPU v5 or later where this process has no TPU and compiles for one."""
+    return OLD_VMEM if jax.devices()[0].device_kind in OLD else VMEM
+
+
+def for_tiles() -> int:
+    """Of it, what tiles may take: the compiler needs some for itself."""
+    return vector_memory() * 4 // 5
+
+
 def _parameters(semantics: tuple[Any, ...]) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vector_memory())
 
 
 # --- the product, and the gradient of x -------------------------------------------------------------------------------
@@ -79,7 +89,7 @@ def column_tiles(block: int, inner: int, columns: int, itemsize: int) -> int:
         tile = _tile(columns, tiles)
         # Everything that moves is there twice, so that the next step's is fetched during this one.
         moving = block * inner + inner * tile + block * tile
-        if 2 * moving * itemsize + 4 * block * tile <= VMEM:
+        if 2 * moving * itemsize + 4 * block * tile <= for_tiles():
             return tiles
     raise UserError(
         f"moe.compute: pallas_tpu: experts of {inner} inputs and outputs in {8 * itemsize} bits do not fit on the "
@@ -140,7 +150,7 @@ def matrix_tiles(block: int, inner: int, columns: int, itemsize: int) -> tuple[i
             # The sum, a product to add to it, and the result twice; the rows' two sides, twice.
             needed = tall * wide * (8 + 2 * itemsize) + 2 * block * (tall + wide) * itemsize
             read = inner * across + columns * down
-            if needed <= VMEM and read < least:
+            if needed <= for_tiles() and read < least:
                 best, least = (down, across), read
     return best
 

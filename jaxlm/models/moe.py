@@ -124,7 +124,7 @@ def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapp
     """How a model's experts compute (see `MoeMLP`), and why, for the start-up line.
 
     Args:
-        requested: 'auto', 'dense', 'loop' or 'ragged'.
+        requested: 'auto', 'dense', 'loop', 'ragged' or 'pallas_tpu'.
         platform: 'cpu', 'gpu' or 'tpu'.
 
     Raises:
@@ -146,7 +146,11 @@ def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapp
         what = "what is used of down_proj, as the router takes gate and up in full; " if scored else ""
         if platform == "cpu":
             return "loop", f"{what}blocks of rows on a CPU"
+        if platform == "tpu":
+            return "pallas_tpu", f"{what}grouped products in Pallas (XLA's gradient multiplies with all experts)"
         return "ragged", f"{what}grouped products on {platform}"
+    if requested == "pallas_tpu" and platform != "tpu":
+        raise UserError(f"moe.compute: 'pallas_tpu' needs a TPU, this is {platform}; use 'auto', 'ragged' or 'loop'")
     if requested != "dense" and why_dense:
         raise UserError(f"moe.compute: {requested!r} cannot serve: {why_dense}; use 'auto' or 'dense'")
     return requested, "as configured"
@@ -156,7 +160,7 @@ class MoeMLP(nn.Module):
     """SwiGLU feed-forward of which every token uses some experts; the parameters are those of the dense layer.
 
     Attributes:
-        compute: 'dense' computes all neurons and masks; 'loop' and 'ragged' compute the used ones, by grouped products
+        compute: 'dense' computes all neurons and masks; the others compute the used ones, by grouped products
             (see `kernels.grouped_matmul` and `choose_compute`). With routers by activation that is down_proj alone.
         noise: standard deviation of noise on a learned router's logits while training.
     """

@@ -361,7 +361,10 @@ def test_what_computes_and_why() -> None:
         assert config.moe is not None
         return choose_compute(requested, platform, config.moe, specs)[0]
 
-    assert chosen("learned", 8) == "loop" and chosen("learned", 8, platform="tpu") == "ragged"
+    assert chosen("learned", 8) == "loop" and chosen("learned", 8, platform="gpu") == "ragged"
+    assert chosen("learned", 8, platform="tpu") == "pallas_tpu"
+    with pytest.raises(UserError, match="'pallas_tpu' needs a TPU, this is gpu"):
+        chosen("learned", 8, "pallas_tpu", "gpu")
     assert chosen("activation", 4) == "loop" and chosen("activation", 5) == "dense"
     assert chosen("activation", 5, "ragged") == "ragged"
     assert chosen("learned", 2, dora=True, targets=("q_proj",)) == "loop"
