@@ -31,7 +31,7 @@ class ModelConfig:
     shape: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32"] = "float32"
-    attention: Literal["auto", "xla", "cudnn", "reference"] = "auto"
+    attention: Literal["auto", "pallas_tpu", "xla", "cudnn", "reference"] = "auto"
     remat: Literal["none", "dots", "qkv_out", "full"] = "full"
 
 
@@ -399,7 +399,7 @@ class InferenceModelConfig:
     merge_adapter: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     int8: bool = False
-    attention: Literal["auto", "xla", "cudnn", "reference"] = "auto"
+    attention: Literal["auto", "pallas_tpu", "xla", "cudnn", "reference"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
+from jaxlm.kernels.flash_attention import flash_attention
 
-Implementation = Literal["auto", "xla", "cudnn", "reference"]
+Implementation = Literal["auto", "pallas_tpu", "xla", "cudnn", "reference"]
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
 # in the program: at T = 512 the 110 M benchmark's step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
 QUERY_BLOCK = 256
@@ -126,6 +127,18 @@ def _scores(q: jax.Array, k: jax.Array, mask: MaskSpec, rows: slice, cols: slice
     return scores if dense is None else jnp.where(dense[:, :, None], scores, NEGATIVE)
 
 
+def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
+    """x [B, K, S, h] of a block's keys; 0 where none of its queries may look: a weight of 0 times NaN is NaN.
+
+    A NaN that some queries of a block see still reaches all of them: telling those apart would take a second product.
+    """
+    here = x[:, :, cols]
+    if mask.segment_ids is None:
+        return here  # such keys are not among `cols`
+    same = mask.segment_ids[:, rows, None] == mask.segment_ids[:, None, cols]
+    return jnp.where(same.any(axis=1)[:, None, :, None], here, jnp.zeros((), x.dtype))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _blockwise(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool, window: int | None
@@ -144,7 +157,7 @@ def _blockwise_fwd(
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        outputs.append(_einsum("bkgqs,bksd->bkgqd", weights.astype(v.dtype), v_heads[:, :, cols]) / total)
+        outputs.append(_einsum("bkgqs,bksd->bkgqd", weights.astype(v.dtype), _seen(v_heads, mask, rows, cols)) / total)
         normalisers.append(largest + jnp.log(total))
     # Named for remat policies, which do not see into a function with a gradient of its own.
     out = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)).astype(q.dtype), "attention_out")
@@ -166,10 +179,10 @@ def _blockwise_bwd(causal: bool, window: int | None, residuals: Any, grad: jax.A
     for rows, cols in _blocks(q.shape[1], causal, window):
         weights = jnp.exp(_scores(q_heads, k_heads, mask, rows, cols) - lse[:, :, :, rows])
         here = grad_heads[:, :, :, rows]
-        grad_weights = _einsum("bkgqd,bksd->bkgqs", here, v_heads[:, :, cols])
+        grad_weights = _einsum("bkgqd,bksd->bkgqs", here, _seen(v_heads, mask, rows, cols))
         grad_scores = weights * (grad_weights - delta[:, :, :, rows]) / math.sqrt(q.shape[-1])
         grad_scores, weights = grad_scores.astype(dtype), weights.astype(dtype)
-        grad_q.append(_einsum("bkgqs,bksd->bkgqd", grad_scores, k_heads[:, :, cols]))
+        grad_q.append(_einsum("bkgqs,bksd->bkgqd", grad_scores, _seen(k_heads, mask, rows, cols)))
         grad_k = grad_k.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", grad_scores, q_heads[:, :, :, rows]))
         grad_v = grad_v.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", weights, here))
     return (
@@ -197,7 +210,32 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) ->
     )
 
 
-IMPLEMENTATIONS = {"reference": reference_attention, "xla": xla_attention, "cudnn": cudnn_attention}
+def pallas_tpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) -> jax.Array:
+    """The Pallas kernel (`kernels.flash_attention`); rows and heads stay where the mesh has them.
+
+    Other than in the plain form, padding (segment 0) sees nothing and its output is 0.
+    """
+    rows = heads = None
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        spec = nn.logical_to_mesh_axes(("batch", "kv_heads"))
+        rows, heads = (None, None) if spec is None else spec
+        names = () if rows is None else (rows,) if isinstance(rows, str) else rows
+        if q.shape[0] % math.prod(mesh.shape[name] for name in names):
+            rows = None  # parameters are initialised with a single row
+    return flash_attention(
+        q, k, v, mask.segment_ids, causal=mask.causal, window=mask.window, rows_axes=rows, heads_axes=heads
+    )[0]
+
+
+IMPLEMENTATIONS = {
+    "reference": reference_attention,
+    "xla": xla_attention,
+    "cudnn": cudnn_attention,
+    "pallas_tpu": pallas_tpu_attention,
+}
+# These name what a remat policy may keep themselves.
+_NAME_THEIR_OUTPUT = ("xla", "pallas_tpu")
 
 
 def choose_attention(requested: Implementation, platform: str, dtype: str, segments: bool) -> tuple[str, str]:
@@ -212,6 +250,8 @@ def choose_attention(requested: Implementation, platform: str, dtype: str, segme
     Raises:
         UserError: when the one asked for cannot serve.
     """
+    if requested == "pallas_tpu" and platform != "tpu":
+        raise UserError(f"model.attention: 'pallas_tpu' needs a TPU, this is {platform}; use 'auto' or 'xla'")
     if requested == "cudnn" and platform != "gpu":
         raise UserError(f"model.attention: 'cudnn' needs an NVIDIA GPU, this is {platform}; use 'auto' or 'xla'")
     if requested == "cudnn" and dtype != "bfloat16":
@@ -222,7 +262,9 @@ def choose_attention(requested: Implementation, platform: str, dtype: str, segme
         return "cudnn", "bfloat16 rows without segments on a GPU"
     if platform == "gpu":
         return "xla", "packed segments (cuDNN takes them only as a dense mask)" if segments else f"{dtype} on a GPU"
-    return "xla", f"the only fused form for {platform}"
+    if platform == "tpu":
+        return "pallas_tpu", "skips what the mask empties (xla computes it, cudnn needs a GPU)"
+    return "xla", f"the only fused form for {platform} (pallas_tpu needs a TPU, cudnn a GPU)"
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implementation: str) -> jax.Array:
@@ -237,7 +279,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implemen
         [B, T, H, h].
     """
     out = IMPLEMENTATIONS[implementation](q, k, v, mask)
-    return out if implementation == "xla" else checkpoint_name(out, "attention_out")
+    return out if implementation in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
 
 
 @flax.struct.dataclass

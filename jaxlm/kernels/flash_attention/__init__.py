@@ -99,9 +99,9 @@ def flash_attention(
         block_k=min(block_k or BLOCK, _whole(kv_length)),
         interpret=interpret,
     )
-    ids = tuple(None if a is None else _padded(a.astype(jnp.int32), 1) for a in (segment_ids, kv_segment_ids))
+    all_ids = (None if a is None else _padded(a.astype(jnp.int32), 1) for a in (segment_ids, kv_segment_ids))
     by_head = (_padded(x.swapaxes(1, 2), 2) for x in (q, k, v))
-    out, lse = _flash(*by_head, *ids, spec, (rows_axes, heads_axes))
+    out, lse = _flash(*by_head, *all_ids, spec, (rows_axes, heads_axes))
     return out[:, :, :q_length].swapaxes(1, 2), lse[:, :, 0, :q_length].swapaxes(1, 2)
 
 

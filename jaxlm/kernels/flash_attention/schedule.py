@@ -162,8 +162,9 @@ def make_schedule(spec: Spec, batch: int, q_ids: jax.Array | None, kv_ids: jax.A
     flags = flags[row, q, k]
     done = ((flags & Q_LAST) != 0) & kept[order]
     at = xp.argsort(~done, stable=True)[xp.cumsum(done) - done]
-    fields = [a.astype(np.int32) for a in (row, q, k, flags, row[at], q[at])]
-    return Schedule(*fields, steps=int(kept.sum()) if xp is np else kept.sum(dtype=np.int32))
+    steps = int(kept.sum()) if xp is np else kept.sum(dtype=np.int32)
+    row, q, k, flags, done_row, done_q = (a.astype(np.int32) for a in (row, q, k, flags, row[at], q[at]))
+    return Schedule(row, q, k, flags, done_row, done_q, steps)
 
 
 def _ends(keep: Any, axis: int, size: int, xp: Any) -> tuple[Any, Any]:

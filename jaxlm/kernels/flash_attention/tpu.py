@@ -38,16 +38,13 @@ def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: 
         acc[...] = jnp.zeros_like(acc)
 
     def tile(masked: bool) -> None:
-        s, _ = scores(dot(q[...], k[...], 1, 1), spec)
-        values = v[...]
+        keys, values = k[...], v[...]
         if masked:
-            # A broken value becomes a broken score: queries that see the key get NaN, others nothing of it.
-            broken = dot(
-                jnp.ones((8, width), values.dtype), (values.astype(jnp.float32) * 0.0).astype(values.dtype), 1, 1
-            )
-            seen = visible(spec, q_block[step], k_block[step], q_ids, kv_ids, by_keys=False)
-            s = jnp.where(seen, s + broken[:1], -jnp.inf)
-            values = finite(values)
+            # A broken value breaks its key: queries that see it get NaN, others nothing of it.
+            keys, values = (keys + values.astype(jnp.float32) * 0.0).astype(keys.dtype), finite(values)
+        s, _ = scores(dot(q[...], keys, 1, 1), spec)
+        if masked:
+            s = jnp.where(visible(spec, q_block[step], k_block[step], q_ids, kv_ids, by_keys=False), s, -jnp.inf)
         before = largest[...]
         now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
         weights = jnp.exp2(s - spread(now, spec.block_k))
