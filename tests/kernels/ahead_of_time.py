@@ -1,0 +1,51 @@
+"""Compiling kernels for TPUs on a machine without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+START = """
+from functools import partial
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+def compile(name, topology, run, *shapes):
+    '''Shapes are (dtype, dims...).'''
+    place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    arguments = [jax.ShapeDtypeStruct(dims, dtype, sharding=place) for dtype, *dims in shapes]
+    compiled = jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
+    print("compiled", name, topology, compiled.cost_analysis()["flops"], flush=True)
+"""
+
+
+def compile_for_tpus(program: str) -> list[list[str]]:
+    """Runs START and a program in a process of its own, as libtpu reads its environment once.
+
+    Returns:
+        For each of the program's calls of `compile`: its name, topology, FLOPs.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu (pip install libtpu), no TPU")
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", START + program],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("compiled")]
