@@ -103,8 +103,9 @@ def tpu_decode_attention(
                 visible &= place - slot < window
             scores = jnp.where(visible, scores, NEGATIVE)
             largest = jnp.maximum(top[...], jnp.max(scores, axis=2, keepdims=True))
-            # Of a token that sees nothing of this block, every score is the largest.
-            weights = jnp.where(visible, jnp.exp(scores - largest), 0.0)
+            # Of a token that sees none of the blocks so far every score is the largest, and every weight 1. What comes
+            # of that is shrunk to 0 in the block where it sees its own slot.
+            weights = jnp.exp(scores - largest)
             shrink = jnp.exp(top[...] - largest)
             top[...] = largest
             sum_[...] = shrink * sum_[...] + jnp.sum(weights, axis=2, keepdims=True)
