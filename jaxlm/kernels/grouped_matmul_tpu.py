@@ -9,7 +9,9 @@ XLA's `ragged_dot` is such a kernel too, for the product itself. But it reads th
 leaves a float32 result to a second pass, and its gradient for the matrices multiplies every row with all groups.
 
 Of M rows, I inputs, O outputs, E groups, and T tiles of columns: 2 M I O FLOPs in each of the three, and
-T M I + E I O + M O values between chip and memory.
+T M I + E I O + M O values between chip and memory. With blocks of 256 rows that is work for the matrix units, not for
+memory. Compiled for TPU v5e and v6e (benchmarks/experts_aot.py: 8,192 tokens, 4 of 16 experts each, D 4096, F 11008),
+gate and up take 416 GFLOP in each of the three; XLA's gradient for the matrices takes 6,652.
 """
 
 from __future__ import annotations
