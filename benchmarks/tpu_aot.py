@@ -149,17 +149,35 @@ def costs(text: str) -> tuple[float, dict[str, float], dict[str, int]]:
     moved: dict[str, float] = collections.defaultdict(float)
     runs: dict[str, int] = collections.Counter()
 
+    seen: set[str] = set()
+
     def trips(line: str) -> int:
         known = re.search(r"known_trip_count\W+n\W+(\d+)", line)
         if known:
             return int(known[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        assert condition is not None
-        return max((int(n) for one in bodies[condition[1]] for n in re.findall(r"constant\((\d+)\)", one)), default=1)
+        condition, body = (bodies[re.search(rf"{key}=%?([\w.\-]+)", line)[1]] for key in ("condition", "body"))  # type: ignore[index]
+        end = max((int(n) for one in condition for n in re.findall(r"constant\((\d+)\)", one)), default=1)
+        # An unrolled loop counts in steps: the constant that is added to the counter, one of the root's operands.
+        index = next(
+            (int(n) for one in condition for n in re.findall(r"[su]32\[\].*get-tuple-element.*index=(\d+)", one)), 0
+        )
+        root = next(one for one in body if "ROOT" in one)
+        counter = re.findall(r"%([\w.\-]+)", root.split("tuple(")[1])[index]
+        sum_ = next((one for one in body if re.match(rf"\s*%{re.escape(counter)} = .* add\(", one)), "")
+        for name in re.findall(r"%([\w.\-]+)", sum_.split(" add(")[-1]):
+            for one in body:
+                step = re.match(rf"\s*%{re.escape(name)} = [su]32.* constant\((\d+)\)", one)
+                if step:
+                    return -(-end // int(step[1]))
+        return end
 
     def collectives(line: str, times: int) -> None:
         op = re.search(r" = (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
+        channel = re.search(r"channel_id=(\d+)", line)
+        if op and channel and channel[1] in seen:
+            return  # one that is split over several fusions
         if op:
+            seen.update(channel.groups() if channel else ())
             # A started one returns its operand beside the result.
             size = shape_bytes(op[1]) / (2 if op[3] and op[2] != "all-gather" else 1)
             moved[op[2]] += times * size * (2 if op[2] == "all-reduce" else 1)
@@ -171,7 +189,8 @@ def costs(text: str) -> tuple[float, dict[str, float], dict[str, int]]:
             if loop:
                 walk(loop[1], times * trips(line))
                 continue
-            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+            inner_code = re.search(r"\b(call|conditional)\(", line)
+            estimate = None if inner_code else re.search(r'"estimated_cycles":"(\d+)"', line)
             cycles += times * int(estimate[1]) if estimate else 0
             if 'custom_call_target="tpu_custom_call"' in line:
                 kernel = re.match(r"\s*(?:ROOT )?%?([\w\-]+)", line)
@@ -179,7 +198,7 @@ def costs(text: str) -> tuple[float, dict[str, float], dict[str, int]]:
             collectives(line, times)
             called = re.search(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
             if called and called[1] in bodies:
-                if re.search(r"\b(call|conditional)\(", line):
+                if inner_code:
                     walk(called[1], times)
                 elif "fusion(" in line or "async-start" in line:
                     for inner in bodies[called[1]]:
