@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+
+# What JAX's extra `tpu` asks for: "libtpu==0.0.42.*; extra == 'tpu'".
+_LIBTPU = re.compile(r"libtpu==([\d.]+)\b")
 
 START = """
 from functools import partial
@@ -15,12 +19,13 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-def compile(name, topology, run, *shapes):
-    '''Shapes are (dtype, dims...).'''
+def compile(name, topology, run, *shapes, kernels=None):
+    '''Shapes are (dtype, dims...); kernels: how many there are to be, None: some.'''
     place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
     arguments = [jax.ShapeDtypeStruct(dims, dtype, sharding=place) for dtype, *dims in shapes]
     compiled = jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-    assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
+    found = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert found == kernels or (kernels is None and found), found
     print("compiled", name, topology, compiled.cost_analysis()["flops"], flush=True)
 """
 
@@ -31,8 +36,15 @@ def compile_for_tpus(program: str) -> list[list[str]]:
     Returns:
         For each of the program's calls of `compile`: its name, topology, FLOPs.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu (pip install libtpu), no TPU")
+    wanted = next(
+        (match.group(1) for match in map(_LIBTPU.match, importlib.metadata.requires("jax") or []) if match), ""
+    )
+    try:
+        found = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs libtpu (pip install 'jax[tpu]'), no TPU")
+    if not found.startswith(wanted):
+        pytest.skip(f"this JAX goes with libtpu {wanted}, installed is {found}")
     settings = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
