@@ -92,7 +92,7 @@ def main() -> None:
     for k in (2, 4):
         run, _ = layer(sparse(16, k, "activation"), dtype, arguments.tokens, arguments.compute)
         _, found = ratios(run, dense, arguments.rounds)
-        print(f"16 experts, k {k}, router activation (only down_proj skips): {statistics.median(found):.2f}", flush=True)
+        print(f"16 experts, k {k}, router activation, only down_proj skips: {statistics.median(found):.2f}", flush=True)
     for tokens in (arguments.tokens // 4, arguments.tokens // 2, arguments.tokens, arguments.tokens * 2):
         run, _ = layer(sparse(16, 4), dtype, tokens, arguments.compute)
         own, _ = ratios(run, lambda: None, arguments.rounds)
