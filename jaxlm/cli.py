@@ -33,7 +33,12 @@ class Flags:
 
 
 def parse_run(
-    argv: Sequence[str], *, prog: str, description: str, flags: dict[str, Flags] | None = None
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    flags: dict[str, Flags] | None = None,
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[list[RunConfig], dict[str, Any]]:
     """Reads `--config FILE`, `--a.b value` and the command's own flags.
 
@@ -42,6 +47,7 @@ def parse_run(
         prog: the command, for messages.
         description: for --help.
         flags: the command's own flags.
+        aliases: other names of keys on the command line.
 
     Returns:
         One config per stage (a single one without `stages`), and the values of the flags given.
@@ -53,9 +59,9 @@ def parse_run(
     flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")} | (flags or {})
     flags["stage"] = Flags("run only this stage of a config that has stages", str)
     if not argv or "--help" in argv or "-h" in argv:
-        print(_help(prog, description, flags, RunConfig))
+        print(_help(prog, description, flags, RunConfig, aliases))
         raise SystemExit(0)
-    files, overrides, given = _read_words(argv, flags, RunConfig, {})
+    files, overrides, given = _read_words(argv, flags, RunConfig, aliases)
     if "stages" in overrides:
         raise UserError("--stages: stages are given in the configuration file; --stage NAME runs one of them")
     base: dict[str, Any] = {}
@@ -398,6 +404,8 @@ def _check_values(config: RunConfig) -> None:
         ("train.keep", config.train.keep, lambda v: v >= 1, "at least 1"),
         ("train.log_every", config.train.log_every, lambda v: v >= 1, "at least 1"),
         ("train.sample_tokens", config.train.sample_tokens, lambda v: v >= 1, "at least 1"),
+        ("distributed.timeout", config.distributed.timeout, lambda v: v >= 1, "at least 1 (seconds)"),
+        ("distributed.heartbeat", config.distributed.heartbeat, lambda v: v >= 5, "at least 5 (seconds)"),
         ("tokenizer.vocab_size", config.tokenizer.vocab_size, lambda v: v >= 300, "at least 300"),
     ]
     if config.lora is not None:

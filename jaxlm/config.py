@@ -313,6 +313,25 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """Several processes as one run. On a TPU pod, GKE, Slurm and Open MPI nothing need be given.
+
+    Args:
+        coordinator: HOST:PORT of process 0, as all hosts reach it; null: $JAX_COORDINATOR_ADDRESS, or the cluster's.
+        num_processes: how many there are; null: $JAX_NUM_PROCESSES, or the cluster's number.
+        process_id: which this is, from 0; null: $JAX_PROCESS_ID, or the cluster's number.
+        timeout: seconds to wait for the others at start-up and at barriers.
+        heartbeat: seconds without a sign of life after which a host counts as dead.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 300
+    heartbeat: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run.
 
@@ -325,6 +344,7 @@ class RunConfig:
         optimizer: the optimizer.
         train: the loop.
         mesh: the devices.
+        distributed: several processes.
         output_dir: where checkpoints, metrics and plots go.
         stages: several runs in a row, e.g. pretraining then instruction tuning: each entry has a name and
             the keys that differ; a stage starts from the one before it.
@@ -338,6 +358,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     output_dir: str = "out"
     stages: list[dict[str, Any]] | None = None
 
@@ -478,3 +499,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     result: dict[str, Any] = plain(dataclasses.asdict(config))
     return result
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys as one level: {'a': {'b': 1}} as {'a.b': 1}."""
+    if isinstance(values, dict) and values:
+        return {key: v for name, inner in values.items() for key, v in flatten(inner, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): values}

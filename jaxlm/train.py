@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli import Flags, dump_yaml, parse_run
-from jaxlm.config import RunConfig
+from jaxlm.config import DistributedConfig, RunConfig
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxlm.data.loader import Data
+    from jaxlm.parallel.distributed import Hosts
     from jaxlm.tokenizer import Tokenizer
     from jaxlm.training.loop import Outcome
 
@@ -26,6 +27,8 @@ DESCRIPTION = (
     "Trains a LLaMA-family model: continued pretraining, full or LoRA instruction tuning, by one configuration. "
     "Run the same command again to go on after an interruption."
 )
+# Named as in `jax.distributed.initialize`, and as launchers of other systems have them.
+ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")}
 FLAGS = {"preview": Flags("show this many batches as text with the trained tokens marked, then exit", int)}
 
 
@@ -33,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done or interrupted with everything saved, 2 for a mistake in the input."""
     try:
         configs, flags = parse_run(
-            sys.argv[1:] if argv is None else argv, prog="python -m jaxlm.train", description=DESCRIPTION, flags=FLAGS
+            sys.argv[1:] if argv is None else argv,
+            prog="python -m jaxlm.train",
+            description=DESCRIPTION,
+            flags=FLAGS,
+            aliases=ALIASES,
         )
         for config in configs:
             _check_config(config)
@@ -65,24 +72,30 @@ def _run(configs: list[RunConfig], preview: int | None) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
     from rich.console import Console
 
+    from jaxlm.parallel.distributed import run_settings, start, versions
     from jaxlm.start import quiet_logs, use_compilation_cache
 
-    console = Console(soft_wrap=True)
+    terminal = Console(soft_wrap=True)
     quiet_logs()
     use_compilation_cache(configs[0].train.compilation_cache)
-    for number, config in enumerate(configs):
-        if len(configs) > 1:
-            console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
-        if preview is not None:
-            _preview(config, preview, console)
-            return 0
-        outcome = _train(config, console)
-        if outcome.interrupted:
-            return 0
+    if preview is not None:
+        _preview(configs[0], preview, terminal)
+        return 0
+    with start(configs[0].distributed, terminal.print) as hosts:
+        console = hosts.console(terminal)
+        hosts.agree("versions", versions())
+        for number, config in enumerate(configs):
+            hosts.agree("configuration", run_settings(config))
+            hosts.check_shared(Path(config.output_dir))
+            hosts.open_log(Path(config.output_dir))
+            if len(configs) > 1:
+                console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
+            if _train(config, console, hosts).interrupted:
+                return 0
     return 0
 
 
-def _train(config: RunConfig, console: Console) -> Outcome:
+def _train(config: RunConfig, console: Console, hosts: Hosts) -> Outcome:
     from convert.partition import PARTITION_FILE, npy_bytes
     from convert.source import open_model
     from jaxlm.training.loop import Job, train
@@ -108,14 +121,14 @@ def _train(config: RunConfig, console: Console) -> Outcome:
             )
     job = Job(
         config=config,
-        run_yaml=dump_yaml(config),
+        run_yaml=dump_yaml(dataclasses.replace(config, distributed=DistributedConfig())),  # of this start, not the run
         model=shape,
         source=source,
         adapter=_adapter(config, shape, source),
         data=data,
         files=files,
     )
-    outcome = train(job, console)
+    outcome = train(job, console, hosts)
     if not outcome.interrupted:
         _samples(config, outcome, prompts, tokenizer, console)
         _summary(config, outcome, console)
@@ -251,8 +264,6 @@ def _text_files(names: Sequence[str]) -> list[Path]:
 
 
 def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console) -> Data:
-    import jax
-
     from jaxlm.data.loader import build_data
 
     with console.status("reading and tokenising"):
@@ -264,8 +275,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
             max_positions=shape.max_length,
             ranges=None if shape.moe is None else shape.moe.ranges,
         )
-    if jax.process_index() == 0:
-        console.print("\n".join(data.report.lines()), highlight=False)
+    console.print("\n".join(data.report.lines()), highlight=False)
     return data
 
 

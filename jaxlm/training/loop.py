@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
 from jaxlm.models.moe import choose_compute
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.parallel.distributed import Hosts
 from jaxlm.parallel.mesh import BATCH, make_mesh, put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.training.checkpoint import Checkpoints, model_json
 from jaxlm.training.optimizer import make_optimizer, make_schedule
@@ -95,35 +95,43 @@ class Outcome:
 
 
 class _StopSignal:
-    """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT ends at once."""
+    """SIGTERM and SIGINT ask all processes to save and end; a second SIGINT ends at once."""
 
-    def __init__(self) -> None:
-        self.name: str | None = None
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+        self._received = False
 
     def __enter__(self) -> _StopSignal:
         self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self._received = True
+        self._hosts.ask_stop(signal.Signals(number).name)
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
-def train(job: Job, console: Console) -> Outcome:
+def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     """Runs a job to its end, or until a signal; everything it leaves lies below output_dir.
+
+    Args:
+        job: the run.
+        console: where process 0 tells about it.
+        hosts: the processes, all of which have the same job and see the same output_dir.
 
     Raises:
         UserError: for settings that do not fit together, a changed config on resume, a full disk, a
             loss that is not finite (with train.on_nonfinite: stop).
     """
-    config, first_host = job.config, jax.process_index() == 0
-    out = _make_output_dir(config)
+    config, first_host = job.config, hosts.process == 0
+    out = Path(config.output_dir)
     terminal = console if first_host else None
+    hosts.agree("data", _data_prints(job))
 
     # Model and mesh ---------------------------------------------------------------------------
     mesh = make_mesh(config.mesh, experts=job.model.moe.experts if job.model.moe else None)
@@ -149,8 +157,8 @@ def train(job: Job, console: Console) -> Outcome:
         accumulation,
         config.train.epochs,
         config.train.steps,
-        jax.process_index(),
-        jax.process_count(),
+        hosts.process,
+        hosts.processes,
     )
     total = len(batches)
     schedule = make_schedule(config.optimizer, total)
@@ -160,6 +168,7 @@ def train(job: Job, console: Console) -> Outcome:
     # State: resumed, loaded or fresh ----------------------------------------------------------
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
     steps_saved = checkpoints.steps()
+    hosts.agree("checkpoints", {"steps": steps_saved})
     if steps_saved and not config.train.resume:
         raise UserError(
             f"output_dir: {out} holds checkpoints and train.resume is false; choose another output_dir or delete it"
@@ -195,9 +204,10 @@ def train(job: Job, console: Console) -> Outcome:
     train_step, eval_step, compile_seconds, memory = _compile(
         job, setup, mesh, optimizer, schedule, accumulation, state, frozen, terminal
     )
-    if terminal is not None:
-        attention = f"{kind}: {why}"
-        _announce(terminal, job, setup, mesh, accumulation, total, step, attention, experts, compile_seconds, memory)
+    attention = f"{kind}: {why}"
+    for told in (terminal, hosts.log):
+        if told is not None:
+            _announce(told, job, setup, mesh, accumulation, total, step, attention, experts, compile_seconds, memory)
 
     # Loop -------------------------------------------------------------------------------------
     files = {**job.files, "run.yaml": job.run_yaml.encode(), "fingerprints.json": json.dumps(prints).encode()}
@@ -209,11 +219,10 @@ def train(job: Job, console: Console) -> Outcome:
     )
     writer = _metrics_writer(job, out, step) if first_host else None
     report = ProgressReport(
-        terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None)
+        terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None), hosts.log
     )
     routing = RoutingReport(job.model.moe)
     validation: list[tuple[int, float]] = []
-    stop = _StopSignal()
     pending: tuple[int, Any] | None = None
     skipped = int(state.skipped)
 
@@ -239,7 +248,7 @@ def train(job: Job, console: Console) -> Outcome:
             report.say(f"{what}: step skipped")
 
     def evaluate(at: int) -> float | None:
-        result = _evaluate(job, eval_step, state, frozen, mesh, stop)
+        result = _evaluate(job, eval_step, state, frozen, mesh, hosts)
         if result is None:
             return None
         if writer is not None:
@@ -255,11 +264,11 @@ def train(job: Job, console: Console) -> Outcome:
     saved = step
     rows = batches.iterator()
     rows.set_state(data_state)
-    with stop, contextlib.closing(report), contextlib.closing(rows):
+    with _StopSignal(hosts), contextlib.closing(report), contextlib.closing(rows):
         try:
             if step == 0 and config.train.eval_every:
                 evaluate(0)
-            while step < total and stop.name is None:
+            while step < total and not hosts.due():
                 batch = put_batch(next(rows), mesh)
                 state, metrics = train_step(state, frozen, batch)
                 step += 1
@@ -292,15 +301,14 @@ def train(job: Job, console: Console) -> Outcome:
     if first_host:
         plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         routing.plot(out / "experts.png")
-    if stop.name is not None and step < total and terminal is not None:
-        terminal.print(
-            f"{stop.name}: saved step {saved} of {total} in {checkpoints.path(saved)}. "
-            f"Run the same command again to go on from there.",
-            highlight=False,
+    if hosts.stopped_by is not None and step < total:
+        report.say(
+            f"{hosts.stopped_by}: saved step {saved} of {total} in {checkpoints.path(saved)}. "
+            f"Run the same command again to go on from there."
         )
     return Outcome(
         step=step,
-        interrupted=stop.name is not None,
+        interrupted=hosts.stopped_by is not None,
         checkpoint=checkpoints.path(saved),
         model=model,
         variables=merged_variables(state.trainable, frozen),
@@ -322,16 +330,14 @@ def _packs(config: RunConfig) -> bool:
     return config.data.packing_mode == "first_fit"
 
 
-def _make_output_dir(config: RunConfig) -> Path:
-    out = Path(config.output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir: {out}: cannot write there ({error.strerror}); choose another") from None
-    return out
+def _data_prints(job: Job) -> dict[str, str]:
+    """What tells whether two processes have read the same data and the same base."""
+    prints = {"hash of all tokens": job.data.fingerprint[:16]}
+    for kind, reports in (("train", job.data.report.train), ("validation", job.data.report.validation)):
+        prints |= {f"data.{kind}[{number}]": report.line() for number, report in enumerate(reports)}
+    if job.source is not None:
+        prints["hash of the model's norms at model.path"] = base_fingerprint(job.model, job.source)[:16]
+    return prints
 
 
 def _micro_batch(config: RunConfig, row_groups: int) -> int:
@@ -424,7 +430,7 @@ def _eval_rows(config: RunConfig, row_groups: int) -> int:
 
 
 def _evaluate(
-    job: Job, eval_step: Any, state: TrainState, frozen: Any, mesh: jax.sharding.Mesh, stop: _StopSignal
+    job: Job, eval_step: Any, state: TrainState, frozen: Any, mesh: jax.sharding.Mesh, hosts: Hosts
 ) -> dict[str, Any] | None:
     """Token-weighted loss, perplexity and accuracy over all validation rows; None without any.
 
@@ -434,10 +440,10 @@ def _evaluate(
         return None
     rows = _eval_rows(job.config, rows_axis_size(mesh))
     sums = dict.fromkeys(("loss", "correct", "target_tokens"), 0.0)
-    for batch in job.data.eval_batches(rows, jax.process_index(), jax.process_count()):
+    for batch in job.data.eval_batches(rows, hosts.process, hosts.processes):
         micro = put_batch({name: array[None] for name, array in batch.items()}, mesh)
         out = jax.device_get(eval_step(state.trainable, frozen, micro))
-        if stop.name is not None:
+        if hosts.due():
             return None
         for key in sums:
             sums[key] += float(out[key])

@@ -138,6 +138,7 @@ class ProgressReport:
 
     Args:
         console: where to; None on all hosts but the first.
+        log: of one of several processes, which gets the plain lines besides.
         total: steps of the run.
         start: step it begins at.
         flops: FLOPs per token, for MFU.
@@ -145,8 +146,10 @@ class ProgressReport:
 
     LINES = 20  # plain lines over a whole run
 
-    def __init__(self, console: Console | None, total: int, start: int, flops: float) -> None:
-        self._console, self._total, self._flops = console, total, flops
+    def __init__(
+        self, console: Console | None, total: int, start: int, flops: float, log: Console | None = None
+    ) -> None:
+        self._console, self._total, self._flops, self._log = console, total, flops, log
         self._every = max(1, total // self.LINES)
         self._clock, self._step, self._tokens = time.perf_counter(), start, 0
         self._speed: float | None = None
@@ -182,15 +185,18 @@ class ProgressReport:
             text += f"  skipped {int(metrics['skipped'])}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
-        elif self._console is not None and (step % self._every == 0 or step == self._total):
+        if step % self._every == 0 or step == self._total:
             left = (self._total - step) * (metrics["tokens"] / max(self._speed, 1e-9))
-            self._console.print(f"step {step}/{self._total}  {text}  {_duration(left)} left", highlight=False)
+            for console in (None if self._bar else self._console, self._log):
+                if console is not None:
+                    console.print(f"step {step}/{self._total}  {text}  {_duration(left)} left", highlight=False)
         return figures
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        if self._console is not None:
-            self._console.print(text, highlight=False)
+        for console in (self._console, self._log):
+            if console is not None:
+                console.print(text, highlight=False)
 
     def pause(self) -> None:
         """Leaves out the time until now (evaluation, saving) from the next step's speed."""

@@ -6,11 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from jaxlm.config import RunConfig, to_dict
+from jaxlm.config import RunConfig, flatten, to_dict
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.training.state import Readable
@@ -36,15 +35,10 @@ FREE = (
     "train.tensorboard",
     "train.wandb",
     "train.compilation_cache",
+    "distributed",
     "output_dir",
     "stages",
 )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict) and values:
-        return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): values}
 
 
 def base_fingerprint(model: LlamaConfig, source: Readable) -> str:
@@ -70,7 +64,7 @@ def check_unchanged(files: Mapping[str, bytes], config: RunConfig, prints: Mappi
     # Under mean_of_means the micro batch is part of the loss.
     fixed = {"train.micro_batch_size"} if config.train.loss_normalisation == "mean_of_means" else set()
     free = [key for key in FREE if key not in fixed]
-    before, now = _flat(yaml.safe_load(files["run.yaml"])), _flat(to_dict(config))
+    before, now = flatten(yaml.safe_load(files["run.yaml"])), flatten(to_dict(config))
     changed = [
         f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

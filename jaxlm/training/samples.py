@@ -58,5 +58,5 @@ def greedy_answers(
         tokens, ends, _ = jax.lax.while_loop(unfinished, one_more, carry)
         return tokens, ends
 
-    filled, ends = jax.device_get(run(variables, jnp.asarray(tokens), jnp.asarray(starts)))
+    filled, ends = jax.device_get(run(variables, tokens, starts))
     return [filled[row, start:end].tolist() for row, (start, end) in enumerate(zip(starts, ends, strict=True))]
