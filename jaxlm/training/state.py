@@ -19,6 +19,9 @@ from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.lora import SAVEABLE
 from jaxlm.parallel.mesh import load_sharded, replicated, tree_shardings, use_mesh
 
+# A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
+WHOLE_IF_UNEVEN = ("vocab",)
+
 
 class Readable(Protocol):
     """Anything that can hand out slices of named leaves (see `convert`)."""
@@ -75,9 +78,9 @@ class Initializer:
         boxed = abstract_variables(model)
         trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, lora)}
         self.params = nn.unbox(boxed["params"])
-        self.params_shardings = tree_shardings(boxed["params"], mesh)
+        self.params_shardings = tree_shardings(boxed["params"], mesh, WHOLE_IF_UNEVEN)
         self.trainable = nn.unbox(trainable)
-        self.trainable_shardings = tree_shardings(trainable, mesh)
+        self.trainable_shardings = tree_shardings(trainable, mesh, WHOLE_IF_UNEVEN)
         self.opt_state = jax.eval_shape(optimizer.init, self.trainable)
         self.opt_shardings = _opt_shardings(self.opt_state, self.trainable, self.trainable_shardings, mesh)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from typing import Any
 
@@ -9,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from jaxlm.config import MeshConfig
 from jaxlm.kernels import cross_entropy
 from jaxlm.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy
+from jaxlm.parallel.mesh import ROW_AXES, make_mesh, use_mesh
 
 V, D = 53, 16
 
@@ -37,6 +43,7 @@ def both(fn: Any, args: tuple[np.ndarray, ...], **options: Any) -> tuple[Any, ..
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "MIN_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(cross_entropy, "MIN_CHUNK_TOKENS_HEAD", 8)
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1)
 
 
@@ -126,6 +133,7 @@ def shapes_in(text: str) -> set[tuple[int, ...]]:
 def test_never_all_logits(length: int, accuracy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     vocab, tokens = 211, 1024
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", tokens * vocab)
+    monkeypatch.setattr(cross_entropy, "MIN_CHUNK_TOKENS_HEAD", 8)
 
     def loss(x: Any, head: Any, labels: Any, weights: Any) -> Any:
         out = linear_cross_entropy(x, head, labels, weights, accuracy=accuracy)
@@ -159,12 +167,87 @@ def test_frozen_head_costs_no_gradient(trains: bool, small_chunks: None) -> None
     assert any(op not in ("parameter", "get-tuple-element", "copy") for op in outputs) == trains
 
 
+def mesh_of(**sizes: int) -> Mesh:
+    """Over the first devices; sizes as in the configuration."""
+    config = MeshConfig(**{"fsdp": 1, **sizes})
+    return make_mesh(config, jax.devices()[: math.prod(dataclasses.astuple(config))], experts=8)
+
+
+def on_mesh(mesh: Mesh, vocab: int, argnums: tuple[int, ...] = (0, 1), **options: Any) -> Any:
+    """(x, head, labels, weights) -> loss, correct and gradients, all laid out as in training; jitted."""
+    split = vocab % mesh.shape["tensor"] == 0
+    rows, head = NamedSharding(mesh, P(ROW_AXES)), NamedSharding(mesh, P("tensor" if split else None, "fsdp"))
+
+    def run(*args: Any) -> Any:
+        def loss(x: Any, head: Any) -> Any:
+            out = linear_cross_entropy(x, head, *args[2:], **options)
+            return 1.7 * out.loss, out
+
+        (_, out), grads = jax.value_and_grad(loss, argnums=argnums, has_aux=True)(*args[:2])
+        return out.loss, grads, out.correct
+
+    grads = tuple((rows, head)[index] for index in argnums)
+    return jax.jit(run, in_shardings=(rows, head, rows, rows), out_shardings=(None, grads, None))
+
+
+MESHES = [dict(tensor=8), dict(fsdp=2, tensor=4), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, expert=2), dict(fsdp=8)]
+
+
+@pytest.mark.parametrize("vocab", [56, 53], ids=["even", "uneven"])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_on_a_mesh(sizes: dict[str, int], vocab: int, small_chunks: None) -> None:
+    """The same values and gradients as on one device, ties of the largest logit included."""
+    x, head, labels, weights = inputs(8, 31, vocab)
+    head[vocab - 1] = head[0]
+    labels[:, :9] = 0
+    x[:, :9] = 5 * head[0]
+    mesh = mesh_of(**sizes)
+    with use_mesh(mesh):
+        loss, grads, correct = on_mesh(mesh, vocab, accuracy=True)(x, head, labels, weights)
+    expected_loss, expected, expected_correct = both(reference_cross_entropy, (x, head, labels, weights))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert correct == expected_correct > 0
+    for a, b in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
+
+
+def collectives(text: str) -> set[tuple[str, str]]:
+    """(kind, largest shape) of each collective in a compiled program."""
+    found = re.findall(r" = (\S.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\w*\(", text)
+    return {(kind, max(re.findall(r"\[([\d,]*)\]", shape), key=len)) for shape, kind in found}
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_devices_tell_each_other(trains: bool, small_chunks: None) -> None:
+    """Over `tensor` some numbers a token and the gradient of x; never logits, nor the head."""
+    vocab, length, chunk = 56, 32, 8
+    mesh = mesh_of(fsdp=2, tensor=4)
+    rows = 8 // 2
+    shapes = [(8, length, D), (vocab, D), (8, length), (8, length)]
+    args = [
+        jax.ShapeDtypeStruct(s, d) for s, d in zip(shapes, (jnp.float32,) * 2 + (jnp.int32, jnp.float32), strict=True)
+    ]
+    with use_mesh(mesh):
+        run = on_mesh(mesh, vocab, (0, 1) if trains else (0,), accuracy=True)
+        text = run.lower(*args).compile().as_text()
+    expected = {
+        ("all-gather", f"{vocab // 4},{D}"),  # over fsdp, once
+        ("all-reduce", f"{chunk}"),
+        ("all-reduce", f"{chunk},{D}"),
+        ("all-reduce", ""),
+    }
+    if trains:
+        expected.add(("reduce-scatter", f"{vocab // 4},{D // 2}"))
+    assert rows * length > chunk and collectives(text) == expected
+    loop = re.search(r"body=%?([\w.\-]+)", text)
+    assert loop and "all-gather" not in text.split(f"%{loop[1]} ")[1].split("\n}")[0]
+
+
 def test_chunks_are_counted_per_device(small_chunks: None) -> None:
     def chunks() -> int:
         jaxpr = jax.make_jaxpr(lambda *args: linear_cross_entropy(*args).loss)(*inputs(8, 64))
         return int(re.findall(r"length=(\d+)", str(jaxpr))[0])
 
     assert chunks() == 64
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh_of(data=2, fsdp=4)):
         assert chunks() == 8

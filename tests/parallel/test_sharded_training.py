@@ -63,10 +63,10 @@ def batches(i: int) -> dict[str, np.ndarray]:
     )
 
 
-def train(sizes: tuple[int, int, int], lora: bool, capture: Any = None) -> Run:
+def train(sizes: tuple[int, int, int], lora: bool, capture: Any = None, config: LlamaConfig = CONFIG) -> Run:
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), devices)
-    model = Llama(CONFIG, resolve_lora(CONFIG, LORA) if lora else {})
+    model = Llama(config, resolve_lora(config, LORA) if lora else {})
     options = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1)
     schedule = make_schedule(options, 10)
     optimizer = make_optimizer(options, schedule)
@@ -177,6 +177,18 @@ def test_full(sizes: tuple[int, int, int], capfd: pytest.CaptureFixture[str]) ->
     assert_frugal(run, sizes)
     if sizes == (1, 1, 2):
         assert (D, F // 2) in result_shapes(run.text, "dot")  # what test_lora looks for is there when weights train
+
+
+def test_a_vocabulary_that_does_not_divide() -> None:
+    """The table and the head are whole along it, everything else is split; the loss splits it all the same."""
+    uneven = dataclasses.replace(CONFIG, vocab_size=V + 1)
+    run, alone = (train(sizes, False, config=uneven) for sizes in ((1, 2, 2), (1, 1, 1)))
+    np.testing.assert_allclose(run.losses, alone.losses, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(run.norms, alone.norms, rtol=1e-4)
+    params = run.state.trainable["params"]
+    assert params["lm_head"]["kernel"].sharding.shard_shape((V + 1, D)) == (V + 1, D // 2)
+    products = [shape for shape in result_shapes(run.text, "dot") if {V + 1, V // 2 + 1} & set(shape)]
+    assert products and not [shape for shape in products if V + 1 in shape]
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
