@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
-from jaxlm.models.attention import choose_attention
+from jaxlm.kernels.choice import choose_attention, here
 from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
 from jaxlm.models.shapes import LlamaConfig
@@ -45,8 +45,7 @@ def build_step(
     attention: str = "auto",
 ) -> TimedStep:
     """Compiles a step of `rows` rows of `length` tokens, each row packed with `documents` documents."""
-    platform = jax.devices()[0].platform
-    kind, _ = choose_attention(attention, platform, compute, documents > 1)  # type: ignore[arg-type]
+    kind, _ = choose_attention(attention, here(shape, compute, length, documents > 1))
     adapters = resolve_lora(shape, lora) if lora else {}
     model = Llama(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
     mesh = make_mesh(MeshConfig())
@@ -77,7 +76,11 @@ def build_step(
         lowered = jitted.lower(state, frozen, batch)
         traced = time.perf_counter()
         program = lowered.compile()
-    facts: dict[str, Any] = {"trace_s": traced - started, "compile_s": time.perf_counter() - traced, "attention": kind}
+    facts: dict[str, Any] = {
+        "trace_s": traced - started,
+        "compile_s": time.perf_counter() - traced,
+        "attention": str(kind),
+    }
     holder = [state]
 
     def run() -> float:

@@ -22,7 +22,8 @@ class ModelConfig:
         dtype: compute dtype of matrix products; softmax, norms and loss are always float32.
         param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only
             in float32.
-        attention: which implementation runs; auto picks by device and says which at start-up.
+        attention: which implementation runs; auto takes the fastest that python -m jaxlm.kernels.tune measured on this
+            kind of device, else one by rule, and says at start-up why it and why not the others.
         remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v
             and attention output), full.
     """
@@ -31,7 +32,7 @@ class ModelConfig:
     shape: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32"] = "float32"
-    attention: Literal["auto", "pallas_tpu", "xla", "cudnn", "reference"] = "auto"
+    attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
     remat: Literal["none", "dots", "qkv_out", "full"] = "full"
 
 
@@ -412,7 +413,7 @@ class InferenceModelConfig:
         merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
         dtype: of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
         int8: keep the linear layers in int8, with a factor per output; half the memory of bfloat16.
-        attention: which implementation reads prompts; auto picks by device and says which.
+        attention: which implementation reads prompts, as in training.
     """
 
     path: str | None = None
@@ -420,7 +421,7 @@ class InferenceModelConfig:
     merge_adapter: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     int8: bool = False
-    attention: Literal["auto", "pallas_tpu", "xla", "cudnn", "reference"] = "auto"
+    attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,7 +167,7 @@ def check_devices() -> Iterator[Finding]:
     )
     yield Finding("hosts", str(jax.process_count()))
     yield _compute(devices[0], started)
-    yield from _attention(devices[0].platform)
+    yield from _attention()
 
 
 def missing_accelerator(found: str, exists: Callable[[str], bool], shown: str) -> Finding:
@@ -199,14 +199,19 @@ def _compute(device: Any, started: float) -> Finding:
     return Finding("computes", f"{speed:.2f} TFLOP/s in {jnp.dtype(dtype).name}; first result after {ready:.1f} s")
 
 
-def _attention(platform_name: str) -> Iterator[Finding]:
-    """What `attention: auto` takes."""
-    from jaxlm.models.attention import choose_attention
+def _attention() -> Iterator[Finding]:
+    """What `attention: auto` takes, for a model like LLaMA-2-7B."""
+    from jaxlm.errors import UserError
+    from jaxlm.kernels.choice import choose_attention, here
+    from jaxlm.models.shapes import SHAPES
 
-    for rows, segments in (("packed rows", True), ("single documents", False)):
-        dtype = "float32" if platform_name == "cpu" else "bfloat16"
-        kind, why = choose_attention("auto", platform_name, dtype, segments)
-        yield Finding(f"attention, {rows}", f"{kind}: {why}")
+    shape = SHAPES["llama-2-7b"]
+    for rows, packed in (("packed rows", True), ("single documents", False)):
+        case = here(shape, "bfloat16", shape.max_length, packed)
+        try:
+            yield Finding(f"attention, {rows}", choose_attention("auto", case)[1])
+        except UserError as error:
+            yield Finding(f"attention, {rows}", "the table of tuned kernels cannot be read", str(error), serious=True)
 
 
 def _print(findings: Sequence[Finding]) -> None:

@@ -138,7 +138,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
-    from jaxlm.models.attention import choose_attention
+    from jaxlm.kernels.choice import choose_attention, here
     from jaxlm.models.lora import resolve_lora
     from jaxlm.models.moe import choose_compute
     from jaxlm.parallel.mesh import make_mesh
@@ -163,7 +163,9 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
-    attention, reason = choose_attention(config.model.attention, platform, dtype, False)
+    # Prompts have any length; the longest ones are what takes time.
+    case = here(source.config, dtype, source.config.max_length, False)
+    attention, reason = choose_attention(config.model.attention, case)
     if adapter is None and config.model.merge_adapter:
         raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
     merge = config.model.merge_adapter
@@ -194,8 +196,10 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
         markup=False,
     )
     console.print(f"template   {template}: {why}", markup=False)
-    writing = "a kernel that reads the slots in use" if attention == "pallas_tpu" else "plain, over all of the cache"
-    console.print(f"attention  {attention}: {reason}; while writing: {writing}", markup=False)
+    writing = (
+        "a kernel that reads the slots in use" if attention.name == "pallas_tpu" else "plain, over all of the cache"
+    )
+    console.print(f"attention  {reason}; while writing: {writing}", markup=False)
     if moe is not None:
         console.print(f"experts    {moe.experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
     if not stops:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from jaxlm.kernels.choice import Choice
 from jaxlm.models.attention import KVCache, MaskSpec
 from jaxlm.models.linear import quantize
 from jaxlm.models.llama import Block, Llama, RMSNorm, abstract_variables, output_logits
@@ -58,7 +59,7 @@ class Decoder:
     config: LlamaConfig
     adapters: tuple[tuple[str, LoraSpec], ...] = ()
     dtype: str = "float32"
-    attention: str = "xla"
+    attention: str | Choice = "xla"
     quantized: bool = False
     experts: str = "dense"
 

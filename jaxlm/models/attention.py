@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.errors import UserError
+from jaxlm.kernels.choice import Choice
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
 from jaxlm.kernels.flash_attention import flash_attention
 
-Implementation = Literal["auto", "pallas_tpu", "xla", "cudnn", "reference"]
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
 # in the program: at T = 512 the 110 M benchmark's step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
 QUERY_BLOCK = 256
@@ -210,8 +209,16 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) ->
     )
 
 
-def pallas_tpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) -> jax.Array:
-    """The Pallas kernel (`kernels.flash_attention`); rows and heads stay where the mesh has them.
+def pallas_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: MaskSpec,
+    backend: str = "tpu",
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> jax.Array:
+    """The Pallas kernel for `backend` (`kernels.flash_attention`); rows and heads stay where the mesh has them.
 
     Other than in the plain form, padding (segment 0) sees nothing and its output is 0.
     """
@@ -223,63 +230,38 @@ def pallas_tpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpe
         names = () if rows is None else (rows,) if isinstance(rows, str) else rows
         if q.shape[0] % math.prod(mesh.shape[name] for name in names):
             rows = None  # parameters are initialised with a single row
-    return flash_attention(
-        q, k, v, mask.segment_ids, causal=mask.causal, window=mask.window, rows_axes=rows, heads_axes=heads
-    )[0]
+    options: dict[str, Any] = dict(block_q=block_q, block_k=block_k, rows_axes=rows, heads_axes=heads)
+    if backend != "tpu":
+        options["backend"] = backend
+    return flash_attention(q, k, v, mask.segment_ids, causal=mask.causal, window=mask.window, **options)[0]
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference_attention,
     "xla": xla_attention,
     "cudnn": cudnn_attention,
-    "pallas_tpu": pallas_tpu_attention,
+    "pallas_tpu": pallas_attention,
+    "pallas_gpu": partial(pallas_attention, backend="gpu"),
 }
 # These name what a remat policy may keep themselves.
-_NAME_THEIR_OUTPUT = ("xla", "pallas_tpu")
+_NAME_THEIR_OUTPUT = ("xla", "pallas_tpu", "pallas_gpu")
 
 
-def choose_attention(requested: Implementation, platform: str, dtype: str, segments: bool) -> tuple[str, str]:
-    """Which implementation runs on this platform, and why, for the start-up line.
-
-    Args:
-        requested: the config's `model.attention`.
-        platform: 'cpu', 'gpu' or 'tpu'.
-        dtype: compute dtype.
-        segments: whether rows are packed.
-
-    Raises:
-        UserError: when the one asked for cannot serve.
-    """
-    if requested == "pallas_tpu" and platform != "tpu":
-        raise UserError(f"model.attention: 'pallas_tpu' needs a TPU, this is {platform}; use 'auto' or 'xla'")
-    if requested == "cudnn" and platform != "gpu":
-        raise UserError(f"model.attention: 'cudnn' needs an NVIDIA GPU, this is {platform}; use 'auto' or 'xla'")
-    if requested == "cudnn" and dtype != "bfloat16":
-        raise UserError(f"model.attention: 'cudnn' computes in bfloat16, model.dtype is {dtype}; use 'auto' or 'xla'")
-    if requested != "auto":
-        return requested, "as configured"
-    if platform == "gpu" and dtype == "bfloat16" and not segments:
-        return "cudnn", "bfloat16 rows without segments on a GPU"
-    if platform == "gpu":
-        return "xla", "packed segments (cuDNN takes them only as a dense mask)" if segments else f"{dtype} on a GPU"
-    if platform == "tpu":
-        return "pallas_tpu", "skips what the mask empties (xla computes it, cudnn needs a GPU)"
-    return "xla", f"the only fused form for {platform} (pallas_tpu needs a TPU, cudnn a GPU)"
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implementation: str) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implementation: str | Choice) -> jax.Array:
     """Softmax attention; scores and softmax in float32.
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h]; scaled by 1/sqrt(h).
         mask: who sees whom.
-        implementation: a key of IMPLEMENTATIONS (see `choose_attention`).
+        implementation: a key of IMPLEMENTATIONS, or such a one with its blocks (see `kernels.choice`).
 
     Returns:
         [B, T, H, h].
     """
-    out = IMPLEMENTATIONS[implementation](q, k, v, mask)
-    return out if implementation in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
+    choice = Choice(implementation) if isinstance(implementation, str) else implementation
+    blocks = {} if choice.block_q is None else dict(block_q=choice.block_q, block_k=choice.block_k)
+    out = IMPLEMENTATIONS[choice.name](q, k, v, mask, **blocks)
+    return out if choice.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
 
 
 @flax.struct.dataclass
@@ -298,7 +280,7 @@ class KVCache:
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, implementation: str
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, implementation: str | Choice
 ) -> tuple[jax.Array, KVCache]:
     """Attention of a few new tokens to a cache, into which their keys and values are written first.
 
@@ -312,8 +294,9 @@ def cached_attention(
         [B, T, H, h] in q's dtype (scores and softmax in float32), and the new cache.
     """
     assert cache.places is not None
+    name = implementation if isinstance(implementation, str) else implementation.name
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(
-        _cached_attention, window=window, kernel=implementation == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
+        _cached_attention, window=window, kernel=name == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
     )
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from jaxlm.kernels.choice import Choice
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
 from jaxlm.models.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.models.linear import Linear
@@ -60,7 +61,7 @@ class Attention(nn.Module):
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
-    implementation: str
+    implementation: str | Choice
     quantized: bool = False
 
     @nn.compact
@@ -165,7 +166,7 @@ class Block(nn.Module):
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
-    implementation: str
+    implementation: str | Choice
     deterministic: bool
     keep_kv: bool = False
     quantized: bool = False
@@ -210,7 +211,7 @@ class Llama(nn.Module):
         adapters: LoRA by linear-layer name (see `resolve_lora`); empty for none.
         dtype: compute dtype.
         param_dtype: dtype of the base parameters.
-        attention: a key of `attention.IMPLEMENTATIONS`.
+        attention: a key of `attention.IMPLEMENTATIONS`, or what `choose_attention` found.
         remat: a key of REMAT_POLICIES, or 'none'.
         experts: how an MoE feed-forward computes (see `moe.MoeMLP`).
         router_noise: see `moe.MoeMLP`.
@@ -220,7 +221,7 @@ class Llama(nn.Module):
     adapters: Mapping[str, LoraSpec] = dataclasses.field(default_factory=dict)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: str = "xla"
+    attention: str | Choice = "xla"
     remat: str = "full"
     experts: str = "dense"
     router_noise: float = 0.0

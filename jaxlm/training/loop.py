@@ -20,13 +20,13 @@ from rich.console import Console
 from jaxlm.config import MoeRunConfig, RunConfig, to_dict
 from jaxlm.data.loader import BATCH_DTYPES, Data
 from jaxlm.errors import UserError
-from jaxlm.models.attention import choose_attention
+from jaxlm.kernels.choice import choose_attention, here
 from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
 from jaxlm.models.moe import choose_compute
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.distributed import Hosts
-from jaxlm.parallel.mesh import BATCH, make_mesh, put_batch, replicated, rows_axis_size, use_mesh
+from jaxlm.parallel.mesh import BATCH, local_rows, make_mesh, put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.training.checkpoint import Checkpoints, model_json
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.report import (
@@ -136,9 +136,13 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     # Model and mesh ---------------------------------------------------------------------------
     mesh = make_mesh(config.mesh, experts=job.model.moe.experts if job.model.moe else None)
     micro_batch = _micro_batch(config, rows_axis_size(mesh))
-    accumulation = config.train.global_batch_size // (micro_batch * rows_axis_size(mesh))
+    micro_rows = micro_batch * rows_axis_size(mesh)
+    accumulation = config.train.global_batch_size // micro_rows
     platform = jax.devices()[0].platform
-    kind, why = choose_attention(config.model.attention, platform, config.model.dtype, _packs(config))
+    case = here(job.model, config.model.dtype, config.data.sequence_length, _packs(config))
+    chosen, attention = choose_attention(config.model.attention, case)
+    # Hosts have tables of their own; with different programs they would wait for each other for ever.
+    hosts.agree("attention", {"model.attention": str(chosen)})
     adapters = resolve_lora(job.model, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
     experts = None if job.model.moe is None else choose_compute(moe.compute, platform, job.model.moe, adapters)
@@ -147,7 +151,7 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         adapters,
         DTYPES[config.model.dtype],
         DTYPES[config.model.param_dtype],
-        kind,
+        chosen,
         config.model.remat,
         experts[0] if experts else "dense",
         moe.noise,
@@ -157,8 +161,7 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         accumulation,
         config.train.epochs,
         config.train.steps,
-        hosts.process,
-        hosts.processes,
+        local_rows(mesh, micro_rows),
     )
     total = len(batches)
     schedule = make_schedule(config.optimizer, total)
@@ -204,7 +207,6 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     train_step, eval_step, compile_seconds, memory = _compile(
         job, setup, mesh, optimizer, schedule, accumulation, state, frozen, terminal
     )
-    attention = f"{kind}: {why}"
     for told in (terminal, hosts.log):
         if told is not None:
             _announce(told, job, setup, mesh, accumulation, total, step, attention, experts, compile_seconds, memory)
@@ -269,7 +271,7 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
             if step == 0 and config.train.eval_every:
                 evaluate(0)
             while step < total and not hosts.due():
-                batch = put_batch(next(rows), mesh)
+                batch = put_batch(next(rows), mesh, micro_rows)
                 state, metrics = train_step(state, frozen, batch)
                 step += 1
                 finish_pending()
@@ -440,8 +442,8 @@ def _evaluate(
         return None
     rows = _eval_rows(job.config, rows_axis_size(mesh))
     sums = dict.fromkeys(("loss", "correct", "target_tokens"), 0.0)
-    for batch in job.data.eval_batches(rows, hosts.process, hosts.processes):
-        micro = put_batch({name: array[None] for name, array in batch.items()}, mesh)
+    for batch in job.data.eval_batches(rows, local_rows(mesh, rows)):
+        micro = put_batch({name: array[None] for name, array in batch.items()}, mesh, rows)
         out = jax.device_get(eval_step(state.trainable, frozen, micro))
         if hosts.due():
             return None

@@ -14,12 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.errors import UserError
 from jaxlm.models import attention as attention_module
 from jaxlm.models.attention import (
     MaskSpec,
     attention,
-    choose_attention,
     cudnn_attention,
     reference_attention,
     xla_attention,
@@ -198,34 +196,6 @@ def test_blocks_skip_keys_out_of_reach() -> None:
 
     assert tiles(None) == [(8, 8), (8, 16), (8, 24), (8, 32)]
     assert tiles(3) == [(8, 8), (8, 10), (8, 10), (8, 10)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "chosen"),
-    [
-        (("auto", "cpu", "float32", True), "xla"),
-        (("auto", "tpu", "bfloat16", False), "pallas_tpu"),
-        (("auto", "tpu", "float32", True), "pallas_tpu"),
-        (("pallas_tpu", "tpu", "bfloat16", True), "pallas_tpu"),
-        (("auto", "gpu", "bfloat16", False), "cudnn"),
-        (("auto", "gpu", "bfloat16", True), "xla"),
-        (("auto", "gpu", "float32", False), "xla"),
-        (("reference", "gpu", "bfloat16", False), "reference"),
-        (("cudnn", "gpu", "bfloat16", True), "cudnn"),
-    ],
-)
-def test_choice(arguments: Any, chosen: str) -> None:
-    name, why = choose_attention(*arguments)
-    assert name == chosen and why
-
-
-def test_choice_errors() -> None:
-    with pytest.raises(UserError, match=r"model.attention: 'pallas_tpu' needs a TPU, this is cpu; use 'auto' or 'xla'"):
-        choose_attention("pallas_tpu", "cpu", "bfloat16", False)
-    with pytest.raises(UserError, match=r"model.attention: 'cudnn' needs an NVIDIA GPU, this is cpu"):
-        choose_attention("cudnn", "cpu", "bfloat16", False)
-    with pytest.raises(UserError, match=r"'cudnn' computes in bfloat16, model.dtype is float32"):
-        choose_attention("cudnn", "gpu", "float32", False)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU (JAXLM_TEST_PLATFORMS=cuda,cpu)")

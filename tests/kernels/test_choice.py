@@ -1,0 +1,221 @@
+"""Which attention runs, what is said about it, and the tables that decide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.kernels import choice, flash_attention
+from jaxlm.kernels.choice import Case, Choice, Entry, choose_attention, here, measured, read_table, write_table
+from jaxlm.models import attention as attention_module
+from jaxlm.models.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
+from jaxlm.models.shapes import SHAPES
+
+CPU = Case("cpu", "cpu", None, "float32", 512, 128, 32, 32, True)
+H200 = dataclasses.replace(CPU, platform="gpu", device_kind="NVIDIA H200", capability="9.0", dtype="bfloat16")
+A100 = dataclasses.replace(H200, device_kind="NVIDIA A100-SXM4-80GB", capability="8.0")
+V5E = dataclasses.replace(CPU, platform="tpu", device_kind="TPU v5 lite", dtype="bfloat16")
+
+
+def single(case: Case, **changes: Any) -> Case:
+    return dataclasses.replace(case, packed=False, **changes)
+
+
+@pytest.fixture(autouse=True)
+def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the user's table would be, and kernels that take head dims up to 256."""
+
+    def unsupported(backend: str, *, dtype: str, head_dim: int, heads: int, kv_heads: int) -> str | None:
+        if backend == "gpu" and dtype != "bfloat16":
+            return f"computes in bfloat16, not {dtype}"
+        return f"takes head dims up to 256, not {head_dim}" if head_dim > 256 else None
+
+    monkeypatch.setattr(flash_attention, "unsupported", unsupported, raising=False)
+    monkeypatch.setenv("JAXLM_TUNED", str(tmp_path / "mine" / "tuned.json"))
+    monkeypatch.setattr(choice, "SHIPPED", tmp_path / "shipped.json")
+    yield tmp_path / "mine" / "tuned.json"
+
+
+@pytest.mark.parametrize(
+    ("case", "chosen"),
+    [
+        (CPU, "xla"),
+        (V5E, "pallas_tpu"),
+        (single(V5E), "pallas_tpu"),
+        (dataclasses.replace(V5E, head_dim=512), "xla"),
+        (single(H200), "cudnn"),
+        (single(H200, head_dim=256), "cudnn"),
+        (single(A100, head_dim=256), "xla"),
+        (single(H200, dtype="float32"), "xla"),
+        (H200, "pallas_gpu"),
+        (A100, "xla"),
+        (single(A100), "cudnn"),
+        (dataclasses.replace(H200, head_dim=512), "xla"),
+    ],
+)
+def test_rules_where_nothing_was_measured(case: Case, chosen: str) -> None:
+    found, line = choose_attention("auto", case)
+    assert found == Choice(chosen)
+    assert line.startswith(f"{chosen}: ")
+    assert f"not measured on this device kind, {case.device_kind}; run python -m jaxlm.kernels.tune" in line
+    others = line.split("; not ")[1]
+    assert all((f"{name} (" in others) == (name != chosen) for name in choice.NAMES)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("requested", "case", "message"),
+    [
+        ("pallas_tpu", CPU, "'pallas_tpu' cannot serve: needs a TPU; this is cpu; use 'auto' or 'xla'"),
+        (
+            "pallas_tpu",
+            dataclasses.replace(V5E, head_dim=512),
+            "'pallas_tpu' cannot serve: takes head dims up to 256, not 512",
+        ),
+        ("pallas_gpu", V5E, "'pallas_gpu' cannot serve: needs a Hopper GPU .*; this is TPU v5 lite; use"),
+        (
+            "pallas_gpu",
+            A100,
+            r"'pallas_gpu' cannot serve: needs a Hopper GPU .*; this is NVIDIA A100-SXM4-80GB \(8.0\)",
+        ),
+        ("pallas_gpu", dataclasses.replace(H200, capability="10.0"), r".* this is NVIDIA H200 \(10.0\)"),
+        ("cudnn", CPU, "'cudnn' cannot serve: needs an NVIDIA GPU; this is cpu"),
+        (
+            "cudnn",
+            dataclasses.replace(A100, capability="7.5"),
+            r"'cudnn' cannot serve: needs compute capability 8.0; this is NVIDIA A100-SXM4-80GB \(7.5\)",
+        ),
+        (
+            "cudnn",
+            dataclasses.replace(H200, dtype="float32"),
+            "'cudnn' cannot serve: computes in bfloat16, not float32",
+        ),
+        (
+            "cudnn",
+            single(A100, head_dim=256),
+            "'cudnn' cannot serve: takes head dims up to 128 that 8 divides, not 256",
+        ),
+        (
+            "cudnn",
+            single(H200, head_dim=100),
+            "'cudnn' cannot serve: takes head dims up to 256 that 8 divides, not 100",
+        ),
+    ],
+)
+def test_what_cannot_serve_is_refused(requested: str, case: Case, message: str) -> None:
+    with pytest.raises(UserError, match=f"model.attention: {message}"):
+        choose_attention(requested, case)
+
+
+def test_as_configured() -> None:
+    assert choose_attention("reference", H200) == (Choice("reference"), "reference: as configured")
+    found, line = choose_attention("cudnn", H200)
+    assert found == Choice("cudnn") and line.endswith("packed segments reach it as a dense mask: right, but slow")
+    assert choose_attention("cudnn", single(H200))[1] == "cudnn: as configured"
+
+
+def table(case: Case, *rows: tuple[int, Choice, dict[str, float]]) -> choice.Table:
+    entries = {bucket: Entry(found, times, bucket - 1, "jax 0.10.2, 2026-11-21") for bucket, found, times in rows}
+    return {(case.device_kind, case.dtype, case.shape_class): entries}
+
+
+def test_what_was_measured_counts(no_tables: Path) -> None:
+    fast, slow = Choice("pallas_gpu", 128, 64), Choice("xla")
+    write_table(
+        no_tables, table(H200, (512, fast, {"pallas_gpu": 2.0, "xla": 7.0}), (8192, slow, {"xla": 5.0, "cudnn": 6.0}))
+    )
+    found, line = choose_attention("auto", H200)
+    assert found == fast
+    assert line.startswith("pallas_gpu (blocks of 128 x 64): 2 ms at length 511 (jax 0.10.2, 2026-11-21; ")
+    assert str(no_tables) in line and "xla (3.5 times slower)" in line and "pallas_tpu (needs a TPU)" in line
+    # The nearest length that was measured; another device, dtype or shape was not.
+    assert choose_attention("auto", dataclasses.replace(H200, length=1500))[0] == fast
+    assert choose_attention("auto", dataclasses.replace(H200, length=3000))[0] == slow
+    for other in (
+        dataclasses.replace(H200, head_dim=64),
+        dataclasses.replace(H200, kv_heads=8),
+        dataclasses.replace(H200, window=64),
+        single(H200),
+    ):
+        line = choose_attention("auto", other)[1]
+        assert f"(bfloat16 {other.shape_class} was not measured on this device kind, NVIDIA H200" in line
+    assert measured(dataclasses.replace(H200, window=512)) == measured(H200)
+    assert measured(A100) is None
+
+
+def test_the_users_table_before_the_shipped_one(no_tables: Path) -> None:
+    write_table(choice.SHIPPED, table(CPU, (512, Choice("reference"), {"reference": 1.0})))
+    assert choose_attention("auto", CPU)[0] == Choice("reference")
+    write_table(no_tables, table(CPU, (512, Choice("xla"), {"xla": 2.0})))
+    assert choose_attention("auto", CPU)[0] == Choice("xla")
+    # What cannot serve here is passed over, wherever it was measured.
+    write_table(no_tables, table(CPU, (512, Choice("cudnn"), {"cudnn": 2.0})))
+    assert choose_attention("auto", CPU)[0] == Choice("reference")
+
+
+def test_tables_there_and_back(no_tables: Path) -> None:
+    written = table(H200, (512, Choice("pallas_gpu", 128, 64), {"pallas_gpu": 2.0, "xla": 7.0}))
+    write_table(no_tables, written)
+    assert read_table(no_tables) == written
+    assert [path.name for path in no_tables.parent.iterdir()] == ["tuned.json"]
+    assert read_table(no_tables.with_name("none.json")) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no table of tuned kernels"),
+        ("[]", "no table of tuned kernels"),
+        ('{"format": 2, "entries": []}', "a table of format 2, this jaxlm reads 1; delete it and run python -m jaxlm"),
+        ('{"format": 1, "entries": [{"device_kind": "cpu"}]}', r"no table of tuned kernels \(KeyError\('dtype'\)\)"),
+        ('{"format": 1, "entries": [1]}', "no table of tuned kernels"),
+    ],
+)
+def test_broken_tables(content: str, message: str, no_tables: Path) -> None:
+    no_tables.parent.mkdir()
+    no_tables.write_text(content)
+    with pytest.raises(UserError, match=message):
+        choose_attention("auto", CPU)
+    assert choose_attention("xla", CPU)[0] == Choice("xla")
+
+
+def test_the_shipped_table_can_be_read() -> None:
+    assert read_table(Path(choice.__file__).with_name("tuned.json")) == {}  # nothing was measured yet
+
+
+def test_here() -> None:
+    case = here(SHAPES["llama-2-7b"], "bfloat16", 4096, True)
+    assert case == Case("cpu", jax.devices()[0].device_kind, None, "bfloat16", 4096, 128, 32, 32, True, None)
+    assert (case.bucket, dataclasses.replace(case, length=4097).bucket, dataclasses.replace(case, length=1).bucket) == (
+        4096,
+        8192,
+        1,
+    )
+
+
+def test_all_can_be_run() -> None:
+    assert set(IMPLEMENTATIONS) == set(choice.NAMES)
+
+
+def test_blocks_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 2, 4)), jnp.float32)
+    seen: list[dict[str, Any]] = []
+
+    def kernel(q: Any, k: Any, v: Any, ids: Any, **options: Any) -> Any:
+        seen.append(options)
+        return reference_attention(q, k, v, MaskSpec(ids)), None
+
+    monkeypatch.setattr(attention_module, "flash_attention", kernel)
+    attention(q, q, q, MaskSpec(), Choice("pallas_tpu", 256, 512))
+    attention(q, q, q, MaskSpec(), "pallas_gpu")
+    attention(q, q, q, MaskSpec(), Choice("pallas_gpu", 64, 128))
+    assert [(options["block_q"], options["block_k"]) for options in seen] == [(256, 512), (None, None), (64, 128)]
+    assert [options.get("backend", "tpu") for options in seen] == ["tpu", "gpu", "gpu"]
