@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
+from jaxlm.kernels.flash_attention import gpu, gpu_backward, tpu, tpu_backward
 from jaxlm.kernels.flash_attention.common import LOG2_E
+from jaxlm.kernels.flash_attention.gpu_common import finite, protect
 from jaxlm.kernels.flash_attention.schedule import Spec
-from jaxlm.kernels.flash_attention.tpu import forward
-from jaxlm.kernels.flash_attention.tpu_backward import backward
 
 Axes = str | tuple[str, ...] | None
+Backend = Literal["tpu", "gpu"]
 
 # Rows of a block of queries and of keys.
 BLOCK = 512
@@ -46,9 +47,10 @@ def flash_attention(
     block_k: int | None = None,
     rows_axes: Axes = None,
     heads_axes: Axes = None,
+    backend: Backend = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention by a TPU kernel, differentiable in q, k and v.
+    """Attention by a Pallas kernel, differentiable in q, k and v.
 
     A query sees a key of its own segment that is not later (causal) and fewer than `window` places back, by place in
     the row. NaN and infinity elsewhere do not reach it, nor do they reach its gradient.
@@ -59,16 +61,18 @@ def flash_attention(
         kv_segment_ids: [B, S]; None: those of the queries.
         soft_cap: scores become cap * tanh(score / cap).
         scale: of scores; None: 1/sqrt(h).
-        block_q, block_k: rows of a block; None: BLOCK, or the length where that is shorter.
+        block_q, block_k: rows of a block; None: on a TPU BLOCK, or the length where that is shorter; on a GPU
+            `gpu.blocks`.
         rows_axes, heads_axes: mesh axes over which B, and H and K, are split.
-        interpret: for tests: run on a CPU (see `pallas_call`).
+        backend: for which kind of device.
+        interpret: for tests: run on a CPU (see `pallas_call`; for a GPU kernel its `InterpretGPUParams`).
 
     Returns:
         [B, T, H, h] in q's dtype (0 where a query sees nothing), and log-sum-exp of the scores [B, T, H] float32
         (-inf there).
 
     Raises:
-        UserError: shapes that do not go together; rows too long for the chip.
+        UserError: shapes that do not go together; rows too long for the chip; what `unsupported` names.
     """
     batch, q_length, heads, dim = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -88,6 +92,13 @@ def flash_attention(
             raise UserError(f"flash_attention: {name} {ids.shape} should be {(batch, length)}, as q and k have it")
     if (segment_ids is None) != (kv_segment_ids is None):
         raise UserError("flash_attention: kv_segment_ids without segment_ids; give those of the queries too")
+    reason = unsupported(backend, dtype=q.dtype, head_dim=dim, heads=heads, kv_heads=kv_heads)
+    if reason and not interpret:
+        raise UserError(f"flash_attention: {reason}; use attention 'xla'")
+    default_q, default_k = gpu.blocks(dim) if backend == "gpu" else (BLOCK, BLOCK)
+    block_q, block_k = block_q or default_q, block_k or default_k
+    if backend == "tpu":
+        block_q, block_k = min(block_q, _whole(q_length, LANES)), min(block_k, _whole(kv_length, LANES))
     spec = Spec(
         causal=causal,
         window=window,
@@ -95,30 +106,65 @@ def flash_attention(
         scale=1 / math.sqrt(dim) if scale is None else scale,
         q_length=q_length,
         kv_length=kv_length,
-        block_q=min(block_q or BLOCK, _whole(q_length)),
-        block_k=min(block_k or BLOCK, _whole(kv_length)),
+        block_q=block_q,
+        block_k=block_k,
+        backend=backend,
         interpret=interpret,
     )
-    all_ids = (None if a is None else _padded(a.astype(jnp.int32), 1) for a in (segment_ids, kv_segment_ids))
-    by_head = (_padded(x.swapaxes(1, 2), 2) for x in (q, k, v))
-    out, lse = _flash(*by_head, *all_ids, spec, (rows_axes, heads_axes))
+    axes = rows_axes, heads_axes
+    # A TPU's registers hold parts of T x h; a GPU's copies find a head's rows wherever they lie, but only whole blocks.
+    unit = LANES if backend == "tpu" else math.lcm(block_q, block_k)
+    if backend == "gpu":
+        q, k, v = (_padded(x, 1, unit) for x in (q, k, v))
+    else:
+        q, k, v = (_padded(x.swapaxes(1, 2), 2, unit) for x in (q, k, v))
+    q_ids, kv_ids = (
+        None if ids is None else _padded(ids.astype(jnp.int32), 1, unit) for ids in (segment_ids, kv_segment_ids)
+    )
+    out, lse = _flash(q, k, v, q_ids, kv_ids, spec, axes)
+    if backend == "gpu":
+        return out[:, :q_length], lse[:, :, :q_length].swapaxes(1, 2)
     return out[:, :, :q_length].swapaxes(1, 2), lse[:, :, 0, :q_length].swapaxes(1, 2)
 
 
-def _whole(length: int) -> int:
-    return -(-length // LANES) * LANES
+def unsupported(backend: Backend, *, dtype: Any, head_dim: int, heads: int, kv_heads: int) -> str | None:
+    """Why the kernel of this kind of device cannot serve; None when it can.
+
+    Args:
+        dtype: of q, k and v.
+    """
+    if heads % kv_heads:
+        return f"{heads} query heads cannot share {kv_heads} kv heads"
+    if backend == "tpu":
+        return None
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"a GPU's tensor cores take bfloat16 or float16 here, not {jnp.dtype(dtype).name}"
+    if head_dim % 16 or head_dim > 256:
+        return f"head dim {head_dim} is not a multiple of 16 up to 256"
+    return gpu.broken_compiler()
 
 
-def _padded(x: jax.Array, axis: int) -> jax.Array:
-    more = _whole(x.shape[axis]) - x.shape[axis]
+def _whole(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
+
+
+def _padded(x: jax.Array, axis: int, unit: int) -> jax.Array:
+    more = _whole(x.shape[axis], unit) - x.shape[axis]
     return jnp.pad(x, [(0, more if at == axis else 0) for at in range(x.ndim)]) if more else x
 
 
-def _sharded(run: Callable[..., Any], axes: tuple[Axes, Axes], inputs: str, outputs: str) -> Callable[..., Any]:
-    """`run` on each device's rows and heads; 't' stands for a tensor [B, H, ...], 'i' for segment ids [B, ...]."""
+def _sharded(
+    run: Callable[..., Any], axes: tuple[Axes, Axes], inputs: str, outputs: str, backend: str
+) -> Callable[..., Any]:
+    """`run` on each device's rows and heads.
+
+    't' stands for a tensor (TPU: [B, H, T, h], GPU: [B, T, H, h]), 'l' for a number of each query [B, H, ...], 'i' for
+    segment ids [B, ...].
+    """
     if axes == (None, None):
         return run
-    specs = {"t": P(*axes), "i": P(axes[0])}
+    rows, heads = axes
+    specs = {"t": P(rows, None, heads) if backend == "gpu" else P(rows, heads), "l": P(rows, heads), "i": P(rows)}
     # A kernel says nothing about how its results vary over the mesh.
     return jax.shard_map(
         run, in_specs=tuple(specs[c] for c in inputs), out_specs=tuple(specs[c] for c in outputs), check_vma=False
@@ -147,7 +193,10 @@ def _flash_fwd(
     spec: Spec,
     axes: tuple[Axes, Axes],
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    out, lse = _sharded(partial(forward, spec=spec), axes, "tttii", "tt")(q, k, v, q_ids, kv_ids)
+    forward = gpu.forward if spec.backend == "gpu" else tpu.forward
+    if spec.backend == "gpu":
+        k, v = protect(k, v)
+    out, lse = _sharded(partial(forward, spec=spec), axes, "tttii", "tl", spec.backend)(q, k, v, q_ids, kv_ids)
     # Named for remat policies: with both at hand the kernel need not run again.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_out")
     return (out, lse / LOG2_E), (q, k, v, q_ids, kv_ids, out, lse)
@@ -156,11 +205,16 @@ def _flash_fwd(
 def _flash_bwd(spec: Spec, axes: tuple[Axes, Axes], residuals: Any, grads: Any) -> tuple[Any, ...]:
     q, k, v, q_ids, kv_ids, out, lse = residuals
     grad, grad_lse = grads
-    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=3)[:, :, None]
+    delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=3)
+    delta = delta.swapaxes(1, 2) if spec.backend == "gpu" else delta[:, :, None]
     # A gradient that is broken for one query is broken for all keys it sees, and the weights have to show it.
     lse = lse + delta * 0.0
-    run = _sharded(partial(backward, spec=spec), axes, "tttiittt", "ttt")
-    grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad.astype(q.dtype))
+    grad = grad.astype(q.dtype)
+    if spec.backend == "gpu":
+        q, grad = finite(q), finite(grad)  # what was broken has broken lse and delta
+    backward = gpu_backward.backward if spec.backend == "gpu" else tpu_backward.backward
+    run = _sharded(partial(backward, spec=spec), axes, "tttiillt", "ttt", spec.backend)
+    grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad)
     return grad_q, grad_k, grad_v, None, None
 
 

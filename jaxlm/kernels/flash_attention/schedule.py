@@ -38,6 +38,7 @@ class Spec:
         scale: of the scores.
         q_length, kv_length: true lengths; arrays may be longer.
         block_q, block_k: rows of a block.
+        backend: 'tpu' or 'gpu'.
         interpret: run on a CPU, slowly.
     """
 
@@ -49,6 +50,7 @@ class Spec:
     kv_length: int
     block_q: int
     block_k: int
+    backend: str = "tpu"
     interpret: Any = False
 
     @property
@@ -111,6 +113,49 @@ def _static_masks(spec: Spec) -> tuple[np.ndarray, np.ndarray]:
     return possible, whole
 
 
+def pair_masks(spec: Spec, batch: int, q_ids: jax.Array | None, kv_ids: jax.Array | None) -> tuple[Any, Any]:
+    """Of each pair of blocks, whether some query sees some key, and whether every query sees every key.
+
+    Returns:
+        Two bool arrays [B, n_q, n_k], NumPy's where there are no segments.
+    """
+    n_q, n_k = spec.blocks
+    possible, whole = _static_masks(spec)
+    live: Any = np.broadcast_to(possible, (batch, n_q, n_k))
+    full: Any = np.broadcast_to(whole, live.shape)
+    if q_ids is None:
+        return live, full
+    assert kv_ids is not None
+    q_low, q_high, q_one = (a[:, :, None] for a in _bounds(q_ids, n_q, spec.block_q))
+    k_low, k_high, k_one = (a[:, None] for a in _bounds(kv_ids, n_k, spec.block_k))
+    return live & (q_low <= k_high) & (k_low <= q_high), full & q_one & k_one & (q_low == k_low)
+
+
+def make_ranges(spec: Spec, batch: int, q_ids: jax.Array | None, kv_ids: jax.Array | None, by_keys: bool) -> jax.Array:
+    """For kernels that walk over neighbouring blocks: where each block begins, and where it need not mask.
+
+    Args:
+        by_keys: of each block of keys, which blocks of queries; else of each block of queries, which blocks of keys.
+
+    Returns:
+        [B, n, 4] int32: the first block, the first of those that every pair of is visible, the first behind them, the
+        first behind all. All four are 0 where nothing is visible. Segments in several pieces make for a range with
+        blocks in it that need no visit; they are masked.
+    """
+    live, full = pair_masks(spec, batch, q_ids, kv_ids)
+    xp: Any = np if q_ids is None else jnp
+    if by_keys:
+        live, full = live.swapaxes(1, 2), full.swapaxes(1, 2)
+    full = full & live
+    blocks = np.arange(live.shape[2])
+    first = xp.argmax(live, axis=2)
+    end = xp.where(live, blocks + 1, 0).max(axis=2)
+    whole = xp.where(full.any(axis=2), xp.argmax(full, axis=2), first)
+    broken = ~full & (blocks >= whole[..., None])
+    behind = xp.where(broken.any(axis=2), xp.argmax(broken, axis=2), live.shape[2])
+    return jnp.asarray(xp.stack([first, whole, xp.minimum(behind, end), end], axis=2), jnp.int32)
+
+
 def make_schedule(spec: Spec, batch: int, q_ids: jax.Array | None, kv_ids: jax.Array | None, by_keys: bool) -> Schedule:
     """The steps of one kernel.
 
@@ -123,22 +168,14 @@ def make_schedule(spec: Spec, batch: int, q_ids: jax.Array | None, kv_ids: jax.A
         UserError: when the lists would not fit in scalar memory.
     """
     n_q, n_k = spec.blocks
-    possible, whole = _static_masks(spec)
+    possible, _ = _static_masks(spec)
+    live, full = pair_masks(spec, batch, q_ids, kv_ids)
+    xp: Any = np if q_ids is None else jnp
     # Each block is visited at least once, or its result would never be written.
     q_home = np.minimum(np.arange(n_q) * spec.block_q // spec.block_k, n_k - 1)
     k_home = np.minimum(np.arange(n_k) * spec.block_k // spec.block_q, n_q - 1)
     q_is_home = np.arange(n_k)[None] == q_home[:, None]
     k_is_home = np.arange(n_q)[:, None] == k_home[None]
-    live: Any = np.broadcast_to(possible, (batch, n_q, n_k))
-    full: Any = np.broadcast_to(whole, live.shape)
-    xp: Any = np
-    if q_ids is not None:
-        assert kv_ids is not None
-        xp = jnp
-        q_low, q_high, q_one = (a[:, :, None] for a in _bounds(q_ids, n_q, spec.block_q))
-        k_low, k_high, k_one = (a[:, None] for a in _bounds(kv_ids, n_k, spec.block_k))
-        live = live & (q_low <= k_high) & (k_low <= q_high)
-        full = full & q_one & k_one & (q_low == k_low)
     keep = live | (q_is_home & ~live.any(axis=2, keepdims=True)) | (k_is_home & ~live.any(axis=1, keepdims=True))
     q_first, q_last = _ends(keep, 2, n_k, xp)
     k_first, k_last = _ends(keep, 1, n_q, xp)
