@@ -316,7 +316,7 @@ def _preview(config: RunConfig, batches: int, console: Console) -> None:
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, _ = _tokenizer(config, source)
     data = _data(config, tokenizer, _shape(config, source, tokenizer), console)
-    train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps, 0, 1)
+    train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps)
     for number in range(min(batches, len(train))):
         console.rule(f"batch {number}")
         preview(train[number], tokenizer, console)

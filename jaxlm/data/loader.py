@@ -52,8 +52,8 @@ class BatchSource:
         positions int32: from 0 in each segment;
         modality_ids int8: 0 for text, 1, 2, … for the modalities that have tokens of their own, -1 where padded.
 
-    Row a * B_global + b of a global batch is row b of micro-step a; a host has a contiguous block of b. Rows run on
-    over epochs, so a batch may hold rows of two. A run by epochs fills its last batch with empty rows.
+    Row a * B_global + b of a global batch is row b of micro-step a; a host has some of the b. Rows run on over
+    epochs, so a batch may hold rows of two. A run by epochs fills its last batch with empty rows.
 
     Args:
         examples: the tokens.
@@ -63,8 +63,7 @@ class BatchSource:
         accumulation: A.
         epochs: length of the run, fractions allowed; ignored when steps is given.
         steps: length of the run.
-        process_index: this host.
-        process_count: hosts.
+        local_rows: this host's b, rising; None for all.
         ranges: token ids [start, stop) of the modalities 1, 2, ...; every other token is text, 0.
     """
 
@@ -78,22 +77,16 @@ class BatchSource:
         accumulation: int = 1,
         epochs: float = 1.0,
         steps: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        local_rows: Sequence[int] | None = None,
         ranges: Sequence[tuple[int, int]] = (),
     ) -> None:
-        if rows % process_count:
-            raise UserError(
-                f"{rows} rows of a micro-step cannot be shared among {process_count} hosts; change "
-                "train.global_batch_size or train.micro_batch_size"
-            )
         self._examples = examples
         self._plan = plan
         self._length = sequence_length
         self._ranges = tuple(ranges)
         self._rows = rows
         self._accumulation = accumulation
-        self._local = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
+        self._local = range(rows) if local_rows is None else tuple(local_rows)
         self._ends: list[int] = []  # rows of all epochs up to and with this one
         self._plans: dict[int, Plan] = {}
         if steps is not None:
@@ -337,8 +330,7 @@ class Data:
         accumulation: int = 1,
         epochs: float = 1.0,
         steps: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        local_rows: Sequence[int] | None = None,
     ) -> Batches:
         """Batches of [A, B_local, T], see `BatchSource`.
 
@@ -347,8 +339,7 @@ class Data:
             accumulation: A, micro-steps of an optimizer step.
             epochs: passes over the data; ignored when steps is given.
             steps: optimizer steps.
-            process_index: this host.
-            process_count: hosts.
+            local_rows: rows of a micro-step that this host has; None for all.
 
         Raises:
             UserError: sizes that do not divide, or nothing to run.
@@ -367,19 +358,17 @@ class Data:
             accumulation=accumulation,
             epochs=epochs,
             steps=steps,
-            process_index=process_index,
-            process_count=process_count,
+            local_rows=local_rows,
             ranges=self.ranges,
         )
         return Batches(source, self.config.workers)
 
-    def eval_batches(self, batch_size: int, process_index: int = 0, process_count: int = 1) -> Batches:
+    def eval_batches(self, batch_size: int, local_rows: Sequence[int] | None = None) -> Batches:
         """Batches of [B_local, T] with every validation row once; the last is filled with empty rows.
 
         Args:
             batch_size: rows of a batch over all hosts.
-            process_index: this host.
-            process_count: hosts.
+            local_rows: rows of a batch that this host has; None for all.
         """
         if self.validation is None:
             raise AssertionError("there are no validation data")
@@ -389,8 +378,7 @@ class Data:
             self._planner(self.validation, weights),
             self.config.sequence_length,
             rows=batch_size,
-            process_index=process_index,
-            process_count=process_count,
+            local_rows=local_rows,
             ranges=self.ranges,
         )
         return Batches(_EvaluationSource(source), 0)

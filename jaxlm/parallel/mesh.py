@@ -162,7 +162,33 @@ def load_sharded(
     return traverse_util.unflatten_dict({path: load(path, leaf) for path, leaf in flat.items()}, sep="/")
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows [A, B_local, T] as global arrays [A, B, T] split over the row axes."""
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:
+    """Which of a micro-step's rows this host's devices hold, rising.
+
+    Hosts whose devices share rows (a tensor axis across hosts) have the same; a host's rows need not be neighbours
+    (the mesh follows the network of the devices).
+    """
+    where = NamedSharding(mesh, BATCH).addressable_devices_indices_map((1, rows, math.prod(mesh.shape.values())))
+    return tuple(sorted({row for index in where.values() if index for row in range(*index[1].indices(rows))}))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, rows: int | None = None) -> dict[str, jax.Array]:
+    """This host's rows [A, B_local, T] as global arrays [A, B, T] split over the row axes.
+
+    Args:
+        rows: B, where a host has some of the rows only: those that `local_rows` names.
+    """
     sharding = NamedSharding(mesh, BATCH)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    if jax.process_count() == 1 or rows is None:
+        return {key: jax.device_put(value, sharding) for key, value in batch.items()}
+    place = {row: at for at, row in enumerate(local_rows(mesh, rows))}
+
+    def put(value: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            wanted = [place[row] for row in range(*index[1].indices(rows))]
+            return value[index[0], wanted, index[2]]
+
+        return jax.make_array_from_callback((value.shape[0], rows, value.shape[2]), sharding, shard)
+
+    return {key: put(value) for key, value in batch.items()}
