@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxlm.errors import UserError
 
@@ -111,16 +111,12 @@ def here(model: Any, dtype: str, length: int, packed: bool) -> Case:
 # What cannot serve ------------------------------------------------------------------------
 
 
-def _not_pallas(backend: str, case: Case) -> str | None:
+def _not_pallas(backend: Literal["tpu", "gpu"], case: Case) -> str | None:
     from jaxlm.kernels import flash_attention
 
-    check = getattr(flash_attention, "unsupported", None)
-    if check is None:
-        return None if backend == "tpu" else "is not part of this version"
-    found: str | None = check(
+    return flash_attention.unsupported(
         backend, dtype=case.dtype, head_dim=case.head_dim, heads=case.heads, kv_heads=case.kv_heads
     )
-    return found
 
 
 def _not_pallas_tpu(case: Case) -> str | None:

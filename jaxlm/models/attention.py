@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.choice import Choice
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
-from jaxlm.kernels.flash_attention import flash_attention
+from jaxlm.kernels.flash_attention import Backend, flash_attention
 
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
 # in the program: at T = 512 the 110 M benchmark's step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
@@ -214,7 +214,7 @@ def pallas_attention(
     k: jax.Array,
     v: jax.Array,
     mask: MaskSpec,
-    backend: str = "tpu",
+    backend: Backend = "tpu",
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> jax.Array:
@@ -230,10 +230,19 @@ def pallas_attention(
         names = () if rows is None else (rows,) if isinstance(rows, str) else rows
         if q.shape[0] % math.prod(mesh.shape[name] for name in names):
             rows = None  # parameters are initialised with a single row
-    options: dict[str, Any] = dict(block_q=block_q, block_k=block_k, rows_axes=rows, heads_axes=heads)
-    if backend != "tpu":
-        options["backend"] = backend
-    return flash_attention(q, k, v, mask.segment_ids, causal=mask.causal, window=mask.window, **options)[0]
+    return flash_attention(
+        q,
+        k,
+        v,
+        mask.segment_ids,
+        causal=mask.causal,
+        window=mask.window,
+        block_q=block_q,
+        block_k=block_k,
+        rows_axes=rows,
+        heads_axes=heads,
+        backend=backend,
+    )[0]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {

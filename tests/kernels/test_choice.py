@@ -38,7 +38,7 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             return f"computes in bfloat16, not {dtype}"
         return f"takes head dims up to 256, not {head_dim}" if head_dim > 256 else None
 
-    monkeypatch.setattr(flash_attention, "unsupported", unsupported, raising=False)
+    monkeypatch.setattr(flash_attention, "unsupported", unsupported)
     monkeypatch.setenv("JAXLM_TUNED", str(tmp_path / "mine" / "tuned.json"))
     monkeypatch.setattr(choice, "SHIPPED", tmp_path / "shipped.json")
     yield tmp_path / "mine" / "tuned.json"
@@ -218,4 +218,4 @@ def test_blocks_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     attention(q, q, q, MaskSpec(), "pallas_gpu")
     attention(q, q, q, MaskSpec(), Choice("pallas_gpu", 64, 128))
     assert [(options["block_q"], options["block_k"]) for options in seen] == [(256, 512), (None, None), (64, 128)]
-    assert [options.get("backend", "tpu") for options in seen] == ["tpu", "gpu", "gpu"]
+    assert [options["backend"] for options in seen] == ["tpu", "gpu", "gpu"]
