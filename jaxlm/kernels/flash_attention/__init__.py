@@ -211,7 +211,7 @@ def _flash_bwd(spec: Spec, axes: tuple[Axes, Axes], residuals: Any, grads: Any) 
     lse = lse + delta * 0.0
     grad = grad.astype(q.dtype)
     if spec.backend == "gpu":
-        q, grad = finite(q), finite(grad)  # what was broken has broken lse and delta
+        q, k, grad = finite(q), finite(k), finite(grad)  # what was broken has broken lse and delta
     backward = gpu_backward.backward if spec.backend == "gpu" else tpu_backward.backward
     run = _sharded(partial(backward, spec=spec), axes, "tttiillt", "ttt", spec.backend)
     grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad)
