@@ -245,7 +245,7 @@ class Hosts:
                 raise
             came = {int(found.rpartition("/")[2]) for found, _ in client.key_value_dir_get(f"{key}/")}
             missing = ", ".join(self._links.name(n) for n in range(self.processes) if n not in came)
-            raise SharedError(
+            raise UserError(
                 f"barrier {name!r}: after {self._timeout:g} s not there: {missing or 'nobody, but too late'}; see its "
                 "log for what it is doing, or raise distributed.timeout if that takes so long"
             ) from None
@@ -333,7 +333,7 @@ class Hosts:
         if self.process == 0:
             token.write_bytes(b"")
         self.barrier("output_dir written")
-        deadline = time.monotonic() + 5  # network file systems show a new file late
+        deadline = time.monotonic() + min(5.0, self._timeout / 2)  # network file systems show it late
         while not (seen := token.exists()) and time.monotonic() < deadline:
             time.sleep(0.2)
         problem = None
@@ -387,25 +387,26 @@ class Hosts:
         # A collective fails on those that wait for the one that died: who that is they are about to hear.
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(VERDICT_SECONDS)
+        self._say(f"error: {error}" if known else "".join(traceback.format_exception(kind, error, at)).rstrip())
         first_line = (str(error).splitlines() or [""])[0]
         if isinstance(error, SharedError):
-            self._links.close()
+            self._links.leave()
         else:
             self._links.fail(first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}")
-        text = f"error: {error}" if known else "".join(traceback.format_exception(kind, error, at)).rstrip()
-        self._leave(f"process {self.process}: {text}" if not known else text, 2 if known else 1)
+        # Not through sys.exit: JAX would wait for the others, and other threads may hang in a collective for ever.
+        os._exit(2 if known else 1)
 
     def _end(self, why: str) -> None:
-        self._leave(f"error: {why}; process {self.process} ends too. Start all of them again to go on", 1)
+        self._say(f"error: {why}; process {self.process} ends too. Start all of them again to go on")
+        os._exit(1)
 
-    def _leave(self, text: str, status: int) -> None:
-        # Not through sys.exit: JAX would wait for the others, and other threads may hang in a collective for ever.
+    def _say(self, text: str) -> None:
+        """On stderr, whatever stands there by now, and in the log."""
         if self.log is not None:
             self.log.print(text, highlight=False, markup=False, soft_wrap=True)
         with contextlib.suppress(OSError, ValueError):
             print(text, file=self._stderr, flush=True)
             sys.stdout.flush()
-        os._exit(status)
 
 
 def _os_problem(key: str, action: Callable[[], None]) -> str | None:
@@ -424,5 +425,12 @@ def _client() -> Any:
 
 def run_settings(config: RunConfig) -> dict[str, Any]:
     """The keys of a run that all processes must share: all but which process this is."""
-    values = flatten(to_dict(config))
+    values = flatten(_numbered(to_dict(config)))
     return {key: value for key, value in values.items() if key != "distributed.process_id"}
+
+
+def _numbered(value: Any) -> Any:
+    """Lists as {'0': …}, so that a difference names the item."""
+    if isinstance(value, list):
+        value = {str(number): item for number, item in enumerate(value)}
+    return {key: _numbered(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -224,7 +224,7 @@ class Links:
         self._why = ""
         self._outbox: list[dict[str, Any]] = []  # only appended to and popped: a signal handler may do so
         self._awake, self._wake = os.pipe()
-        self._closing = False
+        self._closing, self._orderly = False, False
         self._thread = threading.Thread(target=self._run, name="links", daemon=True)
 
     def watch(self, on_end: Callable[[str], None]) -> None:
@@ -248,14 +248,19 @@ class Links:
             return self._last is not None and self._calls >= self._last
 
     def fail(self, error: str) -> None:
-        """Tells the others why this process ends, and returns when they have heard it."""
+        """Tells the others why this process ends, which it is to do at once. Process 0 outlives the others here."""
         self._post({"kind": "failed", "process": self.place.process, "error": error})
         self._leave()
 
-    def close(self) -> None:
-        """Says that this process ends as it should."""
+    def leave(self) -> None:
+        """As `fail`, when the others know why."""
         self._post({"kind": "done"})
         self._leave()
+
+    def close(self) -> None:
+        """Ends the connections as it should be: all processes do so."""
+        self._orderly = True
+        self.leave()
 
     def _leave(self) -> None:
         self._closing = True
@@ -282,8 +287,8 @@ class Links:
                             self._hear(self.place.process, self._outbox.pop(0))
                         if self._closing and deadline is None:
                             deadline = time.monotonic() + GRACE_SECONDS
-                            for line in self._lines.values():
-                                _half_close(line)
+                            if self.place.process and not self._orderly:
+                                return  # the end of the process closes the connection: process 0 waits for that
                         continue
                     line = self._lines[key.data]
                     messages = line.receive(1.0)
@@ -296,6 +301,10 @@ class Links:
                         if not line.done and not self._closing:
                             self._tell({"kind": "dead", "process": key.data})
                             self._end(f"{self.name(key.data)} died")
+                if self.place.process and self._orderly and all(line.done for line in self._lines.values()):
+                    break
+            for line in self._lines.values():
+                line.socket.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
         for line in self._lines.values():
@@ -344,14 +353,8 @@ class Links:
         # JAX ends the others at once when process 0, its coordinator, goes: they are to read this first.
         deadline = time.monotonic() + GRACE_SECONDS
         for line in self._lines.values() if self.place.process == 0 else ():
-            _half_close(line)
-        for line in self._lines.values() if self.place.process == 0 else ():
             while time.monotonic() < deadline and line.receive(0.2) is not None:
                 pass
+        self._closing = True  # what follows is the others' leaving
         assert self._on_end is not None
         self._on_end(why)
-
-
-def _half_close(line: _Line) -> None:
-    with contextlib.suppress(OSError):
-        line.socket.shutdown(socket.SHUT_WR)
