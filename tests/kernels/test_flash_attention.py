@@ -311,14 +311,15 @@ def both(topology, length, heads, kv_heads, dim, **options):
     x, y = ((jnp.bfloat16, 1, length, n, dim) for n in (heads, kv_heads))
     compile("flash_attention", topology, run, x, y, y, (jnp.int32, 1, length), kernels=2)
 
-both("v5e:2x2", 2048, 32, 32, 128)
-both("v5p:2x2x1", 2048, 64, 8, 128)
+for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+    both(topology, 2048, 32, 32, 128)  # LLaMA-2-7B
+    both(topology, 2048, 64, 8, 128)  # LLaMA-2-70B
 both("v6e:2x2", 640, 2, 1, 80, window=100, soft_cap=30.0)
 """
 
 
 def test_compiles_for_tpus() -> None:
-    assert len(compile_for_tpus(AHEAD_OF_TIME)) == 3
+    assert len(compile_for_tpus(AHEAD_OF_TIME)) == 7
 
 
 def test_in_the_model() -> None:
