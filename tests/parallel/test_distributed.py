@@ -132,7 +132,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 def vanish(link: Links) -> None:
     """What the kernel does when a process ends."""
-    for line in link._lines.values():
+    for line in list(link._lines.values()):
         with contextlib.suppress(OSError):
             line.socket.shutdown(socket.SHUT_RDWR)
 

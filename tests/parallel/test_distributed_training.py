@@ -33,7 +33,7 @@ ENVIRONMENT = os.environ | {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "JAX_ENABLE_COMPILATION_CACHE": "true",
 }
-STEPS = 24
+STEPS = 20
 
 
 def start(
@@ -80,7 +80,14 @@ def config(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     return write_config(
         folder,
         base_config,
-        train={"steps": STEPS, "eval_every": 12, "save_every": 4, "keep": 20, "compilation_cache": cache},
+        train={
+            "steps": STEPS,
+            "eval_every": 10,
+            "save_every": 4,
+            "keep": 9,
+            "global_batch_size": 8,
+            "compilation_cache": cache,
+        },
         mesh={"data": 2, "fsdp": -1},
         distributed={"heartbeat": 10, "timeout": 120},
     )
@@ -108,7 +115,7 @@ def test_preempted_then_killed_then_bit_for_bit_as_never_interrupted(
     wait_until(lambda: steps_done(output) >= 5, process, log)
     os.kill(pid(output, 1), signal.SIGTERM)
     text = end(process, log)
-    saved = int(re.findall(r"\[0\] SIGTERM on process 1 \(.*\): saved step (\d+) of 24", text)[0])
+    saved = int(re.findall(r"\[0\] SIGTERM on process 1 \(.*\): saved step (\d+) of 20", text)[0])
     assert 5 <= saved < STEPS
     assert f"saved step {saved} of" in (output / "logs/process-01.log").read_text()
     assert max(int(path.name) for path in (output / "checkpoints").iterdir()) == saved
