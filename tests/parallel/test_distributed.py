@@ -298,7 +298,7 @@ def test_disagreement_names_process_key_and_values() -> None:
 def test_a_directory_that_is_not_shared(tmp_path: Path) -> None:
     body = f"""
     hosts.check_shared(Path({str(tmp_path)!r}) / "shared")
-    Path({str(tmp_path)!r}, f"private{{me}}").mkdir()
+    Path({str(tmp_path)!r}, f"private{{me}}").mkdir(exist_ok=True)  # process 2 may have made private1
     print("went on")
     hosts.check_shared(Path({str(tmp_path)!r}) / f"private{{me and 1}}")
     """
