@@ -22,7 +22,8 @@ from train_step import build_step
 
 from jaxlm.config import LoraConfig
 from jaxlm.models.shapes import SHAPES
-from jaxlm.training.report import flops_per_token, peak_flops
+from jaxlm.parallel.chips import peak_flops
+from jaxlm.training.report import flops_per_token
 
 
 def measure(

@@ -273,6 +273,8 @@ class TrainConfig:
         wandb: also log to this Weights & Biases project.
         compilation_cache: directory of compiled programs; null means the user's cache directory; none
             (as text) keeps nothing.
+        compiler_options: of XLA, by name, e.g. {xla_tpu_scoped_vmem_limit_kib: 65536}; added to those that jaxlm sets
+            by device (parallel/compiler_options.py).
     """
 
     epochs: float = 1.0
@@ -292,6 +294,7 @@ class TrainConfig:
     tensorboard: bool = False
     wandb: str | None = None
     compilation_cache: str | None = None
+    compiler_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

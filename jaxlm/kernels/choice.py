@@ -85,15 +85,16 @@ class Case:
         return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}"
 
 
-def here(model: Any, dtype: str, length: int, packed: bool) -> Case:
-    """The case of a model on the first of JAX's devices.
+def here(model: Any, dtype: str, length: int, packed: bool, device: Any = None) -> Case:
+    """The case of a model on a device.
 
     Args:
         model: has head_dim, num_heads, num_kv_heads and sliding_window (a `LlamaConfig`).
+        device: None: the first of JAX's.
     """
     import jax
 
-    device = jax.devices()[0]
+    device = jax.devices()[0] if device is None else device
     return Case(
         platform=device.platform,
         device_kind=device.device_kind,

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 BATCH = P(None, ROW_AXES, None)  # [A, B, T]: micro-steps, rows, length
+_AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, experts: int | None = None) -> Mesh:
@@ -54,6 +55,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
         UserError: when the sizes do not multiply to the number of devices, or would cut an expert apart.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = _axis_sizes(config, len(devices), experts)
+    return jax.make_mesh(sizes, AXES, axis_types=_AXIS_TYPES, devices=devices)
+
+
+def abstract_mesh(config: MeshConfig, count: int, experts: int | None = None) -> AbstractMesh:
+    """`make_mesh` of so many devices that are nowhere: for shapes and shardings."""
+    return AbstractMesh(_axis_sizes(config, count, experts, "the topology has"), AXES, axis_types=_AXIS_TYPES)
+
+
+def _axis_sizes(
+    config: MeshConfig, count: int, experts: int | None, there_are: str = "this machine has"
+) -> tuple[int, ...]:
     sizes = [getattr(config, axis) for axis in AXES]
     for axis, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
@@ -66,27 +79,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
         raise UserError(f"mesh: only one axis can be -1, found {', '.join(fills)}")
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        if len(devices) % fixed:
-            raise UserError(f"mesh: {len(devices)} devices cannot be divided by {fixed} ({_describe(config)})")
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    elif fixed != len(devices):
-        raise UserError(
-            f"mesh: {_describe(config)} asks for {fixed} devices, this machine has {len(devices)}; set one axis to -1"
-        )
+        if count % fixed:
+            raise UserError(f"mesh: {count} devices cannot be divided by {fixed} ({_describe(config)})")
+        sizes[sizes.index(-1)] = count // fixed
+    elif fixed != count:
+        raise UserError(f"mesh: {_describe(config)} asks for {fixed} devices, {there_are} {count}; set one axis to -1")
     owners = sizes[AXES.index("expert")] * sizes[AXES.index("tensor")]
     if experts and experts % owners:
         raise UserError(
             f"mesh: expert {sizes[AXES.index('expert')]} times tensor {sizes[AXES.index('tensor')]} must divide the "
             f"{experts} experts; each device has whole ones"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(sizes)
 
 
 def _describe(config: MeshConfig) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config).items() if size != 1) or "all 1"
 
 
-def rows_axis_size(mesh: Mesh) -> int:
+def rows_axis_size(mesh: Mesh | AbstractMesh) -> int:
     """Over how many groups of devices rows are split."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
@@ -98,7 +109,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def tree_shardings(boxed: Any, mesh: Mesh, whole_if_uneven: tuple[str, ...] = ()) -> Any:
+def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, whole_if_uneven: tuple[str, ...] = ()) -> Any:
     """NamedShardings for a tree of logically partitioned (boxed) abstract arrays, same structure unboxed.
 
     Args:
@@ -134,7 +145,7 @@ def _as_tuple(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axis is None else (axis,) if isinstance(axis, str) else axis
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 

@@ -12,23 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from rich.console import Console
 
-from jaxlm.config import MoeRunConfig, RunConfig, to_dict
-from jaxlm.data.loader import BATCH_DTYPES, Data
+from jaxlm.config import RunConfig, to_dict
+from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
-from jaxlm.kernels.choice import choose_attention, here
 from jaxlm.models.llama import Llama
-from jaxlm.models.lora import resolve_lora
-from jaxlm.models.moe import choose_compute
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.distributed import Hosts
-from jaxlm.parallel.mesh import BATCH, local_rows, make_mesh, put_batch, replicated, rows_axis_size, use_mesh
+from jaxlm.parallel.mesh import local_rows, put_batch, rows_axis_size
+from jaxlm.training.build import Build, build
 from jaxlm.training.checkpoint import Checkpoints, model_json
-from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.optimizer import Schedule
 from jaxlm.training.report import (
     MetricsWriter,
     ProgressReport,
@@ -41,9 +37,7 @@ from jaxlm.training.report import (
 from jaxlm.training.resume import base_fingerprint, check_unchanged
 from jaxlm.training.routing import RoutingReport
 from jaxlm.training.state import Initializer, Readable, TrainState, bytes_per_device, count
-from jaxlm.training.step import make_eval_step, make_train_step, merged_variables
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from jaxlm.training.step import merged_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,28 +128,10 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     hosts.agree("data", _data_prints(job))
 
     # Model and mesh ---------------------------------------------------------------------------
-    mesh = make_mesh(config.mesh, experts=job.model.moe.experts if job.model.moe else None)
-    micro_batch = _micro_batch(config, rows_axis_size(mesh))
-    micro_rows = micro_batch * rows_axis_size(mesh)
-    accumulation = config.train.global_batch_size // micro_rows
-    platform = jax.devices()[0].platform
-    case = here(job.model, config.model.dtype, config.data.sequence_length, _packs(config))
-    chosen, attention = choose_attention(config.model.attention, case)
+    built = build(config, job.model)
+    mesh, model, accumulation, micro_rows = built.mesh, built.model, built.accumulation, built.micro_rows
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
-    hosts.agree("attention", {"model.attention": str(chosen)})
-    adapters = resolve_lora(job.model, config.lora) if config.lora else {}
-    moe = config.moe or MoeRunConfig()
-    experts = None if job.model.moe is None else choose_compute(moe.compute, platform, job.model.moe, adapters)
-    model = Llama(
-        job.model,
-        adapters,
-        DTYPES[config.model.dtype],
-        DTYPES[config.model.param_dtype],
-        chosen,
-        config.model.remat,
-        experts[0] if experts else "dense",
-        moe.noise,
-    )
+    hosts.agree("attention", {"model.attention": built.attention[0]})
     batches = job.data.train_batches(
         config.train.global_batch_size,
         accumulation,
@@ -164,9 +140,8 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         local_rows(mesh, micro_rows),
     )
     total = len(batches)
-    schedule = make_schedule(config.optimizer, total)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    setup = Initializer(model, config.lora, mesh, optimizer)
+    optimizer, schedule = built.optimizer(total)
+    setup = built.initializer(optimizer)
 
     # State: resumed, loaded or fresh ----------------------------------------------------------
     checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
@@ -204,12 +179,10 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         )
 
     # Programs ---------------------------------------------------------------------------------
-    train_step, eval_step, compile_seconds, memory = _compile(
-        job, setup, mesh, optimizer, schedule, accumulation, state, frozen, terminal
-    )
+    train_step, eval_step, compile_seconds, memory = _compile(job, built, setup, schedule, state, frozen, terminal)
     for told in (terminal, hosts.log):
         if told is not None:
-            _announce(told, job, setup, mesh, accumulation, total, step, attention, experts, compile_seconds, memory)
+            _announce(told, job, built, setup, total, step, compile_seconds, memory)
 
     # Loop -------------------------------------------------------------------------------------
     files = {**job.files, "run.yaml": job.run_yaml.encode(), "fingerprints.json": json.dumps(prints).encode()}
@@ -328,10 +301,6 @@ def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def _packs(config: RunConfig) -> bool:
-    return config.data.packing_mode == "first_fit"
-
-
 def _data_prints(job: Job) -> dict[str, str]:
     """What tells whether two processes have read the same data and the same base."""
     prints = {"hash of all tokens": job.data.fingerprint[:16]}
@@ -340,24 +309,6 @@ def _data_prints(job: Job) -> dict[str, str]:
     if job.source is not None:
         prints["hash of the model's norms at model.path"] = base_fingerprint(job.model, job.source)[:16]
     return prints
-
-
-def _micro_batch(config: RunConfig, row_groups: int) -> int:
-    """Rows of a device at a time: at most micro_batch_size, and a divisor of its share of the global batch."""
-    wanted, total = config.train.micro_batch_size, config.train.global_batch_size
-    if total % row_groups:
-        raise UserError(
-            f"train.global_batch_size: {total} rows cannot be shared by {row_groups} groups of devices "
-            "(mesh data x fsdp)"
-        )
-    share = total // row_groups
-    micro = next(n for n in range(min(wanted, share), 0, -1) if share % n == 0)
-    if micro != wanted and config.train.loss_normalisation == "mean_of_means":
-        raise UserError(
-            f"train.micro_batch_size: {wanted} does not divide the {share} rows of a group of devices; under "
-            f"mean_of_means it is part of the loss, so it is not changed for you. Try {micro}"
-        )
-    return micro
 
 
 def _new_trainable(job: Job, setup: Initializer, base: Any) -> Any:
@@ -370,50 +321,22 @@ def _new_trainable(job: Job, setup: Initializer, base: Any) -> Any:
 
 def _compile(
     job: Job,
+    built: Build,
     setup: Initializer,
-    mesh: jax.sharding.Mesh,
-    optimizer: Any,
-    schedule: Any,
-    accumulation: int,
+    schedule: Schedule,
     state: TrainState,
     frozen: Any,
     console: Console | None,
 ) -> tuple[Any, Any, float, int | None]:
     """Both programs, compiled ahead of the loop: seconds it took, and bytes of one device."""
-    config = job.config
-    everywhere = replicated(mesh)
-    micro_rows = config.train.global_batch_size // accumulation
-
-    def abstract_batch(micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (micro_steps, rows, config.data.sequence_length)
-        sharding = NamedSharding(mesh, BATCH)
-        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for name, kind in BATCH_DTYPES.items()}
-
-    step = make_train_step(
-        setup.model,
-        optimizer,
-        schedule,
-        config.train,
-        config.optimizer.clip_norm,
-        micro_rows // rows_axis_size(mesh),
-        _packs(config),
-        config.moe or MoeRunConfig(),
-    )
     started = time.perf_counter()
     status = console.status("compiling the train step") if console is not None else contextlib.nullcontext()
-    with use_mesh(mesh), status:
-        train_step = (
-            jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, everywhere))
-            .lower(state, frozen, abstract_batch(accumulation, micro_rows))
-            .compile()
-        )
+    with status:
+        train_step = built.compile(built.lower_train_step(setup, schedule, state, frozen))
         eval_step = None
         if job.data.validation is not None:
-            eval_step = (
-                jax.jit(make_eval_step(setup.model, _packs(config)), out_shardings=everywhere)
-                .lower(state.trainable, frozen, abstract_batch(1, _eval_rows(config, rows_axis_size(mesh))))
-                .compile()
-            )
+            rows = _eval_rows(job.config, rows_axis_size(built.mesh))
+            eval_step = built.compile(built.lower_eval_step(rows, state.trainable, frozen))
     seconds = time.perf_counter() - started
     analysis = train_step.memory_analysis()
     memory = None
@@ -467,13 +390,10 @@ def _metrics_writer(job: Job, out: Path, step: int) -> MetricsWriter:
 def _announce(
     console: Console,
     job: Job,
+    built: Build,
     setup: Initializer,
-    mesh: jax.sharding.Mesh,
-    accumulation: int,
     total: int,
     step: int,
-    attention: str,
-    experts: tuple[str, str] | None,
     compile_seconds: float,
     memory: int | None,
 ) -> None:
@@ -482,7 +402,7 @@ def _announce(
     everything = count(setup.params)
     trained = count(setup.trainable)
     devices = jax.devices()
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    axes = " x ".join(f"{axis} {size}" for axis, size in built.mesh.shape.items() if size > 1) or "one device"
     train_bytes = bytes_per_device(setup.trainable, setup.trainable_shardings)
     opt_bytes = bytes_per_device(setup.opt_state, setup.opt_shardings)
     pairs = []
@@ -495,14 +415,14 @@ def _announce(
     pairs.append(
         ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}")
     )
-    pairs.append(("attention", attention))
-    if job.model.moe is not None and experts is not None:
+    pairs.append(("attention", built.attention[1]))
+    if job.model.moe is not None and built.experts is not None:
         moe = job.model.moe
         own = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
         pairs.append(("experts", f"{moe.experts}, router {moe.router}, a token uses: {own}"))
-        pairs.append(("", f"{experts[0]}: {experts[1]}"))
+        pairs.append(("", f"{built.experts[0]}: {built.experts[1]}"))
     rows, length = config.train.global_batch_size, config.data.sequence_length
-    micro = "" if accumulation == 1 else f", in {accumulation} micro-steps"
+    micro = "" if built.accumulation == 1 else f", in {built.accumulation} micro-steps"
     pairs.append(("a step", f"{rows} rows of {length} = {rows * length:,} tokens{micro}; {total} steps"))
     pairs.append(("precision", f"parameters {config.model.param_dtype}, compute {config.model.dtype}"))
     pairs.append(("remat", config.model.remat))

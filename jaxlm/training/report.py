@@ -16,26 +16,7 @@ from rich.text import Text
 
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-
-# Dense bf16 peak of one device, FLOP/s (vendors' data sheets), by a part of jax's device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bf16 peak of a device in FLOP/s, None where it is not known (CPU, consumer cards)."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name.lower() in device_kind.lower()), None)
+from jaxlm.parallel.chips import peak_flops
 
 
 def flops_per_token(model: LlamaConfig, length: int, full: bool) -> float:

@@ -35,6 +35,7 @@ FREE = (
     "train.tensorboard",
     "train.wandb",
     "train.compilation_cache",
+    "train.compiler_options",
     "distributed",
     "output_dir",
     "stages",
