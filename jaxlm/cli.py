@@ -406,6 +406,12 @@ def _check_values(config: RunConfig) -> None:
         ("train.sample_tokens", config.train.sample_tokens, lambda v: v >= 1, "at least 1"),
         ("distributed.timeout", config.distributed.timeout, lambda v: v >= 1, "at least 1 (seconds)"),
         ("distributed.heartbeat", config.distributed.heartbeat, lambda v: v >= 5, "at least 5 (seconds)"),
+        (
+            "distributed.interrupted_status",
+            config.distributed.interrupted_status,
+            lambda v: v == 0 or 3 <= v <= 125,
+            "0 or 3 to 125",
+        ),
         ("tokenizer.vocab_size", config.tokenizer.vocab_size, lambda v: v >= 300, "at least 300"),
     ]
     if config.lora is not None:

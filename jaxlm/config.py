@@ -326,6 +326,8 @@ class DistributedConfig:
         process_id: which this is, from 0; null: $JAX_PROCESS_ID, or the cluster's number.
         timeout: seconds to wait for the others at start-up and at barriers.
         heartbeat: seconds without a sign of life after which a host counts as dead.
+        interrupted_status: exit status when a signal ended the run, everything saved. A cluster that takes 0 for a
+            run that is done, and would not start it again, wants another, e.g. 75 (3 to 125: 1 and 2 are failures).
     """
 
     coordinator: str | None = None
@@ -333,6 +335,7 @@ class DistributedConfig:
     process_id: int | None = None
     timeout: int = 300
     heartbeat: int = 100
+    interrupted_status: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

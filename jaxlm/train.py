@@ -33,7 +33,7 @@ FLAGS = {"preview": Flags("show this many batches as text with the trained token
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done or interrupted with everything saved, 2 for a mistake in the input."""
+    """Exit status: 0 done; distributed.interrupted_status (0) after a signal, all saved; 2 a mistake in the input."""
     try:
         configs, flags = parse_run(
             sys.argv[1:] if argv is None else argv,
@@ -91,7 +91,7 @@ def _run(configs: list[RunConfig], preview: int | None) -> int:
             if len(configs) > 1:
                 console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
             if _train(config, console, hosts).interrupted:
-                return 0
+                return config.distributed.interrupted_status
     return 0
 
 

@@ -141,7 +141,8 @@ def start(config: DistributedConfig, say: Callable[[str], None]) -> Hosts:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler would take SIGTERM away from the training loop; `Hosts.due` is the agreement.
     jax.config.update("jax_enable_preemption_service", False)
-    method = None if find_cluster(os.environ, on_tpu_vm) else "deactivate"  # a cluster may tell which GPUs are mine
+    # A cluster may tell which GPUs are mine; Kubernetes gives a pod what is its own.
+    method = "deactivate" if find_cluster(os.environ, on_tpu_vm) in (None, "Kubernetes job") else None
     try:
         jax.distributed.initialize(
             place.coordinator,
