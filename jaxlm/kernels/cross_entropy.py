@@ -114,7 +114,7 @@ def _axes(x: Any, head: Any) -> _Axes:
     return _Axes(rows, length, vocab, embed)
 
 
-def _chunks(batch: int, length: int, vocab: int, grad_head: bool) -> int:
+def chunk_count(batch: int, length: int, vocab: int, grad_head: bool) -> int:
     """How many chunks [B, T] tokens are cut into, along T; all sizes are those of one device."""
     tokens = max(MIN_CHUNK_TOKENS_HEAD if grad_head else MIN_CHUNK_TOKENS, CHUNK_LOGITS // vocab)
     wanted = min(length, max(1, batch * length // tokens))
@@ -150,7 +150,7 @@ def _walk_local(
         matrix = jax.lax.all_gather(matrix, axes.embed, axis=1, tiled=True)
     rows = matrix.shape[0]
     first = jax.lax.axis_index(axes.vocab) * rows if axes.vocab else 0
-    n = _chunks(labels.shape[0], labels.shape[1], rows, task.grad_head)
+    n = chunk_count(labels.shape[0], labels.shape[1], rows, task.grad_head)
 
     def over_vocab(reduce: Any, value: Any) -> Any:
         return reduce(value, axes.vocab) if axes.vocab else value

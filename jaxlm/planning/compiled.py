@@ -1,0 +1,225 @@
+"""The very train step, compiled for devices that need not be here, in a process of its own.
+
+Its own, because the compiler of another kind of device wants another environment, and may end the process.
+As a program (`python -m jaxlm.planning.compiled`) this is that process: a job as JSON in, what was found as JSON out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxlm.cli import dump_yaml, load_run_yaml
+from jaxlm.config import RunConfig
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.parallel.chips import Topology, parse_topology
+from jaxlm.parallel.program import Program, read_program
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # compilers for other devices are loaded by name
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+_INVOLUNTARY = "nvoluntary full rematerialization"
+_NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory")
+
+# A Hopper GPU as XLA describes one to itself (`xla/tools/hlo_opt/gpu_specs`); memory by chip.
+_GPU = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory:.0f}
+  shared_memory_per_block_optin: 232448 cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 28 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{kind}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler says of a train step; bytes are of one device.
+
+    Attributes:
+        arguments: state, frozen base and batch; the new state takes their place.
+        temporaries: the room beside them.
+        peak: most that is in use at once, arguments among it.
+        seconds: that compiling took.
+        options: what the compiler was told (see `parallel.compiler_options`).
+        involuntary: how often the partitioner says that it gathers a whole tensor for want of a better way.
+        program: products, collectives and cycles of a step.
+        refused: the compiler's words when the step does not fit; the figures above are then 0 and program None.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+    seconds: float
+    options: dict[str, Any]
+    involuntary: int
+    program: Program | None
+    refused: str | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the step takes of a device."""
+        return max(self.peak, self.arguments)
+
+
+def can_compile(topology: Topology) -> str | None:
+    """What is missing to compile for these devices, in words; None: nothing."""
+    chip = topology.chip
+    if chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        return "libtpu is not installed; on x86-64 Linux: pip install 'jax[tpu]' (it needs no TPU)"
+    if chip.platform == "gpu":
+        if chip.name not in ("h100", "h200"):
+            return f"there is no description of {chip.name} for XLA here; h100 and h200 can be compiled for"
+        if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+            return "JAX's CUDA plug-in is not installed: pip install 'jax[cuda12]' (it needs no GPU)"
+    return None
+
+
+def compile_step(
+    config: RunConfig, shape: LlamaConfig, topology: Topology, *, quick: bool = False, text: str | None = None
+) -> CompiledStep:
+    """Compiles the train step of a run for a topology; takes seconds for small models, minutes for large ones.
+
+    Args:
+        config: the run. Only what shapes the step counts; no file that it names is opened.
+        shape: of the model, experts resolved.
+        quick: let the compiler try less: memory stays nearly the same, cycles do not.
+        text: a file for the compiled program.
+
+    Raises:
+        UserError: when nothing here can compile for it, settings do not fit the devices, or the compiler fails.
+    """
+    lack = can_compile(topology)
+    if lack is not None:
+        raise UserError(f"--compile: {topology}: {lack}")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        job = {
+            "config": dump_yaml(config),
+            "shape": shape.to_dict(),
+            "topology": str(topology),
+            "quick": quick,
+            "text": text,
+            "out": str(out),
+        }
+        paths = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths}
+        environment["TF_CPP_MIN_LOG_LEVEL"] = "0"  # the partitioner's complaints are warnings
+        call = [sys.executable, "-m", "jaxlm.planning.compiled"]
+        done = subprocess.run(call, input=json.dumps(job), env=environment, capture_output=True, text=True)
+        if not out.is_file():
+            last = "\n".join(done.stderr.strip().splitlines()[-8:])
+            raise UserError(f"--compile: {topology}: the compiler ended with status {done.returncode}:\n{last}")
+        found = json.loads(out.read_text(encoding="utf-8"))
+    if "user_error" in found:
+        raise UserError(found["user_error"])
+    program = found.pop("program")
+    return CompiledStep(
+        **found,
+        involuntary=done.stderr.count(_INVOLUNTARY),
+        program=None if program is None else Program.from_dict(program),
+    )
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """Devices to compile for, in a process with `ENVIRONMENT` in which JAX has not started."""
+    import jax
+
+    chip = topology.chip
+    if chip.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.count)
+        return jax.devices()
+    from jax.experimental import topologies
+
+    jax.devices()
+    if chip.platform == "tpu":
+        bounds: dict[str, Any] = {}
+        if topology.count == 1:
+            bounds["chips_per_host_bounds"] = (1, 1, 1)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **bounds).devices)
+    config = _GPU.format(bandwidth=chip.bandwidth, memory=chip.memory / 0.95, kind=chip.device_kind)
+    hosts, gpus = topology.shape
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name=chip.name, target_config=config, topology=f"1x{hosts}x{gpus}"
+    )
+    return list(found.devices)
+
+
+def _compile(job: dict[str, Any]) -> dict[str, Any]:
+    import jax
+
+    from jaxlm.training.build import build, frozen_base
+
+    config = load_run_yaml(job["config"], "the job")
+    shape = LlamaConfig.from_dict(job["shape"])
+    topology = parse_topology(job["topology"])
+    try:
+        devices = topology_devices(topology)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology: {topology}: {str(error).splitlines()[0]}") from None
+    built = build(config, shape, devices)
+    # The number of steps is a constant of the schedule: any other gives the same program.
+    optimizer, schedule = built.optimizer(config.train.steps or 1000)
+    setup = built.initializer(optimizer)
+    more = {"exec_time_optimization_effort": -1.0} if job["quick"] else {}
+    started = time.perf_counter()
+    platform = {"gpu": "cuda"}.get(topology.chip.platform, topology.chip.platform)
+    lowered = built.lower_train_step(setup, schedule, setup.abstract_state(), frozen_base(setup), platform)
+    figures: dict[str, Any] = {"options": built.options(), "refused": None, "program": None}
+    try:
+        compiled: Any = built.compile(lowered, **more)
+    except jax.errors.JaxRuntimeError as error:
+        if not _NO_ROOM.search(str(error)):
+            raise
+        seconds = time.perf_counter() - started
+        return figures | {"arguments": 0, "temporaries": 0, "peak": 0, "seconds": seconds, "refused": _room(str(error))}
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    if job["text"]:
+        Path(job["text"]).write_text(text, encoding="utf-8")
+    return figures | {
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "seconds": time.perf_counter() - started,
+        "program": read_program(text).to_dict(),
+    }
+
+
+def _room(message: str) -> str:
+    """The first lines of a refusal: how much was asked for, and how much there is."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:500]
+
+
+def main() -> int:
+    """Reads a job from stdin, writes what was found to the file that it names."""
+    job = json.load(sys.stdin)
+    try:
+        found = _compile(job)
+    except UserError as error:
+        found = {"user_error": str(error)}
+    Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

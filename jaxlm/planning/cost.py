@@ -1,0 +1,141 @@
+"""FLOPs, bytes over links and through memory of a train step, and the time that these bound: a roofline."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jaxlm.parallel.chips import Chip
+from jaxlm.planning.memory import Memory
+from jaxlm.training.build import Build
+from jaxlm.training.report import flops_per_token
+from jaxlm.training.state import Initializer, bytes_per_device, count
+
+FORMULA = (
+    "compute = hardware FLOPs / bf16 peak; links = bytes a chip gets / its links, all at once, one direction; memory = "
+    "state, weights and activations / bandwidth. A step takes at least the longest of them (all overlap) and at most "
+    "their sum (nothing overlaps), if each ran at its data sheet's speed; MFU = model FLOPs / (time x peak)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of a step, on one device unless said.
+
+    Attributes:
+        tokens: of a step, over all devices.
+        model_flops: of a step, over all devices: 6 N a token (4 N where the base is frozen) and causal attention,
+            halved; as in `training.report.flops_per_token`.
+        hardware_flops: that a device really computes: what is recomputed counts too.
+        link_bytes: that a device gets from others.
+        memory_bytes: that go through its memory.
+    """
+
+    tokens: int
+    model_flops: float
+    hardware_flops: float
+    link_bytes: float
+    memory_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Seconds of a step by what bounds it.
+
+    Attributes:
+        compute, links, memory: each alone.
+        mfu: (at most, at least): when all overlap, when nothing does.
+        tokens_per_second: likewise, over all devices.
+    """
+
+    compute: float
+    links: float
+    memory: float
+    mfu: tuple[float, float]
+    tokens_per_second: tuple[float, float]
+
+    @property
+    def shortest(self) -> float:
+        return max(self.compute, self.links, self.memory)
+
+    @property
+    def longest(self) -> float:
+        return self.compute + self.links + self.memory
+
+
+def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
+    """Of the train step of a run; arguments as of `memory.estimate_memory`, and what that gave."""
+    config, c, mesh = built.config, built.model.config, built.mesh
+    length, rows = config.data.sequence_length, built.micro_batch
+    tokens = config.train.global_batch_size * length
+    devices = math.prod(mesh.shape.values())
+    full = setup.lora is None
+    model_flops = flops_per_token(c, length, full) * tokens
+
+    recomputed = _recomputed(built)
+    per_layer = count(setup.params["layers"]) / c.num_layers
+    # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
+    # for each of the two.
+    attention = 2 * c.num_heads * c.head_dim * length
+    scores_again = 0.5 * attention * c.num_layers
+    again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
+    hardware = (model_flops + tokens * (again + scores_again)) / devices
+
+    micro_tokens = rows * length
+    itemsize = jnp.dtype(built.model.dtype).itemsize
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    replicas = mesh.shape["data"]
+    weights = count(setup.params) / tensor / mesh.shape["expert"]
+    trained_shard = bytes_per_device(setup.trainable, setup.trainable_shardings)
+    passes = 2 * built.accumulation  # forward, backward
+    links = passes * itemsize * weights * (1 - 1 / fsdp)
+    # Gradients: each device gets its part of the sum, then (over data) the sum of all parts.
+    links += built.accumulation * trained_shard * ((fsdp - 1) + 2 * (1 - 1 / replicas))
+    if tensor > 1:
+        # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
+        sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
+        links += built.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
+    # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
+    state = 2 * (trained_shard + memory.optimizer) + memory.gradients
+    through = state + passes * 2 * itemsize * weights
+    # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
+    layer_io = (11 * c.hidden_size + 3 * c.intermediate_size / tensor) * itemsize
+    through += built.accumulation * (
+        micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
+    )
+    return Cost(tokens, model_flops, hardware, links, through)
+
+
+def _recomputed(built: Build) -> tuple[float, float]:
+    """The shares of a layer's products, and of its attention, that the backward pass computes again."""
+    c = built.model.config
+    d, h = c.hidden_size, c.head_dim
+    qkv, out = d * h * (c.num_heads + 2 * c.num_kv_heads), d * h * c.num_heads
+    mlp = d * c.intermediate_size
+    everything = qkv + out + 3 * mlp
+    # Nothing reads the outcome of the last product, so no compiler forms it again.
+    return {
+        "full": (1 - mlp / everything, 1.0),
+        "qkv_out": ((out + 2 * mlp) / everything, 0.0),
+        "dots": (0.0, 1.0),
+        "none": (0.0, 0.0),
+    }[built.model.remat]
+
+
+def estimate_time(cost: Cost, chip: Chip, devices: int) -> Time | None:
+    """By `FORMULA`; None for a chip whose peak is not known."""
+    if not chip.flops:
+        return None
+    compute, memory = cost.hardware_flops / chip.flops, cost.memory_bytes / chip.bandwidth
+    links = cost.link_bytes / chip.link if devices > 1 else 0.0
+    bounds = max(compute, links, memory), compute + links + memory
+    ideal = cost.model_flops / devices / chip.flops
+    return Time(
+        compute,
+        links,
+        memory,
+        (ideal / bounds[0], ideal / bounds[1]),
+        (cost.tokens / bounds[0], cost.tokens / bounds[1]),
+    )
