@@ -296,7 +296,7 @@ def test_the_containers_command_is_what_was_asked_for(cluster: Cluster, kind: st
     container = job(rendered(cluster, kind))["containers"][0]
     cluster.play("python", PYTHON)
     text = cluster.run("-c", container["args"][0])
-    assert container["command"] == ["bash", "-c"]
+    assert container["command"] == ["bash", "-c"] and container["args"][0].startswith("exec python -m jaxlm.train ")
     assert not re.search(r"(?<!\$)\$\(\w+\)", container["args"][0]), "Kubernetes would fill it in"
     config = yaml.safe_load(text.split("\n---\n")[-1])
     assert config["output_dir"].startswith(WORDS[-1])
@@ -492,7 +492,7 @@ def test_slurm_job_of_two_processes_is_preempted_and_queued_again(
     ],
 )
 def test_slurm_what_is_queued_again(cluster: Cluster, ended: int, state: str, before: int, again: bool) -> None:
-    cluster.play("srun", f"sys.exit({ended})")
+    cluster.play("srun", f"os.kill(os.getppid(), 15); sys.exit({ended})")  # signals reach the job's script too
     cluster.play("squeue", f"print({state!r})")
     cluster.play("scontrol")
     cluster.variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_RESTART_COUNT": str(before)}
