@@ -49,15 +49,16 @@ class Chip:
 # 31.25 GiB). Clocks: peak over the FLOPs of a cycle (131,072, 262,144 and 524,288); the compiler's estimate for a bf16
 # product of 8192 x 8192 is 88, 90 and 70 % of those.
 # GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and B200 (dense bf16; NVLink halved to one direction);
-# memory less what CUDA and JAX keep for themselves (5 %).
+# of the memory that the driver shows, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+SHARE = 0.75
 CHIPS: tuple[Chip, ...] = (
     Chip("v5e", "tpu", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9, 2),
     Chip("v5p", "tpu", "TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9, 3),
     Chip("v6e", "tpu", "TPU v6 lite", 918e12, 31.25 * GIB, 1600e9, 400e9, 1.75e9, 2),
-    Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", 312e12, 0.95 * 80e9, 2039e9, 300e9, compute_capability="8.0"),
-    Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, 0.95 * 80e9, 3350e9, 450e9, compute_capability="9.0"),
-    Chip("h200", "gpu", "NVIDIA H200", 989e12, 0.95 * 141e9, 4800e9, 450e9, compute_capability="9.0"),
-    Chip("b200", "gpu", "NVIDIA B200", 2250e12, 0.95 * 180e9, 8000e9, 900e9, compute_capability="10.0"),
+    Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", 312e12, SHARE * 80 * GIB, 2039e9, 300e9, compute_capability="8.0"),
+    Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, SHARE * 79.6 * GIB, 3350e9, 450e9, compute_capability="9.0"),
+    Chip("h200", "gpu", "NVIDIA H200", 989e12, SHARE * 140.4 * GIB, 4800e9, 450e9, compute_capability="9.0"),
+    Chip("b200", "gpu", "NVIDIA B200", 2250e12, SHARE * 179 * GIB, 8000e9, 900e9, compute_capability="10.0"),
     Chip("cpu", "cpu", "cpu", 0.0, math.inf, 0.0, 0.0),
 )
 _BY_NAME = {chip.name: chip for chip in CHIPS}

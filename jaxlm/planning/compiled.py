@@ -22,7 +22,7 @@ from jaxlm.cli import dump_yaml, load_run_yaml
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.chips import Topology, parse_topology
+from jaxlm.parallel.chips import SHARE, Topology, parse_topology
 from jaxlm.parallel.program import Program, read_program
 
 ENVIRONMENT = {
@@ -155,7 +155,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         if topology.count == 1:
             bounds["chips_per_host_bounds"] = (1, 1, 1)
         return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **bounds).devices)
-    config = _GPU.format(bandwidth=chip.bandwidth, memory=chip.memory / 0.95, kind=chip.device_kind)
+    config = _GPU.format(bandwidth=chip.bandwidth, memory=chip.memory / SHARE, kind=chip.device_kind)
     hosts, gpus = topology.shape
     found = topologies.get_topology_desc(
         platform="cuda", topology_name=chip.name, target_config=config, topology=f"1x{hosts}x{gpus}"

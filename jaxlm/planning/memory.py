@@ -122,6 +122,13 @@ def estimate_memory(built: Build, setup: Initializer) -> Memory:
     )
 
 
+def resident_bytes(setup: Initializer) -> int:
+    """What lies on a device all the time: parameters and the optimizer's state."""
+    frozen = 0 if setup.lora is None else bytes_per_device(setup.params, setup.params_shardings)
+    trained = bytes_per_device(setup.trainable, setup.trainable_shardings)
+    return frozen + trained + bytes_per_device(setup.opt_state, setup.opt_shardings)
+
+
 def _shard_count(tree: Any, shardings: Any) -> int:
     sizes = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), tree, shardings)
     return sum(jax.tree.leaves(sizes))
@@ -179,8 +186,13 @@ def _kept_bytes(
     return (kept(many) - kept(few)) // (many - few)
 
 
+@cache
+def _variables(shape: LlamaConfig, adapters: tuple[tuple[str, LoraSpec], ...], dtypes: tuple[Any, Any]) -> Any:
+    return nn.unbox(abstract_variables(Llama(shape, dict(adapters), *dtypes)))
+
+
 def _kept(model: Llama, rows: int, length: int) -> Any:
-    variables = nn.unbox(abstract_variables(model))
+    variables = _variables(model.config, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
     part = "lora" if "lora" in variables else "params"
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)

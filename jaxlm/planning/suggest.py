@@ -10,7 +10,7 @@ from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.chips import Topology
 from jaxlm.parallel.mesh import rows_axis_size
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
-from jaxlm.planning.memory import estimate_memory
+from jaxlm.planning.memory import estimate_memory, resident_bytes
 from jaxlm.training.build import Build, batch_split, build
 
 # What is recomputed, from least to most.
@@ -49,13 +49,18 @@ def suggest(
         fits: whether they fit. If so, only faster ones are found, the fastest first; if not, those with fewest changes
             first, and of these the fastest.
     """
-    found = []
+    found: list[Suggestion] = []
+    room = MARGIN * topology.chip.memory
     for mesh in _meshes(config, shape, topology) if not fits else [config.mesh]:
+        if found:
+            break  # another mesh is a greater change, and each takes seconds to look at
         try:
             built = build(dataclasses.replace(config, mesh=mesh), shape, topology)
             setup = built.initializer(built.optimizer(1000)[0])
         except UserError:
             continue  # the mesh does not go with this model or batch
+        if resident_bytes(setup) > room:
+            continue
         for remat in REMAT:
             for rows in _rows(config.train.micro_batch_size):
                 one = _changed(built, remat, rows)
@@ -65,7 +70,7 @@ def suggest(
                 time = estimate_time(estimate_cost(one, setup, memory), topology.chip, topology.count)
                 changes = _changes(config, one.config)
                 faster = time is not None and now is not None and time.longest < 0.98 * now.longest
-                if changes and memory.peak <= MARGIN * topology.chip.memory and (faster or not fits):
+                if changes and memory.peak <= room and (faster or not fits):
                     found.append(Suggestion(changes, memory.peak, time))
     # With a device of unknown speed, what is recomputed least.
     found.sort(key=lambda one: (0 if fits else len(one.changes), one.time.longest if one.time else one.bytes))

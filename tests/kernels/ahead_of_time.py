@@ -33,12 +33,8 @@ def compile(name, topology, run, *shapes, kernels=None):
 """
 
 
-def compile_for_tpus(program: str) -> list[list[str]]:
-    """Runs START and a program in a process of its own, as libtpu reads its environment once.
-
-    Returns:
-        For each of the program's calls of `compile`: its name, topology, FLOPs.
-    """
+def libtpu_goes_with_jax() -> None:
+    """Skips the test where libtpu is missing, or of another version than this JAX names."""
     wanted = next(
         (match.group(1) for match in map(_LIBTPU.match, importlib.metadata.requires("jax") or []) if match), ""
     )
@@ -48,6 +44,15 @@ def compile_for_tpus(program: str) -> list[list[str]]:
         pytest.skip("needs libtpu (part of the extra `test` on x86-64 Linux), no TPU")
     if not found.startswith(wanted):
         pytest.skip(f"this JAX goes with libtpu {wanted}, installed is {found}")
+
+
+def compile_for_tpus(program: str) -> list[list[str]]:
+    """Runs START and a program in a process of its own, as libtpu reads its environment once.
+
+    Returns:
+        For each of the program's calls of `compile`: its name, topology, FLOPs.
+    """
+    libtpu_goes_with_jax()
     settings = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,0 +1,183 @@
+"""`python -m jaxlm.plan` as a user meets it, and its parts that need no compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxlm.config import MeshConfig, ModelConfig, RunConfig
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import SHAPES
+from jaxlm.parallel.chips import parse_topology, peak_flops
+from jaxlm.parallel.compiler_options import compiler_options
+from jaxlm.parallel.program import read_program
+from jaxlm.plan import main
+from jaxlm.planning.compiled import compile_step
+from jaxlm.planning.cost import estimate_cost
+from jaxlm.planning.memory import estimate_memory
+from jaxlm.training.build import build
+from tests.planning.test_memory import LARGER, SMALL, run
+
+
+def plan_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]:
+    status = main([*words, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def small_model(tmp_path: Path) -> Path:
+    """A model directory without weights."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LARGER.to_hf("float32")))
+    return tmp_path / "model"
+
+
+def test_a_model_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model.path", str(small_model(tmp_path)), "--topology", "v5e:4x4", "--train.micro_batch_size", "8")
+    status, found = plan_of(capsys, *words)
+    assert status == 0 and found["fits"]
+    assert found["parameters"] == found["trained"] == LARGER.num_params()
+    assert found["devices"]["fsdp"] == 16 and found["micro_batch"] == 8 and found["accumulation"] == 1
+    assert found["memory"]["parameters"] == pytest.approx(4 * LARGER.num_params() / 16, rel=0.01)
+    assert found["chip"]["flops"] == 197e12
+    assert found["cost"]["tokens"] == 128 * 512
+    main(list(words))
+    shown = capsys.readouterr().out
+    assert "fits: " in shown and "█" in shown and "MFU" in shown and "faster --model.remat" in shown
+
+
+def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model.shape", "llama-2-7b", "--topology", "v5e:4x4", "--train.global_batch_size", "64")
+    status, found = plan_of(capsys, *words, "--model.remat", "none", "--data.sequence_length", "2048")
+    assert status == 1 and found["fits"] is False
+    changes = found["suggestions"][0]["changes"]
+    assert list(changes) == ["model.remat"]  # the fewest changes
+    again = [word for key, value in changes.items() for word in (f"--{key}", value)]
+    status, found = plan_of(capsys, *words, "--data.sequence_length", "2048", *again)
+    assert status == 0 and found["fits"] is True
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model.shape", "llama-2-70b", "--topology", "v5e:2x2", "--train.global_batch_size", "4"]) == 1
+    shown = capsys.readouterr().out
+    assert "does not fit, by" in shown and "more devices" in shown
+
+
+def test_flops_of_a_step() -> None:
+    """Of the products alone XLA counts, in the compiled 7B step of 4,096 tokens a chip, 2.036e14 (v5e:4x4)."""
+    shape = SHAPES["llama-2-7b"]
+    built = build(run(2, 16, length=2048), shape, parse_topology("v5e:4x4"))
+    setup = built.initializer(built.optimizer(10)[0])
+    cost = estimate_cost(built, setup, estimate_memory(built, setup))
+    scores = 2 * shape.num_layers * shape.num_heads * shape.head_dim * 2048 * 4096
+    assert cost.hardware_flops - 4.5 * scores == pytest.approx(2.036e14, rel=0.005)
+    # 26.4 GB of weights are gathered; 27 GB of gradients come back (as an all-reduce, the compiler has it twice).
+    assert cost.link_bytes == pytest.approx(26.4e9 + 27e9, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v5p-64"], "v5p-64 is v5p:2x4x4"),
+        (["--topology", "v5litepod-256"], "v5litepod-256 is v5e:16x16"),
+        (["--topology", "v5e:4x4x4"], "slices have 2 dims.*v5e-64 is v5e:8x8"),
+        (["--topology", "h201:8"], "unknown chip 'h201'.*did you mean 'h200'"),
+        (["--topology", "h200:0"], "has no devices"),
+        ([], "--topology: say for which devices"),
+        (["--topology", "v5e:4x4", "--mesh.tensor", "3"], "16 devices cannot be divided by 3"),
+        (["--topology", "v5e:4x4", "--mesh.data", "2", "--mesh.fsdp", "4"], "asks for 8 devices, the topology has 16"),
+        (["--topology", "v5e:4x4", "--train.global_batch_size", "20"], "20 rows cannot be shared by 16 groups"),
+        (["--topology", "v5e:4x4", "--data.sequence_length", "99999"], "more than the 4096 positions"),
+        (["--topology", "v5e:4x4", "--model.attention", "cudnn"], "cannot serve: needs an NVIDIA GPU"),
+        (["--topology", "b200:8", "--compile"], "no description of b200"),
+        (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
+    ],
+)
+def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model.shape", "llama-2-7b", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+
+
+def test_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--topology", "cpu:8"]) == 2
+    assert "give --model.shape" in capsys.readouterr().err
+    assert main(["--topology", "cpu:8", "--model.path", "nowhere"]) == 2
+    assert "nowhere: no such directory; a plan needs only the model's shape" in capsys.readouterr().err
+
+
+def test_the_worker_tells_mistakes_as_they_are() -> None:
+    config = dataclasses.replace(run(1, 8), model=ModelConfig(attention="pallas_tpu"), mesh=MeshConfig(fsdp=8))
+    with pytest.raises(UserError, match=r"model.attention: 'pallas_tpu' cannot serve: needs a TPU"):
+        compile_step(config, SMALL, parse_topology("cpu:8"))
+
+
+def test_compiler_options_by_devices() -> None:
+    assert compiler_options("TPU v5 lite", 16)
+    assert compiler_options("TPU v5 lite", 256) == {}
+    assert compiler_options("cpu", 8) == {}
+    config = dataclasses.replace(RunConfig(), train=dataclasses.replace(run(1, 8).train, compiler_options={"a": 1}))
+    assert build(config, SMALL).options() == {"a": 1}
+
+
+def test_peaks_by_device_kind() -> None:
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("cpu") is None
+
+
+PROGRAM = """HloModule step
+
+%fused (p: bf16[8,64]) -> bf16[8,32] {
+  %p = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[64,32]{1,0} constant({...})
+  ROOT %conv = bf16[8,32]{1,0} convolution(%p, %w), dim_labels=bf_io->bf
+}
+
+%body (t: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %t = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = bf16[8,64]{1,0} get-tuple-element(%t), index=1
+  %start = (bf16[8,16]{1,0}, bf16[8,64]{1,0}) all-gather-start(%part), channel_id=1, dimensions={1}
+  %part = bf16[8,16]{1,0} slice(%x), slice={[0:8], [0:16]}
+  %done = bf16[8,64]{1,0} all-gather-done(%start)
+  %f = bf16[8,32]{1,0} fusion(%done), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %kernel.3 = bf16[8,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %out = (s32[], bf16[8,64]{1,0}) tuple(%next, %x)
+}
+
+%condition (t.1: (s32[], bf16[8,64])) -> pred[] {
+  %t.1 = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%t.1), index=0
+  %end = s32[] constant(6)
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[8,64])) -> f32[4] {
+  %a = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %loop = (s32[], bf16[8,64]{1,0}) while(%a), condition=%condition, body=%body
+  %g = f32[4]{0} constant({1,2,3,4})
+  ROOT %sum = f32[4]{0} all-reduce(%g), channel_id=2, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_a_program_is_read_with_its_loops() -> None:
+    found = read_program(PROGRAM)
+    trips = 3  # to 6 in steps of 2
+    assert found.flops == pytest.approx(trips * 2 * 8 * 64 * 32)
+    assert found.cycles == trips * 100 + 7
+    assert found.kernels == {"kernel": trips}
+    by_kind = {one.kind: one for one in found.collectives}
+    gathered, summed = by_kind["all-gather"], by_kind["all-reduce"]
+    assert (gathered.overlaps, gathered.count, gathered.bytes) == (True, trips, trips * 8 * 64 * 2)
+    assert (summed.overlaps, summed.count, summed.bytes) == (False, 1, 2 * 16)
+    assert found.collective_bytes(False) == 32
+    assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
