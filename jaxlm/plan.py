@@ -15,6 +15,7 @@ from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from jaxlm.models.shapes import LlamaConfig
+    from jaxlm.planning.report import Plan
 
 DESCRIPTION = (
     "Says of a run, before it starts and without its devices: parameters, FLOPs, bytes of each device, whether it "
@@ -59,9 +60,15 @@ def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:
 
     quiet_logs()
     console = Console(soft_wrap=True, stderr=bool(flags.get("json")))
-    plans = []
+    plans: list[Plan] = []
+    shape: LlamaConfig | None = None
     for number, config in enumerate(configs):
-        plans.append(plan(config, topology, model_shape(config), compile=bool(flags.get("compile")), console=console))
+        # What a stage starts from is what the one before it leaves behind, some day.
+        path, before = config.model.path, configs[number - 1]
+        follows = path is None or (path in (before.output_dir, before.model.path) and not Path(path).exists())
+        if shape is None or config.model.shape is not None or not follows:
+            shape = model_shape(config)
+        plans.append(plan(config, topology, shape, compile=bool(flags.get("compile")), console=console))
         if "json" not in flags:
             if len(configs) > 1:
                 console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")

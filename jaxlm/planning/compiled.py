@@ -178,11 +178,19 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     built = build(config, shape, devices)
     # The number of steps is a constant of the schedule: any other gives the same program.
     optimizer, schedule = built.optimizer(config.train.steps or 1000)
-    setup = built.initializer(optimizer)
     more = {"exec_time_optimization_effort": -1.0} if job["quick"] else {}
     started = time.perf_counter()
     platform = {"gpu": "cuda"}.get(topology.chip.platform, topology.chip.platform)
-    lowered = built.lower_train_step(setup, schedule, setup.abstract_state(), frozen_base(setup), platform)
+    try:
+        # Abstract variables are traced too: cuDNN is asked for at once.
+        setup = built.initializer(optimizer)
+        lowered = built.lower_train_step(setup, schedule, setup.abstract_state(), frozen_base(setup), platform)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise UserError(
+            f"--compile: model.attention is cudnn, and {error} Install nvidia-cudnn-cu12, or --model.attention xla"
+        ) from None
     figures: dict[str, Any] = {"options": built.options(), "refused": None, "program": None}
     try:
         compiled: Any = built.compile(lowered, **more)

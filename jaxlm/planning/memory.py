@@ -163,9 +163,7 @@ def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Llama, length
         model: where dtypes, attention and experts' computation stand.
     """
     adapters = tuple(resolve_lora(shape, lora).items()) if lora else ()
-    # Where the real one needs its device to be traced at all, the form for XLA keeps the same things.
-    attention = "xla" if str(model.attention) == "cudnn" else model.attention
-    settings = model.dtype, model.param_dtype, attention, remat, model.experts, model.router_noise
+    settings = model.dtype, model.param_dtype, model.attention, remat, model.experts, model.router_noise
     return _kept_bytes(shape, adapters, settings, length)
 
 

@@ -66,6 +66,19 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit, by" in shown and "more devices" in shown
 
 
+def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {shape: llama-2-7b}\n"
+        "stages: [{name: first}, {name: second, lora: {rank: 8}}, {name: third, lora: {rank: 16}}]\n"
+    )
+    words = ("--config", str(tmp_path / "run.yaml"), "--topology", "h200:8", "--output_dir", str(tmp_path))
+    status, found = plan_of(capsys, *words)
+    assert status == 0
+    trained = [stage["trained"] for stage in found]
+    assert trained[0] == found[1]["parameters"] == SHAPES["llama-2-7b"].num_params()
+    assert trained[2] == 2 * trained[1]
+
+
 def test_flops_of_a_step() -> None:
     """Of the products alone XLA counts, in the compiled 7B step of 4,096 tokens a chip, 2.036e14 (v5e:4x4)."""
     shape = SHAPES["llama-2-7b"]
