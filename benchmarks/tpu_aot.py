@@ -13,7 +13,6 @@ predictions of seconds.
 from __future__ import annotations
 
 import argparse
-import collections
 import math
 import os
 import re
@@ -40,10 +39,9 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.kernels.flash_attention import flash_attention
 from jaxlm.models import attention as attention_module
 from jaxlm.parallel.mesh import BATCH, ROW_AXES, make_mesh, use_mesh
+from jaxlm.parallel.program import read_program
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s16": 2, "u16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def splash_attention(q: Any, k: Any, v: Any, mask: Any) -> Any:
@@ -128,86 +126,6 @@ def kernels(chips: list[str]) -> None:
 # The step
 
 
-def shape_bytes(text: str) -> int:
-    dims = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", text)
-    return sum(SIZES.get(kind, 0) * math.prod(int(n) for n in size.split(",") if n) for kind, size in dims)
-
-
-def costs(text: str) -> tuple[float, dict[str, float], dict[str, int]]:
-    """(estimated cycles, bytes of each kind of collective, runs of each Pallas kernel) of a compiled program."""
-    bodies: dict[str, list[str]] = {}
-    lines: list[str] = []
-    entry = ""
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if head:
-            lines = bodies[head[2]] = []
-            entry = head[2] if head[1] else entry
-        elif " = " in line:
-            lines.append(line)
-    cycles = 0.0
-    moved: dict[str, float] = collections.defaultdict(float)
-    runs: dict[str, int] = collections.Counter()
-
-    seen: set[str] = set()
-
-    def trips(line: str) -> int:
-        known = re.search(r"known_trip_count\W+n\W+(\d+)", line)
-        if known:
-            return int(known[1])
-        condition, body = (bodies[re.search(rf"{key}=%?([\w.\-]+)", line)[1]] for key in ("condition", "body"))  # type: ignore[index]
-        end = max((int(n) for one in condition for n in re.findall(r"constant\((\d+)\)", one)), default=1)
-        # An unrolled loop counts in steps: the constant that is added to the counter, one of the root's operands.
-        index = next(
-            (int(n) for one in condition for n in re.findall(r"[su]32\[\].*get-tuple-element.*index=(\d+)", one)), 0
-        )
-        root = next(one for one in body if "ROOT" in one)
-        counter = re.findall(r"%([\w.\-]+)", root.split("tuple(")[1])[index]
-        sum_ = next((one for one in body if re.match(rf"\s*%{re.escape(counter)} = .* add\(", one)), "")
-        for name in re.findall(r"%([\w.\-]+)", sum_.split(" add(")[-1]):
-            for one in body:
-                step = re.match(rf"\s*%{re.escape(name)} = [su]32.* constant\((\d+)\)", one)
-                if step:
-                    return -(-end // int(step[1]))
-        return end
-
-    def collectives(line: str, times: int) -> None:
-        op = re.search(r" = (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
-        channel = re.search(r"channel_id=(\d+)", line)
-        if op and channel and channel[1] in seen:
-            return  # one that is split over several fusions
-        if op:
-            seen.update(channel.groups() if channel else ())
-            # A started one returns its operand beside the result.
-            size = shape_bytes(op[1]) / (2 if op[3] and op[2] != "all-gather" else 1)
-            moved[op[2]] += times * size * (2 if op[2] == "all-reduce" else 1)
-
-    def walk(name: str, times: int) -> None:
-        nonlocal cycles
-        for line in bodies[name]:
-            loop = re.search(r"\bwhile\(.*body=%?([\w.\-]+)", line)
-            if loop:
-                walk(loop[1], times * trips(line))
-                continue
-            inner_code = re.search(r"\b(call|conditional)\(", line)
-            estimate = None if inner_code else re.search(r'"estimated_cycles":"(\d+)"', line)
-            cycles += times * int(estimate[1]) if estimate else 0
-            if 'custom_call_target="tpu_custom_call"' in line:
-                kernel = re.match(r"\s*(?:ROOT )?%?([\w\-]+)", line)
-                runs[kernel[1] if kernel else "?"] += times
-            collectives(line, times)
-            called = re.search(r"(?:calls|to_apply|branch_computations)=\{?%?([\w.\-]+)", line)
-            if called and called[1] in bodies:
-                if inner_code:
-                    walk(called[1], times)
-                elif "fusion(" in line or "async-start" in line:
-                    for inner in bodies[called[1]]:
-                        collectives(inner, times)
-
-    walk(entry, 1)
-    return cycles, dict(moved), dict(runs)
-
-
 def step(which: str, topology: str, rows: int, length: int, layers: int | None, dump: str | None) -> None:
     import dataclasses
 
@@ -243,7 +161,8 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
         compiled = jitted.trace(setup.abstract_state(), {}, batch).lower(lowering_platforms=("tpu",)).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    cycles, moved, runs = costs(compiled.as_text())
+    program = read_program(compiled.as_text())
+    cycles = program.cycles or 0.0
     if dump:
         Path(dump, f"{topology.replace(':', '_')}_{which}.txt").write_text(compiled.as_text())
     gib = 2**30
@@ -252,10 +171,10 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
         f"{memory.peak_memory_in_bytes / gib:.2f} GiB, arguments {memory.argument_size_in_bytes / gib:.2f}, "
         f"temporaries {memory.temp_size_in_bytes / gib:.2f}; {cycles / 1e9:.3f} G cycles outside Pallas kernels"
     )
-    print(
-        f"    collectives, GB: { {kind: round(size / 1e9, 2) for kind, size in moved.items()} }; kernels: {runs}",
-        flush=True,
-    )
+    moved = {
+        f"{one.kind}{'' if one.overlaps else ', waited for'}": round(one.bytes / 1e9, 2) for one in program.collectives
+    }
+    print(f"    collectives, GB: {moved}; kernels: {program.kernels}", flush=True)
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ def compile_step(
     Args:
         config: the run. Only what shapes the step counts; no file that it names is opened.
         shape: of the model, experts resolved.
-        quick: let the compiler try less: memory stays nearly the same, cycles do not.
+        quick: let a TPU's compiler try less: memory stays nearly the same, cycles do not.
         text: a file for the compiled program.
 
     Raises:
@@ -178,7 +178,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     built = build(config, shape, devices)
     # The number of steps is a constant of the schedule: any other gives the same program.
     optimizer, schedule = built.optimizer(config.train.steps or 1000)
-    more = {"exec_time_optimization_effort": -1.0} if job["quick"] else {}
+    more = {"exec_time_optimization_effort": -1.0} if job["quick"] and topology.chip.platform == "tpu" else {}
     started = time.perf_counter()
     platform = {"gpu": "cuda"}.get(topology.chip.platform, topology.chip.platform)
     try:

@@ -116,9 +116,18 @@ class Build:
             return traced.lower() if platform is None else traced.lower(lowering_platforms=(platform,))
 
     def compile(self, lowered: jax.stages.Lowered, **more: Any) -> jax.stages.Compiled:
-        """With `options`, and `more` of them."""
-        with use_mesh(self.mesh):
-            return lowered.compile(compiler_options=(self.options() | more) or None)
+        """With `options`, and `more` of them.
+
+        Raises:
+            UserError: for an option that this compiler does not have.
+        """
+        try:
+            with use_mesh(self.mesh):
+                return lowered.compile(compiler_options=(self.options() | more) or None)
+        except jax.errors.JaxRuntimeError as error:
+            if "compile option" not in str(error):
+                raise
+            raise UserError(f"train.compiler_options: {str(error).splitlines()[0]}") from None
 
 
 def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topology | None = None) -> Build:

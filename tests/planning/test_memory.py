@@ -111,12 +111,12 @@ def test_within_a_tenth_of_what_the_compiler_says_now() -> None:
 
 def test_state_and_frozen_base_are_exact() -> None:
     """Of 8 CPU devices the compiler's arguments are the state, the frozen base and the batch: nothing is estimated."""
-    config = run(2, 8, param_dtype="bfloat16", lora=LoraConfig(rank=8, modules_to_save=("lm_head",)))
+    config = run(2, 8, length=64, param_dtype="bfloat16", lora=LoraConfig(rank=8, modules_to_save=("lm_head",)))
     tiny = dataclasses.replace(SMALL, num_layers=2)
     compiled = compile_step(config, tiny, parse_topology("cpu:8"), quick=True)
     # The base's own output matrix lies there too, but the step has no use for it.
     unused = 2 * tiny.vocab_size * tiny.hidden_size // 8
-    batch = 2 * 512 * (4 * 4 + 1)
+    batch = 2 * 64 * (4 * 4 + 1)
     found = estimated(config, tiny, "cpu:8").resident
     assert compiled.arguments == pytest.approx(found - unused + batch, abs=4096)
     assert compiled.program is not None and compiled.program.cycles is None

@@ -71,7 +71,7 @@ def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.
         "model: {shape: llama-2-7b}\n"
         "stages: [{name: first}, {name: second, lora: {rank: 8}}, {name: third, lora: {rank: 16}}]\n"
     )
-    words = ("--config", str(tmp_path / "run.yaml"), "--topology", "h200:8", "--output_dir", str(tmp_path))
+    words = ("--config", str(tmp_path / "run.yaml"), "--topology", "v5e:4x8", "--output_dir", str(tmp_path))
     status, found = plan_of(capsys, *words)
     assert status == 0
     trained = [stage["trained"] for stage in found]
@@ -127,6 +127,12 @@ def test_the_worker_tells_mistakes_as_they_are() -> None:
     config = dataclasses.replace(run(1, 8), model=ModelConfig(attention="pallas_tpu"), mesh=MeshConfig(fsdp=8))
     with pytest.raises(UserError, match=r"model.attention: 'pallas_tpu' cannot serve: needs a TPU"):
         compile_step(config, SMALL, parse_topology("cpu:8"))
+
+
+def test_an_option_that_the_compiler_does_not_have() -> None:
+    config = dataclasses.replace(run(1, 1), train=dataclasses.replace(run(1, 1).train, compiler_options={"xla_no": 1}))
+    with pytest.raises(UserError, match=r"train.compiler_options: .*No such compile option: 'xla_no'"):
+        compile_step(config, dataclasses.replace(SMALL, num_layers=1), parse_topology("cpu:1"))
 
 
 def test_compiler_options_by_devices() -> None:
