@@ -153,7 +153,8 @@ def _verdict(plan: Plan, console: Console) -> None:
         console.print("whether it fits depends on this machine's memory, which a plan does not know", highlight=False)
         return
     room = plan.topology.chip.memory
-    needed = plan.memory.peak if plan.compiled is None else plan.compiled.memory
+    told = plan.compiled is not None and plan.compiled.refused is None
+    needed = plan.compiled.memory if plan.compiled is not None and told else plan.memory.peak
     if plan.fits and plan.compiled is None and plan.memory.peak > MARGIN * room:
         console.print("fits narrowly; the estimate misses by up to a tenth: ask --compile", style="yellow")
     elif plan.fits:
