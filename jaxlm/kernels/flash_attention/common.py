@@ -83,5 +83,10 @@ def finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(wide) < jnp.inf, wide, 0.0).astype(x.dtype)
 
 
+def headroom(itemsize: int) -> int:
+    """Bytes beyond what is counted. What a kernel may use, XLA keeps free of what it would rather have on the chip."""
+    return (4 if itemsize <= 2 else 16) * 2**20
+
+
 def nbytes(*arrays: Any) -> int:
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)

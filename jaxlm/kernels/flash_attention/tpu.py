@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlm.kernels.flash_attention.common import LANES, dot, finite, nbytes, scores, spread, visible
+from jaxlm.kernels.flash_attention.common import LANES, dot, finite, headroom, nbytes, scores, spread, visible
 from jaxlm.kernels.flash_attention.schedule import COMPUTE, MASKED, Q_FIRST, Q_LAST, Spec, make_schedule
 
 LOWEST = -1e30  # finite: the difference of a masked score (-inf) and a maximum is never NaN
@@ -133,4 +133,4 @@ def forward_vmem(spec: Spec, dim: int, itemsize: int) -> int:
     """A limit for on-chip memory, bytes: tiles of scores are what fills it."""
     lanes = -(-dim // 128) * 128
     tiles = spec.block_q * spec.block_k * 4 * 4
-    return 16 * 2**20 + tiles + 2 * lanes * (2 * spec.block_q + 2 * spec.block_k) * itemsize
+    return headroom(itemsize) + tiles + 2 * lanes * (2 * spec.block_q + 2 * spec.block_k) * itemsize

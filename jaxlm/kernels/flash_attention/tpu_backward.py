@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.flash_attention.common import dot, finite, nbytes, scores, visible
+from jaxlm.kernels.flash_attention.common import dot, finite, headroom, nbytes, scores, visible
 from jaxlm.kernels.flash_attention.schedule import (
     COMPUTE,
     K_FIRST,
@@ -212,4 +212,4 @@ def backward_vmem(spec: Spec, groups: int, rows: int, dim: int, itemsize: int) -
     lanes = -(-dim // 128) * 128
     tiles = spec.block_q * spec.block_k * 4 * 6
     blocks = 2 * lanes * ((2 + groups) * spec.block_q + 4 * spec.block_k) * itemsize
-    return 16 * 2**20 + tiles + blocks + 4 * groups * rows * lanes
+    return headroom(itemsize) + tiles + blocks + 4 * groups * rows * lanes
