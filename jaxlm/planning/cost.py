@@ -83,7 +83,7 @@ def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
     again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
 
-    micro_tokens = rows * length
+    micro_tokens = rows * length // mesh.shape["sequence"]
     itemsize = jnp.dtype(built.model.dtype).itemsize
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     replicas = mesh.shape["data"]

@@ -94,7 +94,7 @@ def estimate_memory(built: Build, setup: Initializer) -> Memory:
         setup: its initializer.
     """
     model, mesh, rows = built.model, built.mesh, built.micro_batch
-    length, lora = built.config.data.sequence_length, setup.lora
+    length, lora = built.config.data.sequence_length // mesh.shape["sequence"], setup.lora
     shape = local_shape(model.config, mesh.shape["tensor"])
     frozen = 0 if lora is None else bytes_per_device(setup.params, setup.params_shardings)
     trained = bytes_per_device(setup.trainable, setup.trainable_shardings)

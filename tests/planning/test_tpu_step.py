@@ -1,0 +1,41 @@
+"""The train step of a 7B model, compiled for whole TPU slices."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from jaxlm.cli import load_run_yaml
+from jaxlm.models.shapes import load_shape
+from jaxlm.parallel.chips import parse_topology
+from jaxlm.planning.compiled import compile_step
+
+RUN = """
+model: {{shape: llama-2-7b, dtype: bfloat16, remat: full, attention: pallas_tpu}}
+data: {{train: [{{path: text.jsonl, template: text}}], sequence_length: 2048}}
+train: {{global_batch_size: {rows}, micro_batch_size: {rows}, epochs: 1}}
+output_dir: out
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (part of the extra `test`), no TPU"
+)
+@pytest.mark.parametrize(
+    ("topology", "arguments", "peak"), [("v5e:4x4", 5.0, 9.7), ("v5e:16x16", 0.4, 3.2), ("v6e:16x16", 0.4, 3.2)]
+)
+def test_llama_2_7b(topology: str, arguments: float, peak: float) -> None:
+    where = parse_topology(topology)
+    run = load_run_yaml(RUN.format(rows=2 * where.count), "the test")
+    found = compile_step(run, load_shape("llama-2-7b"), where, quick=True)
+    assert found.refused is None and found.program is not None
+    # Forward, the same again in the backward pass, and the gradient: the kernels run, on every layer.
+    assert found.program.kernels == {"flash_attention_forward": 64, "flash_attention_backward": 32}
+    assert found.involuntary == 0
+    # 6.74e9 parameters and two moments in float32, over all chips.
+    assert 12 * 6.738e9 / where.count / 2**30 < found.arguments / 2**30 < arguments
+    assert found.peak / 2**30 < peak
+    gathered = sum(one.bytes for one in found.program.collectives if one.kind == "all-gather")
+    # Every layer's weights twice in bfloat16, embedding and head once; not the model at once (see the peak), nor logits.
+    assert 2 * 2 * 6.5e9 * 0.9 < gathered < 2 * 2 * 6.74e9 * 1.1, gathered
