@@ -3,10 +3,10 @@
     python benchmarks/tpu_step.py [--only v5e:4x4] [--json FILE]
 
 Needs libtpu (`pip install libtpu`) on x86-64 Linux and no TPU. Sequence 2048, packed rows, float32 parameters and
-AdamW, bfloat16 products, FSDP over all chips. Cycles are the compiler's own estimates outside of Pallas kernels, for which it
-gives none: a yardstick for programs on one topology, not a time. MaxText's figures (August 2026, same reading of its
-program, splash attention) stand in brackets; its LoRA cannot be compiled ahead of time.
-A compile takes a minute or two.
+AdamW, bfloat16 products, FSDP over all chips. Cycles are the compiler's own estimates outside of Pallas kernels, for
+which it gives none: a yardstick for programs on one topology, not a time. MaxText's figures (August 2026, same reading
+of its program, splash attention) stand in brackets; its LoRA cannot be compiled ahead of time. A compile takes a minute
+or two.
 """
 
 from __future__ import annotations
