@@ -137,7 +137,8 @@ def test_an_option_that_the_compiler_does_not_have() -> None:
 
 
 def test_compiler_options_by_devices() -> None:
-    assert compiler_options("TPU v5 lite", 16)
+    assert compiler_options("TPU v5 lite", 16) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1000000}
+    assert compiler_options("TPU v6 lite", 16)["xla_enable_async_all_gather"] is True
     assert compiler_options("TPU v5 lite", 256) == {}
     assert compiler_options("cpu", 8) == {}
     config = dataclasses.replace(RunConfig(), train=dataclasses.replace(run(1, 8).train, compiler_options={"a": 1}))
