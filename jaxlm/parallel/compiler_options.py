@@ -44,7 +44,7 @@ TABLE: tuple[Rule, ...] = (
     # v5p:4x4x2, 4 rows: 4.03 -> 2.08 Gcycles (-1.1 s), 7.80 -> 7.56 GiB; the gathers alone: 4.02 Gcycles, and 10.6 GB
     # of them no longer waited for.
     Rule("TPU v5", 32, _NO_RINGS | _ASYNC_GATHERS),
-    # v6e:4x4, 4 rows: 2.78 -> 1.43 Gcycles (-0.77 s), 11.04 -> 11.21 GiB; compiled in 426 s, before 106 (a busy machine).
+    # v6e:4x4, 4 rows: 2.78 -> 1.43 Gcycles (-0.77 s), 11.04 -> 11.21 GiB; compiled in 426 s, before 106 (busy machine).
     Rule("TPU v6 lite", 16, _NO_RINGS | _ASYNC_GATHERS),
 )
 
