@@ -154,8 +154,8 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
     experts = None if shape.moe is None else choose_compute(moe.compute, first.platform, shape.moe, adapters)
-    # cuDNN's cannot even be traced where it is not installed; XLA's form keeps the same arrays.
-    traced = "xla" if isinstance(devices, Topology) and chosen.name == "cudnn" else chosen
+    # GPUs' forms cannot all be traced where there is none; XLA's keeps the same arrays.
+    traced = "xla" if isinstance(devices, Topology) and first.platform == "gpu" else chosen
     model = Llama(
         shape,
         adapters,
