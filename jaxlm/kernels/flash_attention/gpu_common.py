@@ -5,6 +5,7 @@ Where the interpreter of this JAX lacks a primitive, a plain equivalent stands b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from jaxlm.kernels.flash_attention.schedule import Spec
 
 LOWEST = -1e30  # finite: the difference of a masked score (-inf) and a maximum is never NaN
 WARPGROUPS = 2  # that compute; each has half of a block's rows
+# JAX 0.12 has dropped an argument.
+_WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 # Registers of a thread that only copies, and of one that computes: 40 + 2 * 232 of the 504 there are.
 COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
@@ -49,7 +52,18 @@ def iota(shape: tuple[int, int], dim: int, spec: Spec) -> jax.Array:
 
 def vector(ref: Any, layout: Any, spec: Spec) -> jax.Array:
     """A vector from memory, spread over threads like one dim of a tile."""
-    return ref[...] if spec.interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+    return read(ref, spec) if spec.interpret else plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
+
+
+def read(ref: Any, spec: Spec) -> jax.Array:
+    """What the interpreter reads in place of the tensor cores, which read as copies write, past the threads' own path.
+
+    On that path the race detector of JAX 0.12 wants a fence between a read and the copy that comes next.
+    """
+    assert spec.interpret
+    value: jax.Array = ref[...]
+    plgpu.commit_smem()
+    return value
 
 
 def across(x: jax.Array, shape: tuple[int, int], dim: int) -> jax.Array:
@@ -68,7 +82,7 @@ def products(
     """
     if spec.interpret:
         results = tuple(
-            lax.dot_general(a[...], b[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            lax.dot_general(read(a, spec), read(b, spec), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             for a, b in pairs
         )
         if between is not None:
@@ -77,7 +91,7 @@ def products(
 
     def run(*accs: Any) -> tuple[jax.Array, ...]:
         for acc, (a, b) in zip(accs, pairs, strict=True):
-            plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+            plgpu.wgmma(acc, a, b.transpose((1, 0)))
         if between is not None:
             between()
         return tuple(acc[...] for acc in accs)
@@ -89,7 +103,7 @@ def add_products(sums: Sequence[tuple[jax.Array, jax.Array, Any]], spec: Spec) -
     """total + a b for each (total, a, b), a in registers, b in shared memory, issued together."""
     if spec.interpret:
         return tuple(
-            total + lax.dot_general(a, b[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            total + lax.dot_general(a, read(b, spec), (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             for total, a, b in sums
         )
 
