@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", help="a file for all figures")
     arguments = parser.parse_args()
-    print(
-        "| step | GiB per chip, goal [MaxText] | Gcycles, goal [MaxText] | GB waited for / beside | compiled in |"
-    )
+    print("| step | GiB per chip, goal [MaxText] | Gcycles, goal [MaxText] | GB waited for / beside | compiled in |")
     print("|---|---|---|---|---|", flush=True)
     all_found = []
     for case in CASES:

@@ -178,6 +178,11 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
             raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {whole.config.vocab_size - 1}")
     decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8, experts)
     shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
+    if shape_of.sequence != 1:
+        raise UserError(
+            f"mesh.sequence: {shape_of.sequence}: one new token at a time is no row to divide; set it to 1, and "
+            "data or tensor higher"
+        )
     mesh = make_mesh(shape_of, experts=None if moe is None else moe.experts)
     started = time.perf_counter()
     with console.status("loading"):

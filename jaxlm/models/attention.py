@@ -225,7 +225,7 @@ def pallas_attention(
     rows = heads = None
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        spec = nn.logical_to_mesh_axes(("batch", "kv_heads"))
+        spec = nn.logical_to_mesh_axes(("batch", "attention_heads"))
         rows, heads = (None, None) if spec is None else spec
         names = () if rows is None else (rows,) if isinstance(rows, str) else rows
         if q.shape[0] % math.prod(mesh.shape[name] for name in names):
@@ -268,9 +268,41 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implemen
         [B, T, H, h].
     """
     choice = Choice(implementation) if isinstance(implementation, str) else implementation
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and mesh.shape.get("sequence", 1) > 1
+    if split:
+        q, k, v, mask = _whole_rows(
+            q, k, v, mask, kv_head_copies(k.shape[2], mesh.shape["sequence"] * mesh.shape["tensor"])
+        )
     blocks = {} if choice.block_q is None else dict(block_q=choice.block_q, block_k=choice.block_k)
     out = IMPLEMENTATIONS[choice.name](q, k, v, mask, **blocks)
-    return out if choice.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
+    out = out if choice.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
+    return nn.with_logical_constraint(out, ("batch", "length", "heads", None)) if split else out
+
+
+def kv_head_copies(kv_heads: int, devices: int) -> int:
+    """How often each kv head has to be there for so many devices to have the same number of whole ones."""
+    return devices // math.gcd(kv_heads, devices)
+
+
+def _whole_rows(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, copies: int
+) -> tuple[jax.Array, jax.Array, jax.Array, MaskSpec]:
+    """From a part of each row and all heads to whole rows and a part of the heads: an all-to-all (arXiv:2309.14509).
+
+    Devices then do the same work, whatever the mask, and any implementation serves. K and V could stay where they are
+    and go around in a ring instead; with causal masks the devices at the end of a row would do most of the work.
+
+    Args:
+        copies: of each kv head, where there are fewer than devices.
+    """
+    if copies > 1:
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    q, k, v = (nn.with_logical_constraint(x, ("batch", "attention_length", "attention_heads", None)) for x in (q, k, v))
+    ids = mask.segment_ids
+    if ids is not None:
+        mask = mask.replace(segment_ids=nn.with_logical_constraint(ids, ("batch", "attention_length")))  # type: ignore[attr-defined]
+    return q, k, v, mask
 
 
 @flax.struct.dataclass

@@ -22,13 +22,19 @@ AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
 # Mesh axes that rows are split over.
 ROW_AXES = ("data", "fsdp", "expert")
+# Mesh axes that parameters and optimizer are split over and gathered along: devices with parts of the same rows need
+# not each have all of them either.
+SHARD_AXES = ("fsdp", "sequence")
 # Logical axis -> mesh axis. One place: parameters and activations are both named by these. Of two rules the first one
 # whose mesh axes are free counts: activations that have rows over `expert` have neurons over `tensor` alone.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ROW_AXES),
-    ("length", None),
+    ("length", "sequence"),
+    # Inside attention a row is whole and its heads are split instead.
+    ("attention_length", None),
+    ("attention_heads", ("tensor", "sequence")),
     ("act_embed", None),
-    ("embed", "fsdp"),
+    ("embed", SHARD_AXES),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", ("expert", "tensor")),  # contiguous blocks: whole experts of an MoE
@@ -41,7 +47,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("lora_rank", None),
 )
 
-BATCH = P(None, ROW_AXES, None)  # [A, B, T]: micro-steps, rows, length
+BATCH = P(None, ROW_AXES, "sequence")  # [A, B, T]: micro-steps, rows, length
 _AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
 
 
@@ -71,9 +77,13 @@ def _axis_sizes(
     for axis, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
             raise UserError(f"mesh.{axis}: {size}; give a positive number, or -1 for what is left")
-    for axis in ("sequence",) if experts else ("expert", "sequence"):
-        if getattr(config, axis) != 1:
-            raise UserError(f"mesh.{axis}: {getattr(config, axis)} has nothing to shard in this model yet; set it to 1")
+    if experts is None and config.expert != 1:
+        raise UserError(f"mesh.expert: {config.expert}: this model has no experts to divide; set it to 1")
+    if experts is not None and config.sequence != 1:
+        raise UserError(
+            f"mesh.sequence: {config.sequence}: rows of a model of experts cannot be divided; set it to 1, and "
+            "expert or tensor higher"
+        )
     if sizes.count(-1) > 1:
         fills = [axis for axis, size in zip(AXES, sizes, strict=True) if size == -1]
         raise UserError(f"mesh: only one axis can be -1, found {', '.join(fills)}")
@@ -95,6 +105,11 @@ def _axis_sizes(
 
 def _describe(config: MeshConfig) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config).items() if size != 1) or "all 1"
+
+
+def shard_axes_size(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts parameters are split along `embed`."""
+    return math.prod(mesh.shape[axis] for axis in SHARD_AXES)
 
 
 def rows_axis_size(mesh: Mesh | AbstractMesh) -> int:

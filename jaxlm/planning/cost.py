@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 
 from jaxlm.parallel.chips import Chip
+from jaxlm.parallel.mesh import shard_axes_size
 from jaxlm.planning.memory import Memory
 from jaxlm.training.build import Build
 from jaxlm.training.report import flops_per_token
@@ -85,7 +86,7 @@ def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
 
     micro_tokens = rows * length // mesh.shape["sequence"]
     itemsize = jnp.dtype(built.model.dtype).itemsize
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    tensor, fsdp = mesh.shape["tensor"], shard_axes_size(mesh)
     replicas = mesh.shape["data"]
     weights = count(setup.params) / tensor / mesh.shape["expert"]
     trained_shard = bytes_per_device(setup.trainable, setup.trainable_shardings)
@@ -97,6 +98,12 @@ def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
         # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
         sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
         links += built.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
+    sequence = mesh.shape["sequence"]
+    if sequence > 1:
+        # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
+        width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / tensor
+        times = built.accumulation * c.num_layers * (2 + recomputed[1])
+        links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights

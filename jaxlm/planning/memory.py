@@ -21,6 +21,7 @@ from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.lora import LoraSpec, resolve_lora
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.parallel.mesh import shard_axes_size
 from jaxlm.training.build import Build
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
@@ -103,13 +104,14 @@ def estimate_memory(built: Build, setup: Initializer) -> Memory:
 
     itemsize = jnp.dtype(model.dtype).itemsize
     table = shape.vocab_size * shape.hidden_size
-    split = mesh.shape["fsdp"] > 1
+    shards = shard_axes_size(mesh)
+    split = shards > 1
     head_trains, table_trains = (lora is None or name in lora.modules_to_save for name in ("lm_head", "embed_tokens"))
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
     layer_weights = itemsize * count(setup.params["layers"]) // shape.num_layers // mesh.shape["tensor"]
-    own = 4 * table // (mesh.shape["fsdp"] if split else 1)
+    own = 4 * table // shards
     return Memory(
         parameters=frozen + trained,
         optimizer=bytes_per_device(setup.opt_state, setup.opt_shardings),

@@ -72,7 +72,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
     elif chip.platform != "cpu":
         lack = can_compile(plan.topology)
         hint = "--compile asks the compiler itself" if lack is None else f"--compile would ask the compiler: {lack}"
-        console.print(hint, style="dim", highlight=False)
+        console.print(hint, style="dim", highlight=False, markup=False)
     console.print()
     _verdict(plan, console)
 

@@ -12,12 +12,13 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.data.loader import BATCH_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.kernels.choice import choose_attention, here
+from jaxlm.models.attention import kv_head_copies
 from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
 from jaxlm.models.moe import choose_compute
@@ -149,6 +150,7 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
         devices = list(jax.devices() if devices is None else devices)
         first = devices[0]
         mesh = make_mesh(config.mesh, devices, count)
+    _check_sequence(mesh, config.data.sequence_length, shape.num_heads, shape.num_kv_heads)
     case = here(shape, config.model.dtype, config.data.sequence_length, packs(config), first)
     chosen, why = choose_attention(config.model.attention, case)
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
@@ -168,6 +170,25 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
     )
     micro_batch, accumulation = batch_split(config, rows_axis_size(mesh))
     return Build(config, mesh, model, (str(chosen), why), experts, micro_batch, accumulation)
+
+
+def _check_sequence(mesh: Mesh | AbstractMesh, length: int, heads: int, kv_heads: int) -> None:
+    """Whether rows of so many tokens and so many heads can be divided over `sequence`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    if size == 1:
+        return
+    if length % size:
+        raise UserError(f"mesh.sequence: {size} does not divide rows of {length} tokens (data.sequence_length)")
+    copies = kv_head_copies(kv_heads, size * tensor)
+    if heads % (size * tensor) or heads % (kv_heads * copies):
+        raise UserError(
+            f"mesh.sequence: {size} times mesh.tensor {tensor} does not divide the model's {heads} heads (of "
+            f"{kv_heads} keys and values), which are what is divided inside attention"
+        )
 
 
 def frozen_base(setup: Initializer) -> dict[str, Any]:

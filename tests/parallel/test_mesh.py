@@ -47,7 +47,7 @@ def test_sizes(sizes: dict[str, int], expected: tuple[int, ...]) -> None:
         (dict(tensor=0), r"mesh.tensor: 0"),
         (dict(fsdp=-2), r"mesh.fsdp: -2"),
         (dict(expert=2), r"mesh.expert: 2"),
-        (dict(sequence=-1, fsdp=8), r"mesh.sequence: -1"),
+        (dict(sequence=3, fsdp=8), r"asks for 24 devices"),
     ],
 )
 def test_errors(sizes: dict[str, int], words: str) -> None:
@@ -66,7 +66,7 @@ def test_specs_and_collision() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tree = {"a": leaf((4, 8), ("vocab", "embed")), "b": leaf((3, 4), ("layers", "norm"))}
     shardings = tree_shardings(tree, mesh)
-    assert shardings["a"].spec == P("tensor", "fsdp") and shardings["b"].spec == P(None, None)
+    assert shardings["a"].spec == P("tensor", ("fsdp", "sequence")) and shardings["b"].spec == P(None, None)
     with pytest.raises(AssertionError, match="two dims on one mesh axis"):
         tree_shardings({"a": leaf((4, 8), ("heads", "mlp"))}, mesh)
 
@@ -85,7 +85,7 @@ def test_load_reads_each_shard_and_no_more() -> None:
     abstract = {"m": {"a": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)}}
     shardings = tree_shardings({"m": {"a": leaf((4, 8), ("vocab", "embed"))}}, mesh)
     loaded = load_sharded(abstract, shardings, read)["m"]["a"]
-    assert loaded.dtype == jnp.bfloat16 and loaded.sharding.spec == P("tensor", "fsdp")
+    assert loaded.dtype == jnp.bfloat16 and loaded.sharding.spec == P("tensor", ("fsdp", "sequence"))
     np.testing.assert_array_equal(np.asarray(loaded, np.float64), full)
     assert set(asked) == {(2, 4)}
 

@@ -63,10 +63,17 @@ def batches(i: int) -> dict[str, np.ndarray]:
     )
 
 
-def train(sizes: tuple[int, int, int], lora: bool, capture: Any = None, config: LlamaConfig = CONFIG) -> Run:
-    devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]), devices)
-    model = Llama(config, resolve_lora(config, LORA) if lora else {})
+def train(
+    sizes: tuple[int, int, int],
+    lora: bool,
+    capture: Any = None,
+    config: LlamaConfig = CONFIG,
+    sequence: int = 1,
+    attention: str = "reference",
+) -> Run:
+    devices = jax.devices()[: int(np.prod(sizes)) * sequence]
+    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], sequence=sequence, tensor=sizes[2]), devices)
+    model = Llama(config, resolve_lora(config, LORA) if lora else {}, attention=attention)
     options = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1)
     schedule = make_schedule(options, 10)
     optimizer = make_optimizer(options, schedule)
@@ -96,31 +103,32 @@ def one_device(lora: bool) -> Run:
 
 
 # Where each leaf lies, written out by hand: what the rules say is under test too.
+SHARDED = ("fsdp", "sequence")
 KERNELS = {
-    "embed_tokens/embedding": P("tensor", "fsdp"),
-    "lm_head/kernel": P("tensor", "fsdp"),
+    "embed_tokens/embedding": P("tensor", SHARDED),
+    "lm_head/kernel": P("tensor", SHARDED),
     "norm/scale": P(None),
     "input_layernorm/scale": P(None, None),
     "post_attention_layernorm/scale": P(None, None),
-    "q_proj/kernel": P(None, "fsdp", "tensor", None),
-    "k_proj/kernel": P(None, "fsdp", "tensor", None),
-    "v_proj/kernel": P(None, "fsdp", "tensor", None),
+    "q_proj/kernel": P(None, SHARDED, "tensor", None),
+    "k_proj/kernel": P(None, SHARDED, "tensor", None),
+    "v_proj/kernel": P(None, SHARDED, "tensor", None),
     "q_proj/bias": P(None, "tensor", None),
     "k_proj/bias": P(None, "tensor", None),
     "v_proj/bias": P(None, "tensor", None),
-    "o_proj/kernel": P(None, "tensor", None, "fsdp"),
-    "gate_proj/kernel": P(None, "fsdp", "tensor"),
-    "up_proj/kernel": P(None, "fsdp", "tensor"),
-    "down_proj/kernel": P(None, "tensor", "fsdp"),
-    "q_proj/lora_A": P(None, "fsdp", None),
+    "o_proj/kernel": P(None, "tensor", None, SHARDED),
+    "gate_proj/kernel": P(None, SHARDED, "tensor"),
+    "up_proj/kernel": P(None, SHARDED, "tensor"),
+    "down_proj/kernel": P(None, "tensor", SHARDED),
+    "q_proj/lora_A": P(None, SHARDED, None),
     "q_proj/lora_B": P(None, None, "tensor", None),
     "q_proj/magnitude": P(None, "tensor", None),
     "o_proj/lora_A": P(None, "tensor", None, None),
-    "o_proj/lora_B": P(None, None, "fsdp"),
-    "o_proj/magnitude": P(None, "fsdp"),
+    "o_proj/lora_B": P(None, None, SHARDED),
+    "o_proj/magnitude": P(None, SHARDED),
     "down_proj/lora_A": P(None, "tensor", None),
-    "down_proj/lora_B": P(None, None, "fsdp"),
-    "down_proj/magnitude": P(None, "fsdp"),
+    "down_proj/lora_B": P(None, None, SHARDED),
+    "down_proj/magnitude": P(None, SHARDED),
 }
 
 
@@ -201,6 +209,23 @@ def test_lora(sizes: tuple[int, int, int], capfd: pytest.CaptureFixture[str]) ->
     # Frozen weights get no gradient: no product results in gate's or up's [D, F], whole or of one shard.
     gate = {(d, f) for d in (D, D // sizes[1]) for f in (F, F // sizes[2])}
     assert not gate & set(result_shapes(run.text, "dot"))
+
+
+@pytest.mark.parametrize("attention", ["reference", "xla"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1), (1, 2, 2)], ids=str)
+def test_sequence(sizes: tuple[int, int, int], lora: bool, attention: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows of two documents, each cut in half; with tensor 2 there are half as many kv heads as devices."""
+    run = train(sizes, lora, capture=capfd, sequence=2, attention=attention)
+    np.testing.assert_allclose(run.losses, one_device(lora).losses, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(run.norms, one_device(lora).norms, rtol=1e-4)
+    assert_placed(run)
+    assert_frugal(run, sizes)
+    rows = B // (sizes[0] * sizes[1])
+    products = result_shapes(run.text, "dot")
+    # Half of a row is what the feed-forward layer sees, and whole rows of some heads what attention does.
+    assert (rows * T // 2, F // sizes[2]) in products and (rows * T, F // sizes[2]) not in products
+    assert result_shapes(run.text, "all-to-all")
 
 
 def test_the_warning_looked_for_is_seen(capfd: pytest.CaptureFixture[str]) -> None:

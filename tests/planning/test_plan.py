@@ -106,6 +106,11 @@ def test_flops_of_a_step() -> None:
         (["--topology", "v5e:4x4", "--train.global_batch_size", "20"], "20 rows cannot be shared by 16 groups"),
         (["--topology", "v5e:4x4", "--data.sequence_length", "99999"], "more than the 4096 positions"),
         (["--topology", "v5e:4x4", "--model.attention", "cudnn"], "cannot serve: needs an NVIDIA GPU"),
+        (
+            ["--topology", "v5e:4x4", "--mesh.sequence", "4", "--data.sequence_length", "510"],
+            "4 does not divide rows of",
+        ),
+        (["--topology", "v5e:8x8", "--mesh.sequence", "64"], "64 times mesh.tensor 1 does not divide.* 32 heads"),
         (["--topology", "b200:8", "--compile"], "no description of b200"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
     ],
