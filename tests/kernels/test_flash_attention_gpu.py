@@ -18,12 +18,19 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.flash_attention import flash_attention, unsupported
+from jaxlm.kernels.flash_attention import flash_attention, gpu, gpu_backward, unsupported
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 from jaxlm.models.attention import MaskSpec, reference_attention
 
 LENGTH, HEADS, KV_HEADS, DIM = 23, 2, 1, 16
 SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 15, 1, 4], axis=1).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of keys, and one of queries, at once on the chip: short rows too use a place again."""
+    monkeypatch.setattr(gpu, "stages", lambda dim: 2)
+    monkeypatch.setattr(gpu_backward, "_stages", lambda dim: 1)
 
 
 def tensors(length: int = LENGTH) -> list[np.ndarray]:
