@@ -166,6 +166,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
     import jax
 
+    from jaxlm.parallel.compiler_options import least_effort
     from jaxlm.training.build import build, frozen_base
 
     config = load_run_yaml(job["config"], "the job")
@@ -178,7 +179,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     built = build(config, shape, devices)
     # The number of steps is a constant of the schedule: any other gives the same program.
     optimizer, schedule = built.optimizer(config.train.steps or 1000)
-    more = {"exec_time_optimization_effort": -1.0} if job["quick"] and topology.chip.platform == "tpu" else {}
+    more = least_effort() if job["quick"] and topology.chip.platform == "tpu" else {}
     started = time.perf_counter()
     platform = {"gpu": "cuda"}.get(topology.chip.platform, topology.chip.platform)
     try:

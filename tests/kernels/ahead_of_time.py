@@ -18,15 +18,15 @@ from functools import partial
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from jaxlm.parallel.compiler_options import least_effort
 
 def compile(name, topology, run, *shapes, kernels=None):
     '''Shapes are (dtype, dims...); kernels: how many there are to be, None: some.'''
     place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
     arguments = [jax.ShapeDtypeStruct(dims, dtype, sharding=place) for dtype, *dims in shapes]
-    # Kernels are compiled in full; what XLA does around them need not be the best, which saves more than half the time.
-    options = {"exec_time_optimization_effort": -1.0}
     lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile(compiler_options=options)
+    # Kernels are compiled in full; what XLA does around them need not be the best, which saves more than half the time.
+    compiled = lowered.compile(compiler_options=least_effort())
     found = compiled.as_text().count('custom_call_target="tpu_custom_call"')
     assert found == kernels or (kernels is None and found), found
     print("compiled", name, topology, compiled.cost_analysis()["flops"], flush=True)
