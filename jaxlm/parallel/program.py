@@ -177,14 +177,16 @@ class _Reader:
         kind = op.kind.removesuffix("-start")
         if kind not in _COLLECTIVES:
             return
-        channel = re.search(r"channel_id=(\d+)", op.line)
-        # A collective that runs beside others is told over several fusions of a computation, under one channel.
-        if channel is not None and channel[1] in seen:
-            return
-        seen.update(channel.groups() if channel else ())
-        given = sum(_size(body[name].shape) for name in op.operands if name in body)
         started = op.kind != kind
         overlaps = overlaps or started or "async_collective_name" in op.line or "chain_id" in op.line
+        channel = re.search(r"channel_id=(\d+)", op.line)
+        # A collective that runs beside others is told over several fusions of a computation, under one channel. Others
+        # may share a channel: all that come from `shard_map` do.
+        if overlaps and channel is not None:
+            if channel[1] in seen:
+                return
+            seen.add(channel[1])
+        given = sum(_size(body[name].shape) for name in op.operands if name in body)
         moved = float(given)
         if kind == "all-gather":
             moved = _size(op.shape) - (given if started else 0)

@@ -190,6 +190,8 @@ ENTRY %main (a: (s32[], bf16[8,64])) -> f32[4] {
   %a = (s32[], bf16[8,64]{1,0}) parameter(0)
   %loop = (s32[], bf16[8,64]{1,0}) while(%a), condition=%condition, body=%body
   %g = f32[4]{0} constant({1,2,3,4})
+  %part.1 = f32[2]{0} reduce-scatter(%g), channel_id=1, dimensions={0}
+  %part.2 = f32[1]{0} reduce-scatter(%part.1), channel_id=1, dimensions={0}
   ROOT %sum = f32[4]{0} all-reduce(%g), channel_id=2, backend_config={"estimated_cycles":"7"}
 }
 """
@@ -205,5 +207,7 @@ def test_a_program_is_read_with_its_loops() -> None:
     gathered, summed = by_kind["all-gather"], by_kind["all-reduce"]
     assert (gathered.overlaps, gathered.count, gathered.bytes) == (True, trips, trips * 8 * 64 * 2)
     assert (summed.overlaps, summed.count, summed.bytes) == (False, 1, 2 * 16)
-    assert found.collective_bytes(False) == 32
+    scattered = by_kind["reduce-scatter"]  # two that share a channel
+    assert (scattered.overlaps, scattered.count, scattered.bytes) == (False, 2, 16 + 8)
+    assert found.collective_bytes(False) == 32 + 24
     assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
