@@ -141,7 +141,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     from jaxlm.kernels.choice import choose_attention, here
     from jaxlm.models.lora import resolve_lora
     from jaxlm.models.moe import choose_compute
-    from jaxlm.parallel.mesh import make_mesh
+    from jaxlm.parallel.mesh import axis_sizes, make_mesh
     from jaxlm.tokenizer import load_tokenizer
 
     path, adapter_path = config.model.path, config.model.adapter
@@ -193,7 +193,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
 
     lora = "" if adapter is None else f" + {adapter.path} ({'merged' if merge else 'on the fly'})"
     kept = f"{dtype}, linear layers in int8" if config.model.int8 else dtype
-    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    shape = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1) or "1 device"
     console.print(f"model      {source.path}{lora}", markup=False)
     console.print(
         f"           {whole.config.num_params():,} parameters, {human(weight_bytes(weights))} in {kept}, on {platform} "

@@ -17,13 +17,14 @@ import math
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+
+from jaxlm.kernels.scatter import split_axes, sum_scattered_columns
 
 # A chunk has so many logits on a device (64 MiB in float32), but enough tokens to keep the matrix products large; more
 # when the head trains, as each chunk reads and writes all of its gradient (v5e, D 4096, V 32000: cycles fall by 16 %).
@@ -92,26 +93,11 @@ class _Task:
 
 def _axes(x: Any, head: Any) -> _Axes:
     """As the mesh and the logical-axis rules at hand have it; where rows do not divide evenly they stay whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return _Axes()
-
-    def names(logical: tuple[str, ...]) -> list[tuple[str, ...]]:
-        spec = nn.logical_to_mesh_axes(logical)
-        axes = (None,) * len(logical) if spec is None else spec
-        found = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in axes]
-        return [tuple(name for name in one if mesh.shape[name] > 1) for one in found]
-
-    def size(axes: tuple[str, ...]) -> int:
-        return math.prod(mesh.shape[name] for name in axes)
-
-    rows, length = names(("batch", "length"))
-    vocab, embed = names(("vocab", "embed"))
-    rows = rows if x.shape[0] % size(rows) == 0 else ()
-    length = length if x.shape[1] % size(length) == 0 else ()
+    rows, length = split_axes(x.shape[:2], ("batch", "length"))
+    # The vocabulary is filled up until it divides: any size will do.
+    vocab, embed = split_axes((0, head.shape[1]), ("vocab", "embed"))
     # The head's gradient is summed over tokens where it is split: there have to be different tokens.
-    embed = embed if head.shape[1] % size(embed) == 0 and set(embed) <= {*rows, *length} else ()
-    return _Axes(rows, length, vocab, embed)
+    return _Axes(rows, length, vocab, embed if set(embed) <= {*rows, *length} else ())
 
 
 def chunk_count(batch: int, length: int, vocab: int, grad_head: bool) -> int:
@@ -194,7 +180,7 @@ def _walk_local(
         out = jax.lax.psum(out, axes.tokens)
     if grad_head is not None:
         if axes.embed:
-            grad_head = jax.lax.psum_scatter(grad_head, axes.embed, scatter_dimension=1, tiled=True)
+            grad_head = sum_scattered_columns(grad_head, axes.embed)
         others = tuple(name for name in axes.tokens if name not in axes.embed)
         if others:
             grad_head = jax.lax.psum(grad_head, others)

@@ -19,12 +19,16 @@ from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+# What `fsdp` is on the mesh: an axis for each dim of a TPU slice's torus that it spans, as sums over devices are fast
+# along one of them at a time (see `kernels.scatter`); elsewhere all but the first are 1.
+FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")
+MESH_AXES = ("data", *FSDP_AXES, "expert", "sequence", "tensor")
 
 # Mesh axes that rows are split over.
-ROW_AXES = ("data", "fsdp", "expert")
+ROW_AXES = ("data", *FSDP_AXES, "expert")
 # Mesh axes that parameters and optimizer are split over and gathered along: devices with parts of the same rows need
 # not each have all of them either.
-SHARD_AXES = ("fsdp", "sequence")
+SHARD_AXES = (*FSDP_AXES, "sequence")
 # Logical axis -> mesh axis. One place: parameters and activations are both named by these. Of two rules the first one
 # whose mesh axes are free counts: activations that have rows over `expert` have neurons over `tensor` alone.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -48,7 +52,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 BATCH = P(None, ROW_AXES, "sequence")  # [A, B, T]: micro-steps, rows, length
-_AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(AXES)
+_AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, experts: int | None = None) -> Mesh:
@@ -61,13 +65,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
         UserError: when the sizes do not multiply to the number of devices, or would cut an expert apart.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _axis_sizes(config, len(devices), experts)
-    return jax.make_mesh(sizes, AXES, axis_types=_AXIS_TYPES, devices=devices)
+    data, fsdp, *others = _axis_sizes(config, len(devices), experts)
+    sizes = (data, *_along_torus(fsdp, devices), *others)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices)
+
+
+def _along_torus(count: int, devices: Sequence[jax.Device]) -> tuple[int, int, int]:
+    """So many devices as sizes along the dims of the torus that these are in."""
+    places = [getattr(device, "coords", None) for device in devices]
+    sizes = [1, 1, 1]
+    if None not in places:
+        for at, dim in enumerate(np.ptp(np.array(places), axis=0)[:3]):
+            sizes[at] = math.gcd(count, int(dim) + 1)
+            count //= sizes[at]
+    sizes[0] *= count  # what is no whole part of any dim
+    return sizes[0], sizes[1], sizes[2]
 
 
 def abstract_mesh(config: MeshConfig, count: int, experts: int | None = None) -> AbstractMesh:
     """`make_mesh` of so many devices that are nowhere: for shapes and shardings."""
-    return AbstractMesh(_axis_sizes(config, count, experts, "the topology has"), AXES, axis_types=_AXIS_TYPES)
+    data, fsdp, *others = _axis_sizes(config, count, experts, "the topology has")
+    return AbstractMesh((data, fsdp, 1, 1, *others), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The size of each of `AXES`."""
+    parts = {axis: FSDP_AXES if axis == "fsdp" else (axis,) for axis in AXES}
+    return {axis: math.prod(mesh.shape[name] for name in names) for axis, names in parts.items()}
 
 
 def _axis_sizes(
@@ -149,7 +173,7 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, whole_if_uneven: tuple
                 axes[at] = None
             elif dim % size:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                keys = " times ".join(f"mesh.{axis}" for axis in split)
+                keys = " times ".join(dict.fromkeys(f"mesh.{axis.partition('_')[0]}" for axis in split))
                 raise UserError(f"{keys}: {size} does not divide {dim}, the {logical} dim of {name} {leaf.shape}")
         return NamedSharding(mesh, P(*axes))
 

@@ -12,6 +12,7 @@ from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.chips import Topology
+from jaxlm.parallel.mesh import axis_sizes
 from jaxlm.planning.compiled import CompiledStep, compile_step
 from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
@@ -99,7 +100,7 @@ def plan(
     suggestions = [] if fits is None else suggest(config, shape, topology, time, fits)
     return Plan(
         topology=topology,
-        devices=dict(built.mesh.shape),
+        devices=axis_sizes(built.mesh),
         parameters=count(setup.params),
         trained=count(setup.trainable),
         micro_batch=built.micro_batch,

@@ -21,7 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.distributed import Hosts
-from jaxlm.parallel.mesh import local_rows, put_batch, rows_axis_size
+from jaxlm.parallel.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
 from jaxlm.training.build import Build, build
 from jaxlm.training.checkpoint import Checkpoints, model_json
 from jaxlm.training.optimizer import Schedule
@@ -402,7 +402,7 @@ def _announce(
     everything = count(setup.params)
     trained = count(setup.trainable)
     devices = jax.devices()
-    axes = " x ".join(f"{axis} {size}" for axis, size in built.mesh.shape.items() if size > 1) or "one device"
+    axes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes(built.mesh).items() if size > 1) or "one device"
     train_bytes = bytes_per_device(setup.trainable, setup.trainable_shardings)
     opt_bytes = bytes_per_device(setup.opt_state, setup.opt_shardings)
     pairs = []

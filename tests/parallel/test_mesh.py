@@ -13,7 +13,18 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
-from jaxlm.parallel.mesh import BATCH, load_sharded, make_mesh, put_batch, rows_axis_size, tree_shardings
+from jaxlm.parallel.mesh import (
+    BATCH,
+    FSDP_AXES,
+    SHARD_AXES,
+    axis_sizes,
+    load_sharded,
+    make_mesh,
+    put_batch,
+    rows_axis_size,
+    tree_shardings,
+)
+from tests.kernels.ahead_of_time import compile_for_tpus
 
 
 def leaf(shape: tuple[int, ...], axes: tuple[Any, ...]) -> Any:
@@ -32,8 +43,7 @@ def leaf(shape: tuple[int, ...], axes: tuple[Any, ...]) -> Any:
 )
 def test_sizes(sizes: dict[str, int], expected: tuple[int, ...]) -> None:
     mesh = make_mesh(MeshConfig(**sizes))
-    assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
-    assert tuple(mesh.shape.values()) == expected
+    assert axis_sizes(mesh) == dict(zip(("data", "fsdp", "expert", "sequence", "tensor"), expected, strict=True))
     assert rows_axis_size(mesh) == expected[0] * expected[1]
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
@@ -55,6 +65,39 @@ def test_errors(sizes: dict[str, int], words: str) -> None:
         make_mesh(MeshConfig(**sizes))
 
 
+ALONG_TORUS = """
+import numpy as np
+from jaxlm.config import MeshConfig
+from jaxlm.parallel.mesh import FSDP_AXES, make_mesh
+
+for topology, more in CASES:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(MeshConfig(**more), devices)
+    places = np.array([device.coords for device in mesh.devices.flat]).reshape(*mesh.devices.shape, 3)
+    # Along each axis of fsdp, how many of the torus' dims change.
+    moving = [int((np.ptp(places, axis=at + 1).reshape(-1, 3) > 0).any(0).sum()) for at in range(3)]
+    print("compiled", *(mesh.shape[axis] for axis in FSDP_AXES), *moving)
+"""
+
+
+def test_fsdp_lies_along_the_torus() -> None:
+    cases: list[tuple[str, dict[str, int]]] = [
+        ("v5e:4x4", {}),
+        ("v5p:4x4x2", {}),
+        ("v5e:16x16", dict(tensor=16)),
+        ("v5e:8x8", dict(data=8)),
+        ("v5e:4x4", dict(tensor=2)),
+        ("v5e:2x2", dict(fsdp=1, data=4)),
+    ]
+    found = [[int(n) for n in line] for line in compile_for_tpus(f"CASES = {cases!r}\n{ALONG_TORUS}")]
+    assert [line[:3] for line in found] == [[4, 4, 1], [4, 4, 2], [16, 1, 1], [8, 1, 1], [4, 2, 1], [1, 1, 1]]
+    assert [line[3:] for line in found] == [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
+def test_elsewhere_fsdp_is_one_axis() -> None:
+    assert [make_mesh(MeshConfig(tensor=2)).shape[axis] for axis in FSDP_AXES] == [4, 1, 1]
+
+
 def test_dim_that_does_not_divide() -> None:
     mesh = make_mesh(MeshConfig(fsdp=1, data=4, tensor=2))
     tree = {"layers": {"k_proj": {"kernel": leaf((3, 8, 1, 4), ("layers", "embed", "kv_heads", "head_dim"))}}}
@@ -66,7 +109,7 @@ def test_specs_and_collision() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     tree = {"a": leaf((4, 8), ("vocab", "embed")), "b": leaf((3, 4), ("layers", "norm"))}
     shardings = tree_shardings(tree, mesh)
-    assert shardings["a"].spec == P("tensor", ("fsdp", "sequence")) and shardings["b"].spec == P(None, None)
+    assert shardings["a"].spec == P("tensor", SHARD_AXES) and shardings["b"].spec == P(None, None)
     with pytest.raises(AssertionError, match="two dims on one mesh axis"):
         tree_shardings({"a": leaf((4, 8), ("heads", "mlp"))}, mesh)
 
@@ -85,7 +128,7 @@ def test_load_reads_each_shard_and_no_more() -> None:
     abstract = {"m": {"a": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)}}
     shardings = tree_shardings({"m": {"a": leaf((4, 8), ("vocab", "embed"))}}, mesh)
     loaded = load_sharded(abstract, shardings, read)["m"]["a"]
-    assert loaded.dtype == jnp.bfloat16 and loaded.sharding.spec == P("tensor", ("fsdp", "sequence"))
+    assert loaded.dtype == jnp.bfloat16 and loaded.sharding.spec == P("tensor", SHARD_AXES)
     np.testing.assert_array_equal(np.asarray(loaded, np.float64), full)
     assert set(asked) == {(2, 4)}
 
