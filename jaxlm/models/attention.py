@@ -277,12 +277,21 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implemen
     blocks = {} if choice.block_q is None else dict(block_q=choice.block_q, block_k=choice.block_k)
     out = IMPLEMENTATIONS[choice.name](q, k, v, mask, **blocks)
     out = out if choice.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
-    return nn.with_logical_constraint(out, ("batch", "length", "heads", None)) if split else out
+    return _to(_PARTS, _to(_WHOLE, out)) if split else out
 
 
 def kv_head_copies(kv_heads: int, devices: int) -> int:
     """How often each kv head has to be there for so many devices to have the same number of whole ones."""
     return devices // math.gcd(kv_heads, devices)
+
+
+# Dims [B, T, H, h] outside of attention, and inside.
+_PARTS = ("batch", "length", "heads", None)
+_WHOLE = ("batch", "attention_length", "attention_heads", None)
+
+
+def _to(axes: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+    return nn.with_logical_constraint(x, axes)
 
 
 def _whole_rows(
@@ -296,12 +305,15 @@ def _whole_rows(
     Args:
         copies: of each kv head, where there are fewer than devices.
     """
-    if copies > 1:
-        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-    q, k, v = (nn.with_logical_constraint(x, ("batch", "attention_length", "attention_heads", None)) for x in (q, k, v))
+    # Both sides of each move are named: XLA else moves what the tensor is made of (halves under RoPE), or gathers where
+    # gradients come back.
+    q, k, v = (_to(_PARTS, x) for x in (q, k, v))
+    if copies > 1:  # gathered: more devices than one want each
+        k, v = (jnp.repeat(_to(("batch", "attention_length", "kv_heads", None), x), copies, axis=2) for x in (k, v))
+    q, k, v = (_to(_WHOLE, x) for x in (q, k, v))
     ids = mask.segment_ids
     if ids is not None:
-        mask = mask.replace(segment_ids=nn.with_logical_constraint(ids, ("batch", "attention_length")))  # type: ignore[attr-defined]
+        mask = mask.replace(segment_ids=_to(_WHOLE[:2], ids))  # type: ignore[attr-defined]
     return q, k, v, mask
 
 

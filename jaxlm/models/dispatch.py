@@ -3,12 +3,13 @@
 Nothing is dropped and nothing is approximate: buffers have room for the worst case, loops and exchanges do what there
 is. Both directions of every move are gathers: XLA's scatter-add is slow on every platform.
 
-Shapes: N tokens, D model, I and O a product's inputs and outputs, E experts, f = F / E neurons of one, k experts of a
-token, S devices along the mesh axis `expert`.
+Shapes: N tokens of a device, ... all tokens ([B, T] as a rule), D model, I and O a product's inputs and outputs, E
+experts, f = F / E neurons of one, k experts of a token, S devices along the mesh axis `expert`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.expert_loop import loop_experts
@@ -28,9 +30,9 @@ class Routing:
     """Which experts each token uses.
 
     Attributes:
-        experts: [N, k] int32, for the largest k.
-        live: [N, k] bool; False behind the token's own k.
-        weights: [N, k] float32, factors of the experts' outputs; None: all 1.
+        experts: [..., k] int32, for the largest k.
+        live: [..., k] bool; False behind the token's own k.
+        weights: [..., k] float32, factors of the experts' outputs; None: all 1.
     """
 
     experts: jax.Array
@@ -38,11 +40,11 @@ class Routing:
     weights: jax.Array | None
 
     def mask(self, experts: int) -> jax.Array:
-        """[N, E] float32: the weight of each expert, 0 where it is not used."""
+        """[..., E] float32: the weight of each expert, 0 where it is not used."""
         values = self.live.astype(jnp.float32)
         if self.weights is not None:
             values = values * self.weights
-        return jnp.einsum("nk,nke->ne", values, jax.nn.one_hot(self.experts, experts, dtype=jnp.float32))
+        return jnp.einsum("...k,...ke->...e", values, jax.nn.one_hot(self.experts, experts, dtype=jnp.float32))
 
 
 @flax.struct.dataclass
@@ -138,7 +140,7 @@ def by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
 
 
 def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> tuple[jax.Array, jax.Array]:
-    """Inputs [N, I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
+    """Inputs [..., I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
 
     An adapter is further inputs x A and further rows B; a bias is an input of ones. So one product does it all.
     """
@@ -149,7 +151,7 @@ def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> t
             inputs.append(jnp.dot(drop(x, part.dropout), part.a.astype(x.dtype)))
             extra.append(part.b)
         if part.bias is not None:
-            inputs.append(jnp.ones((x.shape[0], 1), x.dtype))
+            inputs.append(jnp.ones((*x.shape[:-1], 1), x.dtype))
             extra.append(part.bias[None])
         for matrix in extra:
             mine = by_expert(matrix.astype(x.dtype), experts, 1)
@@ -204,7 +206,8 @@ def leave_experts(h: jax.Array, used: jax.Array, down: jax.Array, implementation
 
 
 def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., jax.Array]:
-    """`run` (see `run_experts`) with tokens split over the mesh's axes of the rows, and experts over those of neurons.
+    """`run` (see `run_experts`) on tokens [B, T, ...], split over the mesh's axes of rows and lengths, and experts over
+    those of neurons.
 
     Along `expert` every device has tokens and experts of its own: tokens go to the devices that have their experts
     (once to each, however many of its experts they use), and what comes of them goes back. Along `tensor` devices have
@@ -212,37 +215,85 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return lambda x, routing, gate_up, down: run(x, routing, gate_up, down, 0)
-    rows = nn.logical_to_mesh_axes(("batch",))[0]  # type: ignore[index]
+        return lambda x, routing, gate_up, down: _unflat(run(_flat(x), _flat(routing), gate_up, down, 0), x)
     groups = mesh.shape["expert"]
 
     def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
         offset = jax.lax.axis_index(("expert", "tensor")) * gate_up.shape[0]
+        tokens = _flat(x), _flat(routing)
         if groups == 1:
-            out = run(x, routing, gate_up, down, offset)
+            out = run(*tokens, gate_up, down, offset)
         else:
-            out = _at_their_devices(run, x, routing, gate_up, down, offset, experts // groups, groups)
-        return jax.lax.psum(out, "tensor")
+            out = _at_their_devices(run, *tokens, gate_up, down, offset, experts // groups, groups)
+        return _unflat(_over_tensor(out, mesh), x)
 
-    token, matrix = P(rows, None), P(("expert", "tensor"), None, None)
-    return jax.shard_map(local, in_specs=(token, token, matrix, matrix), out_specs=token, check_vma=False)
+    def split(x: jax.Array, *others: Any) -> jax.Array:
+        token, matrix = P(*_token_axes(x, mesh), None), P(("expert", "tensor"), None, None)
+        specs = (token, token, matrix, matrix)
+        return jax.shard_map(local, in_specs=specs, out_specs=token, check_vma=False)(x, *others)
+
+    return split
 
 
 def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`run` (see `leave_experts`) with tokens split over the rows' axes, experts over `tensor`.
+    """`run` (see `leave_experts`) on tokens [B, T, ...], split over the axes of rows and lengths, and experts over
+    `tensor`.
 
     Neurons that are computed for all experts are where their tokens are, so matrices come there, also along `expert`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return run
-    rows = nn.logical_to_mesh_axes(("batch",))[0]  # type: ignore[index]
+        return lambda h, used, down: _unflat(run(_flat(h), _flat(used), down), h)
 
     def local(h: jax.Array, used: jax.Array, down: jax.Array) -> jax.Array:
-        return jax.lax.psum(run(h, used, down), "tensor")
+        return _unflat(_over_tensor(run(_flat(h), _flat(used), down), mesh), h)
 
-    specs = P(rows, "tensor", None), P(rows, "tensor"), P("tensor", None, None)
-    return jax.shard_map(local, in_specs=specs, out_specs=P(rows, None), check_vma=False)
+    def split(h: jax.Array, *others: jax.Array) -> jax.Array:
+        tokens = _token_axes(h, mesh)
+        specs = P(*tokens, "tensor", None), P(*tokens, "tensor"), P("tensor", None, None)
+        return jax.shard_map(local, in_specs=specs, out_specs=P(*tokens, None), check_vma=False)(h, *others)
+
+    return split
+
+
+def _over_tensor(y: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    return jax.lax.psum(y, "tensor") if mesh.shape["tensor"] > 1 else y
+
+
+def best_experts(scores: jax.Array, k: int) -> jax.Array:
+    """The k experts of highest score, of [..., E]: [..., k] int32, the best first; ties go to the lowest index.
+
+    Each device looks at its own tokens: XLA would gather the scores of all of them on every device for a top-k.
+    """
+
+    def best(scores: jax.Array) -> jax.Array:
+        return jax.lax.top_k(scores, k)[1]
+
+    scores, mesh = jax.lax.stop_gradient(scores), jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return best(scores)
+    token = P(*_token_axes(scores, mesh), None)
+    return jax.shard_map(best, in_specs=token, out_specs=token, check_vma=False)(scores)
+
+
+def _token_axes(x: jax.Array, mesh: AbstractMesh) -> tuple[Any, ...]:
+    """Mesh axes that the dims [B, T] of x are split over; none where they do not divide: the one row of `init`."""
+
+    def size(names: Any) -> int:
+        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+    axes = tuple(nn.logical_to_mesh_axes(("batch", "length")))  # type: ignore[arg-type]
+    return tuple(names if dim % size(names) == 0 else None for dim, names in zip(x.shape, axes, strict=False))
+
+
+def _flat(tree: Any) -> Any:
+    """[B, T, ...] -> [B T, ...], of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def _unflat(y: jax.Array, like: jax.Array) -> jax.Array:
+    """[B T, ...] -> [B, T, ...], as another has them."""
+    return y.reshape(*like.shape[:2], *y.shape[1:])
 
 
 def _at_their_devices(

@@ -14,7 +14,8 @@ Routers, each with its own k for every modality:
   a router that does not discriminate gives the plain sum.
 - modality: a fixed set for each modality: the shared experts, and others of its own.
 
-Shapes: N tokens, D model, F neurons, E experts, f = F / E, k experts of a token, M (token, expert) pairs.
+Shapes: B rows, T length, D model, F neurons, E experts, f = F / E, k experts of a token; ... dims of the tokens, [B, T]
+as a rule: rows and lengths may lie on different mesh axes, and only inside of `shard_map` can they become one dim.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from jaxlm.errors import UserError
 from jaxlm.modalities import PADDING
 from jaxlm.models.dispatch import (
     Routing,
+    best_experts,
     by_expert,
     entering,
     leave_experts,
@@ -59,19 +61,19 @@ def _own_k(moe: MoeConfig, modality: jax.Array) -> jax.Array:
 
 
 def route_by_scores(moe: MoeConfig, scores: jax.Array, modality: jax.Array) -> Routing:
-    """The k best experts of each token by `scores` [N, E]; ties go to the lowest index."""
-    experts = jax.lax.top_k(scores, moe.most)[1]
-    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[:, None], None)
+    """The k best experts of each token by `scores` [..., E]; ties go to the lowest index."""
+    experts = best_experts(scores, moe.most)
+    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[..., None], None)
 
 
 def released_mask(moe: MoeConfig, scores: jax.Array, modality: jax.Array) -> jax.Array:
-    """[N, E] float32 of `activation_released`: the union of every modality's top-k."""
+    """[..., E] float32 of `activation_released`: the union of every modality's top-k."""
     mask = jnp.zeros(scores.shape, bool)
     for number, k in enumerate(moe.top_k):
-        own = jnp.where((modality == number)[:, None], scores, 0.0)  # never a product: see the module's text
-        best = jax.lax.top_k(own, k)[1]
-        mask |= jax.nn.one_hot(best, moe.experts, dtype=bool).any(axis=1)
-    return (mask & (modality != PADDING)[:, None]).astype(jnp.float32)
+        own = jnp.where((modality == number)[..., None], scores, 0.0)  # never a product: see the module's text
+        best = best_experts(own, k)
+        mask |= jax.nn.one_hot(best, moe.experts, dtype=bool).any(axis=-2)
+    return (mask & (modality != PADDING)[..., None]).astype(jnp.float32)
 
 
 def experts_of_modalities(moe: MoeConfig) -> np.ndarray:
@@ -92,18 +94,18 @@ def experts_of_modalities(moe: MoeConfig) -> np.ndarray:
 def route_by_modality(moe: MoeConfig, modality: jax.Array) -> Routing:
     """The fixed experts of each token's modality."""
     experts = jnp.asarray(experts_of_modalities(moe))[jnp.maximum(modality, 0)]
-    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[:, None], None)
+    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[..., None], None)
 
 
 def route_learned(moe: MoeConfig, logits: jax.Array, noise: jax.Array | None, modality: jax.Array) -> Routing:
-    """The k best experts by logits [N, E] (plus noise, when training), weighted by k times the softmax over them."""
+    """The k best experts by logits [..., E] (plus noise, when training), weighted by k times the softmax over them."""
     routing = route_by_scores(moe, logits if noise is None else logits + noise, modality)
-    chosen = jnp.where(routing.live, jnp.take_along_axis(logits, routing.experts, axis=1), -jnp.inf)
+    chosen = jnp.where(routing.live, jnp.take_along_axis(logits, routing.experts, axis=-1), -jnp.inf)
     # Padding has no live expert: a softmax over nothing must not become NaN, nor its gradient.
-    largest = jnp.max(jnp.where(routing.live, chosen, -1e30), axis=1, keepdims=True)
+    largest = jnp.max(jnp.where(routing.live, chosen, -1e30), axis=-1, keepdims=True)
     powers = jnp.where(routing.live, jnp.exp(jnp.where(routing.live, chosen, 0.0) - largest), 0.0)
-    shares = powers / jnp.maximum(powers.sum(axis=1, keepdims=True), 1e-30)
-    return routing.replace(weights=shares * _own_k(moe, modality)[:, None])  # type: ignore[attr-defined]
+    shares = powers / jnp.maximum(powers.sum(axis=-1, keepdims=True), 1e-30)
+    return routing.replace(weights=shares * _own_k(moe, modality)[..., None])  # type: ignore[attr-defined]
 
 
 def router_losses(
@@ -111,10 +113,10 @@ def router_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """Load-balance loss (1 when experts are used evenly; arXiv:2101.03961) and z loss (arXiv:2202.08906), means."""
     valid = (modality != PADDING).astype(jnp.float32)
-    tokens = jnp.maximum(valid.sum(), 1.0)
-    used = jnp.einsum("nk,nke->e", routing.live.astype(jnp.float32), jax.nn.one_hot(routing.experts, moe.experts))
+    tokens, dims = jnp.maximum(valid.sum(), 1.0), tuple(range(valid.ndim))
+    used = Routing(routing.experts, routing.live, None).mask(moe.experts).sum(dims)
     share = used / jnp.maximum(used.sum(), 1.0)
-    probability = (jax.nn.softmax(logits, axis=-1) * valid[:, None]).sum(0) / tokens
+    probability = (jax.nn.softmax(logits, axis=-1) * valid[..., None]).sum(dims) / tokens
     balance = moe.experts * jnp.sum(jax.lax.stop_gradient(share) * probability)
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * valid) / tokens
     return balance, z
@@ -178,8 +180,6 @@ class MoeMLP(nn.Module):
         """x [B, T, D], modality [B, T] integers (see `modality_ids`) -> [B, T, D]."""
         c, moe = self.config, self.config.moe
         assert moe is not None
-        shape = x.shape
-        x, modality = x.reshape(-1, shape[-1]), modality.reshape(-1)
         if moe.router == "learned":
             router: Any = self.param(
                 "router",
@@ -198,12 +198,12 @@ class MoeMLP(nn.Module):
         elif moe.router == "modality":
             routing = route_by_modality(moe, modality)
         else:
-            return self._by_activation(x, layer, deterministic, modality).reshape(shape)
+            return self._by_activation(x, layer, deterministic, modality)
         if self.compute == "dense":
             self._count(routing.mask(moe.experts) > 0, modality)
-            return self._masked(x, layer, deterministic, routing.mask(moe.experts)).reshape(shape)
+            return self._masked(x, layer, deterministic, routing.mask(moe.experts))
         self._count(Routing(routing.experts, routing.live, None).mask(moe.experts) > 0, modality)
-        return self._sparse(x, layer, deterministic, routing).reshape(shape)
+        return self._sparse(x, layer, deterministic, routing)
 
     def _linear(self, cls: type[Linear], name: str) -> Any:
         c = self.config
@@ -225,10 +225,10 @@ class MoeMLP(nn.Module):
     def _hidden(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
         gate = self._linear(Linear, "gate_proj")(x, layer, deterministic)
         up = self._linear(Linear, "up_proj")(x, layer, deterministic)
-        return nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "mlp"))
+        return nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
 
     def _masked(self, x: jax.Array, layer: jax.Array, deterministic: bool, mask: jax.Array) -> jax.Array:
-        """All neurons, times mask [N, E] of their experts: the plain twin of `_sparse`."""
+        """All neurons, times mask [..., E] of their experts: the plain twin of `_sparse`."""
         h = self._hidden(x, layer, deterministic)
         return self._linear(Linear, "down_proj")(self._apply_mask(h, mask), layer, deterministic)
 
@@ -240,7 +240,7 @@ class MoeMLP(nn.Module):
         moe = self.config.moe
         assert moe is not None
         h = self._hidden(x, layer, deterministic)
-        scores = jax.lax.stop_gradient(h).reshape(len(h), moe.experts, -1).astype(jnp.float32).sum(axis=-1)
+        scores = jax.lax.stop_gradient(h).reshape(*modality.shape, moe.experts, -1).astype(jnp.float32).sum(axis=-1)
         if moe.router == "activation_released":
             mask = released_mask(moe, scores, modality)
         else:
@@ -279,9 +279,9 @@ class MoeMLP(nn.Module):
             leaving = jnp.concatenate([leaving, down.a.astype(self.dtype)], axis=1)
 
         def finish(y: jax.Array) -> jax.Array:
-            out = y[:, : self.config.hidden_size]
+            out = y[..., : self.config.hidden_size]
             if down.b is not None:
-                out = out + jnp.dot(y[:, self.config.hidden_size :], down.b.astype(self.dtype))
+                out = out + jnp.dot(y[..., self.config.hidden_size :], down.b.astype(self.dtype))
             if down.bias is not None:
                 out = out + down.bias.astype(self.dtype)
             return out
@@ -299,5 +299,5 @@ class MoeMLP(nn.Module):
         if not self.is_mutable_collection("moe") or self.is_initializing():
             return
         kinds = jax.nn.one_hot(modality, len(moe.modalities), dtype=jnp.float32)  # none for padding
-        self._note("used", jnp.einsum("nm,ne->me", kinds, used.astype(jnp.float32)))
-        self._note("tokens", kinds.sum(axis=0))
+        self._note("used", jnp.einsum("btm,bte->me", kinds, used.astype(jnp.float32)))
+        self._note("tokens", kinds.sum(axis=(0, 1)))

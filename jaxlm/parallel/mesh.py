@@ -103,11 +103,6 @@ def _axis_sizes(
             raise UserError(f"mesh.{axis}: {size}; give a positive number, or -1 for what is left")
     if experts is None and config.expert != 1:
         raise UserError(f"mesh.expert: {config.expert}: this model has no experts to divide; set it to 1")
-    if experts is not None and config.sequence != 1:
-        raise UserError(
-            f"mesh.sequence: {config.sequence}: rows of a model of experts cannot be divided; set it to 1, and "
-            "expert or tensor higher"
-        )
     if sizes.count(-1) > 1:
         fills = [axis for axis, size in zip(AXES, sizes, strict=True) if size == -1]
         raise UserError(f"mesh: only one axis can be -1, found {', '.join(fills)}")
