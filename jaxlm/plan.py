@@ -23,7 +23,9 @@ DESCRIPTION = (
     "needed: model.path with a config.json, or model.shape, which counts when both are given."
 )
 FLAGS = {
-    "topology": Flags("the devices, e.g. v5e:16x16, v5p:4x4x8, h200:8, h200:2x8 (hosts x GPUs), cpu:8", str),
+    "topology": Flags(
+        "the devices, e.g. v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), h200:8, h200:2x8 (hosts x GPUs), cpu:8", str
+    ),
     "compile": Flags("also compile the very train step for them, and say what the compiler says (minutes for 7B)"),
     "json": Flags("all figures as JSON"),
 }

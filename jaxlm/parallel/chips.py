@@ -30,6 +30,7 @@ class Chip:
         clock: Hz of the cycles in which the compiler reckons; 0: it does not.
         dims: of a slice's shape: 2 or 3; 1: a number of devices.
         compute_capability: of a GPU.
+        network: its share of what its host sends to other slices, bytes/s; 0: not known.
     """
 
     name: str
@@ -42,19 +43,21 @@ class Chip:
     clock: float = 0.0
     dims: int = 1
     compute_capability: str | None = None
+    network: float = 0.0
 
 
 # TPUs: peak, bandwidth and link from cloud.google.com/tpu/docs/{v5e,v5p,v6e}, where links are given for both directions
 # together (400, 1,200 and 800 GB/s); memory as libtpu 0.0.42 allots it when it refuses a program (15.75, 95.74 and
 # 31.25 GiB). Clocks: peak over the FLOPs of a cycle (131,072, 262,144 and 524,288); the compiler's estimate for a bf16
-# product of 8192 x 8192 is 88, 90 and 70 % of those.
+# product of 8192 x 8192 is 88, 90 and 70 % of those. Network: of a host 2 x 100, 1 x 200 and 4 x 200 Gbit/s (the same
+# pages), over its 8, 4 and 8 chips.
 # GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and B200 (dense bf16; NVLink halved to one direction);
 # of the memory that the driver shows, the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 SHARE = 0.75
 CHIPS: tuple[Chip, ...] = (
-    Chip("v5e", "tpu", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9, 2),
-    Chip("v5p", "tpu", "TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9, 3),
-    Chip("v6e", "tpu", "TPU v6 lite", 918e12, 31.25 * GIB, 1600e9, 400e9, 1.75e9, 2),
+    Chip("v5e", "tpu", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9, 2, network=3.125e9),
+    Chip("v5p", "tpu", "TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9, 1.75e9, 3, network=6.25e9),
+    Chip("v6e", "tpu", "TPU v6 lite", 918e12, 31.25 * GIB, 1600e9, 400e9, 1.75e9, 2, network=12.5e9),
     Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", 312e12, SHARE * 80 * GIB, 2039e9, 300e9, compute_capability="8.0"),
     Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", 989e12, SHARE * 79.6 * GIB, 3350e9, 450e9, compute_capability="9.0"),
     Chip("h200", "gpu", "NVIDIA H200", 989e12, SHARE * 140.4 * GIB, 4800e9, 450e9, compute_capability="9.0"),
@@ -88,39 +91,46 @@ class Topology:
 
     Attributes:
         shape: of a slice, (16, 16); of GPUs (hosts, GPUs of each); of CPUs (devices,).
+        slices: of TPUs, so many of that shape.
     """
 
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def count(self) -> int:
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def slice(self) -> str:
+        """One of them, by name."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def __str__(self) -> str:
         shape = self.shape[1:] if self.chip.platform == "gpu" and self.shape[0] == 1 else self.shape
-        return f"{self.chip.name}:{'x'.join(map(str, shape))}"
+        return f"{f'{self.slices}*' if self.slices > 1 else ''}{self.chip.name}:{'x'.join(map(str, shape))}"
 
 
-_EXAMPLES = "v5e:16x16, v5p:4x4x8, v6e:4x4, h200:8, h100:2x8 (hosts x GPUs), cpu:8"
+_EXAMPLES = "v5e:16x16, v5p:4x4x8, 2*v6e:4x4 (two slices), h200:8, h100:2x8 (hosts x GPUs), cpu:8"
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads e.g. v5e:16x16, h200:8, h200:2x8 (hosts x GPUs of each), cpu:8.
+    """Reads e.g. v5e:16x16, 2*v5e:16x16 (slices), h200:8, h200:2x8 (hosts x GPUs of each), cpu:8.
 
     Raises:
         UserError: for an unknown chip or a shape that it does not come in, with the names that are known.
     """
-    found = re.fullmatch(r"([a-z0-9]+):(\d{1,4}(?:x\d{1,4})*)", text.strip().lower())
+    found = re.fullmatch(r"(?:(\d{1,3})\*)?([a-z0-9]+):(\d{1,4}(?:x\d{1,4})*)", text.strip().lower())
     if found is None:
         raise UserError(f"--topology: {text!r} is none; write CHIP:SHAPE, e.g. {_EXAMPLES}{_shape_of_name(text)}")
-    name, shape = found[1], tuple(int(size) for size in found[2].split("x"))
+    slices, name, shape = int(found[1] or 1), found[2], tuple(int(size) for size in found[3].split("x"))
     chip = _BY_NAME.get(name)
     if chip is None:
         near = difflib.get_close_matches(name, _BY_NAME, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"--topology: {text!r}: unknown chip {name!r}; known: {', '.join(_BY_NAME)}{hint}")
-    if 0 in shape:
+    if 0 in (slices, *shape):
         raise UserError(f"--topology: {text!r} has no devices")
     if chip.platform == "gpu" and len(shape) == 1:
         shape = (1, *shape)
@@ -128,7 +138,9 @@ def parse_topology(text: str) -> Topology:
     if len(shape) != wanted:
         what = f"slices have {wanted} dims" if chip.platform == "tpu" else f"at most {wanted} numbers stand here"
         raise UserError(f"--topology: {text!r}: {what}, e.g. {_EXAMPLES}{_shape_of_name(f'{name}-{math.prod(shape)}')}")
-    return Topology(chip, shape)
+    if slices > 1 and chip.platform != "tpu":
+        raise UserError(f"--topology: {text!r}: only TPUs come in slices, e.g. {_EXAMPLES}")
+    return Topology(chip, shape, slices)
 
 
 # Slices by their number of chips, as Google offers them.

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,16 +59,38 @@ _AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, experts: int | None = None) -> Mesh:
     """The mesh over all five axes.
 
+    Where TPUs are in several slices (`slice_index`), `data` goes over them, and every other axis stays inside of one:
+    between slices is the data centre's network, a hundredth as fast as the links of a slice, and of all that devices
+    tell each other only the sum of the gradients, each of its own shard, is little enough.
+
     Args:
         experts: of a model whose feed-forward layer is divided into so many; None for a dense one.
 
     Raises:
-        UserError: when the sizes do not multiply to the number of devices, or would cut an expert apart.
+        UserError: when the sizes do not multiply to the number of devices, would cut an expert apart, or `data` is no
+            multiple of the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     data, fsdp, *others = _axis_sizes(config, len(devices), experts)
     sizes = (data, *_along_torus(fsdp, devices), *others)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices)
+    # Of GPUs JAX calls a host a slice; devices to compile for have no index when there is only one.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    _check_slices(data, slices)
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices)
+    # make_mesh knows of no slices, and would lay any axis over them.
+    inside, across = (data // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
+    grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def _check_slices(data: int, slices: int) -> None:
+    if data % slices:
+        raise UserError(
+            f"mesh.data: {data} is no multiple of the {slices} slices that the devices are in; parameters are split "
+            f"inside a slice, and each has a copy. Set mesh.data to {slices}, and fsdp or another axis to -1"
+        )
 
 
 def _along_torus(count: int, devices: Sequence[jax.Device]) -> tuple[int, int, int]:
@@ -82,9 +105,10 @@ def _along_torus(count: int, devices: Sequence[jax.Device]) -> tuple[int, int, i
     return sizes[0], sizes[1], sizes[2]
 
 
-def abstract_mesh(config: MeshConfig, count: int, experts: int | None = None) -> AbstractMesh:
-    """`make_mesh` of so many devices that are nowhere: for shapes and shardings."""
+def abstract_mesh(config: MeshConfig, count: int, experts: int | None = None, slices: int = 1) -> AbstractMesh:
+    """`make_mesh` of so many devices that are nowhere, in so many slices: for shapes and shardings."""
     data, fsdp, *others = _axis_sizes(config, count, experts, "the topology has")
+    _check_slices(data, slices)
     return AbstractMesh((data, fsdp, 1, 1, *others), MESH_AXES, axis_types=_AXIS_TYPES)
 
 

@@ -154,7 +154,9 @@ def topology_devices(topology: Topology) -> list[Any]:
         bounds: dict[str, Any] = {}
         if topology.count == 1:
             bounds["chips_per_host_bounds"] = (1, 1, 1)
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **bounds).devices)
+        if topology.slices > 1:
+            bounds["num_slices"] = topology.slices
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.slice, **bounds).devices)
     config = _GPU.format(bandwidth=chip.bandwidth, memory=chip.memory / SHARE, kind=chip.device_kind)
     hosts, gpus = topology.shape
     found = topologies.get_topology_desc(

@@ -15,9 +15,10 @@ from jaxlm.training.report import flops_per_token
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
 FORMULA = (
-    "compute = hardware FLOPs / bf16 peak; links = bytes a chip gets / its links, all at once, one direction; memory = "
-    "state, weights and activations / bandwidth. A step takes at least the longest of them (all overlap) and at most "
-    "their sum (nothing overlaps), if each ran at its data sheet's speed; MFU = model FLOPs / (time x peak)"
+    "compute = hardware FLOPs / bf16 peak; links = bytes a chip gets / its links, all at once, one direction; network "
+    "= bytes from other slices / its share of the host's; memory = state, weights and activations / bandwidth. A step "
+    "takes at least the longest of them (all overlap) and at most their sum (nothing overlaps), if each ran at its "
+    "data sheet's speed; MFU = model FLOPs / (time x peak)"
 )
 
 
@@ -30,8 +31,9 @@ class Cost:
         model_flops: of a step, over all devices: 6 N a token (4 N where the base is frozen) and causal attention,
             halved; as in `training.report.flops_per_token`.
         hardware_flops: that a device really computes: what is recomputed counts too.
-        link_bytes: that a device gets from others.
+        link_bytes: that a device gets from others of its slice.
         memory_bytes: that go through its memory.
+        network_bytes: that it gets from other slices.
     """
 
     tokens: int
@@ -39,6 +41,7 @@ class Cost:
     hardware_flops: float
     link_bytes: float
     memory_bytes: float
+    network_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Time:
     """Seconds of a step by what bounds it.
 
     Attributes:
-        compute, links, memory: each alone.
+        compute, links, memory, network: each alone.
         mfu: (at most, at least): when all overlap, when nothing does.
         tokens_per_second: likewise, over all devices.
     """
@@ -56,18 +59,19 @@ class Time:
     memory: float
     mfu: tuple[float, float]
     tokens_per_second: tuple[float, float]
+    network: float = 0.0
 
     @property
     def shortest(self) -> float:
-        return max(self.compute, self.links, self.memory)
+        return max(self.compute, self.links, self.memory, self.network)
 
     @property
     def longest(self) -> float:
-        return self.compute + self.links + self.memory
+        return self.compute + self.links + self.memory + self.network
 
 
-def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
-    """Of the train step of a run; arguments as of `memory.estimate_memory`, and what that gave."""
+def estimate_cost(built: Build, setup: Initializer, memory: Memory, slices: int = 1) -> Cost:
+    """Of the train step of a run; arguments as of `memory.estimate_memory`, what that gave, and in how many slices."""
     config, c, mesh = built.config, built.model.config, built.mesh
     length, rows = config.data.sequence_length, built.micro_batch
     tokens = config.train.global_batch_size * length
@@ -87,13 +91,15 @@ def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
     micro_tokens = rows * length // mesh.shape["sequence"]
     itemsize = jnp.dtype(built.model.dtype).itemsize
     tensor, fsdp = mesh.shape["tensor"], shard_axes_size(mesh)
-    replicas = mesh.shape["data"]
+    replicas = mesh.shape["data"] // slices
     weights = count(setup.params) / tensor / mesh.shape["expert"]
     trained_shard = bytes_per_device(setup.trainable, setup.trainable_shardings)
     passes = 2 * built.accumulation  # forward, backward
     links = passes * itemsize * weights * (1 - 1 / fsdp)
     # Gradients: each device gets its part of the sum, then (over data) the sum of all parts.
     links += built.accumulation * trained_shard * ((fsdp - 1) + 2 * (1 - 1 / replicas))
+    # ... and then, over slices, the sum of these.
+    network = built.accumulation * trained_shard * 2 * (1 - 1 / slices)
     if tensor > 1:
         # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
         sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
@@ -112,7 +118,7 @@ def estimate_cost(built: Build, setup: Initializer, memory: Memory) -> Cost:
     through += built.accumulation * (
         micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
     )
-    return Cost(tokens, model_flops, hardware, links, through)
+    return Cost(tokens, model_flops, hardware, links, through, network)
 
 
 def _recomputed(built: Build) -> tuple[float, float]:
@@ -137,7 +143,8 @@ def estimate_time(cost: Cost, chip: Chip, devices: int) -> Time | None:
         return None
     compute, memory = cost.hardware_flops / chip.flops, cost.memory_bytes / chip.bandwidth
     links = cost.link_bytes / chip.link if devices > 1 else 0.0
-    bounds = max(compute, links, memory), compute + links + memory
+    network = cost.network_bytes / chip.network if cost.network_bytes else 0.0
+    bounds = max(compute, links, memory, network), compute + links + memory + network
     ideal = cost.model_flops / devices / chip.flops
     return Time(
         compute,
@@ -145,4 +152,5 @@ def estimate_time(cost: Cost, chip: Chip, devices: int) -> Time | None:
         memory,
         (ideal / bounds[0], ideal / bounds[1]),
         (cost.tokens / bounds[0], cost.tokens / bounds[1]),
+        network,
     )

@@ -85,7 +85,7 @@ def plan(
     built = build(config, shape, topology)
     setup = built.initializer(built.optimizer(config.train.steps or 1000)[0])
     memory = estimate_memory(built, setup)
-    cost = estimate_cost(built, setup, memory)
+    cost = estimate_cost(built, setup, memory, topology.slices)
     time = estimate_time(cost, topology.chip, topology.count)
     compiled = None
     if compile:

@@ -58,6 +58,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
     if time is not None:
         console.print()
         bounds = {"compute": time.compute, "links": time.links, "memory": time.memory}
+        bounds |= {"network": time.network} if time.network else {}
         longest = max(bounds.values())
         for name, seconds in bounds.items():
             _bar(console, name, seconds / longest, f"{seconds * 1e3:,.1f} ms", "blue", "")

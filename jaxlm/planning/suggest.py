@@ -67,7 +67,7 @@ def suggest(
                 if one is None:
                     continue
                 memory = estimate_memory(one, setup)
-                time = estimate_time(estimate_cost(one, setup, memory), topology.chip, topology.count)
+                time = estimate_time(estimate_cost(one, setup, memory, topology.slices), topology.chip, topology.count)
                 changes = _changes(config, one.config)
                 faster = time is not None and now is not None and time.longest < 0.98 * now.longest
                 if changes and memory.peak <= room and (faster or not fits):
@@ -78,7 +78,7 @@ def suggest(
 
 
 def _meshes(config: RunConfig, shape: LlamaConfig, topology: Topology) -> list[MeshConfig]:
-    whole = dataclasses.replace(config.mesh, data=1, fsdp=-1)
+    whole = dataclasses.replace(config.mesh, data=topology.slices, fsdp=-1)
     meshes = [config.mesh, whole]
     for tensor in (2, 4, 8):
         if topology.count % tensor == 0 and shape.moe is None and tensor != config.mesh.tensor:

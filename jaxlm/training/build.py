@@ -145,7 +145,7 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
     first: Any
     if isinstance(devices, Topology):
         first = devices.chip
-        mesh = cast(Mesh, abstract_mesh(config.mesh, devices.count, count))
+        mesh = cast(Mesh, abstract_mesh(config.mesh, devices.count, count, devices.slices))
     else:
         devices = list(jax.devices() if devices is None else devices)
         first = devices[0]

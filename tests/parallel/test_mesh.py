@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jaxlm.parallel.mesh import (
     BATCH,
     FSDP_AXES,
     SHARD_AXES,
+    abstract_mesh,
     axis_sizes,
     load_sharded,
     make_mesh,
@@ -92,6 +94,46 @@ def test_fsdp_lies_along_the_torus() -> None:
     found = [[int(n) for n in line] for line in compile_for_tpus(f"CASES = {cases!r}\n{ALONG_TORUS}")]
     assert [line[:3] for line in found] == [[4, 4, 1], [4, 4, 2], [16, 1, 1], [8, 1, 1], [4, 2, 1], [1, 1, 1]]
     assert [line[3:] for line in found] == [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
+
+
+ACROSS_SLICES = """
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxlm.config import MeshConfig
+from jaxlm.parallel.mesh import BATCH, make_mesh
+
+for topology, slices, more in CASES:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+    mesh = make_mesh(MeshConfig(**more), devices)
+    index = np.array([device.slice_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    crossing = [at for at in range(index.ndim) if np.ptp(index, axis=at).any()]
+    rows = jax.ShapeDtypeStruct((1, 16, 256), jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    traced = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P())).trace(rows)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    print("compiled", *crossing, len(np.unique(index)), text.count("all-reduce("))
+"""
+
+
+def test_data_lies_across_slices() -> None:
+    """The first axis and no other, also where it is longer than there are slices; and the compiler takes it."""
+    cases: list[tuple[str, int, dict[str, int]]] = [
+        ("v5e:2x2", 2, dict(data=2)),
+        ("v5e:4x4", 2, dict(data=4, fsdp=2, tensor=-1)),
+        ("v5p:2x2x1", 4, dict(data=-1, fsdp=2, tensor=2)),
+    ]
+    found = compile_for_tpus(f"CASES = {cases!r}\n{ACROSS_SLICES}")
+    assert [line[:2] for line in found] == [["0", "2"], ["0", "2"], ["0", "4"]]
+    assert all(int(line[2]) for line in found)
+
+
+def test_data_must_lie_across_slices() -> None:
+    devices: Any = [
+        SimpleNamespace(platform="tpu", slice_index=at // 4, coords=(at % 2, at // 2 % 2, 0)) for at in range(8)
+    ]
+    with pytest.raises(UserError, match=r"mesh.data: 1 is no multiple of the 2 slices.* Set mesh.data to 2"):
+        make_mesh(MeshConfig(), devices)
+    with pytest.raises(UserError, match=r"mesh.data: 3 is no multiple of the 2 slices"):
+        abstract_mesh(MeshConfig(data=3), 12, slices=2)
 
 
 def test_elsewhere_fsdp_is_one_axis() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,21 @@ def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.
     assert trained[2] == 2 * trained[1]
 
 
+def test_slices_sum_gradients_over_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    def figures(topology: str, rows: int, *more: str) -> Any:
+        words = ("--model.shape", "llama-2-7b", "--topology", topology, "--train.global_batch_size", str(rows), *more)
+        return plan_of(capsys, *words)[1]
+
+    one, two = figures("v5e:4x4", 64), figures("2*v5e:4x4", 128, "--mesh.data", "2")
+    assert two["topology"] == "2*v5e:4x4" and two["devices"]["data"] == 2
+    assert one["cost"]["network_bytes"] == one["time"]["network"] == 0
+    # Each chip has its shard of the gradients in float32, and its share of what a host of 8 sends, 200 Gbit/s.
+    shard = 4 * 6_738_415_616 / 16
+    assert two["cost"]["network_bytes"] == pytest.approx(shard, rel=1e-3)
+    assert two["time"]["network"] == pytest.approx(shard / 3.125e9, rel=1e-3)
+    assert two["cost"]["link_bytes"] == one["cost"]["link_bytes"]
+
+
 def test_flops_of_a_step() -> None:
     """Of the products alone XLA counts, in the compiled 7B step of 4,096 tokens a chip, 2.036e14 (v5e:4x4)."""
     shape = SHAPES["llama-2-7b"]
@@ -101,6 +117,8 @@ def test_flops_of_a_step() -> None:
         (["--topology", "h201:8"], "unknown chip 'h201'.*did you mean 'h200'"),
         (["--topology", "h200:0"], "has no devices"),
         ([], "--topology: say for which devices"),
+        (["--topology", "2*h200:8"], "only TPUs come in slices"),
+        (["--topology", "2*v5e:4x4"], "mesh.data: 1 is no multiple of the 2 slices"),
         (["--topology", "v5e:4x4", "--mesh.tensor", "3"], "16 devices cannot be divided by 3"),
         (["--topology", "v5e:4x4", "--mesh.data", "2", "--mesh.fsdp", "4"], "asks for 8 devices, the topology has 16"),
         (["--topology", "v5e:4x4", "--train.global_batch_size", "20"], "20 rows cannot be shared by 16 groups"),
