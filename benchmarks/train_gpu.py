@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=None, help="rows a step (full 1, LoRA 2)")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=8, help="documents packed into a row")
-    parser.add_argument("--remat", default=None, choices=["none", "dots", "qkv_out", "full"])
+    parser.add_argument("--remat", default=None, choices=["none", "dots", "qkv_out", "qkv", "full"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--params", default="bfloat16", choices=["bfloat16", "float32"])
     arguments = parser.parse_args()

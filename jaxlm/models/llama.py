@@ -30,6 +30,7 @@ from jaxlm.models.shapes import LlamaConfig
 # What the backward pass finds stored; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
+    "qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
     "qkv_out": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "attention_out"),
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
 }

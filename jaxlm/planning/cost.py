@@ -131,6 +131,7 @@ def _recomputed(built: Build) -> tuple[float, float]:
     # Nothing reads the outcome of the last product, so no compiler forms it again.
     return {
         "full": (1 - mlp / everything, 1.0),
+        "qkv": ((out + 2 * mlp) / everything, 1.0),
         "qkv_out": ((out + 2 * mlp) / everything, 0.0),
         "dots": (0.0, 1.0),
         "none": (0.0, 0.0),

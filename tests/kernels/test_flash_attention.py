@@ -247,7 +247,7 @@ def kernels(run: Any, *arguments: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("policy", "expected"), [("full", 2), ("qkv_out", 1)])
+@pytest.mark.parametrize(("policy", "expected"), [("full", 2), ("qkv", 2), ("qkv_out", 1)])
 def test_remat_finds_the_output(policy: str, expected: int) -> None:
     from jaxlm.models.llama import REMAT_POLICIES
 

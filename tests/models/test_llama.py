@@ -88,7 +88,7 @@ def test_loss_is_that_of_the_logits(params: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [dict(remat="none"), dict(remat="dots"), dict(remat="qkv_out"), dict(attention="reference")]
+    "options", [dict(remat="none"), dict(remat="dots"), dict(remat="qkv_out"), dict(remat="qkv"), dict(attention="reference")]
 )
 def test_same_loss_and_gradients_however_computed(options: dict[str, str], params: Any) -> None:
     expected_loss, expected = step()(params)  # remat full, blocked attention
@@ -98,7 +98,7 @@ def test_same_loss_and_gradients_however_computed(options: dict[str, str], param
 
 
 def test_remat_policies_store_what_they_say(params: Any) -> None:
-    """Bytes kept from the forward for the backward pass: full < qkv_out < dots < none."""
+    """Bytes kept from the forward for the backward pass: full < qkv < qkv_out < dots < none."""
 
     def kept(remat: str) -> int:
         model = Llama(CONFIG, remat=remat)
@@ -109,7 +109,7 @@ def test_remat_policies_store_what_they_say(params: Any) -> None:
         _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    sizes = [kept(remat) for remat in ("full", "qkv_out", "dots", "none")]
+    sizes = [kept(remat) for remat in ("full", "qkv", "qkv_out", "dots", "none")]
     assert sizes == sorted(set(sizes)), sizes
 
 
