@@ -25,7 +25,7 @@ class ModelConfig:
         attention: which implementation runs; auto takes the fastest that python -m jaxlm.kernels.tune measured on this
             kind of device, else one by rule, and says at start-up why it and why not the others.
         remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v
-            and attention output), full.
+            and attention output), qkv (keep those three), full.
     """
 
     path: str | None = None
@@ -33,7 +33,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
-    remat: Literal["none", "dots", "qkv_out", "full"] = "full"
+    remat: Literal["none", "dots", "qkv_out", "qkv", "full"] = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +452,7 @@ class GenerateConfig(Decoding):
         add_bos: begin with the tokenizer's bos token; null: if it has one and the template does not write it.
         batch_size: prompts answered together.
         mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
+        distributed: several processes.
         compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
     """
 
@@ -469,6 +470,7 @@ class GenerateConfig(Decoding):
     add_bos: bool | None = None
     batch_size: int = 8
     mesh: MeshConfig | None = None
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     compilation_cache: str | None = None
 
 

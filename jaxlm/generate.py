@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.prompts import Prompter
+    from jaxlm.parallel.distributed import Hosts
 
 DESCRIPTION = (
     "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
@@ -34,7 +36,9 @@ ALIASES = {
     "dtype": "model.dtype",
     "prompt_template": "template",
     "num_return_sequences": "samples",
+    **{name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")},
 }
+INTERRUPTED = "interrupted; with --predict_data the same command goes on where it was"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; with --predict_data the same command goes on where it was", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
 
 
@@ -108,28 +112,46 @@ def _run(config: GenerateConfig) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
     from rich.console import Console
 
+    from jaxlm.parallel.distributed import SharedError, run_settings, start, versions
     from jaxlm.start import quiet_logs, use_compilation_cache
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    terminal = Console(stderr=True, soft_wrap=True, highlight=False)
     quiet_logs()
     use_compilation_cache(config.compilation_cache)
+    with start(config.distributed, terminal.print) as hosts:
+        if hosts.processes == 1:
+            return _answer(config, hosts, terminal)
+        hosts.agree("versions", versions())
+        hosts.agree("configuration", run_settings(config))
+        if config.interactive:
+            raise SharedError(
+                f"interactive: a conversation is with one process, here are {hosts.processes}; give --prompt or "
+                "--predict_data, or start one process"
+            )
+        try:
+            return _answer(config, hosts, hosts.console(terminal))
+        except KeyboardInterrupt:
+            raise UserError(INTERRUPTED) from None
+
+
+def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
     items = None
     if config.predict_data is not None:
         from jaxlm.inference.batch import read_items
 
         items = read_items(Path(config.predict_data))
-    generator, prompter, facts = _load(config, console)
+    generator, prompter, facts = _load(config, hosts, console)
     options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
     if items is not None:
-        return _batch(config, options, generator, prompter, facts, items, console)
+        return _batch(config, options, generator, prompter, facts, items, hosts, console)
     if config.interactive:
         _chat(options, generator, prompter, console)
     else:
-        _single(config, options, generator, prompter, console)
+        _single(config, options, generator, prompter, console, _show if hosts.process == 0 else _hide)
     return 0
 
 
-def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
+def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
     """The model on its devices, and what says which model it is."""
     import jax
 
@@ -143,6 +165,7 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     from jaxlm.models.moe import choose_compute
     from jaxlm.parallel.mesh import axis_sizes, make_mesh
     from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.training.resume import base_fingerprint
 
     path, adapter_path = config.model.path, config.model.adapter
     if path is not None and adapter_path is None and is_adapter(path):
@@ -166,6 +189,10 @@ def _load(config: GenerateConfig, console: Console) -> tuple[Generator, Prompter
     # Prompts have any length; the longest ones are what takes time.
     case = here(source.config, dtype, source.config.max_length, False)
     attention, reason = choose_attention(config.model.attention, case)
+    # Hosts have tables of their own; with different programs they would wait for each other for ever.
+    hosts.agree("attention", {"model.attention": attention.name})
+    if hosts.processes > 1:
+        hosts.agree("model", {"hash of the norms": base_fingerprint(source.config, source)})
     if adapter is None and config.model.merge_adapter:
         raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
     merge = config.model.merge_adapter
@@ -295,7 +322,12 @@ def _auto_mesh(shape: Any, devices: int) -> Any:
 
 
 def _single(
-    config: GenerateConfig, options: Decoding, generator: Generator, prompter: Prompter, console: Console
+    config: GenerateConfig,
+    options: Decoding,
+    generator: Generator,
+    prompter: Prompter,
+    console: Console,
+    show: Callable[[str], None],
 ) -> None:
     from jaxlm.inference.chat import stream_answer
     from jaxlm.inference.text import answer_text, cut_at_stop
@@ -305,8 +337,8 @@ def _single(
     writing = generator.start([ids], options, flush=8)
     started = time.perf_counter()
     if options.samples == 1:
-        answer = stream_answer(writing, prompter, options, _show)
-        _show("\n")
+        answer = stream_answer(writing, prompter, options, show)
+        show("\n")
         answers = [answer]
     else:
         for _ in writing.steps():
@@ -314,7 +346,7 @@ def _single(
         answers = writing.answers()[0]
         for number, answer in enumerate(answers, 1):
             text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
-            _show(f"[{number}] {text.strip()}\n")
+            show(f"[{number}] {text.strip()}\n")
     seconds = time.perf_counter() - started
     tokens = sum(len(answer.ids) for answer in answers)
     console.print(
@@ -326,6 +358,10 @@ def _single(
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _hide(text: str) -> None:
+    """For all processes but one."""
 
 
 def _chat(options: Decoding, generator: Generator, prompter: Prompter, console: Console) -> None:
@@ -353,18 +389,22 @@ def _batch(
     prompter: Prompter,
     facts: dict[str, Any],
     items: Sequence[Any],
+    hosts: Hosts,
     console: Console,
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from jaxlm.inference.batch import Journal, answer_all, settings_of, write_results
+    from jaxlm.inference.batch import Answers, Journal, Result, answer_all, settings_of, write_results
 
     assert config.predict_data is not None and config.save_file is not None
     save_file = Path(config.save_file)
     journal_path = save_file.with_name(f"{save_file.name}.partial")
     settings = settings_of(Path(config.predict_data), options, facts)
+    hosts.agree("prompts", {"sha256 of predict_data": settings["predict_data (sha256)"]})
     # What an interrupted run has answered is kept, also under --overwrite, as long as the settings are the same.
-    journal = Journal(journal_path, settings, discard=config.overwrite)
+    file = Journal(journal_path, settings, discard=config.overwrite) if hosts.process == 0 else None
+    done = json.loads(hosts.exchange("answered", json.dumps([] if file is None else list(file.results)))[0])
+    journal = Answers(dict.fromkeys(done, Result())) if file is None else file
     if journal.results:
         console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
@@ -379,9 +419,11 @@ def _batch(
             progress.update(task, advance=prompts, speed=speed)
 
         answer_all(items, generator, prompter, options, config.batch_size, journal, advance)
-    write_results(save_file, items, journal.results)
-    journal.close(remove=True)
-    return _report(save_file, journal.results, console)
+    if file is None:
+        return 0  # process 0 tells
+    write_results(save_file, items, file.results)
+    file.close(remove=True)
+    return _report(save_file, file.results, console)
 
 
 def _report(save_file: Path, results: dict[int, Any], console: Console) -> int:

@@ -129,7 +129,22 @@ def _read_txt(path: Path, text: str) -> Iterator[Item]:
         yield Item(f"{path}:{number}", question=line.removesuffix("\r").replace("\\n", "\n"))
 
 
-class Journal:
+class Answers:
+    """Answers as they come, kept in memory: what a process has that writes no file.
+
+    Attributes:
+        results: what became of each prompt that is done, by its number.
+    """
+
+    def __init__(self, results: dict[int, Result]) -> None:
+        self.results = results
+
+    def add(self, results: dict[int, Result]) -> None:
+        """Keeps results, by the number of their prompt."""
+        self.results |= results
+
+
+class Journal(Answers):
     """Answers as they come, in a file beside the final one: a header, then a line for each prompt that is done.
 
     Args:
@@ -142,8 +157,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], discard: bool = False) -> None:
+        super().__init__({})
         self.path = path
-        self.results: dict[int, Result] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._locked(path)
         try:
@@ -198,7 +213,7 @@ class Journal:
 
     def add(self, results: dict[int, Result]) -> None:
         """Keeps results for good, by the number of their prompt."""
-        self.results |= results
+        super().add(results)
         self._write(
             *(
                 {"number": number, "answers": result.answers, "finish": result.finish, "error": result.error}
@@ -227,7 +242,7 @@ def answer_all(
     prompter: Prompter,
     options: Decoding,
     batch_size: int,
-    journal: Journal,
+    journal: Answers,
     advance: Callable[[int, int], None],
 ) -> None:
     """Answers what the journal does not hold yet.

@@ -38,6 +38,13 @@ def bucket(length: int, least: int = 16) -> int:
     return size
 
 
+def _fetch(tree: Any, mesh: Mesh) -> Any:
+    """Arrays as NumPy ones. Of several processes each gets all rows: every one decides alike when all have ended."""
+    if jax.process_count() > 1:
+        tree = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.device_get(tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What was written for a prompt.
@@ -263,7 +270,7 @@ class Writing:
         self._caches = caches
 
     def _look(self, state: State) -> None:
-        self._host = jax.device_get(dataclasses.replace(state, seen=None, keys=None))
+        self._host = _fetch(dataclasses.replace(state, seen=None, keys=None), self._generator.mesh)
 
     def _over(self) -> bool:
         return bool(np.all(self._host.finished))
@@ -296,7 +303,7 @@ class Writing:
         logits, caches, slots = self._read_prompts()
         state, _ = advance(logits, state, settings, stops, penalty, **how)
         while True:
-            self._host = jax.device_get(dataclasses.replace(state, seen=None))
+            self._host = _fetch(dataclasses.replace(state, seen=None), self._generator.mesh)
             if self._over():
                 return
             yield

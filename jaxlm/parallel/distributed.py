@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxlm.config import DistributedConfig, RunConfig, flatten, to_dict
+from jaxlm.config import DistributedConfig, GenerateConfig, RunConfig, flatten, to_dict
 from jaxlm.errors import UserError
 from jaxlm.parallel.links import Links, Place, call_roll
 
@@ -424,8 +424,8 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def run_settings(config: RunConfig) -> dict[str, Any]:
-    """The keys of a run that all processes must share: all but which process this is."""
+def run_settings(config: RunConfig | GenerateConfig) -> dict[str, Any]:
+    """The keys that all processes must share: all but which process this is."""
     values = flatten(_numbered(to_dict(config)))
     return {key: value for key, value in values.items() if key != "distributed.process_id"}
 

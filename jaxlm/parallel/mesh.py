@@ -71,7 +71,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
             multiple of the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    data, fsdp, *others = _axis_sizes(config, len(devices), experts)
+    there_are = "this machine has" if jax.process_count() == 1 else f"all {jax.process_count()} processes have"
+    data, fsdp, *others = _axis_sizes(config, len(devices), experts, there_are)
     sizes = (data, *_along_torus(fsdp, devices), *others)
     # Of GPUs JAX calls a host a slice; devices to compile for have no index when there is only one.
     on_tpu = devices[0].platform == "tpu"
@@ -118,9 +119,7 @@ def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return {axis: math.prod(mesh.shape[name] for name in names) for axis, names in parts.items()}
 
 
-def _axis_sizes(
-    config: MeshConfig, count: int, experts: int | None, there_are: str = "this machine has"
-) -> tuple[int, ...]:
+def _axis_sizes(config: MeshConfig, count: int, experts: int | None, there_are: str) -> tuple[int, ...]:
     sizes = [getattr(config, axis) for axis in AXES]
     for axis, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:

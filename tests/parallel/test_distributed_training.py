@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,18 @@ STEPS = 20
 def start(
     config: Path, output: Path, log: Path, *words: str, processes: int = 2, devices: int = 2
 ) -> subprocess.Popen[bytes]:
+    return start_words(
+        log, "--config", str(config), "--output_dir", str(output), *words, processes=processes, devices=devices
+    )
+
+
+def start_words(
+    log: Path, *words: str, processes: int = 2, devices: int = 2, module: str = "jaxlm.train"
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "launch/local.py"), f"--processes={processes}", f"--devices={devices}"]
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [*command, "--", "--config", str(config), "--output_dir", str(output), *words],
-            stdout=stream,
-            stderr=stream,
-            env=ENVIRONMENT,
+            [*command, "--module", module, "--", *words], stdout=stream, stderr=stream, env=ENVIRONMENT
         )
 
 
@@ -138,18 +144,51 @@ def test_preempted_then_killed_then_bit_for_bit_as_never_interrupted(
         assert mine.read(leaf, ()).tobytes() == theirs.read(leaf, ()).tobytes(), leaf
 
 
-def test_half_the_processes_go_on_with_the_same_data(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_half_the_processes_on_another_mesh_go_on_with_the_same_data(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """From rows over both processes to heads over some devices: every array of the checkpoint is cut anew."""
     output, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(uninterrupted, output)
     for checkpoint in (output / "checkpoints").iterdir():
         if int(checkpoint.name) > 16:
             shutil.rmtree(checkpoint)
-    text = end(start(config, output, log, processes=1, devices=4), log)
-    assert "from step 16" in text
+    mesh = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    text = end(start(config, output, log, *mesh, processes=1, devices=4), log)
+    assert "from step 16" in text and "4 cpu, fsdp 2 x tensor 2" in text
     mine, theirs = losses(output), losses(uninterrupted)
-    assert mine.keys() == theirs.keys()
+    assert mine.keys() == theirs.keys() and ("validation_loss", STEPS) in mine
     # Sums are taken in another order; another batch would change the loss in its first or second digit.
     assert all(value == pytest.approx(theirs[key], rel=2e-4) for key, value in mine.items())
+
+
+def test_two_processes_write_what_one_does(uninterrupted: Path, config: Path, tmp_path: Path) -> None:
+    """Weights lie over both; process 0 alone writes."""
+    from jaxlm.generate import main
+
+    prompts, log = tmp_path / "prompts.jsonl", tmp_path / "log"
+    prompts.write_text("".join(f'{{"instruction": "rock {word}"}}\n' for word in ("sand", "clay", "lava and iron")))
+    words = [
+        "--model",
+        str(uninterrupted),
+        "--predict_data",
+        str(prompts),
+        "--max_new_tokens",
+        "8",
+        "--batch_size",
+        "2",
+    ]
+    assert main([*words, "--save_file", str(tmp_path / "one.json"), "--compilation_cache", "none"]) == 0
+
+    cache = yaml.safe_load(config.read_text())["train"]["compilation_cache"]
+    words += ["--save_file", str(tmp_path / "two.json"), "--compilation_cache", cache, "--mesh.fsdp", "2"]
+    two = partial(start_words, log, module="jaxlm.generate")
+    text = end(two(*words, "--mesh.tensor", "2"), log)
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert text.count("3 answered; wrote") == 1 and "fsdp 2, tensor 2" in text
+    assert not re.search(r"^\[1\] (?!E|W|\[Gloo)", text, re.MULTILINE), text
+    text = end(two("--model", str(uninterrupted), "--interactive"), log, status=2)
+    assert len(re.findall(r"error: interactive: a conversation is with one process, here are 2", text)) == 2
 
 
 def test_disagreeing_config_and_data_are_named(config: Path, inputs: Path, tmp_path: Path) -> None:
