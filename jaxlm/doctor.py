@@ -1,19 +1,27 @@
-"""`python -m jaxlm.doctor`: does this machine have what a run needs, and if not, what to do."""
+"""`python -m jaxlm.doctor`: does this machine have what a run needs, and if not, what to do.
+
+Started on all hosts of a cluster as training would be, it speaks of all of them, and compares their clocks.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlm.parallel.distributed import Hosts
 
 # Packages of jaxlm's core, by distribution name.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "transformers", "sentencepiece")
@@ -23,6 +31,10 @@ DISK_BYTES = 64 << 20
 # Below these a run is possible, but hardly what one wants.
 LEAST_DISK = 20 << 30
 LEAST_SPEED = 100e6
+# Clocks further apart make logs and the ages of files misleading, and certificates and tokens fail.
+MOST_CLOCK_SECONDS = 1.0
+# What all hosts must have in common.
+COMMON = ("python", *PACKAGES, "jax, jaxlib", "packages", *PLUGINS, "libtpu", "jaxlm's code")
 # Where Linux shows accelerators, whether a driver works or not.
 GPU_FILES, TPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl"), ("/dev/accel0", "/dev/vfio/0")
 
@@ -49,25 +61,83 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxlm.doctor", description=__doc__)
     parser.add_argument("--dir", default=".", help="where a run would write (default: here)")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
+    cluster = parser.add_argument_group(
+        "several hosts", "found from the environment where it tells (see multi_host.md)"
+    )
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--num_processes", type=int, metavar="N")
+    cluster.add_argument("--process_id", type=int, metavar="I")
+    cluster.add_argument("--timeout", type=int, default=60, metavar="SECONDS", help="for the others (default 60)")
     options = parser.parse_args(argv)
     directory = Path(options.dir)
     if not directory.is_dir():
         print(f"error: --dir {directory}: is no directory", file=sys.stderr)
         return 2
-    findings = list(examine(directory))
-    if options.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
-    else:
-        _print(findings)
+    from jaxlm.config import DistributedConfig
+    from jaxlm.errors import UserError
+    from jaxlm.parallel.distributed import start
+
+    place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id", "timeout")}
+    try:
+        with start(DistributedConfig(**place), lambda text: print(text, file=sys.stderr)) as hosts:
+            found = list(examine(directory, hosts))
+            findings = list(together(*_from_all(hosts, found))) if hosts.processes > 1 else found
+            if hosts.process == 0 and options.json:
+                print(json.dumps([asdict(finding) for finding in findings], indent=1))
+            elif hosts.process == 0:
+                _print(findings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return int(any(finding.serious for finding in findings))
 
 
-def examine(directory: Path) -> Iterator[Finding]:
+def _from_all(hosts: Hosts, found: Sequence[Finding]) -> tuple[list[list[Finding]], list[str]]:
+    mine = json.dumps({"name": platform.node(), "findings": [asdict(finding) for finding in found]})
+    texts = [json.loads(text) for text in hosts.exchange("findings", mine)]
+    names = [text["name"] for text in texts]
+    if len(set(names)) < len(names):
+        names = [f"{name} (process {number})" for number, name in enumerate(names)]
+    return [[Finding(**finding) for finding in text["findings"]] for text in texts], names
+
+
+def together(found: Sequence[Sequence[Finding]], names: Sequence[str]) -> Iterator[Finding]:
+    """The findings of several hosts as one report; what they must have in common and have not is serious.
+
+    Args:
+        found: by host.
+        names: of the hosts.
+    """
+    for what in dict.fromkeys(finding.what for one in found for finding in one):
+        groups: dict[Finding | None, list[str]] = {}
+        for name, one in zip(names, found, strict=True):
+            groups.setdefault(next((finding for finding in one if finding.what == what), None), []).append(name)
+        known = {finding: where for finding, where in groups.items() if finding is not None}
+        if len(groups) == 1:
+            yield from known
+        elif what in COMMON:
+            value = "; ".join(f"{one.value if one else 'none'} on {', '.join(where)}" for one, where in groups.items())
+            yield Finding(what, value, "must be the same on all hosts", serious=True)
+        else:
+            well = [(finding, where) for finding, where in known.items() if not finding.advice]
+            for finding, where in well[:1]:
+                others = sum(len(where) for _, where in well) - 1
+                yield dataclasses.replace(finding, value=f"{finding.value} on {where[0]}; all well on {others} others")
+            for finding, where in known.items():
+                if finding.advice:
+                    yield dataclasses.replace(finding, value=f"{finding.value} on {', '.join(where)}")
+
+
+def examine(directory: Path, hosts: Hosts) -> Iterator[Finding]:
     """All checks, quick ones first."""
+    from jaxlm.parallel.distributed import versions as that_must_agree
+
     versions = {name: _version(name) for name in (*PACKAGES, *PLUGINS, "libtpu")}
     yield from check_versions(versions, sys.version_info[:2])
+    yield Finding("jaxlm's code", that_must_agree()["jaxlm's code"])
     yield check_disk(directory)
     yield check_memory()
+    yield check_clocks(hosts)
     yield from check_devices()
 
 
@@ -103,8 +173,19 @@ def check_versions(versions: Mapping[str, str | None], python: tuple[int, ...]) 
         if version is not None:
             advice = "" if version == core[0] else f"must be of JAX's release: pip install {name}=={core[0]}"
             yield Finding(name, version, advice, bool(advice))
-    if versions.get("libtpu") is not None:
-        yield Finding("libtpu", str(versions["libtpu"]))
+    libtpu = versions.get("libtpu")
+    if libtpu is not None:
+        wanted = wanted_libtpu()
+        wrong = wanted is not None and not libtpu.startswith(wanted)
+        advice = f"this JAX names libtpu {wanted}: pip install 'jax[tpu]=={core[0]}'" if wrong else ""
+        yield Finding("libtpu", libtpu, advice)
+
+
+def wanted_libtpu() -> str | None:
+    """The version of libtpu that the installed JAX asks for, to its last dot: "0.0.42."."""
+    # "libtpu==0.0.42.*; extra == 'tpu'"
+    names = (re.match(r"libtpu==([\d.]+)", line) for line in importlib.metadata.requires("jax") or [])
+    return next((name[1] for name in names if name), None)
 
 
 def check_disk(directory: Path) -> Finding:
@@ -149,6 +230,20 @@ def _available_memory() -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
+def check_clocks(hosts: Hosts) -> Finding:
+    """How many hosts there are, and how far apart their clocks."""
+    if hosts.processes == 1:
+        return Finding("hosts", "1")
+    hosts.barrier("clocks")  # all leave it within milliseconds
+    times = [float(text) for text in hosts.exchange("clocks", repr(time.time()))]
+    apart = max(times) - min(times)
+    advice = ""
+    if apart > MOST_CLOCK_SECONDS:
+        late, early = times.index(min(times)), times.index(max(times))
+        advice = f"process {late} is behind process {early}: have them keep time (chrony, systemd-timesyncd)"
+    return Finding("hosts", f"{hosts.processes}, clocks within {apart + 0.005:.2f} s", advice)
+
+
 def check_devices() -> Iterator[Finding]:
     """What JAX runs on, whether it computes, and which attention it would take."""
     import jax
@@ -159,14 +254,13 @@ def check_devices() -> Iterator[Finding]:
     except RuntimeError as error:
         yield Finding("devices", "JAX finds none", " ".join(str(error).split()), serious=True)
         return
-    kind, count = devices[0].device_kind, len(devices)
-    stats = devices[0].memory_stats() or {}
+    kind, count, mine = devices[0].device_kind, len(devices), jax.local_devices()[0]
+    stats = mine.memory_stats() or {}
     memory = f", {stats['bytes_limit'] / 2**30:.0f} GiB each" if "bytes_limit" in stats else ""
     yield missing_accelerator(
         devices[0].platform, lambda path: Path(path).exists(), f"{count} x {kind} ({devices[0].platform}){memory}"
     )
-    yield Finding("hosts", str(jax.process_count()))
-    yield _compute(devices[0], started)
+    yield _compute(mine, started)
     yield from _attention()
 
 
@@ -209,9 +303,29 @@ def _attention() -> Iterator[Finding]:
     for rows, packed in (("packed rows", True), ("single documents", False)):
         case = here(shape, "bfloat16", shape.max_length, packed)
         try:
-            yield Finding(f"attention, {rows}", choose_attention("auto", case)[1])
+            chosen, why = choose_attention("auto", case)
         except UserError as error:
             yield Finding(f"attention, {rows}", "the table of tuned kernels cannot be read", str(error), serious=True)
+            continue
+        yield Finding(f"attention, {rows}", f"{why}; {_try_attention(chosen, packed)}")
+
+
+def _try_attention(chosen: Any, packed: bool) -> str:
+    """Runs it, forward and backward, on a small problem: a kernel that does not compile here should show here."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxlm.models.attention import MaskSpec, attention
+
+    started = time.perf_counter()
+    q, segments = jnp.ones((1, 256, 4, 128), jnp.bfloat16), jnp.repeat(jnp.arange(2), 128)[None]
+    mask = MaskSpec(segment_ids=segments if packed else None, window=None)
+
+    def total(q: jax.Array) -> jax.Array:
+        return jnp.sum(attention(q, q, q, mask, chosen).astype(jnp.float32))
+
+    jax.block_until_ready(jax.jit(jax.grad(total))(q))
+    return f"runs, first result after {time.perf_counter() - started:.1f} s"
 
 
 def _print(findings: Sequence[Finding]) -> None:
