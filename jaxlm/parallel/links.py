@@ -249,6 +249,7 @@ class Links:
 
     def fail(self, error: str) -> None:
         """Tells the others why this process ends, which it is to do at once. Process 0 outlives the others here."""
+        self._closing = True  # before the others hear of it: that they end then is no news
         self._post({"kind": "failed", "process": self.place.process, "error": error})
         self._leave()
 

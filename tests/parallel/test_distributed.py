@@ -131,7 +131,8 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 
 def vanish(link: Links) -> None:
-    """What the kernel does when a process ends."""
+    """What the kernel does when a process ends; its own thread, which lives on here, is to say nothing of it."""
+    link._closing = True
     for line in list(link._lines.values()):
         with contextlib.suppress(OSError):
             line.socket.shutdown(socket.SHUT_RDWR)
