@@ -262,6 +262,9 @@ class TrainConfig:
         eval_every: steps between evaluations on the validation data, and one before the first step; 0 evaluates only at
             the end.
         save_every: steps between checkpoints; 0 saves only at the end.
+        local_checkpoints: a folder on each host's own disk for emergency copies of the state, from which a restart on
+            the same hosts and devices goes on when they are newer; null: none.
+        local_every: steps between those.
         keep: newest checkpoints to keep; the one with the best validation loss is kept besides.
         log_every: steps between lines in metrics.jsonl.
         on_nonfinite: stop saves and ends the run; skip goes on and counts the step. Neither lets the step touch
@@ -285,6 +288,8 @@ class TrainConfig:
     loss_normalisation: Literal["tokens", "mean_of_means"] = "tokens"
     eval_every: int = 200
     save_every: int = 200
+    local_checkpoints: str | None = None
+    local_every: int = 20
     keep: int = 3
     log_every: int = 1
     on_nonfinite: Literal["stop", "skip"] = "stop"

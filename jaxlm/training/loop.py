@@ -24,6 +24,7 @@ from jaxlm.parallel.distributed import Hosts
 from jaxlm.parallel.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
 from jaxlm.training.build import Build, build
 from jaxlm.training.checkpoint import Checkpoints, model_json
+from jaxlm.training.local_checkpoint import LocalCheckpoints
 from jaxlm.training.optimizer import Schedule
 from jaxlm.training.report import (
     MetricsWriter,
@@ -154,20 +155,25 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     prints = {"data": job.data.fingerprint}
     if config.lora is not None and job.source is not None:
         prints["base"] = base_fingerprint(job.model, job.source)
+    saved = steps_saved[-1] if steps_saved else 0
     if steps_saved:
-        check_unchanged(checkpoints.files(steps_saved[-1]), config, prints, checkpoints.path(steps_saved[-1]))
+        check_unchanged(checkpoints.files(saved), config, prints, checkpoints.path(saved))
+    local, newer = _local_checkpoints(config, hosts, setup, saved)
+    if local is not None and newer is not None:
+        check_unchanged(local.files(newer), config, prints, local.path(newer))
     base = None
-    if config.lora is not None or not steps_saved:
+    if config.lora is not None or not (steps_saved or newer):
         base = setup.load_params(job.source) if job.source is not None else setup.init_params(config.train.seed)
     frozen = {"params": base} if config.lora is not None else {}
-    if steps_saved:
-        step = steps_saved[-1]
-        state, data_state = checkpoints.restore(step, setup.abstract_state())
+    if local is not None and newer is not None:
+        step, (state, data_state) = newer, local.restore(newer)
+    elif steps_saved:
+        step, (state, data_state) = saved, checkpoints.restore(saved, setup.abstract_state())
     else:
         step, data_state = 0, {"step": 0}
         state = setup.new_state(_new_trainable(job, setup, base), config.train.seed)
     del base
-    if step >= total:
+    if saved >= total:
         best = checkpoints.best()
         checkpoints.close()
         if first_host and (out / "metrics.jsonl").exists() and not (out / "loss.png").exists():
@@ -180,9 +186,10 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
 
     # Programs ---------------------------------------------------------------------------------
     train_step, eval_step, compile_seconds, memory = _compile(job, built, setup, schedule, state, frozen, terminal)
+    resumed = f"from step {step}" + ("" if newer is None else ", kept by each host") if step else None
     for told in (terminal, hosts.log):
         if told is not None:
-            _announce(told, job, built, setup, total, step, compile_seconds, memory)
+            _announce(told, job, built, setup, total, resumed, compile_seconds, memory)
 
     # Loop -------------------------------------------------------------------------------------
     files = {**job.files, "run.yaml": job.run_yaml.encode(), "fingerprints.json": json.dumps(prints).encode()}
@@ -236,7 +243,6 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         report.pause()
         return float(result["validation_loss"])
 
-    saved = step
     rows = batches.iterator()
     rows.set_state(data_state)
     with _StopSignal(hosts), contextlib.closing(report), contextlib.closing(rows):
@@ -257,6 +263,9 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
                     if due_save:
                         saved = checkpoints.save(state, rows.get_state(), files, validation_loss)
                         report.pause()
+                if local is not None and not due_save and step % config.train.local_every == 0:
+                    finish_pending()
+                    local.save(state, rows.get_state(), files)
             finish_pending()
             if saved != step:
                 saved = checkpoints.save(state, rows.get_state(), files, None)
@@ -273,6 +282,10 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
                 writer.close()
     best = checkpoints.best()
     checkpoints.close()
+    if local is not None and saved == total:
+        local.clear()
+    elif local is not None:
+        local.wait()
     if first_host:
         plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         routing.plot(out / "experts.png")
@@ -295,6 +308,19 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
 
 class _NonFinite(Exception):
     pass
+
+
+def _local_checkpoints(
+    config: RunConfig, hosts: Hosts, setup: Initializer, saved: int
+) -> tuple[LocalCheckpoints | None, int | None]:
+    """The hosts' own copies, and the step to go on from when they are newer than what is saved for all."""
+    if config.train.local_checkpoints is None:
+        return None, None
+    if config.train.local_every < 1:
+        raise UserError(f"train.local_every: {config.train.local_every}; give a positive number of steps")
+    folder = Path(config.train.local_checkpoints)
+    local = LocalCheckpoints(folder, Path(config.output_dir), hosts, setup.abstract_state())
+    return local, local.newest(after=saved)
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -393,7 +419,7 @@ def _announce(
     built: Build,
     setup: Initializer,
     total: int,
-    step: int,
+    resumed: str | None,
     compile_seconds: float,
     memory: int | None,
 ) -> None:
@@ -427,6 +453,6 @@ def _announce(
     pairs.append(("precision", f"parameters {config.model.param_dtype}, compute {config.model.dtype}"))
     pairs.append(("remat", config.model.remat))
     pairs.append(("compiled", f"in {compile_seconds:.1f} s"))
-    if step:
-        pairs.append(("resumed", f"from step {step}"))
+    if resumed is not None:
+        pairs.append(("resumed", resumed))
     print_pairs(console, pairs)

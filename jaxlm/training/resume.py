@@ -26,6 +26,8 @@ FREE = (
     "train.micro_batch_size",
     "train.eval_every",
     "train.save_every",
+    "train.local_checkpoints",
+    "train.local_every",
     "train.keep",
     "train.log_every",
     "train.on_nonfinite",

@@ -144,6 +144,22 @@ def test_preempted_then_killed_then_bit_for_bit_as_never_interrupted(
         assert mine.read(leaf, ()).tobytes() == theirs.read(leaf, ()).tobytes(), leaf
 
 
+def test_killed_before_any_save_goes_on_from_each_host_s_own_copies(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    output, log, local = tmp_path / "run", tmp_path / "log", tmp_path / "local"
+    words = ["--train.save_every", "0", "--train.local_checkpoints", str(local), "--train.local_every", "3"]
+    process = start(config, output, log, *words)
+    wait_until(lambda: steps_done(output) >= 7, process, log)
+    os.kill(pid(output, 1), signal.SIGKILL)
+    assert process.wait(timeout=60) in (1, 128 + signal.SIGKILL)
+    assert not [path for path in (output / "checkpoints").iterdir() if path.name.isdigit()]
+    text = end(start(config, output, log, *words), log)
+    assert int(re.findall(r"resumed +from step (\d+), kept by each host", text)[0]) in (3, 6, 9, 12)
+    assert losses(output) == losses(uninterrupted)
+    assert not list(local.rglob("shards.bin")), "the run is complete: its copies are gone"
+
+
 def test_half_the_processes_on_another_mesh_go_on_with_the_same_data(
     config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,221 @@
+"""Emergency checkpoints: what each host needs to go on, on its own disk.
+
+Shared storage is slow and dear, so that a pod saves there seldom; a crash that leaves the machines alone (another host
+died, the network, a bug) need not cost all steps since then. Every process writes the shards of its own devices, in the
+background, and the newest two copies are kept: when a process dies while it writes, the others have the one before. A
+restart takes them when every process has the same step, whole, for the same devices; else, e.g. with a new machine or
+another mesh, the checkpoint on shared storage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import threading
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.parallel.distributed import Hosts
+from jaxlm.training.state import TrainState
+
+KEEP = 2
+INDEX, DATA = "index.json", "shards.bin"
+NAME = "local_checkpoints.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One shard: the path of its leaf, and where it lies in that."""
+
+    path: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+class LocalCheckpoints:
+    """The emergency checkpoints of one process.
+
+    Args:
+        directory: on this host's own disk.
+        output_dir: of the run. It gets a name for the run, so that runs that share a disk are told apart, and whoever
+            deletes output_dir to begin anew does begin anew.
+        hosts: the processes.
+        abstract: the state's shapes and shardings.
+    """
+
+    def __init__(self, directory: Path, output_dir: Path, hosts: Hosts, abstract: TrainState) -> None:
+        self._folder = directory / _name_of_run(output_dir, hosts) / f"process-{hosts.process:02}"
+        self._hosts, self._abstract = hosts, abstract
+        self._parts = list(_parts(abstract))
+        layout = [[hosts.process, hosts.processes], [dataclasses.astuple(part) for part in self._parts]]
+        self._layout = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        self._writer: threading.Thread | None = None
+        self._error: OSError | None = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in self._folder.glob("*.tmp"):
+                shutil.rmtree(left)
+        except OSError as error:
+            problem: str | None = self._refused(error)
+        else:
+            problem = None
+        hosts.check("train.local_checkpoints", problem)
+
+    def _refused(self, error: OSError) -> str:
+        return (
+            f"train.local_checkpoints: {self._folder} cannot be written ({error.strerror or error}); choose a folder on "
+            "each host's own disk, or null"
+        )
+
+    def newest(self, after: int) -> int | None:
+        """The newest step that every process has whole; None if there is none after this one."""
+        mine = [step for step in self._steps() if step > after and self._whole(step)]
+        everywhere = [set(json.loads(text)) for text in self._hosts.exchange("local checkpoints", json.dumps(mine))]
+        return max(set.intersection(*everywhere), default=None)
+
+    def path(self, step: int) -> Path:
+        return self._folder / str(step)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+
+    def _index(self, step: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path(step) / INDEX).read_text(encoding="utf-8"))
+        return found
+
+    def _whole(self, step: int) -> bool:
+        try:
+            index = self._index(step)
+            if index["layout"] != self._layout:
+                return False
+            checksum = 0
+            with (self.path(step) / DATA).open("rb") as file:
+                while piece := file.read(1 << 24):
+                    checksum = zlib.crc32(piece, checksum)
+        except (OSError, ValueError, KeyError):  # cut off in the middle, or damaged: it does not count
+            return False
+        return bool(checksum == index["checksum"])
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """The small files that tell with which settings and data the step was reached."""
+        return {name: text.encode() for name, text in self._index(step)["files"].items()}
+
+    def save(self, state: TrainState, data_state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+        """Copies this process's shards to main memory, then writes in the background.
+
+        Raises:
+            UserError: when the save before could not be written.
+        """
+        self.wait()
+        shards = {(part.path, part.start): data for part, data in _shards(state)}
+        index = {
+            "layout": self._layout,
+            "data": data_state,
+            "files": {name: files[name].decode() for name in ("run.yaml", "fingerprints.json")},
+        }
+        step = int(state.step)
+        self._writer = threading.Thread(target=self._write, args=(step, shards, index), name="local checkpoint")
+        self._writer.start()
+
+    def _write(self, step: int, shards: Mapping[Any, np.ndarray], index: dict[str, Any]) -> None:
+        partial, final = self._folder / f"{step}.tmp", self._folder / str(step)
+        try:
+            for old in (partial, final):
+                shutil.rmtree(old, ignore_errors=True)
+            partial.mkdir()
+            checksum = 0
+            with (partial / DATA).open("wb") as file:
+                for part in self._parts:
+                    piece = np.ascontiguousarray(shards[part.path, part.start]).view(np.uint8).data
+                    checksum = zlib.crc32(piece, checksum)
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            (partial / INDEX).write_text(json.dumps(index | {"checksum": checksum}), encoding="utf-8")
+            partial.rename(final)
+            for old_step in self._steps()[:-KEEP]:
+                shutil.rmtree(self._folder / str(old_step))
+        except OSError as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the save in progress is done; UserError if the disk refused it."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._error is not None:
+            raise UserError(self._refused(self._error))
+
+    def restore(self, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """State and data-iterator state of a step that `newest` found."""
+        data = np.memmap(self.path(step) / DATA, dtype=np.uint8, mode="r")
+        offsets, at = {}, 0
+        for part in self._parts:
+            offsets[part.path, part.start] = (at, part)
+            at += part.size
+
+        def load(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            name = jax.tree_util.keystr(path)
+
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                begin, part = offsets[name, _start(index or ())]
+                return np.array(data[begin : begin + part.size]).view(part.dtype).reshape(part.shape)
+
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+
+        state = jax.tree_util.tree_map_with_path(load, self._abstract)
+        return state, self._index(step)["data"]
+
+    def clear(self) -> None:
+        """Removes them all: the run is complete on shared storage."""
+        self.wait()
+        shutil.rmtree(self._folder)
+
+
+def _name_of_run(output_dir: Path, hosts: Hosts) -> str:
+    file, name = output_dir / NAME, ""
+    if hosts.process == 0:
+        if not file.exists():
+            file.write_text(f"{output_dir.absolute().name}-{uuid.uuid4().hex[:12]}\n", encoding="utf-8")
+        name = file.read_text(encoding="utf-8").strip()
+    return hosts.exchange("name of the run", name)[0]
+
+
+def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(one.start or 0 for one in index)
+
+
+def _parts(abstract: Any) -> Iterator[_Part]:
+    """The shards of this process's devices, each once however many devices have it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        found = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        for start in sorted({_start(index or ()) for index in found}):
+            yield _Part(jax.tree_util.keystr(path), start, shape, leaf.dtype.name)
+
+
+def _shards(state: Any) -> Iterator[tuple[_Part, np.ndarray]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        seen = set()
+        for shard in leaf.addressable_shards:
+            start = _start(shard.index)
+            if start not in seen:
+                seen.add(start)
+                # A copy: the next step writes over what it is given.
+                data = np.array(shard.data)
+                yield _Part(jax.tree_util.keystr(path), start, data.shape, leaf.dtype.name), data
