@@ -78,8 +78,8 @@ class LocalCheckpoints:
 
     def _refused(self, error: OSError) -> str:
         return (
-            f"train.local_checkpoints: {self._folder} cannot be written ({error.strerror or error}); choose a folder on "
-            "each host's own disk, or null"
+            f"train.local_checkpoints: {self._folder} cannot be written ({error.strerror or error}); choose a folder "
+            "on each host's own disk, or null"
         )
 
     def newest(self, after: int) -> int | None:
