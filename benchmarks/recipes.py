@@ -90,8 +90,8 @@ def _pod(name: str) -> Recipe:
 PODS = tuple(
     _pod(name)
     for name in (
-        "7b-v5e-4x4", "7b-v5e-8x8", "13b-v5e-8x8", "13b-v5e-16x16", "70b-v5p-4x4x2", "70b-v6e-16x16", "7b-h100-8",
-        "7b-h200-8", "13b-h100-8", "13b-h200-8", "70b-lora-h100-8", "70b-lora-h200-8", "70b-h200-4x8",
+        "7b-v5e-4x4", "7b-v5e-8x8", "13b-v5e-8x8", "13b-v5e-16x16", "70b-v5e-16x16", "70b-v5p-4x4x2", "70b-v6e-16x16",
+        "7b-h100-8", "7b-h200-8", "13b-h100-8", "13b-h200-8", "70b-lora-h100-8", "70b-lora-h200-8", "70b-h200-4x8",
     )
 )  # fmt: skip
 PUBLISHED = (
@@ -108,7 +108,6 @@ def _rows(rows: int, micro: int) -> tuple[str, ...]:
 WISHES = (
     Recipe("13B, v5e-16", "pods/13b-v5e-8x8", "llama-2-13b", "v5e:4x4", _rows(16, 1)),
     Recipe("70B, v5e-64", "pods/70b-v6e-16x16", "llama-2-70b", "v5e:8x8", _rows(64, 1)),
-    Recipe("70B, v5e-256", "pods/70b-v6e-16x16", "llama-2-70b", "v5e:16x16", _rows(256, 1)),
     Recipe("70B, 8 H100", "pods/70b-h200-4x8", "llama-2-70b", "h100:8", _rows(8, 1)),
     Recipe("70B, 8 H200", "pods/70b-h200-4x8", "llama-2-70b", "h200:8", _rows(8, 1)),
     Recipe("70B, 2 x 8 H200", "pods/70b-h200-4x8", "llama-2-70b", "h200:2x8", _rows(16, 1)),
