@@ -88,7 +88,8 @@ def test_loss_is_that_of_the_logits(params: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [dict(remat="none"), dict(remat="dots"), dict(remat="qkv_out"), dict(remat="qkv"), dict(attention="reference")]
+    "options",
+    [dict(remat="none"), dict(remat="dots"), dict(remat="qkv_out"), dict(remat="qkv"), dict(attention="reference")],
 )
 def test_same_loss_and_gradients_however_computed(options: dict[str, str], params: Any) -> None:
     expected_loss, expected = step()(params)  # remat full, blocked attention
