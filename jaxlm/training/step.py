@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -158,8 +159,12 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, opt_state, trainable)
             return optax.apply_updates(trainable, updates), opt_state
 
-        # A branch, not a select on each leaf: a select would keep old and new moments alive at once.
-        trainable, opt_state = jax.lax.cond(finite, update, lambda old: old, (state.trainable, state.opt_state))
+        trainable, opt_state = jax.lax.platform_dependent(
+            finite,
+            (state.trainable, state.opt_state),
+            cpu=partial(update_by_branch, update),
+            default=partial(update_by_select, update),
+        )
         new_state = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
             trainable=trainable,
@@ -178,6 +183,19 @@ def make_train_step(
         return new_state, metrics
 
     return step
+
+
+# Both take the place of the old state where it is fast. Bytes in use at once, as multiples of the float32 parameters
+# (their moments are two, their gradients one): on a CPU a select keeps old and new moments, on a GPU a branch copies
+# all it is given (7.0 against 4.8, H200); a TPU does not care (4.3).
+def update_by_branch(update: Callable[[Any], Any], wanted: jax.Array, old: Any) -> Any:
+    """`update(old)` where `wanted` (a bool), else `old`."""
+    return jax.lax.cond(wanted, update, lambda old: old, old)
+
+
+def update_by_select(update: Callable[[Any], Any], wanted: jax.Array, old: Any) -> Any:
+    """As `update_by_branch`; whatever comes out of `update`, NaN too, is dropped where it is not wanted."""
+    return jax.tree.map(lambda new, before: jnp.where(wanted, new, before), update(old), old)
 
 
 def make_eval_step(model: Llama, packed: bool = True) -> Callable[[Any, Any, Batch], Metrics]:

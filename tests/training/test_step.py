@@ -20,7 +20,13 @@ from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.mesh import make_mesh, put_batch
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
-from jaxlm.training.step import loss_weights, make_eval_step, make_train_step
+from jaxlm.training.step import (
+    loss_weights,
+    make_eval_step,
+    make_train_step,
+    update_by_branch,
+    update_by_select,
+)
 from tests.models.compare import assert_trees_close, random_tree
 
 CONFIG = LlamaConfig(
@@ -323,3 +329,18 @@ def test_five_steps_against_pytorch() -> None:
         np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5, atol=1e-8)
     assert dataclasses.asdict(options)["clip_norm"] < metrics["grad_norm"]  # clipping was at work
     assert_trees_close(current.trainable["params"], hf.weights(torch_model, config), 1e-3)
+
+
+@pytest.mark.parametrize("keep", [update_by_branch, update_by_select])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_state_is_updated_or_kept(keep: Any, wanted: bool) -> None:
+    """CPUs take the one form, GPUs and TPUs the other."""
+    old = {"a": jnp.arange(3.0), "count": jnp.int32(5)}
+
+    def update(old: Any) -> Any:
+        return {"a": old["a"] / 0.0, "count": old["count"] + 1}  # NaN and infinities
+
+    new = jax.jit(functools.partial(keep, update))(jnp.bool_(wanted), old)
+    expected = [np.nan, np.inf, np.inf] if wanted else [0.0, 1.0, 2.0]
+    np.testing.assert_array_equal(new["a"], expected)
+    assert new["count"] == 5 + wanted
