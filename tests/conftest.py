@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 # A few tests are for accelerators: JAXLM_TEST_PLATFORMS=cuda,cpu pytest tests/models -k cudnn
@@ -12,6 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        # They make compiling twice as slow here; newer versions know nothing else, and have no such flag.
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib") < "0.11" else []),
     ]
 )
 # Results must come from this checkout's code, compiled now.
