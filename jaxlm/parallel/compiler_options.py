@@ -14,7 +14,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Options for some devices.
+    """Options for some devices; where they are in several slices, those of one count.
 
     Attributes:
         device_kind: as JAX calls them.

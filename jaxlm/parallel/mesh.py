@@ -74,9 +74,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
     there_are = "this machine has" if jax.process_count() == 1 else f"all {jax.process_count()} processes have"
     data, fsdp, *others = _axis_sizes(config, len(devices), experts, there_are)
     sizes = (data, *_along_torus(fsdp, devices), *others)
-    # Of GPUs JAX calls a host a slice; devices to compile for have no index when there is only one.
-    on_tpu = devices[0].platform == "tpu"
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    slices = slice_count(devices)
     _check_slices(data, slices)
     if slices == 1:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices)
@@ -84,6 +82,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
     inside, across = (data // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
     grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """In how many TPU slices the devices are."""
+    # Of GPUs JAX calls a host a slice; devices to compile for have no index when there is only one.
+    on_tpu = devices[0].platform == "tpu"
+    return len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
 
 
 def _check_slices(data: int, slices: int) -> None:

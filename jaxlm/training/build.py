@@ -25,7 +25,15 @@ from jaxlm.models.moe import choose_compute
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.chips import Topology
 from jaxlm.parallel.compiler_options import compiler_options
-from jaxlm.parallel.mesh import BATCH, abstract_mesh, make_mesh, replicated, rows_axis_size, use_mesh
+from jaxlm.parallel.mesh import (
+    BATCH,
+    abstract_mesh,
+    make_mesh,
+    replicated,
+    rows_axis_size,
+    slice_count,
+    use_mesh,
+)
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_eval_step, make_train_step
@@ -67,8 +75,8 @@ class Build:
 
     def options(self) -> dict[str, Any]:
         """What the compiler is told: by devices (see `parallel.compiler_options`), then train.compiler_options."""
-        devices = self.mesh.devices
-        found = compiler_options(devices.flat[0].device_kind, devices.size)
+        devices = list(self.mesh.devices.flat)
+        found = compiler_options(devices[0].device_kind, len(devices) // slice_count(devices))
         return found | self.config.train.compiler_options
 
     def optimizer(self, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:

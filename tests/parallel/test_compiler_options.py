@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
 from jaxlm.parallel.chips import CHIPS
 from jaxlm.parallel.compiler_options import TABLE, Rule, compiler_options, least_effort
+from jaxlm.training.build import Build
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 # A product whose weights are gathered, on the smallest slice that has links.
@@ -41,3 +46,18 @@ def test_later_rules_win_within_their_number_of_devices(
     rules = (Rule("x", 32, {"a": 2}), Rule("x", 8, {"a": 1, "b": 3}), Rule("y", 64, {"c": 4}))
     monkeypatch.setattr("jaxlm.parallel.compiler_options.TABLE", rules)
     assert compiler_options("x", count) == found
+
+
+def test_devices_are_counted_by_slice() -> None:
+    def options(slices: int, each: int) -> dict[str, Any]:
+        devices = [
+            SimpleNamespace(platform="tpu", device_kind="TPU v5 lite", slice_index=at)
+            for at in range(slices)
+            for _ in range(each)
+        ]
+        config = SimpleNamespace(train=SimpleNamespace(compiler_options={"mine": 1}))
+        build: Any = SimpleNamespace(mesh=SimpleNamespace(devices=np.array(devices)), config=config)
+        return Build.options(build)
+
+    assert options(2, 16) == options(1, 16) == compiler_options("TPU v5 lite", 16) | {"mine": 1}
+    assert options(1, 32) != options(2, 16)
