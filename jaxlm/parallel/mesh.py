@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
     devices = list(jax.devices() if devices is None else devices)
     there_are = "this machine has" if jax.process_count() == 1 else f"all {jax.process_count()} processes have"
     data, fsdp, *others = _axis_sizes(config, len(devices), experts, there_are)
-    sizes = (data, *_along_torus(fsdp, devices), *others)
+    sizes = (data, *_along_torus(fsdp, _torus(devices)), *others)
     slices = slice_count(devices)
     _check_slices(data, slices)
     if slices == 1:
@@ -99,23 +99,28 @@ def _check_slices(data: int, slices: int) -> None:
         )
 
 
-def _along_torus(count: int, devices: Sequence[jax.Device]) -> tuple[int, int, int]:
-    """So many devices as sizes along the dims of the torus that these are in."""
-    places = [getattr(device, "coords", None) for device in devices]
+def _along_torus(count: int, dims: Sequence[int]) -> tuple[int, int, int]:
+    """So many devices as sizes along the dims of the torus that they are in; () for none."""
     sizes = [1, 1, 1]
-    if None not in places:
-        for at, dim in enumerate(np.ptp(np.array(places), axis=0)[:3]):
-            sizes[at] = math.gcd(count, int(dim) + 1)
-            count //= sizes[at]
+    for at, dim in enumerate(dims[:3]):
+        sizes[at] = math.gcd(count, dim)
+        count //= sizes[at]
     sizes[0] *= count  # what is no whole part of any dim
     return sizes[0], sizes[1], sizes[2]
 
 
-def abstract_mesh(config: MeshConfig, count: int, experts: int | None = None, slices: int = 1) -> AbstractMesh:
-    """`make_mesh` of so many devices that are nowhere, in so many slices: for shapes and shardings."""
+def _torus(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+    places = [getattr(device, "coords", None) for device in devices]
+    return () if None in places else tuple(int(extent) + 1 for extent in np.ptp(np.array(places), axis=0))
+
+
+def abstract_mesh(
+    config: MeshConfig, count: int, experts: int | None = None, slices: int = 1, torus: Sequence[int] = ()
+) -> AbstractMesh:
+    """`make_mesh` of so many devices that are nowhere, in so many slices of that torus: for shapes and shardings."""
     data, fsdp, *others = _axis_sizes(config, count, experts, "the topology has")
     _check_slices(data, slices)
-    return AbstractMesh((data, fsdp, 1, 1, *others), MESH_AXES, axis_types=_AXIS_TYPES)
+    return AbstractMesh((data, *_along_torus(fsdp, torus), *others), MESH_AXES, axis_types=_AXIS_TYPES)
 
 
 def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:

@@ -21,7 +21,7 @@ from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.lora import LoraSpec, resolve_lora
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import shard_axes_size
+from jaxlm.parallel.mesh import SHARD_AXES, shard_axes_size
 from jaxlm.training.build import Build
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
@@ -46,7 +46,7 @@ class Memory:
         layer: of one layer while it is computed again and differentiated.
         loss: the output matrix as gathered, its gradient, logits of a chunk, hidden states.
         gathered: weights of other devices while layers use them, and a layer's gradient before it is sent back.
-        embedding: the table's gradient before it is sent back, less its own part of `gradients`.
+        embedding: the table's gradient before it is sent back, and on its way.
     """
 
     parameters: int
@@ -111,17 +111,24 @@ def estimate_memory(built: Build, setup: Initializer) -> Memory:
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
     layer_weights = itemsize * count(setup.params["layers"]) // shape.num_layers // mesh.shape["tensor"]
-    own = 4 * table // shards
+    # A sum that is scattered along one mesh axis after the other leaves a part behind each.
+    stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(
         parameters=frozen + trained,
         optimizer=bytes_per_device(setup.opt_state, setup.opt_shardings),
         gradients=trained + summed,
         activations=rows * kept_bytes(shape, lora, model, length, model.remat),
         layer=int(LAYER_SHARE * rows * kept_bytes(shape, lora, model, length, "none") / shape.num_layers),
-        loss=itemsize * table + 4 * table * head_trains + logits + states,
+        loss=itemsize * table + (4 * table + stages) * head_trains + logits + states,
         gathered=layer_weights * (GATHERED_LAYERS + GATHERED_GRADIENTS * (lora is None) if split else 1),
-        embedding=(2 * 4 * table - own) * (split and table_trains),
+        embedding=(4 * table * (2 if summed else 1) + stages) * (split and table_trains),
     )
+
+
+def _parts_by_stage(mesh: Any) -> list[int]:
+    """Into how many parts a sum is cut after each mesh axis of `SHARD_AXES` (see `kernels.scatter`)."""
+    sizes = [mesh.shape[axis] for axis in SHARD_AXES if mesh.shape[axis] > 1]
+    return [math.prod(sizes[: at + 1]) for at in range(len(sizes))]
 
 
 def resident_bytes(setup: Initializer) -> int:

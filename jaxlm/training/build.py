@@ -153,7 +153,8 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
     first: Any
     if isinstance(devices, Topology):
         first = devices.chip
-        mesh = cast(Mesh, abstract_mesh(config.mesh, devices.count, count, devices.slices))
+        torus = devices.shape if first.platform == "tpu" else ()
+        mesh = cast(Mesh, abstract_mesh(config.mesh, devices.count, count, devices.slices, torus))
     else:
         devices = list(jax.devices() if devices is None else devices)
         first = devices[0]

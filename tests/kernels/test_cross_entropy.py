@@ -237,7 +237,8 @@ def test_what_devices_tell_each_other(trains: bool, small_chunks: None) -> None:
         ("all-reduce", ""),
     }
     if trains:
-        expected.add(("reduce-scatter", f"{vocab // 4},{D // 2}"))
+        # Parts of its gradient, by rows; then columns for rows, of the parts.
+        expected |= {("reduce-scatter", f"1,{vocab // 4 // 2},{D}"), ("all-to-all", f"{vocab // 4 // 2},{D // 2}")}
     assert rows * length > chunk and collectives(text) == expected
     loop = re.search(r"body=%?([\w.\-]+)", text)
     assert loop and "all-gather" not in text.split(f"%{loop[1]} ")[1].split("\n}")[0]

@@ -160,9 +160,11 @@ def test_an_option_that_the_compiler_does_not_have() -> None:
 
 
 def test_compiler_options_by_devices() -> None:
-    assert compiler_options("TPU v5 lite", 16) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1000000}
-    assert compiler_options("TPU v6 lite", 16)["xla_enable_async_all_gather"] is True
-    assert compiler_options("TPU v5 lite", 256) == {}
+    rings, memory = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
+    assert compiler_options("TPU v5 lite", 16) == {rings: 1000000, memory: 32768}
+    assert compiler_options("TPU v5 lite", 256) == {memory: 32768}
+    assert compiler_options("TPU v6 lite", 16) == {rings: 1000000}
+    assert compiler_options("TPU v6 lite", 256) == {}
     assert compiler_options("cpu", 8) == {}
     config = dataclasses.replace(RunConfig(), train=dataclasses.replace(run(1, 8).train, compiler_options={"a": 1}))
     assert build(config, SMALL).options() == {"a": 1}
