@@ -66,11 +66,16 @@ def _groups(line: str, devices: int) -> list[list[int]]:
         r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((\[[\d,]+\])(?:T(\([\d,]+\)))?\))? \{(.*?)\}", line
     )
     assert named is not None, line
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    # 'name' is a whole axis; 'name':(2)4 are the four in the middle, where two parts of it come first.
+    parts = {name: (before, size) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[4])}
     order = np.arange(devices) if named[2] is None else _order(named[2], named[3])
-    grid = order.reshape([int(size) for size in sizes.values()])
-    talk = [number for number, name in enumerate(sizes) if f"'{name}'" in named[4]]
-    assert ":" not in named[4], line  # part of an axis
+    shape, talk = [], []
+    for name, whole in re.findall(r"'(\w+)'=(\d+)", named[1]):
+        before, size = parts.get(name, ("1", "1"))
+        before, size = int(before or 1), int(size or whole)
+        shape += [before, size, int(whole) // before // size]
+        talk += [len(shape) - 2] if name in parts else []
+    grid = order.reshape(shape)
     return np.moveaxis(grid, talk, range(-len(talk), 0)).reshape(-1, math.prod(grid.shape[at] for at in talk)).tolist()  # type: ignore[no-any-return]
 
 
