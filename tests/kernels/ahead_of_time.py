@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 
-# What JAX's extra `tpu` asks for: "libtpu==0.0.42.*; extra == 'tpu'".
-_LIBTPU = re.compile(r"libtpu==([\d.]+)\b")
+from jaxlm.doctor import wanted_libtpu
 
 START = """
 from functools import partial
@@ -35,9 +33,7 @@ def compile(name, topology, run, *shapes, kernels=None):
 
 def libtpu_goes_with_jax() -> None:
     """Skips the test where libtpu is missing, or of another version than this JAX names."""
-    wanted = next(
-        (match.group(1) for match in map(_LIBTPU.match, importlib.metadata.requires("jax") or []) if match), ""
-    )
+    wanted = wanted_libtpu() or ""
     try:
         found = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
