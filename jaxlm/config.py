@@ -459,6 +459,7 @@ class GenerateConfig(Decoding):
         mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
         distributed: several processes.
         compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
+        verbose: say at start-up also what choices rest on.
     """
 
     model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
@@ -477,6 +478,7 @@ class GenerateConfig(Decoding):
     mesh: MeshConfig | None = None
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     compilation_cache: str | None = None
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

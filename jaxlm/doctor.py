@@ -296,7 +296,7 @@ def _compute(device: Any, started: float) -> Finding:
 def _attention() -> Iterator[Finding]:
     """What `attention: auto` takes, for a model like LLaMA-2-7B."""
     from jaxlm.errors import UserError
-    from jaxlm.kernels.choice import choose_attention, here
+    from jaxlm.kernels.choice import attention_details, choose_attention, here
     from jaxlm.models.shapes import SHAPES
 
     shape = SHAPES["llama-2-7b"]
@@ -307,7 +307,7 @@ def _attention() -> Iterator[Finding]:
         except UserError as error:
             yield Finding(f"attention, {rows}", "the table of tuned kernels cannot be read", str(error), serious=True)
             continue
-        yield Finding(f"attention, {rows}", f"{why}; {_try_attention(chosen, packed)}")
+        yield Finding(f"attention, {rows}", f"{why} ({attention_details(chosen, case)}); {_try_attention(chosen, packed)}")
 
 
 def _try_attention(chosen: Any, packed: bool) -> str:

@@ -160,7 +160,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
-    from jaxlm.kernels.choice import choose_attention, here
+    from jaxlm.kernels.choice import attention_details, choose_attention, here
     from jaxlm.models.lora import resolve_lora
     from jaxlm.models.moe import choose_compute
     from jaxlm.parallel.mesh import axis_sizes, make_mesh
@@ -232,6 +232,8 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
         "a kernel that reads the slots in use" if attention.name == "pallas_tpu" else "plain, over all of the cache"
     )
     console.print(f"attention  {reason}; while writing: {writing}", markup=False)
+    if config.verbose:
+        console.print(f"           {attention_details(attention, case)}", markup=False)
     if moe is not None:
         console.print(f"experts    {moe.experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
     if not stops:

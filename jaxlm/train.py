@@ -29,7 +29,10 @@ DESCRIPTION = (
 )
 # Named as in `jax.distributed.initialize`, and as launchers of other systems have them.
 ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")}
-FLAGS = {"preview": Flags("show this many batches as text with the trained tokens marked, then exit", int)}
+FLAGS = {
+    "preview": Flags("show this many batches as text with the trained tokens marked, then exit", int),
+    "verbose": Flags("say at start-up also what choices rest on"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
-        return _run(configs, preview)
+        return _run(configs, preview, bool(flags.get("verbose")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +71,7 @@ def _check_config(config: RunConfig) -> None:
         raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
 
 
-def _run(configs: list[RunConfig], preview: int | None) -> int:
+def _run(configs: list[RunConfig], preview: int | None, verbose: bool) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
     from rich.console import Console
 
@@ -90,12 +93,12 @@ def _run(configs: list[RunConfig], preview: int | None) -> int:
             hosts.open_log(Path(config.output_dir))
             if len(configs) > 1:
                 console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
-            if _train(config, console, hosts).interrupted:
+            if _train(config, console, hosts, verbose).interrupted:
                 return config.distributed.interrupted_status
     return 0
 
 
-def _train(config: RunConfig, console: Console, hosts: Hosts) -> Outcome:
+def _train(config: RunConfig, console: Console, hosts: Hosts, verbose: bool) -> Outcome:
     from convert.partition import PARTITION_FILE, npy_bytes
     from convert.source import open_model
     from jaxlm.training.loop import Job, train
@@ -127,6 +130,7 @@ def _train(config: RunConfig, console: Console, hosts: Hosts) -> Outcome:
         adapter=_adapter(config, shape, source),
         data=data,
         files=files,
+        verbose=verbose,
     )
     outcome = train(job, console, hosts)
     if not outcome.interrupted:

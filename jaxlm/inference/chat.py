@@ -20,8 +20,10 @@ HELP = """/reset              forget the conversation
 /set KEY VALUE      change a setting, e.g. /set temperature 0.7
 /show               the settings
 /system TEXT        system message (begins a new conversation); without TEXT none
-/exit               leave (also Ctrl-D); Ctrl-C ends an answer
+/exit               leave (also exit, quit and Ctrl-D); Ctrl-C ends an answer
 A line that ends in \\ goes on in the next."""
+# Typed alone on a line these end a conversation, as they do in every other shell.
+LEAVE = ("/exit", "/quit", "exit", "quit", "exit()", "quit()")
 # Few tokens between two looks, so that text flows.
 FLUSH = 4
 
@@ -79,7 +81,7 @@ class Chat:
         self._turn = 0
 
     def run(self) -> None:
-        """Until /exit or the end of the input."""
+        """Until /exit (or one of LEAVE) or the end of the input."""
         leaving = False
         while True:
             try:
@@ -97,7 +99,7 @@ class Chat:
                 self._say("Ctrl-C again or Ctrl-D leaves")
                 continue
             leaving = False
-            if line.strip() in ("/exit", "/quit"):
+            if line.strip().lower() in LEAVE:
                 return
             try:
                 if line.startswith("/"):

@@ -288,10 +288,11 @@ def _rule(case: Case) -> tuple[str, str]:
 
 
 def choose_attention(requested: str, case: Case) -> tuple[Choice, str]:
-    """What runs, and the start-up line that says so: why this one, and why not each of the others.
+    """What runs, and the start-up line that says so in a few words; `attention_details` says the rest.
 
     Args:
         requested: the config's `model.attention`: 'auto' or one of NAMES.
+        case: what it has to serve.
 
     Raises:
         UserError: when the one asked for cannot serve, or a table is broken.
@@ -307,19 +308,29 @@ def choose_attention(requested: str, case: Case) -> tuple[Choice, str]:
     found = measured(case)
     if found is None:
         name, why = _rule(case)
-        choice = Choice(name)
+        return Choice(name), f"{name}: {why}"
+    entry, _ = found
+    time = entry.milliseconds[entry.choice.name]
+    return entry.choice, f"{entry.choice}: the fastest measured, {time:.3g} ms at length {entry.length:,}"
+
+
+def attention_details(choice: Choice, case: Case) -> str:
+    """One line on what the choice rests on, and why not each of the other implementations."""
+    found = measured(case)
+    times: Mapping[str, float] = {}
+    if found is None:
         known = any(key[0] == case.device_kind for _, table in _tables() for key in table)
         what = f"{case.dtype} {case.shape_class} was not measured" if known else "not measured"
-        why += f" ({what} on this device kind, {case.device_kind}; run {TUNE})"
-        times: Mapping[str, float] = {}
+        basis = f"{what} on this device kind, {case.device_kind}; run {TUNE}"
     else:
         entry, origin = found
-        choice, times = entry.choice, entry.milliseconds
-        why = f"{times[choice.name]:.3g} ms at length {entry.length:,} ({entry.made}; {origin})"
+        basis = f"measured: {entry.made}; {origin}"
+        if choice == entry.choice:
+            times = entry.milliseconds
     others = []
     for name in NAMES:
         if name != choice.name:
             lack = why_not(name, case)
             slower = f"{times[name] / times[choice.name]:.1f} times slower" if name in times else SLOWER[name]
             others.append(f"{name} ({lack or slower})")
-    return choice, f"{choice}: {why}; not {', '.join(others)}"
+    return f"{basis}; not {', '.join(others)}"

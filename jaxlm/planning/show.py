@@ -49,7 +49,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
             "a step",
             f"{rows} rows of {length:,} = {cost.tokens:,} tokens; {plan.micro_batch} rows per device at a time{micro}",
         ),
-        ("attention", plan.attention.split("; not ")[0]),
+        ("attention", plan.attention),
         ("model FLOPs", f"{cost.model_flops:.3g} a step; a device computes {cost.hardware_flops:.3g}, recomputing"),
     ]
     print_pairs(console, pairs)

@@ -6,7 +6,8 @@ Devices may be real ones, or those of a topology that is not here: nothing is pu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.data.loader import BATCH_DTYPES
 from jaxlm.errors import UserError
-from jaxlm.kernels.choice import choose_attention, here
+from jaxlm.kernels.choice import attention_details, choose_attention, here
 from jaxlm.models.attention import kv_head_copies
 from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
@@ -50,6 +51,7 @@ class Build:
         mesh: its devices.
         model: with its adapters, as it trains.
         attention: which runs, and the line that says why.
+        attention_details: what that rests on, and why not another; says it when called.
         experts: how an MoE computes, and why; None for a dense model.
         micro_batch: rows of a device group at a time.
         accumulation: micro-steps of a step.
@@ -59,6 +61,7 @@ class Build:
     mesh: Mesh
     model: Llama
     attention: tuple[str, str]
+    attention_details: Callable[[], str]
     experts: tuple[str, str] | None
     micro_batch: int
     accumulation: int
@@ -178,7 +181,8 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
         moe.noise,
     )
     micro_batch, accumulation = batch_split(config, rows_axis_size(mesh))
-    return Build(config, mesh, model, (str(chosen), why), experts, micro_batch, accumulation)
+    details = functools.partial(attention_details, chosen, case)
+    return Build(config, mesh, model, (str(chosen), why), details, experts, micro_batch, accumulation)
 
 
 def _check_sequence(mesh: Mesh | AbstractMesh, length: int, heads: int, kv_heads: int) -> None:

@@ -53,6 +53,7 @@ class Job:
         adapter: adapter to start from; None for a fresh one.
         data: the rows.
         files: small files kept with every checkpoint (tokenizer/..., hf_config.json).
+        verbose: say at start-up also what choices rest on.
     """
 
     config: RunConfig
@@ -62,6 +63,7 @@ class Job:
     adapter: Readable | None
     data: Data
     files: Mapping[str, bytes]
+    verbose: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,6 +444,8 @@ def _announce(
         ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}")
     )
     pairs.append(("attention", built.attention[1]))
+    if job.verbose:
+        pairs.append(("", built.attention_details()))
     if job.model.moe is not None and built.experts is not None:
         moe = job.model.moe
         own = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))

@@ -117,6 +117,15 @@ def test_lines_that_go_on_and_unknown_commands(talk: Callable[..., Talk]) -> Non
     assert "/reset" in found.said[2] and "temperature 1.0" in found.said[3]
 
 
+@pytest.mark.parametrize("word", ["exit", "Quit", " exit ", "/quit", "exit()"])
+def test_a_word_that_ends_shells_ends_a_conversation(talk: Callable[..., Talk], word: str) -> None:
+    assert talk()(word, "rock").prompts == []
+
+
+def test_a_question_may_begin_with_such_a_word(talk: Callable[..., Talk]) -> None:
+    assert talk()("exit the rock").prompts == ["S U: exit the rock A:"]
+
+
 def test_a_full_context_is_an_error_that_names_the_way_out(talk: Callable[..., Talk]) -> None:
     found = talk(max_new_tokens=40)("rock", "earth " * 25, "more")
     assert any("context is 128" in line and "/reset" in line for line in found.said)

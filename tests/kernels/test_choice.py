@@ -14,7 +14,17 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.kernels import choice, flash_attention
-from jaxlm.kernels.choice import Case, Choice, Entry, choose_attention, here, measured, read_table, write_table
+from jaxlm.kernels.choice import (
+    Case,
+    Choice,
+    Entry,
+    attention_details,
+    choose_attention,
+    here,
+    measured,
+    read_table,
+    write_table,
+)
 from jaxlm.models import attention as attention_module
 from jaxlm.models.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
 from jaxlm.models.shapes import SHAPES
@@ -65,6 +75,8 @@ def test_rules_where_nothing_was_measured(case: Case, chosen: str) -> None:
     found, line = choose_attention("auto", case)
     assert found == Choice(chosen)
     assert line.startswith(f"{chosen}: ")
+    assert len(line) < 72 and ";" not in line
+    line = attention_details(found, case)
     assert f"not measured on this device kind, {case.device_kind}; run python -m jaxlm.kernels.tune" in line
     others = line.split("; not ")[1]
     assert all((f"{name} (" in others) == (name != chosen) for name in choice.NAMES)
@@ -134,7 +146,9 @@ def test_what_was_measured_counts(no_tables: Path) -> None:
     )
     found, line = choose_attention("auto", H200)
     assert found == fast
-    assert line.startswith("pallas_gpu (blocks of 128 x 64): 2 ms at length 511 (jax 0.10.2, 2026-11-21; ")
+    assert line == "pallas_gpu (blocks of 128 x 64): the fastest measured, 2 ms at length 511"
+    line = attention_details(found, H200)
+    assert line.startswith("measured: jax 0.10.2, 2026-11-21; ")
     assert str(no_tables) in line and "xla (3.5 times slower)" in line and "pallas_tpu (needs a TPU)" in line
     # The nearest length that was measured; another device, dtype or shape was not.
     assert choose_attention("auto", dataclasses.replace(H200, length=1500))[0] == fast
@@ -145,8 +159,11 @@ def test_what_was_measured_counts(no_tables: Path) -> None:
         dataclasses.replace(H200, window=64),
         single(H200),
     ):
-        line = choose_attention("auto", other)[1]
-        assert f"(bfloat16 {other.shape_class} was not measured on this device kind, NVIDIA H200" in line
+        line = attention_details(choose_attention("auto", other)[0], other)
+        assert line.startswith(f"bfloat16 {other.shape_class} was not measured on this device kind, NVIDIA H200")
+    # Of one that was asked for the table's times are of no interest: other block sizes were measured.
+    assert "xla (" in attention_details(Choice("pallas_gpu", 64, 64), H200)
+    assert "times slower" not in attention_details(Choice("pallas_gpu", 64, 64), H200)
     assert measured(dataclasses.replace(H200, window=512)) == measured(H200)
     assert measured(A100) is None
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlm.kernels import tune
-from jaxlm.kernels.choice import Case, Choice, choose_attention, read_table
+from jaxlm.kernels.choice import Case, Choice, attention_details, choose_attention, read_table
 from jaxlm.kernels.tune import Candidate, candidates, check, fastest, main, measure, tensors
 from jaxlm.models import attention as attention_module
 
@@ -39,7 +39,8 @@ def test_fills_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert entry.choice.name == min(entry.milliseconds, key=lambda name: entry.milliseconds[name])
         assert entry.made.startswith(f"jax {jax.__version__}, 20")
     found, line = choose_attention("auto", CASE)
-    assert found == written[64].choice and f" ms at length 48 (jax {jax.__version__}" in line
+    assert found == written[64].choice and line.endswith(" ms at length 48")
+    assert attention_details(found, CASE).startswith(f"measured: jax {jax.__version__}")
     # Another case beside it, and the same again.
     assert main([*SMALL, "--lengths", "48", "--single"]) == 0
     assert main([*SMALL, "--lengths", "48", "--dry_run", "--window", "7"]) == 0
