@@ -72,7 +72,7 @@ class Recipe:
     @cached_property
     def config(self) -> RunConfig:
         words = ["--config", str(ROOT / f"configs/{self.file}.yaml"), "--model.shape", self.shape, *self.changes]
-        return parse_run(words, prog="recipes.py", description="")[0][0]
+        return parse_run(words, prog="recipes.py", description="").configs[0]
 
     def digest(self) -> str:
         """Of all that a recipe says; its comments, and keys that it leaves alone, do not count."""

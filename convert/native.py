@@ -43,6 +43,7 @@ from convert.partition import PARTITION_FILE, load_partition, npy_bytes
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
+from jaxlm.locate import record_base
 from jaxlm.models.lora import SAVEABLE, resolve_lora
 from jaxlm.models.shapes import LlamaConfig, read_json
 
@@ -247,7 +248,7 @@ def write_model(source: ParamSource, directory: Path, advance: Advance) -> None:
 def write_adapter(source: AdapterSource, directory: Path, base: str, advance: Advance) -> None:
     """Writes an adapter as a jaxlm directory."""
     layers = None if source.layers is None else list(source.layers)
-    content = {"lora": to_dict(source.lora), "layers": layers, "base": base}
+    content = {"lora": to_dict(source.lora), "layers": layers, **record_base(base, directory)}
     _write_small(directory, source, source.config, source.tokenizer_files, content)
     if source.peft_config is not None:
         _write_json(directory / "jaxlm" / "adapter_config.json", source.peft_config)

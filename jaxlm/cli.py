@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from jaxlm.config import RunConfig, SourceConfig, to_dict
+from jaxlm.config import RunConfig, SourceConfig, flatten, to_dict
 from jaxlm.errors import UserError
+from jaxlm.locate import find_config, locate_paths
 
 Config = TypeVar("Config")
 
@@ -32,6 +33,43 @@ class Flags:
     takes: type | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Origins:
+    """Which file set which key, so that a message about a value that nobody typed says where it stands.
+
+    Args:
+        files: key -> the YAML file that set it.
+        typed: keys given on the command line.
+    """
+
+    files: Mapping[str, str]
+    typed: frozenset[str]
+
+    def explain(self, message: str) -> str:
+        """`message`, and a line for each key in it that a file has set."""
+        found = [key for key in self.files if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message)]
+        notes = [f"{key} is set in {self.files[key]}; --{key} VALUE overrides it" for key in found if self._holds(key)]
+        return "\n".join([message, *(f"  note: {note}" for note in notes)])
+
+    def _holds(self, key: str) -> bool:
+        """Whether the file's value is the one that counts."""
+        return not any(word == key or word.startswith(f"{key}.") or key.startswith(f"{word}.") for word in self.typed)
+
+
+class ParsedRun(typing.NamedTuple):
+    """What the words of a command come to.
+
+    Args:
+        configs: one per stage; a single one without `stages`.
+        flags: the values of the command's own flags that were given.
+        origins: where the values come from.
+    """
+
+    configs: list[RunConfig]
+    flags: dict[str, Any]
+    origins: Origins
+
+
 def parse_run(
     argv: Sequence[str],
     *,
@@ -39,7 +77,7 @@ def parse_run(
     description: str,
     flags: dict[str, Flags] | None = None,
     aliases: Mapping[str, str] = types.MappingProxyType({}),
-) -> tuple[list[RunConfig], dict[str, Any]]:
+) -> ParsedRun:
     """Reads `--config FILE`, `--a.b value` and the command's own flags.
 
     Args:
@@ -48,9 +86,6 @@ def parse_run(
         description: for --help.
         flags: the command's own flags.
         aliases: other names of keys on the command line.
-
-    Returns:
-        One config per stage (a single one without `stages`), and the values of the flags given.
 
     Raises:
         UserError: for an unknown key (naming the nearest), a wrong type or value, a missing or broken file.
@@ -65,19 +100,27 @@ def parse_run(
     if "stages" in overrides:
         raise UserError("--stages: stages are given in the configuration file; --stage NAME runs one of them")
     base: dict[str, Any] = {}
+    set_in: dict[str, str] = {}
     for file in files:
-        base = _merge(base, _read_yaml(file, RunConfig))
+        content = _read_yaml(file, RunConfig)
+        base = _merge(base, content)
+        for part in [content, *content.get("stages", [])]:
+            set_in |= dict.fromkeys(flatten({k: v for k, v in part.items() if k not in ("stages", "name")}), file)
+    origins = Origins(set_in, frozenset(flatten(overrides)))
     stages = base.pop("stages", None)
-    if stages is None:
-        if "stage" in given:
-            raise UserError(f"--stage: {given['stage']!r}: this configuration has no stages")
-        configs = [_typed(_merge(base, overrides), RunConfig)]
-    else:
-        configs = _stages(base, stages, overrides, given.get("stage"))
+    try:
+        if stages is None:
+            if "stage" in given:
+                raise UserError(f"--stage: {given['stage']!r}: this configuration has no stages")
+            configs = [_typed(_merge(base, overrides), RunConfig)]
+        else:
+            configs = _stages(base, stages, overrides, given.get("stage"))
+    except UserError as error:
+        raise UserError(origins.explain(str(error))) from None
     if given.get("print_config"):
         print("---\n".join(dump_yaml(config) for config in configs), end="")
         raise SystemExit(0)
-    return configs, given
+    return ParsedRun(configs, given, origins)
 
 
 def parse_config(
@@ -200,7 +243,7 @@ def _read_words(
         else:
             _set(overrides, name, value, root)
     _check_keys(overrides, root, "", "command line", root)
-    return files, overrides, given
+    return files, locate_paths(overrides, root), given
 
 
 def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None:
@@ -317,8 +360,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(file: str, root: type) -> dict[str, Any]:
+    path = find_config(file)
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -334,7 +378,10 @@ def _read_yaml(file: str, root: type) -> dict[str, Any]:
     for stage in stages:
         own = {k: v for k, v in stage.items() if k != "name"} if isinstance(stage, dict) else stage
         _check_keys(own, root, "", f"{file}: stages", root)
-    return typing.cast(dict[str, Any], content)
+    located: dict[str, Any] = locate_paths(content, root, path.parent)
+    if "stages" in located:
+        located["stages"] = [locate_paths(stage, root, path.parent) for stage in stages]
+    return located
 
 
 def _typed(values: dict[str, Any], root: type[Config]) -> Config:
@@ -363,6 +410,9 @@ _KINDS = {
     "<class 'bool'>": "true or false",
     "<class 'str'>": "text",
     "<class 'NoneType'>": "null",
+    "<class 'tuple'>": "a list",
+    "<class 'list'>": "a list",
+    "<class 'dict'>": "keys and values, {key: value}",
 }
 
 
@@ -372,6 +422,7 @@ def _explain(message: str) -> str:
     found = re.findall(r"(?:Got|Given) value: (.*)", message)
     wanted = []
     for kind in re.findall(r"Expected an? (.*?)(?:\. Got value.*)?$", message, flags=re.MULTILINE):
+        kind = re.sub(r"^tuple with (\d+) elements$", r"a list of \1", kind)
         choices = re.findall(r"'([^']+)'", kind) if kind.startswith("typing.Literal") else []
         wanted.append(f"one of {', '.join(choices)}" if choices else _KINDS.get(kind, kind))
     if len(wanted) > 1 and key.count(".") > 0:

@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jaxlm.locate import NameOrPath, ReadPath, WrittenPath
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -28,8 +30,8 @@ class ModelConfig:
             and attention output), qkv (keep those three), full.
     """
 
-    path: str | None = None
-    shape: str | None = None
+    path: ReadPath | None = None
+    shape: NameOrPath | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
@@ -67,7 +69,7 @@ class LoraConfig:
     dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     per_expert: bool = False
-    init_from: str | None = None
+    init_from: ReadPath | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class ModalityConfig:
     preset: str | None = None
     name: str | None = None
     tokens: tuple[str, ...] = ()
-    tokens_file: str | None = None
+    tokens_file: ReadPath | None = None
     pattern: str | None = None
     delimiters: tuple[str, str] = ("{|", "|}")
     tags: tuple[str, str] | None = None
@@ -140,9 +142,9 @@ class TokenizerConfig:
         vocab_size: pieces of the tokenizer trained on train_on.
     """
 
-    path: str | None = None
+    path: ReadPath | None = None
     modalities: tuple[ModalityConfig, ...] = ()
-    train_on: tuple[str, ...] = ()
+    train_on: tuple[ReadPath, ...] = ()
     vocab_size: int = 4096
 
 
@@ -163,9 +165,9 @@ class SourceConfig:
         limit: use only the first so many records.
     """
 
-    path: str
+    path: ReadPath
     format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf"] = "auto"
-    template: str = "auto"
+    template: NameOrPath = "auto"
     weight: float = 1.0
     columns: dict[str, str] = field(default_factory=dict)
     split: str | None = None
@@ -288,7 +290,7 @@ class TrainConfig:
     loss_normalisation: Literal["tokens", "mean_of_means"] = "tokens"
     eval_every: int = 200
     save_every: int = 200
-    local_checkpoints: str | None = None
+    local_checkpoints: WrittenPath | None = None
     local_every: int = 20
     keep: int = 3
     log_every: int = 1
@@ -298,7 +300,7 @@ class TrainConfig:
     sample_tokens: int = 64
     tensorboard: bool = False
     wandb: str | None = None
-    compilation_cache: str | None = None
+    compilation_cache: WrittenPath | None = None
     compiler_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -371,7 +373,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    output_dir: str = "out"
+    output_dir: WrittenPath = "out"
     stages: list[dict[str, Any]] | None = None
 
 
@@ -427,8 +429,8 @@ class InferenceModelConfig:
         attention: which implementation reads prompts, as in training.
     """
 
-    path: str | None = None
-    adapter: str | None = None
+    path: ReadPath | None = None
+    adapter: ReadPath | None = None
     merge_adapter: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     int8: bool = False
@@ -463,21 +465,21 @@ class GenerateConfig(Decoding):
     """
 
     model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
-    tokenizer: str | None = None
+    tokenizer: ReadPath | None = None
     prompt: str | None = None
     input: str | None = None
     system: str | None = None
     interactive: bool = False
-    predict_data: str | None = None
-    save_file: str | None = None
+    predict_data: ReadPath | None = None
+    save_file: WrittenPath | None = None
     overwrite: bool = False
-    template: str = "auto"
+    template: NameOrPath = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     add_bos: bool | None = None
     batch_size: int = 8
     mesh: MeshConfig | None = None
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    compilation_cache: str | None = None
+    compilation_cache: WrittenPath | None = None
     verbose: bool = False
 
 
@@ -496,11 +498,11 @@ class EvaluateConfig:
     """
 
     task: Literal["smiles2text", "text2smiles"] | None = None
-    predictions: str | None = None
+    predictions: ReadPath | None = None
     reference: str | None = None
     prediction: str | None = None
-    metric_tokenizer: str | None = None
-    save_file: str | None = None
+    metric_tokenizer: ReadPath | None = None
+    save_file: WrittenPath | None = None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -307,7 +307,9 @@ def _attention() -> Iterator[Finding]:
         except UserError as error:
             yield Finding(f"attention, {rows}", "the table of tuned kernels cannot be read", str(error), serious=True)
             continue
-        yield Finding(f"attention, {rows}", f"{why} ({attention_details(chosen, case)}); {_try_attention(chosen, packed)}")
+        yield Finding(
+            f"attention, {rows}", f"{why} ({attention_details(chosen, case)}); {_try_attention(chosen, packed)}"
+        )
 
 
 def _try_attention(chosen: Any, packed: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli import parse_config
 from jaxlm.config import Decoding, GenerateConfig
 from jaxlm.errors import UserError
+from jaxlm.locate import find_base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -259,16 +261,18 @@ def _base_of(adapter_path: str) -> str:
 
     native = find_native(Path(adapter_path))
     if native is not None:
-        base = read_model_json(native).get("base")
+        content = read_model_json(native)
     else:
         file = Path(adapter_path) / "adapter_config.json"
         if not file.is_file():
             raise UserError(f"model.adapter: {adapter_path} is no adapter (no adapter_config.json)")
-        base = read_json(file).get("base_model_name_or_path")
-    if not base or not Path(base).exists():
+        content = read_json(file)
+    base = find_base(content, native or Path(adapter_path))
+    if base is None:
+        recorded = content.get("base") or content.get("base_model_name_or_path")
         raise UserError(
-            f"{adapter_path} is a LoRA adapter of {base!r}, which is not here; name its base: "
-            f"--model BASE --model.adapter {adapter_path}"
+            f"{adapter_path} is a LoRA adapter of {recorded!r}, which is not here; name its base: "
+            f"--model BASE --model.adapter {shlex.quote(adapter_path)}"
         )
     return str(base)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli import Flags, parse_run
+from jaxlm.cli import Flags, Origins, parse_run
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
 
@@ -33,13 +33,14 @@ FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 it fits (or nobody can say), 1 it does not, 2 a mistake in the input."""
+    origins = Origins({}, frozenset())
     try:
-        configs, flags = parse_run(
+        configs, flags, origins = parse_run(
             sys.argv[1:] if argv is None else argv, prog="python -m jaxlm.plan", description=DESCRIPTION, flags=FLAGS
         )
         return _run(configs, flags)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {origins.explain(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli import Flags, dump_yaml, parse_run
+from jaxlm.cli import Flags, Origins, dump_yaml, parse_run
 from jaxlm.config import DistributedConfig, RunConfig
 from jaxlm.errors import UserError
 
@@ -37,8 +37,9 @@ FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done; distributed.interrupted_status (0) after a signal, all saved; 2 a mistake in the input."""
+    origins = Origins({}, frozenset())
     try:
-        configs, flags = parse_run(
+        configs, flags, origins = parse_run(
             sys.argv[1:] if argv is None else argv,
             prog="python -m jaxlm.train",
             description=DESCRIPTION,
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--preview: {preview} must be at least 1")
         return _run(configs, preview, bool(flags.get("verbose")))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {origins.explain(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)

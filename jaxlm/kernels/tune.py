@@ -101,7 +101,7 @@ def cases(options: argparse.Namespace, others: Sequence[str]) -> list[Case]:
         UserError: for what does not go together, or a configuration without a model while no --heads is given.
     """
     words = [*itertools.chain(*(("--config", file) for file in options.config or [])), *others]
-    configs = parse_run(words, prog="python -m jaxlm.kernels.tune", description="")[0] if words else [RunConfig()]
+    configs = parse_run(words, prog="python -m jaxlm.kernels.tune", description="").configs if words else [RunConfig()]
     for name in ("heads", "kv_heads", "head_dim", "window", "rows", "rounds", "lengths"):
         value = getattr(options, name)
         for number in value if isinstance(value, list) else [value]:

@@ -195,9 +195,16 @@ def _disk_error(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot write a checkpoint ({reason}); free space or choose another output_dir")
 
 
-def model_json(model: dict[str, Any], lora: dict[str, Any] | None, base: str | None, dtype: str) -> bytes:
-    """Content of `jaxlm/model.json`, which makes a directory a jaxlm model."""
-    content = {"format": "jaxlm", "version": 1, "model": model, "lora": lora, "base": base, "dtype": dtype}
+def model_json(model: dict[str, Any], lora: dict[str, Any] | None, base: dict[str, str], dtype: str) -> bytes:
+    """Content of `jaxlm/model.json`, which makes a directory a jaxlm model.
+
+    Args:
+        model: shape of the model.
+        lora: configuration of the adapter; None for a full model.
+        base: where the base of an adapter is, by `jaxlm.locate.record_base`; empty for a full model.
+        dtype: of most parameters.
+    """
+    content = {"format": "jaxlm", "version": 1, "model": model, "lora": lora, "base": None, **base, "dtype": dtype}
     return json.dumps(content, indent=1).encode()
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
+from jaxlm.locate import record_base
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.distributed import Hosts
@@ -198,7 +199,7 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     files["model.json"] = model_json(
         job.model.to_dict(),
         None if config.lora is None else to_dict(config.lora),
-        config.model.path,
+        {} if config.model.path is None else record_base(config.model.path, out / "checkpoints" / "0"),
         config.model.param_dtype if config.lora is None else "float32",
     )
     writer = _metrics_writer(job, out, step) if first_host else None

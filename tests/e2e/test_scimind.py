@@ -77,7 +77,7 @@ def test_on_published_molecules(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["base", "small", "finetune", "pretrain"])
 def test_configurations_are_valid(name: str) -> None:
-    (config,), _ = parse_run(["--config", str(ROOT / f"configs/scimind/{name}.yaml")], prog="", description="")
+    (config,) = parse_run(["--config", str(ROOT / f"configs/scimind/{name}.yaml")], prog="", description="").configs
     if name == "finetune":  # SciMind's published numbers
         assert config.optimizer.learning_rate == 5e-5 and config.train.global_batch_size == 64
         assert config.data.train_on_inputs and config.data.drop_unknown and config.data.sequence_length == 2048

@@ -189,10 +189,10 @@ def test_each_stage_starts_where_the_one_before_it_ended(tmp_path: Path) -> None
         f"  - {{name: pre}}\n  - {{name: one, {adapter}}}\n  - {{name: two, {adapter}}}\n"
         f"  - {{name: other, model: {{path: elsewhere}}, {adapter}}}\n"
     )
-    configs, _ = parse_run(["--config", str(file)], prog="", description="")
+    configs = parse_run(["--config", str(file)], prog="", description="").configs
     found = [(c.model.path, c.lora.init_from if c.lora else None) for c in configs]
     assert found == [("start", None), ("o/pre", None), ("o/pre", "o/one"), ("elsewhere", None)]
-    configs, _ = parse_run(["--config", str(file), "--stage", "two"], prog="", description="")
+    configs = parse_run(["--config", str(file), "--stage", "two"], prog="", description="").configs
     assert [(c.model.path, c.output_dir) for c in configs] == [("o/pre", "o/two")]
 
 

@@ -1,0 +1,152 @@
+"""Where files are: `~`, paths in a configuration, configurations that come with jaxlm, the base of an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from jaxlm.errors import UserError
+
+# Types of configuration keys that hold a path. Read: `~` is expanded, and a relative one that a YAML file gives is
+# looked for in the working directory, then in the folder of that file. Named: what ends in .json is such a path, all
+# else is a name. Written: `~` is expanded.
+READ, NAMED, WRITTEN = "a path that is read", "a name, or a .json file that is read", "a path that is written"
+ReadPath = Annotated[str, READ]
+NameOrPath = Annotated[str, NAMED]
+WrittenPath = Annotated[str, WRITTEN]
+
+PACKAGED = Path(__file__).parent / "configs"
+
+
+def expand_user(path: str) -> str:
+    """`path` with a leading `~` or `~name` as that home directory.
+
+    Raises:
+        UserError: there is no such user; nothing may be written to a folder that is called `~name`.
+    """
+    expanded = os.path.expanduser(path)  # noqa: PTH111  (pathlib would also drop a "./" in front and a "/" at the end)
+    if expanded.startswith("~"):
+        name = expanded.split("/")[0]
+        raise UserError(f"{path}: there is no home directory {name}; a file of that name is ./{path}")
+    return expanded
+
+
+def find_config(name: str) -> Path:
+    """The file that `--config NAME` means: a file, or a configuration that comes with jaxlm.
+
+    Args:
+        name: a path; or a name below configs/, with or without that folder and the ending: alpaca/lora.
+
+    Raises:
+        UserError: neither; the message names near ones.
+    """
+    path = Path(expand_user(name))
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{name}: is a directory; name a YAML file in it")
+    packaged = packaged_configs()
+    wanted = name.removeprefix("configs/").removesuffix(".yaml")
+    if wanted in packaged:
+        return packaged[wanted]
+    near = difflib.get_close_matches(wanted, packaged, 1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(n for n in packaged if 'pods/' not in n)}"
+    raise UserError(f"{name}: no such file, and no configuration of that name comes with jaxlm; {hint}")
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Configurations that come with jaxlm: name -> file."""
+    files = sorted(PACKAGED.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    return {str(file.relative_to(PACKAGED).with_suffix("")): file for file in files}
+
+
+def locate_paths(values: Any, root: type, folder: Path | None = None) -> Any:
+    """Raw values of a configuration with its paths expanded and found.
+
+    Args:
+        values: as YAML has them, keys checked, types not.
+        root: the dataclass that they are for.
+        folder: where a relative path that is read is looked for when the working directory does not have it.
+
+    Raises:
+        UserError: see `expand_user`, with the key.
+    """
+    return _located(values, root, "", folder)
+
+
+def _located(value: Any, hint: Any, key: str, folder: Path | None) -> Any:
+    if isinstance(value, str):
+        kind = next(_kinds(hint), None)
+        if kind is None or (kind == NAMED and not value.endswith(".json")):
+            return value
+        try:
+            path = expand_user(value)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        return path if kind == WRITTEN or folder is None else _found(path, folder)
+    if isinstance(value, list):
+        return [_located(item, hint, key, folder) for item in value]
+    section = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
+    if isinstance(value, dict) and section is not None:
+        hints = typing.get_type_hints(section, include_extras=True)
+        prefix = f"{key}." if key else ""
+        return {
+            name: _located(item, hints[name], f"{prefix}{name}", folder) if name in hints else item
+            for name, item in value.items()
+        }
+    return value
+
+
+def _found(path: str, folder: Path) -> str:
+    """`path`, or the same below `folder` when only that is there; patterns like *.json too."""
+
+    def there(candidate: Path) -> bool:
+        pattern = any(sign in candidate.name for sign in "*?[")
+        return candidate.exists() or (pattern and any(candidate.parent.glob(candidate.name)))
+
+    beside = folder / path
+    return str(beside) if not there(Path(path)) and there(beside) else path
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """The types in a union or a tuple, at any depth, `hint` itself among them."""
+    yield hint
+    if typing.get_origin(hint) is not Annotated:
+        for inner in typing.get_args(hint):
+            yield from _parts(inner)
+
+
+def _kinds(hint: Any) -> Iterator[str]:
+    for part in _parts(hint):
+        if typing.get_origin(part) is Annotated:
+            yield from (kind for kind in part.__metadata__ if kind in (READ, NAMED, WRITTEN))
+
+
+def record_base(base: str, directory: Path) -> dict[str, str]:
+    """How an adapter in `directory` records its base: where it is, and where from there, should both move together."""
+    where = Path(base).absolute()
+    return {"base": str(where), "base_from_here": os.path.relpath(where, directory.absolute())}
+
+
+def find_base(content: dict[str, Any], adapter: Path) -> Path | None:
+    """The directory of the base that an adapter's model.json or adapter_config.json records; None: it is not here.
+
+    Args:
+        content: the file's `base` or `base_model_name_or_path`, and `base_from_here` where there is one.
+        adapter: directory of the adapter. A recorded relative path, as older ones and PEFT's have it, was meant from
+            the working directory of its time, so it is looked for from here and from every folder above the adapter.
+    """
+    base = content.get("base") or content.get("base_model_name_or_path")
+    if not base:
+        return None
+    candidates = [Path(base)]
+    if content.get("base_from_here"):
+        candidates.append(adapter / content["base_from_here"])
+    if not Path(base).is_absolute():
+        candidates += [parent / base for parent in adapter.absolute().parents]
+    return next((candidate for candidate in candidates if candidate.exists()), None)
