@@ -49,7 +49,7 @@ PROCESSES = (1, 2, 4)
 LOCAL_ROWS, LOCAL_LENGTH, STEPS, WARM = 4, 256, 14, 4
 LOCAL = """
 model: {{shape: {shape}, dtype: float32, remat: none}}
-tokenizer: {{train_on: [{corpus}], vocab_size: 2048}}
+tokenizer: {{train_on: [{corpus}], vocab_size: 512}}
 data: {{train: [{{path: {corpus}, template: text}}], sequence_length: {length}}}
 optimizer: {{learning_rate: 1.0e-3, schedule: constant}}
 train: {{steps: {steps}, global_batch_size: {rows}, micro_batch_size: {micro}, eval_every: 0, save_every: 0}}

@@ -29,6 +29,8 @@ DESCRIPTION = (
 )
 # Named as in `jax.distributed.initialize`, and as launchers of other systems have them.
 ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")}
+# Parameters below which a model is no source of knowledge, whatever it was trained on.
+SMALL_MODEL = 50e6
 FLAGS = {
     "preview": Flags("show this many batches as text with the trained tokens marked, then exit", int),
     "verbose": Flags("say at start-up also what choices rest on"),
@@ -342,6 +344,13 @@ def _samples(
     for text, answer in zip(config.train.sample_prompts, answers, strict=True):
         console.print(f"> {text}", style="bold", highlight=False, markup=False)
         console.print(f"  {tokenizer.decode(answer).strip()}", highlight=False, markup=False)
+    if (parameters := outcome.model.config.num_params()) < SMALL_MODEL:
+        console.print(
+            f"  ({parameters / 1e6:.1f} M parameters have learnt a little text by heart, mistakes included; ask them "
+            "nothing else)",
+            style="dim",
+            highlight=False,
+        )
 
 
 def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]:

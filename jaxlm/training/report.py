@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -210,30 +212,60 @@ def plot_losses(metrics: list[dict[str, Any]], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = [(m["step"], m["loss"]) for m in metrics if "loss" in m and math.isfinite(m["loss"])]
+    lines = [m for m in metrics if "loss" in m and math.isfinite(m["loss"])]
+    train = np.array([(m["step"], m["loss"], m.get("tokens", 1.0)) for m in lines], np.float64).reshape(-1, 3)
     valid = [(m["step"], m["validation_loss"]) for m in metrics if "validation_loss" in m]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
-        axes.plot(*zip(*_smoothed(train), strict=True), color="tab:blue", linewidth=1.5, label="training, smoothed")
+    if len(train):
+        step, loss, tokens = binned(train)
+        area = 14 * np.minimum(tokens / np.median(tokens), 2)  # a batch of few tokens is no event
+        axes.scatter(step, loss, area, color="tab:blue", alpha=0.3, linewidths=0, label="training, area by tokens")
+        axes.plot(step, smoothed(step, loss, tokens), color="tab:blue", linewidth=1.5, label="training, smoothed")
     if valid:
         axes.plot(*zip(*valid, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
     axes.set(xlabel="step", ylabel="loss per target token (nats)", title=target.parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(train) or valid:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(target)
     pyplot.close(figure)
 
 
-def _smoothed(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[int, float]]:
-    """Exponential moving average without the pull of its start (Adam's bias correction)."""
-    total, weight = 0.0, 0.0
-    result = []
-    for step, value in points:
-        total = decay * total + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append((step, total / weight))
+def binned(points: NDArray[np.float64], most: int = 1000) -> tuple[NDArray[np.float64], ...]:
+    """(step, loss, tokens) of at most `most` groups of neighbouring points; step and loss are means by tokens.
+
+    Args:
+        points: [n, 3]: step, loss, number of target tokens.
+        most: number of groups.
+    """
+    group = np.arange(len(points)) * most // len(points) if len(points) > most else np.arange(len(points))
+    step, loss, tokens = points.T
+    sums = [np.bincount(group, values) for values in (tokens * step, tokens * loss, tokens)]
+    return sums[0] / sums[2], sums[1] / sums[2], sums[2]
+
+
+def smoothed(step: NDArray[np.float64], loss: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The loss without its noise: at each point a straight line is fitted to its neighbours (local linear regression).
+
+    Neighbours count by a Gaussian of a 50th of the run and by their tokens. A moving average would lag behind a falling
+    loss, and start at the first value; a straight line through both sides does neither.
+
+    Args:
+        step, loss, tokens: [n].
+
+    Returns:
+        [n].
+    """
+    width = max((step[-1] - step[0]) / 50, 1.0)
+    result = np.empty_like(loss)
+    for i, centre in enumerate(step):
+        x = step - centre
+        weight = tokens * np.exp(-0.5 * (x / width) ** 2)
+        s0, s1, s2 = weight.sum(), (weight * x).sum(), (weight * x * x).sum()
+        spread = s0 * s2 - s1 * s1
+        line = weight * (s2 - s1 * x) / spread if spread > 1e-9 * s0 * s0 else weight / s0
+        result[i] = (line * loss).sum()
     return result
 
 
