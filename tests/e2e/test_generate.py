@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,30 @@ def models(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 def answer(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main([*words, *GREEDY]) == 0
     return capsys.readouterr().out
+
+
+def test_a_lora_run_brings_its_base_along_from_anywhere(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained with a relative path, used from another folder, then moved together with its base."""
+    place = tmp_path / "project"
+    place.mkdir()
+    shutil.copytree(models / "base", place / "base")
+    run = yaml.safe_load((models / "lora" / "config.yaml").read_text()) | {"output_dir": "lora"}
+    run["model"]["path"] = "base"
+    run["train"] |= {"steps": 1}
+    (place / "run.yaml").write_text(yaml.safe_dump(run))
+    monkeypatch.chdir(place)
+    assert train(["--config", "run.yaml"]) == 0
+    assert convert(["jax-to-peft", "lora", "peft"]) == 0
+    recorded = json.loads((place / "peft/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert recorded == str(place / "base")
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    ask = ["--prompt", "rock sand clay"]
+    first = answer(capsys, "--model", str(place / "lora"), *ask)
+    place.rename(tmp_path / "moved")
+    assert answer(capsys, "--model", str(tmp_path / "moved/lora"), *ask) == first
 
 
 def test_every_way_to_name_a_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
