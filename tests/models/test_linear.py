@@ -58,9 +58,7 @@ class NothingDropped:
 
 def layer(dropout: float = 0.0, quantized: bool = False) -> Linear:
     spec = LoraSpec((RANK,), (1.0,), dropout, dora=True)
-    return Linear(
-        (INPUTS,), (OUTPUTS,), ("embed",), ("mlp",), adapter=spec, dtype=jnp.bfloat16, quantized=quantized
-    )
+    return Linear((INPUTS,), (OUTPUTS,), ("embed",), ("mlp",), adapter=spec, dtype=jnp.bfloat16, quantized=quantized)
 
 
 @pytest.mark.parametrize("form", ["inference", "training", "training with dropout", "int8"])
@@ -90,9 +88,7 @@ def test_dora_in_bfloat16_trains_and_answers_alike(monkeypatch: pytest.MonkeyPat
         return jax.jit(jax.grad(loss, has_aux=True))(variables["lora"])
 
     (grads, answered), (trained_grads, trained) = run(True), run(False)
-    np.testing.assert_allclose(
-        np.asarray(trained, np.float32), np.asarray(answered, np.float32), rtol=2**-7, atol=1e-6
-    )
+    np.testing.assert_allclose(np.asarray(trained, np.float32), np.asarray(answered, np.float32), rtol=2**-7, atol=1e-6)
     for name in grads:
         np.testing.assert_allclose(trained_grads[name], grads[name], rtol=2e-2, atol=2e-2 * np.abs(grads[name]).max())
     # d loss / d magnitude = sum over rows of expected * output / ratio / norm, which is expected ** 2 / magnitude.
