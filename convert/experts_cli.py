@@ -104,6 +104,11 @@ def _moefy(options: argparse.Namespace) -> None:
     size = source.config.intermediate_size // experts
     used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
     print(f"{'experts':12} {experts} of {size} neurons by {method}, router {moe.router}; a token uses: {used}")
+    if moe.router == "learned" and 1 in moe.top_k and experts > 1:
+        print(
+            f"{'':12} where a token uses one expert, its output is weighted by the softmax over all: by 1/{experts} until "
+            "the router is trained"
+        )
     if sample is not None:
         report_coverage(open_model(options.destination), sample, coverage)
 

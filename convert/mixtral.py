@@ -2,7 +2,8 @@
 
 It has one k for all tokens and a linear router whose softmax over the chosen experts sums to 1. jaxlm's learned router
 gives k times that, so k is multiplied into w2 on the way out and divided out on the way in: exact when k is a power of
-two, else rounded once in the dtype of the weights each way.
+two, else rounded once in the dtype of the weights each way. With k = 1 Mixtral's weight is 1 and jaxlm's is the softmax
+over all experts, which no matrix can make up for: refused, both ways.
 
     model.layers.{i}.block_sparse_moe.gate.weight           [E, D], the router
     model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight [f, D], gate_proj of the expert's f = F / E neurons
@@ -58,6 +59,12 @@ class MixtralSource(HfSource):
                 raise UserError(f"{where}: {key} is {value!r}; expected a positive whole number")
             sizes[key] = value
         experts = sizes["num_local_experts"]
+        if sizes["num_experts_per_tok"] == 1 < experts:
+            raise UserError(
+                f"{where}: num_experts_per_tok is 1: Mixtral then weighs its one expert by 1, jaxlm's learned router by "
+                "the expert's share of the softmax over all, so it would be another model; to train it on with two "
+                "experts for a token, write 2 there"
+            )
         like_mistral = content | {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",
@@ -164,6 +171,11 @@ def check_mixtral(source: ParamSource) -> None:
         raise UserError(
             f"--layout mixtral: Mixtral has one k for all tokens, {source.path} has {used}; train it with one k "
             f"(moe.top_k), or {instead}"
+        )
+    if moe.most == 1 < moe.experts:
+        raise UserError(
+            f"--layout mixtral: tokens of {source.path} use one expert (moe.top_k), weighted by its share of the softmax "
+            f"over all; Mixtral would weigh it by 1: another model. Train it with a k of 2 or more, or {instead}"
         )
     if config.mlp_bias or config.qkv_bias or config.o_bias:
         raise UserError(f"--layout mixtral: Mixtral's layers have no biases, those of {source.path} do; {instead}")

@@ -239,7 +239,8 @@ def _read_words(
             try:
                 given[name] = True if takes is None or value is None else takes(value)
             except ValueError:
-                raise UserError(f"--{name}: {value!r} is not a whole number") from None
+                kind = "number" if takes is float else "whole number"
+                raise UserError(f"--{name}: {value!r} is not a {kind}") from None
         else:
             _set(overrides, name, value, root)
     _check_keys(overrides, root, "", "command line", root)

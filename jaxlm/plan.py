@@ -24,8 +24,11 @@ DESCRIPTION = (
 )
 FLAGS = {
     "topology": Flags(
-        "the devices, e.g. v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), h200:8, h200:2x8 (hosts x GPUs), cpu:8", str
+        "the devices, e.g. v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), h200:8, h200:2x8 (hosts x GPUs), rtx4090:1, "
+        "gpu:8 (any other, with --memory), cpu:8",
+        str,
     ),
+    "memory": Flags("GiB of each GPU, in place of what is known of it, as nvidia-smi shows it", float),
     "compile": Flags("also compile the very train step for them, and say what the compiler says (minutes for 7B)"),
     "json": Flags("all figures as JSON"),
 }
@@ -55,7 +58,7 @@ def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:
 
     if "topology" not in flags:
         raise UserError("--topology: say for which devices, e.g. v5e:4x4, h200:8 or cpu:8")
-    topology = parse_topology(flags["topology"])
+    topology = parse_topology(flags["topology"], flags.get("memory"))
     # Shapes are worked out on the CPU; whatever this machine has is left alone. Before JAX is imported.
     os.environ.update(ENVIRONMENT)
     from jaxlm.planning.report import plan

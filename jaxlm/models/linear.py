@@ -39,10 +39,12 @@ def matmul(
     return _product(x, kernel, in_dims, dtype)
 
 
-def _product(x: jax.Array, kernel: jax.Array, in_dims: int, dtype: DTypeLike) -> jax.Array:
+def _product(
+    x: jax.Array, kernel: jax.Array, in_dims: int, dtype: DTypeLike, factor: jax.Array | None = None
+) -> jax.Array:
     rows = x.ndim - in_dims
-    shape = x.shape[:rows] + kernel.shape[in_dims:]
-    y = _by_backend(_times, x.astype(dtype), kernel.astype(dtype), rows, in_dims, jax.ShapeDtypeStruct(shape, dtype))
+    out = jax.ShapeDtypeStruct(x.shape[:rows] + kernel.shape[in_dims:], dtype)
+    y = _by_backend(_times, x.astype(dtype), kernel.astype(dtype), rows, in_dims, out, factor=factor)
     # Named, so that a remat policy can keep it: in `dtype`, not as the float32 accumulator.
     return checkpoint_name(y, "matmul")
 
@@ -55,6 +57,7 @@ def _by_backend(
     b_split: int,
     out: jax.ShapeDtypeStruct | jax.Array,
     flat_on_tpu: bool = False,
+    factor: jax.Array | None = None,
 ) -> jax.Array:
     """A product of arrays in the shapes they have, or of two matrices; with the shape and dtype of `out`.
 
@@ -65,21 +68,29 @@ def _by_backend(
     Args:
         a_split, b_split: dims in front of it become the rows of the matrix, the others its columns.
         flat_on_tpu: two dims are the better shape there too.
+        factor: float32, the product's trailing dims; it multiplies the accumulator, before the one rounding.
     """
+    factors = () if factor is None else (factor,)
 
-    def flat(a: jax.Array, b: jax.Array) -> jax.Array:
+    def flat(a: jax.Array, b: jax.Array, *factors: jax.Array) -> jax.Array:
+        y = product(_as_matrix(a, a_split), _as_matrix(b, b_split), 1, 1)
+        for each in factors:
+            y = y * each.reshape(-1)
         # Cast first: behind a reshape the cast would not become part of the product.
-        return product(_as_matrix(a, a_split), _as_matrix(b, b_split), 1, 1).astype(out.dtype).reshape(out.shape)
+        return y.astype(out.dtype).reshape(out.shape)
 
-    def whole(a: jax.Array, b: jax.Array) -> jax.Array:
-        return product(a, b, a_split, b_split).astype(out.dtype)
+    def whole(a: jax.Array, b: jax.Array, *factors: jax.Array) -> jax.Array:
+        y = product(a, b, a_split, b_split)
+        for each in factors:
+            y = y * each
+        return y.astype(out.dtype)
 
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape.get("sequence", 1) > 1:
-        return whole(a, b)
+        return whole(a, b, *factors)
     if flat_on_tpu:
-        return flat(a, b)
-    return cast(jax.Array, jax.lax.platform_dependent(a, b, tpu=whole, default=flat))
+        return flat(a, b, *factors)
+    return cast(jax.Array, jax.lax.platform_dependent(a, b, *factors, tpu=whole, default=flat))
 
 
 def _as_matrix(x: jax.Array, split: int) -> jax.Array:
@@ -169,8 +180,26 @@ def _matmul_scaled(
     dtype: DTypeLike,
     axes: tuple[str, ...] | None = None,
 ) -> jax.Array:
-    y = matmul(x, kernel, in_dims, dtype, axes)
-    return y if factor is None else (y.astype(jnp.float32) * factor).astype(dtype)
+    """`matmul`, or x times an int8 kernel with its factors: int8 is exact in bfloat16, so only the result is rounded."""
+    if factor is None:
+        return matmul(x, kernel, in_dims, dtype, axes)
+    return _product(x, kernel, in_dims, dtype, factor)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _rescaled(plain: jax.Array, dropped: jax.Array, update: jax.Array, ratio: jax.Array) -> jax.Array:
+    """DoRA's output: plain + (ratio - 1) dropped + ratio update, [*rows, *out], in float32 and rounded once.
+
+    In bfloat16 a ratio of 1.0025 would be 1. What the backward pass keeps are the arguments, not their float32 copies.
+
+    Args:
+        plain: x W.
+        dropped: the same of the input that the adapter sees; `plain` itself where nothing is dropped.
+        update: x A B, scaled.
+        ratio: [*out] float32, magnitude over norm.
+    """
+    base, seen = plain.astype(jnp.float32), dropped.astype(jnp.float32)
+    return (base + (ratio - 1) * seen + ratio * update.astype(jnp.float32)).astype(plain.dtype)
 
 
 def quantize(kernel: np.ndarray, in_dims: int) -> tuple[np.ndarray, np.ndarray]:
@@ -299,16 +328,17 @@ class Linear(nn.Module):
             lambda: _norms(kernel.astype(jnp.float32), in_dims),
         )
         # The norm is treated as a constant (paper, section 4.3).
-        weight = kernel.astype(jnp.float32) * (1.0 if factor is None else factor) + jnp.tensordot(a, b, 1)
+        change = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)  # a TPU's default is bfloat16
+        weight = kernel.astype(jnp.float32) * (1.0 if factor is None else factor) + change
         ratio = magnitude / jax.lax.stop_gradient(_norms(weight, in_dims))
         if len(set(spec.ranks)) > 1:
             # A layer that carries no adapter (rank 0) has no magnitude either.
             ratio = jnp.where(jnp.asarray(spec.ranks)[layer] > 0, ratio, jnp.ones_like(ratio))
-        if deterministic or spec.dropout == 0:
-            return (plain + update) * ratio.astype(self.dtype)
         # As PEFT: what the adapter adds to the base sees the dropped input, the base itself never does.
-        change = (ratio - 1).astype(self.dtype) * _matmul_scaled(dropped, kernel, factor, in_dims, self.dtype)
-        return plain + change + update * ratio.astype(self.dtype)
+        seen = plain
+        if spec.dropout > 0 and not deterministic:
+            seen = _matmul_scaled(dropped, kernel, factor, in_dims, self.dtype)
+        return _rescaled(plain, seen, update, ratio)
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
         return cast(jax.Array, self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value)

@@ -11,7 +11,9 @@ Routers, each with its own k for every modality:
   not belong to, and top-k of zeros picks the first experts: so every token also uses experts 0 to k' - 1 of the other
   modalities' k'. Ties go to the lowest index; a product with zero would leave -0.0, which JAX sorts below 0.0.
 - learned: a linear router on the layer's input; the output is weighted by k times the softmax over the chosen, so that
-  a router that does not discriminate gives the plain sum.
+  a router that does not discriminate gives the plain sum. With k = 1 that would be 1 whatever the router says, and the
+  task could not train it: there the weight is the chosen one's share of the softmax over all experts, as in the Switch
+  Transformer (arXiv:2101.03961, equation 2).
 - modality: a fixed set for each modality: the shared experts, and others of its own.
 
 Shapes: B rows, T length, D model, F neurons, E experts, f = F / E, k experts of a token; ... dims of the tokens, [B, T]
@@ -98,14 +100,21 @@ def route_by_modality(moe: MoeConfig, modality: jax.Array) -> Routing:
 
 
 def route_learned(moe: MoeConfig, logits: jax.Array, noise: jax.Array | None, modality: jax.Array) -> Routing:
-    """The k best experts by logits [..., E] (plus noise, when training), weighted by k times the softmax over them."""
+    """The k best experts by logits [..., E] (plus noise, when training), weighted by k times the softmax over them.
+
+    For tokens whose k is 1 the softmax is over all experts, so that its gradient is not zero.
+    """
     routing = route_by_scores(moe, logits if noise is None else logits + noise, modality)
     chosen = jnp.where(routing.live, jnp.take_along_axis(logits, routing.experts, axis=-1), -jnp.inf)
     # Padding has no live expert: a softmax over nothing must not become NaN, nor its gradient.
     largest = jnp.max(jnp.where(routing.live, chosen, -1e30), axis=-1, keepdims=True)
     powers = jnp.where(routing.live, jnp.exp(jnp.where(routing.live, chosen, 0.0) - largest), 0.0)
     shares = powers / jnp.maximum(powers.sum(axis=-1, keepdims=True), 1e-30)
-    return routing.replace(weights=shares * _own_k(moe, modality)[..., None])  # type: ignore[attr-defined]
+    own_k = _own_k(moe, modality)[..., None]
+    if 1 in moe.top_k:
+        of_all = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), routing.experts, axis=-1)
+        shares = jnp.where(own_k == 1, jnp.where(routing.live, of_all, 0.0), shares)
+    return routing.replace(weights=shares * own_k)  # type: ignore[attr-defined]
 
 
 def router_losses(
@@ -199,10 +208,9 @@ class MoeMLP(nn.Module):
             routing = route_by_modality(moe, modality)
         else:
             return self._by_activation(x, layer, deterministic, modality)
-        if self.compute == "dense":
-            self._count(routing.mask(moe.experts) > 0, modality)
-            return self._masked(x, layer, deterministic, routing.mask(moe.experts))
         self._count(Routing(routing.experts, routing.live, None).mask(moe.experts) > 0, modality)
+        if self.compute == "dense":
+            return self._masked(x, layer, deterministic, routing.mask(moe.experts))
         return self._sparse(x, layer, deterministic, routing)
 
     def _linear(self, cls: type[Linear], name: str) -> Any:

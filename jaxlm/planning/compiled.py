@@ -85,6 +85,10 @@ def can_compile(topology: Topology) -> str | None:
     chip = topology.chip
     if chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed; on x86-64 Linux: pip install 'jax[tpu]' (it needs no TPU)"
+    if chip.name == "v4":
+        return (
+            "libtpu describes v4 as two devices a chip, not as a v4 shows itself; v5e, v5p and v6e can be compiled for"
+        )
     if chip.platform == "gpu":
         if chip.name not in ("h100", "h200"):
             return f"there is no description of {chip.name} for XLA here; h100 and h200 can be compiled for"

@@ -15,7 +15,7 @@ from jaxlm.errors import UserError
 
 Schedule = Callable[[Any], jax.Array]
 # Parameters that weight decay pulls on by default: matrices, not norms, biases and DoRA magnitudes.
-MATRICES = ("kernel", "embedding", "lora_A", "lora_B")
+MATRICES = ("kernel", "embedding", "router", "lora_A", "lora_B")
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -64,10 +64,10 @@ def _decay_mask(params: Any) -> Any:
 
 
 def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on each layer's own tensors and on matrices as [in, out], not on the stacked tensors.
+    """Runs `inner` on each layer's own tensors in float32: on matrices as [in, out], on biases and the like as vectors.
 
-    Adafactor factors a tensor over its two largest dims and clips by the tensor's RMS, so stacking
-    layers and splitting heads would change what it does.
+    Adafactor factors a matrix and clips by a tensor's RMS, so stacking layers and splitting heads would change what it
+    does; and running averages of squares stand still in bfloat16.
     """
 
     def is_stacked(path: tuple[Any, ...]) -> bool:
@@ -77,12 +77,13 @@ def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformat
         name = path[-1].key
         start = 1 if is_stacked(path) else 0
         dims = leaf.shape[start:]
-        if name not in MATRICES or len(dims) < 3:
-            return leaf
-        # q, k, v: [D, H, h]; lora_B [R, H, h]: first dim in. o: [H, h, D]; lora_A of o [H, h, R]: last dim out.
-        module = path[-2].key
-        split = 2 if module == "o_proj" and name in ("kernel", "lora_A") else 1
-        return leaf.reshape(*leaf.shape[:start], math.prod(dims[:split]), math.prod(dims[split:]))
+        if name not in MATRICES:
+            dims = (math.prod(dims),)
+        elif len(dims) > 2:
+            # q, k, v: [D, H, h]; lora_B [R, H, h]: first dim in. o: [H, h, D]; lora_A of o [H, h, R]: last dim out.
+            split = 2 if path[-2].key == "o_proj" and name in ("kernel", "lora_A") else 1
+            dims = math.prod(dims[:split]), math.prod(dims[split:])
+        return leaf.reshape(*leaf.shape[:start], *dims).astype(jnp.float32)
 
     def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         flat_tree = jax.tree_util.tree_leaves_with_path(jax.tree_util.tree_map_with_path(flat, tree))
@@ -110,11 +111,37 @@ def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformation(init, update)
 
 
+def _clip_by_rms(threshold: float) -> optax.GradientTransformation:
+    """Divides each tensor by its RMS over `threshold` where that is above 1; tensors by name, see `_per_layer`.
+
+    Zeros behind a layer's own LoRA rank are not the layer's, and do not count.
+    """
+
+    def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        values: int | jax.Array = update.size
+        name = path[-1].key
+        if name.endswith(("['lora_A']", "['lora_B']")):
+            across = 0 if name.endswith("['lora_A']") else 1  # [in, R], [R, out]
+            ranks = jnp.any(update != 0, axis=across).sum()
+            values = update.shape[across] * jnp.maximum(1, ranks)
+        rms = jnp.sqrt(jnp.sum(jnp.square(update)) / values)
+        return update / jnp.maximum(1.0, rms / threshold)
+
+    def init(params: Any) -> optax.EmptyState:
+        return optax.EmptyState()
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree_util.tree_map_with_path(clip, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
     """The update rule; gradients come in already clipped.
 
-    adamw: decoupled decay as torch.optim.AdamW. lion: arXiv:2302.06675. adafactor: arXiv:1804.04235 with
-    relative clipping and parameter scaling off, as HF runs it with an explicit learning rate.
+    adamw: decoupled decay as torch.optim.AdamW. lion: arXiv:2302.06675. adafactor: arXiv:1804.04235 as transformers'
+    Trainer runs it with `--optim adafactor`: relative steps, parameter scaling and the first moment off; every matrix
+    is factored, however small. Its averages are float32 for parameters of any dtype.
     """
     mask = _decay_mask if config.decay == "matrices" else None
     if config.name == "adamw":
@@ -132,8 +159,8 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.Gradien
         _per_layer(
             optax.chain(
                 # epsilon and decay exponent of the paper; HF: eps=(1e-30, 1e-3), clip 1.0, decay -0.8.
-                optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30),
-                optax.clip_by_block_rms(1.0),
+                optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=0),
+                _clip_by_rms(1.0),
             )
         ),
         optax.add_decayed_weights(config.weight_decay, mask=mask) if config.weight_decay else optax.identity(),

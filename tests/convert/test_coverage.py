@@ -126,7 +126,7 @@ def plain(
             elif router is not None:
                 logits = x @ router
                 best = np.argsort(-logits)[:k]
-                weights[best] = k * np.exp(logits[best]) / np.exp(logits[best]).sum()
+                weights[best] = k * np.exp(logits[best]) / np.exp(logits if k == 1 else logits[best]).sum()
             else:
                 weights[np.argsort(-scores)[:k]] = 1
                 if rule == "activation_released":

@@ -133,7 +133,8 @@ def test_figures(kind_of_teacher: str, hf_dir: Path) -> None:
             assert found.after[layer, kind] == pytest.approx((ours * expected).sum() / k / mine.sum(), abs=1e-6)
             assert found.before[layer, kind] == pytest.approx(expected[:, :k].sum() / k / mine.sum(), abs=1e-6)
             powers = np.exp(logits) * ours
-            weights = k * powers / powers.sum(axis=1, keepdims=True)
+            whole = np.exp(logits) if k == 1 else powers  # a single expert's share is that of all
+            weights = k * powers / whole.sum(axis=1, keepdims=True)
             by_expert = h[mine].reshape(-1, E, F // E)
             right, wrong = ((by_expert * w[..., None]).reshape(-1, F) @ down for w in (expected, weights))
             error = np.linalg.norm(wrong - right, axis=1) / np.linalg.norm(right, axis=1)

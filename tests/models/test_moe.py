@@ -130,6 +130,46 @@ def test_a_learned_router_that_does_not_discriminate_is_the_plain_sum() -> None:
     assert np.isfinite(gradient).all()
 
 
+def test_one_expert_is_weighted_as_in_the_switch_transformer() -> None:
+    """transformers' own top-1 router: the same expert, weight, and gradient of a task for the router's matrix."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+
+    rng = np.random.default_rng(3)
+    x, router, task = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 40, 16), (16, 8), (1, 40, 8)))
+    settings = transformers.SwitchTransformersConfig(hidden_size=16, num_experts=8, expert_capacity=40)
+    theirs = SwitchTransformersTop1Router(settings).eval()
+    theirs.classifier.weight.data = torch.tensor(router.T.copy())
+    chosen, share, _ = theirs(torch.tensor(x))
+    (chosen * share * torch.tensor(task)).sum().backward()
+
+    moe = moe_config(top_k=(1, 1, 1)).moe
+    assert moe is not None
+
+    def mask(router: Any) -> Any:
+        return route_learned(moe, x @ router, None, jnp.zeros((1, 40), jnp.int32)).mask(8)
+
+    np.testing.assert_allclose(mask(router), (chosen * share).detach().numpy(), atol=1e-6)
+    gradient = jax.grad(lambda router: (mask(router) * task).sum())(router)
+    assert np.abs(gradient).max() > 0.1
+    np.testing.assert_allclose(gradient, theirs.classifier.weight.grad.numpy().T, atol=1e-5)
+
+
+def test_tokens_of_each_modality_are_weighted_by_their_own_k() -> None:
+    """Three experts, one, and padding beside each other; logits for which a softmax of its own would overflow."""
+    moe = moe_config(top_k=(3, 1, 2)).moe
+    assert moe is not None
+    logits = np.random.default_rng(4).normal(0, 40, (4, 8)).astype(np.float32)
+    found = np.asarray(route_learned(moe, jnp.asarray(logits), None, jnp.array([0, 1, 2, PADDING])).mask(8))
+    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    for row, k in enumerate((3, 1, 2)):
+        best = np.argsort(-logits[row])[:k]
+        expected = np.zeros(8)
+        expected[best] = k * powers[row, best] / (powers[row].sum() if k == 1 else powers[row, best].sum())
+        np.testing.assert_allclose(found[row], expected, atol=1e-6)
+    assert not found[3].any()
+
+
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +223,20 @@ def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     expected = loss_and_grads(masked, variables, SEGMENTS)
     found = loss_and_grads(sparse, variables, SEGMENTS)
     assert_trees_close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("compute", ["dense", "loop", "ragged"])
+def test_the_task_trains_the_router(k: int, compute: str) -> None:
+    """Without any penalty; both forms alike."""
+    config = moe_config("learned", (k, k, k))
+    model = Llama(config, experts=compute, remat="none")
+    variables = variables_of(model, 7)
+    found = loss_and_grads(model, variables, SEGMENTS)
+    router = found[1]["params"]["layers"]["mlp"]["router"]
+    assert (np.abs(router).max(axis=(1, 2)) > 1e-3).all()
+    if compute != "dense":
+        assert_trees_close(found, loss_and_grads(Llama(config, remat="none"), variables, SEGMENTS), 1e-4)
 
 
 def test_adapters_of_experts_are_apart() -> None:

@@ -67,6 +67,18 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit, by" in shown and "more devices" in shown
 
 
+def test_a_card_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its memory is said by hand: whether the run fits is known then, how fast it is is not."""
+    words = ("--model.shape", "llama-2-7b", "--lora.rank", "8", "--train.global_batch_size", "16", "--topology")
+    status, found = plan_of(capsys, *words, "gpu:2", "--memory", "24")
+    assert status == 0 and found["fits"] and found["time"] is None
+    assert found["chip"]["memory"] == 0.75 * 24 * 2**30
+    status, found = plan_of(capsys, *words, "gpu:2", "--memory", "12")
+    assert status == 1 and found["suggestions"] == []
+    assert main([*words, "gpu:2", "--memory", "24"]) == 0
+    assert "fits: " in capsys.readouterr().out
+
+
 def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: {shape: llama-2-7b}\n"
@@ -129,6 +141,9 @@ def test_flops_of_a_step() -> None:
             "4 does not divide rows of",
         ),
         (["--topology", "v5e:8x8", "--mesh.sequence", "64"], "64 times mesh.tensor 1 does not divide.* 32 heads"),
+        (["--topology", "v5e:3x3"], r"no such slice of v5e.* v5e:2x4 \(8 chips\) and v5e:4x4"),
+        (["--topology", "gpu:8", "--memory", "much"], "--memory: 'much' is not a number"),
+        (["--topology", "v4:4x4x4", "--compile"], "two devices a chip"),
         (["--topology", "b200:8", "--compile"], "no description of b200"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
     ],

@@ -91,7 +91,7 @@ SHAPES = {
         "norm": {"scale": (4,)},
     }
 }
-DECAYED = {"embedding", "kernel", "lora_A"}
+DECAYED = {"embedding", "kernel", "lora_A", "lora_B", "router"}
 
 
 def draw(seed: int, std: float = 1.0) -> Any:
@@ -157,54 +157,136 @@ def test_lion_against_the_paper() -> None:
         np.testing.assert_allclose(other, p, rtol=0, atol=1e-5)
 
 
-def test_adafactor_against_transformers() -> None:
-    """Ours holds [L, D, H, h]; transformers is given each layer's own [out, in] matrix."""
+# Every kind of tensor that trains, [L, ...] below `layers`: those of a tiny model, whose dims are all below 128, of one
+# whose dims are not, and of an adapter (the second layer of q_proj has rank 3 of 5).
+ADAFACTOR = {
+    "tiny": {
+        "embed_tokens": {"embedding": (7, 6)},
+        "layers": {
+            "input_layernorm": {"scale": (2, 6)},
+            "self_attn": {
+                "q_proj": {"kernel": (2, 6, 2, 3), "bias": (2, 2, 3)},
+                "o_proj": {"kernel": (2, 2, 3, 6)},
+            },
+            "mlp": {"router": (2, 6, 4), "down_proj": {"kernel": (2, 9, 6), "bias": (2, 6)}},
+        },
+        "norm": {"scale": (6,)},
+        "lm_head": {"kernel": (7, 6)},
+    },
+    "large": {
+        "layers": {
+            "input_layernorm": {"scale": (2, 130)},
+            "self_attn": {"q_proj": {"kernel": (2, 130, 4, 40)}, "o_proj": {"kernel": (2, 4, 40, 130)}},
+        },
+        "lm_head": {"kernel": (150, 130)},
+    },
+    "lora": {
+        "layers": {
+            "self_attn": {
+                "q_proj": {"lora_A": (2, 12, 5), "lora_B": (2, 5, 2, 6), "magnitude": (2, 2, 6)},
+                "o_proj": {"lora_A": (2, 2, 6, 4), "lora_B": (2, 4, 12), "magnitude": (2, 12)},
+            },
+            "mlp": {"up_proj": {"lora_A": (2, 140, 4), "lora_B": (2, 4, 200)}},
+        },
+        "modules_to_save": {"embed_tokens": {"embedding": (9, 12)}},
+    },
+}
+RANK = 3
+
+
+def in_torch(tree: Any) -> dict[str, np.ndarray]:
+    """Name -> each layer's own tensor as PyTorch holds it: matrices [out, in], the rest 1-D, factors of their rank."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [key.key for key in path]
+        leaf = np.asarray(leaf, np.float32)
+        layers = list(leaf) if "layers" in names else [leaf]
+        for number, one in enumerate(layers):
+            if names[-1] in ("kernel", "lora_A", "lora_B", "router"):
+                last = names[-2:] in (["o_proj", "kernel"], ["o_proj", "lora_A"])
+                one = one.reshape((-1, one.shape[-1]) if last else (one.shape[0], -1)).T
+            elif names[-1] != "embedding":
+                one = one.reshape(-1)
+            if "q_proj" in names and number == 1 and names[-1] in ("lora_A", "lora_B"):
+                one = one[:RANK] if names[-1] == "lora_A" else one[:, :RANK]
+            found[f"{'.'.join(names)}.{number}"] = np.ascontiguousarray(one)
+    return found
+
+
+@pytest.mark.parametrize("kind", ADAFACTOR)
+def test_adafactor_against_transformers(kind: str) -> None:
+    """Update by update what transformers' Trainer runs: gradients grow and shrink, so that clipping is at work."""
     torch = pytest.importorskip("torch")
     adafactor = pytest.importorskip("transformers").Adafactor
     rng = np.random.default_rng(0)
-    shapes = {
-        "q_proj": (2, 130, 4, 40),  # [L, D, H, h]
-        "o_proj": (2, 4, 40, 130),  # [L, H, h, D]
-    }
 
-    def make(scale: float) -> Any:
-        kernels = {name: {"kernel": rng.normal(0, scale, s).astype(np.float32)} for name, s in shapes.items()}
-        norm = {"scale": rng.normal(0, scale, (2, 130)).astype(np.float32)}
-        head = {"kernel": rng.normal(0, scale, (150, 130)).astype(np.float32)}
-        return {"layers": {"self_attn": kernels, "input_layernorm": norm}, "lm_head": head}
+    def draw(std: float, spread: float = 1.0) -> Any:
+        def one(shape: tuple[int, ...]) -> np.ndarray:
+            # Columns and layers of different size: what is averaged over the wrong dims shows.
+            first = np.exp(rng.normal(0, spread, shape[:1])).reshape(-1, *(1,) * (len(shape) - 1))
+            sizes = first * np.exp(rng.normal(0, spread, shape[-1:]))
+            return (rng.normal(0, std, shape) * sizes).astype(np.float32)
 
-    def matrices(tree: Any) -> list[np.ndarray]:
-        out = [tree["lm_head"]["kernel"]]
-        for i in range(2):
-            attention = tree["layers"]["self_attn"]
-            out.append(np.asarray(attention["q_proj"]["kernel"])[i].reshape(130, 160).T)
-            out.append(np.asarray(attention["o_proj"]["kernel"])[i].reshape(160, 130).T)
-            out.append(np.asarray(tree["layers"]["input_layernorm"]["scale"])[i])
-        return [np.ascontiguousarray(a) for a in out]
+        tree = jax.tree.map(one, ADAFACTOR[kind], is_leaf=lambda x: isinstance(x, tuple))
+        if kind == "lora":
+            q_proj = tree["layers"]["self_attn"]["q_proj"]
+            q_proj["lora_A"][1][:, RANK:] = 0
+            q_proj["lora_B"][1][RANK:] = 0
+        return tree
 
-    start, grads = make(1.0), [make(10.0 ** (i % 4 - 3)) for i in range(6)]
-    config = OptimizerConfig(name="adafactor", learning_rate=1e-2, schedule="constant", weight_decay=0.1, decay="all")
-    found = matrices(train(config, start, grads))
-    tensors = [torch.nn.Parameter(torch.tensor(a)) for a in matrices(start)]
-    optimizer = adafactor(
-        tensors,
-        lr=1e-2,
-        eps=(1e-30, 1e-3),
-        clip_threshold=1.0,
-        decay_rate=-0.8,
-        beta1=None,
-        weight_decay=0.1,
-        scale_parameter=False,
-        relative_step=False,
-        warmup_init=False,
-    )
-    for step in grads:
-        for p, g in zip(tensors, matrices(step), strict=True):
-            p.grad = torch.tensor(g)
-        optimizer.step()
-    for a, b in zip(found, tensors, strict=True):
-        moved = np.abs(a - b.detach().numpy()).max()
-        assert moved < 2e-5, (a.shape, moved)
+    params = draw(0.3, spread=0.0)
+    config = OptimizerConfig(name="adafactor", learning_rate=1e-2, schedule="linear", weight_decay=0.1)
+    optimizer = make_optimizer(config, make_schedule(config, 100))
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    tensors = {name: torch.nn.Parameter(torch.tensor(a)) for name, a in in_torch(params).items()}
+    groups = [
+        {"params": [p for name, p in tensors.items() if name.split(".")[-2] in DECAYED], "weight_decay": 0.1},
+        {"params": [p for name, p in tensors.items() if name.split(".")[-2] not in DECAYED], "weight_decay": 0.0},
+    ]
+    theirs = adafactor([g for g in groups if g["params"]], lr=1e-2, scale_parameter=False, relative_step=False)
+    scheduler = pytest.importorskip("transformers").get_scheduler("linear", theirs, 0, 100)
+    clipped = 0
+    for step in range(30):
+        grads = draw(10.0 ** (step % 4 - 3) * (0 if step == 5 else 1))
+        before = {name: p.detach().numpy().copy() for name, p in tensors.items()}
+        for name, g in in_torch(grads).items():
+            tensors[name].grad = torch.tensor(g)
+        theirs.step()
+        scheduler.step()
+        updates, state = update(grads, state, params)
+        old, params = in_torch(params), jax.tree.map(np.asarray, optax.apply_updates(params, updates))
+        for name, new in in_torch(params).items():
+            moved = tensors[name].detach().numpy() - before[name]
+            error = np.abs((new - old[name]) - moved).max()
+            assert error <= 2e-3 * np.abs(moved).max() + 1e-6, (step, name, error, np.abs(moved).max())
+            clipped += bool(np.sqrt(np.mean((moved / 1e-2) ** 2)) > 0.9)
+    assert clipped > 10
+    for name, leaf in in_torch(params).items():
+        np.testing.assert_allclose(leaf, tensors[name].detach().numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_adafactor_of_bfloat16_parameters() -> None:
+    """transformers keeps averages in float32: those of bfloat16 would stand still after some hundred steps."""
+    torch = pytest.importorskip("torch")
+    adafactor = pytest.importorskip("transformers").Adafactor
+    rng = np.random.default_rng(1)
+    start = rng.normal(0, 1e-2, (16, 12)).astype(np.float32)
+    params = {"lm_head": {"kernel": jnp.asarray(start, jnp.bfloat16)}}
+    p = torch.nn.Parameter(torch.tensor(start).bfloat16())
+    config = OptimizerConfig(name="adafactor", learning_rate=1e-3, schedule="constant")
+    optimizer = make_optimizer(config, make_schedule(config, 1))
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    theirs = adafactor([p], lr=1e-3, scale_parameter=False, relative_step=False)
+    for step in range(300):
+        grad = rng.normal(0, 1.0 if step < 100 else 0.1, (16, 12)).astype(np.float32)
+        p.grad = torch.tensor(grad).bfloat16()
+        theirs.step()
+        updates, state = update({"lm_head": {"kernel": jnp.asarray(grad, jnp.bfloat16)}}, state, params)
+        params = optax.apply_updates(params, updates)
+    found, expected = np.asarray(params["lm_head"]["kernel"], np.float32), p.detach().float().numpy()
+    assert params["lm_head"]["kernel"].dtype == jnp.bfloat16
+    # Some numbers round the other way on some steps.
+    assert np.abs(found - expected).mean() < 0.02 * np.abs(expected - start).mean()
 
 
 def test_adafactor_state_is_factored() -> None:
@@ -221,3 +303,18 @@ def test_zero_gradient_of_zero_parameter_stays_zero(name: Any) -> None:
     config = OptimizerConfig(name=name, learning_rate=0.1, schedule="constant", weight_decay=0.1)
     zero = jax.tree.map(np.zeros_like, draw(0))
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(train(config, zero, [zero] * 3)))
+
+
+def test_what_decays_is_what_the_trainer_decays() -> None:
+    """Every tensor of a model with all its biases; a router is Mixtral's `gate.weight`, which decays too."""
+    hf = pytest.importorskip("tests.models.hf")
+    model, shape = hf.build(attention_bias=True, mlp_bias=True)
+    decayed = set(hf.transformers.Trainer.get_decay_parameter_names(None, model))
+    assert decayed and len(decayed) < len(list(model.parameters()))
+    named = {name: hf.torch.full_like(p, float(name in decayed)) for name, p in model.named_parameters()}
+    expected = hf.params(named, shape)
+    expected["layers"]["mlp"]["router"] = np.ones((2, 32, 4), np.float32)
+    ones = jax.tree.map(np.ones_like, expected)
+    config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.5)
+    after = train(config, ones, [jax.tree.map(np.zeros_like, ones)])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a < 1, b > 0), after, expected)

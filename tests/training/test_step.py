@@ -13,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
 from jaxlm.models.llama import Llama
 from jaxlm.models.lora import resolve_lora
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.moe import modality_ids
+from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.parallel.mesh import make_mesh, put_batch
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
@@ -344,3 +345,48 @@ def test_a_state_is_updated_or_kept(keep: Any, wanted: bool) -> None:
     expected = [np.nan, np.inf, np.inf] if wanted else [0.0, 1.0, 2.0]
     np.testing.assert_array_equal(new["a"], expected)
     assert new["count"] == 5 + wanted
+
+
+@pytest.mark.parametrize("micro_steps", [2, 4])
+def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> None:
+    """Micro-steps that are all alike: the same penalties, and gradients, as of all rows at once; with padding."""
+    moe = MoeConfig(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
+    model = Llama(dataclasses.replace(CONFIG, moe=moe), experts="loop", remat="none")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    start = random_tree(nn.unbox(shapes)["params"], 1)
+    rows = {key: np.tile(value[0, :2], (4, 1)) for key, value in batch().items()}
+    rows["segment_ids"][1::2, 9:] = 0
+    rows["loss_mask"] &= rows["segment_ids"] > 0
+    rows["modality_ids"] = np.asarray(modality_ids(moe, rows["input_ids"], rows["segment_ids"]))
+
+    def run(steps: int, **weights: float) -> Any:
+        step = make_train_step(
+            model, SGD, optax.constant_schedule(1.0), TrainConfig(), 0.0, 1, moe=MoeRunConfig(**weights)
+        )
+        cut = {key: value.reshape(steps, -1, T) for key, value in rows.items()}
+        new, metrics = jax.jit(step)(state({"params": jax.tree.map(jnp.array, start)}), {}, cut)
+        change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), start, new.trainable["params"])
+        return change, metrics
+
+    penalised = {"balance_loss": 3.0, "z_loss": 0.5}
+    whole, once = run(1, **penalised)
+    parts, many = run(micro_steps, **penalised)
+    assert_trees_close(parts, whole, 1e-4)
+    for name in ("loss", "grad_norm", "router_balance", "router_z", "expert_use", "modality_tokens"):
+        np.testing.assert_allclose(many[name], once[name], rtol=1e-4, err_msg=name)
+    # Against the model's own notes, as means over layers; the loss that is reported is the task's alone.
+    inputs = [rows[name] for name in ("input_ids", "positions", "segment_ids", "modality_ids")]
+
+    def noted(start: Any, name: str) -> Any:
+        _, notes = model.apply({"params": start}, *inputs, mutable=["moe"])
+        return notes["moe"]["layers"]["mlp"][name].mean()
+
+    for name, figure in (("balance_loss", "router_balance"), ("z_loss", "router_z")):
+        value, gradient = jax.jit(jax.value_and_grad(noted), static_argnums=1)(start, name)
+        np.testing.assert_allclose(once[figure], value, rtol=1e-5)
+        less, figures = run(1, **(penalised | {name: 0.0}))
+        found = jax.tree.map(np.subtract, whole, less)["layers"]["mlp"]["router"]
+        expected = penalised[name] * np.asarray(gradient["layers"]["mlp"]["router"])
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max() + 1e-5)
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(figures["loss"], once["loss"], rtol=1e-6)
