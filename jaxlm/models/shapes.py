@@ -160,6 +160,18 @@ def _architecture(config: dict[str, Any]) -> str:
     return known
 
 
+def usual_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A readable `config.json` with the architecture under its usual name: what is written of a model that had another.
+
+    The code that came with it (`auto_map`) is not what is written.
+    """
+    architecture = _architecture(config)
+    usual = {"architectures": [architecture], "model_type": ARCHITECTURES[architecture]}
+    if all(not config.get(key) or config[key] == value for key, value in usual.items()):
+        return config
+    return {key: value for key, value in config.items() if key != "auto_map"} | usual
+
+
 def _unfinished(architecture: str) -> UserError:
     return UserError(
         f"config.json: architecture {architecture!r}: jaxlm knows its name, but not how to read and write its keys; "
@@ -195,6 +207,7 @@ def _window(kind: str, config: dict[str, Any]) -> int | None:
 
 
 ROUTERS = ("activation", "activation_released", "learned", "modality")
+LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
 
 
@@ -211,6 +224,8 @@ class MoeConfig:
         ranges: token ids [start, stop) of each modality but text, in the order of `modalities`.
         top_k: experts that a token uses, by modality id.
         shared: router modality: the first so many experts serve every modality.
+        layout: the Hugging Face layout that the model came in, and goes out in unless another is asked for: 'dense'
+            (with the experts in files beside it) or 'mixtral'. It changes nothing that is computed.
     """
 
     experts: int
@@ -219,8 +234,11 @@ class MoeConfig:
     ranges: tuple[tuple[int, int], ...] = ()
     top_k: tuple[int, ...] = ()
     shared: int = 0
+    layout: str = dataclasses.field(default="dense", compare=False)
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"moe.layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.experts < 1:
             raise UserError(f"moe.experts: {self.experts} must be at least 1")
         if self.router not in ROUTERS:
@@ -591,5 +609,6 @@ def resolve_moe(
         if stop > shape.vocab_size:
             raise UserError(f"moe.ranges: {name} ends at token {stop}, the model has {shape.vocab_size}")
     pairs = tuple((start, stop) for start, stop in ranges.values())
-    moe = MoeConfig(experts, router, names, pairs, tuple(top_k[name] for name in names), shared)
+    layout = old.layout if old else "dense"
+    moe = MoeConfig(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, layout)
     return dataclasses.replace(shape, moe=moe)
