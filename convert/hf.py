@@ -198,16 +198,23 @@ class HfSource(StackedTensors):
 
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Gives the tensors found the names and shapes of `hf_entries`."""
-        # Old transformers versions stored the head of tied models too.
-        head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if not self.config.tie_word_embeddings or head is None or embedding is None:
-            return
-        if not same_bytes(head, embedding):
-            raise UserError(
-                f"{weights}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight "
-                "differs from model.embed_tokens.weight; set tie_word_embeddings to false to keep both"
-            )
-        del tensors["lm_head.weight"]
+        drop_tied_head(weights, tensors, "lm_head.weight", "model.embed_tokens.weight", self.config)
+
+
+def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding: str, config: LlamaConfig) -> None:
+    """Takes out the head of a tied model, which some programs store too: old transformers versions, MindFormers.
+
+    Raises:
+        UserError: when it is not the embedding.
+    """
+    if not config.tie_word_embeddings or head not in tensors or embedding not in tensors:
+        return
+    if not same_bytes(tensors[head], tensors[embedding]):
+        raise UserError(
+            f"{where}: the configuration ties the head to the embedding (tie_word_embeddings), but {head} differs from "
+            f"{embedding}; set tie_word_embeddings to false to keep both"
+        )
+    del tensors[head]
 
 
 def _usual_name(name: str) -> str:

@@ -364,7 +364,7 @@ class LlamaConfig:
         )
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
-        """The `config.json` of this model, readable by old and new transformers; of its dense form, where it has experts.
+        """The `config.json` of this model, readable by old and new transformers; of a model of experts: its dense form.
 
         Args:
             dtype: what the weights are stored in, e.g. 'bfloat16'.

@@ -161,7 +161,7 @@ def test_a_rope_scaling_that_would_lose_theta_is_refused() -> None:
     """transformers replaces rope_parameters as a whole, and takes 10,000."""
     values = {"rope_parameters": NEW | {"rope_theta": 1e6}, "rope_scaling": YARN}
     assert theirs("LlamaForCausalLM", **SIZES, **values).rope_parameters["rope_theta"] == 10000
-    with pytest.raises(UserError, match='"rope_theta": 1000000.0 into rope_scaling'):
+    with pytest.raises(UserError, match=r'"rope_theta": 1000000\.0 into rope_scaling'):
         ours("LlamaForCausalLM", **SIZES, **values)
 
 
@@ -226,9 +226,9 @@ def test_an_architecture_that_is_only_named_is_refused(monkeypatch: pytest.Monke
     """On the way in and on the way out: it is no Qwen2."""
     monkeypatch.setitem(shapes.ARCHITECTURES, "NewForCausalLM", "new")
     for values in ({"architectures": ["NewForCausalLM"]}, {"model_type": "new"}):
-        with pytest.raises(UserError, match="'NewForCausalLM'.*to_hf"):
+        with pytest.raises(UserError, match=r"'NewForCausalLM'.*to_hf"):
             LlamaConfig.from_hf({**values, **SIZES})
-    with pytest.raises(UserError, match="'NewForCausalLM'.*to_hf"):
+    with pytest.raises(UserError, match=r"'NewForCausalLM'.*to_hf"):
         dataclasses.replace(shapes.SHAPES["llama-7b"], architecture="NewForCausalLM").to_hf("float32")
 
 
