@@ -82,9 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--layout",
         choices=("dense", "mixtral"),
-        default="dense",
-        help="of a model of experts: a dense model with the experts in files beside it, which jaxlm reads (default), "
-        "or Mixtral's, for a learned router with one k",
+        help="of a model of experts: a dense model with the experts in files beside it, which jaxlm reads, or "
+        "Mixtral's, for a learned router with one k (default: the one that it came in; dense if it was made here)",
     )
 
     verb = add_verb(verbs, "peft-to-jax", _peft_to_jax, "a PEFT LoRA adapter becomes a jaxlm adapter")

@@ -79,13 +79,14 @@ def write_model_as(form: str, source: ParamSource, destination: str, shard_size:
     write_jax(source, destination)
 
 
-def write_hf(source: ParamSource, destination: str, shard_size: str | None, layout: str = "dense") -> None:
+def write_hf(source: ParamSource, destination: str, shard_size: str | None, layout: str | None = None) -> None:
     """Writes a Hugging Face directory and says so."""
     from convert import hf
     from convert.mixtral import check_mixtral
     from convert.output import parse_size
 
     size = parse_size(shard_size or SHARD_SIZE)
+    layout = hf.hf_layout(source, layout)
     if layout == "mixtral":
         check_mixtral(source)
     with writing(source, destination) as (directory, advance):

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from convert.hf import find_tokenizer_files
 from convert.leaves import CastSource, DerivedSource, Index, ParamSource, check_leaves, stored_blocks
 from convert.names import Entry, Shape, leaf_shapes
 from convert.partition import order_name
+from convert.reproducible import ExactSum
 from convert.tensors import WEIGHT_DTYPES
 from convert.vocab import grow, vocabulary_leaves
 from jaxlm.errors import UserError
@@ -97,28 +97,30 @@ class SummedSource(DerivedSource):
 
     def __init__(self, source: ParamSource) -> None:
         super().__init__(source)
-        self._lock = threading.Lock()
-        self.total = 0.0
+        self._sum = ExactSum()
 
-    def _add(self, block: np.ndarray) -> np.ndarray:
-        amount = block_sum(block)
-        with self._lock:
-            self.total += amount
-        return block
+    @property
+    def total(self) -> float:
+        """The sum of what was read so far."""
+        return self._sum.total
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        return self._add(self._source.read(path, index))
+        found = self._source.read(path, index)
+        self._sum.add(found)
+        return found
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
         for block in stored_blocks(self._source, entry):
-            yield self._add(block)
+            self._sum.add(block)
+            yield block
 
 
-def block_sum(block: np.ndarray) -> float:
-    """Sum of all numbers, added up in float64."""
-    if block.dtype.itemsize < 4:
-        block = block.astype(np.float32)
-    return float(block.sum(dtype=np.float64))
+def sum_of(blocks: Iterable[np.ndarray]) -> float:
+    """Sum of all numbers, the same in whatever blocks they come."""
+    total = ExactSum()
+    for block in blocks:
+        total.add(block)
+    return total.total
 
 
 def inv_freq_sum(config: LlamaConfig) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert.command import describe_lora
-from convert.delta import block_sum, inv_freq_sum
+from convert.delta import inv_freq_sum, sum_of
 from convert.hf import hf_tensors
 from convert.hf_experts import HF_SOURCES
 from convert.leaves import AdapterSource, LeafSource, ParamSource, total_bytes
@@ -102,7 +102,7 @@ def _describe_file(path: Path, kind: str, checksum: bool) -> Description:
         found.tokenizer = _tokenizer(path.parent)
         found.manifest = _manifest(path.parent)
     if checksum:
-        found.checksum = {"sum": sum(block_sum(block) for tensor in tensors.values() for block in _blocks(tensor))}
+        found.checksum = {"sum": sum_of(block for tensor in tensors.values() for block in _blocks(tensor))}
     return found
 
 
@@ -120,7 +120,7 @@ def _describe_adapter(adapter: AdapterSource, checksum: bool) -> Description:
     found.config = dataclasses.asdict(adapter.lora) | {"base": adapter.base, "layers": adapter.layers}
     found.order = _order(adapter)
     if checksum:
-        found.checksum = {"sum": sum(block_sum(b) for spec in peft_tensors(adapter) for b in spec.blocks)}
+        found.checksum = {"sum": sum_of(block for spec in peft_tensors(adapter) for block in spec.blocks)}
     return found
 
 
@@ -131,7 +131,7 @@ def _describe_model(model: ParamSource, checksum: bool) -> Description:
     found.order = _order(model)
     found.tokenizer = _tokenizer(model.tokenizer_dir) if model.tokenizer_files else None
     if checksum:
-        total = sum(block_sum(block) for spec in hf_tensors(model) for block in spec.blocks)
+        total = sum_of(block for spec in hf_tensors(model) for block in spec.blocks)
         found.checksum = {"sum": total, "with_rotary_buffers": total + inv_freq_sum(model.config)}
     return found
 

@@ -25,10 +25,12 @@ from convert.leaves import (
 from convert.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
 from convert.tensors import WEIGHT_DTYPES, Tensor, find_weights, read_tensors, same_bytes
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.models.shapes import LlamaConfig, read_json, usual_names
 
 if TYPE_CHECKING:
     from convert.output import TensorSpec
+
+_YI_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
 
 # What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
 TOKENIZER_FILES = (
@@ -169,17 +171,16 @@ class HfSource(StackedTensors):
         self.path = path
         self.tokenizer_dir = path
         self.tokenizer_files = find_tokenizer_files(path)
-        self.hf_config: dict[str, Any] | None = read_json(path / "config.json")
-        if self.hf_config.get("quantization_config"):
+        content = read_json(path / "config.json")
+        if content.get("quantization_config"):
             raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
-        self.config = self.parse_config(path / "config.json", self.hf_config)
+        self.config = self.parse_config(path / "config.json", content)
+        self.hf_config = self.kept_config(content)
         weights = find_weights(path)
         if weights is None:
-            raise UserError(
-                f"{path}: has config.json but no weights: model.safetensors or pytorch_model.bin, or their index.json"
-            )
+            raise UserError(f"{path}: has config.json but no weights: {_missing_weights(path)}")
         tensors: dict[str, Tensor] = {
-            name: t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
+            _usual_name(name): t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
         }
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
         self.prepare(weights, tensors)
@@ -191,18 +192,47 @@ class HfSource(StackedTensors):
         """The shape that `config.json` describes."""
         return parse_hf_config(where, content)
 
+    def kept_config(self, content: dict[str, Any]) -> dict[str, Any] | None:
+        """What is kept of `config.json`, to be written again."""
+        return usual_names(content)
+
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Gives the tensors found the names and shapes of `hf_entries`."""
-        # Old transformers versions stored the head of tied models too.
-        head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if not self.config.tie_word_embeddings or head is None or embedding is None:
-            return
-        if not same_bytes(head, embedding):
-            raise UserError(
-                f"{weights}: config.json ties the head to the embedding (tie_word_embeddings), but lm_head.weight "
-                "differs from model.embed_tokens.weight; set tie_word_embeddings to false to keep both"
+        drop_tied_head(weights, tensors, "lm_head.weight", "model.embed_tokens.weight", self.config)
+
+
+def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding: str, config: LlamaConfig) -> None:
+    """Takes out the head of a tied model, which some programs store too: old transformers versions, MindFormers.
+
+    Raises:
+        UserError: when it is not the embedding.
+    """
+    if not config.tie_word_embeddings or head not in tensors or embedding not in tensors:
+        return
+    if not same_bytes(tensors[head], tensors[embedding]):
+        raise UserError(
+            f"{where}: the configuration ties the head to the embedding (tie_word_embeddings), but {head} differs from "
+            f"{embedding}; set tie_word_embeddings to false to keep both"
+        )
+    del tensors[head]
+
+
+def _usual_name(name: str) -> str:
+    """LLaMA's name of a tensor: Yi's first release has its own for two norms."""
+    found = re.fullmatch(r"(model\.layers\.\d+)\.(ln[12])\.weight", name)
+    return f"{found[1]}.{_YI_NORMS[found[2]]}.weight" if found else name
+
+
+def _missing_weights(directory: Path) -> str:
+    """What a directory without weights that can be read lacks."""
+    for stem, index in (("model", "model.safetensors"), ("pytorch_model", "pytorch_model.bin")):
+        parts = sorted(directory.glob(f"{stem}-*-of-*.{index.rpartition('.')[2]}"))
+        if parts:
+            return (
+                f"there are {len(parts)} parts ({parts[0].name}, …), but not {index}.index.json, which says what is in "
+                "which; download that file too"
             )
-        del tensors["lm_head.weight"]
+    return "model.safetensors or pytorch_model.bin, or their parts and index.json"
 
 
 def hf_config_for(source: ParamSource) -> str:
@@ -214,7 +244,10 @@ def hf_config_for(source: ParamSource) -> str:
     else:
         values = dict(original)
         if LlamaConfig.from_hf(original) != source.config:
-            values |= source.config.to_hf(dtype)
+            written = source.config.to_hf(dtype)
+            values |= written
+            if LlamaConfig.from_hf(values) != LlamaConfig.from_hf(written):
+                values = written  # another key of the original says otherwise
         named = {key for key in ("dtype", "torch_dtype") if key in values}
         for key in named or {"torch_dtype"}:
             values[key] = dtype
@@ -238,7 +271,15 @@ def hf_tensors(source: ParamSource) -> list[TensorSpec]:
     ]
 
 
-def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Advance, layout: str = "dense") -> None:
+def hf_layout(source: ParamSource, asked: str | None) -> str:
+    """'dense' or 'mixtral': what was asked for, else the layout that the model came in."""
+    moe = source.config.moe
+    return asked or (moe.layout if moe else "dense")
+
+
+def write_hf(
+    source: ParamSource, directory: Path, shard_size: int, advance: Advance, layout: str | None = None
+) -> None:
     """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
     Args:
@@ -246,7 +287,7 @@ def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Adv
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.
         layout: of a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
-            or 'mixtral'.
+            or 'mixtral'; None: the one that it came in.
 
     Raises:
         UserError: when Mixtral's layout has no place for the model.
@@ -256,6 +297,7 @@ def write_hf(source: ParamSource, directory: Path, shard_size: int, advance: Adv
     from convert.mixtral import write_mixtral
     from convert.output import write_safetensors
 
+    layout = hf_layout(source, layout)
     if layout == "mixtral":
         write_mixtral(source, directory, shard_size, advance)
     else:

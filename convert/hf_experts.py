@@ -81,7 +81,9 @@ def open_hf(path: Path) -> ParamSource:
                 f"another model: copy the folder that was written with this one, or remove it"
             )
         architecture = found.architecture or source.config.architecture
-        config = dataclasses.replace(source.config, moe=other, architecture=architecture)
+        # The layout that it has now, whatever the experts were made of.
+        moe = dataclasses.replace(other, layout="mixtral")
+        config = dataclasses.replace(source.config, moe=moe, architecture=architecture)
         return MixtralExperts(source, config, found.partition)
     return HfExperts(source, found.partition, found.moe, found.router)
 
@@ -159,6 +161,7 @@ def _moe(where: Path, values: Any) -> MoeConfig:
         "ranges": isinstance(values["ranges"], list) and all(numbers(v) and len(v) == 2 for v in values["ranges"]),
         "top_k": numbers(values["top_k"]),
         "shared": numbers([values.get("shared", 0)]),
+        "layout": isinstance(values.get("layout", "dense"), str),
     }
     for key, fits in good.items():
         if not fits:
@@ -206,7 +209,9 @@ def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral
     assert moe is not None
     folder = directory / FOLDER
     folder.mkdir()
-    content: dict[str, Any] = {"format": _FORMAT, "version": 1, "moe": dataclasses.asdict(moe)}
+    values = dataclasses.asdict(moe)
+    del values["layout"]  # the directory shows it
+    content: dict[str, Any] = {"format": _FORMAT, "version": 1, "moe": values}
     if mixtral:
         content["architecture"] = source.config.architecture
     if partition is not None:

@@ -5,7 +5,7 @@ scaled per output to the learned magnitude before that. Same numbers as PEFT's `
 
 `blocks` goes through a matrix by rows of outputs, as HF stores them, and so holds a few megabytes at a time, with DoRA
 too: the norm of an output is that of a row. `read` gives any slice in jaxlm's layout; DoRA then needs all inputs of the
-outputs asked for. The two add up products in different orders, so their results may differ in the last bit.
+outputs asked for. Both give the same bits, whatever the slice: see `convert.reproducible`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from convert.arithmetic import all_finite
 from convert.leaves import (
     AdapterSource,
     DerivedSource,
@@ -27,6 +28,7 @@ from convert.leaves import (
     stored_blocks,
 )
 from convert.names import Entry, linear_dims, linear_path
+from convert.reproducible import low_rank_product, norms
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.models.lora import SAVEABLE, LoraSpec, resolve_lora
@@ -114,23 +116,45 @@ class MergedSource(DerivedSource):
 
     def _merged_blocks(self, entry: Entry, linear: str, spec: LoraSpec, layer: int) -> Iterator[np.ndarray]:
         """Rows of outputs of one layer's merged matrix in float32."""
-        rank, stem, here = spec.ranks[layer], linear_path(linear), slice(layer, layer + 1)
+        rank, here = spec.ranks[layer], slice(layer, layer + 1)
         every = tuple(slice(None) for _ in linear_dims(linear)[0].split())
-        a = self._adapter.read(f"{stem}/lora_A", (here, *every, slice(0, rank))).astype(np.float32)
-        b = self._adapter.read(f"{stem}/lora_B", (here, slice(0, rank))).astype(np.float32)
+        a = self._factor(linear, layer, "lora_A", (here, *every, slice(0, rank)))
+        b = self._factor(linear, layer, "lora_B", (here, slice(0, rank)))
         to_inputs, to_outputs = np.ascontiguousarray(a.reshape(-1, rank).T), b.reshape(rank, -1).T
         scale = np.float32(spec.scales[layer])
         magnitude: np.ndarray | None = None
         if spec.dora:
-            magnitude = self._adapter.read(f"{stem}/magnitude", (here,)).astype(np.float32).reshape(-1)
+            magnitude = self._factor(linear, layer, "magnitude", (here,)).reshape(-1)
         for (start, stop), block in zip(row_blocks(entry.layout), stored_blocks(self._base, entry), strict=True):
-            merged = to_outputs[start:stop] @ to_inputs
+            merged = low_rank_product(to_outputs[start:stop], to_inputs)
             merged *= scale
             merged += block.astype(np.float32, copy=False)
             if magnitude is not None:
-                norms = np.sqrt(np.square(merged, dtype=np.float64).sum(axis=1)).astype(np.float32)
-                merged *= (magnitude[start:stop] / norms)[:, None]
+                merged *= self._gain(magnitude[start:stop], merged, 1, entry.name, start)[:, None]
             yield merged
+
+    def _factor(self, linear: str, layer: int, name: str, index: Index) -> np.ndarray:
+        """A part of the adapter in float32."""
+        found = self._adapter.read(f"{linear_path(linear)}/{name}", index).astype(np.float32)
+        if not all_finite(found):
+            raise UserError(
+                f"{self._adapter.path}: {name} of {linear}, layer {layer}, holds infinities or NaNs; nothing can be "
+                "merged with that: take an earlier checkpoint of its run"
+            )
+        return found
+
+    def _gain(self, magnitude: np.ndarray, merged: np.ndarray, axis: int, name: str, first: int) -> np.ndarray:
+        """DoRA's factor of each output; `axis` is that of the inputs, `first` the first output's number."""
+        if not all_finite(merged):
+            raise UserError(f"{self._base.path}: {name} holds infinities or NaNs; DoRA cannot be merged into it")
+        lengths = norms(merged, axis)
+        if not lengths.all():
+            row = first + int(np.flatnonzero(lengths == 0)[0])
+            raise UserError(
+                f"{self._base.path}: {name}: all weights of output {row} are zero, so DoRA's magnitude has no "
+                "direction to go by; the adapter belongs to another base"
+            )
+        return magnitude / lengths
 
     def _merge(
         self, base: np.ndarray, out: np.ndarray, path: str, linear: str, spec: LoraSpec, layer: int, index: Index
@@ -141,38 +165,42 @@ class MergedSource(DerivedSource):
         num_inputs = len(linear_dims(linear)[0].split())
         inputs, outputs = index[:num_inputs], index[num_inputs:]
         here, rank = slice(layer, layer + 1), slice(0, spec.ranks[layer])
-        stem = linear_path(linear)
-        b = self._adapter.read(f"{stem}/lora_B", (here, rank, *outputs)).astype(np.float32)
-        b = b.reshape(spec.ranks[layer], -1)
+        b = self._factor(linear, layer, "lora_B", (here, rank, *outputs)).reshape(spec.ranks[layer], -1)
 
         def factor_a(part: Index) -> np.ndarray:
-            a = self._adapter.read(f"{stem}/lora_A", (here, *part, rank)).astype(np.float32)
-            return a.reshape(-1, spec.ranks[layer])
+            return self._factor(linear, layer, "lora_A", (here, *part, rank)).reshape(-1, spec.ranks[layer])
 
         flat, flat_out = base.reshape(-1, b.shape[1]), out.reshape(-1, b.shape[1])
         scale = np.float32(spec.scales[layer])
         a = factor_a(inputs)
+
+        def merged(base_part: np.ndarray, a_part: np.ndarray, columns: slice) -> np.ndarray:
+            found = low_rank_product(a_part, b[:, columns])
+            found *= scale
+            found += base_part.astype(np.float32, copy=False)
+            return found
+
         gain: np.ndarray | None = None
         if spec.dora:
-            magnitude = self._adapter.read(f"{stem}/magnitude", (here, *outputs)).astype(np.float32).reshape(-1)
+            magnitude = self._factor(linear, layer, "magnitude", (here, *outputs)).reshape(-1)
             # The norm of an output runs over all inputs, also when only some of them are asked for.
             every = tuple(slice(0, size) for size in self.leaves[path].shape[1 : 1 + num_inputs])
             whole, whole_a = flat, a
             if a.shape[0] != int(np.prod([part.stop for part in every])):
                 whole = self._base.read(path, (here, *every, *outputs)).reshape(-1, b.shape[1])
                 whole_a = factor_a(every)
-            squares = np.zeros(b.shape[1], np.float64)
-            for rows in _row_blocks(whole):
-                merged = whole[rows].astype(np.float32) + whole_a[rows] @ b * scale
-                squares += np.square(merged, dtype=np.float64).sum(axis=0)
-            gain = magnitude / np.sqrt(squares).astype(np.float32)
-        for rows in _row_blocks(flat):
-            merged = flat[rows].astype(np.float32) + a[rows] @ b * scale
+            gain = np.empty_like(magnitude)
+            for columns in _pieces(whole.shape[1], whole.shape[0]):
+                here_merged = merged(whole[:, columns], whole_a, columns)
+                gain[columns] = self._gain(magnitude[columns], here_merged, 0, path, columns.start)
+        for rows in _pieces(flat.shape[0], flat.shape[1]):
+            part = merged(flat[rows], a[rows], slice(None))
             if gain is not None:
-                merged *= gain
-            flat_out[rows] = cast(merged, out.dtype, path)
+                part *= gain
+            flat_out[rows] = cast(part, out.dtype, path)
 
 
-def _row_blocks(matrix: np.ndarray) -> list[slice]:
-    step = max(1, BLOCK_BYTES // (4 * matrix.shape[1]))
-    return [slice(start, min(start + step, matrix.shape[0])) for start in range(0, matrix.shape[0], step)]
+def _pieces(count: int, width: int) -> list[slice]:
+    """`count` rows (or columns) of `width` float32 numbers, in pieces of BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // (4 * width))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

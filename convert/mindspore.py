@@ -24,6 +24,7 @@ from convert.hf import (
     StackedTensors,
     check_num_layers,
     copy_files,
+    drop_tied_head,
     find_tokenizer_files,
     hf_config_for,
     match_tensors,
@@ -153,6 +154,8 @@ class MindSporeSource(StackedTensors):
         found: dict[str, Tensor] = dict(tensors)
         #: Whether tensors were concatenated, so that `groups` mattered.
         self.joined = _split_joined(files[0], found, self.config, groups)
+        head, embedding = (rule_for(path).mindspore for path in ("lm_head/kernel", "embed_tokens/embedding"))
+        drop_tied_head(files[0], found, head, embedding, self.config)
         entries = stored_entries(self.config, "mindspore")
         try:
             match_tensors(files[0], found, entries)

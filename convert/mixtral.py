@@ -35,6 +35,16 @@ from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 
 ARCHITECTURE, KIND = "MixtralForCausalLM", "mixtral"
+# What a key that is not in a config.json means; source: transformers' MixtralConfig.
+_DEFAULTS = {
+    "intermediate_size": 14336,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+}
 _MOE = "model.layers.{}.block_sparse_moe"
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.w[123]\.weight")
 _PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -53,8 +63,10 @@ class MixtralSource(HfSource):
 
     def parse_config(self, where: Path, content: dict[str, Any]) -> LlamaConfig:
         sizes = {}
-        for key, default in (("num_local_experts", 8), ("num_experts_per_tok", 2), ("intermediate_size", 14336)):
-            value = content.get(key, default)
+        # transformers takes num_experts for the same key.
+        content = _DEFAULTS | {"num_local_experts": content.get("num_experts", 8)} | content
+        for key in ("num_local_experts", "num_experts_per_tok", "intermediate_size"):
+            value = content[key]
             if type(value) is not int or not 0 < value < 1 << 20:
                 raise UserError(f"{where}: {key} is {value!r}; expected a positive whole number")
             sizes[key] = value
@@ -72,10 +84,13 @@ class MixtralSource(HfSource):
         }
         config = super().parse_config(where, like_mistral)
         try:
-            moe = MoeConfig(experts, "learned", top_k=(sizes["num_experts_per_tok"],))
+            moe = MoeConfig(experts, "learned", top_k=(sizes["num_experts_per_tok"],), layout="mixtral")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         return dataclasses.replace(config, moe=moe)
+
+    def kept_config(self, content: dict[str, Any]) -> dict[str, Any] | None:
+        return None  # a dense model made of this one needs another
 
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Replaces the experts' matrices by those of the whole layer, under HF's names for a dense one."""
@@ -101,7 +116,6 @@ class MixtralSource(HfSource):
                 f"{weights}: tensor {left!r} has no place: config.json says {moe.experts} experts in "
                 f"{self.config.num_layers} layers"
             )
-        self.hf_config = None  # Mixtral's; a dense model made of this one needs another
 
     def _joined(
         self, weights: Path, name: str, names: list[str], tensors: dict[str, Tensor], shape: Shape, k: int
@@ -158,7 +172,8 @@ def check_mixtral(source: ParamSource) -> None:
     """Refuses a model that Mixtral's layout has no place for, with what else there is."""
     config = source.config
     moe = config.moe
-    instead = "leave --layout out: a dense model, with the experts in files beside it that jaxlm reads"
+    out = "leave --layout out" if moe is None or moe.layout == "dense" else "convert jax-to-hf --layout dense writes it"
+    instead = f"{out}: a dense model, with the experts in files beside it that jaxlm reads"
     if moe is None:
         raise UserError(f"--layout mixtral: {source.path} is a dense model; leave --layout out")
     if moe.router != "learned":

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _HEADER = re.compile(
     rb"\x93NUMPY(?s:....|......)\{'descr': '(?P<dtype>[<|](?:b1|[iu][1248]|f[248]))', "
     rb"'fortran_order': (?P<fortran>True|False), 'shape': \((?P<shape>(?:\d{1,15}, ?){0,3}(?:\d{1,15})?)\), \} *\n"
 )
-# Elements of a layer's matrix that are in float32 at a time.
+# Elements of a layer's matrix that are in float32 or float64 at a time.
 CLUSTER_ELEMENTS = 4 << 20
 # k-means: neurons that the first centres are chosen from, for each expert; and the most rounds.
 SAMPLE, ROUNDS = 64, 50
@@ -188,8 +189,12 @@ def cluster_neurons(weights: np.ndarray, experts: int, seed: int) -> np.ndarray:
     Rows are scaled to length 1, as that paper's code does. The start is k-means++ on a sample; each round gives every
     neuron a centre of F / E neurons, closest pairs first, and moves the centres.
 
+    Directions and those of the centres are rounded to 12 bits of their length, 1e-4 of a product of two. So all
+    products are of whole numbers and exact, and the same seed gives the same experts on every processor: a last bit
+    that differs would otherwise move one neuron, and that, some rounds later, most of them.
+
     Args:
-        weights: [D, F], any float dtype; no more than CLUSTER_ELEMENTS of it are copied at a time.
+        weights: [D, F], any float dtype. A copy of it in int16 is made; no more than CLUSTER_ELEMENTS are in float.
         experts: E, a divisor of F.
         seed: the same gives the same.
 
@@ -199,62 +204,83 @@ def cluster_neurons(weights: np.ndarray, experts: int, seed: int) -> np.ndarray:
     Raises:
         ValueError: when a weight is not finite.
     """
-    width, neurons = weights.shape
+    neurons = weights.shape[1]
     rng = np.random.default_rng(seed)
-    lengths = np.sqrt(sum(np.square(part).sum(axis=0, dtype=np.float64) for _, part in _strips(weights)))
-    if not np.isfinite(lengths).all():
-        raise ValueError(f"neuron {int(np.flatnonzero(~np.isfinite(lengths))[0])} has weights that are not finite")
-    scale = (1.0 / np.maximum(lengths, 1e-30)).astype(np.float32)
+    directions, unit = _directions(weights)
     chosen = np.sort(rng.choice(neurons, min(neurons, SAMPLE * experts), replace=False))
-    sample = weights[:, chosen].astype(np.float32) * scale[chosen]
-    centres = sample[:, _first_centres(sample, experts, rng)]
+    sample = np.ascontiguousarray(directions[:, chosen])
+    sums, count = sample[:, _first_centres(sample, experts, rng)].astype(np.int64), 1
     owners = np.full(neurons, -1, np.int32)
     for _ in range(ROUNDS):
+        lengths = np.sqrt(np.square(sums).sum(axis=0).astype(np.float64))
+        centres = np.rint(sums * (unit / np.maximum(lengths, 1.0))).astype(np.float32)
+        products = np.zeros((neurons, experts), np.float32)
+        for rows, part in _strips(directions, np.float32):
+            products += part.T @ centres[rows]  # whole numbers below 2^24, so exact in any order
         # |x - c|^2 less |x|^2, which is 1 for all.
-        distances = np.broadcast_to(np.square(centres).sum(axis=0), (neurons, experts)).copy()
-        for rows, part in _strips(weights):
-            distances -= 2.0 * (part.T @ centres[rows]) * scale[:, None]
+        lengths /= unit * count
+        distances = np.square(lengths) - (2.0 / unit**2) * lengths * products
         before, owners = owners, assign_balanced(distances)
         if np.array_equal(before, owners):
             break
-        members = np.zeros((neurons, experts), np.float32)
-        members[np.arange(neurons), owners] = scale * np.float32(experts / neurons)
-        centres = np.empty((width, experts), np.float32)
-        for rows, part in _strips(weights):
-            centres[rows] = part @ members
+        members = np.zeros((neurons, experts))
+        members[np.arange(neurons), owners] = 1.0
+        count = neurons // experts
+        for rows, part in _strips(directions, np.float64):
+            sums[rows] = part @ members  # exact again
     return owners
 
 
-def _strips(weights: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    step = max(1, CLUSTER_ELEMENTS // weights.shape[1])
-    for start in range(0, weights.shape[0], step):
+def _directions(weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """The columns [D, F] scaled to one length and rounded to whole numbers, int16; and that length.
+
+    It is so short that the product of two of them, whatever rounding adds to it, is a whole number below 2^24.
+    """
+    squares = np.zeros(weights.shape[1])
+    for row in weights:
+        squares += np.square(row.astype(np.float64))
+    lengths = np.sqrt(squares)
+    if not np.isfinite(lengths).all():
+        raise ValueError(f"neuron {int(np.flatnonzero(~np.isfinite(lengths))[0])} has weights that are not finite")
+    unit = 4096.0 - math.ceil(math.sqrt(len(weights)))
+    scale = unit / np.maximum(lengths, 1e-30)
+    found = np.empty(weights.shape, np.int16)
+    for rows, part in _strips(weights, np.float64):
+        part *= scale
+        found[rows] = np.rint(part)
+    return found, unit
+
+
+def _strips(array: np.ndarray, dtype: Any) -> Iterator[tuple[slice, np.ndarray]]:
+    step = max(1, CLUSTER_ELEMENTS // array.shape[1])
+    for start in range(0, array.shape[0], step):
         rows = slice(start, start + step)
-        yield rows, weights[rows].astype(np.float32)
+        yield rows, array[rows].astype(dtype)
 
 
 def _first_centres(sample: np.ndarray, experts: int, rng: np.random.Generator) -> list[int]:
     """k-means++ (Arthur and Vassilvitskii 2007): centres far from each other, the best of a few drawn at each step."""
     tries = 2 + int(np.log(experts))
-    squares = np.square(sample).sum(axis=0)
+    numbers = sample.astype(np.float32)
+    squares = np.square(sample, dtype=np.int64).sum(axis=0)
 
     def squared_distances(candidates: np.ndarray) -> np.ndarray:
-        products = sample[:, candidates].T @ sample
-        found: np.ndarray = np.maximum(squares + squares[candidates, None] - 2.0 * products, 0.0)
+        products = numbers[:, candidates].T @ numbers  # exact, see `cluster_neurons`
+        found: np.ndarray = squares + squares[candidates, None] - 2 * products.astype(np.int64)
         return found
 
     first = int(rng.integers(sample.shape[1]))
-    centres, nearest = [first], squared_distances(np.array([first]))[0].astype(np.float64)
-    nearest[first] = 0.0
+    centres, nearest = [first], squared_distances(np.array([first]))[0]
     while len(centres) < experts:
-        total = nearest.sum()
-        # All neurons may be alike; then any others do.
-        odds = nearest / total if total > 0 else np.isin(np.arange(len(nearest)), centres, invert=True) * 1.0
-        candidates = rng.choice(len(nearest), tries, p=odds / odds.sum())
+        ends = np.cumsum(nearest)
+        if ends[-1] > 0:
+            candidates = np.searchsorted(ends, rng.integers(ends[-1], size=tries), side="right")
+        else:  # all are alike; then any others do
+            candidates = rng.choice(np.setdiff1d(np.arange(len(nearest)), centres), tries)
         left = np.minimum(nearest, squared_distances(candidates))
         best = int(left.sum(axis=1).argmin())
         centres.append(int(candidates[best]))
         nearest = left[best]
-        nearest[centres] = 0.0
     return centres
 
 

@@ -205,14 +205,23 @@ def _saved_modules(names: Any, where: Path) -> tuple[str, ...]:
 
 
 def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[str, StoredTensor]:
-    # Older PEFT versions wrote the wrapper's own name, and `.weight` behind DoRA's magnitudes.
+    """Tensors by the names that PEFT writes today.
+
+    Older versions wrote the wrapper's own name, and `.weight` behind DoRA's magnitudes. With save_embedding_layers PEFT
+    writes a module saved in full under both names, and beside it the base's (`original_module`).
+    """
     result: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
+        if re.search(r"\.original_module(\.default)?\.weight$", name):
+            continue
         new = re.sub(r"\.modules_to_save(\.default)?\.weight$", ".weight", name)
         new = re.sub(r"\.lora_magnitude_vector(\.default)?\.weight$", ".lora_magnitude_vector", new)
-        if new in result:
-            raise UserError(f"{weights}: {name!r} and {result[new].name!r} are the same tensor twice")
-        result[new] = tensor
+        if new in result and not same_bytes(result[new], tensor):
+            raise UserError(
+                f"{weights}: {name!r} and {result[new].name!r} are one tensor, but differ; save the adapter again, or "
+                "remove the one that was not trained"
+            )
+        result.setdefault(new, tensor)
     return result
 
 

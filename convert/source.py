@@ -9,6 +9,7 @@ The training loop loads a model straight into its shards:
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from convert.adapter_order import in_order_of
@@ -40,11 +41,44 @@ ACCEPTED = (
 )
 
 
+# A name on the Hugging Face hub: owner/name.
+_HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)")
+
+
 def _existing(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such directory or file; {ACCEPTED}")
-    return path
+    path = Path(path).expanduser()
+    if path.exists():
+        return path
+    text = f"{path}: no such directory or file"
+    hub = _HUB_ID.fullmatch(str(path))
+    if hub is not None and not Path(hub["owner"]).exists():
+        raise UserError(
+            f"{text}. If that is a model on the Hugging Face hub, download it once and give the directory: "
+            f"hf download {path} --local-dir {hub['name']} (a model with a licence to accept also needs hf auth login)"
+        )
+    raise UserError(f"{text}; {ACCEPTED}")
+
+
+def _is_mindspore(path: Path) -> bool:
+    """Whether a path that is no other format holds MindSpore's files.
+
+    Raises:
+        UserError: for a Hugging Face directory that lacks a file which says what its weights are.
+    """
+    files = _mindspore_files(path)
+    if not path.is_dir():
+        return bool(files)
+    weights = find_weights(path)
+    parts = sorted(path.glob("model-*-of-*.safetensors")) + sorted(path.glob("pytorch_model-*-of-*.bin"))
+    found = weights or (parts[0] if parts else None)
+    if found is None or (files and looks_like_mindspore(read_files(files, check=False))):
+        return bool(files)
+    if (path / "config.json").is_file():
+        return False
+    raise UserError(
+        f"{path}: has weights ({found.name}) but no config.json, which says the model's shape; copy or download that "
+        "file too, from where the weights are from"
+    )
 
 
 def _mindspore_files(path: Path) -> list[Path]:
@@ -112,7 +146,7 @@ def open_model(
         return MetaSource(path, max_positions)
     if path.is_dir() and _is_hf(path) and (path / "config.json").is_file():
         return open_hf(path)
-    if _mindspore_files(path):
+    if _is_mindspore(path):
         return MindSporeSource(path, config, groups)
     if (path / "config.json").is_file():
         return open_hf(path)  # which says that there are no weights

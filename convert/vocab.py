@@ -195,9 +195,10 @@ def _pieces_row(source: ParamSource, path: str, tokenizer: Tokenizer, token: str
         raise UserError(f"--init pieces: the tokenizer makes nothing of {token!r}; use --init mean")
     if len(ids) > 1 and tokenizer.token(ids[0]) == "▁" and not token.startswith((" ", "▁")):
         del ids[0]  # the space that SentencePiece puts in front of every text
-    rows = [source.read(path, (slice(index, index + 1),))[0].astype(np.float32) for index in ids]
-    mean: np.ndarray = np.mean(rows, axis=0)
-    return mean
+    total = np.zeros(source.leaves[path].shape[1], np.float32)
+    for index in ids:  # one after the other: numpy's own mean adds in an order that depends on the shape
+        total += source.read(path, (slice(index, index + 1),))[0].astype(np.float32)
+    return total / np.float32(len(ids))
 
 
 def read_tokens(argument: str) -> list[str]:

@@ -411,6 +411,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         directory = path
         main = next((path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), None)
         if main is None:
+            parts = [n for n in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if (path / n).is_file()]
+            if parts:
+                load = "from transformers import AutoTokenizer as T; "
+                once = f"{load}T.from_pretrained('{path}').save_pretrained('{path}')"
+                raise UserError(
+                    f"{path} has {' and '.join(parts)}, but no tokenizer.json, which transformers makes of them. "
+                    f'Run once: python -c "{once}"'
+                )
             raise UserError(
                 f"{path} holds no tokenizer: neither tokenizer.json nor tokenizer.model; "
                 "copy one there, or set tokenizer.path"

@@ -22,6 +22,18 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
 }
+# Other names that LLaMA's architecture goes by: of the first ports of LLaMA, and of Yi's first release, whose code is
+# LLaMA's with other names for two norms (see `convert.names`).
+ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM", "YiForCausalLM": "LlamaForCausalLM"}
+# What a key that is not in a `config.json` means, where transformers' configuration class of the architecture says so.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+    "mistral": dict(
+        num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096, bos_token_id=1, eos_token_id=2
+    ),
+    "qwen2": dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096, max_window_layers=28),
+}
+DEFAULT_THETA = 10000.0
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -34,7 +46,7 @@ class RopeConfig:
     """
 
     rope_type: str = "default"
-    rope_theta: float = 10000.0
+    rope_theta: float = DEFAULT_THETA
     factor: float | None = None
     original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None
@@ -48,12 +60,27 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> RopeConfig:
-        """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form."""
-        found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(found, dict):
-            raise UserError(f"config.json: rope_parameters (or rope_scaling) is {found!r}; expected a JSON object")
-        given = dict(found)
-        given.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+        """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form.
+
+        Where both are there, a `rope_scaling` that says something replaces `rope_parameters` as a whole, as in
+        transformers: that is how model cards have YaRN switched on.
+        """
+        for key in ("rope_scaling", "rope_parameters"):
+            if config.get(key) and not isinstance(config[key], dict):
+                raise UserError(f"config.json: {key} is {config[key]!r}; expected a JSON object")
+        added, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+        given = dict(added or new)
+        if added and "rope_theta" in new and not config.get("rope_theta"):
+            theta = added.get("rope_theta")
+            if theta is None and new["rope_theta"] != DEFAULT_THETA:
+                raise UserError(
+                    f"config.json: rope_scaling replaces rope_parameters, which alone has the rope_theta "
+                    f"{new['rope_theta']!r}; transformers would go on with {DEFAULT_THETA:g}. Say which is meant: put "
+                    f'"rope_theta": {json.dumps(new["rope_theta"])} into rope_scaling'
+                )
+        given.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
+        if config.get("partial_rotary_factor") is not None:
+            given.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
         legacy_type = given.pop("type", None)
         given.setdefault("rope_type", legacy_type or "default")
         if given["rope_type"] not in list(ROPE_TYPES):  # a list: the value may be anything, also what has no hash
@@ -76,6 +103,9 @@ class RopeConfig:
         if rope.rope_type != "default" and rope.factor is None:
             raise UserError(f"config.json: rope_type {rope.rope_type!r} needs a 'factor'")
         if rope.rope_type == "llama3":
+            if rope.original_max_position_embeddings is None:
+                original = config.get("max_position_embeddings")
+                rope = dataclasses.replace(rope, original_max_position_embeddings=original)
             for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
                 if getattr(rope, name) is None:
                     raise UserError(f"config.json: rope_type 'llama3' needs {name!r}")
@@ -111,7 +141,73 @@ def _check_values(config: dict[str, Any]) -> None:
             raise UserError(f"config.json: {key} is {config[key]!r}; expected true or false")
 
 
+def _architecture(config: dict[str, Any]) -> str:
+    """The key of ARCHITECTURES that a `config.json` means."""
+    named = config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else None
+    if found is None:
+        by_type = {kind.lower(): name for name, kind in ARCHITECTURES.items()} | {"yi": "LlamaForCausalLM"}
+        found = by_type.get(str(config.get("model_type")).lower())
+    known = found if isinstance(found, str) else ""
+    known = ALIASES.get(known, known)
+    if known not in ARCHITECTURES:
+        raise UserError(
+            f"config.json: architecture {found or config.get('model_type')!r} is not supported; "
+            f"supported: {', '.join([*ARCHITECTURES, *ALIASES])}"
+        )
+    if ARCHITECTURES[known] not in _DEFAULTS:
+        raise _unfinished(known)
+    return known
+
+
+def usual_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A readable `config.json` with the architecture under its usual name: what is written of a model that had another.
+
+    The code that came with it (`auto_map`) is not what is written.
+    """
+    architecture = _architecture(config)
+    usual = {"architectures": [architecture], "model_type": ARCHITECTURES[architecture]}
+    if all(not config.get(key) or config[key] == value for key, value in usual.items()):
+        return config
+    return {key: value for key, value in config.items() if key != "auto_map"} | usual
+
+
+def _unfinished(architecture: str) -> UserError:
+    return UserError(
+        f"config.json: architecture {architecture!r}: jaxlm knows its name, but not how to read and write its keys; "
+        "LlamaConfig.from_hf and to_hf in jaxlm/models/shapes.py must learn them first"
+    )
+
+
+def _window(kind: str, config: dict[str, Any]) -> int | None:
+    """The sliding window of all layers; `config` has the defaults of its kind."""
+    window = config.get("sliding_window")
+    if kind != "qwen2":
+        return window if kind == "mistral" else None
+    # Qwen2 writes a window into every config and switches it on separately, for the layers from some layer on.
+    if not config.get("use_sliding_window", False) or window is None:
+        return None
+    layers, first, types = config["num_hidden_layers"], config.get("max_window_layers"), config.get("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+            raise UserError(f"config.json: layer_types is {types!r}; expected a list of names, one of each layer")
+        slide = {kind == "sliding_attention" for kind in types}
+        what = "layer_types"
+    else:
+        if type(first) is not int:
+            raise UserError(f"config.json: max_window_layers is {first!r}; expected a whole number")
+        slide = {layer >= first for layer in range(layers)}
+        what = f"max_window_layers {first} of {layers}"
+    if len(slide) > 1:
+        raise UserError(
+            f"config.json: a sliding window on a part of the layers ({what}) is not supported; where rows are shorter "
+            f"than the window, {window}, it changes nothing: set use_sliding_window to false"
+        )
+    return window if slide == {True} else None
+
+
 ROUTERS = ("activation", "activation_released", "learned", "modality")
+LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
 
 
@@ -128,6 +224,8 @@ class MoeConfig:
         ranges: token ids [start, stop) of each modality but text, in the order of `modalities`.
         top_k: experts that a token uses, by modality id.
         shared: router modality: the first so many experts serve every modality.
+        layout: the Hugging Face layout that the model came in, and goes out in unless another is asked for: 'dense'
+            (with the experts in files beside it) or 'mixtral'. It changes nothing that is computed.
     """
 
     experts: int
@@ -136,8 +234,11 @@ class MoeConfig:
     ranges: tuple[tuple[int, int], ...] = ()
     top_k: tuple[int, ...] = ()
     shared: int = 0
+    layout: str = dataclasses.field(default="dense", compare=False)
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"moe.layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.experts < 1:
             raise UserError(f"moe.experts: {self.experts} must be at least 1")
         if self.router not in ROUTERS:
@@ -223,16 +324,7 @@ class LlamaConfig:
 
         Raises UserError for an unsupported architecture, activation or RoPE type.
         """
-        architectures = config.get("architectures") or []
-        architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-        if architecture is None:
-            by_type = {kind: name for name, kind in ARCHITECTURES.items()}
-            architecture = by_type.get(str(config.get("model_type")))
-        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise UserError(
-                f"config.json: architecture {architecture or config.get('model_type')!r} is not supported; "
-                f"supported: {', '.join(ARCHITECTURES)}"
-            )
+        architecture = _architecture(config)
         kind = ARCHITECTURES[architecture]
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
@@ -243,21 +335,11 @@ class LlamaConfig:
         ]
         if missing:
             raise UserError(f"config.json: missing: {', '.join(missing)}")
+        config = _DEFAULTS[kind] | config
         _check_values(config)
         num_heads = config["num_attention_heads"]
-        window = config.get("sliding_window")
-        if kind == "qwen2":
-            # Qwen2 writes a window into every config and switches it on separately.
-            if not config.get("use_sliding_window", False):
-                window = None
-            elif config.get("max_window_layers", 0) not in (0, None):
-                raise UserError(
-                    "config.json: a sliding window on a part of the layers (max_window_layers) is not supported"
-                )
-        elif kind == "llama":
-            window = None
         attention_bias = bool(config.get("attention_bias", False)) if kind == "llama" else False
-        eos = config.get("eos_token_id", 2)
+        eos = config.get("eos_token_id")
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -266,27 +348,42 @@ class LlamaConfig:
             num_heads=num_heads,
             num_kv_heads=config.get("num_key_value_heads") or num_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
+            max_position_embeddings=config.get("max_position_embeddings") or _DEFAULTS[kind]["max_position_embeddings"],
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=RopeConfig.from_hf(config),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=attention_bias or kind == "qwen2",
             o_bias=attention_bias,
             mlp_bias=bool(config.get("mlp_bias", False)) if kind == "llama" else False,
-            sliding_window=window,
+            sliding_window=_window(kind, config),
             initializer_range=config.get("initializer_range", 0.02),
             architecture=architecture,
-            bos_token_id=config.get("bos_token_id", 1),
+            bos_token_id=config.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=config.get("pad_token_id"),
         )
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
-        """The `config.json` of this model, readable by old and new transformers.
+        """The `config.json` of this model, readable by old and new transformers; of a model of experts: its dense form.
 
         Args:
             dtype: what the weights are stored in, e.g. 'bfloat16'.
+
+        Raises:
+            UserError: when the architecture has no key for something that the model has.
         """
+        config = self._hf_keys(dtype)
+        again = LlamaConfig.from_hf(config)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name != "moe" and getattr(again, item.name) != value:
+                raise UserError(
+                    f"config.json: {self.architecture} has no place for {item.name} {value!r}: whoever reads it would "
+                    f"take {getattr(again, item.name)!r}"
+                )
+        return config
+
+    def _hf_keys(self, dtype: str) -> dict[str, Any]:
         rope = self.rope.to_hf()
         config: dict[str, Any] = {
             "architectures": [self.architecture],
@@ -317,10 +414,13 @@ class LlamaConfig:
             "torch_dtype": dtype,
             "dtype": dtype,
         }
-        if self.architecture == "LlamaForCausalLM":
+        kind = ARCHITECTURES[self.architecture]
+        if kind == "llama":
             config |= {"attention_bias": self.o_bias, "mlp_bias": self.mlp_bias}
-        elif self.architecture == "MistralForCausalLM":
+        elif kind == "mistral":
             config |= {"sliding_window": self.sliding_window}
+        elif kind != "qwen2":
+            raise _unfinished(self.architecture)
         else:
             config |= {
                 "use_sliding_window": self.sliding_window is not None,
@@ -354,8 +454,8 @@ class LlamaConfig:
         rope, length = self.rope, self.max_position_embeddings
         if rope.rope_type in ("linear", "dynamic"):
             return int(length * (rope.factor or 1.0))
-        if rope.rope_type == "yarn" and rope.original_max_position_embeddings:
-            return max(length, int((rope.factor or 1.0) * rope.original_max_position_embeddings))
+        if rope.rope_type == "yarn":
+            return max(length, int((rope.factor or 1.0) * (rope.original_max_position_embeddings or length)))
         return length
 
     def num_params(self) -> int:
@@ -509,5 +609,6 @@ def resolve_moe(
         if stop > shape.vocab_size:
             raise UserError(f"moe.ranges: {name} ends at token {stop}, the model has {shape.vocab_size}")
     pairs = tuple((start, stop) for start, stop in ranges.values())
-    moe = MoeConfig(experts, router, names, pairs, tuple(top_k[name] for name in names), shared)
+    layout = old.layout if old else "dense"
+    moe = MoeConfig(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, layout)
     return dataclasses.replace(shape, moe=moe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,47 @@ def test_changed_config_is_written_back(hf_dir: Path, tmp_path: Path) -> None:
     source.config = dataclasses.replace(source.config, vocab_size=40)  # type: ignore[misc]
     written = json.loads(hf_config_for(source))
     assert written["vocab_size"] == 40 and written["custom"] == 1
+
+
+# --- other names, missing files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LLaMAForCausalLM", "YiForCausalLM"])
+def test_other_names_of_llama(name: str, hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+    """Read as LLaMA, Yi's norms under the names of its first release, and written under the usual name."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(hf_dir, tmp_path / "other")
+    file, weights = tmp_path / "other" / "config.json", tmp_path / "other" / "model.safetensors"
+    content = json.loads(file.read_text()) | {"architectures": [name]}
+    tensors = load_file(weights)
+    if name == "YiForCausalLM":
+        content |= {"model_type": "Yi", "auto_map": {"AutoConfig": "configuration_yi.YiConfig"}}
+        names = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+        for old, new in names.items():
+            tensors = {key.replace(old, new): value for key, value in tensors.items()}
+        assert "model.layers.0.ln1.weight" in tensors
+    save_file(tensors, weights)
+    file.write_text(json.dumps(content))
+    run("hf-to-jax", tmp_path / "other", tmp_path / "jax")
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
+    transformers = pytest.importorskip("transformers")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    want = transformers.AutoModelForCausalLM.from_pretrained(hf_dir).eval()
+    np.testing.assert_array_equal(logits(found), logits(want))
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in written
+
+
+@pytest.mark.parametrize("form", ["pytorch_model", "model"])
+def test_parts_without_an_index(form: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """The message says which file is missing, not that there are no weights."""
+    model = make_hf_model()
+    if form == "model":
+        model.save_pretrained(tmp_path / "hf", max_shard_size="8KB")
+    else:
+        save_torch(model, tmp_path / "hf", shards=3)
+    (index,) = (tmp_path / "hf").glob("*.index.json")
+    index.unlink()
+    message = refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
+    assert index.name in message and "download that file too" in message

@@ -246,6 +246,29 @@ def test_mindspore_to_hf(
     assert (logits(twin.eval()) == logits(found.float().eval())).all()
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_tied_head_that_is_stored(
+    suffix: str, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """Equal to the embedding it is no second tensor, as for Hugging Face; otherwise it is refused by name."""
+    model = make_hf_model(tie_word_embeddings=True)
+    (tmp_path / "ms").mkdir()
+    arrays = mindspore_arrays(model)
+    arrays["lm_head.weight"] = arrays["model.tok_embeddings.embedding_weight"].copy()
+    file = tmp_path / "ms" / f"model{suffix}"
+    save = save_file if suffix == ".safetensors" else (lambda found, path: write(path, found))
+    save(arrays, file)
+    model.config.save_pretrained(tmp_path / "ms")
+    run("mindspore-to-hf", file, tmp_path / "hf")
+    transformers = pytest.importorskip("transformers")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    np.testing.assert_array_equal(logits(found), logits(model))
+    arrays["lm_head.weight"][3, 4] += 1
+    save(arrays, file)
+    message = refused("mindspore-to-hf", file, tmp_path / "out")
+    assert "lm_head.weight differs from model.tok_embeddings.embedding_weight" in message
+
+
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("dtype", ["keep", "float16", "bfloat16", "float32"])
 def test_there_and_back(dtype: str, joined: bool, tmp_path: Path, run: Callable[..., str]) -> None:

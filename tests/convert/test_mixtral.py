@@ -20,7 +20,7 @@ from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from tests.convert.test_experts import EVERY, TOKENS, E, F, assert_same_leaves, params
 from tests.convert.test_hf_experts import MODALITIES, assert_same_model, make_moe, make_order
-from tests.convert.tiny import BASE, make_hf_model
+from tests.convert.tiny import BASE, make_adapter, make_hf_model
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def test_there_and_back(order: bool, architecture: str, dtype: str, tmp_path: Pa
     run("jax-to-hf", tmp_path / "back", tmp_path / "again", "--layout", "mixtral")
     first, second = (read_tensors(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     assert all(first[name].read().tobytes() == second[name].read().tobytes() for name in first)
-    run("jax-to-hf", tmp_path / "back", tmp_path / "dense")
+    run("jax-to-hf", tmp_path / "back", tmp_path / "dense", "--layout", "dense")
     if order:
         from tests.convert.test_hf_experts import FOLDER
 
@@ -134,7 +134,7 @@ def test_a_mixtral_of_transformers(tied: bool, tmp_path: Path, run: Callable[...
     expected = torch_logits(model)
     np.testing.assert_allclose(jaxlm_logits(tmp_path / "hf", "loop"), expected, atol=2e-5 * np.abs(expected).max())
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
-    run("jax-to-hf", tmp_path / "jax", tmp_path / "back", "--layout", "mixtral")
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "back")  # Mixtral's layout, as it came
     first, second = (read_tensors(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert {name: tensor.read().tobytes() for name, tensor in first.items()} == {
         name: tensor.read().tobytes() for name, tensor in second.items()
@@ -143,6 +143,55 @@ def test_a_mixtral_of_transformers(tied: bool, tmp_path: Path, run: Callable[...
     for path in source.leaves:
         if path.startswith("layers/mlp/"):
             np.testing.assert_array_equal(source.read(path, cuts), source.read(path, EVERY)[cuts])
+
+
+def test_it_goes_out_as_it_came_in(tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]) -> None:
+    """Through jaxlm's format, a merge and new rows, and again; a flag overrides."""
+    transformers = pytest.importorskip("transformers")
+    model = make_mixtral(tmp_path / "hf")
+    adapter = tmp_path / "peft"
+    make_adapter(make_hf_model("Mistral"), adapter)
+    run("merge", tmp_path / "hf", adapter, tmp_path / "merged", "--format", "hf")
+    run("merge", tmp_path / "hf", adapter, tmp_path / "merged-jax", "--format", "jax")
+    run("jax-to-hf", tmp_path / "merged-jax", tmp_path / "again")
+    run("make-delta", tmp_path / "hf", tmp_path / "merged", tmp_path / "delta")
+    for name in ("merged", "again", "delta"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
+        assert open_model(tmp_path / name).config.moe.layout == "mixtral"
+    run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(found).__name__ == "MixtralForCausalLM"
+    np.testing.assert_array_equal(torch_logits(found), torch_logits(model))
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "dense", "--layout", "dense")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+    assert open_model(tmp_path / "dense").config.moe.layout == "dense"
+    # A run may have changed what Mixtral has a place for: not silently another layout.
+    file = tmp_path / "jax" / "jaxlm" / "model.json"
+    content = json.loads(file.read_text())
+    content["model"]["moe"] |= {"modalities": ["text", "smiles"], "ranges": [[20, 30]], "top_k": [2, 1]}
+    file.write_text(json.dumps(content))
+    assert "--layout dense" in refused("jax-to-hf", tmp_path / "jax", tmp_path / "out")
+
+
+def test_missing_keys_are_those_of_mixtral(tmp_path: Path) -> None:
+    """The defaults of transformers' MixtralConfig, which are not Mistral's."""
+    transformers = pytest.importorskip("transformers")
+    make_mixtral(tmp_path / "m", num_attention_heads=8, num_key_value_heads=8, num_local_experts=8)
+    file = tmp_path / "m" / "config.json"
+    whole = json.loads(file.read_text())
+    whole["rope_parameters"].pop("rope_theta")
+    gone = (
+        "rms_norm_eps", "max_position_embeddings", "sliding_window", "num_key_value_heads", "num_local_experts",
+        "num_experts_per_tok", "rope_theta",
+    )  # fmt: skip
+    file.write_text(json.dumps({key: value for key, value in whole.items() if key not in gone}))
+    config, want = open_model(tmp_path / "m").config, transformers.MixtralConfig.from_pretrained(tmp_path / "m")
+    assert config.rms_norm_eps == want.rms_norm_eps == 1e-5
+    assert config.rope.rope_theta == want.rope_parameters["rope_theta"] == 1e6
+    assert config.max_position_embeddings == want.max_position_embeddings
+    assert config.sliding_window == want.sliding_window is None
+    assert (config.num_kv_heads, config.moe.experts, config.moe.top_k) == (8, 8, (2,))
 
 
 # --- what has no place ------------------------------------------------------------------------------------------------

@@ -253,6 +253,50 @@ def test_older_names(form: str, tmp_path: Path, run: Callable[..., str]) -> None
     assert_same_files(tmp_path / "new", tmp_path / "back")
 
 
+@pytest.mark.parametrize("rows", [37, 40])
+@pytest.mark.parametrize(
+    ("tied", "config"),
+    [
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (False, {"modules_to_save": ["lm_head"]}),
+        (False, {"modules_to_save": ["embed_tokens"]}),
+        (False, {}),
+        (True, {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        (True, {}),
+    ],
+)
+def test_resized_embeddings_as_peft_writes_them(
+    tied: bool, config: dict[str, Any], rows: int, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    """With save_embedding_layers: the same module under up to three names. PEFT's own logits come out."""
+    base = make_hf_model(tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(rows)
+    model = make_adapter(base, tmp_path / "auto", **config)
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    if config:
+        assert any(".original_module." in name for name in load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "base")
+    for number, adapter in enumerate(("peft", "jax")):
+        run("merge", tmp_path / "base", tmp_path / adapter, tmp_path / f"merged{number}")
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged{number}").eval()
+        assert merged.config.vocab_size == rows
+        np.testing.assert_allclose(logits(merged), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_twins_that_differ_are_refused(order: int, tmp_path: Path, refused: Callable[..., str]) -> None:
+    _, base, adapter = build(tmp_path, {"modules_to_save": ["embed_tokens", "lm_head"]})
+    state = load_file(adapter / "adapter_model.safetensors")
+    head = "base_model.model.lm_head.weight"
+    twin = head.replace(".weight", ".modules_to_save.weight")
+    state[twin] = state[head] + 1e-3
+    save_file(dict(list(state.items())[::order]), adapter / "adapter_model.safetensors")
+    message = refused("merge", base, adapter, tmp_path / "out")
+    assert repr(head) in message and repr(twin) in message and "differ" in message
+
+
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 NORM = "base_model.model.model.layers.0.input_layernorm.weight"
 B0 = A0.replace("lora_A", "lora_B")

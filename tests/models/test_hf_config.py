@@ -1,0 +1,257 @@
+"""What a `config.json` says, against transformers' own configuration classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.models import shapes
+from jaxlm.models.llama import Llama
+from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from tests.models import hf
+
+transformers = pytest.importorskip("transformers")
+
+KINDS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+SIZES: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=32
+)
+# jaxlm's name of each key of config.json.
+FIELDS = {
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+    "sliding_window": "sliding_window",
+}
+
+
+def theirs(architecture: str, **values: Any) -> Any:
+    """transformers' reading of a config.json."""
+    return transformers.AutoConfig.for_model(KINDS[architecture]).from_dict(json.loads(json.dumps(values)))
+
+
+def ours(architecture: str, **values: Any) -> LlamaConfig:
+    return LlamaConfig.from_hf({"architectures": [architecture], "model_type": KINDS[architecture], **values})
+
+
+def assert_same(found: LlamaConfig, want: Any) -> None:
+    for key, name in FIELDS.items():
+        value = getattr(want, key, None)
+        slides = "sliding_attention" in (getattr(want, "layer_types", None) or ["sliding_attention"])
+        if key == "sliding_window" and not (slides and found.architecture != "LlamaForCausalLM"):
+            value = None
+        assert getattr(found, name) == value, key
+    expected = {key: value for key, value in want.rope_parameters.items() if key != "type"}
+    given = {key: value for key, value in dataclasses.asdict(found.rope).items() if value is not None}
+    if found.rope.rope_type == "yarn":  # where it is left open, both take max_position_embeddings
+        given.setdefault("original_max_position_embeddings", found.max_position_embeddings)
+    assert given == expected
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) -> None:
+    """All missing at once, and each alone: null where transformers takes it."""
+    assert_same(ours(architecture, **SIZES), theirs(architecture, **SIZES))
+    whole = SIZES | dict(
+        num_key_value_heads=4,
+        max_position_embeddings=77,
+        rms_norm_eps=1e-3,
+        tie_word_embeddings=True,
+        initializer_range=0.5,
+        bos_token_id=5,
+        eos_token_id=[6, 7],
+        pad_token_id=8,
+        sliding_window=9,
+        use_sliding_window=architecture == "Qwen2ForCausalLM",
+        max_window_layers=0,
+        rope_theta=123.0,
+    )
+    eos = ours(architecture, **whole).eos_token_id
+    assert eos == (6, 7)
+    for key in whole.keys() - SIZES.keys():
+        values = {name: value for name, value in whole.items() if name not in (key, "eos_token_id")}
+        assert_same(ours(architecture, **values), theirs(architecture, **values))
+    for key in ("num_key_value_heads", "bos_token_id", "pad_token_id", "sliding_window"):
+        if (architecture, key) == ("MistralForCausalLM", "num_key_value_heads"):
+            continue  # transformers refuses it
+        values = whole | {"eos_token_id": 6, key: None}
+        assert_same(ours(architecture, **values), theirs(architecture, **values))
+
+
+@pytest.mark.parametrize(
+    ("more", "window"),
+    [
+        ({}, None),
+        ({"use_sliding_window": True}, None),  # from layer 28 on, of 2
+        ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 7}, 7),
+        ({"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 7}, None),
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7}, "a part of the layers"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
+        ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2, "sliding_window": 7}, 7),
+        (
+            {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+            "a part of the layers",
+        ),
+        ({"use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers is 'x'"),
+        ({"use_sliding_window": True, "layer_types": 3}, "layer_types is 3"),
+    ],
+)
+def test_windows_of_qwen2(more: dict[str, Any], window: int | str | None) -> None:
+    if isinstance(window, str):
+        with pytest.raises(UserError, match=window):
+            ours("Qwen2ForCausalLM", **SIZES, **more)
+        return
+    assert ours("Qwen2ForCausalLM", **SIZES, **more).sliding_window == window
+    want = theirs("Qwen2ForCausalLM", **SIZES, **more)
+    slides = {kind == "sliding_attention" for kind in want.layer_types}
+    assert slides == {window is not None}
+
+
+YARN = {"type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+NEW = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": NEW, "rope_scaling": YARN},
+        {"rope_parameters": NEW | {"rope_theta": 1e6}, "rope_theta": 5e5, "rope_scaling": YARN},
+        {"rope_parameters": NEW | {"rope_theta": 1e6}, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": YARN | {"factor": 2.0}, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        {"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": YARN, "rope_scaling": None},
+        {"rope_parameters": YARN, "rope_scaling": {}},
+        {"rope_parameters": None, "rope_scaling": YARN | {"original_max_position_embeddings": 32}},
+        {"rope_parameters": NEW | {"rope_theta": 1e6}, "rope_theta": 5e5},
+        {"rope_parameters": {"factor": 2.0, "type": "linear"}, "rope_theta": 5e5},
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}, "max_position_embeddings": 64},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "original_max_position_embeddings": 16},
+        {"partial_rotary_factor": 1.0},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+def test_both_spellings_of_rope(architecture: str, values: dict[str, Any]) -> None:
+    """The same parameters as transformers takes, and again so from what is written."""
+    found, want = ours(architecture, **SIZES, **values), theirs(architecture, **SIZES, **values)
+    want.rope_parameters.pop("partial_rotary_factor", None)
+    assert_same(found, want)
+    written = found.to_hf("float32")
+    assert LlamaConfig.from_hf(written) == found
+    assert_same(found, theirs(architecture, **written))
+
+
+def test_a_rope_scaling_that_would_lose_theta_is_refused() -> None:
+    """transformers replaces rope_parameters as a whole, and takes 10,000."""
+    values = {"rope_parameters": NEW | {"rope_theta": 1e6}, "rope_scaling": YARN}
+    assert theirs("LlamaForCausalLM", **SIZES, **values).rope_parameters["rope_theta"] == 10000
+    with pytest.raises(UserError, match=r'"rope_theta": 1000000\.0 into rope_scaling'):
+        ours("LlamaForCausalLM", **SIZES, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": NEW | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_scaling": YARN, "rope_parameters": 3}, "rope_parameters is 3"),
+        ({"rope_parameters": {"full_attention": NEW}}, "full_attention"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}, "rope_parameters": NEW}, "'longrope'"),
+    ],
+)
+def test_rope_that_is_not_read_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ours("LlamaForCausalLM", **SIZES, **values)
+
+
+def test_logits_with_yarn_switched_on_by_hand() -> None:
+    """A config.json as transformers 5 writes it, with what model cards say added."""
+    import torch
+
+    model, _ = hf.build("LlamaForCausalLM", seed=3)
+    saved = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    assert saved["rope_parameters"]["rope_type"] == "default"
+    saved["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(json.loads(json.dumps(saved)))).eval()
+    other.load_state_dict(model.state_dict())
+    config = LlamaConfig.from_hf(saved)
+    tokens = np.arange(24)[None] % config.vocab_size
+    with torch.no_grad():
+        want = other(torch.tensor(tokens)).logits.numpy()
+        plain = model(torch.tensor(tokens)).logits.numpy()
+    found = Llama(config, dtype=jnp.float32).apply({"params": hf.weights(other, config)}, jnp.asarray(tokens))
+    np.testing.assert_allclose(np.asarray(found), want, atol=1e-4)
+    assert np.abs(plain - want).max() > 1e-2
+
+
+def test_longest_row_of_yarn() -> None:
+    config = dataclasses.replace(shapes.SHAPES["llama-7b"], rope=RopeConfig("yarn", factor=4.0))
+    assert config.max_length == 4 * config.max_position_embeddings
+
+
+# --- architectures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LLaMAForCausalLM", "YiForCausalLM"])
+def test_other_names_of_llama(name: str) -> None:
+    found = LlamaConfig.from_hf({"architectures": [name], "model_type": "Yi", **SIZES})
+    assert found.architecture == "LlamaForCausalLM"
+    assert found == ours("LlamaForCausalLM", **SIZES)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "Yi"])
+def test_without_architectures_the_model_type_counts(model_type: str) -> None:
+    by_type = {kind: name for name, kind in KINDS.items()} | {"Yi": "LlamaForCausalLM"}
+    assert LlamaConfig.from_hf({"model_type": model_type, **SIZES}).architecture == by_type[model_type]
+
+
+def test_an_architecture_that_is_only_named_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way in and on the way out: it is no Qwen2."""
+    monkeypatch.setitem(shapes.ARCHITECTURES, "NewForCausalLM", "new")
+    for values in ({"architectures": ["NewForCausalLM"]}, {"model_type": "new"}):
+        with pytest.raises(UserError, match=r"'NewForCausalLM'.*to_hf"):
+            LlamaConfig.from_hf({**values, **SIZES})
+    with pytest.raises(UserError, match=r"'NewForCausalLM'.*to_hf"):
+        dataclasses.replace(shapes.SHAPES["llama-7b"], architecture="NewForCausalLM").to_hf("float32")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("LlamaForCausalLM", {"qkv_bias": True}),
+        ("LlamaForCausalLM", {"sliding_window": 5}),
+        ("MistralForCausalLM", {"qkv_bias": True, "o_bias": True}),
+        ("MistralForCausalLM", {"mlp_bias": True}),
+        ("Qwen2ForCausalLM", {"qkv_bias": False}),
+        ("Qwen2ForCausalLM", {"qkv_bias": True, "o_bias": True}),
+    ],
+)
+def test_what_an_architecture_has_no_key_for_is_not_written(architecture: str, change: dict[str, Any]) -> None:
+    """A config.json that leaves it out would be that of another model."""
+    config = dataclasses.replace(shapes.SHAPES["llama-7b"], architecture=architecture, **change)
+    with pytest.raises(UserError, match=f"{architecture} has no place for"):
+        config.to_hf("float32")
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_known_shapes_come_back(name: str, tmp_path: Path) -> None:
+    config = shapes.SHAPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf("bfloat16")))
+    assert shapes.load_shape(str(tmp_path / "config.json")) == config
