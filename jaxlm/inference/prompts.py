@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.examples import prompt_ids
+from jaxlm.data.messages import read_messages
+from jaxlm.data.rendering import Template
 from jaxlm.data.sources import Record
-from jaxlm.data.templates import (
-    ChatTemplate,
-    ConversationTemplate,
-    TaskTemplate,
-    Template,
-    load_template,
-    read_messages,
-)
+from jaxlm.data.templates import ConversationTemplate, TaskTemplate, load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
@@ -29,7 +25,7 @@ class Prompter:
         template: a template name or JSON file (see `data.templates`).
         tokenizer: the model's.
         columns: the template's field names mapped to those of the records.
-        add_bos: begin with bos unless the template does; None: if the tokenizer has one.
+        add_bos: begin with bos unless the template does; None: if the tokenizer itself does.
         system: system message of a conversation.
 
     Raises:
@@ -47,7 +43,7 @@ class Prompter:
         self._columns = dict(columns or {})
         self._template: Template = load_template(template, tokenizer, self._columns)
         self.tokenizer = tokenizer
-        self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+        self._add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self._asks_for = self._template.asks_for if isinstance(self._template, TaskTemplate) else ()
         self.takes_turns = isinstance(self._template, (ChatTemplate, ConversationTemplate))
         self.system: str | None = None
@@ -107,9 +103,10 @@ class Prompter:
     def _check_question(self, record: Record) -> None:
         """Refuses a record that asks nothing."""
         if self.takes_turns:
-            asked = [
-                m["content"] for m in read_messages(record, self._columns, self._template.name) if m["role"] == "user"
-            ]
+            tools = isinstance(self._template, ChatTemplate)
+            messages = read_messages(record, self._columns, self._template.name, tools)
+            # What a tool answered asks for the next turn as well as a question does.
+            asked = [message.content for message in messages if message.role in ("user", "tool")]
             text = asked[-1] if asked else ""
         else:
             field = "text" if self.is_text else (*self._asks_for, "instruction")[0]
