@@ -11,8 +11,8 @@ def parse(text: str) -> Any:
     """The value that a JSON text holds; NaN, which is no JSON but is written by pandas and others, is null.
 
     Raises:
-        ValueError: (json.JSONDecodeError where there is a place) for broken JSON, a name that stands twice in an object,
-            integers of thousands of digits, and nesting that is too deep.
+        ValueError: (json.JSONDecodeError where there is a place) for broken JSON, a name that stands twice in an
+            object, integers of thousands of digits, and nesting that is too deep.
     """
     try:
         return _DECODER.decode(text)
