@@ -27,10 +27,11 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Words that belong to the command, not to the run: name -> whether it takes a value."""
+    """Words that belong to the command, not to the run: whether one takes a value, and what it is without one."""
 
     help: str
     takes: type | None = None
+    default: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,23 +235,25 @@ def _read_words(
             takes = flags[name].takes
             if takes is None and value is not None:
                 raise UserError(f"--{name}: takes no value, found {value!r}")
-            if takes is not None and value is None:
+            if takes is not None and value is None and flags[name].default is None:
                 raise UserError(f"--{name}: needs a value")
             try:
-                given[name] = True if takes is None or value is None else takes(value)
+                given[name] = (flags[name].default or True) if takes is None or value is None else takes(value)
             except ValueError:
                 kind = "number" if takes is float else "whole number"
                 raise UserError(f"--{name}: {value!r} is not a {kind}") from None
         else:
             _set(overrides, name, value, root)
+            while _takes_several(name, root) and words and not words[0].startswith("--"):
+                _set(overrides, name, words.pop(0), root)
+    overrides = _with_paths(overrides, root)
     _check_keys(overrides, root, "", "command line", root)
     return files, locate_paths(overrides, root), given
 
 
 def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None:
     hint = _hint_of(name, root)
-    has_path = dataclasses.is_dataclass(hint) and "path" in _fields(typing.cast(type, hint))
-    if has_path and value is not None and not value.startswith("{"):
+    if _has_path(hint) and value is not None and not value.startswith("{"):
         name = f"{name}.path"  # --model DIR
     *parents, leaf = name.split(".")
     hint = _hint_of(name, root)
@@ -258,6 +261,13 @@ def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None
         if hint is not bool and bool not in typing.get_args(hint):
             raise UserError(f"--{name}: needs a value")
         parsed: Any = True
+    elif (element := _listed(hint)) is not None and _has_path(element):
+        # Sources: a path as it stands, an object or a list of them; where a number will do, that.
+        loaded = _loaded(name, value) if value.startswith(("[", "{")) or _is_number(value) else value
+        if loaded is None or (isinstance(loaded, (int, float)) and int in typing.get_args(hint)):
+            parsed = loaded
+        else:
+            parsed = [*_given(tree, parents, leaf), *(loaded if isinstance(loaded, list) else [loaded])]
     elif typing.get_origin(hint) is tuple:
         # A list; or one of it, or several with commas where they are numbers, and the word again adds to it.
         if value.startswith("["):
@@ -272,6 +282,53 @@ def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[leaf] = parsed
+
+
+def _takes_several(name: str, root: type) -> bool:
+    return _listed(_hint_of(name, root)) is not None
+
+
+def _listed(hint: Any) -> Any:
+    """X of `tuple[X, ...]`, also in a union; None where there is no list."""
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return next((found for part in typing.get_args(hint) if (found := _listed(part)) is not None), None)
+    return None
+
+
+def _has_path(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) and "path" in _fields(typing.cast(type, hint))
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return value in ("null", "None")
+    return True
+
+
+def _with_paths(values: Any, cls: type) -> Any:
+    """Values in which a path that stands where a section or a source belongs has become one: `train: my.json`."""
+    if not isinstance(values, dict):
+        return values
+    hints = _fields(cls)
+    result = {}
+    for key, value in values.items():
+        hint = hints.get(key)
+        element = _listed(hint)
+        if _has_path(element):
+            value = [value] if isinstance(value, (str, dict)) else value
+            value = [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+        elif _has_path(hint) and isinstance(value, str):
+            value = {"path": value}
+        elif dataclasses.is_dataclass(hint):
+            value = _with_paths(value, typing.cast(type, hint))
+        elif key == "stages" and isinstance(value, list):
+            value = [_with_paths(stage, cls) for stage in value]
+        result[key] = value
+    return result
 
 
 def _loaded(name: str, value: str) -> Any:
@@ -372,6 +429,7 @@ def _read_yaml(file: str, root: type) -> dict[str, Any]:
         raise UserError(f"{file}: not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
+    content = _with_paths(content, root)
     _check_keys(content, root, "", file, root)
     stages = content.get("stages", [{}])
     if not isinstance(stages, list) or not stages:
@@ -471,7 +529,7 @@ def _check_values(config: RunConfig) -> None:
         checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
     for source in config.data.train:
         checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: v > 0, "more than 0"))
-    for source in () if isinstance(config.data.validation, int) else config.data.validation:
+    for source in config.data.validation if isinstance(config.data.validation, tuple) else ():
         wanted = "1: every validation record counts once"
         checks.append((f"data.validation: {source.path}: weight", source.weight, lambda v: v == 1, wanted))
     for key, value, holds, wanted in checks:

@@ -181,13 +181,18 @@ class DataConfig:
 
     Args:
         train: the sources.
-        validation: a number of records split off the training sources (seeded), or a list of sources.
+        validation: a number of records split off the training sources (seeded), a share of them (0.1), or a list of
+            sources.
         sequence_length: tokens of a row.
         packing: first_fit (or true) puts whole records into rows with segment ids; group_texts concatenates
             and cuts like HF's run_clm; false pads one record a row.
         train_on_inputs: also learn the prompt, not only the answer.
-        add_bos: begin each record with the tokenizer's bos token.
-        add_eos: end each answer with the tokenizer's eos token, and learn it.
+        add_bos: begin each record with the tokenizer's bos token; null: if the tokenizer itself does so. A chat
+            template has its own.
+        add_eos: end each answer and each document with the tokenizer's eos token, and learn it; null: if it has one.
+        allow_no_end: train also when nothing that ends an answer is learnt.
+        date: day and time (2026-11-27 12:00) that chat templates are told which ask for it; null: when the run was
+            first started.
         drop_unknown: leave out records with a token that the tokenizer does not know, as SciMind does.
         too_long: what to do with a record longer than a row: truncate, split into pieces, drop (each reported) or
             error; auto splits plain text and truncates the rest.
@@ -195,12 +200,14 @@ class DataConfig:
     """
 
     train: tuple[SourceConfig, ...] = ()
-    validation: int | tuple[SourceConfig, ...] = 0
+    validation: int | float | tuple[SourceConfig, ...] = 0
     sequence_length: int = 512
     packing: bool | Literal["first_fit", "group_texts"] = True
     train_on_inputs: bool = False
-    add_bos: bool = True
-    add_eos: bool = True
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    allow_no_end: bool = False
+    date: str | None = None
     drop_unknown: bool = False
     too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
     workers: int = 0
@@ -456,7 +463,7 @@ class GenerateConfig(Decoding):
             for the prompt as it is; auto takes the one that the model was trained with here, else the chat template,
             else text.
         columns: the template's field names mapped to those of predict_data, e.g. {instruction: question}.
-        add_bos: begin with the tokenizer's bos token; null: if it has one and the template does not write it.
+        add_bos: begin with the tokenizer's bos token; null: as in training, else if the tokenizer itself does so.
         batch_size: prompts answered together.
         mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
         distributed: several processes.

@@ -181,8 +181,9 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if adapter is not None and adapter.base and not _same_place(adapter.base, path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
     tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
-    template, why, add_bos = _template(config, source.path if adapter is None else adapter.path, tokenizer)
-    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system)
+    trained = _trained(source.path if adapter is None else adapter.path)
+    template, why, add_bos = _template(config, trained, tokenizer)
+    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system, trained.get("add_eos"))
 
     platform = jax.default_backend()
     dtype = config.model.dtype
@@ -216,7 +217,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     started = time.perf_counter()
     with console.status("loading"):
         weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
-    stops = _stop_ids(whole, tokenizer)
+    stops = sorted({*_stop_ids(whole, tokenizer), *trained.get("stop_ids", ())})
 
     from convert.output import human
 
@@ -282,19 +283,24 @@ def _same_place(recorded: str, path: str) -> bool:
     return Path(recorded).resolve() == Path(path).resolve() or Path(recorded).name == Path(path).name
 
 
-def _template(config: GenerateConfig, path: Path, tokenizer: Any) -> tuple[str, str, bool | None]:
-    """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
+def _trained(path: Path) -> dict[str, Any]:
+    """What training here noted for those who ask (prompt.json); `template` as a name or an absolute file."""
     from jaxlm.models.shapes import read_json
 
     recorded = path / "jaxlm" / "prompt.json"
-    trained = read_json(recorded) if recorded.is_file() else {}
+    noted: dict[str, Any] = read_json(recorded) if recorded.is_file() else {}
+    if str(noted.get("template", "")).endswith(".json"):
+        noted["template"] = str(recorded.parent / noted["template"])
+    return noted
+
+
+def _template(config: GenerateConfig, trained: dict[str, Any], tokenizer: Any) -> tuple[str, str, bool | None]:
+    """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
     add_bos = trained.get("add_bos") if config.add_bos is None else config.add_bos
     if config.template != "auto":
         return config.template, "as asked for", add_bos
     if "template" in trained:
-        name = str(trained["template"])
-        name = str(recorded.parent / name) if name.endswith(".json") else name
-        return name, "the one it was trained with", add_bos
+        return str(trained["template"]), "the one it was trained with", add_bos
     if tokenizer.chat_template is not None:
         return "chat", "the tokenizer's chat template", add_bos
     return "text", "the prompt as it is; --template alpaca and others ask a question", add_bos

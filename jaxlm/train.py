@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processe
 # Parameters below which a model is no source of knowledge, whatever it was trained on.
 SMALL_MODEL = 50e6
 FLAGS = {
-    "preview": Flags("show this many batches as text with the trained tokens marked, then exit", int),
+    "preview": Flags("show so many rows (3 without a number) as text, trained tokens marked, then exit", int, 3),
     "verbose": Flags("say at start-up also what choices rest on"),
 }
 
@@ -109,7 +110,9 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, verbose: bool) -> 
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, tokenizer_files = _tokenizer(config, source)
     shape = _shape(config, source, tokenizer)
+    config = _with_date(config, tokenizer, hosts)
     data = _data(config, tokenizer, shape, console)
+    config = dataclasses.replace(config, data=data.config)  # with what it leaves to the tokenizer
     if source is None:
         shape = _with_special_ids(shape, tokenizer)
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
@@ -117,8 +120,8 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, verbose: bool) -> 
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
-    files |= _prompt_files([report.template for report in data.report.train], config.data.add_bos, tokenizer)
-    prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
+    files |= _prompt_files(data, tokenizer)
+    prompts = [_prompt_ids(config, data, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
         if not 0 < len(prompt) < shape.max_length:
             raise UserError(
@@ -137,26 +140,62 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, verbose: bool) -> 
     )
     outcome = train(job, console, hosts)
     if not outcome.interrupted:
-        _samples(config, outcome, prompts, tokenizer, console)
+        _samples(config, data, outcome, prompts, tokenizer, console)
         _summary(config, outcome, console)
     return outcome
 
 
-def _prompt_files(templates: list[str], add_bos: bool, tokenizer: Tokenizer) -> dict[str, bytes]:
+def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
     """What tells `jaxlm.generate` how to ask: the first template that is not plain text; a user's own comes along.
 
-    Of a task it is the conversation that the task is put into: whoever asks words the question.
+    Of a task it is the conversation that the task is put into: whoever asks words the question. `stop_ids` are the
+    tokens that ended the answers.
     """
     from jaxlm.data.templates import for_questions, load_template
 
+    templates = [report.template for report in data.report.train]
     name = next((name for name in templates if name != "text"), "text")
     name = for_questions(load_template(name, tokenizer)).name
+    stops = sorted(frozenset().union(*(report.end_ids for report in data.report.train)))
+    noted = {"template": name, "add_bos": data.config.add_bos, "add_eos": data.config.add_eos, "stop_ids": stops}
     if not name.endswith(".json"):
-        return {"prompt.json": json.dumps({"template": name, "add_bos": add_bos}).encode()}
+        return {"prompt.json": json.dumps(noted).encode()}
     return {
-        "prompt.json": json.dumps({"template": "template.json", "add_bos": add_bos}).encode(),
+        "prompt.json": json.dumps(noted | {"template": "template.json"}).encode(),
         "template.json": Path(name).expanduser().read_bytes(),
     }
+
+
+def _with_date(config: RunConfig, tokenizer: Tokenizer, hosts: Hosts | None = None) -> RunConfig:
+    """The run with the day that its chat template is told, which stays that of its first start."""
+    date = config.data.date
+    if date is None and tokenizer.asks_for_date:
+        date = _kept_date(Path(config.output_dir))
+        date = date if hosts is None else hosts.exchange("date", date)[0]
+    if date:
+        try:
+            tokenizer.date = datetime.fromisoformat(date)
+        except ValueError:
+            raise UserError(f"data.date: {date!r} is no date; write it like 2026-11-27, or 2026-11-27 12:00") from None
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date or None))
+
+
+def _kept_date(out: Path) -> str:
+    """The date that a run began with: of its newest checkpoint or its config.yaml, else now.
+
+    Empty for a checkpoint from before the date was kept: such a run goes on as it was.
+    """
+    import yaml
+
+    newest = _newest_checkpoint(out / "checkpoints")
+    for file in (*(() if newest is None else (newest / "run.yaml",)), out / "config.yaml"):
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        kept = (content.get("data") or {}).get("date") if isinstance(content, dict) else None
+        if kept is not None:
+            return str(kept)
+        if newest is not None:
+            return ""
+    return datetime.now().isoformat(sep=" ", timespec="seconds")
 
 
 def _shape(config: RunConfig, source: Any, tokenizer: Tokenizer) -> Any:
@@ -250,9 +289,15 @@ def _with_modalities(
 
 def _kept_tokenizer(checkpoints: Path) -> dict[str, bytes]:
     """The tokenizer of the run that is resumed; empty when there is none yet."""
+    newest = _newest_checkpoint(checkpoints)
+    return {} if newest is None else _read_files(newest / "tokenizer")
+
+
+def _newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The folder with the small files of a run's newest checkpoint."""
     steps = [path for path in checkpoints.glob("*") if path.name.isdigit() and (path / "jaxlm" / "tokenizer").is_dir()]
     newest = max(steps, key=lambda path: int(path.name), default=None)
-    return {} if newest is None else _read_files(newest / "jaxlm" / "tokenizer")
+    return None if newest is None else newest / "jaxlm"
 
 
 def _read_files(directory: Path) -> dict[str, bytes]:
@@ -282,7 +327,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
             max_positions=shape.max_length,
             ranges=None if shape.moe is None else shape.moe.ranges,
         )
-    console.print("\n".join(data.report.lines()), highlight=False)
+    console.print("\n".join([*data.report.lines(), *data.report.remarks()]), highlight=False, markup=False)
     return data
 
 
@@ -316,28 +361,32 @@ def _adapter(config: RunConfig, shape: Any, source: Any) -> Any:
     return adapter
 
 
-def _preview(config: RunConfig, batches: int, console: Console) -> None:
+def _preview(config: RunConfig, rows: int, console: Console) -> None:
     from convert.source import open_model
     from jaxlm.data.preview import preview
 
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, _ = _tokenizer(config, source)
+    config = _with_date(config, tokenizer)
     data = _data(config, tokenizer, _shape(config, source, tokenizer), console)
     train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps)
-    for number in range(min(batches, len(train))):
-        console.rule(f"batch {number}")
-        preview(train[number], tokenizer, console)
+    shown = 0
+    for number in range(len(train)):
+        shown += preview(train[number], tokenizer, console, shown, rows)
+        if shown == rows:
+            break
+    console.rule(f"{shown} rows of a run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
 
 
 def _samples(
-    config: RunConfig, outcome: Outcome, prompts: list[list[int]], tokenizer: Tokenizer, console: Console
+    config: RunConfig, data: Data, outcome: Outcome, prompts: list[list[int]], tokenizer: Tokenizer, console: Console
 ) -> None:
     if not prompts:
         return
     from jaxlm.parallel.mesh import use_mesh
     from jaxlm.training.samples import greedy_answers
 
-    stops = [token for token in (tokenizer.eos_id,) if token is not None]
+    stops = sorted({*tokenizer.end_ids, *frozenset().union(*(report.end_ids for report in data.report.train))})
     with use_mesh(outcome.mesh):
         answers = greedy_answers(outcome.model, outcome.variables, prompts, config.train.sample_tokens, stops)
     console.print()
@@ -353,20 +402,19 @@ def _samples(
         )
 
 
-def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+def _prompt_ids(config: RunConfig, data: Data, tokenizer: Tokenizer, text: str) -> list[int]:
     """A question in the template of the first source, as tokens up to where the answer begins."""
     from jaxlm.data.examples import prompt_ids
-    from jaxlm.data.sources import Record, read_records
-    from jaxlm.data.templates import choose_template, for_questions, load_template
+    from jaxlm.data.sources import Record
+    from jaxlm.data.templates import for_questions, load_template
 
-    source = config.data.train[0]
-    name = source.template
-    if name == "auto":
-        name = choose_template(next(read_records(source)), tokenizer, source.columns)
+    name = data.report.train[0].template
     # Whatever schema the template reads, it finds the question.
     fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
     template = for_questions(load_template(name, tokenizer))
-    return prompt_ids(template, Record("train.sample_prompts", fields), tokenizer, config.data.add_bos)
+    return prompt_ids(
+        template, Record("train.sample_prompts", fields), tokenizer, config.data.add_bos, config.data.add_eos
+    )
 
 
 def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:

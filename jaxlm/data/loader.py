@@ -23,8 +23,10 @@ from jaxlm.data.examples import (
     Progress,
     SourceReport,
     build_examples,
+    check_ends,
     count_split,
     epoch_order,
+    resolve_ends,
     split_off,
 )
 from jaxlm.data.packing import Plan, plan_rows
@@ -285,14 +287,19 @@ class _Planner:
 
 @dataclass(frozen=True)
 class Report:
-    """What the data came to, per source."""
+    """What the data came to, per source; `notes` are about all of them."""
 
     train: tuple[SourceReport, ...]
     validation: tuple[SourceReport, ...]
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Lines for a log."""
+        """Lines for a log, one a source."""
         return [f"train {r.line()}" for r in self.train] + [f"validation {r.line()}" for r in self.validation]
+
+    def remarks(self) -> list[str]:
+        """What else is worth a line: how records begin and end, what is not used, what looks like a mistake."""
+        return [*self.notes, *(line for report in (*self.train, *self.validation) for line in report.remarks())]
 
 
 @dataclass(frozen=True)
@@ -300,7 +307,7 @@ class Data:
     """Training and validation data of a run; made by `build_data`.
 
     Args:
-        config: the data section of the run's configuration.
+        config: the data section of the run's configuration, with what it leaves to the tokenizer decided.
         seed: of the order.
         train: the training examples.
         validation: the validation examples, or None.
@@ -418,14 +425,19 @@ def build_data(
     for source in config.train:
         if not (math.isfinite(source.weight) and source.weight > 0):
             raise UserError(f"data.train: weight of {source.path} is {source.weight}; it must be above 0")
+    if isinstance(config.validation, (int, float)):
+        share = isinstance(config.validation, float)
+        if not (0 <= config.validation < 1 if share else config.validation >= 0):
+            raise UserError(
+                f"data.validation is {config.validation}; it must be a number of records (e.g. 2000), a share of them "
+                "between 0 and 1 (e.g. 0.1), or a list of sources"
+            )
+    config, note = resolve_ends(config, tokenizer)
     train, reports = build_examples(config.train, config, tokenizer, vocab_size, progress)
+    check_ends(reports, config, tokenizer)
     validation: Examples | None = None
     validation_reports: tuple[SourceReport, ...] = ()
-    if isinstance(config.validation, int):
-        if config.validation < 0:
-            raise UserError(
-                f"data.validation is {config.validation}; it must be a number of records or a list of sources"
-            )
+    if isinstance(config.validation, (int, float)):
         if config.validation > 0:
             train, validation = split_off(train, config.validation, seed)
             reports, validation_reports = count_split(reports, train, validation)
@@ -433,10 +445,17 @@ def build_data(
         validation, validation_reports = build_examples(config.validation, config, tokenizer, vocab_size, progress)
     # Everything that decides tokens and order; the number of workers does not.
     decisive = {**to_dict(dataclasses.replace(config, workers=0)), "seed": seed}
+    for key in ("date", "allow_no_end"):  # what they decide is in the tokens, if anything; older runs have them not
+        del decisive[key]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
     for examples in (train, validation):
         digest.update((examples.digest() if examples is not None else "none").encode())
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]
-    report = Report(reports, validation_reports)
+    notes = [note]
+    if tokenizer.asks_for_date and tokenizer.date and any(r.template == "chat" for r in reports):
+        notes.append(
+            f"date: the chat template is told {tokenizer.date.isoformat(sep=' ')} (data.date), to the run's end"
+        )
+    report = Report(reports, validation_reports, tuple(notes))
     return Data(config, seed, train, validation, report, digest.hexdigest(), tuple(ranges))

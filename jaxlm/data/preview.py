@@ -20,20 +20,38 @@ OPEN, CLOSE = "⟦", "⟧"
 STYLE = "bold green"
 
 
-def preview(batch: Mapping[str, NDArray[Any]], tokenizer: Tokenizer, console: Console) -> None:
+def preview(
+    batch: Mapping[str, NDArray[Any]],
+    tokenizer: Tokenizer,
+    console: Console,
+    shown: int = 0,
+    most: int | None = None,
+) -> int:
     """Prints the rows of a batch as text: ⟦what is learnt⟧ stands in brackets and in colour.
 
     Args:
         batch: input_ids, loss_mask and segment_ids of shape [A, B, T] or [B, T].
         tokenizer: turns ids into text; special tokens are written out.
         console: where to print.
+        shown: rows of earlier batches that were printed.
+        most: stop at so many rows, those counted; None: print all. Then rows that are only padding are left out.
+
+    Returns:
+        How many rows of this batch were printed.
     """
     ids, mask, segments = (np.asarray(batch[name]) for name in ("input_ids", "loss_mask", "segment_ids"))
     length = ids.shape[-1]
     rows = zip(*(array.reshape(-1, length) for array in (ids, mask, segments)), strict=True)
-    console.print(f"{OPEN}learnt{CLOSE} and not learnt", style="dim", highlight=False)
-    for number, (row_ids, row_mask, row_segments) in enumerate(rows, 1):
+    if shown == 0:
+        console.print(f"{OPEN}learnt{CLOSE} and not learnt", style="dim", highlight=False)
+    number = shown
+    for row_ids, row_mask, row_segments in rows:
         used = row_segments > 0
+        if most is not None and not used.any():
+            continue
+        if number == most:
+            break
+        number += 1
         documents = int(row_segments.max())
         console.rule(
             f"row {number}: {documents} document{'s' * (documents != 1)}, {int(used.sum())} tokens, "
@@ -45,6 +63,7 @@ def preview(batch: Mapping[str, NDArray[Any]], tokenizer: Tokenizer, console: Co
             if documents > 1:
                 console.print(f"-- document {segment} ({int(here.sum())} tokens)", style="dim", highlight=False)
             console.print(_document(row_ids[here], row_mask[here], tokenizer), soft_wrap=True)
+    return number - shown
 
 
 def _document(ids: NDArray[Any], mask: NDArray[Any], tokenizer: Tokenizer) -> Text:

@@ -1,4 +1,4 @@
-"""How a record becomes text, and which characters of it are learnt.
+"""How a record becomes text, and which characters of it are learnt: templates by name.
 
 Templates are JSON files beside this module, of three kinds, and a user's own file may be any:
 
@@ -14,114 +14,29 @@ Besides there are `text` (plain documents) and `chat` (the tokenizer's own Jinja
 
 from __future__ import annotations
 
-import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, Protocol
+from typing import Any
 
+from jaxlm.data.chat import ChatTemplate
+from jaxlm.data.messages import (
+    Message,
+    columns_read,
+    is_empty,
+    read_messages,
+    refuse_without_answer,
+    text_field,
+    without_answer,
+)
+from jaxlm.data.rendering import Rendered, Segment, Span, Template
 from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import MARK_BEGIN, MARK_END, Tokenizer
 
 DIRECTORY = Path(__file__).parent / "templates"
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of text; `trained` says whether a model learns to write it."""
-
-    text: str
-    trained: bool
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Spans that are tokenised together as one text; `eos`: the end-of-sequence token follows."""
-
-    spans: tuple[Span, ...]
-    eos: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(span.text for span in self.spans)
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A record as text.
-
-    Args:
-        segments: in order.
-        has_bos: bos is in the text already, or must not be there: none is to be added. A chat template has the say.
-        special_tokens: passed to Tokenizer.encode: whether special tokens written in the text count as such.
-    """
-
-    segments: tuple[Segment, ...]
-    has_bos: bool = False
-    special_tokens: bool | None = None
-
-    def text(self, eos: str = "") -> str:
-        """The whole text, with `eos` written where the token goes."""
-        return "".join(segment.text + (eos if segment.eos else "") for segment in self.segments)
-
-
-class Template(Protocol):
-    """What turns records into text. `name` is for messages."""
-
-    @property
-    def name(self) -> str: ...
-
-    def render(self, record: Record) -> Rendered:
-        """The whole record, answers included and marked as trained."""
-        ...
-
-    def render_prompt(self, record: Record) -> Rendered:
-        """Everything before the last answer, for inference; the record needs no answer."""
-        ...
-
-    def response(self, text: str) -> str:
-        """The answer within the text of prompt and answer."""
-        ...
-
-
-def _field(record: Record, field: str, columns: Mapping[str, str], template: str, default: str | None = None) -> str:
-    """A text field of the record; numbers are written out. UserError when it is missing and has no default."""
-    column = columns.get(field, field)
-    value = record.data.get(column)
-    if value is None and (default is not None and field not in columns):
-        return default
-    if value is None or isinstance(value, (dict, list, bool)):
-        problem = "has no column" if value is None else f"has a {type(value).__name__} in column"
-        raise UserError(
-            f"data: {record.name} {problem} {column!r}, which the template {template} needs; columns found: "
-            f"{', '.join(map(str, record.data)) or 'none'}. Choose another template, or name the column: "
-            f"columns: {{{field}: NAME}}"
-        )
-    return _checked(record, str(value))
-
-
-def _checked(record: Record, text: str) -> str:
-    """The text, unless it holds half of a character: JSON can say "\\ud83d", and no tokenizer takes that."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"data: {record.name} holds an incomplete Unicode character (a lone surrogate) "
-            f"after {text[max(0, error.start - 20) : error.start]!r}; repair or remove the record"
-        ) from None
-    return text
 
 
 @dataclass(frozen=True)
@@ -132,13 +47,16 @@ class TextTemplate:
     name: str = "text"
 
     def render(self, record: Record) -> Rendered:
-        return Rendered((Segment((Span(_field(record, "text", self.columns, self.name), True),), True),))
+        return Rendered((Segment((Span(text_field(record, "text", self.columns, self.name), True),), True),))
 
     def render_prompt(self, record: Record) -> Rendered:
-        return Rendered((Segment((Span(_field(record, "text", self.columns, self.name), False),), False),))
+        return Rendered((Segment((Span(text_field(record, "text", self.columns, self.name), False),), False),))
 
     def response(self, text: str) -> str:
         return text.strip()
+
+    def used(self, record: Record) -> frozenset[str]:
+        return frozenset({self.columns.get("text", "text")})
 
 
 @dataclass(frozen=True)
@@ -152,15 +70,15 @@ class PromptTemplate:
     response_split: str
 
     def _prompt(self, record: Record) -> Span:
-        instruction = _field(record, "instruction", self.columns, self.name)
-        extra = _field(record, "input", self.columns, self.name, default="")
+        instruction = text_field(record, "instruction", self.columns, self.name)
+        extra = text_field(record, "input", self.columns, self.name, default="")
         form = self.prompt_input if extra else self.prompt_no_input
         return Span(form.format(instruction=instruction, input=extra), False)
 
     def render(self, record: Record) -> Rendered:
         prompt = self._prompt(record)
-        output = _field(record, "output", self.columns, self.name)
-        return Rendered((Segment((prompt, Span(output, True)), True),))
+        output = text_field(record, "output", self.columns, self.name)
+        return Rendered((Segment((prompt, Span(output, True)), True),), answers=(output,))
 
     def render_prompt(self, record: Record) -> Rendered:
         return Rendered((Segment((self._prompt(record),), False),))
@@ -174,49 +92,8 @@ class PromptTemplate:
             raise UserError(f"template {self.name}: the text does not contain {self.response_split!r}")
         return parts[1].strip()
 
-
-def read_messages(record: Record, columns: Mapping[str, str], template: str) -> list[dict[str, str]]:
-    """The conversation of a record as [{"role": system|user|assistant, "content": text}, …].
-
-    Read from `messages` (role, content), `conversations` or SciMind's `conversation` (from, value), or from Alpaca's
-    columns: instruction and input, with an empty line between, are the question.
-    """
-    name = columns.get("messages") or next((c for c in CONVERSATION_COLUMNS if record.data.get(c) is not None), None)
-    if name is None and columns.get("instruction", "instruction") in record.data:
-        question = _field(record, "instruction", columns, template)
-        extra = _field(record, "input", columns, template, default="")
-        answer = record.data.get(columns.get("output", "output"))
-        messages = [{"role": "user", "content": question + (f"\n\n{extra}" if extra else "")}]
-        return (
-            messages if answer is None else [*messages, {"role": "assistant", "content": _checked(record, str(answer))}]
-        )
-    turns = record.data.get(name) if name else None
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise UserError(
-            f"data: {record.name}: the template {template} needs a list of messages in one of the columns "
-            f"{', '.join(CONVERSATION_COLUMNS)}; columns found: {', '.join(map(str, record.data)) or 'none'}. "
-            "Choose another template, or name the column: columns: {messages: NAME}"
-        )
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if role not in ROLES or not isinstance(content, str):
-            raise UserError(
-                f"data: {record.name}: message {number} must have a role ({', '.join(ROLES)}) and a text content, "
-                f"found role {role!r} and content of type {type(content).__name__}"
-            )
-        messages.append({"role": ROLES[role], "content": _checked(record, content)})
-    return messages
-
-
-def _without_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def _refuse_without_answer(record: Record, messages: list[dict[str, str]]) -> None:
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"data: {record.name} has no message of the assistant, so there is nothing to learn from it")
+    def used(self, record: Record) -> frozenset[str]:
+        return frozenset(self.columns.get(name, name) for name in ("instruction", "input", "output"))
 
 
 @dataclass(frozen=True)
@@ -232,120 +109,47 @@ class ConversationTemplate:
 
     def render(self, record: Record) -> Rendered:
         messages = read_messages(record, self.columns, self.name)
-        _refuse_without_answer(record, messages)
+        refuse_without_answer(record, messages, self.columns)
         return self._segments(messages, record)
 
     def render_prompt(self, record: Record) -> Rendered:
-        messages = _without_answer(read_messages(record, self.columns, self.name))
+        messages = without_answer(read_messages(record, self.columns, self.name))
         rendered = self._segments(messages, record)
         return Rendered((*rendered.segments[:-1], self._ask(rendered.segments[-1])))
 
     def response(self, text: str) -> str:
         return text.rsplit(f"{self.assistant}:", 1)[-1].strip()
 
+    def used(self, record: Record) -> frozenset[str]:
+        return columns_read(record, self.columns)
+
     def _ask(self, segment: Segment) -> Segment:
         return Segment((*segment.spans, Span(f"{self.assistant}:", False)), False)
 
-    def _segments(self, messages: list[dict[str, str]], record: Record) -> Rendered:
+    def _segments(self, messages: list[Message], record: Record) -> Rendered:
         system = self.system
-        if messages and messages[0]["role"] == "system":
-            system, messages = messages[0]["content"], messages[1:]
+        if messages and messages[0].role == "system":
+            system, messages = messages[0].content, messages[1:]
         segments: list[Segment] = []
         spans = [Span(system + self.separator, False)]
         for number, message in enumerate(messages):
             expected = ("user", "assistant")[number % 2]
-            if message["role"] != expected:
+            if message.role != expected:
                 raise UserError(
                     f"data: {record.name}: in the template {self.name} user and assistant take turns, "
-                    f"but the role of message {number + 1} is {message['role']}"
+                    f"but the role of message {number + 1} is {message.role}"
                 )
             if expected == "user":
-                spans.append(Span(f"{self.user}: {message['content']}{self.separator}", False))
+                spans.append(Span(f"{self.user}: {message.content}{self.separator}", False))
             else:
                 # The space is learnt with the answer's first word: tokenizers make one token of the two.
-                spans += [Span(f"{self.assistant}:", False), Span(f" {message['content']}", True)]
+                spans += [Span(f"{self.assistant}:", False), Span(f" {message.content}", message.trained)]
                 segments.append(Segment(tuple(spans), True))
                 spans = []
         if spans:
             segments.append(Segment(tuple(spans), False))
-        return Rendered(tuple(segments))
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """The tokenizer's own chat template.
-
-    What is learnt: {% generation %} blocks where the template has them, else the contents of the assistant's messages;
-    and the special token that ends each turn, without which a model would not learn to stop.
-    """
-
-    columns: Mapping[str, str]
-    tokenizer: Tokenizer
-    name: str = "chat"
-
-    def render(self, record: Record) -> Rendered:
-        messages = read_messages(record, self.columns, self.name)
-        _refuse_without_answer(record, messages)
-        if any(mark in message["content"] for message in messages for mark in (MARK_BEGIN, MARK_END)):
-            raise UserError(f"data: {record.name} contains a Unicode noncharacter (U+FDD0 or U+FDD1); remove it")
-        text = self.tokenizer.render_chat(messages, keep_marks=True)
-        if MARK_BEGIN not in text:
-            text = self._mark_answers(messages, text, record)
-        spans: list[Span] = []
-        for number, part in enumerate(re.split(f"[{MARK_BEGIN}{MARK_END}]", text)):
-            ending = self._turn_end.match(part) if number % 2 == 0 and number > 0 else None
-            if ending and not self._ends_special(spans[-1].text):
-                spans.append(Span(ending.group(), True))
-                part = part[ending.end() :]
-            spans.append(Span(part, number % 2 == 1))
-        spans = [span for span in spans if span.text]
-        # A template without such tokens: eos ends the conversation.
-        ended = any(self._ends_special(span.text) for span in spans if span.trained)
-        return Rendered((Segment(tuple(spans), not ended),), True, True)
-
-    def render_prompt(self, record: Record) -> Rendered:
-        messages = _without_answer(read_messages(record, self.columns, self.name))
-        text = self.tokenizer.render_chat(messages, add_generation_prompt=True)
-        return Rendered((Segment((Span(text, False),), False),), True, True)
-
-    def response(self, text: str) -> str:
-        return text.strip()
-
-    @functools.cached_property
-    def _special(self) -> str:
-        return "|".join(re.escape(t) for t in sorted(self.tokenizer.special_tokens(), key=len, reverse=True) if t)
-
-    @functools.cached_property
-    def _turn_end(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*(?:{self._special})" if self._special else r"(?!)")
-
-    def _ends_special(self, text: str) -> bool:
-        return bool(self._special) and re.search(rf"(?:{self._special})\s*\Z", text) is not None
-
-    def _mark_answers(self, messages: list[dict[str, str]], plain: str, record: Record) -> str:
-        """The rendered text with marks around the assistant's contents.
-
-        Searching for a content would find "a" within "assistant". So the conversation is rendered once more with
-        marks in it; that counts only if without the marks it is the same text. Templates often trim contents, hence two
-        tries.
-        """
-        for trim in (False, True):
-            marked = []
-            for message in messages:
-                content = message["content"].strip() if trim else message["content"]
-                if message["role"] == "assistant":
-                    content = f"{MARK_BEGIN}{content}{MARK_END}"
-                marked.append({**message, "content": content})
-            text = self.tokenizer.render_chat(marked, keep_marks=True)
-            if re.sub(f"[{MARK_BEGIN}{MARK_END}]", "", text) == plain and text.count(MARK_BEGIN) == sum(
-                message["role"] == "assistant" for message in messages
-            ):
-                return text
-        raise UserError(
-            f"data: {record.name}: the chat template of {self.tokenizer.path} changes or leaves out what the assistant "
-            "says, so it is unclear what to learn; put {% generation %} … {% endgeneration %} around it in the chat "
-            "template, or choose another template"
-        )
+        answers = tuple(m.content for m in messages if m.role == "assistant" and m.trained)
+        return Rendered(tuple(segments), answers=answers)
 
 
 @dataclass(frozen=True)
@@ -368,6 +172,10 @@ class TaskTemplate:
     def response(self, text: str) -> str:
         return self.inner.response(text)
 
+    def used(self, record: Record) -> frozenset[str]:
+        names = (*self.asks_for, *_placeholders(self.answer))
+        return frozenset(self.columns.get(name, name) for name in names)
+
     @property
     def asks_for(self) -> tuple[str, ...]:
         """The columns that the question names, before `columns` renames them."""
@@ -378,7 +186,7 @@ class TaskTemplate:
         return Record(record.name, {"messages": [question, *answer]})
 
     def _filled(self, text: str, record: Record) -> str:
-        fields = {name: _field(record, name, self.columns, self.name) for name in _placeholders(text)}
+        fields = {name: text_field(record, name, self.columns, self.name) for name in _placeholders(text)}
         return text.format(**fields)
 
 
@@ -420,7 +228,7 @@ def load_template(name: str, tokenizer: Tokenizer, columns: Mapping[str, str] | 
     """
     columns = dict(columns or {})
     template = _load(name, tokenizer, columns)
-    known = {"instruction", "input", "output", "text", "messages"}
+    known = {"instruction", "input", "output", "text", "messages", "system", "history", "tools"}
     if isinstance(template, TaskTemplate):
         known = {*template.asks_for, *_placeholders(template.answer)}
     if unknown := set(columns) - known:
@@ -509,19 +317,50 @@ def _check_placeholders(template: PromptTemplate, path: Path) -> None:
 
 
 def choose_template(record: Record, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None) -> str:
-    """The template name that `auto` stands for, by the columns of a source's first record."""
+    """The template name that `auto` stands for; see `explain_choice`."""
+    return explain_choice([record], tokenizer, columns)[0]
+
+
+def explain_choice(
+    records: Sequence[Record], tokenizer: Tokenizer, columns: Mapping[str, str] | None = None
+) -> tuple[str, str]:
+    """The template name that `auto` stands for, by the columns of a source's first records, and why.
+
+    A question with its answer goes before a rendered text: Alpaca's own files have both, and the text holds the prompt.
+
+    Raises:
+        UserError: for columns that no template goes with.
+    """
     columns = columns or {}
-    has = {field for field in ("text", "instruction", "messages") if columns.get(field, field) in record.data}
-    if "text" in has:
-        return "text"
-    if "instruction" in has:
-        return "alpaca"
-    if "messages" in has or "conversations" in record.data:
-        return "chat" if tokenizer.chat_template is not None else "vicuna_v1.1"
-    if "conversation" in record.data:
-        return "scimind"
+    named = {
+        name: columns.get(name, name) for name in ("text", "instruction", "output", "messages", "system", "history")
+    }
+    holding = {column for record in records for column, value in record.data.items() if not is_empty(value)}
+    # Records may be empty where a template is to say so; then the columns alone decide.
+    there = {name for name, column in named.items() if column in holding}
+    found = [name for name in ("messages", "conversations", "conversation") if name in holding]
+    if not there and not found:
+        holding = {column for record in records for column in record.data}
+        there = {name for name, column in named.items() if column in holding}
+        found = [name for name in ("messages", "conversations", "conversation") if name in holding]
+    chat = "chat" if tokenizer.chat_template is not None else "vicuna_v1.1"
+    own = "the tokenizer has a chat template" if chat == "chat" else "the tokenizer has no chat template"
+    beside = f"; column {named['text']!r} is not used" if "text" in there else ""
+    if "messages" in there or "conversations" in found:
+        column = named["messages"] if "messages" in there else "conversations"
+        return chat, f"column {column!r}, and {own}{beside}"
+    if "conversation" in found:
+        return "scimind", f"column 'conversation'{beside}"
+    if "instruction" in there and ("output" in there or "text" not in there):
+        both = f"columns {named['instruction']!r} and {named['output']!r}"
+        turns = [named[name] for name in ("history", "system") if name in there]
+        if turns:
+            return chat, f"{both}, with {' and '.join(map(repr, turns))}, and {own}{beside}"
+        return "alpaca", (both if "output" in there else f"column {named['instruction']!r}") + beside
+    if "text" in there:
+        return "text", f"column {named['text']!r}"
     raise UserError(
-        f"data: {record.name}: no template goes by itself with the columns "
-        f"{', '.join(map(str, record.data)) or 'none'}; set template, and columns if they are "
+        f"data: {records[0].name}: no template goes by itself with the columns "
+        f"{', '.join(map(str, records[0].data)) or 'none'}; set template, and columns if they are "
         "named otherwise, e.g. columns: {instruction: question, output: answer}"
     )

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.examples import prompt_ids
+from jaxlm.data.messages import read_messages
+from jaxlm.data.rendering import Template
 from jaxlm.data.sources import Record
-from jaxlm.data.templates import (
-    ChatTemplate,
-    ConversationTemplate,
-    TaskTemplate,
-    Template,
-    load_template,
-    read_messages,
-)
+from jaxlm.data.templates import ConversationTemplate, TaskTemplate, load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
@@ -29,8 +25,9 @@ class Prompter:
         template: a template name or JSON file (see `data.templates`).
         tokenizer: the model's.
         columns: the template's field names mapped to those of the records.
-        add_bos: begin with bos unless the template does; None: if the tokenizer has one.
+        add_bos: begin with bos unless the template does; None: if the tokenizer itself does.
         system: system message of a conversation.
+        add_eos: earlier answers of a conversation end with eos; None: if the tokenizer has one.
 
     Raises:
         UserError: for an unknown template, or a system message that the template has no place for.
@@ -43,11 +40,13 @@ class Prompter:
         columns: Mapping[str, str] | None = None,
         add_bos: bool | None = None,
         system: str | None = None,
+        add_eos: bool | None = None,
     ) -> None:
         self._columns = dict(columns or {})
         self._template: Template = load_template(template, tokenizer, self._columns)
         self.tokenizer = tokenizer
-        self._add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+        self._add_bos = tokenizer.adds_bos if add_bos is None else add_bos
+        self._add_eos = add_eos
         self._asks_for = self._template.asks_for if isinstance(self._template, TaskTemplate) else ()
         self.takes_turns = isinstance(self._template, (ChatTemplate, ConversationTemplate))
         self.system: str | None = None
@@ -107,9 +106,10 @@ class Prompter:
     def _check_question(self, record: Record) -> None:
         """Refuses a record that asks nothing."""
         if self.takes_turns:
-            asked = [
-                m["content"] for m in read_messages(record, self._columns, self._template.name) if m["role"] == "user"
-            ]
+            tools = isinstance(self._template, ChatTemplate)
+            messages = read_messages(record, self._columns, self._template.name, tools)
+            # What a tool answered asks for the next turn as well as a question does.
+            asked = [message.content for message in messages if message.role in ("user", "tool")]
             text = asked[-1] if asked else ""
         else:
             field = "text" if self.is_text else (*self._asks_for, "instruction")[0]
@@ -118,4 +118,4 @@ class Prompter:
             raise UserError(f"{record.name} is empty: there is nothing to answer")
 
     def _ids(self, record: Record) -> list[int]:
-        return prompt_ids(self._template, record, self.tokenizer, self._add_bos)
+        return prompt_ids(self._template, record, self.tokenizer, self._add_bos, self._add_eos)

@@ -21,6 +21,7 @@ FREE = (
     "model.remat",
     "lora.init_from",
     "data.workers",
+    "data.allow_no_end",
     "train.epochs",
     "train.steps",
     "train.micro_batch_size",

@@ -209,9 +209,11 @@ def test_a_tokenizer_without_bos_or_eos(chat_tokenizer: Tokenizer, tmp_path: Pat
     (tmp_path / "tokenizer_config.json").write_text("{}")
     bare = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"data\.add_bos is true, but .* has no bos token; .* data\.add_bos: false"):
-        build(tmp_path, bare, RECORDS)
+        build(tmp_path, bare, RECORDS, add_bos=True)
     with pytest.raises(UserError, match=r"data\.add_eos is true"):
-        build(tmp_path, bare, RECORDS, add_bos=False)
+        build(tmp_path, bare, RECORDS, add_eos=True)
+    examples, (report,) = build(tmp_path, bare, RECORDS)
+    assert report.ends == 0 and len(examples) == len(RECORDS)
     assert build(tmp_path, bare, RECORDS, add_bos=False, add_eos=False)
 
 

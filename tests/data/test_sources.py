@@ -91,7 +91,7 @@ def test_datasets_directories(tmp_path: Path) -> None:
 
 BROKEN = {
     "a.json": ('[{"a": 1},\n {"a": }]', r"a\.json:2: broken JSON"),
-    "b.json": ('{"data": [\n{"a": 1}]}', r"b\.json:1: broken JSON"),
+    "b.json": ('{"data": [\n{"a": 1}}', r"b\.json:2: broken JSON"),
     "c.json": ("[1, 2]", r"c\.json:1: a record must be an object with named fields, found int"),
     "d.json": ("", "d.json holds no records"),
     "e.json": ("[]", "e.json holds no records"),

@@ -145,7 +145,8 @@ def test_columns(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (BOTH | {"instruction": None}, "has no column 'instruction'"),
+        (BOTH | {"instruction": None}, "its column 'instruction' is null"),
+        ({"input": "x", "output": "y"}, "needs a list of messages"),
         ({"messages": []}, "needs a list of messages"),
         ({"messages": "hi"}, "needs a list of messages"),
         ({"text": "hi"}, "needs a list of messages in one of the columns messages, .*columns found: text"),

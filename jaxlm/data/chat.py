@@ -1,0 +1,278 @@
+"""The tokenizer's own chat template, and what of its text is learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.data.messages import (
+    Message,
+    columns_read,
+    messages_column,
+    read_messages,
+    read_tools,
+    refuse_without_answer,
+    without_answer,
+)
+from jaxlm.data.rendering import Rendered, Segment, Span
+from jaxlm.data.sources import Record
+from jaxlm.errors import UserError
+from jaxlm.tokenizer import MARK_BEGIN, MARK_END, Tokenizer
+
+MARKS = f"[{MARK_BEGIN}{MARK_END}]"
+# Keys of a message that change what the assistant writes: where it does is found by rendering the turns before it.
+WRITTEN_BESIDE = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Where in the rendered text an assistant's turn is; `ended`: its end may be part of it."""
+
+    begin: int
+    end: int
+    message: Message
+    ended: bool
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The tokenizer's own chat template.
+
+    What is learnt: {% generation %} blocks where the template has them, else what the assistant's messages say, tool
+    calls included; and the end of each turn, without which a model would not learn to stop. Where the template leaves
+    the end off the last message, the one that it writes between turns follows, or else eos.
+    """
+
+    columns: Mapping[str, str]
+    tokenizer: Tokenizer
+    name: str = "chat"
+
+    def render(self, record: Record) -> Rendered:
+        messages = read_messages(record, self.columns, self.name, tools=True)
+        refuse_without_answer(record, messages, self.columns)
+        if any(mark in message.content for message in messages for mark in (MARK_BEGIN, MARK_END)):
+            raise UserError(f"data: {record.name} contains a Unicode noncharacter (U+FDD0 or U+FDD1); remove it")
+        text, answers = self._located(messages, record, read_tools(record, self.columns))
+        spans: list[Span] = []
+        at, ends = 0, []
+        for answer in answers:
+            spans.append(Span(text[at : answer.begin], False))
+            at = answer.end
+            said, end = text[answer.begin : at], ""
+            if answer.ended and (found := self._special_at_the_end(said)):
+                said, end = said[: -len(found)], found
+            elif found := self._end_behind(text, at):
+                end, at = found, at + len(found)
+            spans += [Span(said, answer.message.trained), Span(end, answer.message.trained, True)]
+            ends.append(end)
+        last, rest, eos = messages[-1], text[at:], False
+        learnt = last.role == "assistant" and last.trained
+        if last.role == "assistant" and (not ends[-1] or not self._has_special(ends[-1])):
+            # The end is missing. What stands before the one that is added is learnt too: nothing is left to guess.
+            added = self._end_between_turns or next((e for e in reversed(ends) if self._has_special(e)), None)
+            eos = added is None
+            if added and not rest.strip():  # as between turns: the end first
+                spans += [Span(added, learnt, True), Span(rest, False)]
+            else:
+                spans += [Span(rest, learnt), Span(added or "", learnt, True)]
+        else:
+            spans.append(Span(rest, False))
+        spans = [span for span in spans if span.text]
+        said_by = tuple(text[a.begin : a.end] for a in answers if a.message.trained)
+        return Rendered((Segment(tuple(spans), eos),), True, True, said_by)
+
+    def render_prompt(self, record: Record) -> Rendered:
+        messages = without_answer(read_messages(record, self.columns, self.name, tools=True))
+        tools = read_tools(record, self.columns)
+        text = self.tokenizer.render_chat([_plain(m) for m in messages], add_generation_prompt=True, tools=tools)
+        return Rendered((Segment((Span(text, False),), False),), True, True)
+
+    def response(self, text: str) -> str:
+        return text.strip()
+
+    def used(self, record: Record) -> frozenset[str]:
+        used = set(columns_read(record, self.columns))
+        if self._mentions("tools"):
+            used.add(self.columns.get("tools", "tools"))
+        column = messages_column(record, self.columns)
+        turns = record.data.get(column) if column else None
+        keys = {key for turn in turns or () if isinstance(turn, Mapping) for key in turn}
+        return frozenset(used | {f"{column}[].{key}" for key in keys if isinstance(key, str) and self._mentions(key)})
+
+    def _mentions(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self.tokenizer.chat_template or "") is not None
+
+    # The ends of turns ------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _special(self) -> str:
+        return "|".join(re.escape(t) for t in sorted(self.tokenizer.special_tokens(), key=len, reverse=True) if t)
+
+    @functools.cached_property
+    def _turn_end(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*(?:{self._special})" if self._special else r"(?!)")
+
+    def _has_special(self, text: str) -> bool:
+        return bool(self._special) and re.search(self._special, text) is not None
+
+    def _special_at_the_end(self, text: str) -> str:
+        """The special token at the end of a text and white space beside it, or nothing."""
+        found = re.search(rf"(?:{self._special})\s*\Z", text) if self._special else None
+        return found.group() if found else ""
+
+    def _end_behind(self, text: str, at: int) -> str:
+        """What ends the turn whose answer ends at a place: the template's own words, or the next special token."""
+        if self._own_end and text.startswith(self._own_end, at):
+            return self._own_end
+        found = self._turn_end.match(text, at)
+        return found.group() if found else ""
+
+    @functools.cached_property
+    def _own_end(self) -> str:
+        """What the template writes behind a last answer, up to the first special token in it."""
+        try:
+            text, answers = self._located(_TALK[:2], _PROBE, None)
+        except UserError:  # a template that wants other conversations
+            return ""
+        rest = text[answers[-1].end :]
+        found = re.search(self._special, rest) if self._special else None
+        return rest[: found.end()] if found else rest.rstrip()
+
+    @functools.cached_property
+    def _end_between_turns(self) -> str | None:
+        """What ends a turn which another follows, up to its special token; None where that is nothing, or eos will do.
+
+        What follows an answer may also be the next turn's opening. It is an end if it is known as one; else if more
+        special tokens stand between an answer and the next question than in the opening of an answer.
+        """
+        try:
+            text, answers = self._located(_TALK, _PROBE, None)
+            asked = self.tokenizer.render_chat([_plain(_TALK[0])])
+            opened = self.tokenizer.render_chat([_plain(_TALK[0])], add_generation_prompt=True)
+        except UserError:
+            return None
+        if not self._special:
+            return None
+        gap = text[answers[0].end : text.find(_TALK[2].content, answers[0].end)]
+        between = re.findall(self._special, gap)
+        opening = re.findall(self._special, opened.removeprefix(asked))
+        known = {self.tokenizer.token(index) for index in self.tokenizer.end_ids}
+        if between and (between[0] in known or len(between) > len(opening)):
+            return gap[: gap.index(between[0]) + len(between[0])]
+        if self.tokenizer.eos_id is None and self.tokenizer.end_ids:
+            return self.tokenizer.token(self.tokenizer.end_ids[0])
+        return None
+
+    # Where the answers are --------------------------------------------------------------------------------------------
+
+    def _located(
+        self, messages: Sequence[Message], record: Record, tools: list[Any] | None
+    ) -> tuple[str, list[_Answer]]:
+        """The rendered conversation, and where the assistant speaks in it."""
+        said = [message for message in messages if message.role == "assistant"]
+        text = self._rendered(messages, tools)
+        if MARK_BEGIN in text:
+            return self._blocks(text, said, record)
+        beside = [k for k, m in enumerate(messages) if m.role == "assistant" and self._writes_beside(m)]
+        found = {k: place for k in beside if (place := self._turn(messages, k, text, tools, record)) is not None}
+        found |= self._marked(messages, text, tools, found.keys(), record)
+        return text, [found[k] for k in sorted(found)]
+
+    def _rendered(self, messages: Sequence[Message], tools: list[Any] | None, **options: bool) -> str:
+        return self.tokenizer.render_chat([_plain(m) for m in messages], keep_marks=True, tools=tools, **options)
+
+    def _writes_beside(self, message: Message) -> bool:
+        return any(key in message.extra and self._mentions(key) for key in WRITTEN_BESIDE) or (
+            "tool_calls" in message.extra and not message.content.strip()
+        )
+
+    def _blocks(self, marked: str, said: list[Message], record: Record) -> tuple[str, list[_Answer]]:
+        """The {% generation %} blocks."""
+        parts = re.split(MARKS, marked)
+        blocks = len(parts) // 2
+        if blocks != len(said) and not all(message.trained for message in said):
+            raise UserError(
+                f"data: {record.name}: some messages are not to be learnt, but the chat template of "
+                f"{self.tokenizer.path} has {blocks} generation blocks for {len(said)} messages of the assistant: it "
+                "is unclear which; take the weights out, or mend the template"
+            )
+        answers, at = [], 0
+        for number, part in enumerate(parts):
+            if number % 2:
+                message = said[number // 2] if blocks == len(said) else said[-1]
+                answers.append(_Answer(at, at + len(part), message, True))
+            at += len(part)
+        return "".join(parts), answers
+
+    def _turn(
+        self, messages: Sequence[Message], number: int, text: str, tools: list[Any] | None, record: Record
+    ) -> _Answer | None:
+        """An assistant's whole turn: what is there with it, and is not when only its opening is rendered."""
+        message = messages[number]
+        before = self._rendered(messages[:number], tools, add_generation_prompt=True)
+        until = self._rendered(messages[: number + 1], tools)
+        same = next(
+            (k for k, (a, b) in enumerate(zip(text, until, strict=False)) if a != b), min(len(text), len(until))
+        )
+        begin, end = len(before), len(text[:same].rstrip())
+        if text.startswith(before) and begin < end:
+            end_of = self._special_at_the_end(text[begin:end])
+            if text[begin : end - len(end_of)].strip():
+                return _Answer(begin, end, message, True)
+        if message.content.strip():
+            return None  # then its content alone is learnt
+        raise UserError(
+            f"data: {record.name}: the chat template of {self.tokenizer.path} does not write the tool_calls of message "
+            f"{number + 1}, so there is nothing to learn from it; choose a tokenizer whose chat template does, or "
+            "leave the record out"
+        )
+
+    def _marked(
+        self,
+        messages: Sequence[Message],
+        plain: str,
+        tools: list[Any] | None,
+        done: Any,
+        record: Record,
+    ) -> dict[int, _Answer]:
+        """The contents of the assistant's messages, by their number, but for those that are `done`.
+
+        Searching for a content would find "a" within "assistant". So the conversation is rendered once more with
+        marks in it; that counts only if without the marks it is the same text. Templates often trim contents, hence two
+        tries.
+        """
+        wanted = [k for k, m in enumerate(messages) if m.role == "assistant" and k not in done]
+        for trim in (False, True):
+            marked = list(messages)
+            for k, message in enumerate(messages):
+                content = message.content.strip() if trim else message.content
+                if k in wanted:
+                    content = f"{MARK_BEGIN}{content}{MARK_END}"
+                marked[k] = dataclasses.replace(message, content=content)
+            text = self._rendered(marked, tools)
+            parts = re.split(MARKS, text)
+            if "".join(parts) == plain and text.count(MARK_BEGIN) == len(wanted) == len(parts) // 2:
+                places, at = [], 0
+                for part in parts:
+                    places.append((at, at + len(part)))
+                    at += len(part)
+                return {k: _Answer(*places[2 * n + 1], messages[k], False) for n, k in enumerate(wanted)}
+        raise UserError(
+            f"data: {record.name}: the chat template of {self.tokenizer.path} changes or leaves out what the assistant "
+            "says, so it is unclear what to learn; put {% generation %} … {% endgeneration %} around it in the chat "
+            "template, or choose another template"
+        )
+
+
+# What a template does with turns in general is tried with these.
+_TALK = [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
+_PROBE = Record("a trial conversation", {})
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it."""
+    return {"role": message.role, "content": message.content, **message.extra}

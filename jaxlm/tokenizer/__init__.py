@@ -1,0 +1,22 @@
+"""Text to token ids and back: SentencePiece `.model` files and Hugging Face `tokenizer.json` files behind one class.
+
+The heavy libraries are imported when a tokenizer is loaded, so that importing this package is cheap.
+"""
+
+from jaxlm.tokenizer.backends import Encoding
+from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, compile_chat_template
+from jaxlm.tokenizer.settings import AddedToken
+from jaxlm.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from jaxlm.tokenizer.training import train_sentencepiece
+
+__all__ = [
+    "MARK_BEGIN",
+    "MARK_END",
+    "TOKENIZER_FILES",
+    "AddedToken",
+    "Encoding",
+    "Tokenizer",
+    "compile_chat_template",
+    "load_tokenizer",
+    "train_sentencepiece",
+]

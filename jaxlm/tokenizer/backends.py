@@ -1,0 +1,290 @@
+"""The libraries that split texts into tokens, behind one protocol. They are imported when a tokenizer is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxlm.errors import UserError
+from jaxlm.tokenizer.settings import AddedToken, read_json
+
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Tokens of a text.
+
+    Args:
+        ids: token ids, without bos and eos.
+        offsets: for each token the characters [begin, end) of the text that it stands for. A space that SentencePiece
+            puts in front of the text stands for none. Every byte of a character spelled in bytes has that character.
+    """
+
+    ids: list[int]
+    offsets: Offsets
+
+
+class Backend(Protocol):
+    """What splits texts and writes them out.
+
+    Attributes:
+        size: largest id + 1.
+        special_ids: ids that decode(skip_special=True) leaves out.
+        opening, closing: ids that its own rule puts in front of a text and behind it; None: it has no such rule.
+    """
+
+    size: int
+    special_ids: frozenset[int]
+    opening: tuple[int, ...] | None
+    closing: tuple[int, ...] | None
+
+    def encode(
+        self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
+    ) -> list[Encoding]: ...
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
+    def token(self, index: int) -> str: ...
+    def id_of(self, token: str) -> int | None: ...
+
+
+class SentencePiece:
+    """SentencePiece's own library, plus added tokens that stand beside the model file.
+
+    Args:
+        path: the `.model` file.
+        added: tokens beyond the file, or other names for pieces in it.
+        special: tokens that play a role.
+        legacy: SentencePiece puts its space also in front of what follows a special token; false: only where a text
+            begins, as Hugging Face's LlamaTokenizer does with `legacy: false`.
+    """
+
+    opening: tuple[int, ...] | None = None
+    closing: tuple[int, ...] | None = None
+
+    def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str], legacy: bool) -> None:
+        import sentencepiece
+
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from "
+                "Meta is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
+            ) from None
+        trained = self.model.vocab_size()
+        self.added = {
+            token.content: token.id
+            for token in added
+            if token.id >= trained or self.model.id_to_piece(token.id) != token.content
+        }
+        self.names = {index: content for content, index in self.added.items()}
+        self.size = max([trained, *(index + 1 for index in self.names)])
+        self.control = {
+            self.model.id_to_piece(i): i for i in range(trained) if self.model.is_control(i) or self.model.is_unknown(i)
+        }
+        # Ordinary pieces among them are known by the role they play.
+        roles = {token: index for token in special if (index := self.id_of(token)) is not None}
+        self.control |= {token: index for token, index in roles.items() if token not in self.added}
+        self.special_ids = frozenset(self.control.values()) | {t.id for t in added if t.special} | {*roles.values()}
+        self.bos, self.eos, self.unk = (
+            index if index >= 0 else None for index in (self.model.bos_id(), self.model.eos_id(), self.model.unk_id())
+        )
+        self._legacy = legacy
+        self._continuing = self.model if legacy else _without_prefix(self.model)
+
+    def encode(
+        self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
+    ) -> list[Encoding]:
+        names = {**self.added, **self.control} if special_tokens else self.added
+        # Longest first, so that a token which begins another does not win.
+        pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+        fragments: list[tuple[int, int, str]] = []  # (text number, first character, fragment)
+        specials: list[tuple[int, int, str]] = []
+        first: list[bool] = []  # whether a text begins with this fragment
+        for number, text in enumerate(texts):
+            last = 0
+            begins = continued is None or not continued[number]
+            for match in pattern.finditer(text):
+                fragments.append((number, last, text[last : match.start()]))
+                first.append(begins and last == 0)
+                specials.append((number, match.start(), match.group()))
+                last = match.end()
+            fragments.append((number, last, text[last:]))
+            first.append(begins and last == 0)
+        pieces: list[list[tuple[int, list[int], Offsets]]] = [[] for _ in texts]
+        for (number, begin, _), item in zip(fragments, self._encode_plain(fragments, first), strict=True):
+            encoding = self._encoding(item)
+            pieces[number].append((begin, encoding.ids, [(a + begin, b + begin) for a, b in encoding.offsets]))
+        for number, begin, name in specials:
+            pieces[number].append((begin, [names[name]], [(begin, begin + len(name))]))
+        result = []
+        for parts in pieces:
+            # An empty fragment may share its place with the special token behind it: it has no ids, so order is free.
+            parts.sort(key=lambda part: part[0])
+            result.append(Encoding([i for p in parts for i in p[1]], [o for p in parts for o in p[2]]))
+        return result
+
+    def _encode_plain(self, fragments: Sequence[tuple[int, int, str]], first: Sequence[bool]) -> list[Any]:
+        result: list[Any] = [None] * len(fragments)
+        for model, beginning in ((self.model, True), (self._continuing, False)):
+            chosen = [k for k, value in enumerate(first) if value == beginning]
+            encoded = model.encode([fragments[k][2] for k in chosen], return_type="offset_mapping") if chosen else []
+            for k, item in zip(chosen, encoded, strict=True):
+                result[k] = item
+        return result
+
+    def _encoding(self, item: Mapping[str, Any]) -> Encoding:
+        ids, offsets = list(item["ids"]), list(item["offsets"])
+        # Bytes of one character come as (n, n) … (n, n + 1): give each of them the whole character.
+        for k in range(len(ids) - 2, -1, -1):
+            begin, end = offsets[k]
+            if begin == end == offsets[k + 1][0] and self.model.is_byte(ids[k]):
+                offsets[k] = offsets[k + 1]
+        return Encoding(ids, offsets)
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        # Runs of ordinary pieces are decoded by SentencePiece; special and added tokens are written out between them.
+        parts: list[str] = []
+        run: list[int] = []
+        begins = True  # what comes now begins the text: its first space is the one that SentencePiece put there
+
+        def flush() -> None:
+            if run:
+                parts.append((self.model if begins else self._continuing).decode(run))
+                run.clear()
+
+        for index in ids:
+            if index in self.special_ids or index in self.names:
+                if run:
+                    flush()
+                    begins = self._legacy
+                elif index != self.bos:
+                    begins = self._legacy
+                if not (skip_special and index in self.special_ids):
+                    parts.append(self.token(index))
+            else:
+                run.append(index)
+        flush()
+        return "".join(parts)
+
+    def token(self, index: int) -> str:
+        return self.names[index] if index in self.names else str(self.model.id_to_piece(index))
+
+    def id_of(self, token: str) -> int | None:
+        if token in self.added:
+            return self.added[token]
+        index = int(self.model.piece_to_id(token))
+        return index if self.model.id_to_piece(index) == token else None
+
+
+def _without_prefix(model: Any) -> Any:
+    """The same SentencePiece model, but no space is put in front of a text."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    proto: Any = messages.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.serialized_model_proto())
+    proto.normalizer_spec.add_dummy_prefix = False
+    return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+def _has(content: Any, key: str, value: Any) -> bool:
+    """Whether an object with this value under this key stands anywhere in JSON."""
+    if isinstance(content, dict):
+        return content.get(key) == value or any(_has(item, key, value) for item in content.values())
+    return isinstance(content, list) and any(_has(item, key, value) for item in content)
+
+
+class Fast:
+    """The `tokenizers` library, reading tokenizer.json.
+
+    Args:
+        path: the tokenizer.json.
+        added: tokens that other files add.
+        special: tokens that play a role.
+    """
+
+    opening: tuple[int, ...] | None
+    closing: tuple[int, ...] | None
+
+    def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str]) -> None:
+        import tokenizers
+
+        # The library raises the bare Exception for whatever it dislikes, so look before asking it.
+        content = read_json(path)
+        if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
+            raise UserError(f"{path} is not a tokenizer.json: it has no 'model'; copy the file again")
+        self.model = tokenizers.Tokenizer.from_file(str(path))
+        self.model.no_truncation()
+        self.model.no_padding()
+        for token in sorted(added, key=lambda item: item.id):
+            if self.model.token_to_id(token.content) is None:
+                new = tokenizers.AddedToken(token.content, special=token.special, normalized=False)
+                self.model.add_tokens([new])
+                if self.model.token_to_id(token.content) != token.id:
+                    raise UserError(
+                        f"{path.parent}: the added token {token.content!r} should have id {token.id}, "
+                        f"but tokenizer.json leaves {self.model.token_to_id(token.content)} for it"
+                    )
+        self._make_special([*special, *(token.content for token in added if token.special)])
+        decoder = self.model.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in decoder.items() if token.special)
+        self.size = max(self.model.get_vocab(with_added_tokens=True).values()) + 1
+        self.opening, self.closing = self._surroundings()
+        # Where only the beginning of a text gets a space, a special token in front tells that this is not one.
+        plain = [t.content for t in decoder.values() if t.special and not t.rstrip]
+        self._lead = plain[0] if plain and _has(content.get("pre_tokenizer"), "prepend_scheme", "first") else None
+        # Its work is done here: what it still does is to cut white space off the offsets (trim_offsets).
+        self.model.post_processor = None
+
+    def _make_special(self, tokens: Sequence[str]) -> None:
+        """Tokens that play a role are special, whatever their flag says, as in transformers."""
+        import tokenizers
+
+        known = self.model.get_added_tokens_decoder()
+        for token in dict.fromkeys(tokens):
+            index = self.model.token_to_id(token)
+            if index is None or (index in known and known[index].special):
+                continue
+            old = known.get(index)
+            kept = {key: getattr(old, key) for key in ("single_word", "lstrip", "rstrip")} if old is not None else {}
+            self.model.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False, **kept)])
+
+    def _surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the post-processor puts in front of a text and behind it."""
+        for text in ("a", "0", ".", " "):
+            plain = self.model.encode(text, add_special_tokens=False).ids
+            whole = self.model.encode(text, add_special_tokens=True).ids
+            place = next((k for k in range(len(whole)) if whole[k : k + len(plain)] == plain), None)
+            if plain and place is not None:
+                return tuple(whole[:place]), tuple(whole[place + len(plain) :])
+        return (), ()
+
+    def encode(
+        self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
+    ) -> list[Encoding]:
+        self.model.encode_special_tokens = special_tokens is False
+        encoded = self.model.encode_batch(list(texts), add_special_tokens=False)
+        result = [Encoding(item.ids, item.offsets) for item in encoded]
+        if continued is None or not any(continued) or self._lead is None or special_tokens is False:
+            return result
+        lead = self._lead
+        numbers = [number for number, value in enumerate(continued) if value]
+        behind = self.model.encode_batch([lead + texts[number] for number in numbers], add_special_tokens=False)
+        for number, item in zip(numbers, behind, strict=True):
+            shifted = [(begin - len(lead), end - len(lead)) for begin, end in item.offsets[1:]]
+            result[number] = Encoding(item.ids[1:], shifted)
+        return result
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        return str(self.model.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token(self, index: int) -> str:
+        return self.model.id_to_token(index) or ""
+
+    def id_of(self, token: str) -> int | None:
+        index: int | None = self.model.token_to_id(token)
+        return index

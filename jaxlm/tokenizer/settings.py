@@ -1,0 +1,130 @@
+"""What stands in the small files beside a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+
+# The roles that a token of its own may play, as transformers names them.
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Lists (or, of newer files, objects) of further tokens that are special.
+LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token beyond the trained vocabulary: `special` ones are left out when decoding."""
+
+    content: str
+    id: int
+    special: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the settings files say.
+
+    Args:
+        roles: role (bos_token, ...) to token.
+        special: every token that plays a role, whatever its own flag says: those are special, as in transformers.
+        chat_template: the Jinja source.
+        add_bos, add_eos: what tokenizer_config.json says; None where it says nothing.
+        legacy: LlamaTokenizer's: whether SentencePiece puts its space in front of what follows a special token too.
+        end_ids: ids that end an answer by generation_config.json.
+    """
+
+    roles: dict[str, str]
+    special: tuple[str, ...]
+    chat_template: str | None
+    add_bos: bool | None
+    add_eos: bool | None
+    legacy: bool
+    end_ids: tuple[int, ...]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        UserError: when it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, numbers and nesting without end
+        raise UserError(f"{path} is not valid JSON ({error}); copy the file again") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold an object with named fields, found {type(content).__name__}")
+    return content
+
+
+def _text(value: Any) -> str | None:
+    """A token as the files spell it: a text, or an object with `content`."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) and found else None
+
+
+def read_settings(directory: Path, names: Sequence[str]) -> Settings:
+    """Reads those of `names` that tell about a tokenizer.
+
+    Raises:
+        UserError: for a broken file.
+    """
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if name in names:
+            config.update({key: value for key, value in _object(directory / name).items() if value is not None})
+    roles = {key: text for key in ROLES if (text := _text(config.get(key))) is not None}
+    # transformers also takes any other text under a name like image_token for a special token.
+    special = [*roles.values(), *(t for k, v in config.items() if k.endswith("_token") and (t := _text(v)))]
+    for key in LISTS:
+        items = config.get(key) or ()
+        special += [t for item in (items.values() if isinstance(items, dict) else items) if (t := _text(item))]
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+    if "chat_template.jinja" in names:
+        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    flags = {key: config[key] if isinstance(config.get(key), bool) else None for key in _FLAGS}
+    ends = _end_ids(directory / "generation_config.json") if "generation_config.json" in names else ()
+    return Settings(
+        roles=roles,
+        special=tuple(dict.fromkeys(special)),
+        chat_template=template,
+        add_bos=flags["add_bos_token"],
+        add_eos=flags["add_eos_token"],
+        legacy=flags["legacy"] is not False,
+        end_ids=ends,
+    )
+
+
+_FLAGS = ("add_bos_token", "add_eos_token", "legacy")
+
+
+def _end_ids(path: Path) -> tuple[int, ...]:
+    own = _object(path).get("eos_token_id")
+    ids = own if isinstance(own, list) else [own]
+    if not all(index is None or type(index) is int for index in ids):
+        raise UserError(f"{path}: eos_token_id is {own!r}; it must be a token id or a list of them")
+    return tuple(index for index in ids if index is not None)
+
+
+def added_tokens(directory: Path, names: Sequence[str]) -> list[AddedToken]:
+    """Tokens that the settings files add to the vocabulary."""
+    found: dict[str, AddedToken] = {}
+    if "added_tokens.json" in names:
+        for content, index in _object(directory / "added_tokens.json").items():
+            found[content] = AddedToken(content, int(index), False)
+    if "tokenizer_config.json" in names:
+        decoder = _object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        for index, item in decoder.items():
+            found[item["content"]] = AddedToken(item["content"], int(index), bool(item.get("special")))
+    return list(found.values())
