@@ -502,7 +502,8 @@ def _check_values(config: RunConfig) -> None:
         ("optimizer.beta1", config.optimizer.beta1, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         ("optimizer.beta2", config.optimizer.beta2, lambda v: 0 <= v < 1, "at least 0 and below 1"),
         ("optimizer.eps", config.optimizer.eps, lambda v: v > 0, "more than 0"),
-        ("optimizer.end_ratio", config.optimizer.end_ratio, lambda v: v >= 0, "0 or more"),
+        ("optimizer.warmup_ratio", config.optimizer.warmup_ratio, lambda v: 0 <= v <= 1, "between 0 and 1"),
+        ("optimizer.end_ratio", config.optimizer.end_ratio, lambda v: 0 <= v <= 1, "between 0 and 1"),
         ("optimizer.power", config.optimizer.power, lambda v: v >= 0, "0 or more"),
         ("optimizer.clip_norm", config.optimizer.clip_norm, lambda v: v >= 0, "0 (off) or more"),
         ("train.epochs", config.train.epochs, lambda v: v > 0, "more than 0"),
@@ -535,6 +536,8 @@ def _check_values(config: RunConfig) -> None:
     for key, value, holds, wanted in checks:
         if not holds(value):
             raise UserError(f"{key}: {value} must be {wanted}")
+    if config.optimizer.warmup_steps and config.optimizer.warmup_ratio:
+        raise UserError("optimizer: give warmup_steps or warmup_ratio, not both")
 
 
 def _help(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from jaxlm.parallel.distributed import Hosts
     from jaxlm.tokenizer import Tokenizer
     from jaxlm.training.loop import Outcome
+    from jaxlm.training.stop import Stop
 
 DESCRIPTION = (
     "Trains a LLaMA-family model: continued pretraining, full or LoRA instruction tuning, by one configuration. "
@@ -39,78 +42,96 @@ FLAGS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done; distributed.interrupted_status (0) after a signal, all saved; 2 a mistake in the input."""
+    """Exit status.
+
+    0 done; distributed.interrupted_status (0) after a signal, all saved; that or 128 + the signal's number when nothing
+    was saved; 2 a mistake in the input.
+    """
+    from jaxlm.training.stop import Stop
+
+    # Around all of it: importing JAX and compiling take their time too, and a signal in it is to be answered.
+    with Stop() as stop:
+        return _main(sys.argv[1:] if argv is None else argv, stop)
+
+
+def _main(argv: Sequence[str], stop: Stop) -> int:
     origins = Origins({}, frozenset())
     try:
         configs, flags, origins = parse_run(
-            sys.argv[1:] if argv is None else argv,
+            argv,
             prog="python -m jaxlm.train",
             description=DESCRIPTION,
             flags=FLAGS,
             aliases=ALIASES,
         )
-        for config in configs:
-            _check_config(config)
+        from jaxlm.training.checks import check_configs
+
+        check_configs(configs)
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
-        return _run(configs, preview, bool(flags.get("verbose")))
+        if preview is not None:
+            _preview(configs[0], preview)
+            return 0
+        return _run(configs, stop, bool(flags.get("verbose")))
     except UserError as error:
         print(f"error: {origins.explain(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the loop, which saves and ends by itself
-        print("interrupted before a step was done; run the same command again", file=sys.stderr)
-        return 130
 
 
-def _check_config(config: RunConfig) -> None:
-    if (config.model.path is None) == (config.model.shape is None):
-        raise UserError("model: give either path (a model to start from) or shape (a fresh model)")
-    if config.lora is not None and config.model.path is None:
-        raise UserError("lora: an adapter needs a trained base: set model.path")
-    if not config.data.train:
-        raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
-
-
-def _run(configs: list[RunConfig], preview: int | None, verbose: bool) -> int:
+def _run(configs: list[RunConfig], stop: Stop, verbose: bool) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
     from rich.console import Console
 
     from jaxlm.parallel.distributed import run_settings, start, versions
     from jaxlm.start import quiet_logs, use_compilation_cache
+    from jaxlm.training.fit import check_without_model
 
+    stop.exit_status = configs[0].distributed.interrupted_status
     terminal = Console(soft_wrap=True)
     quiet_logs()
     use_compilation_cache(configs[0].train.compilation_cache)
-    if preview is not None:
-        _preview(configs[0], preview, terminal)
-        return 0
-    with start(configs[0].distributed, terminal.print) as hosts:
+    with start(configs[0].distributed, terminal.print) as hosts, contextlib.ExitStack() as locks:
+        stop.starting(Path(configs[0].output_dir), hosts, last=False)
         console = hosts.console(terminal)
         hosts.agree("versions", versions())
-        for number, config in enumerate(configs):
+        for config in configs:
             hosts.agree("configuration", run_settings(config))
+        # Also those of later stages: whoever starts the same command again is told at once.
+        for config in configs:
+            locks.enter_context(hosts.hold(Path(config.output_dir), console.print))
+        check_without_model(configs)
+        for number, config in enumerate(configs):
+            last = number + 1 == len(configs)
+            stop.starting(Path(config.output_dir), hosts, last)
             hosts.check_shared(Path(config.output_dir))
             hosts.open_log(Path(config.output_dir))
             if len(configs) > 1:
                 console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
-            if _train(config, console, hosts, verbose).interrupted:
-                return config.distributed.interrupted_status
+            outcome = _train(config, console, hosts, stop, verbose)
+            if outcome.interrupted is not None:
+                if not outcome.saved:
+                    return stop.status(signal.Signals[outcome.interrupted.split()[0]])
+                return 0 if outcome.complete and last else config.distributed.interrupted_status
     return 0
 
 
-def _train(config: RunConfig, console: Console, hosts: Hosts, verbose: bool) -> Outcome:
+def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbose: bool) -> Outcome:
     from convert.partition import PARTITION_FILE, npy_bytes
     from convert.source import open_model
+    from jaxlm.training.fit import check_with_model
     from jaxlm.training.loop import Job, train
 
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, tokenizer_files = _tokenizer(config, source)
     shape = _shape(config, source, tokenizer)
     config = _with_date(config, tokenizer, hosts)
+    # What can be known without the data, which may take hours to read.
+    adapter = _adapter(config, shape, source)
+    check_with_model(config, shape, hosts, console.print)
     data = _data(config, tokenizer, shape, console)
     config = dataclasses.replace(config, data=data.config)  # with what it leaves to the tokenizer
     if source is None:
@@ -121,28 +142,32 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, verbose: bool) -> 
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files(data, tokenizer)
-    prompts = [_prompt_ids(config, data, tokenizer, text) for text in config.train.sample_prompts]
-    for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
-        if not 0 < len(prompt) < shape.max_length:
-            raise UserError(
-                f"train.sample_prompts: {text[:40]!r} is {len(prompt)} tokens, the model takes 1 to "
-                f"{shape.max_length - 1}"
-            )
+    prompts = _prompts(config, data, tokenizer, shape)
     job = Job(
         config=config,
         run_yaml=dump_yaml(dataclasses.replace(config, distributed=DistributedConfig())),  # of this start, not the run
         model=shape,
         source=source,
-        adapter=_adapter(config, shape, source),
+        adapter=adapter,
         data=data,
         files=files,
         verbose=verbose,
+        tensor_name=_tensor_name,
     )
-    outcome = train(job, console, hosts)
-    if not outcome.interrupted:
+    outcome = train(job, console, hosts, stop)
+    if outcome.interrupted is None:
         _samples(config, data, outcome, prompts, tokenizer, console)
         _summary(config, outcome, console)
     return outcome
+
+
+def _tensor_name(path: str, layer: int | None) -> str:
+    """A tensor in Hugging Face's names, which most files have, and in jaxlm's."""
+    from convert.names import RULES
+
+    own = path if layer is None else f"{path}, layer {layer}"
+    rule = next((rule for rule in RULES if rule.path == path), None)
+    return own if rule is None else f"{rule.hf.format(layer)} ({own})"
 
 
 def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -361,10 +386,15 @@ def _adapter(config: RunConfig, shape: Any, source: Any) -> Any:
     return adapter
 
 
-def _preview(config: RunConfig, rows: int, console: Console) -> None:
+def _preview(config: RunConfig, rows: int) -> None:
+    from rich.console import Console
+
     from convert.source import open_model
     from jaxlm.data.preview import preview
+    from jaxlm.start import quiet_logs
 
+    quiet_logs()
+    console = Console(soft_wrap=True)
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, _ = _tokenizer(config, source)
     config = _with_date(config, tokenizer)
@@ -400,6 +430,18 @@ def _samples(
             style="dim",
             highlight=False,
         )
+
+
+def _prompts(config: RunConfig, data: Data, tokenizer: Tokenizer, shape: Any) -> list[list[int]]:
+    """The sample prompts as tokens."""
+    prompts = [_prompt_ids(config, data, tokenizer, text) for text in config.train.sample_prompts]
+    for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
+        if not 0 < len(prompt) < shape.max_length:
+            raise UserError(
+                f"train.sample_prompts: {text[:40]!r} is {len(prompt)} tokens, the model takes 1 to "
+                f"{shape.max_length - 1}"
+            )
+    return prompts
 
 
 def _prompt_ids(config: RunConfig, data: Data, tokenizer: Tokenizer, text: str) -> list[int]:

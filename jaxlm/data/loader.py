@@ -6,18 +6,19 @@ run was resumed. Grain only computes batches ahead of time.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlm.config import DataConfig, to_dict
+from jaxlm.config import DataConfig
 from jaxlm.data.examples import (
     Examples,
     Progress,
@@ -67,6 +68,7 @@ class BatchSource:
         steps: length of the run.
         local_rows: this host's b, rising; None for all.
         ranges: token ids [start, stop) of the modalities 1, 2, ...; every other token is text, 0.
+        known: what `counters` said of an earlier start on the same data: the epochs before need no plan.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class BatchSource:
         steps: int | None = None,
         local_rows: Sequence[int] | None = None,
         ranges: Sequence[tuple[int, int]] = (),
+        known: Mapping[str, Any] | None = None,
     ) -> None:
         self._examples = examples
         self._plan = plan
@@ -89,20 +92,29 @@ class BatchSource:
         self._rows = rows
         self._accumulation = accumulation
         self._local = range(rows) if local_rows is None else tuple(local_rows)
-        self._ends: list[int] = []  # rows of all epochs up to and with this one
+        # (epoch, rows of all epochs up to and with it), rising, of some epochs. The read-ahead thread adds to it too.
+        self._ends: list[tuple[int, int]] = [(-1, 0)]
         self._plans: dict[int, Plan] = {}
-        if steps is not None:
-            self._total: int | None = None
-            self._steps = steps
-        else:
-            whole = int(epochs)
-            self._total = self._end(whole - 1) + math.ceil(
-                (epochs - whole) * self._size(whole) if epochs > whole else 0
-            )
-            self._steps = math.ceil(self._total / (rows * accumulation))
+        known = known or {}
+        if known.get("epoch"):
+            self._ends.append((int(known["epoch"]) - 1, int(known["rows_before"])))
+        self._epochs = epochs
+        self._total = self._rows_of(epochs, known) if steps is None else None
+        self._steps: int = math.ceil((self._total or 0) / (rows * accumulation)) if steps is None else steps
 
     def __len__(self) -> int:
         return self._steps
+
+    def _rows_of(self, epochs: float, known: Mapping[str, Any]) -> int:
+        if known.get("epochs") == epochs:
+            return int(known["total_rows"])
+        whole = int(epochs)
+        part = math.ceil((epochs - whole) * self._size(whole)) if epochs > whole else 0
+        return self._end(whole - 1) + part
+
+    def steps_of(self, epochs: float, known: Mapping[str, Any]) -> int:
+        """Steps of a run of so many epochs over these data; `known` as for the class."""
+        return math.ceil(self._rows_of(epochs, known) / (self._rows * self._accumulation))
 
     @property
     def total_rows(self) -> int | None:
@@ -116,6 +128,17 @@ class BatchSource:
             row = min(row, self._total)
         epoch = self._epoch_of(row)
         return epoch + (row - self._end(epoch - 1)) / self._size(epoch)
+
+    def counters(self, step: int) -> dict[str, Any]:
+        """Where `step` steps lead to, as plain values to be kept: with them earlier epochs need not be planned again.
+
+        How many rows an epoch has depends on its order, and a run may have thousands of epochs.
+        """
+        row = step * self._rows * self._accumulation
+        row = row if self._total is None else min(row, self._total)
+        epoch = self._epoch_of(max(0, row - 1))
+        found: dict[str, Any] = {"epoch": epoch, "rows_before": self._end(epoch - 1)}
+        return found if self._total is None else found | {"epochs": self._epochs, "total_rows": self._total}
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self._steps:
@@ -148,7 +171,8 @@ class BatchSource:
         row["loss_mask"][0] = False  # nothing in the row predicts its first token
 
     def _epoch_of(self, row: int) -> int:
-        epoch = 0
+        before, _ = self._ends[bisect.bisect_right(self._ends, row, key=lambda end: end[1]) - 1]
+        epoch = before + 1
         while self._end(epoch) <= row:
             epoch += 1
         return epoch
@@ -158,12 +182,15 @@ class BatchSource:
 
     def _end(self, epoch: int) -> int:
         """Rows of the epochs 0 … epoch; 0 for -1."""
-        while len(self._ends) <= epoch:
-            size = len(self._epoch_plan(len(self._ends)))
+        at, end = self._ends[bisect.bisect_right(self._ends, epoch, key=lambda end: end[0]) - 1]
+        while at < epoch:
+            at += 1
+            size = len(self._epoch_plan(at))
             if size == 0:
                 raise UserError("data: an epoch has no rows; raise the sources' weights, or give more data")
-            self._ends.append((self._ends[-1] if self._ends else 0) + size)
-        return self._ends[epoch] if epoch >= 0 else 0
+            end += size
+            bisect.insort(self._ends, (at, end))
+        return end
 
     def _epoch_plan(self, epoch: int) -> Plan:
         plan = self._plans.get(epoch)
@@ -261,6 +288,11 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         return self.source[step]
 
+    def counters(self, step: int) -> dict[str, Any]:
+        """See `BatchSource.counters`."""
+        assert isinstance(self.source, BatchSource)
+        return self.source.counters(step)
+
     def iterator(self, step: int = 0) -> BatchIterator:
         """Batches from `step` on."""
         return BatchIterator(self.source, self.workers, step)
@@ -314,6 +346,7 @@ class Data:
         report: counts per source.
         fingerprint: hash of all tokens and of everything that decides their order.
         ranges: token ids of each modality but text, see `BatchSource`.
+        digests: of the tokens alone: training, validation ('none' where there are none).
     """
 
     config: DataConfig
@@ -323,6 +356,11 @@ class Data:
     report: Report
     fingerprint: str
     ranges: tuple[tuple[int, int], ...] = ()
+    digests: tuple[str, ...] = ()
+
+    def fingerprint_1(self, section: Mapping[str, Any], seed: int) -> str:
+        """As version 1 of checkpoints has it: with all keys of their data section, as written down then."""
+        return _hash({**section, "workers": 0, "seed": seed}, self.digests)
 
     def _planner(self, examples: Examples, weights: tuple[float, ...]) -> _Planner:
         return _Planner(examples, weights, self.config.packing_mode, self.config.sequence_length, self.seed)
@@ -338,6 +376,7 @@ class Data:
         epochs: float = 1.0,
         steps: int | None = None,
         local_rows: Sequence[int] | None = None,
+        known: Mapping[str, Any] | None = None,
     ) -> Batches:
         """Batches of [A, B_local, T], see `BatchSource`.
 
@@ -347,6 +386,7 @@ class Data:
             epochs: passes over the data; ignored when steps is given.
             steps: optimizer steps.
             local_rows: rows of a micro-step that this host has; None for all.
+            known: `counters` of an earlier start on the same data.
 
         Raises:
             UserError: sizes that do not divide, or nothing to run.
@@ -367,6 +407,7 @@ class Data:
             steps=steps,
             local_rows=local_rows,
             ranges=self.ranges,
+            known=known,
         )
         return Batches(source, self.config.workers)
 
@@ -443,13 +484,7 @@ def build_data(
             reports, validation_reports = count_split(reports, train, validation)
     elif config.validation:
         validation, validation_reports = build_examples(config.validation, config, tokenizer, vocab_size, progress)
-    # Everything that decides tokens and order; the number of workers does not.
-    decisive = {**to_dict(dataclasses.replace(config, workers=0)), "seed": seed}
-    for key in ("date", "allow_no_end"):  # what they decide is in the tokens, if anything; older runs have them not
-        del decisive[key]
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
-    for examples in (train, validation):
-        digest.update((examples.digest() if examples is not None else "none").encode())
+    digests = tuple("none" if examples is None else examples.digest() for examples in (train, validation))
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]
     notes = [note]
@@ -458,4 +493,42 @@ def build_data(
             f"date: the chat template is told {tokenizer.date.isoformat(sep=' ')} (data.date), to the run's end"
         )
     report = Report(reports, validation_reports, tuple(notes))
-    return Data(config, seed, train, validation, report, digest.hexdigest(), tuple(ranges))
+    return Data(config, seed, train, validation, report, _fingerprint(config, seed, digests), tuple(ranges), digests)
+
+
+# What of the data section shows in the tokens themselves, or in neither tokens nor order.
+_IN_TOKENS = {
+    "train",
+    "validation",
+    "train_on_inputs",
+    "add_bos",
+    "add_eos",
+    "allow_no_end",
+    "date",
+    "drop_unknown",
+    "too_long",
+    "workers",
+}
+
+
+def _fingerprint(config: DataConfig, seed: int, digests: Sequence[str]) -> str:
+    """Hash of all tokens and of what decides their order.
+
+    Keys that have their default value are left out, so that a key that is newer than a checkpoint changes nothing.
+    """
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in _IN_TOKENS and getattr(config, field.name) != field.default
+    }
+    weights = [source.weight for source in config.train]
+    if set(weights) != {1.0}:
+        given["weights"] = weights
+    return _hash({**given, "seed": seed}, digests)
+
+
+def _hash(settings: Mapping[str, Any], digests: Sequence[str]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for part in digests:
+        digest.update(part.encode())
+    return digest.hexdigest()

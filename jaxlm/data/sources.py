@@ -61,6 +61,29 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
     return itertools.islice(_all_records(source), source.limit)
 
 
+def check_source(source: SourceConfig) -> None:
+    """What is wrong with a source and can be said without reading it.
+
+    Raises:
+        UserError: nothing is there, of an unknown kind, or not readable.
+    """
+    if source.limit is not None and source.limit < 1:
+        raise UserError(f"data: limit of {source.path} is {source.limit}; it must be at least 1")
+    root = Path(source.path).expanduser()
+    if source.format == "hf" or (source.format == "auto" and _is_hf_directory(root)):
+        if not _is_hf_directory(root):
+            raise UserError(f"data: {source.path} is not a directory written by datasets' save_to_disk")
+        return
+    if source.split is not None:
+        raise UserError(
+            f"data: split is {source.split!r}, but {source.path} is not a directory written by datasets' save_to_disk"
+        )
+    for file in _files(root, source):
+        _format(file, source)
+        with file.open("rb"):  # OSError names it
+            pass
+
+
 def _all_records(source: SourceConfig) -> Iterator[Record]:
     root = Path(source.path).expanduser()
     if source.format == "hf" or (source.format == "auto" and _is_hf_directory(root)):

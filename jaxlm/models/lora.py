@@ -80,16 +80,11 @@ def as_one_adapter(model: LlamaConfig, lora: LoraConfig) -> LoraConfig:
     )
 
 
-def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] | None = None) -> dict[str, LoraSpec]:
-    """The adapter of each targeted linear ('q_proj', ...), with PEFT's rank and alpha patterns applied.
-
-    Args:
-        model: the base model's shape.
-        lora: what the user asked for.
-        layers: only these layers carry an adapter (PEFT's layers_to_transform); None means all.
+def check_names(lora: LoraConfig) -> None:
+    """Whether an adapter names layers and modules that there are; needs no model.
 
     Raises:
-        UserError: for an unknown target, a pattern that matches nothing, or a rank below 1.
+        UserError: for an unknown target or module, or a pattern that is no regular expression.
     """
     for target in lora.targets:
         if target not in LINEARS:
@@ -101,6 +96,27 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
     for module in lora.modules_to_save:
         if module not in SAVEABLE:
             raise UserError(f"lora.modules_to_save: {module!r} is not one of {', '.join(SAVEABLE)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            try:
+                re.compile(rf"(.*\.)?({pattern})")
+            except re.error as error:
+                raise UserError(f"lora.{key}: {pattern!r} is no regular expression: {error}") from None
+
+
+def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] | None = None) -> dict[str, LoraSpec]:
+    """The adapter of each targeted linear ('q_proj', ...), with PEFT's rank and alpha patterns applied.
+
+    Args:
+        model: the base model's shape.
+        lora: what the user asked for.
+        layers: only these layers carry an adapter (PEFT's layers_to_transform); None means all.
+
+    Raises:
+        UserError: for an unknown target, a pattern that matches nothing, or a rank below 1.
+    """
+    check_names(lora)
+    for module in lora.modules_to_save:
         if module == "lm_head" and model.tie_word_embeddings:
             raise UserError("lora.modules_to_save: lm_head is tied to embed_tokens in this model; name embed_tokens")
     blocks = model.moe.experts if lora.per_expert and model.moe is not None else 1

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +25,7 @@ from rich.console import Console
 
 from jaxlm.config import DistributedConfig, GenerateConfig, RunConfig, flatten, to_dict
 from jaxlm.errors import UserError
+from jaxlm.lock import Lock
 from jaxlm.parallel.links import Links, Place, call_roll
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain")
@@ -200,6 +201,7 @@ class Hosts:
         self._agreed: list[str] = []
         self._rounds: dict[str, int] = {}
         self._stderr = sys.stderr
+        self._at_end: list[Callable[[], None]] = []
 
     # Output -------------------------------------------------------------------------------------
 
@@ -314,6 +316,28 @@ class Hosts:
             more = f"; and on {len(found) - 4} more" if len(found) > 4 else ""
             raise SharedError(f"{'; '.join(found[:4])}{more}")
 
+    @contextlib.contextmanager
+    def hold(self, output_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+        """Has a run directory to itself: process 0 holds its lock for all.
+
+        Raises:
+            UserError: on every process, when another run has it: which.
+        """
+        way_out = "choose another output_dir"
+        lock = Lock(output_dir / "run.lock", f"output_dir: {output_dir.absolute()}", way_out, say)
+        problem = None
+        if self.process == 0:
+            try:
+                problem = _os_problem("output_dir", lock.acquire)
+            except UserError as error:
+                problem = str(error)
+        self._at_end.append(lock.release)
+        try:
+            self.check("output_dir is free", problem)
+            yield
+        finally:
+            lock.release()
+
     def check_shared(self, directory: Path) -> None:
         """Checks that all processes see one and the same directory, and can write there.
 
@@ -361,6 +385,15 @@ class Hosts:
         """Whether all are to stop: the same answer on every process at the same call."""
         return self._signal is not None if self._links is None else self._links.due()
 
+    def abandon(self, text: str) -> None:
+        """Tells the others, and the log, why this process ends; the caller is about to end it."""
+        if self.log is not None:
+            self.log.print(text, highlight=False, markup=False, soft_wrap=True)
+        for action in self._at_end:
+            action()
+        if self._links is not None:
+            self._links.fail(text)
+
     @property
     def stopped_by(self) -> str | None:
         """What asked for the stop, once it is agreed upon, e.g. 'SIGTERM' or 'SIGTERM on process 1 (host)'."""
@@ -399,6 +432,8 @@ class Hosts:
 
     def _end(self, why: str) -> None:
         self._say(f"error: {why}; process {self.process} ends too. Start all of them again to go on")
+        for action in self._at_end:
+            action()
         os._exit(1)
 
     def _say(self, text: str) -> None:

@@ -84,6 +84,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
     return Mesh(grid, MESH_AXES, axis_types=_AXIS_TYPES)
 
 
+def check_mesh(config: MeshConfig) -> None:
+    """Whether a mesh fits the devices that are here, as far as that can be said without a model.
+
+    Raises:
+        UserError: as `make_mesh`, but for experts.
+    """
+    there_are = "this machine has" if jax.process_count() == 1 else f"all {jax.process_count()} processes have"
+    sizes = dataclasses.astuple(config)
+    experts = None if config.expert == 1 else math.prod(abs(size) for size in sizes)
+    data, *_ = _axis_sizes(config, jax.device_count(), experts, there_are)
+    _check_slices(data, slice_count(jax.devices()))
+
+
 def slice_count(devices: Sequence[jax.Device]) -> int:
     """In how many TPU slices the devices are."""
     # Of GPUs JAX calls a host a slice; devices to compile for have no index when there is only one.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -133,13 +133,22 @@ class Build:
         Raises:
             UserError: for an option that this compiler does not have.
         """
-        try:
-            with use_mesh(self.mesh):
-                return lowered.compile(compiler_options=(self.options() | more) or None)
-        except jax.errors.JaxRuntimeError as error:
-            if "compile option" not in str(error):
-                raise
-            raise UserError(f"train.compiler_options: {str(error).splitlines()[0]}") from None
+        with use_mesh(self.mesh):
+            return compile_with(lowered, self.options() | more)
+
+
+def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
+    """Compiles with XLA's options by name.
+
+    Raises:
+        UserError: for an option that this compiler does not have.
+    """
+    try:
+        return lowered.compile(compiler_options=dict(options) or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "compile option" not in str(error):
+            raise
+        raise UserError(f"train.compiler_options: {str(error).splitlines()[0]}") from None
 
 
 def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topology | None = None) -> Build:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +21,13 @@ from jaxlm.locate import record_base
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.parallel.distributed import Hosts
+from jaxlm.parallel.finite import Namer, check_finite, leaf_name
 from jaxlm.parallel.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
+from jaxlm.training.advice import final_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.build import Build, build
 from jaxlm.training.checkpoint import Checkpoints, model_json
 from jaxlm.training.local_checkpoint import LocalCheckpoints
-from jaxlm.training.optimizer import Schedule
+from jaxlm.training.optimizer import Schedule, make_schedule
 from jaxlm.training.report import (
     MetricsWriter,
     ProgressReport,
@@ -36,10 +37,20 @@ from jaxlm.training.report import (
     print_pairs,
     read_metrics,
 )
-from jaxlm.training.resume import base_fingerprint, check_unchanged
+from jaxlm.training.resume import (
+    PRINTS,
+    RUN,
+    BaseModel,
+    Inputs,
+    base_fingerprint,
+    check_inputs,
+    check_settings,
+    length_before,
+)
 from jaxlm.training.routing import RoutingReport
 from jaxlm.training.state import Initializer, Readable, TrainState, bytes_per_device, count
 from jaxlm.training.step import merged_variables
+from jaxlm.training.stop import Stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +66,18 @@ class Job:
         data: the rows.
         files: small files kept with every checkpoint (tokenizer/..., hf_config.json).
         verbose: say at start-up also what choices rest on.
+        tensor_name: how messages name a tensor of the source.
     """
 
     config: RunConfig
     run_yaml: str
     model: LlamaConfig
-    source: Readable | None
+    source: BaseModel | None
     adapter: Readable | None
     data: Data
     files: Mapping[str, bytes]
     verbose: bool = False
+    tensor_name: Namer = leaf_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,63 +86,61 @@ class Outcome:
 
     Attributes:
         step: last step done.
-        interrupted: a signal asked for the end.
+        interrupted: what asked for the end before the last step, e.g. 'SIGTERM on process 1 (host)'; None: nothing did.
+        saved: whether this start has saved a step.
         checkpoint: the newest checkpoint.
         model: the model object, for sampling.
         variables: trained variables, as `Model.apply` takes them.
         mesh: the mesh they live on.
         validation: validation losses by step, in order.
         best: (step, loss) of the best checkpoint kept.
+        complete: it was the last step of the run.
     """
 
     step: int
-    interrupted: bool
+    interrupted: str | None
+    saved: bool
     checkpoint: Path
     model: Llama
     variables: Any
     mesh: jax.sharding.Mesh
     validation: list[tuple[int, float]]
     best: tuple[int, float] | None
+    complete: bool = True
 
 
-class _StopSignal:
-    """SIGTERM and SIGINT ask all processes to save and end; a second SIGINT ends at once."""
-
-    def __init__(self, hosts: Hosts) -> None:
-        self._hosts = hosts
-        self._received = False
-
-    def __enter__(self) -> _StopSignal:
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self._received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = True
-        self._hosts.ask_stop(signal.Signals(number).name)
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
+def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
     """Runs a job to its end, or until a signal; everything it leaves lies below output_dir.
 
     Args:
         job: the run.
         console: where process 0 tells about it.
         hosts: the processes, all of which have the same job and see the same output_dir.
+        stop: what follows the signals.
 
     Raises:
-        UserError: for settings that do not fit together, a changed config on resume, a full disk, a
-            loss that is not finite (with train.on_nonfinite: stop).
+        UserError: for settings that do not fit together, a changed config on resume, a full disk, weights or a
+            loss that are not finite (the loss with train.on_nonfinite: stop).
     """
     config, first_host = job.config, hosts.process == 0
     out = Path(config.output_dir)
     terminal = console if first_host else None
-    hosts.agree("data", _data_prints(job))
+    if hosts.processes > 1:
+        hosts.agree("data", _data_prints(job))
+
+    # What there is to go on from --------------------------------------------------------------
+    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
+    steps_saved = checkpoints.steps()
+    hosts.agree("checkpoints", {"steps": steps_saved})
+    saved = steps_saved[-1] if steps_saved else 0
+    kept = checkpoints.files(saved) if steps_saved else {}
+    inputs = Inputs(config, job.data, job.model, None if config.lora is None else job.source)
+    if kept:
+        check_settings(kept, config, checkpoints.path(saved))
+        check_inputs(kept, inputs, checkpoints.path(saved))
+    data_state = json.loads(kept["data.json"]) if kept else {"step": 0}
+    if "stopped" in data_state and config.train.on_nonfinite == "stop":
+        raise UserError(f"{checkpoints.path(saved)}: the run was stopped: {data_state['stopped']}; {PASS_OVER}")
 
     # Model and mesh ---------------------------------------------------------------------------
     built = build(config, job.model)
@@ -142,49 +153,51 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         config.train.epochs,
         config.train.steps,
         local_rows(mesh, micro_rows),
+        data_state,
     )
     total = len(batches)
     optimizer, schedule = built.optimizer(total)
     setup = built.initializer(optimizer)
 
     # State: resumed, loaded or fresh ----------------------------------------------------------
-    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
-    steps_saved = checkpoints.steps()
-    hosts.agree("checkpoints", {"steps": steps_saved})
-    if steps_saved and not config.train.resume:
-        raise UserError(
-            f"output_dir: {out} holds checkpoints and train.resume is false; choose another output_dir or delete it"
-        )
-    prints = {"data": job.data.fingerprint}
-    if config.lora is not None and job.source is not None:
-        prints["base"] = base_fingerprint(job.model, job.source)
-    saved = steps_saved[-1] if steps_saved else 0
-    if steps_saved:
-        check_unchanged(checkpoints.files(saved), config, prints, checkpoints.path(saved))
     local, newer = _local_checkpoints(config, hosts, setup, saved)
     if local is not None and newer is not None:
-        check_unchanged(local.files(newer), config, prints, local.path(newer))
+        kept = {**kept, **local.files(newer)}
+        check_settings(kept, config, local.path(newer))
+        check_inputs(kept, inputs, local.path(newer))
     base = None
     if config.lora is not None or not (steps_saved or newer):
         base = setup.load_params(job.source) if job.source is not None else setup.init_params(config.train.seed)
+    if base is not None and job.source is not None:
+        check_finite(base, mesh, f"model.path: {config.model.path}", DAMAGED, job.tensor_name)
     frozen = {"params": base} if config.lora is not None else {}
     if local is not None and newer is not None:
-        step, (state, data_state) = newer, local.restore(newer)
+        step, where, (state, data_state) = newer, local.path(newer), local.restore(newer)
     elif steps_saved:
-        step, (state, data_state) = saved, checkpoints.restore(saved, setup.abstract_state())
+        step, where, (state, data_state) = (
+            saved,
+            checkpoints.path(saved),
+            checkpoints.restore(saved, setup.abstract_state()),
+        )
     else:
-        step, data_state = 0, {"step": 0}
+        step, where = 0, None
         state = setup.new_state(_new_trainable(job, setup, base), config.train.seed)
+        if job.adapter is not None and config.lora is not None:
+            check_finite(state.trainable, mesh, f"lora.init_from: {config.lora.init_from}", DAMAGED)
+    if where is not None:
+        way_out = f"go back to the step before it: move {where} away, and run the same command again"
+        check_finite(state.trainable, mesh, str(where), way_out)
     del base
     if saved >= total:
         best = checkpoints.best()
         checkpoints.close()
+        stop.finished()
         if first_host and (out / "metrics.jsonl").exists() and not (out / "loss.png").exists():
             plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         if terminal is not None:
             terminal.print(f"complete: {checkpoints.path(step)} is step {step} of {total}", highlight=False)
         return Outcome(
-            step, False, checkpoints.path(step), model, merged_variables(state.trainable, frozen), mesh, [], best
+            step, None, True, checkpoints.path(step), model, merged_variables(state.trainable, frozen), mesh, [], best
         )
 
     # Programs ---------------------------------------------------------------------------------
@@ -193,9 +206,16 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     for told in (terminal, hosts.log):
         if told is not None:
             _announce(told, job, built, setup, total, resumed, compile_seconds, memory)
+            if step:
+                _say_new_schedule(told, job, kept, batches.source, schedule, step - int(state.skipped), total)
+            for warning in [
+                *schedule_warnings(config.optimizer, schedule, total),
+                *rank_warnings(job.model, dict(model.adapters)),
+            ]:
+                told.print(f"warning: {warning}", highlight=False, markup=False)
 
     # Loop -------------------------------------------------------------------------------------
-    files = {**job.files, "run.yaml": job.run_yaml.encode(), "fingerprints.json": json.dumps(prints).encode()}
+    files = {**job.files, RUN: job.run_yaml.encode(), PRINTS: inputs.to_json()}
     files["model.json"] = model_json(
         job.model.to_dict(),
         None if config.lora is None else to_dict(config.lora),
@@ -209,11 +229,11 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     routing = RoutingReport(job.model.moe)
     validation: list[tuple[int, float]] = []
     pending: tuple[int, Any] | None = None
-    skipped = int(state.skipped)
+    skipped, gradients, first_saved = int(state.skipped), False, saved
 
     def finish_pending() -> None:
         """Reads the metrics of the step before: the device is by then busy with the next one."""
-        nonlocal pending, skipped
+        nonlocal pending, skipped, gradients
         if pending is None:
             return
         done, found = pending[0], jax.device_get(pending[1])
@@ -225,11 +245,12 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
         if writer is not None and (done % config.train.log_every == 0 or done == total):
             counts = {key: int(values[key]) for key in ("tokens", "target_tokens", "skipped")}
             writer.write(done, {**values, **counts, **figures, **experts_used})
+        gradients = gradients or values["grad_norm"] != 0
         if values["skipped"] > skipped:
             skipped = int(values["skipped"])
             what = f"step {done}: loss {values['loss']}, gradient norm {values['grad_norm']}"
             if config.train.on_nonfinite == "stop":
-                raise _NonFinite(what)
+                raise _NonFinite(done, what)
             report.say(f"{what}: step skipped")
 
     def evaluate(at: int) -> float | None:
@@ -248,7 +269,12 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
 
     rows = batches.iterator()
     rows.set_state(data_state)
-    with _StopSignal(hosts), contextlib.closing(report), contextlib.closing(rows):
+
+    def position() -> dict[str, Any]:
+        return {**rows.get_state(), **batches.counters(step)}
+
+    stop.stepping()
+    with contextlib.closing(report), contextlib.closing(rows):
         try:
             if step == 0 and config.train.eval_every:
                 evaluate(0)
@@ -264,27 +290,29 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
                     finish_pending()
                     validation_loss = evaluate(step) if due_eval else None
                     if due_save:
-                        saved = checkpoints.save(state, rows.get_state(), files, validation_loss)
+                        saved = checkpoints.save(state, position(), files, validation_loss)
                         report.pause()
                 if local is not None and not due_save and step % config.train.local_every == 0:
                     finish_pending()
-                    local.save(state, rows.get_state(), files)
+                    local.save(state, position(), files)
             finish_pending()
             if saved != step:
-                saved = checkpoints.save(state, rows.get_state(), files, None)
+                saved = checkpoints.save(state, position(), files, None)
             checkpoints.wait()
         except _NonFinite as error:
-            saved = checkpoints.save(state, rows.get_state(), files, None)
+            saved = checkpoints.save(state, {**position(), "stopped": str(error)}, files, None)
             checkpoints.close()
             raise UserError(
-                f"{error}; it was not taken, and the run is saved in {checkpoints.path(saved)}. Lower "
-                f"optimizer.learning_rate, or set train.on_nonfinite: skip to pass over such steps"
+                f"{error}; it was not taken, and the run is saved in {checkpoints.path(saved)}. "
+                f"{_why_not_finite(error.step, job.config)}; or else {PASS_OVER}"
             ) from None
         finally:
             if writer is not None:
                 writer.close()
     best = checkpoints.best()
     checkpoints.close()
+    if step == total:
+        stop.finished()
     if local is not None and saved == total:
         local.clear()
     elif local is not None:
@@ -292,25 +320,85 @@ def train(job: Job, console: Console, hosts: Hosts) -> Outcome:
     if first_host:
         plot_losses(read_metrics(out / "metrics.jsonl"), out / "loss.png")
         routing.plot(out / "experts.png")
-    if hosts.stopped_by is not None and step < total:
-        report.say(
-            f"{hosts.stopped_by}: saved step {saved} of {total} in {checkpoints.path(saved)}. "
-            f"Run the same command again to go on from there."
-        )
+    if hosts.stopped_by is not None:
+        report.say(_last_words(hosts.stopped_by, stop, saved == first_saved, step, total, checkpoints.path(saved)))
+    for warning in final_warnings(config.optimizer, schedule, total, not gradients) if step == total else []:
+        report.say(f"warning: {warning}")
     return Outcome(
         step=step,
-        interrupted=hosts.stopped_by is not None,
+        interrupted=hosts.stopped_by,
+        saved=saved != first_saved,
         checkpoint=checkpoints.path(saved),
         model=model,
         variables=merged_variables(state.trainable, frozen),
         mesh=mesh,
         validation=validation,
         best=best,
+        complete=step == total,
     )
 
 
+DAMAGED = "the file is damaged, or was saved by a run that had diverged; get it again, or take an earlier one"
+PASS_OVER = (
+    "to go on past this step, set train.on_nonfinite: skip; to train with other settings, choose another output_dir"
+)
+
+
 class _NonFinite(Exception):
-    pass
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(what)
+        self.step = step
+
+
+def _why_not_finite(step: int, config: RunConfig) -> str:
+    if step == 1:
+        # No update had been made: the rate cannot be why. Weights were finite when they were read.
+        return (
+            "No step had been taken before it, so that the learning rate is not why: numbers too large for "
+            f"model.dtype {config.model.dtype} came up in the model, or a record is broken (--preview 1 shows some)"
+        )
+    return "Lower optimizer.learning_rate, or lengthen its warm-up"
+
+
+def _last_words(by: str, stop: Stop, nothing: bool, step: int, total: int, checkpoint: Path) -> str:
+    if step == total:
+        return f"{by}: step {step} of {total} is saved in {checkpoint}, the run is complete"
+    if nothing:
+        return f"{by} before a step was done: {stop.kept()}"
+    return f"{by}: saved step {step} of {total} in {checkpoint}. Run the same command again to go on from there."
+
+
+def _say_new_schedule(
+    console: Console,
+    job: Job,
+    kept: Mapping[str, bytes],
+    source: Any,
+    schedule: Schedule,
+    taken: int,
+    total: int,
+) -> None:
+    """Of a run that was begun for another number of steps: which learning rates that changes.
+
+    Args:
+        kept: files of the checkpoint it goes on from.
+        source: its batches, which know how long the run was to be.
+        taken: updates done.
+        total: steps of the run as it is now.
+    """
+    before = length_before(kept, source) if kept else total
+    if before == total:
+        return
+    old = make_schedule(job.config.optimizer, before)
+    rate, planned = float(schedule(taken)), float(old(taken))
+    if abs(rate - planned) <= 0.01 * max(rate, planned):
+        return
+    last = f"step {taken} took {float(old(taken - 1)):.2e}, step {taken + 1}" if taken else f"step {taken + 1}"
+    console.print(
+        f"warning: the run was begun for {before} steps and is now one of {total}, so that its "
+        f"{job.config.optimizer.schedule} schedule is another: {last} takes {rate:.2e} instead of {planned:.2e}",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _local_checkpoints(

@@ -18,11 +18,8 @@ Schedule = Callable[[Any], jax.Array]
 MATRICES = ("kernel", "embedding", "router", "lora_A", "lora_B")
 
 
-def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
-    """Learning rate of step t = 0, 1, ... (the first update uses t = 0, as in HF's Trainer).
-
-    cosine, linear, polynomial and constant follow a linear warm-up from 0 (transformers
-    `optimization.py`); log_warmup is DeepSpeed's WarmupLR: log(t + 1) / log(warmup), then constant.
+def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
+    """Steps of warm-up of a run.
 
     Raises:
         UserError: for a warm-up given twice or out of range.
@@ -33,7 +30,19 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
         raise UserError(f"optimizer.warmup_steps: {config.warmup_steps} is negative")
     if not 0 <= config.warmup_ratio <= 1:
         raise UserError(f"optimizer.warmup_ratio: {config.warmup_ratio} is not between 0 and 1")
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    return config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """Learning rate of step t = 0, 1, ... (the first update uses t = 0, as in HF's Trainer).
+
+    cosine, linear, polynomial and constant follow a linear warm-up from 0 (transformers
+    `optimization.py`); log_warmup is DeepSpeed's WarmupLR: log(t + 1) / log(warmup), then constant.
+
+    Raises:
+        UserError: for a warm-up given twice or out of range.
+    """
+    warmup = warmup_steps(config, total_steps)
     peak, end = config.learning_rate, config.end_ratio
     decay_steps = max(1, total_steps - warmup)
 

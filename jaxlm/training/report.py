@@ -241,8 +241,10 @@ def binned(points: NDArray[np.float64], most: int = 1000) -> tuple[NDArray[np.fl
     """
     group = np.arange(len(points)) * most // len(points) if len(points) > most else np.arange(len(points))
     step, loss, tokens = points.T
-    sums = [np.bincount(group, values) for values in (tokens * step, tokens * loss, tokens)]
-    return sums[0] / sums[2], sums[1] / sums[2], sums[2]
+    steps, losses, total = (
+        np.bincount(group, values).astype(np.float64) for values in (tokens * step, tokens * loss, tokens)
+    )
+    return steps / total, losses / total, total
 
 
 def smoothed(step: NDArray[np.float64], loss: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,18 +1,33 @@
-"""Whether a run may go on from a checkpoint: the settings that make the numbers must not have changed."""
+"""Whether a run may go on from a checkpoint: the settings that make the numbers must not have changed.
+
+Settings are compared key by key as today's dataclasses have them, with defaults where a checkpoint was written before
+a key existed. Where the inputs themselves are kept as hashes (tokens, base weights), these decide, and not how a file
+that gives the same was named. Hashes have a version; those of older versions are worked out as they were then.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
 
-from jaxlm.config import RunConfig, flatten, to_dict
+from jaxlm.config import RunConfig, to_dict
+from jaxlm.data.loader import BatchSource, Data
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.training.state import Readable
+
+VERSION = 2  # of fingerprints.json; 1 had no `version`
+RUN, PRINTS = "run.yaml", "fingerprints.json"  # files of a checkpoint
 
 # Keys that may differ: where and how long it runs and what it tells, not what is computed from which data.
 FREE = (
@@ -43,23 +58,118 @@ FREE = (
     "output_dir",
     "stages",
 )
+# Keys whose whole effect is on the tokens and on what of them is learnt, which are compared themselves.
+IN_TOKENS = (
+    "data.train",
+    "data.validation",
+    "data.train_on_inputs",
+    "data.add_bos",
+    "data.add_eos",
+    "data.drop_unknown",
+    "data.too_long",
+    "data.date",
+)
+PATHS = ("path", "shape", "train_on", "tokens_file")  # keys, by their last word
+BLOCK = 16  # elements along each of the last two dims of a sample
 
 
-def base_fingerprint(model: LlamaConfig, source: Readable) -> str:
-    """Hash of a base model's shape and norm weights: small to read, and training changes them all."""
-    digest = hashlib.sha256(json.dumps(model.to_dict(), sort_keys=True).encode())
+class BaseModel(typing.Protocol):
+    """The leaves of a model in files (see `convert.leaves`)."""
+
+    @property
+    def leaves(self) -> Mapping[str, Any]:
+        """By path, with their `shape`."""
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
+def base_fingerprint(model: LlamaConfig, source: BaseModel) -> str:
+    """Hash of a base model's shape and of a sample of each of its leaves.
+
+    A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
+    one other layer; norms are taken whole. That is little to read of any format, and an adapter merged into the model
+    or training of any kind changes some of it. Fields of the shape that have their default value are left out: they may
+    be newer than the hash that this one is compared with.
+    """
+    digest = hashlib.sha256(json.dumps(_given(model), sort_keys=True).encode())
+    for path in sorted(source.leaves):
+        for index in _sample(path, tuple(source.leaves[path].shape)):
+            piece = np.ascontiguousarray(source.read(path, index))
+            digest.update(f"{path} {piece.shape} {piece.dtype}".encode() + piece.tobytes())
+    return digest.hexdigest()
+
+
+def _given(config: Any) -> Any:
+    """The fields of a dataclass that do not have their default value, as plain values."""
+    if not dataclasses.is_dataclass(config):
+        return config
+    found = {}
+    for field in dataclasses.fields(config):
+        factory, value = field.default_factory, getattr(config, field.name)
+        if value != (field.default if factory is dataclasses.MISSING else factory()):
+            found[field.name] = _given(value)
+    return found
+
+
+def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """The places of a leaf that its fingerprint is made of."""
+    stacked = path.startswith("layers/")
+    dims = shape[1:] if stacked else shape
+    name = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+    block = []
+    for number, dim in enumerate(dims):
+        size = dim if len(dims) == 1 else min(dim, BLOCK if number >= len(dims) - 2 else 1)
+        start = (name >> (8 * number)) % (dim - size + 1)
+        block.append(slice(start, start + size))
+    layers = sorted({0, shape[0] - 1, name % shape[0]}) if stacked else [None]
+    for layer in layers:
+        yield tuple(block) if layer is None else (slice(layer, layer + 1), *block)
+
+
+def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: BaseModel) -> str:
+    """As version 1: all of the shape, as it was written down then, and the norms."""
+    digest = hashlib.sha256(json.dumps(stored_shape, sort_keys=True).encode())
     for leaf in ("norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"):
         digest.update(source.read(leaf, ()).tobytes())
     return digest.hexdigest()
 
 
-def check_unchanged(files: Mapping[str, bytes], config: RunConfig, prints: Mapping[str, str], checkpoint: Path) -> None:
-    """Compares a run with the one that wrote a checkpoint.
+@dataclass(frozen=True)
+class Inputs:
+    """What a run computes from.
 
     Args:
-        files: small files of the checkpoint.
+        config: its settings.
+        data: its rows.
+        model: the shape of the model.
+        base: where the frozen base is read from; None for a run that trains all.
+    """
+
+    config: RunConfig
+    data: Data
+    model: LlamaConfig
+    base: BaseModel | None
+
+    @cached_property
+    def base_fingerprint(self) -> str | None:
+        return None if self.base is None else base_fingerprint(self.model, self.base)
+
+    def to_json(self) -> bytes:
+        """fingerprints.json of a checkpoint of this run."""
+        found: dict[str, Any] = {"version": VERSION, "data": self.data.fingerprint}
+        if self.base is not None:
+            found["base"] = self.base_fingerprint
+        # Those that a version without the key may not pass over.
+        found["given"] = [key for key, _, default in _walk(to_dict(self.config), RunConfig, "") if not default]
+        return json.dumps(found).encode()
+
+
+def check_settings(files: Mapping[str, bytes], config: RunConfig, checkpoint: Path) -> None:
+    """Compares the settings of a run with those of the run that wrote a checkpoint; needs neither data nor model.
+
+    Args:
+        files: small files of the checkpoint, at least run.yaml and fingerprints.json.
         config: the run that wants to go on.
-        prints: fingerprints of its inputs: 'data', and 'base' where only an adapter trains.
         checkpoint: for the message.
 
     Raises:
@@ -67,22 +177,159 @@ def check_unchanged(files: Mapping[str, bytes], config: RunConfig, prints: Mappi
     """
     # Under mean_of_means the micro batch is part of the loss.
     fixed = {"train.micro_batch_size"} if config.train.loss_normalisation == "mean_of_means" else set()
-    free = [key for key in FREE if key not in fixed]
-    before, now = flatten(yaml.safe_load(files["run.yaml"])), flatten(to_dict(config))
+    later = [*IN_TOKENS, *(["model.path"] if config.lora is not None else [])]
+    free = [key for key in (*FREE, *later) if key not in fixed]
     changed = [
-        f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+        text
+        for key, text in _changes(files, config)
+        if _is_below(key, ["data.train.weights"]) or not any(_is_below(key, [name]) for name in free)
     ]
     if changed:
         raise UserError(
             f"{checkpoint} was written with other settings ({'; '.join(changed)}); "
             f"set them back, or choose another output_dir"
         )
-    kept = json.loads(files["fingerprints.json"])
-    for kind, what in (("data", "the training data are"), ("base", "the base model at model.path is")):
-        if kept.get(kind) != prints.get(kind):
-            raise UserError(
-                f"{checkpoint}: {what} not what this run began with (same settings, other content); "
-                f"bring the files back, or choose another output_dir"
-            )
+
+
+def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -> None:
+    """Compares the data, and the base of an adapter, with those of the run that wrote a checkpoint.
+
+    Args:
+        files: as in `check_settings`; model.json for a checkpoint of version 1.
+        inputs: of the run that wants to go on.
+        checkpoint: for the message.
+
+    Raises:
+        UserError: they are others; it names the settings that may be why.
+    """
+    kept = json.loads(files[PRINTS])
+    stored = yaml.safe_load(files[RUN])
+    version = kept.get("version", 1)
+    if version > VERSION:
+        raise UserError(f"{checkpoint}: was written by a newer jaxlm; update this one, or choose another output_dir")
+    if version == 1:
+        same_data = kept["data"] == inputs.data.fingerprint_1(stored["data"], stored["train"]["seed"])
+    else:
+        same_data = kept["data"] == inputs.data.fingerprint
+    changes = list(_changes(files, inputs.config))
+    if not same_data:
+        raise _other("the training data are", [text for key, text in changes if _is_below(key, IN_TOKENS)], checkpoint)
+    if inputs.base is None:
+        return
+    reasons = [text for key, text in changes if key == "model.path"]
+    if version == 1:
+        shape = json.loads(files["model.json"])["model"] if "model.json" in files else inputs.model.to_dict()
+        before = LlamaConfig.from_dict(shape)
+        reasons += [
+            f"its {field.name}: was {old!r}, is {new!r}"
+            for field in dataclasses.fields(before)
+            if (old := getattr(before, field.name)) != (new := getattr(inputs.model, field.name))
+        ]
+        same_base = before == inputs.model and kept.get("base") == _base_fingerprint_1(shape, inputs.base)
+    else:
+        same_base = kept.get("base") == inputs.base_fingerprint
+    if not same_base:
+        raise _other("the base model at model.path is", reasons, checkpoint)
+
+
+def length_before(files: Mapping[str, bytes], source: BatchSource) -> int:
+    """Steps of the run that wrote a checkpoint, as it was configured then.
+
+    Args:
+        source: batches of the run that goes on, in rows of the same number.
+    """
+    config = yaml.safe_load(files[RUN])["train"]
+    if config.get("steps") is not None:
+        return int(config["steps"])
+    return source.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
+
+
+def _other(what: str, reasons: list[str], checkpoint: Path) -> UserError:
+    why = "; ".join(reasons) if reasons else "same settings, other content"
+    return UserError(
+        f"{checkpoint}: {what} not what this run began with ({why}); bring the files back, or choose another output_dir"
+    )
+
+
+def _is_below(key: str, names: typing.Iterable[str]) -> bool:
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
+
+
+def _changes(files: Mapping[str, bytes], config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, what it was and is) of every setting that differs."""
+    before = _settings(yaml.safe_load(files[RUN]), RunConfig)
+    now = _settings(to_dict(config), RunConfig)
+    given = json.loads(files[PRINTS]).get("given")
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if key not in now and "[" not in key and now.keys().isdisjoint(_parents(key)):
+            # This version has no such key: it does what an older one did where it was not set.
+            if key in given if given is not None else old not in (None, False, 0, "", [], {}):
+                yield key, f"{key}: was {old!r}, which this version does not know"
+        elif old != new and not (key.rpartition(".")[2] in PATHS and _same_place(old, new)):
+            yield key, f"{key}: was {old!r}, is {new!r}"
+
+
+def _parents(key: str) -> set[str]:
+    parts = key.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether two ways of writing a path, or several, mean the same from where this process runs."""
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_same_place, old, new))
+    if not isinstance(old, str) or not isinstance(new, str):
+        return False
+    first, second = (os.path.abspath(Path(text).expanduser()) for text in (old, new))  # noqa: PTH100 (no links)
+    return first == second
+
+
+def _settings(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """Plain values by key, those that are missing filled with the dataclass's defaults; lists of sections by number."""
+    return {key: value for key, value, _ in _walk(values, cls, "")}
+
+
+def _walk(values: Mapping[str, Any], cls: type, prefix: str) -> Iterator[tuple[str, Any, bool]]:
+    """(key, value, whether that is its default); keys that the dataclass does not have come last."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, default = f"{prefix}{field.name}", _default(field)
+        value = values.get(field.name, default)
+        section = _section(hints[field.name])
+        if section is not None and isinstance(value, Mapping):
+            yield from _walk(value, section, f"{name}.")
+        elif section is not None and isinstance(value, (list, tuple)):
+            for number, item in enumerate(value):
+                yield from _walk(item, section, f"{name}[{number}].")
+            if "weight" in _names(section):
+                # They decide how often a record is seen, and not which tokens there are.
+                weights = [item.get("weight", 1.0) for item in value]
+                yield f"{name}.weights", weights, set(weights) <= {1.0}
+        else:
+            yield name, _plain(value), _plain(value) == _plain(default)
+    for key in values.keys() - _names(cls):
+        yield f"{prefix}{key}", values[key], False
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _names(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        value = None if field.default is dataclasses.MISSING else field.default
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass in `X`, `X | None`, `tuple[X, ...]` or `int | tuple[X, ...]`."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint)
+    return next((found for inner in typing.get_args(hint) if (found := _section(inner)) is not None), None)

@@ -1,0 +1,78 @@
+"""What is wrong with a run can often be said from its configuration: before JAX is loaded, or anything is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm.config import RunConfig, SourceConfig
+from jaxlm.data.sources import check_source
+from jaxlm.data.templates import template_names
+from jaxlm.errors import UserError
+from jaxlm.models.lora import check_names
+from jaxlm.models.shapes import load_shape
+
+# key -> the module that it needs, and the extra that brings it.
+OPTIONAL = {"tensorboard": ("tensorboardX", "jaxlm[tensorboard]"), "wandb": ("wandb", "jaxlm[wandb]")}
+
+
+def check_configs(configs: Sequence[RunConfig]) -> None:
+    """Checks all stages of a run, also those that come later.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    made: set[Path] = set()  # by the stages before
+    for config in configs:
+        _check_config(config, made)
+        made.add(Path(config.output_dir).expanduser().absolute())
+
+
+def _check_config(config: RunConfig, made: set[Path]) -> None:
+    if (config.model.path is None) == (config.model.shape is None):
+        raise UserError("model: give either path (a model to start from) or shape (a fresh model)")
+    if config.lora is not None and config.model.path is None:
+        raise UserError("lora: an adapter needs a trained base: set model.path")
+    if not config.data.train:
+        raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
+    if config.lora is not None:
+        check_names(config.lora)
+    for key, (module, extra) in OPTIONAL.items():
+        if getattr(config.train, key) and importlib.util.find_spec(module) is None:
+            raise UserError(f"train.{key}: needs {module}; pip install '{extra}'")
+    if config.train.local_checkpoints is not None and config.train.local_every < 1:
+        raise UserError(f"train.local_every: {config.train.local_every}; give a positive number of steps")
+    _check_paths(config, made)
+
+
+def _check_paths(config: RunConfig, made: set[Path]) -> None:
+    if config.model.shape is not None:
+        load_shape(config.model.shape)
+    init_from = None if config.lora is None else config.lora.init_from
+    paths = {"model.path": config.model.path, "lora.init_from": init_from, "tokenizer.path": config.tokenizer.path}
+    for key, name in paths.items():
+        if name is None:
+            continue
+        path = Path(name).expanduser()
+        if not path.exists() and path.absolute() not in made:
+            raise UserError(
+                f"{key}: {name}: no such directory or file (paths are relative to the working directory, "
+                f"{Path.cwd()}); nothing is downloaded"
+            )
+    for name in config.tokenizer.train_on:
+        if not Path(name).expanduser().exists():
+            raise UserError(f"tokenizer.train_on: {name}: no such file or folder")
+    validation = () if isinstance(config.data.validation, (int, float)) else config.data.validation
+    for source in (*config.data.train, *validation):
+        check_source(source)
+        _check_template(source)
+
+
+def _check_template(source: SourceConfig) -> None:
+    name = source.template
+    known = Path(name).expanduser().is_file() if name.endswith(".json") else name in ("auto", *template_names())
+    if not known:
+        raise UserError(
+            f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give an own file NAME.json"
+        )
