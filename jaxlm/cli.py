@@ -47,10 +47,10 @@ class Origins:
     typed: frozenset[str]
 
     def explain(self, message: str) -> str:
-        """`message`, and a line for each key in it that a file has set."""
+        """`message`, and for each key in it that a file has set, which."""
         found = [key for key in self.files if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message)]
-        notes = [f"{key} is set in {self.files[key]}; --{key} VALUE overrides it" for key in found if self._holds(key)]
-        return "\n".join([message, *(f"  note: {note}" for note in notes)])
+        notes = [f"{key} is set in {self.files[key]}" for key in found if self._holds(key)]
+        return f"{message} [{', '.join(notes)}]" if notes else message
 
     def _holds(self, key: str) -> bool:
         """Whether the file's value is the one that counts."""

@@ -55,7 +55,9 @@ def find_config(name: str) -> Path:
     if wanted in packaged:
         return packaged[wanted]
     near = difflib.get_close_matches(wanted, packaged, 1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(n for n in packaged if 'pods/' not in n)}"
+    folders = dict.fromkeys(f"{known.split('/')[0]}/" for known in packaged if "/" in known)
+    top = [known for known in packaged if "/" not in known]
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(top)}, and more in {', '.join(folders)}"
     raise UserError(f"{name}: no such file, and no configuration of that name comes with jaxlm; {hint}")
 
 

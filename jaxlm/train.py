@@ -66,10 +66,10 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
         )
         from jaxlm.training.checks import check_configs
 
-        check_configs(configs)
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
+        check_configs(configs)
         if preview is not None:
             _preview(configs[0], preview)
             return 0

@@ -155,15 +155,13 @@ def test_messages_name_the_file_that_set_a_value(home: Path) -> None:
     words = ["--config", "base.yaml", "--config", "mine.yaml", "--train.epochs", "3"]
     origins = parse_run(words, prog="", description="").origins
     message = "data.validation is 2000, but there are only 64 records"
-    assert origins.explain(message) == (
-        f"{message}\n  note: data.validation is set in base.yaml; --data.validation VALUE overrides it"
-    )
+    assert origins.explain(message) == f"{message} [data.validation is set in base.yaml]"
     assert "data.sequence_length is set in mine.yaml" in origins.explain("data.sequence_length: 32 is short")
     assert "lora.rank is set in mine.yaml" in origins.explain("lora.rank: 4 is odd")
     # Typed, or not in the message: no note.
     assert origins.explain("train.epochs: 3 is odd") == "train.epochs: 3 is odd"
     assert origins.explain("data.validation_x and my.data.validation") == "data.validation_x and my.data.validation"
-    with pytest.raises(UserError, match=r"expected a number, found many\n  note: train.epochs is set in bad.yaml"):
+    with pytest.raises(UserError, match=r"expected a number, found many \[train.epochs is set in bad.yaml\]"):
         Path("bad.yaml").write_text("train: {epochs: many}\n")
         run("--config", "bad.yaml")
 
