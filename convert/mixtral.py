@@ -175,7 +175,8 @@ def check_mixtral(source: ParamSource) -> None:
     if moe.most == 1 < moe.experts:
         raise UserError(
             f"--layout mixtral: tokens of {source.path} use one expert (moe.top_k), weighted by its share of the "
-            f"softmax over all; Mixtral would weigh it by 1: another model. Train it with a k of 2 or more, or {instead}"
+            f"softmax over all; Mixtral would weigh it by 1: another model. Train it with a k of 2 or "
+            f"more, or {instead}"
         )
     if config.mlp_bias or config.qkv_bias or config.o_bias:
         raise UserError(f"--layout mixtral: Mixtral's layers have no biases, those of {source.path} do; {instead}")
