@@ -106,8 +106,8 @@ def _moefy(options: argparse.Namespace) -> None:
     print(f"{'experts':12} {experts} of {size} neurons by {method}, router {moe.router}; a token uses: {used}")
     if moe.router == "learned" and 1 in moe.top_k and experts > 1:
         print(
-            f"{'':12} where a token uses one expert, its output is weighted by the softmax over all: by 1/{experts} until "
-            "the router is trained"
+            f"{'':12} where a token uses one expert, its output is weighted by the softmax over all: by 1/{experts} "
+            "until the router is trained"
         )
     if sample is not None:
         report_coverage(open_model(options.destination), sample, coverage)

@@ -73,8 +73,8 @@ class MixtralSource(HfSource):
         experts = sizes["num_local_experts"]
         if sizes["num_experts_per_tok"] == 1 < experts:
             raise UserError(
-                f"{where}: num_experts_per_tok is 1: Mixtral then weighs its one expert by 1, jaxlm's learned router by "
-                "the expert's share of the softmax over all, so it would be another model; to train it on with two "
+                f"{where}: num_experts_per_tok is 1: Mixtral then weighs its one expert by 1, jaxlm's learned router "
+                "by the expert's share of the softmax over all, so it would be another model; to train it on with two "
                 "experts for a token, write 2 there"
             )
         like_mistral = content | {
@@ -189,8 +189,9 @@ def check_mixtral(source: ParamSource) -> None:
         )
     if moe.most == 1 < moe.experts:
         raise UserError(
-            f"--layout mixtral: tokens of {source.path} use one expert (moe.top_k), weighted by its share of the softmax "
-            f"over all; Mixtral would weigh it by 1: another model. Train it with a k of 2 or more, or {instead}"
+            f"--layout mixtral: tokens of {source.path} use one expert (moe.top_k), weighted by its share of the "
+            f"softmax over all; Mixtral would weigh it by 1: another model. Train it with a k of 2 or "
+            f"more, or {instead}"
         )
     if config.mlp_bias or config.qkv_bias or config.o_bias:
         raise UserError(f"--layout mixtral: Mixtral's layers have no biases, those of {source.path} do; {instead}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 from convert.adapter_order import in_order_of
@@ -30,9 +31,19 @@ from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, fi
 from convert.peft import PeftSource
 from convert.tensors import find_weights, read_safetensors
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.locate import find_base
+from jaxlm.models.shapes import LlamaConfig, read_json
 
-__all__ = ["AdapterSource", "LeafInfo", "ParamSource", "is_adapter", "open_adapter", "open_model", "stored_adapter"]
+__all__ = [
+    "AdapterSource",
+    "LeafInfo",
+    "ParamSource",
+    "is_adapter",
+    "open_adapter",
+    "open_model",
+    "recorded_base",
+    "stored_adapter",
+]
 
 ACCEPTED = (
     "accepted are a Hugging Face directory (config.json and weights), a converted jaxlm directory, "
@@ -117,6 +128,30 @@ def is_adapter(path: str | Path) -> bool:
         return False
     tensors = read_files(_mindspore_files(path), check=False)
     return is_lora(tensors) and rule_for("embed_tokens/embedding").mindspore not in tensors
+
+
+def recorded_base(adapter: str | Path) -> str:
+    """Directory of the base that an adapter (PEFT, converted, or a LoRA run) records.
+
+    Raises:
+        UserError: it is no adapter, or its base is not here.
+    """
+    path = Path(adapter)
+    native = find_native(path)
+    if native is not None:
+        content = read_model_json(native)
+    elif (path / "adapter_config.json").is_file():
+        content = read_json(path / "adapter_config.json")
+    else:
+        raise UserError(f"model.adapter: {adapter} is no adapter (no adapter_config.json)")
+    base = find_base(content, native or path)
+    if base is None:
+        recorded = content.get("base") or content.get("base_model_name_or_path")
+        raise UserError(
+            f"{adapter} is a LoRA adapter of {recorded!r}, which is not here; name its base: "
+            f"--model BASE --model.adapter {shlex.quote(str(adapter))}"
+        )
+    return str(base)
 
 
 def open_model(

@@ -492,24 +492,48 @@ class GenerateConfig(Decoding):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Figures of a file of answers.
+    """Figures of a file of answers, or of a model on a file of texts.
 
     Args:
-        task: smiles2text (captions of molecules) or text2smiles (molecules for captions), with LPM-24's figures.
+        task: smiles2text (captions of molecules) or text2smiles (molecules for captions), with LPM-24's figures;
+            perplexity of a model on texts.
         predictions: the file: .json, .jsonl or .csv as `jaxlm.generate` writes it, or LPM-24's table (.tsv or .txt).
         reference: column of the right answers; null: caption or molecule, or "ground truth".
         prediction: column of the model's answers; null: prediction, answer or output.
         metric_tokenizer: directory of the Hugging Face tokenizer whose pieces BLEU counts (LPM-24: SciBERT's); null:
             words and signs.
         save_file: the figures as JSON.
+        model: perplexity: the model.
+        tokenizer: perplexity: a directory or SentencePiece .model file; null means the model's own.
+        data: perplexity: the texts, as a source of `data.train`; of instructions the answers are scored.
+        sequence_length: perplexity: most tokens of a row; null: the model's context, at most 2048.
+        stride: perplexity: new tokens of each further window of a longer text, the others are context; null:
+            sequence_length - 1.
+        train_on_inputs: perplexity: score prompts too.
+        add_bos: perplexity: begin each text with bos; null: as the model was trained, else as its tokenizer does.
+        add_eos: perplexity: score the end of each text too; null: of answers, not of plain texts.
+        batch_size: perplexity: rows of a device at a time.
+        mesh: perplexity: the devices; absent: rows and parameters over all of them.
+        compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
     """
 
-    task: Literal["smiles2text", "text2smiles"] | None = None
+    task: Literal["smiles2text", "text2smiles", "perplexity"] | None = None
     predictions: ReadPath | None = None
     reference: str | None = None
     prediction: str | None = None
     metric_tokenizer: ReadPath | None = None
     save_file: WrittenPath | None = None
+    model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
+    tokenizer: ReadPath | None = None
+    data: SourceConfig | None = None
+    sequence_length: int | None = None
+    stride: int | None = None
+    train_on_inputs: bool = False
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    batch_size: int = 8
+    mesh: MeshConfig | None = None
+    compilation_cache: WrittenPath | None = None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

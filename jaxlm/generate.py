@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli import parse_config
 from jaxlm.config import Decoding, GenerateConfig
 from jaxlm.errors import UserError
-from jaxlm.locate import find_base
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,7 +156,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     import jax
 
     from convert.merge import MergedSource
-    from convert.source import is_adapter, open_adapter, open_model
+    from convert.source import is_adapter, open_adapter, open_model, recorded_base
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
@@ -174,7 +172,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
         path, adapter_path = None, path  # a LoRA run
     if path is None:
         assert adapter_path is not None
-        path = _base_of(adapter_path)
+        path = recorded_base(adapter_path)
     source: Any = open_model(path)
     adapter = None if adapter_path is None else open_adapter(adapter_path, source)
     whole = source if adapter is None else MergedSource(source, adapter)
@@ -253,29 +251,6 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
         "tokenizer": str(tokenizer.path),
     }
     return Generator(decoder, weights, mesh, stops), prompter, facts
-
-
-def _base_of(adapter_path: str) -> str:
-    """The base that an adapter records."""
-    from convert.native import find_native, read_model_json
-    from jaxlm.models.shapes import read_json
-
-    native = find_native(Path(adapter_path))
-    if native is not None:
-        content = read_model_json(native)
-    else:
-        file = Path(adapter_path) / "adapter_config.json"
-        if not file.is_file():
-            raise UserError(f"model.adapter: {adapter_path} is no adapter (no adapter_config.json)")
-        content = read_json(file)
-    base = find_base(content, native or Path(adapter_path))
-    if base is None:
-        recorded = content.get("base") or content.get("base_model_name_or_path")
-        raise UserError(
-            f"{adapter_path} is a LoRA adapter of {recorded!r}, which is not here; name its base: "
-            f"--model BASE --model.adapter {shlex.quote(adapter_path)}"
-        )
-    return str(base)
 
 
 def _same_place(recorded: str, path: str) -> bool:

@@ -180,7 +180,7 @@ def _matmul_scaled(
     dtype: DTypeLike,
     axes: tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """`matmul`, or x times an int8 kernel with its factors: int8 is exact in bfloat16, so only the result is rounded."""
+    """`matmul`; or x times an int8 kernel and its factors: int8 is exact in bfloat16, so only the result is rounded."""
     if factor is None:
         return matmul(x, kernel, in_dims, dtype, axes)
     return _product(x, kernel, in_dims, dtype, factor)

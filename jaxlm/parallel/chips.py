@@ -47,10 +47,10 @@ class Chip:
 
 
 # TPUs: peak, bandwidth and link from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, where links are given for both
-# directions together (600, 400, 1,200 and 800 GB/s); memory as libtpu 0.0.42 allots it when it refuses a program (15.75,
-# 95.74 and 31.25 GiB; v4: 30.75). Clocks: peak over the FLOPs of a cycle (131,072, 262,144 and 524,288); the compiler's
-# estimate for a bf16 product of 8192 x 8192 is 88, 90 and 70 % of those. Network: of a host 2 x 100, 1 x 200 and 4 x 200
-# Gbit/s (the same pages), over its 8, 4 and 8 chips. Slices as these pages list them, see `slice_exists`.
+# directions together (600, 400, 1,200 and 800 GB/s); memory as libtpu 0.0.42 allots it when it refuses a program
+# (15.75, 95.74 and 31.25 GiB; v4: 30.75). Clocks: peak over the FLOPs of a cycle (131,072, 262,144 and 524,288); the
+# compiler's estimate for a bf16 product of 8192 x 8192 is 88, 90 and 70 % of those. Network: of a host 2 x 100, 1 x 200
+# and 4 x 200 Gbit/s (the same pages), over its 8, 4 and 8 chips. Slices as these pages list them, see `slice_exists`.
 _TPUS = (
     Chip("v4", "tpu", "TPU v4", 275e12, 30.75 * GIB, 1228e9, 300e9, dims=3),
     Chip("v5e", "tpu", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 200e9, 1.5e9, 2, network=3.125e9),
@@ -271,9 +271,8 @@ def slice_exists(chip: Chip, shape: tuple[int, ...]) -> bool:
 
 def near_slices(chip: Chip, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The slices with as many chips or, if there are none, the next smaller and larger ones; of equals the roundest."""
-    if chip.dims == 2:
-        offered = list(_FLAT)
-    else:
+    offered: list[tuple[int, ...]] = list(_FLAT)
+    if chip.dims == 3:
         sizes = range(4, 33, 4)
         cubes = [
             (a, b, c) for a in sizes for b in sizes for c in sizes if a <= b <= c and slice_exists(chip, (a, b, c))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +157,8 @@ def test_preview_shows_text_and_trains_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_help_and_print_config_answer_at_once(tmp_path: Path) -> None:
-    def seconds(*words: str) -> tuple[float, str]:
-        started = time.perf_counter()
+def test_help_and_print_config_answer_without_jax(tmp_path: Path) -> None:
+    def said(*words: str) -> str:
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "jaxlm.train", *words],
             capture_output=True,
@@ -168,11 +166,11 @@ def test_help_and_print_config_answer_at_once(tmp_path: Path) -> None:
             check=True,
         )
         assert "| jax\n" not in done.stderr, "JAX was imported"
-        return time.perf_counter() - started, done.stdout
+        return done.stdout
 
-    _, text = seconds("--help")
+    text = said("--help")
     assert "--optimizer.learning_rate: float = 0.0003" in text
-    _, text = seconds("--config", "configs/quickstart.yaml", "--print_config", "--train.seed", "7")
+    text = said("--config", "configs/quickstart.yaml", "--print_config", "--train.seed", "7")
     stages = list(yaml.safe_load_all(text))
     assert [stage["output_dir"] for stage in stages] == ["out/quickstart/pretrain", "out/quickstart/sft"]
     assert stages[1]["model"]["path"] == "out/quickstart/pretrain"

