@@ -452,7 +452,8 @@ def build_data(
         digest.update((examples.digest() if examples is not None else "none").encode())
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]
-    notes = [note]
+    chats = all(report.template == "chat" for report in reports)
+    notes = ["each record begins and ends as the chat template writes it" if chats else note]
     if tokenizer.asks_for_date and tokenizer.date and any(r.template == "chat" for r in reports):
         notes.append(
             f"date: the chat template is told {tokenizer.date.isoformat(sep=' ')} (data.date), to the run's end"
