@@ -110,8 +110,6 @@ def read_sample(options: argparse.Namespace, source: ParamSource, moe: MoeConfig
         sequence_length=min(ROW, source.config.max_position_embeddings),
         train_on_inputs=True,
         too_long="split",
-        add_bos=tokenizer.bos_id is not None,
-        add_eos=tokenizer.eos_id is not None,
     )
     columns = pairs("--sample-columns", options.sample_columns or [])
     template = options.sample_template or "auto"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli import parse_config
 from jaxlm.config import EvaluateConfig, MeshConfig
 from jaxlm.errors import UserError
+from jaxlm.jsontext import parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,16 +148,19 @@ def _molecule(text: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
+    from jaxlm.data.sources import csv_delimiter
+
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix in (".csv", ".tsv", ".txt"):
             csv.field_size_limit(1 << 30)
-            delimiter = "," if path.suffix == ".csv" else "\t"
+            header = text.partition("\n")[0]
+            delimiter = csv_delimiter(header) if path.suffix == ".csv" else "\t"
             rows: Any = list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [parse(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = json.loads(text)
+            rows = parse(text)
     except FileNotFoundError:
         raise UserError(f"predictions: {path} does not exist") from None
     except (ValueError, csv.Error) as error:

@@ -228,7 +228,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
         f"({shape}), loaded in {time.perf_counter() - started:.1f} s; context {whole.config.max_length:,} tokens",
         markup=False,
     )
-    console.print(f"template   {template}: {why}", markup=False)
+    console.print(f"template   {template}: {why}; {prompter.beginning}", markup=False)
     writing = (
         "a kernel that reads the slots in use" if attention.name == "pallas_tpu" else "plain, over all of the cache"
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
+from jaxlm.jsontext import parse
 
 MODALITIES_FILE = "modalities.json"
 PADDING = -1  # modality id of what is no token; 0 is text, 1, 2, ... are those with tokens of their own
@@ -221,7 +222,7 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
         UserError: for another file, or one of another tokenizer.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
         entries = [_from_json(item) for item in content["modalities"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not what `convert extend-vocab` writes ({error!r}); copy the file again") from None

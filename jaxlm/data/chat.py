@@ -39,6 +39,21 @@ class _Answer:
 
 
 @dataclass(frozen=True)
+class _Habits:
+    """How a chat template ends what the assistant says; empty where it does not.
+
+    Args:
+        last: what it writes behind a last answer, up to the first special token in it.
+        special: what it writes between turns, up to the special token that ends the first of them.
+        words: what it writes there where it has no special tokens.
+    """
+
+    last: str
+    special: str
+    words: str
+
+
+@dataclass(frozen=True)
 class ChatTemplate:
     """The tokenizer's own chat template.
 
@@ -71,14 +86,15 @@ class ChatTemplate:
             ends.append(end)
         last, rest, eos = messages[-1], text[at:], False
         learnt = last.role == "assistant" and last.trained
-        if last.role == "assistant" and (not ends[-1] or not self._has_special(ends[-1])):
+        if last.role == "assistant" and not self._has_special(ends[-1]):
             # The end is missing. What stands before the one that is added is learnt too: nothing is left to guess.
-            added = self._end_between_turns or next((e for e in reversed(ends) if self._has_special(e)), None)
-            eos = added is None
+            added = self._habits.special or next((end for end in reversed(ends) if self._has_special(end)), "")
+            eos = not added
             if added and not rest.strip():  # as between turns: the end first
                 spans += [Span(added, learnt, True), Span(rest, False)]
             else:
-                spans += [Span(rest, learnt), Span(added or "", learnt, True)]
+                words = "" if ends[-1] else self._habits.words
+                spans += [Span(words + rest, learnt), Span(added or self._end_but_eos, learnt, True)]
         else:
             spans.append(Span(rest, False))
         spans = [span for span in spans if span.text]
@@ -126,46 +142,45 @@ class ChatTemplate:
 
     def _end_behind(self, text: str, at: int) -> str:
         """What ends the turn whose answer ends at a place: the template's own words, or the next special token."""
-        if self._own_end and text.startswith(self._own_end, at):
-            return self._own_end
+        words = self._habits.last or self._habits.words
+        if words and text.startswith(words, at):
+            return words
         found = self._turn_end.match(text, at)
         return found.group() if found else ""
 
+    @property
+    def _end_but_eos(self) -> str:
+        """Where there is no eos: what generation_config.json names as an end."""
+        if self.tokenizer.eos_id is None and self.tokenizer.end_ids:
+            return self.tokenizer.token(self.tokenizer.end_ids[0])
+        return ""
+
     @functools.cached_property
-    def _own_end(self) -> str:
-        """What the template writes behind a last answer, up to the first special token in it."""
+    def _habits(self) -> _Habits:
+        """How the template ends turns, seen from conversations of one round and two."""
         try:
             text, answers = self._located(_TALK[:2], _PROBE, None)
-        except UserError:  # a template that wants other conversations
-            return ""
-        rest = text[answers[-1].end :]
-        found = re.search(self._special, rest) if self._special else None
-        return rest[: found.end()] if found else rest.rstrip()
-
-    @functools.cached_property
-    def _end_between_turns(self) -> str | None:
-        """What ends a turn which another follows, up to its special token; None where that is nothing, or eos will do.
-
-        What follows an answer may also be the next turn's opening. It is an end if it is known as one; else if more
-        special tokens stand between an answer and the next question than in the opening of an answer.
-        """
-        try:
+            rest = text[answers[-1].end :]
+            found = re.search(self._special, rest) if self._special else None
+            last = rest[: found.end()] if found else rest.rstrip()
             text, answers = self._located(_TALK, _PROBE, None)
             asked = self.tokenizer.render_chat([_plain(_TALK[0])])
             opened = self.tokenizer.render_chat([_plain(_TALK[0])], add_generation_prompt=True)
-        except UserError:
-            return None
-        if not self._special:
-            return None
+        except UserError:  # a template that wants other conversations
+            return _Habits("", "", "")
         gap = text[answers[0].end : text.find(_TALK[2].content, answers[0].end)]
-        between = re.findall(self._special, gap)
-        opening = re.findall(self._special, opened.removeprefix(asked))
+        between = re.findall(self._special, gap) if self._special else []
         known = {self.tokenizer.token(index) for index in self.tokenizer.end_ids}
+        # What follows an answer may also be the next turn's opening. It is an end if it is known as one; else if more
+        # special tokens stand between an answer and the next question than in the opening of an answer.
+        opening = re.findall(self._special, opened.removeprefix(asked)) if between else []
+        special = ""
         if between and (between[0] in known or len(between) > len(opening)):
-            return gap[: gap.index(between[0]) + len(between[0])]
-        if self.tokenizer.eos_id is None and self.tokenizer.end_ids:
-            return self.tokenizer.token(self.tokenizer.end_ids[0])
-        return None
+            special = gap[: gap.index(between[0]) + len(between[0])]
+        # Words that end a turn stand in front of the words that open the next question.
+        before = asked[: asked.find(_TALK[0].content)]
+        same = next((k for k in range(len(gap)) if before.endswith(gap[k:])), len(gap))
+        return _Habits(last, special, "" if between else gap[:same].rstrip())
 
     # Where the answers are --------------------------------------------------------------------------------------------
 

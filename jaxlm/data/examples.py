@@ -35,7 +35,7 @@ class Example:
     Args:
         input_ids: int32 [n].
         loss_mask: bool [n]: True where the token is a target to learn.
-        ends: places of the tokens that end an answer.
+        ends: places of the special tokens that end an answer.
     """
 
     input_ids: NDArray[np.int32]
@@ -238,7 +238,9 @@ def _join(
     for segment in item.segments:
         encoding = next(encodings)
         own = _mask(segment, encoding)
-        ends += [len(ids) + place for place in _ends(segment, encoding)]
+        # Words that a template ends turns with are learnt too, but no token stops a generation there.
+        stopping = (place for place in _ends(segment, encoding) if tokenizer.is_end(encoding.ids[place]))
+        ends += [len(ids) + place for place in stopping]
         ids += encoding.ids
         masks.append(np.ones(len(encoding.ids), np.bool_) if whole else own)
         if not segment.eos:

@@ -487,7 +487,8 @@ def build_data(
     digests = tuple("none" if examples is None else examples.digest() for examples in (train, validation))
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]
-    notes = [note]
+    chats = all(report.template == "chat" for report in reports)
+    notes = ["each record begins and ends as the chat template writes it" if chats else note]
     if tokenizer.asks_for_date and tokenizer.date and any(r.template == "chat" for r in reports):
         notes.append(
             f"date: the chat template is told {tokenizer.date.isoformat(sep=' ')} (data.date), to the run's end"

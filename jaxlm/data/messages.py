@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import decimal
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
+from jaxlm.jsontext import parse
 
 ROLES = {
     "system": "system",
@@ -252,8 +252,8 @@ def read_tools(record: Record, columns: Mapping[str, str]) -> list[Any] | None:
         return None
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = parse(value)
+        except ValueError:
             value = None
     if not isinstance(value, list):
         raise UserError(f"data: {record.name}: column {column!r} must hold a list of tools, or one as JSON text")

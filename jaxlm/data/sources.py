@@ -254,7 +254,7 @@ def _read_json(file: Path) -> Iterator[Record]:
             except ValueError as error:
                 raise _broken(file, text, error) from None
     if isinstance(values, dict):
-        values = _records_within(file, values)
+        values = records_within(file, values)
     if not isinstance(values, list):
         raise UserError(f"data: {file} must hold an array of records, found {type(values).__name__}")
     for number, value in enumerate(values, 1):
@@ -297,7 +297,7 @@ def _broken(file: Path, text: str, error: ValueError) -> UserError:
     return UserError(f"data: {file}: JSON that cannot be read: {error}")
 
 
-def _records_within(file: Path, content: dict[str, Any]) -> list[Any]:
+def records_within(file: Path, content: dict[str, Any]) -> list[Any]:
     """The records of {"data": [record, ...]}, or the object itself as the only record."""
     if any(name in content for name in RECORD_LISTS):
         return [content]
@@ -342,7 +342,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _open(file, newline="") as stream:
         header = stream.readline()
-        lead, delimiter = 0, _delimiter(header)
+        lead, delimiter = 0, csv_delimiter(header)
         if named := re.fullmatch(r"sep=(.)\s*", header):  # Excel's own first line
             header, lead, delimiter = stream.readline(), 1, named.group(1)
         rows = csv.DictReader(itertools.chain([header], stream), strict=True, delimiter=delimiter)
@@ -360,7 +360,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
             raise UserError(f"data: {file}: line {rows.line_num + lead}: broken CSV: {error}") from None
 
 
-def _delimiter(header: str) -> str:
+def csv_delimiter(header: str) -> str:
     """What divides the columns: a comma; where the header has none, a tab or semicolon, as spreadsheets write them."""
     bare = re.sub(r'"[^"]*"', "", header)
     return next((sign for sign in (",", "\t", ";") if sign in bare), ",")

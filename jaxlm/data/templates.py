@@ -14,7 +14,6 @@ Besides there are `text` (plain documents) and `chat` (the tokenizer's own Jinja
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from jaxlm.data.messages import (
 from jaxlm.data.rendering import Rendered, Segment, Span, Template
 from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
+from jaxlm.jsontext import parse
 from jaxlm.tokenizer import MARK_BEGIN, MARK_END, Tokenizer
 
 DIRECTORY = Path(__file__).parent / "templates"
@@ -254,8 +254,8 @@ def _load(name: str, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Templa
             f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give an own file NAME.json"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = parse(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # also UnicodeDecodeError
         raise UserError(f"template {path} is not valid JSON: {error}") from None
     return _from_json(content, name, path, columns, tokenizer)
 

@@ -9,17 +9,19 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.config import Decoding
-from jaxlm.data.sources import Record
+from jaxlm.data.sources import Record, csv_delimiter, records_within
 from jaxlm.errors import UserError
 from jaxlm.inference.engine import Generator
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.text import answer_text, cut_at_stop
+from jaxlm.jsontext import parse
 
 KINDS = (".json", ".jsonl", ".csv", ".txt")
 MARK = "jaxlm answers"  # in the first line of a journal
@@ -86,11 +88,13 @@ def _item(name: str, value: Any) -> Item:
 
 def _read_json(path: Path, text: str) -> Iterator[Item]:
     try:
-        values = json.loads(text)
+        values = parse(text)
     except json.JSONDecodeError as error:
         raise UserError(f"predict_data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except ValueError as error:  # a number of thousands of digits, brackets without end
         raise UserError(f"predict_data: {path}: JSON that cannot be read: {error}") from None
+    if isinstance(values, dict):
+        values = records_within(path, values)
     if not isinstance(values, list):
         raise UserError(f"predict_data: {path} must hold an array of texts or records, found {type(values).__name__}")
     for number, value in enumerate(values, 1):
@@ -102,14 +106,18 @@ def _read_jsonl(path: Path, text: str) -> Iterator[Item]:
         if not line.strip():
             continue
         try:
-            yield _item(f"{path}:{number}", json.loads(line))
-        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError; so are numbers too long
+            yield _item(f"{path}:{number}", parse(line))
+        except ValueError as error:  # also JSONDecodeError
             yield Item(f"{path}:{number}", error=f"broken JSON: {getattr(error, 'msg', error)}")
 
 
 def _read_csv(path: Path, text: str) -> Iterator[Item]:
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(io.StringIO(text, newline=""))
+    header, _, rest = text.partition("\n")
+    delimiter = csv_delimiter(header)
+    if named := re.fullmatch(r"sep=(.)\s*", header):  # Excel's own first line
+        text, delimiter = rest, named.group(1)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     names = rows.fieldnames or ()
     for column in names:
         if list(names).count(column) > 1:

@@ -45,12 +45,21 @@ class Prompter:
         self._columns = dict(columns or {})
         self._template: Template = load_template(template, tokenizer, self._columns)
         self.tokenizer = tokenizer
+        self._bos_because = tokenizer.adds_why if add_bos is None else "as in training, or by add_bos"
         self._add_bos = tokenizer.adds_bos if add_bos is None else add_bos
         self._add_eos = add_eos
         self._asks_for = self._template.asks_for if isinstance(self._template, TaskTemplate) else ()
         self.takes_turns = isinstance(self._template, (ChatTemplate, ConversationTemplate))
         self.system: str | None = None
         self.set_system(system)
+
+    @property
+    def beginning(self) -> str:
+        """What a prompt begins with, and what says so; for a start-up line."""
+        if isinstance(self._template, ChatTemplate):
+            return "bos as the template writes it"
+        opening = "".join(map(self.tokenizer.token, self.tokenizer.opening))
+        return f"{f'bos {opening}' if self._add_bos else 'no bos'} first ({self._bos_because})"
 
     @property
     def is_text(self) -> bool:

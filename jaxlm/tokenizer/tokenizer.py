@@ -140,6 +140,10 @@ class Tokenizer:
         """The written forms of all special tokens, e.g. ["<s>", "</s>"]."""
         return [self.token(index) for index in sorted(self.special_ids)]
 
+    def is_end(self, index: int) -> bool:
+        """Whether a token can end an answer: a special one, or one that is named as such."""
+        return index in self.special_ids or index in self.end_ids
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -131,3 +131,90 @@ def test_other_mistakes(tmp_path: Path) -> None:
         read(tmp_path / "latin.txt", split="train")
     with pytest.raises(UserError, match=r"limit of .* is 0"):
         read(tmp_path / "latin.txt", limit=0)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "txt"])
+def test_compressed_files(tmp_path: Path, kind: str, ending: str) -> None:
+    import bz2
+    import gzip
+    import lzma
+
+    import pyarrow
+
+    plain = {
+        "json": json.dumps([{"text": "granite 石英"}, {"text": "b"}], ensure_ascii=False),
+        "jsonl": '{"text": "granite 石英"}\n{"text": "b"}\n',
+        "csv": 'text,n\n"granite 石英",1\nb,2\n',
+        "txt": "granite 石英\nb\n",
+    }[ending].encode("utf-8-sig")
+    packed = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
+    }[kind](plain)
+    (tmp_path / f"data.{ending}.{kind}").write_bytes(packed)
+    records = read(tmp_path)  # found in a folder by both endings
+    assert [record.data["text"] for record in records] == ["granite 石英", "b"]
+    (tmp_path / f"data.{ending}.{kind}").write_bytes(plain * 3)
+    with pytest.raises(UserError, match=rf"data\.{ending}\.{kind} cannot be decompressed as"):
+        read(tmp_path)
+    (tmp_path / f"data.{ending}.{kind}").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=rf"data\.{ending}\.{kind} cannot be decompressed as"):
+        read(tmp_path)
+
+
+def test_an_object_around_the_records(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    for indent in (None, 1):
+        file.write_text(json.dumps({"version": "1.0", "data": [{"text": "a"}, {"text": "b"}]}, indent=indent))
+        assert [record.data for record in read(file)] == [{"text": "a"}, {"text": "b"}]
+        one = {"messages": [{"role": "user", "content": "q"}], "id": 3}
+        file.write_text(json.dumps(one, indent=indent))
+        assert [record.data for record in read(file)] == [one]
+        file.write_text(json.dumps({"train": [{"text": "a"}], "test": [{"text": "b"}]}, indent=indent))
+        with pytest.raises(
+            UserError, match=r"several lists of records \(train, test\).*jq '.train' a.json > train.json"
+        ):
+            read(file)
+        file.write_text(json.dumps({"text": {"0": "a", "1": "b"}, "n": {"0": 1}}, indent=indent))
+        with pytest.raises(UserError, match=r"one object \(text, n\), not a list of records.*orient=\"records\""):
+            read(file)
+    file.write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    assert [(record.name[-1], record.data) for record in read(file)] == [("2", {"a": 1}), ("4", {"a": 2})]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("1" * 5000, r"an integer of more than 4,300 digits"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "the name 'a' stands twice in one object"),
+    ],
+    ids=["digits", "brackets", "twins"],
+)
+def test_json_that_python_cannot_read(tmp_path: Path, ending: str, value: str, message: str) -> None:
+    good, bad = '{"text": "a"}', f'{{"text": {value}}}'
+    content = f"[{good},\n{good}, {bad}]" if ending == "json" else f"{good}\n{good}\n{bad}\n"
+    (tmp_path / f"a.{ending}").write_text(content)
+    with pytest.raises(UserError, match=rf"a\.{ending}:3: .*{message}"):
+        read(tmp_path)
+
+
+def test_csv_of_spreadsheets(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    for text in ("q;a\n1,5;x\n", "sep=;\nq;a\n1,5;x\n", "q\ta\n1,5\tx\n", '"q";"a"\n"1,5";x\n'):
+        file.write_text(text)
+        assert [record.data for record in read(file)] == [{"q": "1,5", "a": "x"}]
+    file.write_text("text\none; two\n")
+    assert [record.data for record in read(file)] == [{"text": "one; two"}]
+    file.write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(UserError, match=r"a\.csv has two columns of the name 'a'"):
+        read(file)
+    file.write_text("a;b\n1;2;3\n")
+    with pytest.raises(
+        UserError, match="ending at line 2 does not have the header's 2 columns; is a quotation mark or ';'"
+    ):
+        read(file)
