@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -57,12 +56,12 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
             flags=FLAGS,
             aliases=ALIASES,
         )
-        from jaxlm.training.checks import check_configs
-
-        check_configs(configs)
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
+        from jaxlm.training.checks import check_configs
+
+        check_configs(configs)
         if preview is not None:
             _preview(configs[0], preview)
             return 0
@@ -87,7 +86,7 @@ def _run(configs: list[RunConfig], stop: Stop) -> int:
     terminal = Console(soft_wrap=True)
     quiet_logs()
     use_compilation_cache(configs[0].train.compilation_cache)
-    with start(configs[0].distributed, terminal.print) as hosts, contextlib.ExitStack() as locks:
+    with start(configs[0].distributed, terminal.print) as hosts:
         stop.starting(Path(configs[0].output_dir), hosts, last=False)
         console = hosts.console(terminal)
         hosts.agree("versions", versions())
@@ -95,7 +94,7 @@ def _run(configs: list[RunConfig], stop: Stop) -> int:
             hosts.agree("configuration", run_settings(config))
         # Also those of later stages: whoever starts the same command again is told at once.
         for config in configs:
-            locks.enter_context(hosts.hold(Path(config.output_dir), console.print))
+            hosts.take_directory(Path(config.output_dir), console.print)
         check_without_model(configs)
         for number, config in enumerate(configs):
             last = number + 1 == len(configs)
