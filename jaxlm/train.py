@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +59,12 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
-        from jaxlm.training.checks import check_configs
+        from jaxlm.training.checks import check_config, check_files
 
-        check_configs(configs)
+        for config in configs:
+            check_config(config)
         if preview is not None:
+            check_files(configs, first_host=False)
             _preview(configs[0], preview)
             return 0
         return _run(configs, stop)
@@ -80,6 +82,7 @@ def _run(configs: list[RunConfig], stop: Stop) -> int:
 
     from jaxlm.parallel.distributed import run_settings, start, versions
     from jaxlm.start import quiet_logs, use_compilation_cache
+    from jaxlm.training.checks import check_files
     from jaxlm.training.fit import check_without_model
 
     stop.exit_status = configs[0].distributed.interrupted_status
@@ -92,10 +95,11 @@ def _run(configs: list[RunConfig], stop: Stop) -> int:
         hosts.agree("versions", versions())
         for config in configs:
             hosts.agree("configuration", run_settings(config))
+        hosts.check("files", _problem(check_files, configs, hosts.process == 0))
         # Also those of later stages: whoever starts the same command again is told at once.
         for config in configs:
             hosts.take_directory(Path(config.output_dir), console.print)
-        check_without_model(configs)
+        hosts.check("devices and settings", _problem(check_without_model, configs))
         for number, config in enumerate(configs):
             last = number + 1 == len(configs)
             stop.starting(Path(config.output_dir), hosts, last)
@@ -109,6 +113,14 @@ def _run(configs: list[RunConfig], stop: Stop) -> int:
                     return stop.status(signal.Signals[outcome.interrupted.split()[0]])
                 return 0 if outcome.complete and last else config.distributed.interrupted_status
     return 0
+
+
+def _problem(check: Callable[..., None], *what: Any) -> str | None:
+    try:
+        check(*what)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
