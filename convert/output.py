@@ -22,6 +22,7 @@ from convert.leaves import Advance
 from convert.names import Shape
 from convert.tensors import SAFETENSORS_DTYPES
 from jaxlm.errors import UserError
+from jaxlm.lock import Lock
 
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -59,21 +60,24 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
     if os.path.lexists(final):
         raise UserError(f"{final}: exists already; name another destination or remove it first")
     temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
+    lock = Lock(final.parent / f".{final.name}.lock", f"{final}: the destination", "name another destination")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final)
-        free = shutil.disk_usage(final.parent).free
-        if free < needed:
-            raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
-        temporary.mkdir()
-        try:
-            with _locked(temporary):
-                yield temporary
-                _sync_tree(temporary)
-                temporary.rename(final)
-                _sync(final.parent)
-        finally:
-            _remove(temporary)
+        with lock:
+            if os.path.lexists(final):  # the one that had the lock has written it
+                raise UserError(f"{final}: exists already; name another destination or remove it first")
+            _remove_leftovers(final)
+            free = shutil.disk_usage(final.parent).free
+            if free < needed:
+                raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
+            temporary.mkdir()
+            try:
+                with _locked(temporary):
+                    yield temporary
+                    _sync_tree(temporary)
+                    temporary.rename(final)
+                    _sync(final.parent)
+            finally:
+                _remove(temporary)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{final}: the disk is full; nothing was left there. Free some space") from None

@@ -119,10 +119,13 @@ def _run(config: GenerateConfig) -> int:
     quiet_logs()
     use_compilation_cache(config.compilation_cache)
     with start(config.distributed, terminal.print) as hosts:
+        if hosts.processes > 1:
+            hosts.agree("versions", versions())
+            hosts.agree("configuration", run_settings(config))
+        if config.save_file is not None:
+            _take(Path(config.save_file), config.overwrite, hosts)
         if hosts.processes == 1:
             return _answer(config, hosts, terminal)
-        hosts.agree("versions", versions())
-        hosts.agree("configuration", run_settings(config))
         if config.interactive:
             raise SharedError(
                 f"interactive: a conversation is with one process, here are {hosts.processes}; give --prompt or "
@@ -132,6 +135,22 @@ def _run(config: GenerateConfig) -> int:
             return _answer(config, hosts, hosts.console(terminal))
         except KeyboardInterrupt:
             raise UserError(INTERRUPTED) from None
+
+
+def _take(path: Path, overwrite: bool, hosts: Hosts) -> None:
+    """Has a save_file to itself before the model is read, which takes its time; process 0 for all."""
+    from jaxlm.lock import Lock
+
+    place = path.resolve()
+    lock = Lock(place.with_name(f".{place.name}.lock"), f"save_file: {path}", "name another save_file")
+    problem = None
+    if hosts.process == 0:
+        try:
+            hosts.take(lock)
+            _check_save_file(path, overwrite)  # another run may have written it by now
+        except UserError as error:
+            problem = str(error)
+    hosts.check("save_file is free", problem)
 
 
 def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:

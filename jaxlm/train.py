@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +63,15 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
             flags=FLAGS,
             aliases=ALIASES,
         )
-        from jaxlm.training.checks import check_configs
-
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
-        check_configs(configs)
+        from jaxlm.training.checks import check_config, check_files
+
+        for config in configs:
+            check_config(config)
         if preview is not None:
+            check_files(configs, first_host=False)
             _preview(configs[0], preview)
             return 0
         return _run(configs, stop, bool(flags.get("verbose")))
@@ -88,22 +89,24 @@ def _run(configs: list[RunConfig], stop: Stop, verbose: bool) -> int:
 
     from jaxlm.parallel.distributed import run_settings, start, versions
     from jaxlm.start import quiet_logs, use_compilation_cache
+    from jaxlm.training.checks import check_files
     from jaxlm.training.fit import check_without_model
 
     stop.exit_status = configs[0].distributed.interrupted_status
     terminal = Console(soft_wrap=True)
     quiet_logs()
     use_compilation_cache(configs[0].train.compilation_cache)
-    with start(configs[0].distributed, terminal.print) as hosts, contextlib.ExitStack() as locks:
+    with start(configs[0].distributed, terminal.print) as hosts:
         stop.starting(Path(configs[0].output_dir), hosts, last=False)
         console = hosts.console(terminal)
         hosts.agree("versions", versions())
         for config in configs:
             hosts.agree("configuration", run_settings(config))
+        hosts.check("files", _problem(check_files, configs, hosts.process == 0))
         # Also those of later stages: whoever starts the same command again is told at once.
         for config in configs:
-            locks.enter_context(hosts.hold(Path(config.output_dir), console.print))
-        check_without_model(configs)
+            hosts.take_directory(Path(config.output_dir), console.print)
+        hosts.check("devices and settings", _problem(check_without_model, configs))
         for number, config in enumerate(configs):
             last = number + 1 == len(configs)
             stop.starting(Path(config.output_dir), hosts, last)
@@ -117,6 +120,14 @@ def _run(configs: list[RunConfig], stop: Stop, verbose: bool) -> int:
                     return stop.status(signal.Signals[outcome.interrupted.split()[0]])
                 return 0 if outcome.complete and last else config.distributed.interrupted_status
     return 0
+
+
+def _problem(check: Callable[..., None], *what: Any) -> str | None:
+    try:
+        check(*what)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbose: bool) -> Outcome:

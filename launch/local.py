@@ -1,22 +1,25 @@
 """`python launch/local.py --processes 2 --devices 4 -- --config FILE [--key value ...]`: a run of several hosts, dry.
 
 Starts that many processes of `jaxlm.train` on this machine, each with so many CPU devices of its own, connected as
-hosts would be. What is said after `--` goes to each of them. When one fails, all end.
+hosts would be. What is said after `--` goes to each of them; their lines come out whole, with [number] in front. When
+one fails, all end.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
+GLOO = re.compile(r"\[Gloo\] Rank| ?is connected to| ?peer ranks\.|Expected number of connected peer ranks is ?:")
 GRACE_SECONDS = 30  # what the others get to say why they end, before they are killed
 
 
@@ -82,8 +85,28 @@ def _run(processes: int, devices: int, port: int, module: str, words: Sequence[s
 
 
 def _copy(stream: IO[str], number: int) -> None:
-    for line in stream:
-        print(f"[{number}] {line}", end="", flush=True)
+    for line in without_gloo(stream):
+        # In one write: lines of several processes come at the same time.
+        sys.stdout.write(f"[{number}] {line}\n")
+        sys.stdout.flush()
+
+
+def without_gloo(lines: Iterable[str]) -> Iterator[str]:
+    """Whole lines, without what Gloo says of its connections: from several threads, in pieces between each other.
+
+    "[Gloo] Rank 0[Gloo] Rank 0 is connected to 1 peer ranks. ..." is one of its own, and the end of the second may be a
+    line of a few digits.
+    """
+    after_gloo = False
+    for line in lines:
+        text = line.rstrip("\r\n")
+        rest = GLOO.sub(" ", text)
+        of_gloo = rest != text
+        if (of_gloo or after_gloo) and not rest.strip(" 0123456789"):
+            after_gloo = True
+            continue
+        after_gloo = of_gloo
+        yield re.sub(r"^[\d ]*", "", rest).rstrip() if of_gloo else text
 
 
 def _wait(started: Sequence[subprocess.Popen[str]]) -> int:

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -139,6 +139,8 @@ def start(config: DistributedConfig, say: Callable[[str], None]) -> Hosts:
     if place is None:
         return Hosts()
     links = call_roll(place, config.timeout, config.heartbeat, say)
+    if _only_cpu():
+        _silence_gloo()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler would take SIGTERM away from the training loop; `Hosts.due` is the agreement.
     jax.config.update("jax_enable_preemption_service", False)
@@ -157,6 +159,20 @@ def start(config: DistributedConfig, say: Callable[[str], None]) -> Hosts:
     except RuntimeError as error:
         raise UserError(f"distributed: JAX could not start at {place.coordinator}: {error}") from error
     return Hosts(links, config.timeout)
+
+
+def _silence_gloo() -> None:
+    """Gives Python's `sys.stdout` a way out of its own, and what C++ prints there nowhere to go.
+
+    Gloo, which connects CPUs, tells of its connections from several threads at once, in pieces that break into lines.
+    Others have more to say (NCCL_DEBUG), and are let be.
+    """
+    sys.stdout.flush()
+    own = os.dup(1)
+    sys.stdout = os.fdopen(own, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def _only_cpu() -> bool:
@@ -201,7 +217,7 @@ class Hosts:
         self._agreed: list[str] = []
         self._rounds: dict[str, int] = {}
         self._stderr = sys.stderr
-        self._at_end: list[Callable[[], None]] = []
+        self._inside, self._at_end = False, list[Callable[[], None]]()
 
     # Output -------------------------------------------------------------------------------------
 
@@ -221,8 +237,9 @@ class Hosts:
 
         self.check("output_dir", _os_problem("output_dir", open_it))
         assert self.log is not None
-        if self.process:  # what libraries print there, gloo for one, would stand between the lines of process 0
-            os.dup2(self.log.file.fileno(), 1)
+        if self.process:  # what libraries print there would stand between the lines of process 0
+            sys.stdout.flush()
+            os.dup2(self.log.file.fileno(), sys.stdout.fileno())
         links = self._links
         self.log.rule(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {links.name(self.process)} of {self.processes}")
         self.log.print(f"pid {os.getpid()}, coordinator {links.place.coordinator}", highlight=False)
@@ -316,8 +333,18 @@ class Hosts:
             more = f"; and on {len(found) - 4} more" if len(found) > 4 else ""
             raise SharedError(f"{'; '.join(found[:4])}{more}")
 
-    @contextlib.contextmanager
-    def hold(self, output_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    def take(self, lock: Lock) -> None:
+        """Holds a lock until the processes' work is over, however it ends; outside of their context nothing is taken.
+
+        Raises:
+            UserError: another process has it.
+            OSError: it cannot be written.
+        """
+        if self._inside:
+            lock.acquire()
+            self._at_end.append(lock.release)
+
+    def take_directory(self, output_dir: Path, say: Callable[[str], None]) -> None:
         """Has a run directory to itself: process 0 holds its lock for all.
 
         Raises:
@@ -328,15 +355,14 @@ class Hosts:
         problem = None
         if self.process == 0:
             try:
-                problem = _os_problem("output_dir", lock.acquire)
+                problem = _os_problem("output_dir", lambda: self.take(lock))
             except UserError as error:
                 problem = str(error)
-        self._at_end.append(lock.release)
-        try:
-            self.check("output_dir is free", problem)
-            yield
-        finally:
-            lock.release()
+        self.check("output_dir is free", problem)
+
+    def _release(self) -> None:
+        while self._at_end:
+            self._at_end.pop()()
 
     def check_shared(self, directory: Path) -> None:
         """Checks that all processes see one and the same directory, and can write there.
@@ -389,8 +415,7 @@ class Hosts:
         """Tells the others, and the log, why this process ends; the caller is about to end it."""
         if self.log is not None:
             self.log.print(text, highlight=False, markup=False, soft_wrap=True)
-        for action in self._at_end:
-            action()
+        self._release()
         if self._links is not None:
             self._links.fail(text)
 
@@ -402,12 +427,15 @@ class Hosts:
     # The end ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Hosts:
+        self._inside = True
         if self._links is not None:
             self._links.watch(self._end)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Ends together with the others; after an error this process ends here, without waiting for JAX's own end."""
+        self._inside = False
+        self._release()
         if self._links is None:
             return
         if error is None:
@@ -432,8 +460,7 @@ class Hosts:
 
     def _end(self, why: str) -> None:
         self._say(f"error: {why}; process {self.process} ends too. Start all of them again to go on")
-        for action in self._at_end:
-            action()
+        self._release()
         os._exit(1)
 
     def _say(self, text: str) -> None:

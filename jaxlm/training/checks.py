@@ -1,4 +1,4 @@
-"""What is wrong with a run can often be said from its configuration: before JAX is loaded, or anything is read."""
+"""What is wrong with a run and can be said before anything is read: from its configuration, and from what is where."""
 
 from __future__ import annotations
 
@@ -17,19 +17,12 @@ from jaxlm.models.shapes import load_shape
 OPTIONAL = {"tensorboard": ("tensorboardX", "jaxlm[tensorboard]"), "wandb": ("wandb", "jaxlm[wandb]")}
 
 
-def check_configs(configs: Sequence[RunConfig]) -> None:
-    """Checks all stages of a run, also those that come later.
+def check_config(config: RunConfig) -> None:
+    """Checks what the settings say by themselves.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    made: set[Path] = set()  # by the stages before
-    for config in configs:
-        _check_config(config, made)
-        made.add(Path(config.output_dir).expanduser().absolute())
-
-
-def _check_config(config: RunConfig, made: set[Path]) -> None:
     if (config.model.path is None) == (config.model.shape is None):
         raise UserError("model: give either path (a model to start from) or shape (a fresh model)")
     if config.lora is not None and config.model.path is None:
@@ -38,12 +31,23 @@ def _check_config(config: RunConfig, made: set[Path]) -> None:
         raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
     if config.lora is not None:
         check_names(config.lora)
-    for key, (module, extra) in OPTIONAL.items():
-        if getattr(config.train, key) and importlib.util.find_spec(module) is None:
-            raise UserError(f"train.{key}: needs {module}; pip install '{extra}'")
     if config.train.local_checkpoints is not None and config.train.local_every < 1:
         raise UserError(f"train.local_every: {config.train.local_every}; give a positive number of steps")
-    _check_paths(config, made)
+
+
+def check_files(configs: Sequence[RunConfig], first_host: bool) -> None:
+    """Checks that the files of all stages are there, also of those that come later, and on process 0 what reports need.
+
+    Raises:
+        UserError: the first thing that is missing.
+    """
+    made: set[Path] = set()  # by the stages before
+    for config in configs:
+        for key, (module, extra) in OPTIONAL.items() if first_host else ():
+            if getattr(config.train, key) and importlib.util.find_spec(module) is None:
+                raise UserError(f"train.{key}: needs {module}; pip install '{extra}'")
+        _check_paths(config, made)
+        made.add(Path(config.output_dir).expanduser().absolute())
 
 
 def _check_paths(config: RunConfig, made: set[Path]) -> None:

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.lock import Lock
 from jaxlm.parallel.distributed import Hosts
 from jaxlm.training.state import TrainState
 
@@ -66,20 +67,41 @@ class LocalCheckpoints:
         self._layout = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
         self._writer: threading.Thread | None = None
         self._error: OSError | None = None
+        # output_dir is this run's alone; a copy of it, with the name in it, leads here too.
+        lock = Lock(
+            self._folder.with_name(f"{self._folder.name}.lock"),
+            f"train.local_checkpoints: {self._folder}",
+            f"delete {output_dir / NAME} if output_dir was copied from another run's",
+        )
+        problem: str | None = None
         try:
+            hosts.take(lock)
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob("*.tmp"):
                 shutil.rmtree(left)
+            problem = self._too_small()
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
-            problem: str | None = self._refused(error)
-        else:
-            problem = None
+            problem = self._refused(error)
         hosts.check("train.local_checkpoints", problem)
 
     def _refused(self, error: OSError) -> str:
         return (
             f"train.local_checkpoints: {self._folder} cannot be written ({error.strerror or error}); choose a folder "
             "on each host's own disk, or null"
+        )
+
+    def _too_small(self) -> str | None:
+        """Why the disk has no room for the first copy; what earlier starts left there counts as room."""
+        needed = sum(part.size for part in self._parts)
+        there = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self._folder).free
+        if free + there >= needed:
+            return None
+        return (
+            f"train.local_checkpoints: a copy of this process takes {needed / 1e9:.1f} GB, and the disk of "
+            f"{self._folder} has {free / 1e9:.1f} GB free; choose a folder on another disk, or null"
         )
 
     def newest(self, after: int) -> int | None:
