@@ -9,7 +9,6 @@ The training loop loads a model straight into its shards:
 from __future__ import annotations
 
 import dataclasses
-import re
 import shlex
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, fi
 from convert.peft import PeftSource
 from convert.tensors import find_weights, read_safetensors
 from jaxlm.errors import UserError
-from jaxlm.locate import find_base
+from jaxlm.locate import find_base, missing
 from jaxlm.models.shapes import LlamaConfig, read_json
 
 __all__ = [
@@ -52,22 +51,11 @@ ACCEPTED = (
 )
 
 
-# A name on the Hugging Face hub: owner/name.
-_HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)")
-
-
 def _existing(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.exists():
         return path
-    text = f"{path}: no such directory or file"
-    hub = _HUB_ID.fullmatch(str(path))
-    if hub is not None and not Path(hub["owner"]).exists():
-        raise UserError(
-            f"{text}. If that is a model on the Hugging Face hub, download it once and give the directory: "
-            f"hf download {path} --local-dir {hub['name']} (a model with a licence to accept also needs hf auth login)"
-        )
-    raise UserError(f"{text}; {ACCEPTED}")
+    raise UserError(f"{missing(path)}; {ACCEPTED}")
 
 
 def _is_mindspore(path: Path) -> bool:

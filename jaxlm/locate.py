@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,23 @@ def _kinds(hint: Any) -> Iterator[str]:
     for part in _parts(hint):
         if typing.get_origin(part) is Annotated:
             yield from (kind for kind in part.__metadata__ if kind in (READ, NAMED, WRITTEN))
+
+
+# A name on the Hugging Face hub: owner/name.
+_HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)")
+
+
+def missing(path: str | Path) -> str:
+    """What to say of a model, adapter or tokenizer that is not there: of a hub's name also how to get it."""
+    text = f"{path}: no such directory or file (relative paths are looked for in {Path.cwd()})"
+    hub = _HUB_ID.fullmatch(str(path))
+    if hub is None or Path(hub["owner"]).exists():
+        return text
+    return (
+        f"{text}. Nothing is downloaded; if that is a model on the Hugging Face hub, download it once and give the "
+        f"directory: hf download {path} --local-dir {hub['name']} (a model with a licence to accept also needs hf auth "
+        "login)"
+    )
 
 
 def record_base(base: str, directory: Path) -> dict[str, str]:

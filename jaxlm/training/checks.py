@@ -10,6 +10,7 @@ from jaxlm.config import RunConfig, SourceConfig
 from jaxlm.data.sources import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
+from jaxlm.locate import missing
 from jaxlm.models.lora import check_names
 from jaxlm.models.shapes import load_shape
 
@@ -60,10 +61,7 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
             continue
         path = Path(name).expanduser()
         if not path.exists() and path.absolute() not in made:
-            raise UserError(
-                f"{key}: {name}: no such directory or file (paths are relative to the working directory, "
-                f"{Path.cwd()}); nothing is downloaded"
-            )
+            raise UserError(f"{key}: {missing(name)}")
     for name in config.tokenizer.train_on:
         if not Path(name).expanduser().exists():
             raise UserError(f"tokenizer.train_on: {name}: no such file or folder")
