@@ -15,7 +15,7 @@ import yaml
 from jaxlm.cli import parse_config, parse_run
 from jaxlm.config import GenerateConfig, RunConfig
 from jaxlm.errors import UserError
-from jaxlm.locate import find_base, find_config, packaged_configs, record_base
+from jaxlm.locate import find_base, find_config, missing, packaged_configs, record_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -184,3 +184,12 @@ def test_a_base_is_found_where_it_was_and_where_it_went(home: Path) -> None:
         assert find_base({key: "models/llama"}, moved) == here / "moved/models/llama"
     assert find_base({"base": "models/other"}, moved) is None
     assert find_base({"base": None}, moved) is None
+
+
+def test_a_name_of_the_hub_says_how_to_get_it(home: Path) -> None:
+    said = missing("meta-llama/Llama-2-7b-hf")
+    assert "hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf" in said
+    for path in ("models", "a/b/c", "/a/b", "../a", "~/a"):
+        assert "hf download" not in missing(path)
+    Path("models").mkdir()
+    assert "hf download" not in missing("models/llama"), "a folder of that name is here, so a folder is meant"
