@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -285,7 +286,7 @@ def _base_of(adapter_path: str) -> str:
     if not base or not Path(base).exists():
         raise UserError(
             f"{adapter_path} is a LoRA adapter of {base!r}, which is not here; name its base: "
-            f"--model BASE --model.adapter {adapter_path}"
+            f"--model BASE --model.adapter {shlex.quote(adapter_path)}"
         )
     return str(base)
 
