@@ -97,6 +97,7 @@ def test_training(
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert train(run) == 0, "what the killed one left is no obstacle"
+    assert "sign of life" not in "".join(capsys.readouterr())
     assert not (tmp_path / "run" / "run.lock").exists()
 
 
@@ -150,6 +151,7 @@ def test_answers_into_one_file(
     first.kill()
     first.wait()
     assert generate(words) == 0 and (tmp_path / "answers.json").exists()
+    assert "sign of life" not in "".join(capsys.readouterr())
     assert names(tmp_path) == ["answers.json", "prompts.jsonl"]
 
 
@@ -166,4 +168,5 @@ def test_conversions_to_one_place(
     first.kill()
     first.wait()
     assert convert(words) in (0, None)
+    assert "sign of life" not in "".join(capsys.readouterr())
     assert names(tmp_path) == ["hf"]
