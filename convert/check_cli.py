@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,8 @@ def _verify(options: argparse.Namespace) -> int:
     if adapters[0] != adapters[1]:
         which, other = (options.first, options.second) if adapters[0] else (options.second, options.first)
         raise UserError(
-            f"{which} is an adapter and {other} a full model; merge it first: convert merge BASE {which} OUT"
+            f"{which} is an adapter and {other} a full model; merge it first: convert merge BASE "
+            f"{shlex.quote(str(which))} OUT"
         )
     return _verify_adapters(options) if adapters[0] else _verify_models(options)
 

@@ -6,7 +6,9 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -122,7 +124,7 @@ def _peft_to_jax(options: argparse.Namespace) -> None:
     adapter = open_adapter(options.source, base)
     with writing(adapter, options.destination) as (directory, advance):
         write_adapter(adapter, directory, options.base, advance)
-    say_adapter(adapter, f"convert merge {options.base} {options.destination} OUT")
+    say_adapter(adapter, f"convert merge {shlex.quote(options.base)} {shlex.quote(options.destination)} OUT")
 
 
 def _jax_to_peft(options: argparse.Namespace) -> None:
@@ -135,7 +137,7 @@ def _jax_to_peft(options: argparse.Namespace) -> None:
     assert not isinstance(adapter, PeftSource)
     with writing(adapter, options.destination) as (directory, advance):
         write_peft(adapter, directory, advance)
-    say_adapter(adapter, f'PeftModel.from_pretrained(base, "{options.destination}")')
+    say_adapter(adapter, f"PeftModel.from_pretrained(base, {json.dumps(options.destination, ensure_ascii=False)})")
     say_template(adapter)
     if adapter.config.moe is not None:
         print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")

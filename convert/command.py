@@ -6,7 +6,9 @@ import argparse
 import bisect
 import contextlib
 import itertools
+import json
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +65,7 @@ def write_jax(source: ParamSource, destination: str) -> None:
 
     with writing(source, destination) as (directory, advance):
         write_model(source, directory, advance)
-    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {destination}")
+    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {shlex.quote(destination)}")
 
 
 def write_model_as(form: str, source: ParamSource, destination: str, shard_size: str | None) -> None:
@@ -91,7 +93,7 @@ def write_hf(source: ParamSource, destination: str, shard_size: str | None, layo
         check_mixtral(source)
     with writing(source, destination) as (directory, advance):
         hf.write_hf(source, directory, size, advance, layout)
-    say_model(source, f'AutoModelForCausalLM.from_pretrained("{destination}")')
+    say_model(source, f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})")
     say_template(source)
     if source.config.moe is not None:
         _say_experts(source.config.moe, destination, layout)
@@ -235,7 +237,8 @@ def say_template(source: LeafSource) -> None:
         recorded = str(read_json(files["prompt.json"]).get("template"))
         name = str(files.get(recorded, recorded))  # a user's own lies beside it
         print(
-            f"{'template':12} {name}, which this format has no place for: jaxlm.generate needs --template {name} there"
+            f"{'template':12} {name}, which this format has no place for: jaxlm.generate needs --template "
+            f"{shlex.quote(name)} there"
         )
 
 

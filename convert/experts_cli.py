@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def _moefy(options: argparse.Namespace) -> None:
     if source.config.moe is not None:
         raise UserError(
             f"{options.source}: is divided into {source.config.moe.experts} experts already; "
-            f"make it dense first: convert demoefy {options.source} DENSE"
+            f"make it dense first: convert demoefy {shlex.quote(options.source)} DENSE"
         )
     experts = options.experts
     if experts is None:

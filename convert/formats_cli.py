@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +142,7 @@ def _mindspore_to_jax(options: argparse.Namespace) -> None:
     adapter = _open_mindspore_adapter(options)
     with writing(adapter, options.destination) as (directory, advance):
         write_adapter(adapter, directory, options.base, advance)
-    say_adapter(adapter, f"convert merge {options.base} {options.destination} OUT")
+    say_adapter(adapter, f"convert merge {shlex.quote(options.base)} {shlex.quote(options.destination)} OUT")
 
 
 def _mindspore_to_hf(options: argparse.Namespace) -> None:
@@ -154,7 +156,7 @@ def _mindspore_to_hf(options: argparse.Namespace) -> None:
     adapter = _open_mindspore_adapter(options)
     with writing(adapter, options.destination) as (directory, advance):
         write_peft(adapter, directory, advance)
-    say_adapter(adapter, f'PeftModel.from_pretrained(base, "{options.destination}")')
+    say_adapter(adapter, f"PeftModel.from_pretrained(base, {json.dumps(options.destination, ensure_ascii=False)})")
 
 
 def _to_mindspore(options: argparse.Namespace) -> None:
@@ -176,7 +178,7 @@ def _to_mindspore(options: argparse.Namespace) -> None:
         "and 2 from token 32000 on"
     )
     said = f"--router {moe.router} --top-k {top_k}{ranges}"
-    print(f"{'back':12} convert moefy {out} MOE --partition {out}/{PATTERNS} {said}")
+    print(f"{'back':12} convert moefy {shlex.quote(out)} MOE --partition {shlex.quote(f'{out}/{PATTERNS}')} {said}")
 
 
 def _add_meta_source(verb: argparse.ArgumentParser) -> None:
@@ -209,7 +211,7 @@ def _meta_to_jax(options: argparse.Namespace) -> None:
     with writing(source, options.destination) as (directory, advance):
         write_model(source, directory, advance)
         _add_tokenizer(meta, directory / "jaxlm" / "tokenizer")
-    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {options.destination}")
+    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {shlex.quote(options.destination)}")
 
 
 def _meta_to_hf(options: argparse.Namespace) -> None:
@@ -221,7 +223,7 @@ def _meta_to_hf(options: argparse.Namespace) -> None:
     with writing(source, options.destination) as (directory, advance):
         write_hf(source, directory, size, advance)
         _add_tokenizer(meta, directory)
-    say_model(source, f'AutoModelForCausalLM.from_pretrained("{options.destination}")')
+    say_model(source, f"AutoModelForCausalLM.from_pretrained({json.dumps(options.destination, ensure_ascii=False)})")
 
 
 def _add_tokenizer(source: MetaSource, directory: Path) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,8 +340,8 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     if source.config.moe is not None:
         raise UserError(
             f"{source.path}: its feed-forward layers are divided into {source.config.moe.experts} experts, for which "
-            f"Meta's format has no place: make it dense first (convert demoefy {source.path} DENSE), or take the "
-            "Hugging Face format, which has one (convert jax-to-hf)"
+            f"Meta's format has no place: make it dense first (convert demoefy {shlex.quote(str(source.path))} DENSE), "
+            "or take the Hugging Face format, which has one (convert jax-to-hf)"
         )
     params = params_for(source.config)
     # Without its copy in the head a tied model would not load: Meta's code always has an output layer.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ class MindSporeSource(StackedTensors):
         tensors = read_files(files)
         if is_lora(tensors):
             raise UserError(
-                f"{files[0]}: holds LoRA factors; take them out as an adapter (convert mindspore-to-hf {files[0]} OUT "
-                "--lora --base BASE) and open the base model itself"
+                f"{files[0]}: holds LoRA factors; take them out as an adapter (convert mindspore-to-hf "
+                f"{shlex.quote(str(files[0]))} OUT --lora --base BASE) and open the base model itself"
             )
         self.config, self.hf_config = find_config(directory, config, tensors)
         check_num_layers(files[0], self.config.num_layers, len(tensors))
@@ -418,7 +419,8 @@ def check_experts(source: ParamSource) -> None:
         raise UserError(
             f"{source.path}: its {moe.experts} experts have the router {moe.router}; beside a MindSpore checkpoint "
             "there is only a place for SciMind's patterns, whose experts are chosen by activation. Make it dense first "
-            f"(convert demoefy {source.path} DENSE), or take the Hugging Face format (convert jax-to-hf)"
+            f"(convert demoefy {shlex.quote(str(source.path))} DENSE), or take the Hugging Face format "
+            "(convert jax-to-hf)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,10 @@ def open_experts(path: str) -> ParamSource:
 
     source = open_model(path)
     if source.config.moe is None:
-        raise UserError(f"{path}: is a dense model; divide it into experts first: convert moefy {path} OUT --experts E")
+        raise UserError(
+            f"{path}: is a dense model; divide it into experts first: convert moefy {shlex.quote(str(path))} OUT "
+            "--experts E"
+        )
     return source
 
 

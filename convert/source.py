@@ -161,7 +161,7 @@ def open_model(
     if is_adapter(path):
         raise UserError(
             f"{path}: is a LoRA adapter, not a full model; give the base model and this adapter, "
-            f"or make one model of them: convert merge BASE {path} OUT"
+            f"or make one model of them: convert merge BASE {shlex.quote(str(path))} OUT"
         )
     if native is not None:
         return NativeSource(native, read_model_json(native))

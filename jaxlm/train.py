@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -315,10 +316,10 @@ def _with_modalities(
             write_tokenizer(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
             tokenizer = load_tokenizer(files)
         else:
-            names = " ".join(f"--modality {entry.preset or 'FILE'}" for entry in entries)
+            names = " ".join(f"--modality {shlex.quote(entry.preset or 'FILE')}" for entry in entries)
             raise UserError(
                 f"tokenizer.modalities: {tokenizer.path} has no token {tokens[0]!r}; add them to model and tokenizer: "
-                f"convert extend-vocab {config.model.path} OUT {names}"
+                f"convert extend-vocab {shlex.quote(str(config.model.path))} OUT {names}"
             )
     return tokenizer, _read_files(files)
 
@@ -483,12 +484,14 @@ def _summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
     if len(outcome.validation) > 1:
         first, last = outcome.validation[0], outcome.validation[-1]
         pairs.append(("validation loss", f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}"))
-    pairs.append(("ask it", f"python -m jaxlm.generate --model {out} --interactive"))
+    run, beside = shlex.quote(str(out)), str(out.parent / out.name)
+    pairs.append(("ask it", f"python -m jaxlm.generate --model {run} --interactive"))
     if config.lora is None:
-        pairs.append(("next", f"convert jax-to-hf {out} {out.parent / (out.name + '-hf')}"))
+        pairs.append(("next", f"convert jax-to-hf {run} {shlex.quote(f'{beside}-hf')}"))
     else:
-        pairs.append(("next", f"convert jax-to-peft {out} {out.parent / (out.name + '-peft')}"))
-        pairs.append(("or", f"convert merge {config.model.path} {out} {out.parent / (out.name + '-merged')}"))
+        pairs.append(("next", f"convert jax-to-peft {run} {shlex.quote(f'{beside}-peft')}"))
+        base = shlex.quote(str(config.model.path))
+        pairs.append(("or", f"convert merge {base} {run} {shlex.quote(f'{beside}-merged')}"))
     console.print()
     print_pairs(console, pairs)
 

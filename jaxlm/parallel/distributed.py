@@ -411,13 +411,13 @@ class Hosts:
         """Whether all are to stop: the same answer on every process at the same call."""
         return self._signal is not None if self._links is None else self._links.due()
 
-    def abandon(self, text: str) -> None:
-        """Tells the others, and the log, why this process ends; the caller is about to end it."""
+    def abandon(self, text: str, status: int) -> None:
+        """Tells the others, and the log, why this process ends, and they with it; the caller is about to end it."""
         if self.log is not None:
             self.log.print(text, highlight=False, markup=False, soft_wrap=True)
         self._release()
         if self._links is not None:
-            self._links.fail(text)
+            self._links.fail(text, status)
 
     @property
     def stopped_by(self) -> str | None:
@@ -461,7 +461,7 @@ class Hosts:
     def _end(self, why: str) -> None:
         self._say(f"error: {why}; process {self.process} ends too. Start all of them again to go on")
         self._release()
-        os._exit(1)
+        os._exit(1 if self._links is None else self._links.end_status)
 
     def _say(self, text: str) -> None:
         """On stderr, whatever stands there by now, and in the log."""

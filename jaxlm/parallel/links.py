@@ -220,6 +220,7 @@ class Links:
         self._calls, self._held = 0, False
         self._last: int | None = None
         self.stopped_by: str | None = None  # e.g. 'SIGTERM on process 1 (host)', once all have agreed to stop
+        self.end_status = 1  # of this process, when another has told why it ends
         self._counts: dict[int, int] | None = None
         self._why = ""
         self._outbox: list[dict[str, Any]] = []  # only appended to and popped: a signal handler may do so
@@ -247,10 +248,14 @@ class Links:
             self._calls += 1
             return self._last is not None and self._calls >= self._last
 
-    def fail(self, error: str) -> None:
-        """Tells the others why this process ends, which it is to do at once. Process 0 outlives the others here."""
+    def fail(self, error: str, status: int = 1) -> None:
+        """Tells the others why this process ends, which it is to do at once. Process 0 outlives the others here.
+
+        Args:
+            status: with which exit status they are to end.
+        """
         self._closing = True  # before the others hear of it: that they end then is no news
-        self._post({"kind": "failed", "process": self.place.process, "error": error})
+        self._post({"kind": "failed", "process": self.place.process, "error": error, "status": status})
         self._leave()
 
     def leave(self) -> None:
@@ -325,6 +330,7 @@ class Links:
                 self._tell(message)
             if not mine and message["process"] != self.place.process and not self._closing:
                 name = self.name(message["process"])
+                self.end_status = int(message.get("status", 1))
                 self._end(f"{name} died" if kind == "dead" else f"{name} failed: {message['error']}")
         elif kind == "stop" and hub and self._counts is None:
             self._why, self._counts = message["why"], {0: self._hold()}

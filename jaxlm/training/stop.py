@@ -22,7 +22,7 @@ AGAIN = "Run the same command again to"
 class _Hosts(Protocol):
     def ask_stop(self, signal_name: str) -> None: ...
 
-    def abandon(self, text: str) -> None: ...
+    def abandon(self, text: str, status: int) -> None: ...
 
 
 class Stop:
@@ -134,7 +134,7 @@ class Stop:
         for child in multiprocessing.active_children():
             child.kill()
         if self._hosts is not None:
-            self._hosts.abandon(text)
+            self._hosts.abandon(text, status)
         say(text)
         os._exit(status)
 
