@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from jaxlm.tokenizer import MARK_BEGIN, MARK_END, Tokenizer
 MARKS = f"[{MARK_BEGIN}{MARK_END}]"
 # Keys of a message that change what the assistant writes: where it does is found by rendering the turns before it.
 WRITTEN_BESIDE = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+# What ends a thought within a content. Templates often leave the thoughts of earlier turns out.
+THOUGHT = "</think>"
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,10 @@ class ChatTemplate:
         return self.tokenizer.render_chat([_plain(m) for m in messages], keep_marks=True, tools=tools, **options)
 
     def _writes_beside(self, message: Message) -> bool:
-        return any(key in message.extra and self._mentions(key) for key in WRITTEN_BESIDE) or (
-            "tool_calls" in message.extra and not message.content.strip()
+        return (
+            any(key in message.extra and self._mentions(key) for key in WRITTEN_BESIDE)
+            or ("tool_calls" in message.extra and not message.content.strip())
+            or THOUGHT in message.content
         )
 
     def _blocks(self, marked: str, said: list[Message], record: Record) -> tuple[str, list[_Answer]]:
@@ -228,21 +233,28 @@ class ChatTemplate:
     ) -> _Answer | None:
         """An assistant's whole turn: what is there with it, and is not when only its opening is rendered."""
         message = messages[number]
-        before = self._rendered(messages[:number], tools, add_generation_prompt=True)
+        before = self._rendered(messages[:number], tools)
+        opened = self._rendered(messages[:number], tools, add_generation_prompt=True)
         until = self._rendered(messages[: number + 1], tools)
-        same = next(
-            (k for k, (a, b) in enumerate(zip(text, until, strict=False)) if a != b), min(len(text), len(until))
-        )
-        begin, end = len(before), len(text[:same].rstrip())
+        same = _common(text, until)
+        end = len(text[:same].rstrip())
+        begin = len(opened)
+        if not text.startswith(opened) and text.startswith(before) and opened.startswith(before):
+            # An opening that the template itself does not keep, as one that begins a thought: up to where they part,
+            # but not into a special token.
+            begin = len(before) + _common(text[len(before) :], opened[len(before) :])
+            specials = [found.span() for found in re.finditer(self._special or r"(?!)", text)]
+            begin = next((a for a, b in specials if a < begin < b), begin)
         if text.startswith(before) and begin < end:
-            end_of = self._special_at_the_end(text[begin:end])
-            if text[begin : end - len(end_of)].strip():
+            ending = self._special_at_the_end(text[begin:end])
+            if text[begin : end - len(ending)].strip():
                 return _Answer(begin, end, message, True)
         if message.content.strip():
             return None  # then its content alone is learnt
         raise UserError(
             f"data: {record.name}: the chat template of {self.tokenizer.path} does not write the tool_calls of message "
-            f"{number + 1}, so there is nothing to learn from it; choose a tokenizer whose chat template does, or "
+            f"{number + 1}, or changes with what follows, so it is unclear what to learn; put {{% generation %}} … "
+            "{% endgeneration %} around what the assistant writes, choose a tokenizer whose chat template does, or "
             "leave the record out"
         )
 
@@ -257,16 +269,18 @@ class ChatTemplate:
         """The contents of the assistant's messages, by their number, but for those that are `done`.
 
         Searching for a content would find "a" within "assistant". So the conversation is rendered once more with
-        marks in it; that counts only if without the marks it is the same text. Templates often trim contents, hence two
-        tries.
+        marks in it; that counts only if without the marks it is the same text. Templates often trim contents, or take
+        the thought out of them, hence several tries.
         """
         wanted = [k for k, m in enumerate(messages) if m.role == "assistant" and k not in done]
-        for trim in (False, True):
+        for trim, whole in itertools.product((False, True), (True, False)):
             marked = list(messages)
             for k, message in enumerate(messages):
                 content = message.content.strip() if trim else message.content
                 if k in wanted:
-                    content = f"{MARK_BEGIN}{content}{MARK_END}"
+                    thought, found, said = ("", "", content) if whole else content.rpartition(THOUGHT)
+                    gap = said[: len(said) - len(said.lstrip())] if found else ""
+                    content = f"{thought}{found}{gap}{MARK_BEGIN}{said[len(gap) :]}{MARK_END}"
                 marked[k] = dataclasses.replace(message, content=content)
             text = self._rendered(marked, tools)
             parts = re.split(MARKS, text)
@@ -286,6 +300,11 @@ class ChatTemplate:
 # What a template does with turns in general is tried with these.
 _TALK = [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
 _PROBE = Record("a trial conversation", {})
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with together."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -215,6 +215,8 @@ def _message(record: Record, number: int, turn: Any, template: str, tools: bool)
         )
     known = {*ROLE_KEYS, *TEXT_KEYS, *WEIGHT_KEYS}
     extra = {key: value for key, value in fields.items() if key not in known and not is_empty(value)}
+    if content is None:
+        extra["content"] = None  # templates tell it from an empty text
     trained = all(_flag(record, number, key, fields[key]) for key in WEIGHT_KEYS if fields.get(key) is not None)
     return Message(roles[role], checked(record, content or ""), trained, extra)
 

@@ -93,8 +93,8 @@ def _read_json(path: Path, text: str) -> Iterator[Item]:
         raise UserError(f"predict_data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
     except ValueError as error:  # a number of thousands of digits, brackets without end
         raise UserError(f"predict_data: {path}: JSON that cannot be read: {error}") from None
-    if isinstance(values, dict):
-        values = records_within(path, values)
+    if isinstance(values, dict) and (within := records_within(path, values)) != [values]:
+        values = within
     if not isinstance(values, list):
         raise UserError(f"predict_data: {path} must hold an array of texts or records, found {type(values).__name__}")
     for number, value in enumerate(values, 1):

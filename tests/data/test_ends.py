@@ -211,8 +211,29 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
     with pytest.raises(UserError, match="message 2 has no text but tool_calls"):
         example_of("vicuna_v1.1", tokenizer, {"messages": turns[:2]})
     silent = bytes_with(tmp_path, CHATML.replace("m.content", "(m.content or '')"))
-    with pytest.raises(UserError, match="does not write the tool_calls of message 2"):
+    with pytest.raises(UserError, match="does not write the tool_calls of message 2, or"):
         example_of("chat", silent, {"messages": turns[:2]})
+
+
+THINKING = (
+    LOOP
+    + "{% set said = m.content %}"
+    + "{% if m.role == 'assistant' and not loop.last %}"
+    + "{% set said = m.content.split('</think>')[-1].lstrip() %}{% endif %}"
+    + "<|im_start|>{{ m.role }}\n{{ said }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_thoughts(tmp_path: Path, opening: str) -> None:
+    """Templates leave the thoughts of earlier turns out, and may open a thought where an answer is asked for."""
+    tokenizer = bytes_with(tmp_path, THINKING + ASK.replace("assistant\n", f"assistant\n{opening}"))
+    turns = [("user", "q1"), ("assistant", "<think>\nhm\n</think>\n\none"), ("user", "q2")]
+    turns.append(("assistant", "<think>\nwell\n</think>\n\ntwo"))
+    last = turns[-1][1].removeprefix(opening) + "<|im_end|>"
+    assert learnt(example_of("chat", tokenizer, messages(turns)), tokenizer) == ["one<|im_end|>", last]
+    plain = messages([("user", "q1"), ("assistant", "one")])
+    assert learnt(example_of("chat", tokenizer, plain), tokenizer) == ["one<|im_end|>"]
 
 
 def run(path: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], template: str, **options: Any) -> Any:
