@@ -278,15 +278,15 @@ def _same_place(recorded: str, path: str) -> bool:
 
 def _template(config: GenerateConfig, path: Path, tokenizer: Any) -> tuple[str, str, bool | None]:
     """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
-    from jaxlm.models.shapes import read_json
+    from convert.native import PromptFile, read_prompt_json
 
     recorded = path / "jaxlm" / "prompt.json"
-    trained = read_json(recorded) if recorded.is_file() else {}
-    add_bos = trained.get("add_bos") if config.add_bos is None else config.add_bos
+    trained = read_prompt_json(recorded) if recorded.is_file() else PromptFile()
+    add_bos = trained.add_bos if config.add_bos is None else config.add_bos
     if config.template != "auto":
         return config.template, "as asked for", add_bos
-    if "template" in trained:
-        name = str(trained["template"])
+    if trained.template is not None:
+        name = trained.template
         name = str(recorded.parent / name) if name.endswith(".json") else name
         return name, "the one it was trained with", add_bos
     if tokenizer.chat_template is not None:
