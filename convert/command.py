@@ -230,11 +230,11 @@ def say_model(source: ParamSource, following: str) -> None:
 
 def say_template(source: LeafSource) -> None:
     """Of a result in another format than jaxlm's: the prompt template that it has no place for."""
-    from jaxlm.models.shapes import read_json
+    from convert.native import read_prompt_json
 
     files = {file.name: file for file in source.prompt_files}
-    if "prompt.json" in files:
-        recorded = str(read_json(files["prompt.json"]).get("template"))
+    recorded = read_prompt_json(files["prompt.json"]).template if "prompt.json" in files else None
+    if recorded is not None:
         name = str(files.get(recorded, recorded))  # a user's own lies beside it
         print(
             f"{'template':12} {name}, which this format has no place for: jaxlm.generate needs --template "

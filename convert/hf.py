@@ -243,7 +243,8 @@ def hf_config_for(source: ParamSource) -> str:
         values = source.config.to_hf(dtype)
     else:
         values = dict(original)
-        if LlamaConfig.from_hf(original) != source.config:
+        own = source.path / "jaxlm" / "hf_config.json"
+        if parse_hf_config(own if own.is_file() else source.path / "config.json", original) != source.config:
             written = source.config.to_hf(dtype)
             values |= written
             if LlamaConfig.from_hf(values) != LlamaConfig.from_hf(written):

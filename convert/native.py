@@ -12,12 +12,14 @@ converter writes plain zarr3 arrays that Orbax restores all the same, with a CRC
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import errno
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from jaxlm.errors import UserError
 from jaxlm.locate import record_base
 from jaxlm.models.lora import SAVEABLE, resolve_lora
 from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.records import read_record
 
 COMMITTED = "commit_success.txt"
 # The same as in training checkpoints; a chunk is the least that can be read.
@@ -137,7 +140,7 @@ class _Native:
         self.tokenizer_dir = path / "jaxlm" / "tokenizer"
         self.tokenizer_files = sorted(file for file in self.tokenizer_dir.glob("*") if file.is_file())
         self.prompt_files = [file for name in PROMPT_FILES if (file := path / "jaxlm" / name).is_file()]
-        self.config = LlamaConfig.from_dict(content["model"])
+        self.config = LlamaConfig.from_dict(content["model"], f"{path / 'jaxlm' / 'model.json'}: model")
         self._arrays = _Arrays(path, collection)
         self.leaves: Mapping[str, LeafInfo] = self._arrays.leaves
 
@@ -167,7 +170,9 @@ class NativeSource(_Native):
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         super().__init__(path, content, "params")
         self.hf_config = self._optional_json("hf_config.json")
-        check_leaves(path / "model", {name: leaf.shape for name, leaf in self.leaves.items()}, leaf_shapes(self.config))
+        found = {name: leaf.shape for name, leaf in self.leaves.items()}
+        with _as_recorded(path):
+            check_leaves(path / "model", found, leaf_shapes(self.config))
 
 
 class NativeAdapter(_Native):
@@ -176,11 +181,20 @@ class NativeAdapter(_Native):
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         super().__init__(path, content, "lora")
         self.lora = lora_from_dict(content["lora"], path / "jaxlm" / "model.json")
-        layers = content.get("layers")
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = _layers(content.get("layers"), self.config, path / "jaxlm" / "model.json")
         self.base: str | None = content.get("base")
         self.peft_config = self._optional_json("adapter_config.json")
-        _check_adapter(self, path / "model")
+        with _as_recorded(path):
+            _check_adapter(self, path / "model")
+
+
+@contextlib.contextmanager
+def _as_recorded(path: Path) -> Iterator[None]:
+    """Errors of tensors and settings that do not fit each other name the file that has the settings."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (the shape is what {path / 'jaxlm' / 'model.json'} says)") from None
 
 
 def check_adapter_leaves(adapter: AdapterSource, where: Path) -> None:
@@ -218,23 +232,93 @@ def saved_shapes(config: LlamaConfig, lora: LoraConfig, leaves: Mapping[str, Lea
 
 def lora_from_dict(values: Any, where: Path) -> LoraConfig:
     """A LoraConfig from the plain values in model.json."""
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    if not isinstance(values, dict) or not values.keys() <= known:
-        raise UserError(f"{where}: 'lora' is not a LoRA configuration of this jaxlm version")
-    plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return LoraConfig(**plain)
+    lora = LoraConfig(**read_record(LoraConfig, values, f"{where}: lora"))
+    for name, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: lora.{name}: {pattern!r} is no regular expression ({error})") from None
+    return lora
+
+
+def _layers(values: Any, config: LlamaConfig, where: Path) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    numbers = values if isinstance(values, list) else [values]
+    if not all(type(layer) is int and 0 <= layer < config.num_layers for layer in numbers) or sorted(
+        set(numbers)
+    ) != list(values if isinstance(values, list) else []):
+        raise UserError(
+            f"{where}: layers is {values!r}; expected null (all), or a list of some of the layers 0 to "
+            f"{config.num_layers - 1}, in order"
+        )
+    return tuple(numbers)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The fields of model.json; `model` and `lora` are read by themselves.
+
+    Args:
+        model: the shape, see `LlamaConfig`.
+        lora: of an adapter, see `LoraConfig`; None for a full model.
+        base: of an adapter: the base's path or name.
+        layers: of an adapter: the layers that carry it; None: all.
+        dtype: that most bytes are stored in.
+    """
+
+    format: str
+    version: int
+    model: dict[str, Any]
+    lora: dict[str, Any] | None = None
+    base: str | None = None
+    layers: Any = None
+    dtype: str | None = None
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
-    """`jaxlm/model.json` of a directory; UserError for another format or a newer version."""
+    """`jaxlm/model.json` of a directory; UserError for another format, a newer version, or a field that is none."""
     file = path / "jaxlm" / "model.json"
     content = read_json(file)
-    if content.get("format") != "jaxlm" or content.get("version") != 1 or not isinstance(content.get("model"), dict):
+    if content.get("format") != "jaxlm" or content.get("version") != 1:
         raise UserError(
             f"{file}: format {content.get('format')!r} version {content.get('version')!r}; "
             "this jaxlm reads format 'jaxlm' version 1"
         )
+    read_record(ModelFile, content, f"{file}:")
     return content
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The fields of prompt.json: how training asked.
+
+    Args:
+        template: name of a template; 'template.json' is the file beside it; None: not recorded.
+        add_bos: whether bos comes first; None: as the tokenizer has it.
+        add_eos: whether eos ends an answer; None: not recorded.
+        stop_ids: tokens that ended the answers.
+    """
+
+    template: str | None = None
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    stop_ids: tuple[int, ...] = ()
+
+
+def read_prompt_json(file: Path) -> PromptFile:
+    """prompt.json; UserError for a field that is none."""
+    return PromptFile(**read_record(PromptFile, read_json(file), f"{file}:"))
+
+
+def trained_prompt(directory: Path) -> PromptFile:
+    """How training asked, with a template of its own as the path of its file; empty where nothing is noted."""
+    file = directory / "jaxlm" / "prompt.json"
+    noted = read_prompt_json(file) if file.is_file() else PromptFile()
+    if noted.template is None or not noted.template.endswith(".json"):
+        return noted
+    return replace(noted, template=str(file.parent / noted.template))
 
 
 def write_model(source: ParamSource, directory: Path, advance: Advance) -> None:

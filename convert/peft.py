@@ -30,6 +30,7 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
 from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.records import described, fits
 
 # Keys of adapter_config.json that say nothing about what the adapter computes.
 _IGNORED = {
@@ -41,6 +42,20 @@ _READ = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern",
     "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights",
 }  # fmt: skip
+_TEXTS = tuple[str, ...] | str | None
+_TYPES: dict[str, Any] = {
+    "r": int,
+    "lora_dropout": float | None,
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
+    "layers_to_transform": tuple[int, ...] | int | None,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+    "modules_to_save": tuple[str, ...] | None,
+    "base_model_name_or_path": str | None,
+}
 # These initialisations also change the base model's weights, so such an adapter fits no published base.
 _PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -61,6 +76,7 @@ class PeftSource(StackedTensors):
         where = path / "adapter_config.json"
         peft_config = read_json(where)
         self.peft_config: dict[str, Any] | None = peft_config
+        check_types(peft_config, where)
         weights = find_adapter_weights(path)
         tensors = read_tensors(weights)
         if not tensors:
@@ -122,10 +138,11 @@ def parse_config(
             f"{where}: init_lora_weights {init!r} changes the base model's weights too; save the adapter with PEFT's "
             "path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
+    check_types(values, where)
     rank, alpha = values.get("r"), values.get("lora_alpha", 8)
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where}: r is {rank!r}; the rank of an adapter is at least 1")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+    if not fits(alpha, float, "lora_alpha"):
         raise UserError(f"{where}: lora_alpha is {alpha!r}; expected a number")
     targets, layers = _targets(values, config, where)
     lora = LoraConfig(
@@ -140,6 +157,19 @@ def parse_config(
         modules_to_save=saved,
     )
     return lora, layers
+
+
+def check_types(values: dict[str, Any], where: Path) -> None:
+    """Refuses values of an adapter_config.json that are of another type than PEFT writes, by name."""
+    for key, kind in _TYPES.items():
+        if key in values and not fits(values[key], kind, key):
+            raise UserError(f"{where}: {key} is {values[key]!r}; expected {described(kind)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in values.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: {key}: {pattern!r} is no regular expression ({error})") from None
 
 
 def _matches(wanted: Any, module: str, where: Path) -> bool:
@@ -283,6 +313,8 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
     original = source.peft_config
     if original is None:
         return values
+    own = source.path / "jaxlm" / "adapter_config.json"
+    where = own if own.is_file() else where
     if parse_config(original, lora.modules_to_save, source.config, where) == (lora, source.layers):
         return original
     return original | values

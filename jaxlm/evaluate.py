@@ -20,6 +20,7 @@ from jaxlm.jsontext import parse
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from convert.native import PromptFile
     from jaxlm.evaluation.lpm24 import Pair
     from jaxlm.evaluation.perplexity import Perplexity, Settings, Texts
     from jaxlm.tokenizer import Tokenizer
@@ -237,6 +238,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from convert.merge import MergedSource
+    from convert.native import trained_prompt
     from convert.source import is_adapter, open_adapter, open_model, recorded_base
     from jaxlm.evaluation import perplexity
     from jaxlm.kernels.choice import choose_attention, here
@@ -260,12 +262,12 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     if adapter is None and config.model.merge_adapter:
         raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
     whole = source if adapter is None else MergedSource(source, adapter)
+    trained = trained_prompt(source.path if adapter is None else adapter.path)
     if config.model.merge_adapter:
         source, adapter = whole, None
     shape = source.config
     tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
-    trained = _trained_with(Path(adapter_path or path))
-    template, why = perplexity.choose(config.data, tokenizer, trained.get("template"))
+    template, why = perplexity.choose(config.data, tokenizer, trained.template)
     settings = _settings(config, tokenizer, trained, template, shape.max_length)
     with console.status("reading and tokenising"):
         texts = perplexity.read_texts(config.data, template, tokenizer, settings, shape.vocab_size)
@@ -317,7 +319,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
 
 
 def _settings(
-    config: EvaluateConfig, tokenizer: Tokenizer, trained: dict[str, Any], template: str, context: int
+    config: EvaluateConfig, tokenizer: Tokenizer, trained: PromptFile, template: str, context: int
 ) -> Settings:
     """Lengths, and whether bos and eos stand around texts: as asked for, else as in training."""
     from jaxlm.evaluation.perplexity import Settings
@@ -329,30 +331,15 @@ def _settings(
     def first(*values: bool | None) -> bool:
         return next(value for value in values if value is not None)
 
-    begins = getattr(tokenizer, "adds_bos", tokenizer.bos_id is not None)
-    ends = False if template == "text" else trained.get("add_eos")
+    begins = tokenizer.adds_bos
+    ends = False if template == "text" else trained.add_eos
     return Settings(
         length=length,
         stride=length - 1 if config.stride is None else config.stride,
-        add_bos=first(config.add_bos, trained.get("add_bos"), begins),
+        add_bos=first(config.add_bos, trained.add_bos, begins),
         add_eos=first(config.add_eos, ends, tokenizer.eos_id is not None),
         train_on_inputs=config.train_on_inputs,
     )
-
-
-def _trained_with(path: Path) -> dict[str, Any]:
-    """What training noted of its template (prompt.json); {} for a model that has no such note."""
-    from convert.native import find_native
-    from jaxlm.models.shapes import read_json
-
-    native = find_native(path)
-    file = None if native is None else native / "jaxlm" / "prompt.json"
-    if file is None or not file.is_file():
-        return {}
-    noted: dict[str, Any] = read_json(file)
-    if str(noted.get("template", "")).endswith(".json"):
-        noted["template"] = str(file.parent / noted["template"])
-    return noted
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from jaxlm.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from convert.native import PromptFile
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.parallel.distributed import Hosts
@@ -176,6 +176,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     import jax
 
     from convert.merge import MergedSource
+    from convert.native import trained_prompt
     from convert.source import is_adapter, open_adapter, open_model, recorded_base
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
@@ -199,9 +200,9 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if adapter is not None and adapter.base and not _same_place(adapter.base, path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
     tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
-    trained = _trained(source.path if adapter is None else adapter.path)
+    trained = trained_prompt(source.path if adapter is None else adapter.path)
     template, why, add_bos = _template(config, trained, tokenizer)
-    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system, trained.get("add_eos"))
+    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system, trained.add_eos)
 
     platform = jax.default_backend()
     dtype = config.model.dtype
@@ -235,7 +236,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     started = time.perf_counter()
     with console.status("loading"):
         weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
-    stops = sorted({*_stop_ids(whole, tokenizer), *trained.get("stop_ids", ())})
+    stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
 
     from convert.output import human
 
@@ -278,24 +279,13 @@ def _same_place(recorded: str, path: str) -> bool:
     return Path(recorded).resolve() == Path(path).resolve() or Path(recorded).name == Path(path).name
 
 
-def _trained(path: Path) -> dict[str, Any]:
-    """What training here noted for those who ask (prompt.json); `template` as a name or an absolute file."""
-    from jaxlm.models.shapes import read_json
-
-    recorded = path / "jaxlm" / "prompt.json"
-    noted: dict[str, Any] = read_json(recorded) if recorded.is_file() else {}
-    if str(noted.get("template", "")).endswith(".json"):
-        noted["template"] = str(recorded.parent / noted["template"])
-    return noted
-
-
-def _template(config: GenerateConfig, trained: dict[str, Any], tokenizer: Any) -> tuple[str, str, bool | None]:
+def _template(config: GenerateConfig, trained: PromptFile, tokenizer: Any) -> tuple[str, str, bool | None]:
     """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
-    add_bos = trained.get("add_bos") if config.add_bos is None else config.add_bos
+    add_bos = trained.add_bos if config.add_bos is None else config.add_bos
     if config.template != "auto":
         return config.template, "as asked for", add_bos
-    if "template" in trained:
-        return str(trained["template"]), "the one it was trained with", add_bos
+    if trained.template is not None:
+        return trained.template, "the one it was trained with", add_bos
     if tokenizer.chat_template is not None:
         return "chat", "the tokenizer's chat template", add_bos
     return "text", "the prompt as it is; --template alpaca and others ask a question", add_bos

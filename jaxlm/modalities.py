@@ -16,11 +16,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
+from jaxlm.records import read_record
 
 MODALITIES_FILE = "modalities.json"
 PADDING = -1  # modality id of what is no token; 0 is text, 1, 2, ... are those with tokens of their own
@@ -223,8 +223,11 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
     """
     try:
         content = parse(path.read_text(encoding="utf-8"))
-        entries = [_from_json(item) for item in content["modalities"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        items = list(content["modalities"])
+        entries = [Modality(**read_record(Modality, item, f"{path}: {n}")) for n, item in enumerate(items)]
+        for modality in entries:
+            re.compile(modality.pattern or "")
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{path}: is not what `convert extend-vocab` writes ({error!r}); copy the file again") from None
     for modality in entries:
         start = modality.first - (2 if modality.tag_tokens else 0)
@@ -235,11 +238,6 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
                     f"beside it says {id_of(token)}; the two do not belong together"
                 )
     return entries
-
-
-def _from_json(item: dict[str, Any]) -> Modality:
-    pairs = {key: (str(item[key][0]), str(item[key][1])) for key in ("delimiters", "tags")}
-    return Modality(**{**item, **pairs, "pieces": tuple(map(str, item["pieces"])), "first": int(item["first"])})
 
 
 class Modalities:

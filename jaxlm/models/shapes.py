@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
+from jaxlm.records import read_record
 
 # HF architecture -> what differs from LLaMA.
 ARCHITECTURES = {
@@ -110,6 +111,15 @@ class RopeConfig:
                 if getattr(rope, name) is None:
                     raise UserError(f"config.json: rope_type 'llama3' needs {name!r}")
         return rope
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RopeConfig:
+        """Reads what `dataclasses.asdict` gave; refuses what `from_hf` refuses."""
+        try:
+            cls.from_hf({"rope_parameters": values})
+        except UserError as error:
+            raise UserError(f"rope: {str(error).removeprefix('config.json: ')}") from None
+        return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
@@ -305,6 +315,19 @@ class LlamaConfig:
     moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in (*sizes, "max_position_embeddings", "sliding_window", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1 << 31:
+                raise UserError(f"config: {name} is {value!r}; expected a positive number")
         if self.moe is not None and self.intermediate_size % self.moe.experts:
             raise UserError(
                 f"moe.experts: {self.moe.experts} does not divide the {self.intermediate_size} neurons of the "
@@ -434,14 +457,27 @@ class LlamaConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LlamaConfig:
-        values = dict(values)
-        values["rope"] = RopeConfig(**values["rope"])
-        if values.get("moe") is not None:
-            values["moe"] = MoeConfig.from_dict(values["moe"])
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
-        return cls(**values)
+    def from_dict(cls, values: Any, where: str = "model") -> LlamaConfig:
+        """Reads what `to_dict` gave, through JSON.
+
+        Args:
+            where: the file and the section, for errors.
+
+        Raises:
+            UserError: when a field is unknown, missing, of another type, or no model can have it.
+        """
+        found = read_record(cls, values, where)
+        if found.get("architecture", "LlamaForCausalLM") not in ARCHITECTURES:
+            raise UserError(f"{where}.architecture is {found['architecture']!r}; known: {', '.join(ARCHITECTURES)}")
+        try:
+            if "rope" in found:
+                found["rope"] = RopeConfig.from_dict(found["rope"])
+            if found.get("moe") is not None:
+                found["moe"] = MoeConfig(**read_record(MoeConfig, found["moe"], f"{where}.moe"))
+            return cls(**found)
+        except UserError as error:
+            text = str(error)
+            raise error if text.startswith(where) else UserError(f"{where}: {text}") from None
 
     @property
     def learned_router(self) -> bool:
