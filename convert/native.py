@@ -264,6 +264,7 @@ class ModelFile:
         model: the shape, see `LlamaConfig`.
         lora: of an adapter, see `LoraConfig`; None for a full model.
         base: of an adapter: the base's path or name.
+        base_from_here: of an adapter: the base's path from this directory, for when both are moved.
         layers: of an adapter: the layers that carry it; None: all.
         dtype: that most bytes are stored in.
     """
@@ -273,6 +274,7 @@ class ModelFile:
     model: dict[str, Any]
     lora: dict[str, Any] | None = None
     base: str | None = None
+    base_from_here: str | None = None
     layers: Any = None
     dtype: str | None = None
 
