@@ -51,8 +51,8 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
     tensor = name(path, at if _stacked(path) else None)
     more = f", and in {len(found) - 1} more tensors" if len(found) > 1 else ""
     raise UserError(
-        f"{where}: {tensor} holds {number:,} value{'s' if number > 1 else ''} that are not finite (NaN or infinity)"
-        f"{more}; {way_out}"
+        f"{where}: {tensor} holds {number:,} value{'s that are' if number > 1 else ' that is'} not finite (NaN or "
+        f"infinity){more}; {way_out}"
     )
 
 

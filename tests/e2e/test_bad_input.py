@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.cli import main as convert
 from convert.source import open_model
 from jaxlm.train import main
 from tests.e2e.conftest import SHAPE, write_config
@@ -112,8 +113,6 @@ def test_vocabulary_smaller_than_a_token_id(
 @pytest.fixture(scope="module")
 def hf_model(inputs: Path, base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory, written by `convert` from a one-step run."""
-    from convert.cli import main as convert
-
     folder = tmp_path_factory.mktemp("hf")
     config = write_config(folder, base_config, train={"steps": 1}, data={"validation": 0})
     assert main(["--config", str(config), "--output_dir", str(folder / "run")]) == 0
@@ -227,19 +226,67 @@ def test_full_disk(tmp_path: Path, base_config: dict[str, Any]) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_loss_that_is_not_finite_stops_and_saves(
+def test_weights_that_are_not_finite_are_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any], hf_model: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(hf_model, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
-    save_file(tensors, broken / "model.safetensors")
-    changes = {"model": {"path": str(broken), "shape": None}, "tokenizer": None}
-    message = run_error(capsys, tmp_path, base_config, **changes)
-    assert "step 1: loss nan" in message and "optimizer.learning_rate" in message
+    """Of a base in full and under an adapter, of an adapter, and of a checkpoint; whatever train.on_nonfinite says."""
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def broken(number: float) -> Path:
+        folder = tmp_path / f"broken-{number}"
+        shutil.copytree(hf_model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][3, 3] = number
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    for number in (np.nan, -np.inf):
+        changes = {"model": {"path": str(broken(number)), "shape": None}, "tokenizer": None}
+        for more in ({}, {"lora": {"rank": 2}, "train": {"on_nonfinite": "skip"}}):
+            message = run_error(capsys, tmp_path, base_config, **changes, **more)
+            assert f"{name} (layers/mlp/up_proj/kernel, layer 1) holds 1 value that is not finite" in message
+            assert "learning_rate" not in message and not list((tmp_path / "out").glob("checkpoints/*"))
+    config = write_config(
+        tmp_path / "adapter",
+        base_config,
+        model={"path": str(hf_model), "shape": None},
+        tokenizer=None,
+        lora={"rank": 2},
+        train={"steps": 1},
+    )
+    run = ["--config", str(config), "--output_dir"]
+    assert main([*run, str(tmp_path / "first")]) == 0
+    assert convert(["jax-to-peft", str(tmp_path / "first"), str(tmp_path / "peft")]) in (0, None)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = np.nan
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    message = error_of(capsys, *run, str(tmp_path / "second"), "--lora.init_from", str(tmp_path / "peft"))
+    assert f"lora.init_from: {tmp_path / 'peft'}: " in message and "layer 0 holds 1 value that is not finite" in message
+
+
+def test_loss_that_is_not_finite_stops_and_is_never_complete(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any], hf_model: Path
+) -> None:
+    """Numbers that overflow in the model; the last step is done and saved by the time that this is noticed."""
+    large = tmp_path / "large"
+    shutil.copytree(hf_model, large)
+    tensors = load_file(large / "model.safetensors")
+    tensors["model.norm.weight"] *= np.float32(3e38)
+    save_file(tensors, large / "model.safetensors")
+    changes = {"model": {"path": str(large), "shape": None}, "tokenizer": None}
+    two = {"train": {"steps": 2, "eval_every": 0}}
+    message = run_error(capsys, tmp_path, base_config, **changes, **two)
+    assert "step 1: loss nan" in message and "not why" in message and "Lower optimizer.learning_rate" not in message
+    assert "train.on_nonfinite: skip" in message
     (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
-    assert np.isnan(open_model(saved).read("layers/mlp/up_proj/kernel", ())).sum() == 1, "nothing else was touched"
-    config = write_config(tmp_path / "skip", base_config, **changes, train={"on_nonfinite": "skip", "steps": 3})
-    assert main(["--config", str(config), "--output_dir", str(tmp_path / "skip" / "out")]) == 0
-    assert "step 2: loss nan" in capsys.readouterr().out
+    for leaf in ("layers/mlp/up_proj/kernel", "norm/scale"):
+        before, after = (open_model(path).read(leaf, ()) for path in (large, saved))
+        np.testing.assert_array_equal(before, after), "nothing was touched"
+    for _ in range(2):  # the same command again
+        message = run_error(capsys, tmp_path, base_config, **changes, **two)
+        assert f"{saved}: the run was stopped: step 1: loss nan" in message and "train.on_nonfinite: skip" in message
+    config = write_config(tmp_path / "config", base_config, **changes, train={**two["train"], "on_nonfinite": "skip"})
+    run = ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--train.steps", "3"]
+    assert main(run) == 0
+    assert "step 3: loss nan" in capsys.readouterr().out
+    assert main(run) == 0 and "complete: " in capsys.readouterr().out
