@@ -326,6 +326,50 @@ def test_the_balance_loss_is_one_when_use_is_even() -> None:
     np.testing.assert_allclose(router_losses(moe, one, route_learned(moe, one, None, modality), modality)[0], 4.0)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_router_losses_leave_padding_out(k: int) -> None:
+    """The balance loss is Mixtral's in transformers, over k (even use is 1 here, k there); the z loss by its formula."""
+    torch = pytest.importorskip("torch")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    from jaxlm.models.moe import router_losses
+
+    moe = MoeConfig(8, "learned", top_k=(k,))
+    logits = np.random.default_rng(5).normal(0, 2, (3, 17, 8)).astype(np.float32)
+    modality = jnp.where(SEGMENTS > 0, 0, PADDING)
+    balance, z = router_losses(moe, logits, route_learned(moe, jnp.asarray(logits), None, modality), modality)
+    flat = torch.tensor(logits.reshape(-1, 8))
+    theirs = mixtral.load_balancing_loss_func((flat,), 8, k, torch.tensor(SEGMENTS))
+    np.testing.assert_allclose(balance, float(theirs) / k, rtol=1e-5)
+    sums = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    np.testing.assert_allclose(z, (sums**2)[SEGMENTS > 0].mean(), rtol=1e-5)
+
+
+def test_noise_chooses_experts_while_training_and_never_weighs_them() -> None:
+    moe = moe_config(top_k=(2, 1, 2)).moe
+    assert moe is not None
+    logits = jnp.asarray(np.random.default_rng(6).normal(size=(2, 8)), jnp.float32)
+    noise = jnp.zeros((2, 8)).at[:, 5].set(100.0)
+    found = np.asarray(route_learned(moe, logits, noise, jnp.array([0, 1])).mask(8))
+    other = int(np.argmax(np.where(np.arange(8) == 5, -np.inf, logits[0])))
+    pair = jax.nn.softmax(logits[0, jnp.array([5, other])])
+    np.testing.assert_allclose(found[0, [5, other]], 2 * pair, rtol=1e-5)
+    np.testing.assert_allclose(found[1, 5], jax.nn.softmax(logits[1])[5], rtol=1e-5)
+    assert (found > 0).sum() == 3
+
+    config = moe_config()
+    variables = variables_of(Llama(config, remat="none"), 2)
+    noisy = Llama(config, remat="none", router_noise=5.0)
+
+    def used(model: Llama, key: int | None) -> np.ndarray:
+        rngs = {} if key is None else {"dropout": jax.random.key(key)}
+        _, notes = model.apply(variables, IDS, deterministic=key is None, rngs=rngs, mutable=["moe"])
+        return np.asarray(notes["moe"]["layers"]["mlp"]["used"])
+
+    plain = used(Llama(config, remat="none"), None)
+    np.testing.assert_array_equal(used(noisy, None), plain)
+    assert (used(noisy, 1) != plain).any() and (used(noisy, 1) != used(noisy, 2)).any()
+
+
 @pytest.mark.parametrize(
     ("router", "mesh"),
     [
@@ -345,8 +389,11 @@ def test_experts_on_several_devices_give_the_same_numbers(router: str, mesh: dic
     ids = np.tile(IDS, (3, 1))[:8]
 
     def loss(variables: Any, ids: Any) -> Any:
-        logits = model.apply(variables, ids)
-        return jnp.sum(logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape))
+        logits, notes = model.apply(variables, ids, mutable=["moe"])
+        notes = notes["moe"]["layers"]["mlp"]
+        # The router's penalties are of all tokens, wherever they are.
+        penalties = sum((jnp.sum(notes[name]) for name in ("balance_loss", "z_loss") if name in notes), jnp.float32(0))
+        return jnp.sum(logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)) + penalties
 
     expected = jax.jit(jax.value_and_grad(loss))(variables, ids)
     from jaxlm.parallel.mesh import tree_shardings
