@@ -276,6 +276,26 @@ def test_a_run_that_learns_no_end_is_refused(tmp_path: Path) -> None:
     assert data.report.train[0].ends == 1 and data.report.train[0].end_ids == {tokenizer.eos_id}
 
 
+def test_bos_is_put_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
+    from jaxlm.inference.prompts import Prompter
+
+    records = [{"instruction": "what", "output": "rock"}]
+    for adds in (False, True):
+        tokenizer = bytes_with(tmp_path, add_bos_token=adds)
+        data = run(tmp_path, tokenizer, records, "alpaca_short")
+        prompter = Prompter("alpaca_short", tokenizer)
+        for ids in (data.train.input_ids.tolist(), prompter.question("what")):
+            assert (ids[0] == tokenizer.bos_id) == adds
+        assert data.config.add_bos is adds and data.config.add_eos is True
+        said = (
+            f"{'bos <|begin|>' if adds else 'no bos'} first (tokenizer_config.json, add_bos_token: {str(adds).lower()}"
+        )
+        assert said in data.report.remarks()[0] and said in prompter.beginning
+        other = run(tmp_path, tokenizer, records, "alpaca_short", add_bos=not adds)
+        assert (other.train.input_ids[0] == tokenizer.bos_id) != adds
+        assert (Prompter("alpaca_short", tokenizer, add_bos=not adds).question("what")[0] == tokenizer.bos_id) != adds
+
+
 def test_the_end_of_a_document_one_token_too_long(tmp_path: Path) -> None:
     tokenizer = bytes_with(tmp_path)
     text = "rock" * 63
