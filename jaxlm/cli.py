@@ -334,8 +334,8 @@ def _with_paths(values: Any, cls: type) -> Any:
 def _loaded(name: str, value: str) -> Any:
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--{name}: {value!r} is not a valid value") from None
+    except (yaml.YAMLError, ValueError, RecursionError):  # also numbers of thousands of digits, brackets without end
+        raise UserError(f"--{name}: {value!r:.80} is not a valid value") from None
 
 
 def _given(tree: dict[str, Any], parents: list[str], leaf: str) -> list[Any]:
@@ -427,7 +427,7 @@ def _read_yaml(file: str, root: type) -> dict[str, Any]:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         raise UserError(f"{file}: not valid YAML{where}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also UnicodeDecodeError, numbers without end
         raise UserError(f"{file}: not valid YAML: {error}") from None
     content = _with_paths(content, root)
     _check_keys(content, root, "", file, root)

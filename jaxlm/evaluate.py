@@ -149,7 +149,7 @@ def _molecule(text: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    from jaxlm.data.sources import csv_delimiter
+    from jaxlm.data.sources import csv_delimiter, refuse_twins
 
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -157,7 +157,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             csv.field_size_limit(1 << 30)
             header = text.partition("\n")[0]
             delimiter = csv_delimiter(header) if path.suffix == ".csv" else "\t"
-            rows: Any = list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+            table = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+            refuse_twins(path, table.fieldnames or ())
+            rows: Any = list(table)
         elif path.suffix == ".jsonl":
             rows = [parse(line) for line in text.split("\n") if line.strip()]
         else:

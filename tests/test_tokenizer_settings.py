@@ -164,8 +164,12 @@ def test_legacy_of_a_sentencepiece_directory(tmp_path: Path, legacy: bool) -> No
         "granite</s>is a rock</s>",
         "</s></s>rock",
         "石英</s>rock",
+        "granite</s> rock is",
     ):
         ids = mine.encode(text, special_tokens=True).ids
+        if legacy and "> " in text:
+            # Here transformers 5 departs from SentencePiece: it puts no space in front of one that is there.
+            continue
         assert ids == theirs(text, add_special_tokens=False).input_ids, text
         if not legacy:
             assert mine.decode(ids) == theirs.decode(ids, skip_special_tokens=True)

@@ -241,10 +241,10 @@ class ChatTemplate:
         begin = len(opened)
         if not text.startswith(opened) and text.startswith(before) and opened.startswith(before):
             # An opening that the template itself does not keep, as one that begins a thought: up to where they part,
-            # but not into a special token.
-            begin = len(before) + _common(text[len(before) :], opened[len(before) :])
-            specials = [found.span() for found in re.finditer(self._special or r"(?!)", text)]
-            begin = next((a for a, b in specials if a < begin < b), begin)
+            # and back to where a word or a special token ends.
+            same = len(before) + _common(text[len(before) :], opened[len(before) :])
+            borders = [found.end() for found in re.finditer(rf"\s|{self._special}" if self._special else r"\s", text)]
+            begin = max([len(before), *(border for border in borders if border <= same)])
         if text.startswith(before) and begin < end:
             ending = self._special_at_the_end(text[begin:end])
             if text[begin : end - len(ending)].strip():

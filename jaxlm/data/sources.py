@@ -347,7 +347,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
             header, lead, delimiter = stream.readline(), 1, named.group(1)
         rows = csv.DictReader(itertools.chain([header], stream), strict=True, delimiter=delimiter)
         try:
-            _refuse_twins(file, rows.fieldnames or ())
+            refuse_twins(file, rows.fieldnames or ())
             for number, row in enumerate(rows, 1):
                 if None in row or None in row.values():
                     columns = len(rows.fieldnames or ())
@@ -366,7 +366,7 @@ def csv_delimiter(header: str) -> str:
     return next((sign for sign in (",", "\t", ";") if sign in bare), ",")
 
 
-def _refuse_twins(file: Path, names: Any) -> None:
+def refuse_twins(file: Path, names: Any) -> None:
     twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
     if twice is not None:
         raise UserError(f"data: {file} has two columns of the name {twice!r}; rename or remove one")
@@ -379,7 +379,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            _refuse_twins(file, table.schema_arrow.names)
+            refuse_twins(file, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1

@@ -231,6 +231,8 @@ def load_template(name: str, tokenizer: Tokenizer, columns: Mapping[str, str] | 
     known = {"instruction", "input", "output", "text", "messages", "system", "history", "tools"}
     if isinstance(template, TaskTemplate):
         known = {*template.asks_for, *_placeholders(template.answer)}
+    elif not isinstance(template, ChatTemplate):
+        known -= {"tools"} if isinstance(template, ConversationTemplate) else {"system", "history", "tools"}
     if unknown := set(columns) - known:
         raise UserError(
             f"data: columns names the field {sorted(unknown)[0]!r}; a template's fields are {', '.join(sorted(known))}"

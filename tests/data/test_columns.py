@@ -177,3 +177,9 @@ def test_a_share_is_split_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert (len(rest), len(held_out)) == (20 - count, count)
     with pytest.raises(UserError, match=r"only 20 records; choose a smaller number, or a share.*validation: 0\.1"):
         split_off(examples, 2000, seed=0)
+
+
+def test_a_column_for_which_the_template_has_no_place(tokenizer: Tokenizer) -> None:
+    for template, field in (("alpaca", "system"), ("text", "history"), ("vicuna_v1.1", "tools")):
+        with pytest.raises(UserError, match=f"columns names the field '{field}'; a template's fields are"):
+            load_template(template, tokenizer, {field: "x"})

@@ -215,6 +215,21 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
         example_of("chat", silent, {"messages": turns[:2]})
 
 
+@pytest.mark.parametrize("opening", ["<|im_start|>", "<|im_start|>assistant\n"])
+def test_tool_calls_behind_an_opening_that_is_not_kept(tmp_path: Path, opening: str) -> None:
+    """DeepSeek's templates ask for a thought, but write none into a turn that calls tools."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|begin|>{{ m.content }}{% else %}OPEN"
+        "{% for call in m.tool_calls or [] %}<tool>{{ call.name }}</tool>{% endfor %}"
+        "{{ m.content or '' }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}OPEN{{ '<think>\n' }}{% endif %}"
+    ).replace("OPEN", "{{ '" + opening.replace("\n", "\\n") + "' }}")
+    tokenizer = bytes_with(tmp_path, template)
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "weigh"}]}]
+    example = example_of("chat", tokenizer, {"messages": turns})
+    assert learnt(example, tokenizer) == ["<tool>weigh</tool><|im_end|>"]
+
+
 THINKING = (
     LOOP
     + "{% set said = m.content %}"
@@ -261,6 +276,26 @@ def test_a_run_that_learns_no_end_is_refused(tmp_path: Path) -> None:
     assert data.report.train[0].ends == 1 and data.report.train[0].end_ids == {tokenizer.eos_id}
 
 
+def test_bos_is_put_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
+    from jaxlm.inference.prompts import Prompter
+
+    records = [{"instruction": "what", "output": "rock"}]
+    for adds in (False, True):
+        tokenizer = bytes_with(tmp_path, add_bos_token=adds)
+        data = run(tmp_path, tokenizer, records, "alpaca_short")
+        prompter = Prompter("alpaca_short", tokenizer)
+        for ids in (data.train.input_ids.tolist(), prompter.question("what")):
+            assert (ids[0] == tokenizer.bos_id) == adds
+        assert data.config.add_bos is adds and data.config.add_eos is True
+        said = (
+            f"{'bos <|begin|>' if adds else 'no bos'} first (tokenizer_config.json, add_bos_token: {str(adds).lower()}"
+        )
+        assert said in data.report.remarks()[0] and said in prompter.beginning
+        other = run(tmp_path, tokenizer, records, "alpaca_short", add_bos=not adds)
+        assert (other.train.input_ids[0] == tokenizer.bos_id) != adds
+        assert (Prompter("alpaca_short", tokenizer, add_bos=not adds).question("what")[0] == tokenizer.bos_id) != adds
+
+
 def test_the_end_of_a_document_one_token_too_long(tmp_path: Path) -> None:
     tokenizer = bytes_with(tmp_path)
     text = "rock" * 63
@@ -273,6 +308,53 @@ def test_the_end_of_a_document_one_token_too_long(tmp_path: Path) -> None:
         data = build_data(config, tokenizer, seed=0, vocab_size=tokenizer.vocab_size, max_positions=4096)
         assert data.train.loss_mask[-1] and data.train.input_ids[-1] == tokenizer.eos_id
         assert data.report.train[0].tokens == length and data.report.train[0].ends == 1
+
+
+def test_pieces_with_nothing_to_learn_are_counted(tmp_path: Path) -> None:
+    tokenizer = bytes_with(tmp_path)
+    data = run(tmp_path, tokenizer, [{"instruction": "what " * 60, "output": "rock"}], "alpaca_short", too_long="split")
+    (report,) = data.report.train
+    assert report.split == 1 and report.dropped_pieces >= 1 and report.ends == 1
+    whole = len(tokenizer.encode("### Instruction:\n" + "what " * 60 + "\n\n### Response:\nrock").ids) + 1
+    assert report.tokens + report.tokens_dropped == whole
+    assert (
+        f"{report.dropped_pieces} pieces with nothing to learn dropped ({report.tokens_dropped} tokens)"
+        in report.line()
+    )
+
+
+def test_the_space_that_sentencepiece_puts_in_front_of_an_answer_is_learnt(
+    all_tokenizers: dict[str, Tokenizer],
+) -> None:
+    """Behind a special token an answer begins with a piece that stands for no character of it."""
+    source = all_tokenizers["model"]
+    directory = source.path.parent / "direct"
+    source.save(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    names = {f"<|{role}|>": source.vocab_size + number for number, role in enumerate(("user", "assistant"))}
+    (directory / "added_tokens.json").write_text(json.dumps(names))
+    tokenizer = load_tokenizer(directory)
+    example = example_of("chat", tokenizer, messages([("user", "石"), ("assistant", "🪨")]))
+    pieces = [tokenizer.token(int(index)) for index in example.input_ids[example.loss_mask]]
+    assert pieces == ["▁", "<0xF0>", "<0x9F>", "<0xAA>", "<0xA8>", "</s>"]
+
+
+@pytest.mark.parametrize("kind", ["not legacy", "first", "json"])
+def test_rounds_are_split_as_the_whole_conversation_is(all_tokenizers: dict[str, Tokenizer], kind: str) -> None:
+    """Behind an eos a round goes on: no space is put in front of it where only the beginning of a text gets one."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = all_tokenizers[kind]
+    config_file = tokenizer.path / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    if kind == "not legacy":
+        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    config_file.write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer.path)
+    template = load_template("vicuna_v1.1", tokenizer)
+    text = template.render(Record("f:1", messages(TALK))).text("</s>")
+    assert example_of("vicuna_v1.1", tokenizer, messages(TALK)).input_ids.tolist() == theirs(text).input_ids
 
 
 # Every template with every tokenizer ----------------------------------------------------------------------------------
