@@ -22,7 +22,6 @@ from convert.command import (
     add_shard_size,
     add_verb,
     say_adapter,
-    say_template,
     write_hf,
     write_jax,
     writing,
@@ -128,6 +127,7 @@ def _peft_to_jax(options: argparse.Namespace) -> None:
 
 
 def _jax_to_peft(options: argparse.Namespace) -> None:
+    from convert.chat_template import asked_or_name, say_asked, write_asked
     from convert.peft import PeftSource, write_peft
     from convert.source import is_adapter, open_adapter
 
@@ -135,9 +135,12 @@ def _jax_to_peft(options: argparse.Namespace) -> None:
         raise UserError(f"{options.source}: is a PEFT adapter already")
     adapter = open_adapter(options.source)
     assert not isinstance(adapter, PeftSource)
+    asked = asked_or_name(adapter)
     with writing(adapter, options.destination) as (directory, advance):
         write_peft(adapter, directory, advance)
+        if asked is not None:
+            write_asked(asked, directory)
     say_adapter(adapter, f"PeftModel.from_pretrained(base, {json.dumps(options.destination, ensure_ascii=False)})")
-    say_template(adapter)
+    say_asked(asked, written=True)
     if adapter.config.moe is not None:
         print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")

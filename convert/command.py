@@ -84,6 +84,7 @@ def write_model_as(form: str, source: ParamSource, destination: str, shard_size:
 def write_hf(source: ParamSource, destination: str, shard_size: str | None, layout: str | None = None) -> None:
     """Writes a Hugging Face directory and says so."""
     from convert import hf
+    from convert.chat_template import asked_or_name, say_asked, write_asked
     from convert.mixtral import check_mixtral
     from convert.output import parse_size
 
@@ -91,10 +92,13 @@ def write_hf(source: ParamSource, destination: str, shard_size: str | None, layo
     layout = hf.hf_layout(source, layout)
     if layout == "mixtral":
         check_mixtral(source)
+    asked = asked_or_name(source)
     with writing(source, destination) as (directory, advance):
         hf.write_hf(source, directory, size, advance, layout)
+        if asked is not None:
+            write_asked(asked, directory)
     say_model(source, f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})")
-    say_template(source)
+    say_asked(asked, written=True)
     if source.config.moe is not None:
         _say_experts(source.config.moe, destination, layout)
 
@@ -229,17 +233,10 @@ def say_model(source: ParamSource, following: str) -> None:
 
 
 def say_template(source: LeafSource) -> None:
-    """Of a result in another format than jaxlm's: the prompt template that it has no place for."""
-    from convert.native import read_prompt_json
+    """Of a result in Meta's or MindSpore's format: the prompt template that it has no place for."""
+    from convert.chat_template import asked_or_name, say_asked
 
-    files = {file.name: file for file in source.prompt_files}
-    recorded = read_prompt_json(files["prompt.json"]).template if "prompt.json" in files else None
-    if recorded is not None:
-        name = str(files.get(recorded, recorded))  # a user's own lies beside it
-        print(
-            f"{'template':12} {name}, which this format has no place for: jaxlm.generate needs --template "
-            f"{shlex.quote(name)} there"
-        )
+    say_asked(asked_or_name(source), written=False)
 
 
 def say_adapter(adapter: AdapterSource, following: str) -> None:

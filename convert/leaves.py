@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,10 +27,15 @@ READ_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class LeafInfo:
-    """A (stacked) parameter: its shape and the dtype it is stored in."""
+    """A (stacked) parameter: its shape and the dtype it is stored in.
+
+    Args:
+        chunk: shape of the least that can be read; None: rows of a tensor of one layer.
+    """
 
     shape: Shape
     dtype: np.dtype[Any]
+    chunk: Shape | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -259,7 +264,7 @@ class CastSource(DerivedSource):
     def __init__(self, source: ParamSource, dtype: str | Mapping[str, np.dtype[Any]]) -> None:
         super().__init__(source)
         self.leaves = {
-            path: LeafInfo(leaf.shape, WEIGHT_DTYPES[dtype] if isinstance(dtype, str) else dtype[path])
+            path: LeafInfo(leaf.shape, WEIGHT_DTYPES[dtype] if isinstance(dtype, str) else dtype[path], leaf.chunk)
             for path, leaf in source.leaves.items()
         }
 

@@ -59,7 +59,8 @@ class MergedSource(DerivedSource):
         leaves = {}
         for path, leaf in base.leaves.items():
             shape = adapter.leaves[self._saved[path]].shape if path in self._saved else leaf.shape
-            leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype])
+            chunk = None if path in self._saved else leaf.chunk
+            leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype], chunk)
         self.leaves = leaves
         self.config = self._with_vocabulary(base.config)
         # The adapter was trained last, so what it was asked with is what the merged model answers to.

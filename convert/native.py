@@ -53,6 +53,7 @@ from jaxlm.records import read_record
 COMMITTED = "commit_success.txt"
 # The same as in training checkpoints; a chunk is the least that can be read.
 CHUNK_BYTES = 64 << 20
+CACHE_BYTES = 128 << 20
 PROMPT_FILES = ("prompt.json", "template.json")
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
@@ -91,8 +92,9 @@ class _Arrays:
             ]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self._directory / '_METADATA'}: not Orbax's metadata of a tree ({error})") from None
-        # One context for all arrays, so that an OCDBT database is opened once. No cache: slices are read once.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        # One context for all arrays, so that an OCDBT database is opened once. Chunks are kept for the next slices of
+        # them: small models have all layers in one, and so had older checkpoints.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         self._stores = {}
         futures = {name: self._open(".".join(name)) for name in names if name[:1] == (collection,)}
         for name, future in futures.items():
@@ -102,14 +104,17 @@ class _Arrays:
                 raise UserError(
                     f"{self._directory}: array {'.'.join(name)!r} cannot be opened ({_brief(error)})"
                 ) from None
-        self.leaves = {path: LeafInfo(tuple(s.shape), s.dtype.numpy_dtype) for path, s in self._stores.items()}
+        self.leaves = {
+            path: LeafInfo(tuple(s.shape), s.dtype.numpy_dtype, tuple(s.chunk_layout.read_chunk.shape) or None)
+            for path, s in self._stores.items()
+        }
         for path, leaf in self.leaves.items():
             if leaf.dtype not in WEIGHT_DTYPES.values():
                 raise UserError(f"{self._directory}: array {path!r} has dtype {leaf.dtype}; that is no weight")
 
     def _open(self, name: str) -> Any:
         base = f"file://{self._directory.absolute()}/"
-        spec: dict[str, Any] = {"driver": self._driver}
+        spec: dict[str, Any] = {"driver": self._driver, "recheck_cached_data": "open"}
         if self._ocdbt:
             spec["kvstore"] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         else:

@@ -27,7 +27,7 @@ from jaxlm.models.lora import LoraSpec
 from jaxlm.models.moe import modality_ids
 from jaxlm.models.rope import rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import ROW_AXES, load_sharded, tree_shardings
+from jaxlm.parallel.mesh import ROW_AXES, load_sharded, stored_chunks, tree_shardings
 
 # Of each layer: keys and values [R, K, S, h].
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -109,18 +109,25 @@ def load_weights(decoder: Decoder, mesh: Mesh, model: Readable, adapter: Readabl
 
     top = {name: tree for name, tree in boxed["params"].items() if name != "layers"}
     # A vocabulary of 32,001 rows (Alpaca's and Vicuna's) must not keep the layers from being split.
-    params = load_sharded(nn.unbox(top), tree_shardings(top, mesh, ("vocab",)), read_top)
+    bare = nn.unbox(top)
+    params = load_sharded(bare, tree_shardings(top, mesh, ("vocab",)), read_top, stored_chunks(model, bare))
     layers, factors = [], []
     for number in range(decoder.config.num_layers):
         params_box, lora_box = boxed["params"]["layers"][number], boxed["lora"][number]
         read = _LayerReader(model, number, decoder.quantized)
-        layers.append(load_sharded(nn.unbox(params_box), tree_shardings(params_box, mesh), read))
+        layers.append(_load_layer(params_box, mesh, read))
         lora = {}
         if lora_box:
             assert adapter is not None
-            lora = load_sharded(nn.unbox(lora_box), tree_shardings(lora_box, mesh), _LayerReader(adapter, number))
+            lora = _load_layer(lora_box, mesh, _LayerReader(adapter, number))
         factors.append(lora)
     return {"params": {**params, "layers": layers}, "lora": factors}
+
+
+def _load_layer(boxed: Any, mesh: Mesh, read: _LayerReader) -> Any:
+    """One layer's leaves, each read as a whole: it is cut into shards in memory."""
+    bare = nn.unbox(boxed)
+    return load_sharded(bare, tree_shardings(boxed, mesh), read, stored_chunks(None, bare))
 
 
 class _LayerReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 BATCH = P(None, ROW_AXES, "sequence")  # [A, B, T]: micro-steps, rows, length
+# Read at a time of a leaf that is given out to shards.
+PIECE_BYTES = 256 << 20
 _AXIS_TYPES = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
 
 
@@ -233,24 +235,96 @@ def load_sharded(
     abstract: Any,
     shardings: Any,
     read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    chunks: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Any:
-    """A tree of arrays, each read straight into its shards: no host holds more than its own slices.
+    """A tree of arrays, each read straight into its shards: no host holds more than its own slices and a piece.
+
+    With `chunks`, what the shards of this process need of a leaf is read once, in pieces, and given out to them:
+    reading it shard by shard would read a file that is laid out another way (rows of outputs, and shards of inputs)
+    once for each.
 
     Args:
         abstract: tree of ShapeDtypeStruct; values are cast to these dtypes.
         shardings: NamedSharding for each leaf.
         read: (path like 'layers/mlp/up_proj/kernel', slices) -> that part of the leaf.
+        chunks: by path, the shape of what lies together in storage, which pieces do not cut; see `stored_chunks`. A
+            leaf that is not there is read shard by shard, each once.
     """
     flat = traverse_util.flatten_dict(abstract, sep="/")
     flat_shardings = traverse_util.flatten_dict(shardings, sep="/")
 
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        own = flat_shardings[path].addressable_devices_indices_map(leaf.shape).values()
+        shards = {places: np.empty([b - a for a, b in places], leaf.dtype) for places in _places(own, leaf.shape)}
+        together = (chunks or {}).get(path)
+        for piece in list(shards) if together is None else _pieces(list(shards), leaf, together):
+            data = read(path, tuple(slice(*place) for place in piece))
+            for places, values in shards.items():
+                common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(places, piece, strict=True)]
+                if all(a < b for a, b in common):
+                    into = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, places, strict=True))
+                    of = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, piece, strict=True))
+                    values[into] = data[of]
+
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            return np.asarray(read(path, index or ()), dtype=leaf.dtype)
+            (places,) = _places([index], leaf.shape)
+            return shards[places]
 
         return jax.make_array_from_callback(leaf.shape, flat_shardings[path], shard)
 
     return traverse_util.unflatten_dict({path: load(path, leaf) for path, leaf in flat.items()}, sep="/")
+
+
+_Places = tuple[tuple[int, int], ...]
+
+
+def _places(indices: Iterable[tuple[slice, ...] | None], shape: tuple[int, ...]) -> dict[_Places, None]:
+    """The different slices as (start, stop) of every dim, in order."""
+    full = ((index or ()) + (slice(None),) * (len(shape) - len(index or ())) for index in indices)
+    ends = ([part.indices(size)[:2] for part, size in zip(index, shape, strict=True)] for index in full)
+    return dict.fromkeys(tuple(places) for places in ends)
+
+
+def stored_chunks(source: Any, abstract: Any) -> dict[str, tuple[int, ...]]:
+    """What lies together in the storage of a source, for `load_sharded`.
+
+    That is what the source says of a leaf (`LeafInfo.chunk`); else a layer of a stacked leaf, a row of embedding and
+    head, and other leaves as a whole.
+    """
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    leaves = getattr(source, "leaves", {})
+    found = {}
+    for path, leaf in flat.items():
+        by_rows = path.startswith(("layers/", "embed_tokens/", "lm_head/"))
+        own = getattr(leaves.get(path), "chunk", None)
+        found[path] = own or ((1, *leaf.shape[1:]) if by_rows else leaf.shape)
+    return found
+
+
+def _pieces(shards: list[_Places], leaf: jax.ShapeDtypeStruct, chunk: tuple[int, ...]) -> Iterator[_Places]:
+    """What to read: the box around all shards, in pieces of whole chunks; the shards, where the box is far larger."""
+    if not leaf.shape:
+        yield ()
+        return
+    box = tuple((min(a for a, _ in dim), max(b for _, b in dim)) for dim in zip(*shards, strict=True))
+
+    def volume(places: _Places) -> int:
+        return math.prod(b - a for a, b in places)
+
+    if volume(box) > 2 * sum(map(volume, shards)):
+        yield from shards  # they lie far apart
+        return
+    # Cut along the first dim that chunks are cut along.
+    dim = next((at for at, (part, size) in enumerate(zip(chunk, leaf.shape, strict=True)) if part < size), None)
+    if dim is None:
+        yield box
+        return
+    start, stop = box[dim]
+    slab = volume(box) // max(1, stop - start) * leaf.dtype.itemsize * chunk[dim]  # bytes of a piece of one chunk
+    step = chunk[dim] * max(1, PIECE_BYTES // max(1, slab))
+    first = start - start % chunk[dim]
+    for begin in range(first, stop, step):
+        yield (*box[:dim], (max(begin, start), min(begin + step, stop)), *box[dim + 1 :])
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, ...]:

@@ -57,7 +57,15 @@ class SmallFiles:
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.scoped_storage_options_creator = _storage
     return context
+
+
+def _storage(path: Any, value: Any) -> Any:
+    """No chunk spans two layers: what reads a model layer by layer would read such a chunk for each of them."""
+    if "['layers']" not in jax.tree_util.keystr(path) or getattr(value, "ndim", 0) < 2:
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
 
 
 class Checkpoints:

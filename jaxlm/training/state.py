@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlm.config import LoraConfig
 from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.lora import SAVEABLE
-from jaxlm.parallel.mesh import load_sharded, replicated, tree_shardings, use_mesh
+from jaxlm.parallel.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
 WHOLE_IF_UNEVEN = ("vocab",)
@@ -112,7 +112,7 @@ class Initializer:
 
     def load_params(self, source: Readable) -> Any:
         """All base parameters, read into their shards and cast to the model's param_dtype."""
-        return load_sharded(self.params, self.params_shardings, source.read)
+        return load_sharded(self.params, self.params_shardings, source.read, stored_chunks(source, self.params))
 
     def init_params(self, seed: int) -> Any:
         """Fresh base parameters, created in their shards."""
@@ -140,7 +140,8 @@ class Initializer:
 
     def load_lora(self, source: Readable) -> Any:
         """An earlier adapter's weights, into their shards."""
-        return load_sharded(self.trainable["lora"], self.trainable_shardings["lora"], source.read)
+        lora = self.trainable["lora"]
+        return load_sharded(lora, self.trainable_shardings["lora"], source.read, stored_chunks(source, lora))
 
     def new_state(self, trainable: Any, seed: int) -> TrainState:
         """Step 0 with a fresh optimizer; `trainable` becomes part of the state."""

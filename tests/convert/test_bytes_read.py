@@ -1,0 +1,129 @@
+"""A model is read into eight shards once: no byte of its files more than a twentieth time again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+import convert.native
+from convert.native import write_model
+from convert.output import output_directory
+from convert.source import open_model
+from jaxlm.config import MeshConfig, OptimizerConfig
+from jaxlm.inference.model import Decoder, load_weights
+from jaxlm.models.llama import Llama
+from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.training.checkpoint import _context
+from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.state import Initializer
+from tests.convert.test_experts import params as tree_of
+from tests.convert.tiny import make_hf_model
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+MESHES = [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=8)]
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bytes") / "hf"
+    make_hf_model(**SIZES).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Bytes asked of the operating system for tensors."""
+    found: list[int] = []
+    plain = os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        found.append(plain(fd, buffers, offset))
+        return found[-1]
+
+    monkeypatch.setattr("convert.tensors.os.preadv", preadv)
+    yield found
+
+
+def weight_bytes(source: Any) -> int:
+    return sum(leaf.nbytes for leaf in source.leaves.values())
+
+
+def initializer(config: Any, mesh: MeshConfig) -> Initializer:
+    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+    return Initializer(Llama(config, {}), None, make_mesh(mesh), optimizer)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("piece", [1, 20_000, 1 << 28])
+def test_training(mesh: MeshConfig, piece: int, hf: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meshes, "PIECE_BYTES", piece)
+    source = open_model(hf)
+    counted.clear()
+    loaded = initializer(source.config, mesh).load_params(source)
+    assert weight_bytes(source) <= sum(counted) <= 1.05 * weight_bytes(source)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree_of(source))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_decoding(int8: bool, hf: Path, counted: list[int]) -> None:
+    source = open_model(hf)
+    counted.clear()
+    decoder = Decoder(source.config, (), jnp.float32, "xla", int8, "auto")
+    load_weights(decoder, make_mesh(MeshConfig(tensor=8)), source)
+    assert sum(counted) <= 1.05 * weight_bytes(source)
+
+
+class Counted:
+    """The chunks that a native source reads, by what it asks of TensorStore."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.leaves, self.bytes = source, source.leaves, 0
+
+    def read(self, path: str, index: Any) -> np.ndarray:
+        leaf = self.leaves[path]
+        full = convert.native.full_index(leaf.shape, index)
+        size = leaf.dtype.itemsize
+        for part, chunk, end in zip(full, leaf.chunk, leaf.shape, strict=True):
+            size *= min(-(-part.stop // chunk) * chunk, end) - part.start // chunk * chunk
+        self.bytes += size
+        return self.source.read(path, index)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("form", ["converted", "saved"])
+def test_jaxlms_own(form: str, mesh: MeshConfig, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converted model, and what a training run saves from its shards: in whole chunks."""
+    source = open_model(hf)
+    monkeypatch.setattr(convert.native, "CHUNK_BYTES", 4 * 64 * 20)  # several chunks a layer
+    with output_directory(tmp_path / "jax", 0) as directory:
+        write_model(source, directory, lambda nbytes: None)
+    if form == "saved":
+        monkeypatch.setattr("jaxlm.training.checkpoint.CHUNK_BYTES", 4 * 64 * 20)
+        state = initializer(source.config, mesh).load_params(source)
+        with _context():
+            ocp.save_checkpointables(tmp_path / "saved", {"model": {"params": state}})
+        (tmp_path / "saved" / "jaxlm").mkdir()
+        content = (tmp_path / "jax" / "jaxlm" / "model.json").read_bytes()
+        (tmp_path / "saved" / "jaxlm" / "model.json").write_bytes(content)
+        (tmp_path / "saved" / "commit_success.txt").touch()
+    found = Counted(open_model(tmp_path / ("jax" if form == "converted" else "saved")))
+    for path, leaf in found.leaves.items():
+        assert not path.startswith("layers/") or leaf.chunk[0] == 1, (path, leaf.chunk)
+    loaded = initializer(source.config, mesh).load_params(found)
+    assert found.bytes <= 1.05 * weight_bytes(source)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree_of(source))
