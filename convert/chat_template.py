@@ -59,15 +59,13 @@ def find_asked(source: LeafSource) -> Asked | None:
     if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
         return Asked(name, None, False, ())
     tokenizer = load_tokenizer(directory or source.tokenizer_files[0].parent)
+    ends = [index for index in (tokenizer.eos_id, *prompt.stop_ids) if index is not None]
+    stops = tuple(dict.fromkeys(ends))
     if name == "chat":
-        return Asked(name, None, True, _stops(tokenizer))
+        return Asked(name, None, True, stops)
     template = for_questions(load_template(name, tokenizer))
-    add_bos = tokenizer.bos_id is not None if prompt.add_bos is None else prompt.add_bos
-    return Asked(name, to_jinja(template, tokenizer, add_bos), False, _stops(tokenizer))
-
-
-def _stops(tokenizer: Tokenizer) -> tuple[int, ...]:
-    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    add_bos = tokenizer.adds_bos if prompt.add_bos is None else prompt.add_bos
+    return Asked(name, to_jinja(template, tokenizer, add_bos), False, stops)
 
 
 def to_jinja(template: Template, tokenizer: Tokenizer, add_bos: bool) -> str | None:

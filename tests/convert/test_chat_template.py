@@ -134,8 +134,8 @@ def record_prompt(path: Path, **content: Any) -> None:
     (path / "jaxlm" / "prompt.json").write_text(json.dumps(content))
 
 
-def ids(tokenizer: Tokenizer, template: str, question: str) -> list[int]:
-    return Prompter(template, tokenizer).question(question)
+def ids(tokenizer: Tokenizer, template: str, question: str, add_bos: bool | None = None) -> list[int]:
+    return Prompter(template, tokenizer, add_bos=add_bos).question(question)
 
 
 @pytest.mark.parametrize("name", ["alpaca", "vicuna_v1.1", "scimind", "template.json"])
@@ -148,7 +148,7 @@ def test_exported(name: str, tuned: Path, tmp_path: Path, run: Callable[..., str
     assert "written as chat_template.jinja; an answer ends at 1" in said and "no place" not in said
     before = load_tokenizer(tuned / "jaxlm" / "tokenizer")
     question = "What is {{ granite }}?"
-    want = ids(before, str(own) if name == "template.json" else name, question)
+    want = ids(before, str(own) if name == "template.json" else name, question, add_bos=True)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     found = theirs.apply_chat_template(conversation(question), add_generation_prompt=True, return_dict=False)
     assert found == want
