@@ -266,6 +266,13 @@ def rule_for(path: str) -> Rule:
     return next(rule for rule in RULES if rule.path == path)
 
 
+def tensor_name(path: str, layer: int | None) -> str:
+    """A tensor for messages: in Hugging Face's names, which most files have, and in jaxlm's."""
+    own = path if layer is None else f"{path}, layer {layer}"
+    rule = next((rule for rule in RULES if rule.path == path), None)
+    return own if rule is None else f"{rule.hf.format(layer)} ({own})"
+
+
 def leaf_shapes(config: LlamaConfig) -> dict[str, Shape]:
     """Path -> shape of every parameter of the model, layers stacked first."""
     sizes = dim_sizes(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -115,11 +116,18 @@ def _run(config: GenerateConfig) -> int:
 
     from jaxlm.parallel.distributed import SharedError, run_settings, start, versions
     from jaxlm.start import quiet_logs, use_compilation_cache
+    from jaxlm.training.stop import StopAtOnce
 
     terminal = Console(stderr=True, soft_wrap=True, highlight=False)
     quiet_logs()
     use_compilation_cache(config.compilation_cache)
-    with start(config.distributed, terminal.print) as hosts:
+    with contextlib.ExitStack() as around:
+        stop = None
+        if config.predict_data is not None:  # a conversation takes Ctrl-C itself
+            stop = around.enter_context(StopAtOnce(INTERRUPTED))
+        hosts = around.enter_context(start(config.distributed, terminal.print))
+        if stop is not None:
+            stop.starting(Path(config.save_file or ""), hosts)
         if hosts.processes > 1:
             hosts.agree("versions", versions())
             hosts.agree("configuration", run_settings(config))
@@ -176,6 +184,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     import jax
 
     from convert.merge import MergedSource
+    from convert.names import tensor_name
     from convert.native import trained_prompt
     from convert.source import is_adapter, open_adapter, open_model, recorded_base
     from jaxlm.inference.engine import Generator
@@ -184,6 +193,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.kernels.choice import attention_details, choose_attention, here
     from jaxlm.models.lora import resolve_lora
     from jaxlm.models.moe import choose_compute
+    from jaxlm.parallel.finite import check_finite
     from jaxlm.parallel.mesh import axis_sizes, make_mesh
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
@@ -236,6 +246,8 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     started = time.perf_counter()
     with console.status("loading"):
         weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
+        where = str(source.path) if adapter is None else f"{source.path} with {adapter.path}"
+        check_finite(weights, mesh, f"model: {where}", "the file is damaged, or of a run that diverged", tensor_name)
     stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
 
     from convert.output import human
@@ -362,8 +374,6 @@ def _hide(text: str) -> None:
 
 
 def _chat(options: Decoding, generator: Generator, prompter: Prompter, console: Console) -> None:
-    import contextlib
-
     from jaxlm.inference.chat import Chat
 
     with contextlib.suppress(ImportError):

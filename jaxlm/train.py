@@ -132,6 +132,7 @@ def _problem(check: Callable[..., None], *what: Any) -> str | None:
 
 
 def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbose: bool) -> Outcome:
+    from convert.names import tensor_name
     from convert.partition import PARTITION_FILE, npy_bytes
     from convert.source import open_model
     from jaxlm.training.fit import check_with_model
@@ -164,22 +165,13 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
         data=data,
         files=files,
         verbose=verbose,
-        tensor_name=_tensor_name,
+        tensor_name=tensor_name,
     )
     outcome = train(job, console, hosts, stop)
     if outcome.interrupted is None:
         _samples(config, data, outcome, prompts, tokenizer, console)
         _summary(config, outcome, console)
     return outcome
-
-
-def _tensor_name(path: str, layer: int | None) -> str:
-    """A tensor in Hugging Face's names, which most files have, and in jaxlm's."""
-    from convert.names import RULES
-
-    own = path if layer is None else f"{path}, layer {layer}"
-    rule = next((rule for rule in RULES if rule.path == path), None)
-    return own if rule is None else f"{rule.hf.format(layer)} ({own})"
 
 
 def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -25,7 +25,7 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
     """Checks a tree of weights; integers are passed over.
 
     Args:
-        tree: arrays on `mesh`; those below 'layers/' have the layer as first dim, unless a number follows there.
+        tree: arrays on `mesh`; those below 'layers/' have the layer as first dim, or its number as the next key.
         where: they come from, for the message: 'model.path: models/base'.
         way_out: what the user can do.
         name: how the message names a tensor.
@@ -40,15 +40,19 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
             path = jax.tree_util.keystr(keys, simple=True, separator="/").removeprefix("params/")
             counts[path] = _counter(everywhere, _stacked(path))(leaf)
     found = [
-        (path, layer, int(number))
+        (path, at, int(number))
         for path, values in zip(counts, jax.device_get(list(counts.values())), strict=True)
-        for layer, number in enumerate(np.atleast_1d(values))
+        for at, number in enumerate(np.atleast_1d(values))
         if number
     ]
     if not found:
         return
     path, at, number = found[0]
-    tensor = name(path, at if _stacked(path) else None)
+    layer: int | None = at if _stacked(path) else None
+    if layer is None and "layers" in (parts := path.split("/")):
+        layer = int(parts.pop(parts.index("layers") + 1))
+        path = "/".join(parts)
+    tensor = name(path, layer)
     more = f", and in {len(found) - 1} more tensors" if len(found) > 1 else ""
     raise UserError(
         f"{where}: {tensor} holds {number:,} value{'s that are' if number > 1 else ' that is'} not finite (NaN or "

@@ -118,6 +118,7 @@ class Stop:
                 self._receive(signal.Signals(received[0]))
 
     def _receive(self, number: signal.Signals) -> None:
+        """In the thread that watches."""
         if self._finished:
             self._end(f"{number.name}: the run is complete; {self.kept()}", 0 if self._last else self.status(number))
         elif not self._stepping:
@@ -137,6 +138,21 @@ class Stop:
             self._hosts.abandon(text, status)
         say(text)
         os._exit(status)
+
+
+class StopAtOnce(Stop):
+    """For work that keeps what it has done as it goes on, and has nothing to do at the end: a signal just ends it.
+
+    Args:
+        text: what is said then.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def _receive(self, number: signal.Signals) -> None:
+        self._end(self._text, self.status(number))
 
 
 def newest_step(output_dir: Path) -> int | None:

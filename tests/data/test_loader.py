@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import Batches, Data, build_data
+from jaxlm.data import Batches, Data, build_data, loader
 from jaxlm.data.loader import BATCH_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
@@ -120,6 +120,41 @@ def test_epochs_differ_and_steps_run_on(tokenizer: Tokenizer, tmp_path: Path) ->
     assert half.source.epoch(2) == pytest.approx(0.5)
     with pytest.raises(IndexError):
         half[2]
+
+
+@pytest.mark.parametrize("packing", MODES)
+@pytest.mark.parametrize("length", [{"epochs": 900.5}, {"steps": 600}], ids=["epochs", "steps"])
+def test_a_late_epoch_needs_no_plan_of_the_earlier_ones(
+    tokenizer: Tokenizer, tmp_path: Path, packing: Any, length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many rows an epoch of first_fit has depends on its order; what is known of earlier ones is kept."""
+    planned: list[int] = []
+    plan = loader.plan_rows
+
+    def counted(mode: str, offsets: Any, order: Any, sequence_length: int, seed: int, epoch: int) -> Any:
+        planned.append(epoch)
+        return plan(mode, offsets, order, sequence_length, seed, epoch)
+
+    monkeypatch.setattr(loader, "plan_rows", counted)
+    data = make(tokenizer, tmp_path, count=12, packing=packing)
+    whole = data.train_batches(4, **length)
+    late = int(0.8 * len(whole))
+    wanted = [whole[step] for step in range(late, late + 5)]
+    known = json.loads(json.dumps(whole.counters(late)))
+    assert known["epoch"] > 100 and len(set(planned)) > known["epoch"]
+    planned.clear()
+    resumed = data.train_batches(4, **length, known=known)
+    assert len(resumed) == len(whole)
+    assert all(same(resumed[late + at], batch) for at, batch in enumerate(wanted))
+    assert max(planned) <= min(planned) + 15 and min(planned) >= known["epoch"] - 1
+    # Longer than it was: only what is to come is planned. Without counters, as of older checkpoints: all of it.
+    planned.clear()
+    longer = {key: value * 1.1 if key == "epochs" else value * 2 for key, value in length.items()}
+    extended = data.train_batches(4, **longer, known=known)
+    assert same(extended[late], wanted[0]) and min(planned) >= known["epoch"] - 1
+    assert len(extended) == len(data.train_batches(4, **longer))
+    assert same(data.train_batches(4, **length)[late], wanted[0])
+    assert same(resumed[0], whole[0]), "what lies before is planned when it is asked for"
 
 
 def test_seed_decides_the_order(tokenizer: Tokenizer, tmp_path: Path) -> None:

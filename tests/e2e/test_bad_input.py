@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.cli import main as convert
 from convert.source import open_model
+from jaxlm.generate import main as generate
 from jaxlm.train import main
 from tests.e2e.conftest import SHAPE, write_config
 
@@ -245,6 +246,8 @@ def test_weights_that_are_not_finite_are_named(
         for more in ({}, {"lora": {"rank": 2}, "train": {"on_nonfinite": "skip"}}):
             message = run_error(capsys, tmp_path, base_config, **changes, **more)
             assert f"{name} (layers/mlp/up_proj/kernel, layer 1) holds 1 value that is not finite" in message
+            words = ["--model", changes["model"]["path"], "--prompt", "rock"]
+            assert generate(words) == 2 and f"{name} (layers/mlp/up_proj/kernel, layer 1)" in capsys.readouterr().err
             assert "learning_rate" not in message and not list((tmp_path / "out").glob("checkpoints/*"))
     config = write_config(
         tmp_path / "adapter",

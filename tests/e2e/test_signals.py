@@ -16,7 +16,7 @@ from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("signals")]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-# The train command, in which one function is another. `block` is what a compiler is to Python: a C function that does
+# A command, in which one function is another. `block` is what a compiler is to Python: a C function that does
 # not come back, during which no signal handler of Python runs.
 SCRIPT = """
 import ctypes, os, signal, sys, time
@@ -24,7 +24,7 @@ def block():
     print("here", flush=True)
     ctypes.CDLL(None).sleep(600)
 {patch}
-from jaxlm.train import main
+from {command} import main
 sys.exit(main(sys.argv[1:]))
 """
 COMPILING = """
@@ -63,9 +63,17 @@ def run(
     config: Path, output: Path, patch: str, *signals: signal.Signals, words: tuple[str, ...] = ()
 ) -> tuple[int, str]:
     """(exit status, output) of a command that gets signals when it says 'here'."""
-    command = [sys.executable, "-c", SCRIPT.format(patch=patch), "--config", str(config), "--output_dir", str(output)]
+    return run_words(patch, ["--config", str(config), "--output_dir", str(output), *words], *signals)
+
+
+def run_words(patch: str, words: list[str], *signals: signal.Signals, command: str = "jaxlm.train") -> tuple[int, str]:
+    script = SCRIPT.format(patch=patch, command=command)
     process = subprocess.Popen(
-        [*command, *words], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", script, *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     try:
@@ -119,3 +127,18 @@ loop.plot_losses = lambda *args: block()
 """
     status, text = run(config, tmp_path / "run", patch, signal.SIGTERM)
     assert status == 0 and f"SIGTERM: the run is complete; step 8 in {tmp_path}/run/checkpoints/8 is its last" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_answering_a_file(config: Path, tmp_path: Path, number: signal.Signals) -> None:
+    patch = """
+import jaxlm.inference.model as model
+model.load_weights = lambda *args: block()
+"""
+    assert main(["--config", str(config), "--output_dir", str(tmp_path / "run"), "--train.steps", "1"]) == 0
+    (tmp_path / "prompts.jsonl").write_text('{"instruction": "rock"}\n')
+    words = ["--model", str(tmp_path / "run"), "--predict_data", str(tmp_path / "prompts.jsonl")]
+    words += ["--save_file", str(tmp_path / "answers.json"), "--compilation_cache", "none"]
+    status, text = run_words(patch, words, number, command="jaxlm.generate")
+    assert status == 128 + number and "interrupted; with --predict_data the same command goes on" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "run"]

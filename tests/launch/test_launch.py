@@ -536,3 +536,42 @@ def test_the_commands_of_the_readme(cluster: Cluster) -> None:
                 cluster.run("-c", exports + re.sub(r"^(\S+)", r"\1 --dry-run", line))
                 seen += 1
     assert seen >= 15 and cluster.calls() == []
+
+
+# What Gloo says on two threads at once, cut where their pieces met; and what a program of ours printed meanwhile.
+CHATTER = """\
+[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1
+[Gloo] Rank [Gloo] Rank 01 is connected to  is connected to 11 peer ranks.  peer ranks. Expected number of connected \
+peer ranks is : Expected number of connected peer ranks is : 1
+1
+
+first line
+12
+[Gloo] Rank 0 is connected to 3 peer ranks. step 7/20  loss 1.5, Rank 2 is connected
+the last, without an end"""
+
+
+def test_local_leaves_out_gloo_and_keeps_lines_whole(tmp_path: Path) -> None:
+    (tmp_path / "chatter.py").write_text(
+        f"import sys, time\nfor piece in {CHATTER!r}.splitlines(keepends=True):\n"
+        "    half = len(piece) // 2\n"
+        "    for part in (piece[:half], piece[half:]):\n"
+        "        sys.stdout.write(part); sys.stdout.flush(); time.sleep(0.01)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, LAUNCH / "local.py", "--processes", "3", "--module", "chatter", "--", "words"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    for process in range(3):
+        lines = [line for line in done.stdout.splitlines() if line.startswith(f"[{process}] ")]
+        assert [line[4:] for line in lines] == [
+            "first line",
+            "12",
+            "step 7/20  loss 1.5, Rank 2 is connected",
+            "the last, without an end",
+        ]
+    assert len(done.stdout.splitlines()) == 12
