@@ -123,7 +123,15 @@ class ChatTemplate:
         return frozenset(used | {f"{column}[].{key}" for key in keys if isinstance(key, str) and self._mentions(key)})
 
     def _mentions(self, name: str) -> bool:
-        return re.search(rf"\b{re.escape(name)}\b", self.tokenizer.chat_template or "") is not None
+        """Whether the template speaks of a field."""
+        if name not in self._mentioned:
+            source = self.tokenizer.chat_template or ""
+            self._mentioned[name] = re.search(rf"\b{re.escape(name)}\b", source) is not None
+        return self._mentioned[name]
+
+    @functools.cached_property
+    def _mentioned(self) -> dict[str, bool]:
+        return {}
 
     # The ends of turns ------------------------------------------------------------------------------------------------
 
