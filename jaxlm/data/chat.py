@@ -120,10 +120,20 @@ class ChatTemplate:
         column = messages_column(record, self.columns)
         turns = record.data.get(column) if column else None
         keys = {key for turn in turns or () if isinstance(turn, Mapping) for key in turn}
-        return frozenset(used | {f"{column}[].{key}" for key in keys if isinstance(key, str) and self._mentions(key)})
+        # An older name of what templates call tool_calls; `read_messages` translates it.
+        spoken = {key for key in keys if self._mentions("tool_calls" if key == "function_call" else str(key))}
+        return frozenset(used | {f"{column}[].{key}" for key in spoken})
 
     def _mentions(self, name: str) -> bool:
-        return re.search(rf"\b{re.escape(name)}\b", self.tokenizer.chat_template or "") is not None
+        """Whether the template speaks of a field."""
+        if name not in self._mentioned:
+            source = self.tokenizer.chat_template or ""
+            self._mentioned[name] = re.search(rf"\b{re.escape(name)}\b", source) is not None
+        return self._mentioned[name]
+
+    @functools.cached_property
+    def _mentioned(self) -> dict[str, bool]:
+        return {}
 
     # The ends of turns ------------------------------------------------------------------------------------------------
 

@@ -198,6 +198,8 @@ def _from_alpaca(record: Record, columns: Mapping[str, str], template: str) -> l
 def _message(record: Record, number: int, turn: Any, template: str, tools: bool) -> Message:
     roles = {**ROLES, **TOOL_ROLES} if tools else ROLES
     fields = turn if isinstance(turn, Mapping) else {}
+    if tools:
+        fields = _with_calls(record, number, fields)
     role = next((fields[key] for key in ROLE_KEYS if fields.get(key) is not None), None)
     content = next((fields[key] for key in TEXT_KEYS if fields.get(key) is not None), None)
     calls = not is_empty(fields.get("tool_calls"))
@@ -219,6 +221,33 @@ def _message(record: Record, number: int, turn: Any, template: str, tools: bool)
         extra["content"] = None  # templates tell it from an empty text
     trained = all(_flag(record, number, key, fields[key]) for key in WEIGHT_KEYS if fields.get(key) is not None)
     return Message(roles[role], checked(record, content or ""), trained, extra)
+
+
+def _with_calls(record: Record, number: int, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message in which older ways to write a tool call have become `tool_calls`.
+
+    These are ShareGPT's role function_call, whose value is JSON, and OpenAI's first key function_call.
+    """
+    found: Any = None
+    kept = dict(fields)
+    if any(fields.get(key) == "function_call" for key in ROLE_KEYS):
+        text = next((fields[key] for key in TEXT_KEYS if isinstance(fields.get(key), str)), "")
+        try:
+            found = parse(text)
+        except ValueError:
+            found = text
+        kept = {key: value for key, value in fields.items() if key not in (*ROLE_KEYS, *TEXT_KEYS)} | {"role": "gpt"}
+    elif not is_empty(fields.get("function_call")):
+        found = kept.pop("function_call")
+    else:
+        return fields
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise UserError(
+            f'data: {record.name}: message {number} must call a function as {{"name": …, "arguments": …}}, found '
+            f"{found!r:.60}"
+        )
+    return kept | {"tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}
 
 
 def _joined_parts(record: Record, number: int, parts: Sequence[Any]) -> str:

@@ -208,6 +208,19 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         text = theirs.apply_chat_template(turns, tools=tools, tokenize=False)
         assert tokenizer.decode(example.input_ids, skip_special=False) == text
+    # Older ways to write the same.
+    sharegpt = [
+        {"from": "human", "value": "how much"},
+        {"from": "function_call", "value": json.dumps(call["function"])},
+        {"from": "observation", "value": "3 kg"},
+        {"from": "gpt", "value": "3 kg"},
+    ]
+    first = {"role": "assistant", "content": None, "function_call": call["function"]}
+    for talk in (sharegpt, [turns[0], first, *turns[2:]]):
+        assert learnt(example_of("chat", tokenizer, {"messages": talk}), tokenizer) == [written, "3 kg<|im_end|>"]
+    sharegpt[1]["value"] = "weigh(rock)"
+    with pytest.raises(UserError, match=r"message 2 must call a function as .*found 'weigh\(rock\)'"):
+        example_of("chat", tokenizer, {"messages": sharegpt})
     with pytest.raises(UserError, match="message 2 has no text but tool_calls"):
         example_of("vicuna_v1.1", tokenizer, {"messages": turns[:2]})
     silent = bytes_with(tmp_path, CHATML.replace("m.content", "(m.content or '')"))
