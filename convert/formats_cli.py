@@ -139,7 +139,7 @@ def _mindspore_to_jax(options: argparse.Namespace) -> None:
         raise UserError("--lora: needs --base BASE, which a jaxlm adapter records")
     adapter = _open_mindspore_adapter(options)
     with writing(adapter, options.destination) as (directory, advance):
-        write_adapter(adapter, directory, options.base, advance)
+        write_adapter(adapter, directory, str(Path(options.base).absolute()), advance)
     say_adapter(adapter, f"convert merge {options.base} {options.destination} OUT")
 
 
