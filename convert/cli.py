@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The products of a merge are too small to be shared out: threads that wait for each other cost more than they do.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = _parser().parse_args(normalise(sys.argv[1:] if arguments is None else arguments))
+    _expand(options)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -55,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = "" if options.verb in READ_ONLY else "; nothing was left at the destination"
         print(f"convert {options.verb}: interrupted{left}", file=sys.stderr)
         return 130
+
+
+def _expand(options: argparse.Namespace) -> None:
+    """`~` in paths, which a shell leaves alone in quotes and behind an `=`."""
+
+    def expanded(value: object) -> object:
+        if isinstance(value, list):
+            return [expanded(item) for item in value]
+        if not isinstance(value, str) or not (value == "~" or (value.startswith("~") and "/" in value)):
+            return value
+        return os.path.expanduser(value)  # noqa: PTH111  (Path's own fails for a user that is not known)
+
+    for name, value in vars(options).items():
+        lists_tokens = name == "tokens" and isinstance(value, str) and "," in value
+        if name != "prompt" and not lists_tokens:
+            setattr(options, name, expanded(value))
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

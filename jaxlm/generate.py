@@ -188,6 +188,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from convert.native import trained_prompt
     from convert.source import is_adapter, open_adapter, open_model, recorded_base
     from jaxlm.inference.engine import Generator
+    from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
     from jaxlm.kernels.choice import attention_details, choose_attention, here
@@ -210,6 +211,9 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if adapter is not None and adapter.base and not _same_place(adapter.base, path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
     tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
+    own = _own_tokenizer(whole) if config.tokenizer else None
+    for problem in check_tokenizer(tokenizer, whole.config, own, "tokenizer" if config.tokenizer else ""):
+        console.print(f"warning    {problem}", markup=False)
     trained = trained_prompt(source.path if adapter is None else adapter.path)
     template, why, add_bos = _template(config, trained, tokenizer)
     prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system, trained.add_eos)
@@ -284,6 +288,18 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
         "tokenizer": str(tokenizer.path),
     }
     return Generator(decoder, weights, mesh, stops), prompter, facts
+
+
+def _own_tokenizer(source: Any) -> Any:
+    """The tokenizer that came with a model, to compare another with; None where there is none to be read."""
+    from jaxlm.tokenizer import load_tokenizer
+
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
+        return None
+    try:
+        return load_tokenizer(source.tokenizer_dir)
+    except UserError:  # that may be why another was named
+        return None
 
 
 def _same_place(recorded: str, path: str) -> bool:

@@ -195,7 +195,9 @@ def test_tokens_decide_and_not_how_they_were_asked_for(folder: Path, tokenizer: 
     for files in (written(config, inputs), written_by_version_1(config, inputs)):
         check(files, moved, inputs_of(moved, tokenizer))
         unended = dataclasses.replace(config, data=dataclasses.replace(config.data, add_eos=False))
-        with pytest.raises(UserError, match=r"the training data are not .* \(data.add_eos: was (?:True|None), is False\)"):
+        with pytest.raises(
+            UserError, match=r"the training data are not .* \(data.add_eos: was (?:True|None), is False\)"
+        ):
             check(files, unended, inputs_of(unended, tokenizer))
         longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=40))
         with pytest.raises(UserError, match=r"data.sequence_length: was 32, is 40"):
