@@ -328,7 +328,7 @@ def test_the_balance_loss_is_one_when_use_is_even() -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_router_losses_leave_padding_out(k: int) -> None:
-    """The balance loss is Mixtral's in transformers, over k (even use is 1 here, k there); the z loss by its formula."""
+    """The balance loss is Mixtral's in transformers, over k (even use: 1 here, k there); the z loss by its formula."""
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     from jaxlm.models.moe import router_losses
