@@ -103,8 +103,8 @@ def _train(config: RunConfig, console: Console, hosts: Hosts) -> Outcome:
 
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, tokenizer_files = _tokenizer(config, source)
-    shape = _shape(config, source, tokenizer)
     config = _with_date(config, tokenizer, hosts)
+    shape = _shape(config, source, tokenizer)
     data = _data(config, tokenizer, shape, console)
     config = dataclasses.replace(config, data=data.config)  # with what it leaves to the tokenizer
     if source is None:
@@ -115,7 +115,7 @@ def _train(config: RunConfig, console: Console, hosts: Hosts) -> Outcome:
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files(data, tokenizer)
-    prompts = [_prompt_ids(config, data, tokenizer, text) for text in config.train.sample_prompts]
+    prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
         if not 0 < len(prompt) < shape.max_length:
             raise UserError(
@@ -388,13 +388,13 @@ def _samples(
         console.print(f"  {tokenizer.decode(answer).strip()}", highlight=False, markup=False)
 
 
-def _prompt_ids(config: RunConfig, data: Data, tokenizer: Tokenizer, text: str) -> list[int]:
+def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     """A question in the template of the first source, as tokens up to where the answer begins."""
-    from jaxlm.data.examples import prompt_ids
+    from jaxlm.data.examples import chosen_template, prompt_ids
     from jaxlm.data.sources import Record
     from jaxlm.data.templates import for_questions, load_template
 
-    name = data.report.train[0].template
+    name, _ = chosen_template(config.data.train[0], tokenizer)
     # Whatever schema the template reads, it finds the question.
     fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
     template = for_questions(load_template(name, tokenizer))
