@@ -140,11 +140,12 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
 
     source = None if config.model.path is None else open_model(config.model.path)
     tokenizer, tokenizer_files = _tokenizer(config, source)
-    shape = _shape(config, source, tokenizer)
     config = _with_date(config, tokenizer, hosts)
+    shape = _shape(config, source, tokenizer)
     # What can be known without the data, which may take hours to read.
     adapter = _adapter(config, shape, source)
     check_with_model(config, shape, hosts, console.print)
+    prompts = _prompts(config, tokenizer, shape)
     data = _data(config, tokenizer, shape, console)
     config = dataclasses.replace(config, data=data.config)  # with what it leaves to the tokenizer
     if source is None:
@@ -155,7 +156,6 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files(data, tokenizer)
-    prompts = _prompts(config, data, tokenizer, shape)
     job = Job(
         config=config,
         run_yaml=dump_yaml(dataclasses.replace(config, distributed=DistributedConfig())),  # of this start, not the run
@@ -436,9 +436,9 @@ def _samples(
         )
 
 
-def _prompts(config: RunConfig, data: Data, tokenizer: Tokenizer, shape: Any) -> list[list[int]]:
+def _prompts(config: RunConfig, tokenizer: Tokenizer, shape: Any) -> list[list[int]]:
     """The sample prompts as tokens."""
-    prompts = [_prompt_ids(config, data, tokenizer, text) for text in config.train.sample_prompts]
+    prompts = [_prompt_ids(config, tokenizer, text) for text in config.train.sample_prompts]
     for text, prompt in zip(config.train.sample_prompts, prompts, strict=True):
         if not 0 < len(prompt) < shape.max_length:
             raise UserError(
@@ -448,13 +448,13 @@ def _prompts(config: RunConfig, data: Data, tokenizer: Tokenizer, shape: Any) ->
     return prompts
 
 
-def _prompt_ids(config: RunConfig, data: Data, tokenizer: Tokenizer, text: str) -> list[int]:
+def _prompt_ids(config: RunConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     """A question in the template of the first source, as tokens up to where the answer begins."""
-    from jaxlm.data.examples import prompt_ids
+    from jaxlm.data.examples import chosen_template, prompt_ids
     from jaxlm.data.sources import Record
     from jaxlm.data.templates import for_questions, load_template
 
-    name = data.report.train[0].template
+    name, _ = chosen_template(config.data.train[0], tokenizer)
     # Whatever schema the template reads, it finds the question.
     fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
     template = for_questions(load_template(name, tokenizer))

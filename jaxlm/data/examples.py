@@ -368,6 +368,17 @@ def prompt_ids(
     return [int(index) for index in example.input_ids]
 
 
+def chosen_template(
+    source: SourceConfig, tokenizer: Tokenizer, first: Sequence[Record] | None = None
+) -> tuple[str, str]:
+    """A source's template and why it is that one; empty where it was named. `first`: records that were read already."""
+    if source.template != "auto":
+        return source.template, ""
+    if first is None:
+        first = list(itertools.islice(read_records(source), _LOOKED_AT))
+    return explain_choice(first, tokenizer, source.columns)
+
+
 def build_examples(
     sources: Sequence[SourceConfig],
     config: DataConfig,
@@ -398,11 +409,9 @@ def build_examples(
     reports = []
     for number, source in enumerate(sources):
         records = read_records(source)
-        name, why = source.template, ""
-        if name == "auto":
-            first = list(itertools.islice(records, _LOOKED_AT))
-            name, why = explain_choice(first, tokenizer, source.columns)
-            records = itertools.chain(first, records)
+        first = list(itertools.islice(records, _LOOKED_AT))
+        name, why = chosen_template(source, tokenizer, first)
+        records = itertools.chain(first, records)
         template = load_template(name, tokenizer, source.columns)
         report = SourceReport(source.path, name, why)
         reports.append(report)
