@@ -326,7 +326,8 @@ class LlamaConfig:
         )
         for name in (*sizes, "max_position_embeddings", "sliding_window", "rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1 << 31:
+            # No layers at all are a way to count what lies outside of them.
+            if (value is not None and not 0 <= value < 1 << 31) or (value == 0 and name != "num_layers"):
                 raise UserError(f"config: {name} is {value!r}; expected a positive number")
         if self.moe is not None and self.intermediate_size % self.moe.experts:
             raise UserError(
@@ -454,7 +455,10 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.moe is not None and self.moe.layout == "dense":
+            del values["moe"]["layout"]  # as before there was another: what is recorded, and hashed, stays the same
+        return values
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "model") -> LlamaConfig:
