@@ -229,7 +229,8 @@ def _show(figures: Perplexity, texts: Texts, facts: dict[str, Any]) -> None:
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in dataclasses.asdict(figures).items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        table.add_row(name, shown)
     console.print(table)
 
 

@@ -87,7 +87,7 @@ class Perplexity:
         accuracy: share of tokens that had the largest logit.
         bits_per_token: loss in bits.
         bits_per_byte, bits_per_character: all bits over the bytes and characters of the text: comparable between
-            tokenizers.
+            tokenizers. None where only ends were scored, which are no text.
     """
 
     tokens: int
@@ -95,8 +95,8 @@ class Perplexity:
     perplexity: float
     accuracy: float
     bits_per_token: float
-    bits_per_byte: float
-    bits_per_character: float
+    bits_per_byte: float | None
+    bits_per_character: float | None
 
 
 def choose(source: SourceConfig, tokenizer: Tokenizer, trained_with: str | None) -> tuple[str, str]:
@@ -290,11 +290,19 @@ def figures(loss: float, tokens: int, correct: float, size: int, characters: int
         tokens: how many.
         correct: how many had the largest logit.
         size, characters: of the text.
+
+    Raises:
+        UserError: when the loss is no number.
     """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the model's loss on these texts is {loss}: some of its weights are not finite, or overflow "
+            "in this dtype; try --model.dtype float32, and look at the weights with `convert inspect`"
+        )
     mean, bits = loss / tokens, loss / math.log(2)
 
-    def per(count: int) -> float:
-        return bits / count if count else math.nan
+    def per(count: int) -> float | None:
+        return bits / count if count else None
 
     return Perplexity(
         tokens=tokens,

@@ -133,6 +133,27 @@ def test_answers_in_the_template_of_the_training(models: Path, tmp_path: Path, c
     assert found["tokens"] == count and found["loss"] == pytest.approx(total / count, abs=1e-5)
 
 
+def test_ends_alone_are_no_text(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "empty.json"
+    file.write_text(json.dumps([{"instruction": "rock", "output": ""}]))
+    found = figures(tmp_path, "--model", str(models / "base"), "--data", str(file))
+    assert (found["tokens"], found["bytes"], found["bits_per_byte"]) == (1, 0, None)
+    # Without ends there is nothing at all.
+    words = ["--task", "perplexity", "--model", str(models / "base"), "--data", str(file), "--add_eos", "false"]
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "has nothing to score in 1 records (template alpaca_short)" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number() -> None:
+    from jaxlm.errors import UserError
+    from jaxlm.evaluation.perplexity import figures
+
+    with pytest.raises(UserError, match=r"loss on these texts is nan: .*--model.dtype float32"):
+        figures(math.nan, 3, 0, 4, 4)
+    assert figures(3000.0, 3, 0, 4, 4).perplexity > 1e300  # and not inf, which JSON does not have
+
+
 @pytest.mark.parametrize(("length", "stride"), [(32, None), (32, 8), (64, 48)])
 def test_a_text_longer_than_a_row(length: int, stride: int | None, models: Path, tmp_path: Path) -> None:
     """The sliding window of transformers' own guide: every token once, each window with what stands before."""

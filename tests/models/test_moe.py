@@ -271,6 +271,16 @@ def test_adapters_of_experts_are_apart() -> None:
     np.testing.assert_allclose(plain.apply(clean, IDS), model.apply(clean, IDS), atol=1e-5)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_experts_have_the_scale_of_their_own_rank(rslora: bool) -> None:
+    """Eight of rank 2 are kept as one of rank 16; each is scaled by alpha / 2, or alpha / sqrt(2)."""
+    lora = LoraConfig(rank=2, alpha=6, rslora=rslora, per_expert=True, targets=("q_proj", "up_proj"))
+    specs = resolve_lora(moe_config(), lora)
+    expected = 6 / np.sqrt(2) if rslora else 3.0
+    np.testing.assert_allclose([specs["up_proj"].scales, specs["q_proj"].scales], expected)
+    assert (specs["up_proj"].ranks, specs["q_proj"].ranks) == ((16, 16), (2, 2))
+
+
 def test_adapters_of_experts_need_experts() -> None:
     each = LoraConfig(per_expert=True, targets=("up_proj",))
     for model, lora, wanted in (
