@@ -170,12 +170,26 @@ class Checkpoints:
                 step, {"model": abstract.trainable, "train": _train_part(abstract)}
             )
         except (ValueError, KeyError, OSError) as error:
+            if self._model_is_readable(step, abstract):
+                raise UserError(
+                    f"{self.path(step)}: the weights can be read, the optimizer's state cannot: another version of "
+                    "jaxlm, whose optimizer keeps something else, wrote it, or it is damaged. Go on with that version; "
+                    "or begin a new run from these weights in another output_dir (model.path, or lora.init_from for an "
+                    "adapter)"
+                ) from error
             raise UserError(
                 f"{self.path(step)}: this checkpoint cannot be read ({str(error).splitlines()[0][:300]}); "
                 f"to go on from an earlier one, delete or move it away"
             ) from error
         state = abstract.replace(trainable=found["model"], **found["train"])  # type: ignore[attr-defined]
         return state, json.loads(self.files(step)["data.json"])
+
+    def _model_is_readable(self, step: int, abstract: TrainState) -> bool:
+        try:
+            self._checkpointer.load_checkpointables(step, {"model": abstract.trainable})
+        except (ValueError, KeyError, OSError):
+            return False
+        return True
 
     def close(self) -> None:
         self.wait()
