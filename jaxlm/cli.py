@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +97,7 @@ def parse_run(
     flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")} | (flags or {})
     flags["stage"] = Flags("run only this stage of a config that has stages", str)
     if not argv or "--help" in argv or "-h" in argv:
-        print(_help(prog, description, flags, RunConfig, aliases))
+        _show(_help(prog, description, flags, RunConfig, aliases) + "\n")
         raise SystemExit(0)
     files, overrides, given = _read_words(argv, flags, RunConfig, aliases)
     if "stages" in overrides:
@@ -119,7 +121,7 @@ def parse_run(
     except UserError as error:
         raise UserError(origins.explain(str(error))) from None
     if given.get("print_config"):
-        print("---\n".join(dump_yaml(config) for config in configs), end="")
+        _show("---\n".join(dump_yaml(config) for config in configs))
         raise SystemExit(0)
     return ParsedRun(configs, given, origins)
 
@@ -138,7 +140,7 @@ def parse_config(
     """
     flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")}
     if not argv or "--help" in argv or "-h" in argv:
-        print(_help(prog, description, flags, root, aliases))
+        _show(_help(prog, description, flags, root, aliases) + "\n")
         raise SystemExit(0)
     files, overrides, given = _read_words(argv, flags, root, aliases)
     values: dict[str, Any] = {}
@@ -146,7 +148,7 @@ def parse_config(
         values = _merge(values, _read_yaml(file, root))
     config = _typed(_merge(values, overrides), root)
     if given.get("print_config"):
-        print(dump_yaml(config), end="")
+        _show(dump_yaml(config))
         raise SystemExit(0)
     return config
 
@@ -158,6 +160,14 @@ def read_section(file: str, root: type[Config]) -> Config:
         UserError: for an unknown key, a wrong type, a missing or broken file.
     """
     return _typed(_read_yaml(file, root), root)
+
+
+def _show(text: str) -> None:
+    """Prints a long text, of which a reader such as `head` may take only the beginning."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere
 
 
 def dump_yaml(config: Any) -> str:

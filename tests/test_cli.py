@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -160,3 +163,16 @@ def test_no_number_of_validation_records(value: str, tmp_path: Path) -> None:
 def test_preview_without_a_number() -> None:
     assert parsed("--preview", "--data.train", "a.json")[1]["preview"] == 3
     assert parsed("--preview", "5")[1]["preview"] == 5
+
+
+@pytest.mark.parametrize(
+    "words", [("train", "--help"), ("evaluate", "--help"), ("train", "--config", "lora", "--print_config")]
+)
+def test_a_reader_that_takes_only_the_beginning(words: tuple[str, ...]) -> None:
+    """As `| head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", f"jaxlm.{words[0]}", *words[1:]]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
