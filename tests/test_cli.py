@@ -16,6 +16,7 @@ import pytest
 from jaxlm.cli import Flags, parse_run
 from jaxlm.config import DataConfig, RunConfig
 from jaxlm.errors import UserError
+from jaxlm.train import main
 from jaxlm.training.checks import check_config, check_files
 
 
@@ -176,3 +177,22 @@ def test_a_reader_that_takes_only_the_beginning(words: tuple[str, ...]) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("data: {train: a.json}\ntrain: {epochs: 2}\ndata: {validation: 5}\n")
+    with pytest.raises(UserError, match=r"a\.yaml: not valid YAML in line 3, column 1: the key 'data' stands twice"):
+        parsed("--config", str(file))
+    with pytest.raises(UserError, match=r"--data\.train: the key 'path' stands twice"):
+        parsed("--data.train", "{path: a.json, path: b.json}")
+    file.write_text("data: &d {train: a.json, validation: 5}\nstages: [{name: one, data: {<<: *d, validation: 6}}]\n")
+    assert data_of("--config", str(file)).validation == 6  # a merge key is none of these
+
+
+def test_a_stage_whose_predecessor_has_not_been_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "quickstart", "--stage", "sft", "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "--stage sft: it starts from the stage before, and" in (said := capsys.readouterr().err)
+    assert "--stage pretrain" in said and "hub" not in said
+    assert not (tmp_path / "out").exists()

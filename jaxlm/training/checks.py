@@ -44,6 +44,21 @@ def check_config(config: RunConfig) -> None:
         raise UserError(f"train.local_every: {config.train.local_every}; give a positive number of steps")
 
 
+def check_stage(config: RunConfig, stage: str) -> None:
+    """Checks that what a stage that runs alone starts from, the stage before it, has been run.
+
+    Raises:
+        UserError: it has not.
+    """
+    for name in (config.model.path, None if config.lora is None else config.lora.init_from):
+        if name is None or Path(name).exists() or Path(name).parent != Path(config.output_dir).parent:
+            continue
+        raise UserError(
+            f"--stage {stage}: it starts from the stage before, and {name} is not there; run that one first, with "
+            f"--stage {Path(name).name}, or all of them without --stage"
+        )
+
+
 def check_files(configs: Sequence[RunConfig], first_host: bool) -> None:
     """Checks that the files of all stages are there, also of those that come later, and on process 0 what reports need.
 
