@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +97,7 @@ def parse_run(
     flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")} | (flags or {})
     flags["stage"] = Flags("run only this stage of a config that has stages", str)
     if not argv or "--help" in argv or "-h" in argv:
-        print(_help(prog, description, flags, RunConfig, aliases))
+        _show(_help(prog, description, flags, RunConfig, aliases) + "\n")
         raise SystemExit(0)
     files, overrides, given = _read_words(argv, flags, RunConfig, aliases)
     if "stages" in overrides:
@@ -119,7 +121,7 @@ def parse_run(
     except UserError as error:
         raise UserError(origins.explain(str(error))) from None
     if given.get("print_config"):
-        print("---\n".join(dump_yaml(config) for config in configs), end="")
+        _show("---\n".join(dump_yaml(config) for config in configs))
         raise SystemExit(0)
     return ParsedRun(configs, given, origins)
 
@@ -138,7 +140,7 @@ def parse_config(
     """
     flags = {"print_config": Flags("print the whole configuration, defaults included, and exit")}
     if not argv or "--help" in argv or "-h" in argv:
-        print(_help(prog, description, flags, root, aliases))
+        _show(_help(prog, description, flags, root, aliases) + "\n")
         raise SystemExit(0)
     files, overrides, given = _read_words(argv, flags, root, aliases)
     values: dict[str, Any] = {}
@@ -146,7 +148,7 @@ def parse_config(
         values = _merge(values, _read_yaml(file, root))
     config = _typed(_merge(values, overrides), root)
     if given.get("print_config"):
-        print(dump_yaml(config), end="")
+        _show(dump_yaml(config))
         raise SystemExit(0)
     return config
 
@@ -158,6 +160,14 @@ def read_section(file: str, root: type[Config]) -> Config:
         UserError: for an unknown key, a wrong type, a missing or broken file.
     """
     return _typed(_read_yaml(file, root), root)
+
+
+def _show(text: str) -> None:
+    """Prints a long text, of which a reader such as `head` may take only the beginning."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere
 
 
 def dump_yaml(config: Any) -> str:
@@ -217,6 +227,7 @@ def _read_words(
 ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     files: list[str] = []
     overrides: dict[str, Any] = {}
+    shared: dict[str, Any] = {}  # keys of all sources: --data.train.template chat
     given: dict[str, Any] = {}
     words = list(argv)
     while words:
@@ -242,13 +253,23 @@ def _read_words(
             except ValueError:
                 kind = "number" if takes is float else "whole number"
                 raise UserError(f"--{name}: {value!r} is not a {kind}") from None
+        elif _within_list(name, root) and not name.endswith(".path"):
+            _set(shared, name, value, root)
         else:
+            name = name.removesuffix(".path") if _within_list(name, root) else name
             _set(overrides, name, value, root)
             while _takes_several(name, root) and words and not words[0].startswith("--"):
                 _set(overrides, name, words.pop(0), root)
-    overrides = _with_paths(overrides, root)
-    _check_keys(overrides, root, "", "command line", root)
-    return files, locate_paths(overrides, root), given
+    parts = [_with_paths(overrides, root), shared]
+    for part in parts:
+        _check_keys(part, root, "", "command line", root)
+    return files, _merge(*(locate_paths(part, root) for part in parts)), given
+
+
+def _within_list(name: str, root: type) -> bool:
+    """Whether a key is one of the sections in a list: data.train.template."""
+    above = name.rpartition(".")[0]
+    return bool(above) and dataclasses.is_dataclass(_listed(_hint_of(above, root)))
 
 
 def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None:
@@ -257,13 +278,14 @@ def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None
         name = f"{name}.path"  # --model DIR
     *parents, leaf = name.split(".")
     hint = _hint_of(name, root)
-    if value is None:
-        if hint is not bool and bool not in typing.get_args(hint):
-            raise UserError(f"--{name}: needs a value")
+    if value is None or (not value.strip() and not _takes_text(hint)):
+        if value is not None or (hint is not bool and bool not in typing.get_args(hint)):
+            raise UserError(f"--{name}: needs a value{'' if value is None else f', found {value!r}'}")
         parsed: Any = True
     elif (element := _listed(hint)) is not None and _has_path(element):
         # Sources: a path as it stands, an object or a list of them; where a number will do, that.
-        loaded = _loaded(name, value) if value.startswith(("[", "{")) or _is_number(value) else value
+        loaded = _loaded(name, value) if value.startswith(("[", "{")) or value in ("null", "None") else value
+        loaded = _number(loaded, hint)
         if loaded is None or (isinstance(loaded, (int, float)) and int in typing.get_args(hint)):
             parsed = loaded
         else:
@@ -275,7 +297,7 @@ def _set(tree: dict[str, Any], name: str, value: str | None, root: type) -> None
         else:
             parsed = [value] if typing.get_args(hint)[0] is str else _loaded(name, f"[{value}]")
             parsed = [*_given(tree, parents, leaf), *parsed]
-    elif hint is str or (str in typing.get_args(hint) and value not in ("null", "None")):
+    elif hint is str or (str in _choices(hint) and value not in ("null", "None")):
         parsed = value  # a path or name is taken as it stands, also when it looks like a number
     else:
         parsed = _loaded(name, value)
@@ -292,21 +314,34 @@ def _listed(hint: Any) -> Any:
     """X of `tuple[X, ...]`, also in a union; None where there is no list."""
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return next((found for part in typing.get_args(hint) if (found := _listed(part)) is not None), None)
-    return None
+    return next((found for part in _choices(hint) if part is not hint and (found := _listed(part)) is not None), None)
 
 
 def _has_path(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) and "path" in _fields(typing.cast(type, hint))
 
 
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return value in ("null", "None")
-    return True
+def _number(value: Any, hint: Any) -> Any:
+    """The number that a text is, where a list may also be one: YAML takes 1e-1 for a text."""
+    if not isinstance(value, str) or float not in typing.get_args(hint):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether an empty word can be a value: a text, or a list of them."""
+    return any(part is str or typing.get_origin(part) is tuple for part in _choices(hint))
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have: the parts of a union, or the type itself."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _with_paths(values: Any, cls: type) -> Any:
@@ -319,6 +354,7 @@ def _with_paths(values: Any, cls: type) -> Any:
         hint = hints.get(key)
         element = _listed(hint)
         if _has_path(element):
+            value = _number(value, hint)
             value = [value] if isinstance(value, (str, dict)) else value
             value = [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
         elif _has_path(hint) and isinstance(value, str):
@@ -331,9 +367,27 @@ def _with_paths(values: Any, cls: type) -> Any:
     return result
 
 
+class _Twice(yaml.MarkedYAMLError):
+    """A key stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, of which yaml itself takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for at, (key, _) in enumerate(node.value):
+            if len(names) == len(node.value) and key.value in names[:at]:
+                problem = f"the key {key.value!r} stands twice; put the two together, or remove one"
+                raise _Twice(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _loaded(name: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return _Loader(value).get_single_data()
+    except _Twice as error:
+        raise UserError(f"--{name}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError):  # also numbers of thousands of digits, brackets without end
         raise UserError(f"--{name}: {value!r:.80} is not a valid value") from None
 
@@ -412,15 +466,18 @@ def _suggest(name: str, key: str, root: type) -> str:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, list):  # keys for each of a list, as of data.train
+            merged[key] = [_merge(item, value) if isinstance(item, dict) else item for item in below]
+        else:
+            merged[key] = _merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return merged
 
 
 def _read_yaml(file: str, root: type) -> dict[str, Any]:
     path = find_config(file)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _Loader(path.read_text(encoding="utf-8-sig")).get_single_data()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -448,6 +505,7 @@ def _typed(values: dict[str, Any], root: type[Config]) -> Config:
 
     import jsonargparse
 
+    _check_presence(values, root, "")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(root)
     try:
@@ -461,6 +519,38 @@ def _typed(values: dict[str, Any], root: type[Config]) -> Config:
     if isinstance(config, RunConfig):
         _check_values(config)
     return config
+
+
+def _check_presence(values: Mapping[str, Any], cls: type, prefix: str) -> None:
+    """Refuses null where a value belongs, what is no section where one does, and sources without a path."""
+    hints = _fields(cls)
+    for key, value in values.items():
+        hint, name = hints[key], f"{prefix}{key}"
+        parts = _choices(hint)
+        section, element = _section(hint), _listed(hint)
+        if value is None:
+            if type(None) not in parts:
+                wanted = " or ".join(dict.fromkeys(_wanted(part) for part in parts))
+                raise UserError(f"{name}: expected {wanted}, found null; leave the key out for its default")
+        elif section is not None and section in parts:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{name}: expected keys and values, found {value!r}")
+            _check_presence(value, section, f"{name}.")
+        elif section is not None and isinstance(value, Mapping):
+            key = f"{name}.{next(iter(value), '')}".rstrip(".")
+            raise UserError(f"{key}: there is no list {name} that it could be set for; give {name} too")
+        elif section is not None and isinstance(value, list):
+            for item in value:
+                if _has_path(element) and item.get("path") is None:
+                    raise UserError(f"{name}: {item!r} has no path; write {{path: records.json, …}}")
+                _check_presence(item, section, f"{name}.")
+
+
+def _wanted(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return _KINDS.get(str(origin or hint), "keys and values, {key: value}")
 
 
 _KINDS = {
@@ -507,9 +597,10 @@ def _check_values(config: RunConfig) -> None:
         ("optimizer.power", config.optimizer.power, lambda v: v >= 0, "0 or more"),
         ("optimizer.clip_norm", config.optimizer.clip_norm, lambda v: v >= 0, "0 (off) or more"),
         ("train.epochs", config.train.epochs, lambda v: v > 0, "more than 0"),
-        ("train.steps", config.train.steps, lambda v: v is None or v >= 1, "at least 1"),
-        ("train.global_batch_size", config.train.global_batch_size, lambda v: v >= 1, "at least 1"),
+        ("train.steps", config.train.steps, lambda v: v is None or 1 <= v < 2**31, "between 1 and 2147483647"),
+        ("train.global_batch_size", config.train.global_batch_size, lambda v: 1 <= v < 2**31, "at least 1, below 2^31"),
         ("train.micro_batch_size", config.train.micro_batch_size, lambda v: v >= 1, "at least 1"),
+        ("train.seed", config.train.seed, lambda v: 0 <= v < 2**63, "between 0 and 2^63 - 1"),
         ("train.eval_every", config.train.eval_every, lambda v: v >= 0, "0 or more"),
         ("train.save_every", config.train.save_every, lambda v: v >= 0, "0 or more"),
         ("train.keep", config.train.keep, lambda v: v >= 1, "at least 1"),

@@ -85,6 +85,8 @@ def locate_paths(values: Any, root: type, folder: Path | None = None) -> Any:
 def _located(value: Any, hint: Any, key: str, folder: Path | None) -> Any:
     if isinstance(value, str):
         kind = next(_kinds(hint), None)
+        if kind is not None and not value.strip():  # an unset variable of a shell; it would be the working directory
+            raise UserError(f"{key}: the path is empty; give one, or leave the key out")
         if kind is None or (kind == NAMED and not value.endswith(".json")):
             return value
         try:

@@ -67,10 +67,12 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
-        from jaxlm.training.checks import check_config, check_files
+        from jaxlm.training.checks import check_config, check_files, check_stage
 
         for config in configs:
             check_config(config)
+        if "stage" in flags:
+            check_stage(configs[0], flags["stage"])
         if preview is not None:
             check_files(configs, first_host=False)
             _preview(configs[0], preview)

@@ -22,7 +22,7 @@ from jaxlm.data.messages import (
 from jaxlm.data.rendering import Rendered, Segment, Span
 from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import MARK_BEGIN, MARK_END, Tokenizer
+from jaxlm.tokenizer import MARK_BEGIN, MARK_END, ChatError, Tokenizer
 
 MARKS = f"[{MARK_BEGIN}{MARK_END}]"
 # Keys of a message that change what the assistant writes: where it does is found by rendering the turns before it.
@@ -74,7 +74,12 @@ class ChatTemplate:
         refuse_without_answer(record, messages, self.columns)
         if any(mark in message.content for message in messages for mark in (MARK_BEGIN, MARK_END)):
             raise UserError(f"data: {record.name} contains a Unicode noncharacter (U+FDD0 or U+FDD1); remove it")
-        text, answers = self._located(messages, record, read_tools(record, self.columns))
+        self._refuse_lost_calls(record, messages)
+        try:
+            text, answers = self._located(messages, record, read_tools(record, self.columns))
+        except ChatError as error:
+            raise UserError(f"data: {record.name}: {error}") from None
+        lost = [m.role for m in messages if m.role in ("system", "user") and m.content.strip() not in text]
         spans: list[Span] = []
         at, ends = 0, []
         for answer in answers:
@@ -102,13 +107,28 @@ class ChatTemplate:
             spans.append(Span(rest, False))
         spans = [span for span in spans if span.text]
         said_by = tuple(text[a.begin : a.end] for a in answers if a.message.trained)
-        return Rendered((Segment(tuple(spans), eos),), True, True, said_by)
+        return Rendered((Segment(tuple(spans), eos),), True, True, said_by, tuple(dict.fromkeys(lost)))
 
     def render_prompt(self, record: Record) -> Rendered:
         messages = without_answer(read_messages(record, self.columns, self.name, tools=True))
         tools = read_tools(record, self.columns)
-        text = self.tokenizer.render_chat([_plain(m) for m in messages], add_generation_prompt=True, tools=tools)
+        try:
+            text = self.tokenizer.render_chat([_plain(m) for m in messages], add_generation_prompt=True, tools=tools)
+        except ChatError as error:
+            raise UserError(f"data: {record.name}: {error}") from None
         return Rendered((Segment((Span(text, False),), False),), True, True)
+
+    def _refuse_lost_calls(self, record: Record, messages: Sequence[Message]) -> None:
+        """A template that knows no tools would write "None" for a content that is not there, to be learnt."""
+        if self._mentions("tool_calls"):
+            return
+        for number, message in enumerate(messages, 1):
+            if "tool_calls" in message.extra and not message.content.strip():
+                raise UserError(
+                    f"data: {record.name}: message {number} has no text but tool_calls, and the chat template of "
+                    f"{self.tokenizer.path} does not write the tool_calls; choose a tokenizer whose chat template "
+                    "does, or leave the record out"
+                )
 
     def response(self, text: str) -> str:
         return text.strip()

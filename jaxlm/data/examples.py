@@ -112,6 +112,7 @@ class SourceReport:
         ends: learnt tokens that end an answer; `end_ids` are their ids.
         empty: records whose answers are all empty, of `answered` that have answers.
         unused: what holds something in records and is not read, with the number of records.
+        lost: roles of messages that the chat template changes or leaves out, with the number of records.
     """
 
     path: str
@@ -133,6 +134,7 @@ class SourceReport:
     answered: int = 0
     empty: int = 0
     unused: dict[str, int] = dataclasses.field(default_factory=dict)
+    lost: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
@@ -171,6 +173,12 @@ class SourceReport:
                     f"warning: {self.path}: the template {self.template} has no place for {' and '.join(beside)}; "
                     "chat and vicuna_v1.1 read system and history, chat also tools"
                 )
+        if self.lost:
+            found = " and ".join(f"{role} messages in {count:,} records" for role, count in self.lost.items())
+            lines.append(
+                f"warning: {self.path}: the chat template changes or leaves out {found}; see --preview, or choose "
+                "another template"
+            )
         if self.empty and self.empty >= _MANY_EMPTY * self.answered:
             all_of_them = self.empty == self.answered
             share = "every answer is" if all_of_them else f"{self.empty:,} of {self.answered:,} answers are"
@@ -420,6 +428,8 @@ def build_examples(
             for record, item in zip(batch, rendered, strict=True):
                 report.answered += bool(item.answers)
                 report.empty += bool(item.answers) and not any(answer.strip() for answer in item.answers)
+                for role in item.lost:
+                    report.lost[role] = report.lost.get(role, 0) + 1
                 for column in unused(record, template.used(record)):
                     report.unused[column] = report.unused.get(column, 0) + 1
             try:
@@ -510,7 +520,8 @@ def _check(
         found = "; ".join(report.line() for report in reports)
         raise UserError(
             f"data: no record with anything to learn is left ({found}). Look at data.sequence_length "
-            "(answers may be cut off), data.too_long, and whether the answers' column is empty"
+            "(answers may be cut off), data.too_long, whether the answers' column is empty, and whether weight: 0 or "
+            "train: false stands on every answer"
         )
     largest = int(examples.input_ids.max())
     if largest >= vocab_size:

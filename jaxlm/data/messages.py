@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import math
@@ -95,9 +96,13 @@ def written_out(record: Record, value: Any, where: str, way_out: str = "") -> st
     if isinstance(value, str):
         return checked(record, value)
     if isinstance(value, bool) or not isinstance(value, _WRITTEN_OUT) or not _finite(value):
-        found = repr(value) if isinstance(value, (bool, float)) else f"a {type(value).__name__}"
+        found = repr(value) if isinstance(value, (bool, float)) else "null" if value is None else _kind(value)
         raise UserError(f"data: {record.name} has {found} in {where}, where a text is needed; write it out{way_out}")
     return str(value)
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
 
 
 def _finite(value: Any) -> bool:
@@ -143,7 +148,11 @@ def read_messages(record: Record, columns: Mapping[str, str], template: str, too
         messages = _from_alpaca(record, columns, template)
     else:
         turns = record.data.get(name) if name else None
+        if isinstance(turns, str) and turns.lstrip().startswith("["):  # as CSV has it
+            with contextlib.suppress(ValueError):
+                turns = parse(turns)
         if not isinstance(turns, Sequence) or isinstance(turns, (str, bytes)) or not turns:
+            _refuse_column(record, columns, turns)
             raise UserError(
                 f"data: {record.name}: the template {template} needs a list of messages in one of the columns "
                 f"{', '.join(CONVERSATION_COLUMNS)}; columns found: {', '.join(map(str, record.data)) or 'none'}. "
@@ -151,6 +160,24 @@ def read_messages(record: Record, columns: Mapping[str, str], template: str, too
             )
         messages = [_message(record, number, turn, template, tools) for number, turn in enumerate(turns, 1)]
     return _with_system(record, columns, template, messages)
+
+
+def _refuse_column(record: Record, columns: Mapping[str, str], turns: Any) -> None:
+    """Raises UserError when the column of the conversation is there, but holds none."""
+    names = (columns["messages"],) if "messages" in columns else CONVERSATION_COLUMNS
+    column = next((name for name in names if name in record.data), None)
+    if column is None:
+        return
+    if is_empty(turns):
+        found = "is null" if turns is None else "is empty"
+        raise UserError(
+            f"data: {record.name}: its column {column!r} {found}, so there is nothing to learn from it; fill it in, or "
+            "leave the record out"
+        )
+    raise UserError(
+        f"data: {record.name}: its column {column!r} must be a list of messages, "
+        f'[{{"role": "user", "content": …}}, …], or that as JSON text; found {turns!r:.60}'
+    )
 
 
 def _with_system(record: Record, columns: Mapping[str, str], template: str, messages: list[Message]) -> list[Message]:
@@ -183,6 +210,8 @@ def _from_alpaca(record: Record, columns: Mapping[str, str], template: str) -> l
                     f"data: {record.name}: entry {number} of column {column!r} must be [question, answer], found "
                     f"{pair!r:.60}"
                 )
+            if all(map(is_empty, pair)):  # as some exports fill up what is not there
+                continue
             texts = [written_out(record, item, f"entry {number} of column {column!r}") for item in pair]
             messages += [Message("user", texts[0]), Message("assistant", texts[1])]
     question = text_field(record, "instruction", columns, template)

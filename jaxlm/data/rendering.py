@@ -44,12 +44,14 @@ class Rendered:
         has_bos: bos is in the text already, or must not be there: none is to be added. A chat template has the say.
         special_tokens: passed to Tokenizer.encode: whether special tokens written in the text count as such.
         answers: what is learnt of it as answers, without their ends; empty for a plain document.
+        lost: roles of messages whose text is not in it as they say it.
     """
 
     segments: tuple[Segment, ...]
     has_bos: bool = False
     special_tokens: bool | None = None
     answers: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
     def text(self, eos: str = "") -> str:
         """The whole text, with `eos` written where the token goes."""

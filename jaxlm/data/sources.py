@@ -278,11 +278,23 @@ def _value(text: str) -> Any:
         return None
 
 
+def _said(error: ValueError) -> str:
+    """What the parser says; more of a comma too many, the most common fault of files written by hand."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    before, behind = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if error.msg == "Extra data" and behind.startswith(","):
+        return "a comma stands behind the record; take it away"
+    if before.endswith(",") and behind[:1] in ("]", "}"):
+        return f"nothing stands between a comma and {behind[0]!r}; take the comma away"
+    return error.msg
+
+
 def _broken(file: Path, text: str, error: ValueError) -> UserError:
     """What is wrong with a JSON file, and in which of its records."""
     if isinstance(error, json.JSONDecodeError):
         return UserError(
-            f"data: {file}:{error.lineno}: broken JSON: {error.msg} "
+            f"data: {file}:{error.lineno}: broken JSON: {_said(error)} "
             "(the file must be an array of records, or one record a line)"
         )
     begin, gap = text.find("["), re.compile(r"[\s,]*")
@@ -332,7 +344,7 @@ def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[Record]:
             value = parse(line)
         except ValueError as error:
             raise UserError(
-                f"data: {file}:{number}: broken JSON: {getattr(error, 'msg', error)} "
+                f"data: {file}:{number}: broken JSON: {_said(error)} "
                 "(the file must be an array of records, or one record a line)"
             ) from None
         yield _record(file, number, value)

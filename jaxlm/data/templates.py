@@ -137,7 +137,8 @@ class ConversationTemplate:
             if message.role != expected:
                 raise UserError(
                     f"data: {record.name}: in the template {self.name} user and assistant take turns, "
-                    f"but the role of message {number + 1} is {message.role}"
+                    f"but the role of message {number + 1} is {message.role}; mend the record or leave it out, or use "
+                    "the template chat with a tokenizer whose chat template allows it"
                 )
             if expected == "user":
                 spans.append(Span(f"{self.user}: {message.content}{self.separator}", False))
@@ -341,7 +342,7 @@ def explain_choice(
     # Records may be empty where a template is to say so; then the columns alone decide.
     there = {name for name, column in named.items() if column in holding}
     found = [name for name in ("messages", "conversations", "conversation") if name in holding]
-    if not there and not found:
+    if not there & {"text", "instruction", "messages"} and not found:
         holding = {column for record in records for column in record.data}
         there = {name for name, column in named.items() if column in holding}
         found = [name for name in ("messages", "conversations", "conversation") if name in holding]

@@ -12,6 +12,10 @@ from jaxlm.errors import UserError
 MARK_BEGIN, MARK_END = "\ufdd0", "\ufdd1"
 
 
+class ChatError(UserError):
+    """A chat template does not take a conversation; which one, whoever reads records says."""
+
+
 @functools.cache
 def compile_chat_template(source: str) -> Any:
     """The Jinja template of a chat template, in a sandbox with what Hugging Face offers to templates.

@@ -12,7 +12,7 @@ from jaxlm.errors import UserError
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
 from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece
-from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, compile_chat_template
+from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
 from jaxlm.tokenizer.settings import Settings, added_tokens, read_settings
 
 # Everything that belongs to a tokenizer and travels with it.
@@ -181,9 +181,9 @@ class Tokenizer:
                 **{name: self.token(index) for name, index in names.items() if index is not None},
             )
         except jinja2.TemplateError as error:
-            raise UserError(f"{self.path}: the chat template does not accept this conversation: {error}") from None
+            raise ChatError(f"{self.path}: the chat template does not accept this conversation: {error}") from None
         except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:  # raised by its own code
-            raise UserError(f"{self.path}: the chat template fails on this conversation: {error}") from None
+            raise ChatError(f"{self.path}: the chat template fails on this conversation: {error}") from None
         return text if keep_marks else text.replace(MARK_BEGIN, "").replace(MARK_END, "")
 
     @property

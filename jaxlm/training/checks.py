@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from jaxlm.models.shapes import load_shape
 
 # key -> the module that it needs, and the extra that brings it.
 OPTIONAL = {"tensorboard": ("tensorboardX", "jaxlm[tensorboard]"), "wandb": ("wandb", "jaxlm[wandb]")}
+VALIDATION = (
+    "it must be a number of records (e.g. 2000), a share of them between 0 and 1 (e.g. 0.1), or a list of sources"
+)
 
 
 def check_config(config: RunConfig) -> None:
@@ -25,15 +29,34 @@ def check_config(config: RunConfig) -> None:
         UserError: the first thing that is wrong.
     """
     if (config.model.path is None) == (config.model.shape is None):
-        raise UserError("model: give either path (a model to start from) or shape (a fresh model)")
+        both = "; model.path and model.shape are both given" if config.model.path is not None else ""
+        raise UserError(f"model: give either path (a model to start from) or shape (a fresh model){both}")
     if config.lora is not None and config.model.path is None:
         raise UserError("lora: an adapter needs a trained base: set model.path")
     if not config.data.train:
         raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
+    share = config.data.validation
+    if isinstance(share, (int, float)) and not (share >= 0 and (isinstance(share, int) or share < 1)):
+        raise UserError(f"data.validation is {share}; {VALIDATION}")
     if config.lora is not None:
         check_names(config.lora)
     if config.train.local_checkpoints is not None and config.train.local_every < 1:
         raise UserError(f"train.local_every: {config.train.local_every}; give a positive number of steps")
+
+
+def check_stage(config: RunConfig, stage: str) -> None:
+    """Checks that what a stage that runs alone starts from, the stage before it, has been run.
+
+    Raises:
+        UserError: it has not.
+    """
+    for name in (config.model.path, None if config.lora is None else config.lora.init_from):
+        if name is None or Path(name).exists() or Path(name).parent != Path(config.output_dir).parent:
+            continue
+        raise UserError(
+            f"--stage {stage}: it starts from the stage before, and {name} is not there; run that one first, with "
+            f"--stage {Path(name).name}, or all of them without --stage"
+        )
 
 
 def check_files(configs: Sequence[RunConfig], first_host: bool) -> None:
@@ -66,6 +89,9 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
         if not Path(name).expanduser().exists():
             raise UserError(f"tokenizer.train_on: {name}: no such file or folder")
     validation = () if isinstance(config.data.validation, (int, float)) else config.data.validation
+    for source in validation:
+        if re.fullmatch(r"[\w%,+-]*", source.path) and not Path(source.path).exists():
+            raise UserError(f"data.validation: {source.path!r} is no file or folder here; {VALIDATION}")
     for source in (*config.data.train, *validation):
         check_source(source)
         _check_template(source)

@@ -15,7 +15,7 @@ from jaxlm.data.examples import build_examples, split_off
 from jaxlm.data.sources import Record, read_records
 from jaxlm.data.templates import explain_choice, load_template
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import Tokenizer
+from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 ALPACA = {"instruction": "what", "input": "", "output": "rock", "text": "Below is …\nrock"}
 ASKED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -183,3 +183,73 @@ def test_a_column_for_which_the_template_has_no_place(tokenizer: Tokenizer) -> N
     for template, field in (("alpaca", "system"), ("text", "history"), ("vicuna_v1.1", "tools")):
         with pytest.raises(UserError, match=f"columns names the field '{field}'; a template's fields are"):
             load_template(template, tokenizer, {field: "x"})
+
+
+def test_a_conversation_as_json_text(tokenizer: Tokenizer) -> None:
+    """As CSV has it."""
+    data = {"conversations": ASKED}
+    assert rendered(tokenizer, "vicuna_v1.1", {"conversations": json.dumps(ASKED)}) == rendered(
+        tokenizer, "vicuna_v1.1", data
+    )
+
+
+def test_a_history_that_says_nothing(tokenizer: Tokenizer) -> None:
+    alone = rendered(tokenizer, "vicuna_v1.1", ALPACA)
+    for pair in (["", ""], [None, None], ["", None]):
+        assert rendered(tokenizer, "vicuna_v1.1", ALPACA | {"history": [pair]}) == alone
+    with pytest.raises(UserError, match="f:1 has null in entry 1 of column 'history'"):
+        rendered(tokenizer, "vicuna_v1.1", ALPACA | {"history": [["q", None]]})
+
+
+@pytest.mark.parametrize("instruction", ["", " ", None])
+def test_auto_where_every_instruction_is_empty(tokenizer: Tokenizer, instruction: str | None) -> None:
+    record = Record("f:1", {"instruction": instruction, "output": "rock"})
+    assert explain_choice([record], tokenizer)[0] == "alpaca"
+
+
+def test_all_answers_are_not_to_be_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    turns = [ASKED[0], ASKED[1] | {"weight": 0}]
+    with pytest.raises(
+        UserError, match=r"no record with anything to learn .*weight: 0 or train: false stands on every"
+    ):
+        report_of(tmp_path, tokenizer, [{"conversations": turns}])
+
+
+CALL = {"type": "function", "function": {"name": "weigh", "arguments": {}}}
+
+
+def test_a_chat_template_without_tools(chat_tokenizer: Tokenizer) -> None:
+    """`content | trim` writes None where there is no content: nothing to learn."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    with pytest.raises(UserError, match=r"f:1: message 2 has no text but tool_calls, and the chat template of .* does"):
+        rendered(chat_tokenizer, "chat", {"messages": turns})
+
+
+def _with_template(tokenizer: Tokenizer, path: Path, template: str) -> Tokenizer:
+    (path / "tokenizer.json").write_bytes((tokenizer.path / "tokenizer.json").read_bytes())
+    config = {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(path)
+
+
+def test_messages_that_the_chat_template_leaves_out(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """As Mistral's, which writes the system message only where a question comes last."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content }} {% endif %}{{ m.content }}]{% elif m.role == 'assistant' %} {{ m.content }}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = _with_template(chat_tokenizer, tmp_path, template)
+    records = [{"conversations": ASKED}, {"conversations": ASKED, "system": "Be brief."}]
+    (remark,) = report_of(tmp_path, tokenizer, records, template="chat").remarks()
+    assert "the chat template changes or leaves out system messages in 1 records" in remark
+    assert report_of(tmp_path, chat_tokenizer, records, template="chat").remarks() == []
+
+
+@pytest.mark.parametrize("fault", ["{{ raise_exception('no system') }}", "{{ 'a' + none }}"])
+def test_a_chat_template_that_refuses_names_the_record(chat_tokenizer: Tokenizer, tmp_path: Path, fault: str) -> None:
+    tokenizer = _with_template(chat_tokenizer, tmp_path, fault)
+    template = load_template("chat", tokenizer)
+    for render in (template.render, template.render_prompt):
+        with pytest.raises(UserError, match=r"^data: f:7: .*: the chat template (does not accept|fails on) this"):
+            render(Record("f:7", {"conversations": ASKED}))

@@ -224,7 +224,7 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
     with pytest.raises(UserError, match="message 2 has no text but tool_calls"):
         example_of("vicuna_v1.1", tokenizer, {"messages": turns[:2]})
     silent = bytes_with(tmp_path, CHATML.replace("m.content", "(m.content or '')"))
-    with pytest.raises(UserError, match="does not write the tool_calls of message 2, or"):
+    with pytest.raises(UserError, match=r"message 2 has no text but tool_calls, .* does not write the tool_calls"):
         example_of("chat", silent, {"messages": turns[:2]})
 
 

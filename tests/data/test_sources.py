@@ -218,3 +218,18 @@ def test_csv_of_spreadsheets(tmp_path: Path) -> None:
         UserError, match="ending at line 2 does not have the header's 2 columns; is a quotation mark or ';'"
     ):
         read(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "a"},\n{"text": "b"},\n'),
+        ("a.json", '{"text": "a"},\n{"text": "b"}\n'),
+        ("b.json", '[{"text": "a"},\n {"text": "b"},]'),
+        ("c.json", '[{"text": "a",}]'),
+    ],
+)
+def test_a_comma_too_many_is_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"broken JSON: .*comma"):
+        list(read_records(SourceConfig(path=str(tmp_path / name))))

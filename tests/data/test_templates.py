@@ -147,8 +147,11 @@ def test_columns(tokenizer: Tokenizer) -> None:
     [
         (BOTH | {"instruction": None}, "its column 'instruction' is null"),
         ({"input": "x", "output": "y"}, "needs a list of messages"),
-        ({"messages": []}, "needs a list of messages"),
-        ({"messages": "hi"}, "needs a list of messages"),
+        ({"messages": []}, "its column 'messages' is empty, so there is nothing to learn"),
+        ({"messages": None}, "its column 'messages' is null, so there is nothing to learn"),
+        ({"messages": "hi"}, "its column 'messages' must be a list of messages, .*found 'hi'"),
+        ({"messages": "[{'role': 'user'}]"}, "its column 'messages' must be a list of messages, .*JSON text"),
+        ({"messages": {"role": "user"}}, "its column 'messages' must be a list of messages"),
         ({"text": "hi"}, "needs a list of messages in one of the columns messages, .*columns found: text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 must have a role .* found role 'tool'"),
         ({"messages": [{"role": "user", "content": None}]}, "content of type NoneType"),
