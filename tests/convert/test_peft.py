@@ -37,6 +37,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "some_layers": {"layers_to_transform": [0, 2], "target_modules": list(LINEARS), "use_dora": True},
     "one_layer": {"layers_to_transform": 1},
+    "no_layer_named": {"layers_to_transform": []},  # means all
     "excluded": {"target_modules": list(LINEARS), "exclude_modules": ["k_proj", "gate_proj"]},
     "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "saved_norm": {"modules_to_save": ["model.norm"]},

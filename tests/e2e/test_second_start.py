@@ -160,7 +160,7 @@ def test_answers_into_one_file(
 def test_a_place_for_answers_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where access is granted and writing fails, as on a file system that is read-only by now: the key is named."""
+    """Also where access is granted and writing fails: the key is named."""
 
     def refuse(lock: Lock) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(lock.path.parent))
