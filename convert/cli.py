@@ -31,6 +31,7 @@ from convert.formats_cli import add_format_verbs, open_as
 from convert.routing_cli import add_routing_verbs
 from convert.vocab_cli import add_vocab_verb
 from jaxlm.errors import UserError
+from jaxlm.locate import expand_user
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The products of a merge are too small to be shared out: threads that wait for each other cost more than they do.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = _parser().parse_args(normalise(sys.argv[1:] if arguments is None else arguments))
-    _expand(options)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
+        _expand(options)
         status = options.run(options) or 0
         sys.stdout.flush()
         return status
@@ -66,7 +67,7 @@ def _expand(options: argparse.Namespace) -> None:
             return [expanded(item) for item in value]
         if not isinstance(value, str) or not (value == "~" or (value.startswith("~") and "/" in value)):
             return value
-        return os.path.expanduser(value)  # noqa: PTH111  (Path's own fails for a user that is not known)
+        return expand_user(value)
 
     for name, value in vars(options).items():
         lists_tokens = name == "tokens" and isinstance(value, str) and "," in value

@@ -88,7 +88,13 @@ class MergedSource(DerivedSource):
 
     def read(self, path: str, index: Index) -> np.ndarray:
         if path in self._saved:
-            return cast(self._adapter.read(self._saved[path], index), self.leaves[path].dtype, path)
+            saved = self._adapter.read(self._saved[path], index)
+            if not all_finite(saved):
+                raise UserError(
+                    f"{self._adapter.path}: the saved module {path} holds infinities or NaNs; nothing can be merged "
+                    "with that: take an earlier checkpoint of its run"
+                )
+            return cast(saved, self.leaves[path].dtype, path)
         part = self._base.read(path, index)
         if path not in self._linears:
             return cast(part, self.leaves[path].dtype, path)
@@ -130,6 +136,7 @@ class MergedSource(DerivedSource):
             merged = low_rank_product(to_outputs[start:stop], to_inputs)
             merged *= scale
             merged += block.astype(np.float32, copy=False)
+            self._check_finite(merged, entry.name)
             if magnitude is not None:
                 merged *= self._gain(magnitude[start:stop], merged, 1, entry.name, start)[:, None]
             yield merged
@@ -144,10 +151,16 @@ class MergedSource(DerivedSource):
             )
         return found
 
+    def _check_finite(self, merged: np.ndarray, name: str) -> None:
+        """Refuses a merged matrix with infinities or NaNs: the factors have none, so the base does."""
+        if not all_finite(merged):
+            raise UserError(
+                f"{self._base.path}: {name} holds infinities or NaNs; no adapter can be merged into it: the file is "
+                "damaged, or of a run that diverged"
+            )
+
     def _gain(self, magnitude: np.ndarray, merged: np.ndarray, axis: int, name: str, first: int) -> np.ndarray:
         """DoRA's factor of each output; `axis` is that of the inputs, `first` the first output's number."""
-        if not all_finite(merged):
-            raise UserError(f"{self._base.path}: {name} holds infinities or NaNs; DoRA cannot be merged into it")
         lengths = norms(merged, axis)
         if not lengths.all():
             row = first + int(np.flatnonzero(lengths == 0)[0])
@@ -179,6 +192,7 @@ class MergedSource(DerivedSource):
             found = low_rank_product(a_part, b[:, columns])
             found *= scale
             found += base_part.astype(np.float32, copy=False)
+            self._check_finite(found, path)
             return found
 
         gain: np.ndarray | None = None

@@ -32,11 +32,11 @@ from convert.names import Entry, Shape, hf_entries, transposed
 from convert.output import TensorSpec, write_safetensors
 from convert.tensors import JoinedColumns, JoinedRows, Tensor
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.models.shapes import LlamaConfig, MoeConfig, check_theta_is_kept
 
 ARCHITECTURE, KIND = "MixtralForCausalLM", "mixtral"
 # What a key that is not in a config.json means; source: transformers' MixtralConfig.
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "intermediate_size": 14336,
     "num_experts_per_tok": 2,
     "num_key_value_heads": 8,
@@ -64,6 +64,10 @@ class MixtralSource(HfSource):
     def parse_config(self, where: Path, content: dict[str, Any]) -> LlamaConfig:
         sizes = {}
         # transformers takes num_experts for the same key.
+        try:
+            check_theta_is_kept(content, _DEFAULTS["rope_theta"])
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
         content = _DEFAULTS | {"num_local_experts": content.get("num_experts", 8)} | content
         for key in ("num_local_experts", "num_experts_per_tok", "intermediate_size"):
             value = content[key]

@@ -84,7 +84,9 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{error.filename or final}: may not be written ({error.strerror})") from None
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UserError(f"{final}: cannot be created ({error.strerror})") from None
+            inside = error.filename not in (None, str(final))
+            where = f"; {error.filename}: " if inside else " ("
+            raise UserError(f"{final}: cannot be created{where}{error.strerror}{'' if inside else ')'}") from None
         raise
 
 

@@ -187,7 +187,7 @@ def _targets(
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     wanted, excluded = values.get("target_modules"), values.get("exclude_modules") or []
     only = values.get("layers_to_transform")
-    only = [only] if isinstance(only, int) else only
+    only = [only] if isinstance(only, int) else only or None  # an empty list means all, as in PEFT
     if not wanted:
         raise UserError(f"{where}: target_modules is {wanted!r}; name the layers, e.g. ['q_proj', 'v_proj']")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":

@@ -30,7 +30,7 @@ from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, fi
 from convert.peft import PeftSource
 from convert.tensors import find_weights, read_safetensors
 from jaxlm.errors import UserError
-from jaxlm.locate import find_base, missing
+from jaxlm.locate import at_home, find_base, missing
 from jaxlm.models.shapes import LlamaConfig, read_json
 
 __all__ = [
@@ -52,7 +52,7 @@ ACCEPTED = (
 
 
 def _existing(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.exists():
         return path
     raise UserError(f"{missing(path)}; {ACCEPTED}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.arithmetic import all_finite
 from convert.hf import find_tokenizer_files
 from convert.leaves import (
     BLOCK_ELEMENTS,
@@ -97,6 +98,9 @@ def mean_row(source: ParamSource, path: str, rows: int) -> np.ndarray:
     Added up in the order in which torch adds on a CPU (four levels of partial sums), so that the mean is the same bit
     by bit: the published Alpaca difference was taken against it. Torch adds columns beyond the last multiple of 64 (in
     each thread's share of them) in another order; there the two may differ in the last bits.
+
+    Raises:
+        UserError: the mean is not finite.
     """
     width = source.leaves[path].shape[1]
     power = max(4, (rows - 1).bit_length() // 4)
@@ -115,7 +119,13 @@ def mean_row(source: ParamSource, path: str, rows: int) -> np.ndarray:
                 break
     for level in range(1, 4):
         levels[0] += levels[level]
-    return levels[0] / np.float32(rows)
+    mean = levels[0] / np.float32(rows)
+    if not all_finite(mean):
+        raise UserError(
+            f"{source.path}: {path} holds infinities or NaNs, which the mean of its rows would give to new tokens: "
+            "the file is damaged, or of a run that diverged"
+        )
+    return mean
 
 
 def _float32_rows(source: ParamSource, path: str, rows: int) -> Iterator[np.ndarray]:

@@ -157,6 +157,8 @@ def _take(path: Path, overwrite: bool, hosts: Hosts) -> None:
         try:
             hosts.take(lock)
             _check_save_file(path, overwrite)  # another run may have written it by now
+        except OSError as error:
+            problem = f"save_file: {path}: {error.filename or place.parent}: cannot write there ({error.strerror})"
         except UserError as error:
             problem = str(error)
     hosts.check("save_file is free", problem)

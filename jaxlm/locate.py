@@ -37,6 +37,11 @@ def expand_user(path: str) -> str:
     return expanded
 
 
+def at_home(path: str | Path) -> Path:
+    """`path` with a leading `~` as the home directory; what names no user stays as it is, as `./~name` does."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  (pathlib's own fails for a user that is not known)
+
+
 def find_config(name: str) -> Path:
     """The file that `--config NAME` means: a file, or a configuration that comes with jaxlm.
 

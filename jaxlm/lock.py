@@ -9,6 +9,7 @@ file system. The holder touches its file every few seconds, and whoever comes fr
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -55,11 +56,8 @@ class Lock:
             UserError: another process has it: which, where, and since when.
             OSError: the file cannot be written.
         """
-        for folder in self._missing_folders():
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                self._made.append(folder)
         try:
+            self._make_folders()
             while not self._put():
                 self._look_at_holder()
         except BaseException:
@@ -88,10 +86,19 @@ class Lock:
 
     # Taking it ----------------------------------------------------------------------------------
 
-    def _missing_folders(self) -> list[Path]:
-        folder = self.path.parent
-        missing = [folder, *folder.parents]
-        return [path for path in reversed(missing) if not path.exists()]
+    def _make_folders(self) -> None:
+        """Makes the folder of the file; NotADirectoryError names what is in the way."""
+        for folder in reversed([self.path.parent, *self.path.parent.parents]):
+            if folder.is_dir():
+                continue
+            try:
+                folder.mkdir()
+                self._made.append(folder)
+            except FileExistsError:
+                if folder.is_dir():
+                    continue  # another process has just made it
+                what = "it is a file" if folder.exists() else f"it is a link to {folder.readlink()}, which is not there"
+                raise NotADirectoryError(errno.ENOTDIR, what, str(folder)) from None
 
     def _remove_folders(self) -> None:
         for folder in reversed(self._made):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli import Flags, Origins, dump_yaml, parse_run
 from jaxlm.config import DistributedConfig, RunConfig
 from jaxlm.errors import UserError
+from jaxlm.locate import at_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,7 +194,7 @@ def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
         return {"prompt.json": json.dumps(noted).encode()}
     return {
         "prompt.json": json.dumps(noted | {"template": "template.json"}).encode(),
-        "template.json": Path(name).expanduser().read_bytes(),
+        "template.json": at_home(name).read_bytes(),
     }
 
 

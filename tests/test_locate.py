@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from jaxlm.cli import parse_config, parse_run
-from jaxlm.config import GenerateConfig, RunConfig
+from jaxlm.config import GenerateConfig, RunConfig, SourceConfig
 from jaxlm.errors import UserError
-from jaxlm.locate import find_base, find_config, missing, packaged_configs, record_base
+from jaxlm.locate import at_home, find_base, find_config, missing, packaged_configs, record_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,6 +84,16 @@ def test_home_is_expanded_for_generate(home: Path) -> None:
 def test_an_unknown_home_is_refused_by_key(home: Path) -> None:
     with pytest.raises(UserError, match=r"output_dir: ~no-such-user/x: .* a file of that name is \./~no-such-user/x"):
         run("--output_dir", "~no-such-user/x")
+
+
+def test_a_file_whose_name_begins_with_a_tilde(home: Path) -> None:
+    """What the message above says to type is read as such, however many times it is expanded."""
+    from jaxlm.data.sources import check_source
+
+    assert at_home("./~no-such-user/x") == Path("~no-such-user/x")
+    assert at_home("~/x") == home / "x"
+    Path("~no-such-user").write_text("rock\n")
+    check_source(SourceConfig(path="./~no-such-user", template="text", format="text"))
 
 
 def test_paths_of_a_file_are_looked_for_here_then_beside_it(home: Path) -> None:

@@ -75,6 +75,24 @@ def test_a_living_process_is_named_and_a_dead_one_is_not_asked(tmp_path: Path) -
     assert not (tmp_path / "new").exists(), "folders made for the lock alone do not stay"
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("file", "it is a file"), ("link", "it is a link to nowhere, which is not there")]
+)
+def test_what_is_in_the_way_of_the_folder_is_named(kind: str, words: str, tmp_path: Path) -> None:
+    """Not the lock file, whose name says nothing to anybody; and nothing is left."""
+    (tmp_path / "a").mkdir()
+    place = tmp_path / "a" / "run"
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to("nowhere")
+    for path in (place / "run.lock", place / "more" / "run.lock"):
+        with pytest.raises(NotADirectoryError, match=words) as caught:
+            make(path).acquire()
+        assert caught.value.filename == str(place)
+    assert list((tmp_path / "a").iterdir()) == [place]
+
+
 def test_of_many_that_come_at_once_one_gets_it(tmp_path: Path) -> None:
     """Also when all of them find what a dead process left."""
     path = tmp_path / "run.lock"

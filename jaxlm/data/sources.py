@@ -24,6 +24,7 @@ from typing import IO, Any
 from jaxlm.config import SourceConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse, parse_at
+from jaxlm.locate import at_home
 
 FORMATS = {
     ".json": "json",
@@ -69,7 +70,7 @@ def check_source(source: SourceConfig) -> None:
     """
     if source.limit is not None and source.limit < 1:
         raise UserError(f"data: limit of {source.path} is {source.limit}; it must be at least 1")
-    root = Path(source.path).expanduser()
+    root = at_home(source.path)
     if source.format == "hf" or (source.format == "auto" and _is_hf_directory(root)):
         if not _is_hf_directory(root):
             raise UserError(f"data: {source.path} is not a directory written by datasets' save_to_disk")
@@ -85,7 +86,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def _all_records(source: SourceConfig) -> Iterator[Record]:
-    root = Path(source.path).expanduser()
+    root = at_home(source.path)
     if source.format == "hf" or (source.format == "auto" and _is_hf_directory(root)):
         yield from _read_hf(root, source)
         return

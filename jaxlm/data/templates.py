@@ -34,6 +34,7 @@ from jaxlm.data.rendering import Rendered, Segment, Span, Template
 from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
+from jaxlm.locate import at_home
 from jaxlm.tokenizer import MARK_BEGIN, MARK_END, Tokenizer
 
 DIRECTORY = Path(__file__).parent / "templates"
@@ -251,7 +252,7 @@ def _load(name: str, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Templa
                 f"({', '.join(template_names())})"
             )
         return ChatTemplate(columns, tokenizer)
-    path = Path(name).expanduser() if name.endswith(".json") else DIRECTORY / f"{name}.json"
+    path = at_home(name) if name.endswith(".json") else DIRECTORY / f"{name}.json"
     if not path.is_file():
         raise UserError(
             f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give an own file NAME.json"

@@ -69,16 +69,8 @@ class RopeConfig:
         for key in ("rope_scaling", "rope_parameters"):
             if config.get(key) and not isinstance(config[key], dict):
                 raise UserError(f"config.json: {key} is {config[key]!r}; expected a JSON object")
-        added, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-        given = dict(added or new)
-        if added and "rope_theta" in new and not config.get("rope_theta"):
-            theta = added.get("rope_theta")
-            if theta is None and new["rope_theta"] != DEFAULT_THETA:
-                raise UserError(
-                    f"config.json: rope_scaling replaces rope_parameters, which alone has the rope_theta "
-                    f"{new['rope_theta']!r}; transformers would go on with {DEFAULT_THETA:g}. Say which is meant: put "
-                    f'"rope_theta": {json.dumps(new["rope_theta"])} into rope_scaling'
-                )
+        check_theta_is_kept(config, DEFAULT_THETA)
+        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
         given.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_THETA)
         if config.get("partial_rotary_factor") is not None:
             given.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
@@ -123,6 +115,24 @@ class RopeConfig:
 
     def to_hf(self) -> dict[str, Any]:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+def check_theta_is_kept(config: dict[str, Any], default: float) -> None:
+    """Refuses a `rope_scaling` that replaces the `rope_parameters` which alone say a `rope_theta` other than `default`.
+
+    Args:
+        default: what transformers' configuration class of the architecture takes without one.
+    """
+    added, new = config.get("rope_scaling"), config.get("rope_parameters")
+    if not (isinstance(added, dict) and added and isinstance(new, dict)) or config.get("rope_theta"):
+        return
+    theta = new.get("rope_theta", default)
+    if added.get("rope_theta") is None and theta != default:
+        raise UserError(
+            f"config.json: rope_scaling replaces rope_parameters, which alone has the rope_theta {theta!r}; "
+            f"transformers would go on with {default:g}. Say which is meant: put "
+            f'"rope_theta": {json.dumps(theta)} into rope_scaling'
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -118,7 +118,7 @@ CHIPS: tuple[Chip, ...] = (*_TPUS, *_GPUS, Chip("cpu", "cpu", "cpu", 0.0, math.i
 _BY_NAME = {chip.name: chip for chip in CHIPS}
 # Any other GPU: its memory is said by hand, its speed is not known.
 ANY_GPU = Chip("gpu", "gpu", "GPU", 0.0, math.inf, 0.0, 0.0)
-_ALIASES = {"a100-80gb": "a100", "v100-16gb": "v100", "h100-sxm": "h100", "v5litepod": "v5e"}
+_ALIASES = {"a100-80gb": "a100", "v100-16gb": "v100", "h100-sxm": "h100", "h100-80gb": "h100", "v5litepod": "v5e"}
 # What a device kind says beside the model's number: other chips, or a part of one.
 _OTHERS = re.compile(r"laptop|mobile|max-q|\bmig\b|\d d\b|super", re.IGNORECASE)
 _TPU_KINDS = {

@@ -11,7 +11,7 @@ from jaxlm.config import RunConfig, SourceConfig
 from jaxlm.data.sources import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
-from jaxlm.locate import missing
+from jaxlm.locate import at_home, missing
 from jaxlm.models.lora import check_names
 from jaxlm.models.shapes import load_shape
 
@@ -71,7 +71,7 @@ def check_files(configs: Sequence[RunConfig], first_host: bool) -> None:
             if getattr(config.train, key) and importlib.util.find_spec(module) is None:
                 raise UserError(f"train.{key}: needs {module}; pip install '{extra}'")
         _check_paths(config, made)
-        made.add(Path(config.output_dir).expanduser().absolute())
+        made.add(at_home(config.output_dir).absolute())
 
 
 def _check_paths(config: RunConfig, made: set[Path]) -> None:
@@ -82,11 +82,11 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
     for key, name in paths.items():
         if name is None:
             continue
-        path = Path(name).expanduser()
+        path = at_home(name)
         if not path.exists() and path.absolute() not in made:
             raise UserError(f"{key}: {missing(name)}")
     for name in config.tokenizer.train_on:
-        if not Path(name).expanduser().exists():
+        if not at_home(name).exists():
             raise UserError(f"tokenizer.train_on: {name}: no such file or folder")
     validation = () if isinstance(config.data.validation, (int, float)) else config.data.validation
     for source in validation:
@@ -99,7 +99,7 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
 
 def _check_template(source: SourceConfig) -> None:
     name = source.template
-    known = Path(name).expanduser().is_file() if name.endswith(".json") else name in ("auto", *template_names())
+    known = at_home(name).is_file() if name.endswith(".json") else name in ("auto", *template_names())
     if not known:
         raise UserError(
             f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give an own file NAME.json"

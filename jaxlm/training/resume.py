@@ -24,6 +24,7 @@ import yaml
 from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.loader import BatchSource, Data
 from jaxlm.errors import UserError
+from jaxlm.locate import at_home
 from jaxlm.models.shapes import LlamaConfig
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
@@ -281,7 +282,7 @@ def _same_place(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(_same_place, old, new))
     if not isinstance(old, str) or not isinstance(new, str):
         return False
-    first, second = (os.path.abspath(Path(text).expanduser()) for text in (old, new))  # noqa: PTH100 (no links)
+    first, second = (os.path.abspath(at_home(text)) for text in (old, new))  # noqa: PTH100 (no links)
     return first == second
 
 

@@ -16,6 +16,7 @@ import pytest
 from convert.mixtral import MixtralSource
 from convert.source import open_model
 from convert.tensors import read_tensors
+from jaxlm.errors import UserError
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from tests.convert.test_experts import EVERY, TOKENS, E, F, assert_same_leaves, params
@@ -192,6 +193,23 @@ def test_missing_keys_are_those_of_mixtral(tmp_path: Path) -> None:
     assert config.max_position_embeddings == want.max_position_embeddings
     assert config.sliding_window == want.sliding_window is None
     assert (config.num_kv_heads, config.moe.experts, config.moe.top_k) == (8, 8, (2,))
+
+
+def test_a_rope_scaling_that_loses_theta_is_refused(tmp_path: Path) -> None:
+    """transformers replaces rope_parameters as a whole, and takes Mixtral's own 1,000,000."""
+    transformers = pytest.importorskip("transformers")
+    make_mixtral(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    whole = json.loads(file.read_text()) | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    for theta, refused in ((5e5, True), (1e4, True), (1e6, False)):
+        whole["rope_parameters"]["rope_theta"] = theta
+        file.write_text(json.dumps(whole))
+        assert transformers.MixtralConfig.from_pretrained(tmp_path / "m").rope_parameters["rope_theta"] == 1e6
+        if refused:
+            with pytest.raises(UserError, match=rf"config.json: rope_scaling.* {theta}; .* go on with 1e\+06"):
+                open_model(tmp_path / "m")
+        else:
+            assert open_model(tmp_path / "m").config.rope.rope_theta == 1e6
 
 
 # --- what has no place ------------------------------------------------------------------------------------------------

@@ -47,11 +47,24 @@ def test_text_is_no_path(home: Path, run: Callable[..., str]) -> None:
         (["verify", "~/a", "~/b", "--prompt", "~/what"], "prompt", ["~/what"]),
         (["extend-vocab", "~/a", "~/b", "--tokens", "~/,x"], "tokens", "~/,x"),
         (["extend-vocab", "~/a", "~/b", "--tokens", "~/new.txt"], "tokens", str(home / "new.txt")),
-        (["extend-vocab", "~nobody-here/a", "~/b", "--tokens", "x,"], "source", "~nobody-here/a"),
+        (["extend-vocab", "./~nobody-here/a", "~/b", "--tokens", "x,"], "source", "./~nobody-here/a"),
     ):
         options = _parser().parse_args(words)
         _expand(options)
         assert getattr(options, name) == want
+
+
+def test_a_user_that_is_not_known(home: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused as a source and as a destination; a folder of such a name is meant with ./ in front."""
+    from convert.cli import main
+
+    for words in (["~nobody-here/a", "b"], ["~/hf", "~nobody-here/b"]):
+        assert main(["hf-to-jax", *words]) == 2
+        message = capsys.readouterr().err
+        assert "there is no home directory ~nobody-here" in message and "./~nobody-here/" in message
+    assert list(Path.cwd().iterdir()) == []
+    run("hf-to-jax", "~/hf", "./~nobody-here/b")
+    assert "LlamaForCausalLM" in run("inspect", "./~nobody-here/b")
 
 
 def test_the_base_is_recorded_whole(home: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

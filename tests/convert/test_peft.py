@@ -37,6 +37,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "some_layers": {"layers_to_transform": [0, 2], "target_modules": list(LINEARS), "use_dora": True},
     "one_layer": {"layers_to_transform": 1},
+    "no_layer_named": {"layers_to_transform": []},  # means all
     "excluded": {"target_modules": list(LINEARS), "exclude_modules": ["k_proj", "gate_proj"]},
     "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "saved_norm": {"modules_to_save": ["model.norm"]},
@@ -400,6 +401,33 @@ def test_directories_with_both_kinds_of_files(plain: Path, tmp_path: Path) -> No
     shutil.copytree(base, tmp_path / "model")
     shutil.copyfile(adapter / "adapter_config.json", tmp_path / "model" / "adapter_config.json")
     assert not is_adapter(tmp_path / "model") and open_model(tmp_path / "model").leaves
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none_are_not_merged(
+    dora: bool, value: float, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """In the base, in a factor, in a module saved in full: named, whatever is written."""
+    base, adapter = tmp_path / "base", tmp_path / "peft"
+    make_hf_model().save_pretrained(base)
+    make_adapter(make_hf_model(), adapter, use_dora=dora, modules_to_save=["lm_head"])
+    run("hf-to-jax", base, tmp_path / "jax")
+    for folder, file, part in (
+        (base, "model.safetensors", "layers.1.self_attn.v_proj.weight"),
+        (adapter, "adapter_model.safetensors", "layers.1.self_attn.v_proj.lora_A.weight"),
+        (adapter, "adapter_model.safetensors", "lm_head"),
+    ):
+        whole = (folder / file).read_bytes()
+        tensors = load_file(folder / file)
+        (name,) = [name for name in tensors if part in name]
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, folder / file)
+        for shape in ("hf", "jax"):
+            message = refused("merge", base, adapter, tmp_path / "o", "--format", shape)
+            assert str(folder) in message and "infinities or NaNs" in message
+        (folder / file).write_bytes(whole)
+    run("merge", tmp_path / "jax", adapter, tmp_path / "o")
 
 
 def test_adapter_of_another_base(tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]) -> None:

@@ -158,6 +158,23 @@ def test_mistakes(trained: Path, tmp_path: Path, refused: Callable[..., str]) ->
     assert "has no tokenizer" in refused("extend-vocab", model, tmp_path / "out", "--tokens", "x9")
 
 
+@pytest.mark.parametrize("init", ["mean", "pieces"])
+@pytest.mark.parametrize("leaf", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_numbers_that_are_none_do_not_spread(
+    init: str, leaf: str, trained: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """One NaN in the mean would make all new rows NaN."""
+    from safetensors.numpy import load_file, save_file
+
+    model = save_model(trained, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[leaf] = tensors[leaf].copy()
+    tensors[leaf][1, 2] = np.nan
+    save_file(tensors, model / "model.safetensors")
+    message = refused("extend-vocab", model, tmp_path / "o", "--tokens", "zirconium,", "--init", init)
+    assert "holds infinities or NaNs" in message and leaf.split(".")[-2] in message
+
+
 def test_read_tokens(tmp_path: Path) -> None:
     file = tmp_path / "tokens.txt"
     file.write_bytes("a\u2028b\r\n\r\n c \nd\x0ce\r\n".encode())

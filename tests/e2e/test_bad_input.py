@@ -153,7 +153,9 @@ def test_paths(capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: 
     (tmp_path / "file").write_text("")
     config = write_config(tmp_path / "config", base_config)
     message = error_of(capsys, "--config", str(config), "--output_dir", str(tmp_path / "file" / "out"))
-    assert "output_dir" in message
+    assert f"output_dir: {tmp_path / 'file'}: cannot write there (it is a file)" in message
+    message = error_of(capsys, "--config", str(config), "--output_dir", str(tmp_path / "file"))
+    assert f"output_dir: {tmp_path / 'file'}: cannot write there (it is a file)" in message
 
 
 def test_mesh(capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from convert.cli import main as convert
 from jaxlm.generate import main as generate
+from jaxlm.lock import Lock
 from jaxlm.train import main as train
 from tests.e2e.conftest import write_config
 
@@ -153,6 +155,23 @@ def test_answers_into_one_file(
     assert generate(words) == 0 and (tmp_path / "answers.json").exists()
     assert "sign of life" not in "".join(capsys.readouterr())
     assert names(tmp_path) == ["answers.json", "prompts.jsonl"]
+
+
+def test_a_place_for_answers_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where access is granted and writing fails: the key is named."""
+
+    def refuse(lock: Lock) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(lock.path.parent))
+
+    monkeypatch.setattr(Lock, "acquire", refuse)
+    (tmp_path / "prompts.jsonl").write_text('{"instruction": "rock"}\n')
+    words = ["--model", "none", "--predict_data", str(tmp_path / "prompts.jsonl"), "--compilation_cache", "none"]
+    save = tmp_path / "answers.json"
+    assert generate([*words, "--save_file", str(save)]) == 2
+    message = f"error: save_file: {save}: {tmp_path}: cannot write there (Read-only file system)"
+    assert message in capsys.readouterr().err
 
 
 def test_conversions_to_one_place(

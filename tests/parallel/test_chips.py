@@ -76,6 +76,7 @@ CARDS = [
     ("NVIDIA A100-PCIE-40GB", "a100-40gb", 312, 40),
     ("NVIDIA A100-SXM4-80GB", "a100", 312, 80),
     ("NVIDIA A100 80GB PCIe", "a100-80gb", 312, 80),
+    ("NVIDIA H100 80GB HBM3", "h100-80gb", 989, 80),
     ("Tesla T4", "t4", 8.1, 16),
     ("Tesla V100-SXM2-16GB", "v100", 15.7, 16),
     ("Tesla V100-SXM2-32GB", "v100-32gb", 15.7, 32),
