@@ -129,7 +129,7 @@ def test_documents() -> None:
         (["--heads", "4", "--kv_heads", "3"], "--kv_heads: 3 does not divide 4 query heads"),
         (["--heads", "4", "--lengths", "8", "0"], "--lengths: 0 must be at least 1"),
         (["--heads", "4", "--headdim", "8"], "unknown key 'headdim'"),
-        (["--config", "none.yaml"], "none.yaml: No such file"),
+        (["--config", "none.yaml"], "none.yaml: no such file"),
         (["--model.shape", "llama-9"], "model.shape: 'llama-9' is neither"),
     ],
 )
