@@ -139,6 +139,7 @@ def test_a_file_of_prompts(models: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*words, "--overwrite"]) == 1
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_file(models: Path, tmp_path: Path) -> None:
     data = tmp_path / "p.txt"
     data.write_text("".join(f"rock {'sand ' * (n % 7)}{n}\n" for n in range(40)))

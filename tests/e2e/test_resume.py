@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from tests.e2e.conftest import write_config
 
 # One worker runs these: they share the uninterrupted run.
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("resume")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("resume")]
 # One device, and programs that are quick to compile.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 

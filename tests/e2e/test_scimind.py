@@ -15,7 +15,7 @@ from jaxlm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "../shared/data"
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def run_recipe(data: Path, tmp_path: Path) -> Path:

@@ -20,7 +20,7 @@ from jaxlm.lock import Lock
 from jaxlm.train import main as train
 from tests.e2e.conftest import write_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("second start")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("second start")]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 # The commands with one function that stops and says so: the moment when the second start comes.
 STOP_AT = """

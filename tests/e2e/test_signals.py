@@ -14,7 +14,7 @@ import pytest
 from jaxlm.train import main
 from tests.e2e.conftest import write_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("signals")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("signals")]
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 # A command, in which one function is another. `block` is what a compiler is to Python: a C function that does
 # not come back, during which no signal handler of Python runs.

@@ -57,6 +57,7 @@ def test_mesh_and_accumulation_do_not_change_the_losses(
     np.testing.assert_allclose(read(tmp_path / "run", "loss"), read(full_run, "loss"), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_lora_run_continues_from_an_adapter_and_exports(
     base_config: dict[str, Any], full_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +212,7 @@ def expert_run(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFac
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_a_model_of_experts_trains_and_tells_which_are_used(expert_run: Path) -> None:
     losses = read(expert_run, "loss")
     assert losses[-1] < losses[0] - 0.3
@@ -223,6 +225,7 @@ def test_a_model_of_experts_trains_and_tells_which_are_used(expert_run: Path) ->
     assert (expert_run / "experts.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_model_of_experts_goes_on_and_writes(
     expert_run: Path, base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

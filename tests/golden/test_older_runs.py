@@ -20,6 +20,8 @@ from convert.cli import main as convert
 from convert.source import open_model
 from jaxlm.generate import main as generate
 
+pytestmark = pytest.mark.slow
+
 ARCHIVE = Path(__file__).parent / "runs-2026-11.tar.gz"
 
 

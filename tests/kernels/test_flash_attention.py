@@ -318,6 +318,7 @@ both("v6e:2x2", 640, 2, 1, 80, window=100, soft_cap=30.0)
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_tpus() -> None:
     assert len(compile_for_tpus(AHEAD_OF_TIME)) == 7
 

@@ -22,6 +22,8 @@ from jaxlm.kernels.flash_attention import flash_attention, gpu, gpu_backward, un
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 from jaxlm.models.attention import MaskSpec, reference_attention
 
+pytestmark = pytest.mark.slow
+
 LENGTH, HEADS, KV_HEADS, DIM = 23, 2, 1, 16
 SEGMENTS = np.repeat([[1, 2, 3, 0]], [3, 15, 1, 4], axis=1).astype(np.int32)
 

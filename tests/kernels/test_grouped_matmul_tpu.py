@@ -126,6 +126,7 @@ problem("float32", "v5e:2x2", 64, 4096, 1376, "float32")
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_tpus() -> None:
     """The gradients, in as many FLOPs as two products of the rows (XLA's own: one of E times as many)."""
     done = compile_for_tpus(AHEAD)

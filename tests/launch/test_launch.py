@@ -447,6 +447,7 @@ def job_with_a_free_port() -> int:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_slurm_job_of_two_processes_is_preempted_and_queued_again(
     cluster: Cluster, base_config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -380,6 +380,7 @@ def test_noise_chooses_experts_while_training_and_never_weighs_them() -> None:
     assert (used(noisy, 1) != plain).any() and (used(noisy, 1) != used(noisy, 2)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("router", "mesh"),
     [

@@ -26,7 +26,7 @@ from tests.parallel.test_distributed import free_port
 __all__ = ["base_config", "inputs"]  # fixtures
 
 # One worker runs these: they share the uninterrupted run, and two cores.
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("distributed")]
 ROOT = Path(__file__).parents[2]
 # Compiled programs are kept from start to start: these are tests of starts.
 ENVIRONMENT = os.environ | {

@@ -27,6 +27,8 @@ from jaxlm.training.step import make_train_step
 from tests.models.compare import random_tree
 from tests.parallel.collectives import collectives
 
+pytestmark = pytest.mark.slow
+
 # Every dim has a size of its own, so that a shape in the compiled program tells what it is.
 L, D, F, V, E, A, B, T = 3, 32, 48, 88, 8, 2, 8, 20
 CONFIG = LlamaConfig(

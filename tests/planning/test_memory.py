@@ -15,6 +15,8 @@ from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.training.build import build
 from tests.kernels.ahead_of_time import libtpu_goes_with_jax
 
+pytestmark = pytest.mark.slow
+
 SMALL = LlamaConfig(
     vocab_size=8000,
     hidden_size=512,

@@ -11,6 +11,8 @@ from jaxlm.models.shapes import load_shape
 from jaxlm.parallel.chips import parse_topology
 from jaxlm.planning.compiled import compile_step
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 model: {{shape: llama-2-7b, dtype: bfloat16, remat: full, attention: pallas_tpu}}
 data: {{train: [{{path: text.jsonl, template: text}}], sequence_length: 2048}}
