@@ -23,6 +23,7 @@ import yaml
 from jaxlm.config import RunConfig, SourceConfig, flatten, to_dict
 from jaxlm.errors import UserError
 from jaxlm.locate import find_config, locate_paths
+from jaxlm.yamltext import StandsTwice, read_yaml
 
 Config = TypeVar("Config")
 
@@ -367,26 +368,10 @@ def _with_paths(values: Any, cls: type) -> Any:
     return result
 
 
-class _Twice(yaml.MarkedYAMLError):
-    """A key stands twice in one mapping."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which yaml itself takes the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for at, (key, _) in enumerate(node.value):
-            if len(names) == len(node.value) and key.value in names[:at]:
-                problem = f"the key {key.value!r} stands twice; put the two together, or remove one"
-                raise _Twice(problem=problem, problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _loaded(name: str, value: str) -> Any:
     try:
-        return _Loader(value).get_single_data()
-    except _Twice as error:
+        return read_yaml(value)
+    except StandsTwice as error:
         raise UserError(f"--{name}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError):  # also numbers of thousands of digits, brackets without end
         raise UserError(f"--{name}: {value!r:.80} is not a valid value") from None
@@ -477,7 +462,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _read_yaml(file: str, root: type) -> dict[str, Any]:
     path = find_config(file)
     try:
-        content = _Loader(path.read_text(encoding="utf-8-sig")).get_single_data()
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
