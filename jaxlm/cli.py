@@ -605,7 +605,8 @@ def _check_values(config: RunConfig) -> None:
         checks.append(("lora.rank", config.lora.rank, lambda v: v >= 1, "at least 1"))
         checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
     for source in config.data.train:
-        checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: v > 0, "more than 0"))
+        wanted = "more than 0, at most 1e6"
+        checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: 0 < v <= 1e6, wanted))
     for source in config.data.validation if isinstance(config.data.validation, tuple) else ():
         wanted = "1: every validation record counts once"
         checks.append((f"data.validation: {source.path}: weight", source.weight, lambda v: v == 1, wanted))

@@ -59,7 +59,7 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
     """
     if source.limit is not None and source.limit < 1:
         raise UserError(f"data: limit of {source.path} is {source.limit}; it must be at least 1")
-    return itertools.islice(_all_records(source), source.limit)
+    return itertools.islice(_all_records(source), None if source.limit is None else min(source.limit, sys.maxsize))
 
 
 def check_source(source: SourceConfig) -> None:

@@ -173,7 +173,7 @@ def _architecture(config: dict[str, Any]) -> str:
     if known not in ARCHITECTURES:
         raise UserError(
             f"config.json: architecture {found or config.get('model_type')!r} is not supported; "
-            f"supported: {', '.join([*ARCHITECTURES, *ALIASES])}"
+            f"supported: {', '.join([*ARCHITECTURES, *ALIASES, 'MixtralForCausalLM'])}"
         )
     if ARCHITECTURES[known] not in _DEFAULTS:
         raise _unfinished(known)

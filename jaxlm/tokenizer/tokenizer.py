@@ -263,7 +263,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 )
             raise UserError(
                 f"{path} holds no tokenizer: neither tokenizer.json nor tokenizer.model; "
-                "copy one there, or set tokenizer.path"
+                "copy one there, or name one (tokenizer.path in train, --tokenizer in generate)"
             )
         files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     elif path.is_file():

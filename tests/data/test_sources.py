@@ -233,3 +233,8 @@ def test_a_comma_too_many_is_named(tmp_path: Path, name: str, content: str) -> N
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"broken JSON: .*comma"):
         list(read_records(SourceConfig(path=str(tmp_path / name))))
+
+
+def test_a_limit_beyond_all_records_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert len(list(read_records(SourceConfig(path=str(tmp_path / "a.txt"), limit=10**20)))) == 2
