@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 from convert.adapter_order import in_order_of
 from convert.hf_experts import open_hf
@@ -40,6 +41,7 @@ __all__ = [
     "is_adapter",
     "open_adapter",
     "open_model",
+    "open_with_adapter",
     "recorded_base",
     "stored_adapter",
 ]
@@ -140,6 +142,41 @@ def recorded_base(adapter: str | Path) -> str:
             f"--model BASE --model.adapter {shlex.quote(str(adapter))}"
         )
     return str(base)
+
+
+class Named(NamedTuple):
+    """A model that someone names for use.
+
+    Args:
+        path: where its base is, as it was named or as the adapter records it.
+        base: the base, or the whole model.
+        adapter_path: where the adapter is, as it was named.
+        adapter: the adapter on it, if there is one.
+    """
+
+    path: str
+    base: ParamSource
+    adapter_path: str | None
+    adapter: AdapterSource | None
+
+
+def open_with_adapter(path: str | None, adapter: str | None) -> Named:
+    """Opens a model and the adapter on it; an adapter that is named as the model brings its base along.
+
+    Args:
+        path: of the model; of an adapter, when `adapter` is None; None: the base that `adapter` records.
+        adapter: of an adapter, or None.
+
+    Raises:
+        UserError: either cannot be opened, or the two do not fit.
+    """
+    if path is not None and adapter is None and is_adapter(path):
+        path, adapter = None, path
+    if path is None:
+        assert adapter is not None
+        path = recorded_base(adapter)
+    base = open_model(path)
+    return Named(path, base, adapter, None if adapter is None else open_adapter(adapter, base))
 
 
 def open_model(

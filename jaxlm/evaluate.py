@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli import parse_config
 from jaxlm.config import EvaluateConfig, MeshConfig
@@ -242,7 +242,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
 
     from convert.merge import MergedSource
     from convert.native import trained_prompt
-    from convert.source import is_adapter, open_adapter, open_model, recorded_base
+    from convert.source import open_with_adapter
     from jaxlm.evaluation import perplexity
     from jaxlm.kernels.choice import choose_attention, here
     from jaxlm.models.llama import Llama
@@ -254,14 +254,8 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.training.state import Initializer
 
     assert config.data is not None
-    path, adapter_path = config.model.path, config.model.adapter
-    if path is not None and adapter_path is None and is_adapter(path):
-        path, adapter_path = None, path  # a LoRA run
-    if path is None:
-        assert adapter_path is not None
-        path = recorded_base(adapter_path)
-    source: Any = open_model(path)
-    adapter = None if adapter_path is None else open_adapter(adapter_path, source)
+    named = open_with_adapter(config.model.path, config.model.adapter)
+    path, source, adapter_path, adapter = named.path, cast(Any, named.base), named.adapter_path, named.adapter
     if adapter is None and config.model.merge_adapter:
         raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
     whole = source if adapter is None else MergedSource(source, adapter)

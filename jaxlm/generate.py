@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli import parse_config
 from jaxlm.config import Decoding, GenerateConfig
@@ -188,7 +188,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from convert.merge import MergedSource
     from convert.names import tensor_name
     from convert.native import trained_prompt
-    from convert.source import is_adapter, open_adapter, open_model, recorded_base
+    from convert.source import open_with_adapter
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
@@ -201,14 +201,8 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
 
-    path, adapter_path = config.model.path, config.model.adapter
-    if path is not None and adapter_path is None and is_adapter(path):
-        path, adapter_path = None, path  # a LoRA run
-    if path is None:
-        assert adapter_path is not None
-        path = recorded_base(adapter_path)
-    source: Any = open_model(path)
-    adapter = None if adapter_path is None else open_adapter(adapter_path, source)
+    named = open_with_adapter(config.model.path, config.model.adapter)
+    path, source, adapter = named.path, cast(Any, named.base), named.adapter
     whole = source if adapter is None else MergedSource(source, adapter)
     if adapter is not None and adapter.base and not _same_place(adapter.base, path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
