@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.cli import Flags, parse_run
+from jaxlm.cli import Flags, _all_keys, parse_run
 from jaxlm.config import DataConfig, RunConfig
 from jaxlm.errors import UserError
 from jaxlm.train import main
@@ -196,3 +196,30 @@ def test_a_stage_whose_predecessor_has_not_been_run(tmp_path: Path, capsys: pyte
     assert "--stage sft: it starts from the stage before, and" in (said := capsys.readouterr().err)
     assert "--stage pretrain" in said and "hub" not in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--moe.ranges", "{smiles: 3}"], "moe.ranges: expected a list, found 3"),
+        (["--moe.ranges", "{smiles: [3, 4, 5]}"], "moe.ranges: expected a list of 2, found [3, 4, 5]"),
+        (["--moe.top_k", "3"], "moe.top_k: expected keys and values, {key: value}, found 3"),
+        (["--tokenizer.modalities", "[{tags: 3}]"], "tokenizer.modalities.tags: expected a list, found 3"),
+        (["--train.steps", "1.5"], "train.steps: expected a whole number, found 1.5"),
+        (["--data.packing", "maybe"], "data.packing: expected true or false or one of first_fit, group_texts"),
+    ],
+)
+def test_types_are_said_in_words(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parsed(*words)
+    assert message in str(caught.value)
+
+
+def test_no_message_names_a_class() -> None:
+    """Whatever is put where something else belongs."""
+    for key in _all_keys(RunConfig):
+        for value in ("{a: 1}", "[[1]]", "x"):
+            try:
+                parsed(f"--{key}", value)
+            except UserError as error:
+                assert "<class" not in str(error) and "typing." not in str(error), f"--{key} {value}: {error}"
