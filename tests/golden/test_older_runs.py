@@ -50,7 +50,9 @@ def test_they_go_on_with_the_same_losses(name: str, runs: Path) -> None:
     expected = json.loads((runs / "expected.json").read_text())[name]
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-6, err_msg=key)
+        # A norm is a long sum, which processors round in their own ways: 2e-7 apart without AVX2.
+        rtol = 1e-5 if "norm" in key else 1e-6
+        np.testing.assert_allclose(found[key], value, rtol=rtol, err_msg=key)
 
 
 def test_they_can_be_asked_and_taken_away(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
