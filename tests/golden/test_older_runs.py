@@ -1,7 +1,8 @@
-"""Runs that an earlier version left behind: `runs-2026-11.tar.gz`.
+"""Runs that earlier versions left behind, each archive named by its day.
 
-Written on 21 November 2026 by the commit "Tests: the libtpu that JAX names is found in one place": a full run and a
-LoRA run with dropout on its checkpoint, each stopped at step 4 of 8; `expected.json` has what that version went on to.
+In each: a full run and a LoRA run with dropout on its checkpoint, both stopped at step 4 of 8; `expected.json` has what
+that version went on to. runs-2026-11-21 is by the commit "Tests: the libtpu that JAX names is found in one place",
+runs-2026-11-27 by "Quickstart: how long it takes".
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from jaxlm.generate import main as generate
 
 pytestmark = pytest.mark.slow
 
-ARCHIVE = Path(__file__).parent / "runs-2026-11.tar.gz"
+ARCHIVES = sorted(Path(__file__).parent.glob("runs-*.tar.gz"))
 
 
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    with tarfile.open(ARCHIVE) as archive:
+@pytest.fixture(params=ARCHIVES, ids=lambda file: file.name.split(".")[0])
+def runs(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with tarfile.open(request.param) as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)  # their paths are relative
     return tmp_path
