@@ -34,12 +34,14 @@ class Asked:
         jinja: the chat template; None where there is none to write, or it cannot be expressed.
         own: the template is the chat template that the tokenizer has already.
         stops: ids that end an answer.
+        lacks: why there is no chat template to write, where there is none.
     """
 
     name: str
     jinja: str | None
     own: bool
     stops: tuple[int, ...]
+    lacks: str = "it has no form as a chat template"
 
 
 def find_asked(source: LeafSource) -> Asked | None:
@@ -57,7 +59,7 @@ def find_asked(source: LeafSource) -> Asked | None:
     name = str(files.get(prompt.template, prompt.template))  # a user's own lies beside it
     directory = getattr(source, "tokenizer_dir", None)
     if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
-        return Asked(name, None, False, ())
+        return Asked(name, None, False, (), "there is no tokenizer beside the model")
     tokenizer = load_tokenizer(directory or source.tokenizer_files[0].parent)
     ends = [index for index in (tokenizer.eos_id, *prompt.stop_ids) if index is not None]
     stops = tuple(dict.fromkeys(ends))
@@ -191,6 +193,11 @@ def say_asked(asked: Asked | None, written: bool) -> None:
         print(f"{'template':12} the tokenizer's own chat template{stops}")
     elif written and asked.jinja is not None:
         print(f"{'template':12} {asked.name}, written as {FILE}{stops}")
+    elif written:
+        print(
+            f"{'template':12} {asked.name}, not written as {FILE}: {asked.lacks}; jaxlm.generate needs "
+            f"--template {shlex.quote(asked.name)} there"
+        )
     else:
         print(
             f"{'template':12} {asked.name}, which this format has no place for: jaxlm.generate needs "
@@ -199,11 +206,11 @@ def say_asked(asked: Asked | None, written: bool) -> None:
 
 
 def asked_or_name(source: LeafSource) -> Asked | None:
-    """`find_asked`; where the tokenizer or the template cannot be loaded, only the recorded name."""
+    """`find_asked`; where the tokenizer or the template cannot be loaded, only the recorded name, and why."""
     try:
         return find_asked(source)
-    except UserError:
+    except UserError as error:
         files = {file.name: file for file in source.prompt_files}
         prompt = read_prompt_json(files["prompt.json"])
         assert prompt.template is not None
-        return Asked(str(files.get(prompt.template, prompt.template)), None, False, ())
+        return Asked(str(files.get(prompt.template, prompt.template)), None, False, (), str(error))

@@ -45,10 +45,10 @@ from convert.partition import PARTITION_FILE, load_partition, npy_bytes
 from convert.tensors import WEIGHT_DTYPES
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
+from jaxlm.jsonfields import read_fields
 from jaxlm.locate import record_base
 from jaxlm.models.lora import SAVEABLE, resolve_lora
 from jaxlm.models.shapes import LlamaConfig, read_json
-from jaxlm.records import read_record
 
 COMMITTED = "commit_success.txt"
 # The same as in training checkpoints; a chunk is the least that can be read.
@@ -237,7 +237,7 @@ def saved_shapes(config: LlamaConfig, lora: LoraConfig, leaves: Mapping[str, Lea
 
 def lora_from_dict(values: Any, where: Path) -> LoraConfig:
     """A LoraConfig from the plain values in model.json."""
-    lora = LoraConfig(**read_record(LoraConfig, values, f"{where}: lora"))
+    lora = LoraConfig(**read_fields(LoraConfig, values, f"{where}: lora"))
     for name, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns:
             try:
@@ -293,7 +293,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
             f"{file}: format {content.get('format')!r} version {content.get('version')!r}; "
             "this jaxlm reads format 'jaxlm' version 1"
         )
-    read_record(ModelFile, content, f"{file}:")
+    read_fields(ModelFile, content, f"{file}:")
     return content
 
 
@@ -316,7 +316,7 @@ class PromptFile:
 
 def read_prompt_json(file: Path) -> PromptFile:
     """prompt.json; UserError for a field that is none."""
-    return PromptFile(**read_record(PromptFile, read_json(file), f"{file}:"))
+    return PromptFile(**read_fields(PromptFile, read_json(file), f"{file}:"))
 
 
 def trained_prompt(directory: Path) -> PromptFile:

@@ -28,9 +28,9 @@ from convert.output import TensorSpec, write_safetensors_file
 from convert.tensors import StoredTensor, read_tensors, same_bytes
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
+from jaxlm.jsonfields import described, fits
 from jaxlm.models.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
 from jaxlm.models.shapes import LlamaConfig, read_json
-from jaxlm.records import described, fits
 
 # Keys of adapter_config.json that say nothing about what the adapter computes.
 _IGNORED = {

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
+from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import parse
-from jaxlm.records import read_record
 
 MODALITIES_FILE = "modalities.json"
 PADDING = -1  # modality id of what is no token; 0 is text, 1, 2, ... are those with tokens of their own
@@ -224,7 +224,7 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
         items = list(content["modalities"])
-        entries = [Modality(**read_record(Modality, item, f"{path}: {n}")) for n, item in enumerate(items)]
+        entries = [Modality(**read_fields(Modality, item, f"{path}: {n}")) for n, item in enumerate(items)]
         for modality in entries:
             re.compile(modality.pattern or "")
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
-from jaxlm.records import read_record
+from jaxlm.jsonfields import read_fields
 
 # HF architecture -> what differs from LLaMA.
 ARCHITECTURES = {
@@ -480,14 +480,14 @@ class LlamaConfig:
         Raises:
             UserError: when a field is unknown, missing, of another type, or no model can have it.
         """
-        found = read_record(cls, values, where)
+        found = read_fields(cls, values, where)
         if found.get("architecture", "LlamaForCausalLM") not in ARCHITECTURES:
             raise UserError(f"{where}.architecture is {found['architecture']!r}; known: {', '.join(ARCHITECTURES)}")
         try:
             if "rope" in found:
                 found["rope"] = RopeConfig.from_dict(found["rope"])
             if found.get("moe") is not None:
-                found["moe"] = MoeConfig(**read_record(MoeConfig, found["moe"], f"{where}.moe"))
+                found["moe"] = MoeConfig(**read_fields(MoeConfig, found["moe"], f"{where}.moe"))
             return cls(**found)
         except UserError as error:
             text = str(error)

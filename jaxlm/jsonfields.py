@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from jaxlm.errors import UserError
 
 
-def read_record(cls: type[Any], values: Any, where: str) -> dict[str, Any]:
+def read_fields(cls: type[Any], values: Any, where: str) -> dict[str, Any]:
     """What a frozen dataclass takes, from JSON values.
 
     Args:
@@ -71,7 +71,7 @@ def fits(value: Any, kind: Any, where: str) -> bool:
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(fits(item, parts[1], where) for item in value.values())
     if dataclasses.is_dataclass(kind):
-        read_record(typing.cast(type[Any], kind), value, where)
+        read_fields(typing.cast(type[Any], kind), value, where)
         return True
     if kind is float:
         # Bounded, because an integer of JSON may be too large to become a float.
