@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.kernels.flash_attention import flash_attention
-from jaxlm.models.attention import MaskSpec, cudnn_attention
+from jaxlm.nn.attention import MaskSpec, cudnn_attention
 
 HEADS, DIM, TOKENS = 32, 128, 16384
 PACKED, DOCUMENT = 8192, 1024

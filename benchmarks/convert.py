@@ -27,12 +27,12 @@ import numpy as np
 # This file's folder comes first on the path, where its own name would hide the package.
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
 
-from convert.names import hf_entries, peft_entries  # noqa: E402
-from convert.output import TensorSpec, write_safetensors, write_safetensors_file  # noqa: E402
-from convert.tensors import WEIGHT_DTYPES  # noqa: E402
 from jaxlm.config import LoraConfig  # noqa: E402
-from jaxlm.models.lora import resolve_lora  # noqa: E402
 from jaxlm.models.shapes import LlamaConfig, load_shape  # noqa: E402
+from jaxlm.nn.lora import resolve_lora  # noqa: E402
+from jaxlm.weights.names import hf_entries, peft_entries  # noqa: E402
+from jaxlm.weights.output import TensorSpec, write_safetensors, write_safetensors_file  # noqa: E402
+from jaxlm.weights.tensors import WEIGHT_DTYPES  # noqa: E402
 
 SHARD = 10**9
 
@@ -59,7 +59,8 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 # The same command without its SHA-256 sums, to see what they cost.
 NO_SUMS = """
 import sys
-from convert import cli, manifest
+from convert.commands import main as cli
+from jaxlm.weights import manifest
 manifest._piece_digest = lambda *piece: ""
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -35,10 +35,10 @@ def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], fl
     from decode_gpu import RandomModel
 
     from jaxlm.config import Decoding, MeshConfig
+    from jaxlm.devices.mesh import make_mesh
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.model import Decoder, load_weights
     from jaxlm.models.shapes import LlamaConfig
-    from jaxlm.parallel.mesh import make_mesh
 
     config = LlamaConfig.from_hf({"architectures": ["LlamaForCausalLM"], **SHAPE})
     decoder = Decoder(config, dtype=dtype.removesuffix("-int8"), quantized=dtype.endswith("-int8"))

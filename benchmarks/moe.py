@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.models.llama import MLP
-from jaxlm.models.moe import MoeMLP
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.nn.moe import MoeMLP
 
 
 def layer(config: LlamaConfig, dtype: Any, tokens: int, compute: str | None) -> tuple[Callable[[], None], float]:

@@ -29,10 +29,10 @@ from typing import Any
 
 import yaml
 
-from jaxlm.cli import parse_run
+from jaxlm.cli.parser import parse_run
 from jaxlm.config import RunConfig
+from jaxlm.devices.chips import GIB, Topology, parse_topology
 from jaxlm.errors import UserError
-from jaxlm.parallel.chips import GIB, Topology, parse_topology
 from jaxlm.planning.compiled import ENVIRONMENT, CompiledStep, compile_step
 
 os.environ.update(ENVIRONMENT)  # before JAX starts: shapes are worked out on the CPU

@@ -31,10 +31,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli import load_run_yaml
+from jaxlm.cli.parser import load_run_yaml
+from jaxlm.devices.chips import GIB, Topology, parse_topology
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import load_shape
-from jaxlm.parallel.chips import GIB, Topology, parse_topology
 from jaxlm.planning.compiled import CompiledStep, compile_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,10 +36,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.devices.mesh import make_mesh, use_mesh
+from jaxlm.devices.program import read_program
 from jaxlm.kernels.flash_attention import flash_attention
-from jaxlm.models import attention as attention_module
-from jaxlm.parallel.mesh import BATCH, ROW_AXES, make_mesh, use_mesh
-from jaxlm.parallel.program import read_program
+from jaxlm.nn import attention as attention_module
+from jaxlm.sharding import BATCH, ROW_AXES
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 

@@ -21,8 +21,8 @@ import jax
 from train_step import build_step
 
 from jaxlm.config import LoraConfig
+from jaxlm.devices.chips import peak_flops
 from jaxlm.models.shapes import SHAPES
-from jaxlm.parallel.chips import peak_flops
 from jaxlm.training.report import flops_per_token
 
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.kernels.choice import choose_attention, here
 from jaxlm.models.llama import Llama
-from jaxlm.models.lora import resolve_lora
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import make_mesh, put_batch, use_mesh
+from jaxlm.nn.lora import resolve_lora
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_train_step

@@ -13,11 +13,9 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from convert.adapter_order import in_order_of
-from convert.hf_experts import open_hf
-from convert.leaves import AdapterSource, LeafInfo, ParamSource
-from convert.meta import PARAMS, MetaSource, find_shards
-from convert.mindspore import (
+from convert.formats.hf_experts import open_hf
+from convert.formats.meta import PARAMS, MetaSource, find_shards
+from convert.formats.mindspore import (
     DEFAULT_ALPHA,
     MindSporeAdapter,
     MindSporeSource,
@@ -26,13 +24,15 @@ from convert.mindspore import (
     looks_like_mindspore,
     read_files,
 )
-from convert.names import rule_for
-from convert.native import NativeAdapter, NativeSource, check_adapter_leaves, find_native, read_model_json
-from convert.peft import PeftSource
-from convert.tensors import find_weights, read_safetensors
+from convert.formats.peft import PeftSource
+from convert.transforms.adapter_order import in_order_of
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home, find_base, missing
 from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.weights.leaves import AdapterSource, LeafInfo, ParamSource
+from jaxlm.weights.names import rule_for
+from jaxlm.weights.native import NativeAdapter, NativeSource, check_adapter_leaves, find_native, read_model_json
+from jaxlm.weights.tensors import find_weights, read_safetensors
 
 __all__ = [
     "AdapterSource",
@@ -224,7 +224,7 @@ def open_adapter(
 
     Args:
         base: the model it belongs to, or at least its shape, which only jaxlm's own directories record. When the
-            model's neurons stand in another order, the adapter is put in that (see `convert.adapter_order`).
+            model's neurons stand in another order, the adapter is put in that (see `convert.transforms.adapter_order`).
         alpha: MindSpore only: lora_alpha, which that format does not record.
 
     Raises:

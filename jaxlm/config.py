@@ -24,7 +24,7 @@ class ModelConfig:
         dtype: compute dtype of matrix products; softmax, norms and loss are always float32.
         param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only
             in float32.
-        attention: which implementation runs; auto takes the fastest that python -m jaxlm.kernels.tune measured on this
+        attention: which implementation runs; auto takes the fastest that python -m jaxlm.tune measured on this
             kind of device, else one by rule, and says at start-up why it and why not the others.
         remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v
             and attention output), qkv (keep those three), full.

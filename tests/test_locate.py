@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxlm.cli import parse_config, parse_run
+from jaxlm.cli.parser import parse_config, parse_run
 from jaxlm.config import GenerateConfig, RunConfig, SourceConfig
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home, find_base, find_config, missing, packaged_configs, record_base

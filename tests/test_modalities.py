@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.vocab import write_tokenizer
+from convert.transforms.vocab import write_tokenizer
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
 from jaxlm.modalities import PRESETS, Modalities, TextError, resolve

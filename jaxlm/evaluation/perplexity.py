@@ -22,10 +22,10 @@ from jaxlm.data.examples import Example, Examples, encode_rendered, from_list
 from jaxlm.data.loader import Data, Report
 from jaxlm.data.sources import read_records
 from jaxlm.data.templates import choose_template, load_template
+from jaxlm.devices.mesh import put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.modalities import TextError
 from jaxlm.models.llama import Llama
-from jaxlm.parallel.mesh import put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.step import make_eval_step
 

@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import Decoding
+from jaxlm.devices.mesh import rows_axis_size, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.beam import Beams, BeamState, advance, new_beams, search
 from jaxlm.inference.decode import State, decode, new_state, write
 from jaxlm.inference.model import Caches, Decoder, Weights, extend, grow, prefill, repeat_rows
 from jaxlm.inference.options import check_decoding
 from jaxlm.inference.sampling import Method, Settings, row_keys
-from jaxlm.parallel.mesh import ROW_AXES, rows_axis_size, use_mesh
+from jaxlm.sharding import ROW_AXES
 
 # Tokens written between two looks at the device.
 FLUSH = 32

@@ -19,15 +19,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from jaxlm.devices.mesh import load_sharded, stored_chunks, tree_shardings
 from jaxlm.kernels.choice import Choice
-from jaxlm.models.attention import KVCache, MaskSpec
-from jaxlm.models.linear import quantize
 from jaxlm.models.llama import Block, Llama, RMSNorm, abstract_variables, output_logits
-from jaxlm.models.lora import LoraSpec
-from jaxlm.models.moe import modality_ids
-from jaxlm.models.rope import rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import ROW_AXES, load_sharded, stored_chunks, tree_shardings
+from jaxlm.nn.attention import KVCache, MaskSpec
+from jaxlm.nn.linear import quantize
+from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.moe import modality_ids
+from jaxlm.nn.rope import rope_cos_sin
+from jaxlm.sharding import ROW_AXES
 
 # Of each layer: keys and values [R, K, S, h].
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -35,7 +36,7 @@ Weights = dict[str, Any]
 
 
 class Readable(Protocol):
-    """A model or adapter whose leaves can be read by slices (see `convert.leaves`)."""
+    """A model or adapter whose leaves can be read by slices (see `jaxlm.weights.leaves`)."""
 
     @property
     def leaves(self) -> Mapping[str, Any]: ...

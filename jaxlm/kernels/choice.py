@@ -1,7 +1,7 @@
 """Which attention runs: by what this device can do, by what was measured on it, else by rule; and a line that says so.
 
 Measurements lie in two tables, JSON files: the one shipped with jaxlm, and the user's own, which
-`python -m jaxlm.kernels.tune` writes and which counts first.
+`python -m jaxlm.tune` writes and which counts first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
 TABLE_ENV = "JAXLM_TUNED"
 SHIPPED = Path(__file__).with_name("tuned.json")
 FORMAT = 1
-TUNE = "python -m jaxlm.kernels.tune"
+TUNE = "python -m jaxlm.tune"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,14 @@ from jax.typing import DTypeLike
 
 from jaxlm.kernels.choice import Choice
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
-from jaxlm.models.attention import KVCache, MaskSpec, attention, cached_attention
-from jaxlm.models.embedding import look_up
-from jaxlm.models.linear import Linear
-from jaxlm.models.lora import LoraSpec
-from jaxlm.models.moe import MoeMLP
-from jaxlm.models.moe import modality_ids as find_modalities
-from jaxlm.models.rope import apply_rope, rope_cos_sin
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
+from jaxlm.nn.embedding import look_up
+from jaxlm.nn.linear import Linear
+from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.moe import MoeMLP
+from jaxlm.nn.moe import modality_ids as find_modalities
+from jaxlm.nn.rope import apply_rope, rope_cos_sin
 
 # What the backward pass finds stored; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {

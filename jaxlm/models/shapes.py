@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
 }
 # Other names that LLaMA's architecture goes by: of the first ports of LLaMA, and of Yi's first release, whose code is
-# LLaMA's with other names for two norms (see `convert.names`).
+# LLaMA's with other names for two norms (see `jaxlm.weights.names`).
 ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM", "YiForCausalLM": "LlamaForCausalLM"}
 # What a key that is not in a `config.json` means, where transformers' configuration class of the architecture says so.
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli import dump_yaml, load_run_yaml
+from jaxlm.cli.parser import dump_yaml, load_run_yaml
 from jaxlm.config import RunConfig
+from jaxlm.devices.chips import SHARE, Topology, parse_topology
+from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.chips import SHARE, Topology, parse_topology
-from jaxlm.parallel.program import Program, read_program
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # compilers for other devices are loaded by name
@@ -172,7 +172,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
     import jax
 
-    from jaxlm.parallel.compiler_options import least_effort
+    from jaxlm.devices.compiler_options import least_effort
     from jaxlm.training.build import build, frozen_base
 
     config = load_run_yaml(job["config"], "the job")

@@ -7,8 +7,8 @@ import math
 
 import jax.numpy as jnp
 
-from jaxlm.parallel.chips import Chip
-from jaxlm.parallel.mesh import shard_axes_size
+from jaxlm.devices.chips import Chip
+from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.planning.memory import Memory
 from jaxlm.training.build import Build
 from jaxlm.training.report import flops_per_token

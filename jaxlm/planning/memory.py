@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import LoraConfig
+from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.llama import Llama, abstract_variables
-from jaxlm.models.lora import LoraSpec, resolve_lora
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import SHARD_AXES, shard_axes_size
+from jaxlm.nn.lora import LoraSpec, resolve_lora
+from jaxlm.sharding import SHARD_AXES
 from jaxlm.training.build import Build
 from jaxlm.training.state import Initializer, bytes_per_device, count
 

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from jaxlm.config import RunConfig
+from jaxlm.devices.chips import Topology
+from jaxlm.devices.mesh import axis_sizes
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.chips import Topology
-from jaxlm.parallel.mesh import axis_sizes
 from jaxlm.planning.compiled import CompiledStep, compile_step
 from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory

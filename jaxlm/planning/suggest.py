@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from jaxlm.config import MeshConfig, RunConfig, flatten, to_dict
+from jaxlm.devices.chips import Topology
+from jaxlm.devices.mesh import rows_axis_size
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.chips import Topology
-from jaxlm.parallel.mesh import rows_axis_size
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import estimate_memory, resident_bytes
 from jaxlm.training.build import Build, batch_split, build

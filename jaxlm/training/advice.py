@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import OptimizerConfig
-from jaxlm.models.lora import ATTENTION_LINEARS, LoraSpec
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.nn.lora import ATTENTION_LINEARS, LoraSpec
 from jaxlm.training.optimizer import Schedule, warmup_steps
 
 FAR = 0.5  # of the peak: a run that never comes so far has not trained as it was asked to

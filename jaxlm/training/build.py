@@ -17,24 +17,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.data.loader import BATCH_DTYPES
+from jaxlm.devices.chips import Topology
+from jaxlm.devices.compiler_options import compiler_options
+from jaxlm.devices.mesh import abstract_mesh, make_mesh, replicated, rows_axis_size, slice_count, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.kernels.choice import attention_details, choose_attention, here
-from jaxlm.models.attention import kv_head_copies
 from jaxlm.models.llama import Llama
-from jaxlm.models.lora import resolve_lora
-from jaxlm.models.moe import choose_compute
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.chips import Topology
-from jaxlm.parallel.compiler_options import compiler_options
-from jaxlm.parallel.mesh import (
-    BATCH,
-    abstract_mesh,
-    make_mesh,
-    replicated,
-    rows_axis_size,
-    slice_count,
-    use_mesh,
-)
+from jaxlm.nn.attention import kv_head_copies
+from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.moe import choose_compute
+from jaxlm.sharding import BATCH
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_eval_step, make_train_step

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.config import RunConfig
+from jaxlm.devices.mesh import check_mesh
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.distributed import Hosts
-from jaxlm.parallel.mesh import check_mesh
+from jaxlm.processes.distributed import Hosts
 from jaxlm.training.build import build, compile_with
 from jaxlm.training.report import human_bytes
 from jaxlm.training.resume import PRINTS, RUN, check_settings

@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.lock import Lock
-from jaxlm.parallel.distributed import Hosts
+from jaxlm.processes.distributed import Hosts
 from jaxlm.training.state import TrainState
 
 KEEP = 2

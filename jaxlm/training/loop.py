@@ -16,13 +16,13 @@ from rich.console import Console
 
 from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.loader import Data
+from jaxlm.devices.finite import Namer, check_finite, leaf_name
+from jaxlm.devices.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
 from jaxlm.errors import UserError
 from jaxlm.locate import record_base
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.distributed import Hosts
-from jaxlm.parallel.finite import Namer, check_finite, leaf_name
-from jaxlm.parallel.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
+from jaxlm.processes.distributed import Hosts
 from jaxlm.training.advice import final_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.build import Build, build
 from jaxlm.training.checkpoint import Checkpoints, model_json

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from jaxlm.devices.chips import peak_flops
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.chips import peak_flops
 
 
 def flops_per_token(model: LlamaConfig, length: int, full: bool) -> float:

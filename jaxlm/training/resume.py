@@ -75,7 +75,7 @@ BLOCK = 16  # elements along each of the last two dims of a sample
 
 
 class BaseModel(typing.Protocol):
-    """The leaves of a model in files (see `convert.leaves`)."""
+    """The leaves of a model in files (see `jaxlm.weights.leaves`)."""
 
     @property
     def leaves(self) -> Mapping[str, Any]:

@@ -15,9 +15,9 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
+from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
 from jaxlm.models.llama import Llama, abstract_variables
-from jaxlm.models.lora import SAVEABLE
-from jaxlm.parallel.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
+from jaxlm.nn.lora import SAVEABLE
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
 WHOLE_IF_UNEVEN = ("vocab",)

@@ -14,11 +14,11 @@ from tests.convert.tiny import make_hf_model
 def small_blocks() -> Iterator[None]:
     """Block sizes at which even tiny tensors take several."""
     sizes = {
-        "convert.tensors.BLOCK_BYTES": 256,
-        "convert.tensors.STRIP_ROWS": 5,
-        "convert.names.STRIP_ROWS": 5,
-        "convert.leaves.BLOCK_ELEMENTS": 250,
-        "convert.merge.BLOCK_BYTES": 300,
+        "jaxlm.weights.tensors.BLOCK_BYTES": 256,
+        "jaxlm.weights.tensors.STRIP_ROWS": 5,
+        "jaxlm.weights.names.STRIP_ROWS": 5,
+        "jaxlm.weights.leaves.BLOCK_ELEMENTS": 250,
+        "convert.transforms.merge.BLOCK_BYTES": 300,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():
@@ -36,7 +36,7 @@ def hf_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs `convert …`, which must succeed; returns what it printed."""
-    from convert.cli import main
+    from convert.commands.main import main
 
     def go(*arguments: object) -> str:
         status = main([str(argument) for argument in arguments])
@@ -50,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
     """Runs `convert …`, which must fail with status 2 and leave nothing new behind; returns the message."""
-    from convert.cli import main
+    from convert.commands.main import main
 
     def go(*arguments: object) -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.adapter_order import NEURON_DIMENSION, ReorderedAdapter
-from convert.leaves import AdapterSource, ParamSource
 from convert.source import open_adapter, open_model
-from convert.tensors import read_tensors
+from convert.transforms.adapter_order import NEURON_DIMENSION, ReorderedAdapter
 from jaxlm.errors import UserError
+from jaxlm.weights.leaves import AdapterSource, ParamSource
+from jaxlm.weights.tensors import read_tensors
 from tests.convert.test_experts import EVERY, TEXT_TWO, F, random_owners, write_owners
 from tests.convert.tiny import make_adapter, make_hf_model
 
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf/, its adapters, and the same model with its neurons in two other orders (one/, two/); plain/ keeps none."""
     pytest.importorskip("peft")
-    from convert.cli import main
+    from convert.commands.main import main
 
     folder = tmp_path_factory.mktemp("models")
     make_hf_model().save_pretrained(folder / "hf")

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.arithmetic import all_finite, by_xla, combine, combine_plain, use_xla
 from jaxlm.errors import UserError
+from jaxlm.weights.arithmetic import all_finite, by_xla, combine, combine_plain, use_xla
 
 
 @pytest.mark.parametrize("subtract", [False, True])
@@ -28,7 +28,7 @@ def test_float16_sums_are_numpys(subtract: bool) -> None:
 
 
 def test_float16_casts_are_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.arithmetic._CHUNK", 10_000)
+    monkeypatch.setattr("jaxlm.weights.arithmetic._CHUNK", 10_000)
     half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     half = half[np.isfinite(half)]
     wide = by_xla("float32", np.dtype(np.float32), half)
@@ -55,7 +55,7 @@ def test_xla_is_left_to_whoever_imported_jax() -> None:
     assert jax and not use_xla()
     code = (
         "import os, sys, numpy as np\n"
-        "from convert.arithmetic import combine, convert_dtype, use_xla\n"
+        "from jaxlm.weights.arithmetic import combine, convert_dtype, use_xla\n"
         "a, b = np.random.default_rng(0).standard_normal((2, 5000)).astype(np.float32)\n"
         "a, b = (convert_dtype(x, np.dtype(np.float16)) for x in (a, b))\n"
         "print(use_xla(), 'jax' in sys.modules, os.environ['JAX_PLATFORMS'], combine(a, b, True, 'x').tobytes().hex())"

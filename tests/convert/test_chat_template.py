@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from convert.chat_template import to_jinja
+from convert.formats.chat_template import to_jinja
 from jaxlm.data.sources import Record
 from jaxlm.data.templates import DIRECTORY, ConversationTemplate, Rendered, for_questions, load_template
 from jaxlm.inference.prompts import Prompter

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.coverage import Coverage, choose_rule, measure, write_coverage
-from convert.distil import DistilledSource
-from convert.experts import MoefiedSource
-from convert.leaves import ParamSource
-from convert.observe import walk
-from convert.partition import permutation
-from convert.sample import Sample
+from convert.analysis.coverage import Coverage, choose_rule, measure, write_coverage
+from convert.analysis.distil import DistilledSource
+from convert.analysis.observe import walk
+from convert.analysis.sample import Sample
 from convert.source import open_model
-from jaxlm.models.moe import experts_of_modalities
+from convert.transforms.experts import MoefiedSource
 from jaxlm.models.shapes import ROUTERS, MoeConfig
+from jaxlm.nn.moe import experts_of_modalities
+from jaxlm.weights.leaves import ParamSource
+from jaxlm.weights.partition import permutation
 from tests.convert.sampled import SALT, write_sample, write_tokenizer
 from tests.convert.tiny import make_hf_model
 

@@ -20,18 +20,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-import convert.mindspore_ckpt
-from convert.hf import HfSource, write_hf
-from convert.leaves import LeafInfo
-from convert.meta import MetaSource, write_meta
-from convert.mindspore import MindSporeSource, write_mindspore
-from convert.mindspore_ckpt import CkptWriter, read_ckpt
-from convert.names import leaf_shapes
-from convert.tensors import BFLOAT16, StoredTensor, read_safetensors
-from convert.torch_write import TensorInfo, TorchZipWriter
-from convert.torch_zip import read_torch_zip
+import jaxlm.weights.mindspore_ckpt
+from convert.formats.meta import MetaSource, write_meta
+from convert.formats.mindspore import MindSporeSource, write_mindspore
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.hf import HfSource, write_hf
+from jaxlm.weights.leaves import LeafInfo
+from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
+from jaxlm.weights.names import leaf_shapes
+from jaxlm.weights.tensors import BFLOAT16, StoredTensor, read_safetensors
+from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
+from jaxlm.weights.torch_zip import read_torch_zip
 
 ARRAYS = {
     "first": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -63,7 +63,7 @@ def write_peer_torch(path: Path) -> None:
 
 def write_ckpt(path: Path, crc: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch, CkptWriter(path, crc) as writer:
-        patch.setattr(convert.mindspore_ckpt, "SLICE_BYTES", 30)
+        patch.setattr(jaxlm.weights.mindspore_ckpt, "SLICE_BYTES", 30)
         for name, array in ARRAYS.items():
             writer.write(name, array.shape, array.dtype, [array], lambda n: None)
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.combine_cli import FAMILY_NAMES
-from convert.delta import FAMILIES, inv_freq_sum, published_sum, sum_matches
+from convert.commands.combine import FAMILY_NAMES
 from convert.source import open_model
-from convert.vocab import mean_row
+from convert.transforms.delta import FAMILIES, inv_freq_sum, published_sum, sum_matches
+from convert.transforms.vocab import mean_row
 from jaxlm.models.shapes import load_shape
 from tests.convert.tiny import make_hf_model, save_torch
 
@@ -344,7 +344,7 @@ class TestSums:
             total += 3 * float((1.0 / 10000 ** (torch.arange(0, 4, 2).float() / 4)).sum())
         arguments = ["apply-delta", base, delta, "--format", form, "--expect-sum"]
         assert "as expected" in run(*arguments[:3], tmp_path / "good", *arguments[3:], f"{total:.4f}")
-        from convert.cli import main
+        from convert.commands.main import main
 
         bad = [*arguments[:3], tmp_path / "bad", *arguments[3:], f"{total + 0.1:.4f}"]
         assert main([str(item) for item in bad]) == 0  # a warning: the model is there

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import routing_cli
-from convert.distil import PENALTY, TEACHERS, DistilledSource, distil, fit_router, held_out
-from convert.experts import MoefiedSource
-from convert.leaves import ParamSource, stored_blocks
-from convert.names import hf_entries
-from convert.observe import walk
-from convert.sample import Sample
+from convert.analysis.distil import PENALTY, TEACHERS, DistilledSource, distil, fit_router, held_out
+from convert.analysis.observe import walk
+from convert.analysis.sample import Sample
+from convert.commands import routing as routing_cli
 from convert.source import open_model
+from convert.transforms.experts import MoefiedSource
+from jaxlm.cli.generate import main as generate
 from jaxlm.errors import UserError
-from jaxlm.generate import main as generate
 from jaxlm.models.shapes import MoeConfig
+from jaxlm.weights.leaves import ParamSource, stored_blocks
+from jaxlm.weights.names import hf_entries
 from tests.convert.sampled import SALT, write_sample, write_tokenizer
 from tests.convert.test_coverage import MOEFY
 from tests.convert.tiny import make_hf_model

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from convert import experts, experts_cli
-from convert.experts import DenseSource, MoefiedSource
-from convert.leaves import ParamSource, stored_blocks
-from convert.names import hf_entries
-from convert.partition import assign_balanced, cluster_neurons, load_partition, npy_bytes, permutation, read_npy
+from convert.commands import experts as experts_cli
 from convert.source import open_model
+from convert.transforms import experts
+from convert.transforms.experts import DenseSource, MoefiedSource
 from jaxlm.errors import UserError
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import ROUTERS, MoeConfig
+from jaxlm.weights.leaves import ParamSource, stored_blocks
+from jaxlm.weights.names import hf_entries
+from jaxlm.weights.partition import assign_balanced, cluster_neurons, load_partition, npy_bytes, permutation, read_npy
 from tests.convert.tiny import make_adapter, make_hf_model
 
 EVERY: tuple[slice, ...] = ()
@@ -204,7 +205,7 @@ def test_kmeans_is_balanced_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> N
 
     chance = max(tightness(np.random.default_rng(s).permutation(np.arange(60) % 6)) for s in range(50))
     assert tightness(found) > 1.2 * chance
-    monkeypatch.setattr("convert.partition.CLUSTER_ELEMENTS", 100)  # the same by strips, up to the order of sums
+    monkeypatch.setattr("jaxlm.weights.partition.CLUSTER_ELEMENTS", 100)  # the same by strips, up to the order of sums
     again = cluster_neurons(weights, 6, 3)
     assert tightness(again) > 1.2 * chance and (np.bincount(again) == 10).all()
 

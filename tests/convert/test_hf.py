@@ -59,8 +59,8 @@ def test_round_trip_is_bit_equal(
     name: str, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "extra_row":  # too many rows for tiny blocks
-        monkeypatch.setattr("convert.tensors.BLOCK_BYTES", 100_000)
-        monkeypatch.setattr("convert.leaves.BLOCK_ELEMENTS", 25_000)
+        monkeypatch.setattr("jaxlm.weights.tensors.BLOCK_BYTES", 100_000)
+        monkeypatch.setattr("jaxlm.weights.leaves.BLOCK_ELEMENTS", 25_000)
     model = make_hf_model(**MODELS[name])
     model.save_pretrained(tmp_path / "hf")
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
@@ -224,7 +224,7 @@ def test_changed_config_is_written_back(hf_dir: Path, tmp_path: Path) -> None:
     """A config.json that no longer describes the model is updated; what it says besides is kept."""
     import dataclasses
 
-    from convert.hf import hf_config_for
+    from jaxlm.weights.hf import hf_config_for
 
     source = open_model(hf_dir)
     assert source.hf_config is not None

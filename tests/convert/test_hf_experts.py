@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.experts import MoefiedSource
-from convert.hf_experts import FOLDER, HfExperts
-from convert.leaves import LeafInfo
-from convert.native import write_model
-from convert.partition import npy_bytes, permutation
+from convert.formats.hf_experts import FOLDER, HfExperts
 from convert.source import open_model
-from convert.tensors import read_tensors
+from convert.transforms.experts import MoefiedSource
 from jaxlm.models.shapes import ROUTERS, MoeConfig
+from jaxlm.weights.leaves import LeafInfo
+from jaxlm.weights.native import write_model
+from jaxlm.weights.partition import npy_bytes, permutation
+from jaxlm.weights.tensors import read_tensors
 from tests.convert.test_experts import EVERY, E, F, L, assert_same_leaves, random_owners
 from tests.convert.test_experts import logits as jaxlm_logits
 from tests.convert.tiny import logits, make_adapter, make_hf_model
@@ -144,7 +144,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     make_hf_model().save_pretrained(folder / "hf")
     moe = make_moe(folder / "hf", folder / "moe", make_order(), MoeConfig(E, "learned", **MODALITIES))
-    from convert.cli import main
+    from convert.commands.main import main
 
     assert main(["jax-to-hf", str(moe), str(folder / "out")]) == 0
     return folder / "out"
@@ -273,7 +273,7 @@ def test_other_order_is_another_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Even where every number is the same."""
-    from convert.cli import main
+    from convert.commands.main import main
 
     moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "modality", top_k=(2,)))
     shutil.copytree(moe, tmp_path / "other")

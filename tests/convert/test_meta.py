@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from convert.meta import MetaSource, _generation, ffn_params
+from convert.formats.meta import MetaSource, _generation, ffn_params
 from convert.source import open_model
-from convert.tensors import WEIGHT_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.weights.tensors import WEIGHT_DTYPES
 from tests.convert.tiny import logits, make_hf_model
 
 # Three pairs in a head: with two, Meta's order and HF's would be each other's.

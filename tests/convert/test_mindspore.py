@@ -14,14 +14,14 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-import convert.mindspore_ckpt
-from convert.leaves import LeafInfo
-from convert.mindspore import MindSporeAdapter, MindSporeSource
-from convert.mindspore_ckpt import CkptWriter, read_ckpt
+import jaxlm.weights.mindspore_ckpt
+from convert.formats.mindspore import MindSporeAdapter, MindSporeSource
 from convert.source import is_adapter, open_adapter, open_model
-from convert.tensors import BFLOAT16, read_tensors
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.leaves import LeafInfo
+from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
+from jaxlm.weights.tensors import BFLOAT16, read_tensors
 from tests.convert.tiny import logits, make_adapter, make_hf_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -111,7 +111,7 @@ def test_uneven_slices(tmp_path: Path) -> None:
 
 
 def test_slices_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.mindspore_ckpt, "SLICE_BYTES", 100)
+    monkeypatch.setattr(jaxlm.weights.mindspore_ckpt, "SLICE_BYTES", 100)
     array = np.arange(35, dtype=np.float32).reshape(5, 7)
     path = write(tmp_path / "x.ckpt", {"w": array, "one": array[:1], "none": array[:0]})
     # numpy.array_split(array.reshape(-1), 2): 18 and 17 elements.

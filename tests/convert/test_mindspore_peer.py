@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import convert.mindspore_ckpt
-from convert.mindspore_ckpt import CkptWriter, read_ckpt
-from convert.tensors import BFLOAT16, read_safetensors
+import jaxlm.weights.mindspore_ckpt
+from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
+from jaxlm.weights.tensors import BFLOAT16, read_safetensors
 
 PYTHON = os.environ.get("JAXLM_MINDSPORE_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="JAXLM_MINDSPORE_PYTHON does not name a Python with MindSpore")
@@ -63,7 +63,7 @@ def plain(array: np.ndarray) -> np.ndarray:
 def test_mindspore_reads_what_we_write(
     name: str, slice_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert.mindspore_ckpt, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(jaxlm.weights.mindspore_ckpt, "SLICE_BYTES", slice_bytes)
     with CkptWriter(tmp_path / name, crc="crc" in name) as writer:
         for key, array in ARRAYS.items():
             writer.write(key, array.shape, array.dtype, [array], lambda n: None)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.manifest import check_manifest
-from convert.output import _locked, human, output_directory, parse_size
 from jaxlm.errors import UserError
+from jaxlm.weights.manifest import check_manifest
+from jaxlm.weights.output import _locked, human, output_directory, parse_size
 from tests.convert.test_source import write_hf_sharded, write_native
 
 
@@ -61,7 +61,9 @@ def test_disk_errors(
     def fail(*arguments: Any, **more: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("convert.output._write" if verb == "jax-to-hf" else "convert.native._write_small", fail)
+    monkeypatch.setattr(
+        "jaxlm.weights.output._write" if verb == "jax-to-hf" else "jaxlm.weights.native._write_small", fail
+    )
     assert words in refused(verb, tmp_path / verb.split("-")[0], tmp_path / "out")
 
 
@@ -74,7 +76,7 @@ def test_too_little_space(tmp_path: Path, refused: Callable[..., str], monkeypat
 
 def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
     """TensorStore raises ValueError, not OSError."""
-    import convert.native
+    import jaxlm.weights.native
 
     write_hf_sharded(tmp_path / "hf")
 
@@ -94,7 +96,7 @@ def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., 
         def write(self, block: Any) -> Full:
             return Full()
 
-    monkeypatch.setattr(convert.native, "_create", lambda *arguments: Store())
+    monkeypatch.setattr(jaxlm.weights.native, "_create", lambda *arguments: Store())
     assert f"{tmp_path / 'out'}: the disk is full" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
     assert len(waited) > 1  # for the writes under way, before their directory is removed
 
@@ -124,9 +126,9 @@ def test_terminated(tmp_path: Path) -> None:
     """SIGTERM in the middle of writing removes the temporary directory."""
     write_hf_sharded(tmp_path / "hf")
     code = (
-        "import sys, time, convert.native as n\n"
+        "import sys, time, jaxlm.weights.native as n\n"
         "n._write_tree = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
-        "from convert.cli import main\n"
+        "from convert.commands.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", code, "hf-to-jax", str(tmp_path / "hf"), str(tmp_path / "out")]
@@ -141,7 +143,7 @@ def test_terminated(tmp_path: Path) -> None:
 
 KILL = """
 import os, signal, sys
-import convert.output as output
+import jaxlm.weights.output as output
 
 target, count = sys.argv[1], int(sys.argv[2])
 
@@ -156,7 +158,7 @@ def die(function):
 
 holder = {"write": (output, "_write"), "sync": (os, "fsync"), "rename": (output.Path, "rename")}[target]
 setattr(*holder, die(getattr(*holder)))
-from convert.cli import main
+from convert.commands.main import main
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -223,8 +225,8 @@ def test_sizes() -> None:
 def test_help_is_fast_and_complete() -> None:
     """No heavy import before a command is known."""
     code = (
-        "import sys, convert.cli\n"
-        "convert.cli._parser().format_help()\n"
+        "import sys, convert.commands.main\n"
+        "convert.commands.main._parser().format_help()\n"
         "print([m for m in ('numpy', 'jax', 'tensorstore', 'rich', 'torch') if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -41,7 +41,7 @@ def test_home(home: Path, run: Callable[..., str]) -> None:
 
 
 def test_text_is_no_path(home: Path, run: Callable[..., str]) -> None:
-    from convert.cli import _expand, _parser
+    from convert.commands.main import _expand, _parser
 
     for words, name, want in (
         (["verify", "~/a", "~/b", "--prompt", "~/what"], "prompt", ["~/what"]),
@@ -56,7 +56,7 @@ def test_text_is_no_path(home: Path, run: Callable[..., str]) -> None:
 
 def test_a_user_that_is_not_known(home: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     """Refused as a source and as a destination; a folder of such a name is meant with ./ in front."""
-    from convert.cli import main
+    from convert.commands.main import main
 
     for words in (["~nobody-here/a", "b"], ["~/hf", "~nobody-here/b"]):
         assert main(["hf-to-jax", *words]) == 2

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.merge import MergedSource
-from convert.names import LINEARS, leaf_shapes
 from convert.source import is_adapter, open_adapter, open_model
+from convert.transforms.merge import MergedSource
 from jaxlm.errors import UserError
+from jaxlm.weights.names import LINEARS, leaf_shapes
 from tests.convert.tiny import logits, make_adapter, make_hf_model
 
 torch = pytest.importorskip("torch")

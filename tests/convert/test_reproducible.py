@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import leaves, merge, names, partition, reproducible, tensors
-from convert.experts import DenseSource, MoefiedSource
-from convert.leaves import ParamSource, full_index, stored_blocks
-from convert.merge import MergedSource
-from convert.names import LINEARS, hf_entries
-from convert.reproducible import ExactSum, low_rank_product, norms
 from convert.source import open_adapter, open_model
+from convert.transforms import merge
+from convert.transforms.experts import DenseSource, MoefiedSource
+from convert.transforms.merge import MergedSource
 from jaxlm.models.shapes import MoeConfig
+from jaxlm.weights import leaves, names, partition, reproducible, tensors
+from jaxlm.weights.leaves import ParamSource, full_index, stored_blocks
+from jaxlm.weights.names import LINEARS, hf_entries
+from jaxlm.weights.reproducible import ExactSum, low_rank_product, norms
 from tests.convert.tiny import make_adapter, make_hf_model
 
 sizes = st.integers(1, 40)
@@ -146,9 +147,9 @@ def test_clusters_do_not_depend_on_the_cut(monkeypatch: pytest.MonkeyPatch) -> N
 SCRIPT = """
 import hashlib, sys
 import numpy as np
-from convert.partition import cluster_neurons
-from convert.reproducible import ExactSum, low_rank_product, norms
-from convert.merge import MergedSource
+from jaxlm.weights.partition import cluster_neurons
+from jaxlm.weights.reproducible import ExactSum, low_rank_product, norms
+from convert.transforms.merge import MergedSource
 from convert.source import open_adapter, open_model
 found = hashlib.sha256()
 rng = np.random.default_rng(0)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.meta import PairedHeads
-from convert.names import make_layout
-from convert.tensors import BFLOAT16, JoinedColumns, JoinedRows, StoredTensor, Tensor, read_tensors
-from convert.torch_write import TensorInfo, TorchZipWriter
+from convert.formats.meta import PairedHeads
 from jaxlm.errors import UserError
+from jaxlm.weights.names import make_layout
+from jaxlm.weights.tensors import BFLOAT16, JoinedColumns, JoinedRows, StoredTensor, Tensor, read_tensors
+from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
 
 MATRIX = np.arange(84, dtype=np.float32).reshape(12, 7)
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from convert.command import say_template
-from convert.hf import hf_config_for
-from convert.peft import peft_config_for
+from convert.commands.command import say_template
+from convert.formats.peft import peft_config_for
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import MoeConfig
 from jaxlm.tokenizer import load_tokenizer
+from jaxlm.weights.hf import hf_config_for
 from tests.convert.test_experts import E
 from tests.convert.test_hf_experts import MODALITIES, make_moe, make_order
 from tests.convert.tiny import make_adapter, make_hf_model
@@ -29,7 +29,7 @@ PROMPT = {"template": "alpaca", "add_bos": True}
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model, one of experts, and an adapter, each with every small file that there is."""
-    from convert.cli import main
+    from convert.commands.main import main
 
     folder = tmp_path_factory.mktemp("small")
     base = make_hf_model(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})

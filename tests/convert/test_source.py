@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-import convert.leaves
-import convert.native
-from convert.hf import write_hf
-from convert.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
-from convert.names import hf_entries, leaf_shapes
-from convert.native import write_model
-from convert.output import output_directory
+import jaxlm.weights.leaves
+import jaxlm.weights.native
 from convert.source import is_adapter, open_adapter, open_model
-from convert.tensors import BFLOAT16
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.hf import write_hf
+from jaxlm.weights.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
+from jaxlm.weights.names import hf_entries, leaf_shapes
+from jaxlm.weights.native import write_model
+from jaxlm.weights.output import output_directory
+from jaxlm.weights.tensors import BFLOAT16
 
 CONFIG = LlamaConfig(
     vocab_size=37,
@@ -116,7 +116,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParamSource]:
     write_hf_sharded(root / "hf")
     write_checkpoint(root / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert.native, "CHUNK_BYTES", 100)
+        patch.setattr(jaxlm.weights.native, "CHUNK_BYTES", 100)
         write_native(root / "chunks")
     return {path.name: open_model(path) for path in sorted(root.iterdir())}
 
@@ -147,7 +147,7 @@ def test_leaves(sources: dict[str, ParamSource]) -> None:
 
 
 def test_blocks_are_the_tensors_in_hfs_layout(sources: dict[str, ParamSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.leaves, "READ_BYTES", 500)
+    monkeypatch.setattr(jaxlm.weights.leaves, "READ_BYTES", 500)
     for entry in hf_entries(CONFIG):
         leaf = MODEL.arrays[entry.path] if entry.layer is None else MODEL.arrays[entry.path][entry.layer]
         matrix = leaf.reshape(entry.layout.stored) if not entry.layout.split else entry.layout.to_stored(leaf)
@@ -157,7 +157,7 @@ def test_blocks_are_the_tensors_in_hfs_layout(sources: dict[str, ParamSource], m
 
 
 def test_no_chunk_is_read_for_every_block(sources: dict[str, ParamSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.leaves, "BLOCK_ELEMENTS", 20)
+    monkeypatch.setattr(jaxlm.weights.leaves, "BLOCK_ELEMENTS", 20)
     source, calls = sources["native"], []
     read = source.read
     monkeypatch.setattr(source, "read", lambda path, index: calls.append(path) or read(path, index))  # type: ignore[func-returns-value]
@@ -191,7 +191,7 @@ def test_loads_into_shards(sources: dict[str, ParamSource]) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [100, 64 << 20])
 def test_orbax_restores_what_was_converted(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.native, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(jaxlm.weights.native, "CHUNK_BYTES", chunk_bytes)
     write_native(tmp_path / "native")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for p, leaf in MODEL.leaves.items()}

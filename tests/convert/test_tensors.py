@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.tensors import BFLOAT16, read_safetensors, read_tensors, shard_path
 from jaxlm.errors import UserError
+from jaxlm.weights.tensors import BFLOAT16, read_safetensors, read_tensors, shard_path
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -45,7 +45,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
-    from convert.output import TensorSpec, write_safetensors
+    from jaxlm.weights.output import TensorSpec, write_safetensors
 
     specs = [TensorSpec(name, a.shape, a.dtype, [a]) for name, a in reversed(TENSORS.items())]
     write_safetensors(tmp_path, "model", specs, 10**9, lambda n: None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from convert.tiktoken import PATTERN, is_tiktoken, read_ranks, special_tokens, write_tokenizer_json
+from convert.formats.tiktoken import PATTERN, is_tiktoken, read_ranks, special_tokens, write_tokenizer_json
 from jaxlm.errors import UserError
 from tests.convert.test_meta import save_meta
 from tests.convert.tiny import make_hf_model

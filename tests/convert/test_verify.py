@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.cli import main
-from convert.probe import agreement, logits, random_tokens
+from convert.analysis.probe import agreement, logits, random_tokens
+from convert.analysis.verify import Difference, compare_blocks
+from convert.commands.main import main
 from convert.source import open_model
-from convert.verify import Difference, compare_blocks
 from tests.convert import tiny
 
 torch = pytest.importorskip("torch")
@@ -253,7 +253,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, hf_dir: Path, tmp_path: Pa
         raise KeyboardInterrupt
 
     monkeypatch.setattr("convert.source.open_model", interrupt)
-    monkeypatch.setattr("convert.describe.describe", interrupt)
+    monkeypatch.setattr("convert.analysis.describe.describe", interrupt)
     for arguments, written in (
         (["verify", hf_dir, hf_dir], False),
         (["inspect", hf_dir], False),

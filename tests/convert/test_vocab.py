@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from convert.source import open_model
-from convert.vocab import GrownSource, read_tokens
+from convert.transforms.vocab import GrownSource, read_tokens
 from jaxlm.tokenizer import load_tokenizer, train_sentencepiece
 from tests.convert.test_source import MODEL
 from tests.convert.tiny import make_hf_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.vocab import write_tokenizer
+from convert.transforms.vocab import write_tokenizer
 from jaxlm.config import DataConfig, ModalityConfig, SourceConfig
 from jaxlm.data import build_data
 from jaxlm.data.examples import prompt_ids

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.cli import main as convert
+from convert.commands.main import main as convert
 from convert.source import open_model
-from jaxlm.generate import main as generate
-from jaxlm.train import main
+from jaxlm.cli.generate import main as generate
+from jaxlm.cli.train import main
 from tests.e2e.conftest import SHAPE, write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("bad input")]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from convert.cli import main as convert
-from jaxlm.train import main
+from convert.commands.main import main as convert
+from jaxlm.cli.train import main
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("checks")]
@@ -96,7 +96,7 @@ def test_of_a_later_stage_before_the_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jaxlm.train._tokenizer", refuse)
+    monkeypatch.setattr("jaxlm.cli.train._tokenizer", refuse)
     for stage, message in (
         ({"lora": {"targets": ["no_proj"]}}, "lora.targets: 'no_proj'"),
         ({"data": {"train": [{"path": "gone.json"}]}}, "gone.json does not exist"),

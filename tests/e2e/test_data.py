@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.train import main
+from jaxlm.cli.train import main
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("train")]
@@ -70,7 +70,7 @@ def test_runs_from_before_go_on(dated: Path, inputs: Path, tmp_path: Path, capsy
     (small / "prompt.json").write_text('{"template": "alpaca_short", "add_bos": true}')
     capsys.readouterr()
     assert main([*words, "--train.steps", "2"]) == 0, capsys.readouterr().err
-    from jaxlm.generate import main as generate
+    from jaxlm.cli.generate import main as generate
 
     path = str(small.parent)
     asked = ["--model", path, "--prompt", "rock", "--max_new_tokens", "2", "--compilation_cache", "none"]

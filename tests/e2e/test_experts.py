@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.cli import main as convert
+from convert.commands.main import main as convert
 from convert.source import open_model
-from jaxlm.generate import main as generate
-from jaxlm.train import main as train
+from jaxlm.cli.generate import main as generate
+from jaxlm.cli.train import main as train
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("experts")]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from convert.cli import main as convert
-from jaxlm.generate import main
-from jaxlm.train import main as train
+from convert.commands.main import main as convert
+from jaxlm.cli.generate import main
+from jaxlm.cli.train import main as train
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("generate")]
@@ -169,7 +169,7 @@ def test_sigkill_in_the_middle_of_a_file(models: Path, tmp_path: Path) -> None:
 
 def test_words_of_the_command_line(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Texts that look like YAML stay texts; lists take one value, several, or the word again."""
-    from jaxlm.cli import parse_config
+    from jaxlm.cli.parser import parse_config
     from jaxlm.config import GenerateConfig
 
     def parse(*words: str) -> GenerateConfig:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from convert.cli import main as convert
+from convert.commands.main import main as convert
+from jaxlm.cli.train import main
 from jaxlm.tokenizer import load_tokenizer
-from jaxlm.train import main
 from tests.e2e.conftest import write_config
 
 RECORDS = [{"text": f"rock <smiles>{'C' * n}O</smiles> sand"} for n in range(1, 30)]

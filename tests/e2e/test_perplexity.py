@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.cli import main as convert
-from jaxlm.evaluate import main
-from jaxlm.train import main as train
+from convert.commands.main import main as convert
+from jaxlm.cli.evaluate import main
+from jaxlm.cli.train import main as train
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("perplexity")]

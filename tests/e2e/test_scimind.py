@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.cli import parse_run
+from jaxlm.cli.parser import parse_run
 from jaxlm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]

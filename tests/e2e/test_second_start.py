@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from convert.cli import main as convert
-from jaxlm.generate import main as generate
+from convert.commands.main import main as convert
+from jaxlm.cli.generate import main as generate
+from jaxlm.cli.train import main as train
 from jaxlm.lock import Lock
-from jaxlm.train import main as train
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("second start")]
@@ -178,7 +178,7 @@ def test_conversions_to_one_place(
     held: Callable[..., subprocess.Popen[str]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["jax-to-hf", str(model), str(tmp_path / "hf")]
-    first = held("convert.cli", "convert.hf:write_hf", words)
+    first = held("convert.commands.main", "jaxlm.weights.hf:write_hf", words)
     before = names(tmp_path)
     assert convert(words) == 2
     message = capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.train import main
+from jaxlm.cli.train import main
 from tests.e2e.conftest import write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.xdist_group("signals")]

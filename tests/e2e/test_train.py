@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from convert.cli import main as convert
-from jaxlm.train import main
+from convert.commands.main import main as convert
+from jaxlm.cli.train import main
 from tests.e2e.conftest import SHAPE, write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("train")]
@@ -130,7 +130,7 @@ def test_result_opens_in_transformers_and_peft(full_run: Path, tmp_path: Path, i
 
 def validation_texts(run: Path) -> list[tuple[str, str]]:
     """The held-out records of a run as (prompt, answer)."""
-    from jaxlm.cli import load_run_yaml
+    from jaxlm.cli.parser import load_run_yaml
     from jaxlm.data import build_data
     from jaxlm.tokenizer import load_tokenizer
 
@@ -179,7 +179,7 @@ def test_help_and_print_config_answer_without_jax(tmp_path: Path) -> None:
 
 
 def test_each_stage_starts_where_the_one_before_it_ended(tmp_path: Path) -> None:
-    from jaxlm.cli import parse_run
+    from jaxlm.cli.parser import parse_run
 
     file = tmp_path / "stages.yaml"
     adapter = "lora: {rank: 2}"
@@ -230,7 +230,7 @@ def test_a_model_of_experts_goes_on_and_writes(
     expert_run: Path, base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A LoRA run begins with it, without a section `moe`; the text is the same however the experts compute."""
-    from jaxlm.generate import main as generate
+    from jaxlm.cli.generate import main as generate
 
     lora = {"rank": 2, "targets": ["q_proj", "up_proj", "down_proj"], "per_expert": True}
     model = {"path": str(expert_run), "dtype": "float32", "shape": None}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.cli.evaluate import main, read_pairs
 from jaxlm.errors import UserError
-from jaxlm.evaluate import main, read_pairs
 from jaxlm.evaluation.lpm24 import Pair, caption_metrics, molecule_metrics, word_tokens
 
 pytest.importorskip("rdkit")

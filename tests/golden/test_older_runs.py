@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.cli import main as convert
+from convert.commands.main import main as convert
 from convert.source import open_model
-from jaxlm.generate import main as generate
+from jaxlm.cli.generate import main as generate
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ import jax
 import pytest
 
 from jaxlm.config import Decoding, MeshConfig
+from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.batch import Item, Journal, Result, answer_all, read_items, write_results
 from jaxlm.inference.engine import Generator
 from jaxlm.inference.model import Decoder, load_weights
 from jaxlm.inference.prompts import Prompter
-from jaxlm.parallel.mesh import make_mesh
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.inference.test_generation import CONFIG, TreeSource
 

@@ -80,7 +80,7 @@ def test_on_several_devices_it_is_the_same(generator: Generator, talk: Callable[
     import jax
 
     from jaxlm.config import MeshConfig
-    from jaxlm.parallel.mesh import make_mesh
+    from jaxlm.devices.mesh import make_mesh
 
     expected = talk(temperature=0.0)("rock", "earth")
     found = talk(temperature=0.0)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Decoding, MeshConfig
+from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.inference.engine import FIRST_SLOTS, Generator, bucket
 from jaxlm.inference.model import Decoder, extend, grow, next_logits, prefill, unstack
 from jaxlm.models.llama import Llama
-from jaxlm.parallel.mesh import make_mesh, use_mesh
 from tests.models import hf
 
 torch = pytest.importorskip("torch")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Decoding, LoraConfig, MeshConfig
+from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.engine import Generator
 from jaxlm.inference.model import Decoder, load_weights, unstack
-from jaxlm.models.linear import quantize
 from jaxlm.models.llama import Llama, abstract_variables
-from jaxlm.models.lora import resolve_lora
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.nn.linear import quantize
+from jaxlm.nn.lora import resolve_lora
 from tests.models.compare import random_tree
 
 CONFIG = LlamaConfig(

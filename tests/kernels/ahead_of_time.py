@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from jaxlm.doctor import wanted_libtpu
+from jaxlm.cli.doctor import wanted_libtpu
 
 START = """
 from functools import partial
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from jaxlm.parallel.compiler_options import least_effort
+from jaxlm.devices.compiler_options import least_effort
 
 def compile(name, topology, run, *shapes, kernels=None):
     '''Shapes are (dtype, dims...); kernels: how many there are to be, None: some.'''

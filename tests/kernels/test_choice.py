@@ -25,9 +25,9 @@ from jaxlm.kernels.choice import (
     read_table,
     write_table,
 )
-from jaxlm.models import attention as attention_module
-from jaxlm.models.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
 from jaxlm.models.shapes import SHAPES
+from jaxlm.nn import attention as attention_module
+from jaxlm.nn.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
 
 CPU = Case("cpu", "cpu", None, "float32", 512, 128, 32, 32, True)
 H200 = dataclasses.replace(CPU, platform="gpu", device_kind="NVIDIA H200", capability="9.0", dtype="bfloat16")
@@ -77,7 +77,7 @@ def test_rules_where_nothing_was_measured(case: Case, chosen: str) -> None:
     assert line.startswith(f"{chosen}: ")
     assert len(line) < 72 and ";" not in line
     line = attention_details(found, case)
-    assert f"not measured on this device kind, {case.device_kind}; run python -m jaxlm.kernels.tune" in line
+    assert f"not measured on this device kind, {case.device_kind}; run python -m jaxlm.tune" in line
     others = line.split("; not ")[1]
     assert all((f"{name} (" in others) == (name != chosen) for name in choice.NAMES)
     assert "\n" not in line

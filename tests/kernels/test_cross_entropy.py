@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
+from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.kernels import cross_entropy
 from jaxlm.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy
-from jaxlm.parallel.mesh import ROW_AXES, make_mesh, use_mesh
+from jaxlm.sharding import ROW_AXES
 
 V, D = 53, 16
 

@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.config import MeshConfig
+from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.kernels import decode_attention
-from jaxlm.models.attention import KVCache, cached_attention
-from jaxlm.parallel.mesh import make_mesh, use_mesh
+from jaxlm.nn.attention import KVCache, cached_attention
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 

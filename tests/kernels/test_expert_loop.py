@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.kernels.expert_loop import loop_experts
-from jaxlm.models.dispatch import make_dispatch
+from jaxlm.nn.dispatch import make_dispatch
 
 N, I, O, F, E = 50, 6, 5, 4, 3
 

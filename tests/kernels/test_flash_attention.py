@@ -18,7 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.kernels import flash_attention as package
 from jaxlm.kernels.flash_attention import flash_attention, tpu_backward
 from jaxlm.kernels.flash_attention.schedule import COMPUTE, MASKED, Spec, make_schedule
-from jaxlm.models.attention import MaskSpec, reference_attention
+from jaxlm.nn.attention import MaskSpec, reference_attention
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 BLOCK = 8
@@ -328,9 +328,9 @@ def test_in_the_model() -> None:
     import flax.linen as nn
 
     from jaxlm.config import MeshConfig
+    from jaxlm.devices.mesh import make_mesh, use_mesh
     from jaxlm.models.llama import Llama
     from jaxlm.models.shapes import LlamaConfig
-    from jaxlm.parallel.mesh import make_mesh, use_mesh
 
     config = LlamaConfig(32, 16, 16, 2, 4, 2, 4)
     rng = np.random.default_rng(0)
@@ -346,7 +346,7 @@ def test_in_the_model() -> None:
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, "reference")
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     with use_mesh(mesh), pytest.MonkeyPatch.context() as patch:
-        from jaxlm.models import attention
+        from jaxlm.nn import attention
 
         patch.setattr(attention, "flash_attention", functools.partial(flash_attention, interpret=True))
         found = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, "pallas_tpu")

@@ -20,7 +20,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jaxlm.errors import UserError
 from jaxlm.kernels.flash_attention import flash_attention, gpu, gpu_backward, unsupported
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
-from jaxlm.models.attention import MaskSpec, reference_attention
+from jaxlm.nn.attention import MaskSpec, reference_attention
 
 pytestmark = pytest.mark.slow
 

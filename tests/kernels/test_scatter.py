@@ -13,10 +13,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.devices.mesh import use_mesh
 from jaxlm.kernels.scatter import split_axes, sum_scattered, sum_scattered_columns
-from jaxlm.models.embedding import look_up
-from jaxlm.models.linear import matmul
-from jaxlm.parallel.mesh import MESH_AXES, use_mesh
+from jaxlm.nn.embedding import look_up
+from jaxlm.nn.linear import matmul
+from jaxlm.sharding import MESH_AXES
 
 
 def mesh_of(**sizes: int) -> Mesh:

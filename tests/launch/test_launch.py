@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 from jaxlm.config import DistributedConfig
-from jaxlm.parallel.distributed import find_place
+from jaxlm.processes.distributed import find_place
 from tests.e2e.conftest import base_config, inputs, write_config
 from tests.e2e.test_resume import steps_done
 from tests.launch.conftest import ROOT, Cluster
-from tests.parallel.test_distributed_training import pid, wait_until
+from tests.processes.test_distributed_training import pid, wait_until
 
 __all__ = ["base_config", "inputs"]  # fixtures
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm.models.lora import LoraSpec, module_parent
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.nn.lora import LoraSpec, module_parent
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models.llama import Llama
-from jaxlm.models.rope import rope_cos_sin
+from jaxlm.nn.rope import rope_cos_sin
 from tests.models import hf
 from tests.models.compare import assert_trees_close
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.config import LoraConfig
 from jaxlm.models.llama import Llama, with_saved_modules
-from jaxlm.models.lora import LINEARS, module_parent, resolve_lora
+from jaxlm.nn.lora import LINEARS, module_parent, resolve_lora
 from tests.models import hf
 from tests.models.compare import assert_trees_close
 
@@ -159,8 +159,8 @@ def test_dora_dropout_touches_only_the_update() -> None:
     x = rng.normal(size=(5, 12)).astype(np.float32)
     expected = layer(hf.torch.from_numpy(x)).detach().numpy()
 
-    from jaxlm.models import linear
-    from jaxlm.models.lora import LoraSpec
+    from jaxlm.nn import linear
+    from jaxlm.nn.lora import LoraSpec
 
     variables = {
         "params": {"kernel": base.weight.detach().numpy().T, "bias": base.bias.detach().numpy()},

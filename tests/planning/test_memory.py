@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jaxlm.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from jaxlm.devices.chips import parse_topology
 from jaxlm.models.shapes import SHAPES, LlamaConfig
-from jaxlm.parallel.chips import parse_topology
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.training.build import build

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from jaxlm.cli.plan import main
 from jaxlm.config import MeshConfig, ModelConfig, RunConfig
+from jaxlm.devices.chips import parse_topology, peak_flops
+from jaxlm.devices.compiler_options import compiler_options
+from jaxlm.devices.program import read_program
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import SHAPES
-from jaxlm.parallel.chips import parse_topology, peak_flops
-from jaxlm.parallel.compiler_options import compiler_options
-from jaxlm.parallel.program import read_program
-from jaxlm.plan import main
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.cost import estimate_cost
 from jaxlm.planning.memory import estimate_memory

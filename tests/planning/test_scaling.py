@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks import scaling
-from jaxlm.parallel.program import Collective, Program
+from jaxlm.devices.program import Collective, Program
 from jaxlm.planning.compiled import CompiledStep
 
 

@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
-from jaxlm.cli import load_run_yaml
+from jaxlm.cli.parser import load_run_yaml
+from jaxlm.devices.chips import parse_topology
 from jaxlm.models.shapes import load_shape
-from jaxlm.parallel.chips import parse_topology
 from jaxlm.planning.compiled import compile_step
 
 pytestmark = pytest.mark.slow

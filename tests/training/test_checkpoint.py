@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxlm.config import MeshConfig, OptimizerConfig
+from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.models.llama import Llama
-from jaxlm.parallel.mesh import make_mesh
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer

@@ -1,4 +1,4 @@
-"""Emergency checkpoints of one process; several are in tests/parallel/test_distributed_training.py."""
+"""Emergency checkpoints of one process; several are in tests/processes/test_distributed_training.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
+from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
-from jaxlm.parallel.distributed import Hosts
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.processes.distributed import Hosts
 from jaxlm.training.local_checkpoint import LocalCheckpoints
 from jaxlm.training.state import TrainState
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
+from jaxlm.devices.mesh import make_mesh
 from jaxlm.models.llama import Llama
-from jaxlm.models.lora import resolve_lora
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.nn.lora import resolve_lora
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, bytes_per_device, count
 

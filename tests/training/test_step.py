@@ -14,11 +14,11 @@ import optax
 import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
+from jaxlm.devices.mesh import make_mesh, put_batch
 from jaxlm.models.llama import Llama
-from jaxlm.models.lora import resolve_lora
-from jaxlm.models.moe import modality_ids
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-from jaxlm.parallel.mesh import make_mesh, put_batch
+from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.moe import modality_ids
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import (

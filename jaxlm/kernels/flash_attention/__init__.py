@@ -1,6 +1,6 @@
 """Flash attention: exact softmax attention that never stores the T x T scores, forward and backward.
 
-`jaxlm.models.attention.reference_attention` is the plain twin. See docs/kernels.md for what bounds the speed.
+`jaxlm.nn.attention.reference_attention` is the plain twin. See docs/kernels.md for what bounds the speed.
 
 Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim.
 """

@@ -1,0 +1,196 @@
+"""Comparing two models or adapters of any formats, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.formats.peft import peft_tensors
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.hf import hf_tensors
+from jaxlm.weights.leaves import AdapterSource, ParamSource
+from jaxlm.weights.names import Shape
+from jaxlm.weights.output import TensorSpec
+from jaxlm.weights.partition import order_name
+
+# Numbers compared at a time, so that everything between stays in the cache.
+_STEP = 1 << 14
+# Fields of a configuration that change nothing in what a model computes for a text.
+_NOT_COMPUTED = {"initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@dataclass
+class Difference:
+    """How one tensor differs between two models.
+
+    Args:
+        dtypes: of the tensor in each of them. Where they differ, numbers are compared in float32, and ulps are counted
+            after rounding to the one with fewer significant digits.
+        different: elements that are not equal: bit by bit, or as numbers where the dtypes differ.
+        max_ulp: largest distance in units in the last place, i.e. in representable numbers.
+        max_abs: largest absolute difference; infinite where only one of the two is a number.
+        max_rel: largest difference in relation to the larger of the two.
+    """
+
+    name: str
+    shape: Shape
+    dtypes: tuple[str, str]
+    different: int = 0
+    max_ulp: int = 0
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Report:
+    """What a comparison found.
+
+    Args:
+        tensors: those that both have, in the same shape.
+        only: names that only the first or only the second one has.
+        shapes: name -> the two shapes, where they differ.
+        config: field -> the two values, where they differ and the difference changes what is computed.
+        notes: field -> the two values, where it does not.
+    """
+
+    tensors: list[Difference] = field(default_factory=list)
+    only: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
+    shapes: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    notes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> list[Difference]:
+        return [tensor for tensor in self.tensors if not tensor.different]
+
+    @property
+    def worst(self) -> list[Difference]:
+        """The tensors that differ, the largest difference first."""
+        return sorted((t for t in self.tensors if t.different), key=lambda t: (-t.max_abs, -t.max_ulp))
+
+    def same(self, tolerance: float | None) -> bool:
+        """Whether the two are equal.
+
+        Args:
+            tolerance: largest absolute difference of two numbers that is let pass; None: none, and -0 is not 0.
+        """
+        if any(self.only) or self.shapes or self.config:
+            return False
+        return all(not t.different if tolerance is None else t.max_abs <= tolerance for t in self.tensors)
+
+
+def compare_models(first: ParamSource, second: ParamSource, advance: Callable[[int], None]) -> Report:
+    """Compares two models; memory stays small. `advance` gets the bytes read of the first one."""
+    report = _compare(hf_tensors(first), hf_tensors(second), advance)
+    _compare_fields(first.config, second.config, report)
+    orders = order_name(first.partition), order_name(second.partition)
+    if orders[0] != orders[1]:
+        report.config["partition"] = orders
+    return report
+
+
+def compare_adapters(first: AdapterSource, second: AdapterSource, advance: Callable[[int], None]) -> Report:
+    """Compares two low-rank adapters, their ranks and scales too."""
+    report = _compare(peft_tensors(first), peft_tensors(second), advance)
+    for item in dataclasses.fields(first.lora):
+        values = getattr(first.lora, item.name), getattr(second.lora, item.name)
+        if values[0] != values[1]:
+            (report.notes if item.name == "dropout" else report.config)[item.name] = values
+    if first.layers != second.layers:
+        report.config["layers"] = first.layers, second.layers
+    return report
+
+
+def _compare_fields(first: LlamaConfig, second: LlamaConfig, report: Report) -> None:
+    for item in dataclasses.fields(LlamaConfig):
+        values = getattr(first, item.name), getattr(second, item.name)
+        if values[0] != values[1]:
+            (report.notes if item.name in _NOT_COMPUTED else report.config)[item.name] = values
+
+
+def _compare(first: list[TensorSpec], second: list[TensorSpec], advance: Callable[[int], None]) -> Report:
+    report = Report()
+    others = {spec.name: spec for spec in second}
+    names = {spec.name for spec in first}
+    report.only = (
+        [spec.name for spec in first if spec.name not in others],
+        [name for name in others if name not in names],
+    )
+    for spec in first:
+        other = others.get(spec.name)
+        if other is None:
+            continue
+        if other.shape != spec.shape:
+            report.shapes[spec.name] = spec.shape, other.shape
+            continue
+        found = Difference(spec.name, spec.shape, (spec.dtype.name, other.dtype.name))
+        for a, b in _pairs(spec.blocks, other.blocks):
+            compare_blocks(a, b, found)
+            advance(a.nbytes)
+        report.tensors.append(found)
+    return report
+
+
+def _pairs(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for a, b in zip(first, second, strict=True):
+        assert a.shape == b.shape, (a.shape, b.shape)  # sources cut tensors of one layout in the same way
+        yield a, b
+
+
+def compare_blocks(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
+    """Adds the differences between two blocks of numbers to `found`."""
+    if first.dtype == second.dtype:
+        bits = np.dtype(f"u{first.dtype.itemsize}")
+        unequal = first.view(bits) != second.view(bits)
+    else:
+        unequal = first.astype(np.float32) != second.astype(np.float32)
+    count = int(np.count_nonzero(unequal))
+    if not count:
+        return
+    found.different += count
+    if 2 * count < first.size:
+        first, second = first[unequal], second[unequal]
+    first, second = first.reshape(-1), second.reshape(-1)
+    for start in range(0, first.size, _STEP):
+        _measure(first[start : start + _STEP], second[start : start + _STEP], found)
+
+
+def coarser(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype with fewer significant digits: bfloat16 before float16 before float32, in either order."""
+    return min(first, second, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
+
+
+def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
+    narrow = coarser(first.dtype, second.dtype)
+    # float32 holds what 16-bit numbers differ by to more than their own digits.
+    wide: Any = np.float64 if first.dtype == second.dtype == np.float32 else np.float32
+    a, b = first.astype(wide), second.astype(wide)
+    with np.errstate(invalid="ignore", over="ignore"):
+        absolute = np.abs(a - b)
+        if not np.isfinite(absolute.max()):
+            absolute[np.isnan(absolute)] = np.inf
+            absolute[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        # Where both are 0 anything will do but 0.
+        larger = np.maximum(np.maximum(np.abs(a), np.abs(b)), np.finfo(wide).tiny)
+        relative = absolute / larger
+        ulps = np.abs(_ordered(first.astype(narrow, copy=False)) - _ordered(second.astype(narrow, copy=False)))
+    found.max_ulp = max(found.max_ulp, int(ulps.max()))
+    found.max_abs = max(found.max_abs, float(absolute.max()))
+    found.max_rel = max(found.max_rel, float(np.nan_to_num(relative.max(), nan=np.inf, posinf=np.inf)))
+
+
+def _ordered(numbers: np.ndarray) -> np.ndarray:
+    """Integers in the order of the numbers, neighbours one apart; -0 and 0 are both 0."""
+    width = numbers.dtype.itemsize
+    bits: np.ndarray = numbers.view(f"i{width}").astype(np.int64 if width == 4 else np.int32)
+    return np.where(bits < 0, -(bits & ((1 << (8 * width - 1)) - 1)), bits)

@@ -1,0 +1,127 @@
+"""The verbs coverage and distil-router: how well experts stand for the dense layer, and a learned router."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.analysis.sample import add_sample_options, read_sample, say_sample
+from convert.commands.command import add_verb, write_jax
+from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from convert.analysis.sample import Sample
+    from jaxlm.weights.leaves import ParamSource
+
+COVERAGE_TOKENS = 8192
+DISTIL_TOKENS = 32768
+STEPS = 100
+# Those of convert.analysis.distil, which is too heavy for --help; a test compares.
+TEACHERS = ("activation", "magnitude")
+
+
+def add_routing_verbs(verbs: Any) -> None:
+    """Adds the verbs to argparse's sub-commands."""
+    verb = add_verb(verbs, "coverage", _coverage, "show how much of the dense layer a model's experts cover")
+    verb.add_argument("source", metavar="MODEL", help="a model of experts")
+    verb.add_argument(
+        "--out",
+        metavar="DIR",
+        help="directory to create, with coverage.json and coverage.png (default: MODEL-coverage)",
+    )
+    add_sample_options(verb, COVERAGE_TOKENS, True, "to run through the model")
+
+    verb = add_verb(
+        verbs, "distil-router", _distil, "train the learned router to choose the experts that are most active"
+    )
+    verb.add_argument("source", metavar="MODEL", help="a model of experts with any router")
+    verb.add_argument("destination", metavar="OUT", help="jaxlm directory to create: the same with router learned")
+    verb.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of training a layer (default: {STEPS})")
+    verb.add_argument("--seed", type=int, default=0, help="decides which rows are held out (default: 0)")
+    verb.add_argument(
+        "--teacher",
+        choices=TEACHERS,
+        default="activation",
+        help="the experts to learn: those whose activations sum highest, as the router `activation` (default), or "
+        "whose activations without their signs do, which cover more of the dense layer",
+    )
+    add_sample_options(verb, DISTIL_TOKENS, True, "to train on")
+
+
+def open_experts(path: str) -> ParamSource:
+    """A model that is divided into experts.
+
+    Raises:
+        UserError: when it is dense.
+    """
+    from convert.source import open_model
+
+    source = open_model(path)
+    if source.config.moe is None:
+        raise UserError(
+            f"{path}: is a dense model; divide it into experts first: convert moefy {shlex.quote(str(path))} OUT "
+            "--experts E"
+        )
+    return source
+
+
+def coverage_directory(model: str) -> Path:
+    """Where the coverage of a model is written by default: beside it, as its own files are those of its manifest.
+
+    Raises:
+        UserError: when it exists.
+    """
+    path = Path(os.path.normpath(model))
+    if path.name in ("", ".."):
+        path = path.resolve()
+    directory = path.with_name(f"{path.name}-coverage")
+    check_new(directory)
+    return directory
+
+
+def check_new(directory: Path) -> None:
+    """Refuses what exists, before any work is done."""
+    if os.path.lexists(directory):
+        raise UserError(f"{directory}: exists already; name another destination or remove it first")
+
+
+def report_coverage(source: ParamSource, sample: Sample, directory: Path) -> None:
+    """Measures, prints the table and writes the report."""
+    from convert.analysis.coverage import measure, say_coverage, write_coverage
+    from jaxlm.weights.output import output_directory
+
+    assert source.config.moe is not None
+    found = measure(source, sample)
+    say_coverage(found)
+    about = {"model": str(source.path), "sample": list(sample.files)}
+    with output_directory(directory, 1 << 20) as folder:
+        write_coverage(found, folder, about)
+    say_sample(sample, source.config.moe)
+    print(f"{'coverage':12} {directory}/coverage.json, {directory}/coverage.png")
+
+
+def _coverage(options: argparse.Namespace) -> None:
+    source = open_experts(options.source)
+    directory = coverage_directory(options.source) if options.out is None else Path(options.out)
+    check_new(directory)
+    assert source.config.moe is not None
+    report_coverage(source, read_sample(options, source, source.config.moe), directory)
+
+
+def _distil(options: argparse.Namespace) -> None:
+    from convert.analysis.distil import DistilledSource, distil, say_distilled
+
+    for name, least in (("steps", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: expected a whole number from {least} on")
+    check_new(Path(options.destination))
+    source = open_experts(options.source)
+    assert source.config.moe is not None
+    sample = read_sample(options, source, source.config.moe)
+    result = distil(source, sample, options.steps, options.seed, options.teacher)
+    write_jax(DistilledSource(source, result.routers), options.destination)
+    say_distilled(result)
+    say_sample(sample, source.config.moe)

@@ -1,0 +1,228 @@
+"""Models of experts as Hugging Face directories: what lies beside the weights that transformers reads.
+
+    DIR/config.json, model*.safetensors    a plain dense model, neurons in their original order (or Mixtral's layout)
+    DIR/jaxlm_experts/experts.json         {"format": "jaxlm-experts", "version": 1, "moe": ..., "sha256": {FILE: ...}}
+    DIR/jaxlm_experts/partition.npy        int32 [L, F], the neuron at each place (`jaxlm.weights.partition`); not there
+                                           when the model keeps no other order
+    DIR/jaxlm_experts/router.safetensors   a learned router's matrices; not in Mixtral's layout, which has them itself
+
+A folder of their own, because some programs take every *.safetensors in a directory for weights. The sums tie the files
+of one export together; they say nothing of the weights, which may have been trained further as a dense model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.formats.mixtral import MixtralSource, is_mixtral
+from convert.transforms.experts import ROUTER, MoefiedSource
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import ARCHITECTURES, LlamaConfig, MoeConfig, read_json
+from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors
+from jaxlm.weights.leaves import Advance, DerivedSource, ParamSource, stored_blocks
+from jaxlm.weights.names import Entry, hf_entries, leaf_shapes
+from jaxlm.weights.output import TensorSpec, write_safetensors_file
+from jaxlm.weights.partition import PARTITION_FILE, load_partition, npy_bytes
+from jaxlm.weights.tensors import read_safetensors
+
+FOLDER = "jaxlm_experts"
+EXPERTS_FILE = "experts.json"
+ROUTER_FILE = "router.safetensors"
+_FORMAT = "jaxlm-experts"
+
+
+class HfExperts(MoefiedSource):
+    """A dense Hugging Face model with the files that make it one of experts."""
+
+
+class MixtralExperts(DerivedSource):
+    """Mixtral's layout with what it has no place for: modalities, architecture, the original order of the neurons."""
+
+    def __init__(self, source: MixtralSource, config: LlamaConfig, partition: np.ndarray | None) -> None:
+        super().__init__(source)
+        self.config = config
+        self._partition = partition
+
+    @property
+    def partition(self) -> np.ndarray | None:
+        return self._partition
+
+
+# The classes that `open_hf` gives.
+HF_SOURCES = (HfSource, HfExperts, MixtralExperts)
+
+
+def open_hf(path: Path) -> ParamSource:
+    """A Hugging Face directory: a dense model, one of experts that jaxlm wrote, or Mixtral's.
+
+    Raises:
+        UserError: when a file is missing, damaged, or does not fit the others.
+    """
+    folder = path / FOLDER
+    mixtral = is_mixtral(read_json(path / "config.json"))
+    source = MixtralSource(path) if mixtral else HfSource(path)
+    if not folder.is_dir():
+        return source
+    found = _read_folder(folder, source.config)
+    if isinstance(source, MixtralSource):
+        own, other = source.config.moe, found.moe
+        assert own is not None
+        if (own.experts, own.router, set(own.top_k)) != (other.experts, other.router, set(other.top_k)):
+            raise UserError(
+                f"{folder / EXPERTS_FILE}: says {other.experts} experts, router {other.router}, top_k "
+                f"{sorted(set(other.top_k))}; config.json has {own.experts}, learned, {own.top_k[0]}. It belongs to "
+                f"another model: copy the folder that was written with this one, or remove it"
+            )
+        architecture = found.architecture or source.config.architecture
+        # The layout that it has now, whatever the experts were made of.
+        moe = dataclasses.replace(other, layout="mixtral")
+        config = dataclasses.replace(source.config, moe=moe, architecture=architecture)
+        return MixtralExperts(source, config, found.partition)
+    return HfExperts(source, found.partition, found.moe, found.router)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Folder:
+    moe: MoeConfig
+    partition: np.ndarray | None
+    router: StackedTensors | None
+    architecture: str | None
+
+
+def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
+    """Args: dense: the shape that config.json gives, experts or not."""
+    where = folder / EXPERTS_FILE
+    content = read_json(where)
+    if content.get("format") != _FORMAT or content.get("version") != 1:
+        raise UserError(
+            f"{where}: format {content.get('format')!r} version {content.get('version')!r}; this jaxlm reads "
+            f"{_FORMAT!r} version 1"
+        )
+    moe = _moe(where, content.get("moe"))
+    try:
+        config = dataclasses.replace(dense, moe=moe)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; it belongs to another model") from None
+    for name, (start, stop) in zip(moe.modalities[1:], moe.ranges, strict=True):
+        if stop > dense.vocab_size:
+            raise UserError(
+                f"{where}: tokens of {name} are {start} to {stop - 1}, the model has {dense.vocab_size}; "
+                "it belongs to another model"
+            )
+    architecture = content.get("architecture")
+    if architecture is not None and architecture not in list(ARCHITECTURES):
+        raise UserError(f"{where}: architecture {architecture!r} is none of {', '.join(ARCHITECTURES)}")
+    sums = content.get("sha256")
+    if not isinstance(sums, dict) or not sums.keys() <= {PARTITION_FILE, ROUTER_FILE}:
+        raise UserError(f"{where}: sha256 is {sums!r}; expected the sums of {PARTITION_FILE} and {ROUTER_FILE}")
+    for name in (PARTITION_FILE, ROUTER_FILE):
+        if name not in sums and (folder / name).exists():
+            raise UserError(f"{folder / name}: {EXPERTS_FILE} does not know it; copy the whole folder again")
+    partition = router = None
+    if PARTITION_FILE in sums:
+        partition = load_partition(folder / PARTITION_FILE, config.num_layers, config.intermediate_size)
+    if ROUTER_FILE in sums:
+        router = _read_router(folder / ROUTER_FILE, config)
+    elif moe.router == "learned" and dense.moe is None:
+        raise UserError(f"{where}: the router is learned, but there is no {ROUTER_FILE}; copy the whole folder again")
+    for name, expected in sums.items():
+        if _sha256(folder / name) != expected:
+            raise UserError(
+                f"{folder / name}: is not the file that {EXPERTS_FILE} was written with (its sha256 differs); "
+                "copy the whole folder again"
+            )
+    return _Folder(moe, partition, router, architecture)
+
+
+def _moe(where: Path, values: Any) -> MoeConfig:
+    """The section `moe`, every value checked: the file may have been edited by hand."""
+    needed = {"experts", "router", "modalities", "ranges", "top_k"}
+    known = {field.name for field in dataclasses.fields(MoeConfig)}
+    if not isinstance(values, dict) or not needed <= values.keys() <= known:
+        raise UserError(f"{where}: moe must have {', '.join(sorted(known))}; it is {values!r}")
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
+
+    good = {
+        "experts": numbers([values["experts"]]),
+        "router": isinstance(values["router"], str),
+        "modalities": isinstance(values["modalities"], list) and all(isinstance(v, str) for v in values["modalities"]),
+        "ranges": isinstance(values["ranges"], list) and all(numbers(v) and len(v) == 2 for v in values["ranges"]),
+        "top_k": numbers(values["top_k"]),
+        "shared": numbers([values.get("shared", 0)]),
+        "layout": isinstance(values.get("layout", "dense"), str),
+    }
+    for key, fits in good.items():
+        if not fits:
+            raise UserError(f"{where}: moe.{key} is {values[key]!r}, which is no value of its kind")
+    try:
+        return MoeConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _router_entries(config: LlamaConfig) -> list[Entry]:
+    return [entry for entry in hf_entries(config) if entry.path == ROUTER]
+
+
+def _read_router(file: Path, config: LlamaConfig) -> StackedTensors:
+    if not config.learned_router:
+        assert config.moe is not None
+        raise UserError(
+            f"{file}: the router is {config.moe.router}, which has no matrices; copy the whole folder again"
+        )
+    tensors = read_safetensors(file)
+    entries = _router_entries(config)
+    match_tensors(file, tensors, entries)
+    found = StackedTensors()
+    found.add(file, {ROUTER: leaf_shapes(config)[ROUTER]}, tensors, entries)
+    return found
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral: bool = False) -> None:
+    """Writes DIR/jaxlm_experts of a model of experts.
+
+    Args:
+        mixtral: the weights are in Mixtral's layout, router included.
+        advance: called with the bytes of the router written.
+    """
+    moe, partition = source.config.moe, source.partition
+    assert moe is not None
+    folder = directory / FOLDER
+    folder.mkdir()
+    values = dataclasses.asdict(moe)
+    del values["layout"]  # the directory shows it
+    content: dict[str, Any] = {"format": _FORMAT, "version": 1, "moe": values}
+    if mixtral:
+        content["architecture"] = source.config.architecture
+    if partition is not None:
+        (folder / PARTITION_FILE).write_bytes(npy_bytes(partition))
+    if moe.router == "learned" and not mixtral:
+        dtype = source.leaves[ROUTER].dtype
+        specs = [
+            TensorSpec(entry.name, entry.layout.stored, dtype, stored_blocks(source, entry))
+            for entry in _router_entries(source.config)
+        ]
+        write_safetensors_file(folder / ROUTER_FILE, specs, advance)
+    content["sha256"] = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (folder / EXPERTS_FILE).write_text(text, encoding="utf-8")

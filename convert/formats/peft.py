@@ -1,0 +1,368 @@
+"""PEFT adapter directories: `adapter_config.json` with `adapter_model.safetensors` (or .bin)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.transforms.adapter_order import in_original_order
+from jaxlm.config import LoraConfig
+from jaxlm.errors import UserError
+from jaxlm.jsonfields import described, fits
+from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.nn.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
+from jaxlm.weights.hf import StackedTensors, copy_files, find_tokenizer_files, match_tensors
+from jaxlm.weights.leaves import AdapterSource, Advance
+from jaxlm.weights.names import (
+    PEFT_PREFIX,
+    Entry,
+    Layout,
+    Shape,
+    adapter_shapes,
+    leaf_shapes,
+    linear_module,
+    peft_entries,
+    saved_module_name,
+)
+from jaxlm.weights.native import of_another_base
+from jaxlm.weights.output import TensorSpec, write_safetensors_file
+from jaxlm.weights.tensors import StoredTensor, read_tensors, same_bytes
+
+# Keys of adapter_config.json that say nothing about what the adapter computes.
+_IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode", "layers_pattern",
+    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+    "enable_lora", "merge_weights",
+}  # fmt: skip
+_READ = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern",
+    "alpha_pattern", "use_rslora", "use_dora", "modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights",
+}  # fmt: skip
+_TEXTS = tuple[str, ...] | str | None
+_TYPES: dict[str, Any] = {
+    "r": int,
+    "lora_dropout": float | None,
+    "target_modules": _TEXTS,
+    "exclude_modules": _TEXTS,
+    "layers_to_transform": tuple[int, ...] | int | None,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+    "use_dora": bool | None,
+    "modules_to_save": tuple[str, ...] | None,
+    "base_model_name_or_path": str | None,
+}
+# These initialisations also change the base model's weights, so such an adapter fits no published base.
+_PLAIN_INIT = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+class PeftSource(StackedTensors):
+    """A PEFT LoRA adapter for a base of the shape `config`.
+
+    Raises:
+        UserError: for another kind of adapter, an unsupported feature, or any tensor missing, unexpected or of another
+            shape than the configuration says.
+    """
+
+    def __init__(self, path: Path, config: LlamaConfig) -> None:
+        super().__init__()
+        self.path = path
+        self.config = config
+        self.tokenizer_files = find_tokenizer_files(path)
+        where = path / "adapter_config.json"
+        peft_config = read_json(where)
+        self.peft_config: dict[str, Any] | None = peft_config
+        check_types(peft_config, where)
+        weights = find_adapter_weights(path)
+        tensors = read_tensors(weights)
+        if not tensors:
+            raise UserError(f"{weights}: holds no tensors; the adapter was saved empty, so save it again")
+        self.base: str | None = peft_config.get("base_model_name_or_path")
+        saved = _saved_modules(peft_config.get("modules_to_save"), where)
+        tensors = _canonical_names(tensors, weights)
+        saved = _saved_in_file(saved, tensors, peft_config, config, weights)
+        self.lora, self.layers = parse_config(peft_config, saved, config, where)
+        try:
+            specs = resolve_lora(config, self.lora, self.layers)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        entries = peft_entries(config, specs)
+        if not any(entry.name in tensors for entry in entries):
+            raise UserError(f"{weights}: holds none of the LoRA tensors, e.g. no {entries[0].name!r}; save it again")
+        shapes = adapter_shapes(config, specs)
+        for module in self.lora.modules_to_save:
+            entry, shape = _saved_entry(module, tensors, config)
+            entries.append(entry)
+            shapes[entry.path] = shape
+        for name in tensors:
+            if name.endswith("layernorm.weight"):
+                raise UserError(
+                    f"{weights}: saves {name!r} (PEFT takes 'norm' in modules_to_save for the layers' norms too); "
+                    "only the final norm can be saved in full: train with 'model.norm'"
+                )
+        try:
+            match_tensors(weights, tensors, entries)
+        except UserError as error:
+            raise UserError(f"{error}; {of_another_base(self.base)}") from None
+        self.add(weights, shapes, tensors, entries)
+
+
+def find_adapter_weights(path: Path) -> Path:
+    """adapter_model.safetensors, or .bin."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path}: has adapter_config.json but neither adapter_model.safetensors nor adapter_model.bin")
+
+
+def parse_config(
+    values: dict[str, Any], saved: tuple[str, ...], config: LlamaConfig, where: Path
+) -> tuple[LoraConfig, tuple[int, ...] | None]:
+    """The adapter and its layers (None: all) that an adapter_config.json describes."""
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type {values.get('peft_type')!r}; only LORA adapters are read")
+    for key in sorted(values.keys() - _READ - _IGNORED):
+        if values[key]:
+            raise UserError(f"{where}: {key} ({values[key]!r}) is not supported")
+    if values.get("bias", "none") != "none":
+        raise UserError(f"{where}: bias {values['bias']!r}; only adapters with bias 'none' are read")
+    if values.get("fan_in_fan_out"):
+        raise UserError(f"{where}: fan_in_fan_out is true; LLaMA's layers are linear, so it must be false")
+    init = values.get("init_lora_weights", True)
+    if init not in _PLAIN_INIT:
+        raise UserError(
+            f"{where}: init_lora_weights {init!r} changes the base model's weights too; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion to make it a plain LoRA"
+        )
+    check_types(values, where)
+    rank, alpha = values.get("r"), values.get("lora_alpha", 8)
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{where}: r is {rank!r}; the rank of an adapter is at least 1")
+    if not fits(alpha, float, "lora_alpha"):
+        raise UserError(f"{where}: lora_alpha is {alpha!r}; expected a number")
+    targets, layers = _targets(values, config, where)
+    lora = LoraConfig(
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(values.get("lora_dropout") or 0.0),
+        targets=targets,
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern={key: float(value) for key, value in (values.get("alpha_pattern") or {}).items()},
+        rslora=bool(values.get("use_rslora")),
+        dora=bool(values.get("use_dora")),
+        modules_to_save=saved,
+    )
+    return lora, layers
+
+
+def check_types(values: dict[str, Any], where: Path) -> None:
+    """Refuses values of an adapter_config.json that are of another type than PEFT writes, by name."""
+    for key, kind in _TYPES.items():
+        if key in values and not fits(values[key], kind, key):
+            raise UserError(f"{where}: {key} is {values[key]!r}; expected {described(kind)}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in values.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: {key}: {pattern!r} is no regular expression ({error})") from None
+
+
+def _matches(wanted: Any, module: str, where: Path) -> bool:
+    # PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts.
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, module) is not None
+        except re.error as error:
+            raise UserError(f"{where}: {wanted!r} is not a regular expression ({error})") from None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _targets(
+    values: dict[str, Any], config: LlamaConfig, where: Path
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    wanted, excluded = values.get("target_modules"), values.get("exclude_modules") or []
+    only = values.get("layers_to_transform")
+    only = [only] if isinstance(only, int) else only or None  # an empty list means all, as in PEFT
+    if not wanted:
+        raise UserError(f"{where}: target_modules is {wanted!r}; name the layers, e.g. ['q_proj', 'v_proj']")
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        wanted = list(LINEARS)
+    modules = {
+        (linear, layer): linear_module(linear, layer) for linear in LINEARS for layer in range(config.num_layers)
+    }
+    if isinstance(wanted, list):
+        for name in wanted:
+            if not any(_matches([name], module, where) for module in modules.values()):
+                raise UserError(
+                    f"{where}: target_modules names {name!r}, which is no linear layer of the base model's "
+                    f"{config.num_layers} layers ({', '.join(LINEARS)})"
+                )
+    for layer in only or []:
+        if type(layer) is not int or not 0 <= layer < config.num_layers:
+            raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {config.num_layers} layers")
+    found = {
+        key
+        for key, module in modules.items()
+        if _matches(wanted, module, where)
+        and not _matches(excluded, module, where)
+        and (only is None or key[1] in only)
+    }
+    targets = tuple(linear for linear in LINEARS if any(key[0] == linear for key in found))
+    layers = tuple(sorted({layer for _, layer in found}))
+    if not found:
+        raise UserError(f"{where}: target_modules {wanted!r} match no linear layer of the base model")
+    if len(found) != len(targets) * len(layers):
+        raise UserError(
+            f"{where}: target_modules {wanted!r} pick different layers for different linear layers; "
+            "that is not supported: use the same layers for all"
+        )
+    return targets, None if len(layers) == config.num_layers else layers
+
+
+def _saved_modules(names: Any, where: Path) -> tuple[str, ...]:
+    saved = []
+    for name in names or []:
+        module = str(name).removeprefix("model.")
+        if module not in SAVEABLE:
+            raise UserError(f"{where}: modules_to_save names {name!r}; supported: {', '.join(SAVEABLE)}")
+        saved.append(module)
+    return tuple(module for module in SAVEABLE if module in saved)
+
+
+def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[str, StoredTensor]:
+    """Tensors by the names that PEFT writes today.
+
+    Older versions wrote the wrapper's own name, and `.weight` behind DoRA's magnitudes. With save_embedding_layers PEFT
+    writes a module saved in full under both names, and beside it the base's (`original_module`).
+    """
+    result: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if re.search(r"\.original_module(\.default)?\.weight$", name):
+            continue
+        new = re.sub(r"\.modules_to_save(\.default)?\.weight$", ".weight", name)
+        new = re.sub(r"\.lora_magnitude_vector(\.default)?\.weight$", ".lora_magnitude_vector", new)
+        if new in result and not same_bytes(result[new], tensor):
+            raise UserError(
+                f"{weights}: {name!r} and {result[new].name!r} are one tensor, but differ; save the adapter again, or "
+                "remove the one that was not trained"
+            )
+        result.setdefault(new, tensor)
+    return result
+
+
+def _saved_in_file(
+    saved: tuple[str, ...], tensors: dict[str, StoredTensor], values: dict[str, Any], config: LlamaConfig, weights: Path
+) -> tuple[str, ...]:
+    # PEFT stores resized embeddings even when modules_to_save does not name them.
+    names = {module: f"{PEFT_PREFIX}{saved_module_name(module)}" for module in SAVEABLE}
+    saved = tuple(module for module in SAVEABLE if module in saved or names[module] in tensors)
+    if not config.tie_word_embeddings or not {"embed_tokens", "lm_head"} & set(saved):
+        return saved
+    embedding, head = tensors.get(names["embed_tokens"]), tensors.get(names["lm_head"])
+    if embedding is None or head is None or not same_bytes(embedding, head):
+        raise UserError(
+            f"{weights}: the base model ties its head to the embedding, but the adapter saves them apart (PEFT's "
+            "ensure_weight_tying was off); untie the base first (tie_word_embeddings false, lm_head.weight stored)"
+        )
+    del tensors[names["lm_head"]]
+    return tuple(module for module in saved if module != "lm_head")
+
+
+def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: LlamaConfig) -> tuple[Entry, Shape]:
+    name = f"{PEFT_PREFIX}{saved_module_name(module)}"
+    shape = leaf_shapes(config)[SAVEABLE[module]]
+    if module != "norm" and name in tensors and len(tensors[name].shape) == 2:
+        shape = (tensors[name].shape[0], shape[1])  # added tokens
+    layout = Layout(shape, shape, tuple(range(len(shape))))
+    return Entry(name, f"modules_to_save/{SAVEABLE[module]}", None, layout), shape
+
+
+def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
+    """The adapter_config.json of an adapter: the one it came with where that still holds, otherwise updated or new."""
+    lora = as_one_adapter(source.config, source.lora)
+    # PEFT wraps every module whose name ends so: a bare 'norm' would also mean the layers' norms.
+    saved = ["model.norm" if module == "norm" else module for module in lora.modules_to_save]
+    tied = source.config.tie_word_embeddings and "embed_tokens" in saved
+    values: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.base,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets),
+        "exclude_modules": None,
+        "layers_to_transform": None if source.layers is None else list(source.layers),
+        "layers_pattern": None,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "modules_to_save": [*saved, "lm_head"] if tied else saved or None,
+        "ensure_weight_tying": tied,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    original = source.peft_config
+    if original is None:
+        return values
+    own = source.path / "jaxlm" / "adapter_config.json"
+    where = own if own.is_file() else where
+    if parse_config(original, lora.modules_to_save, source.config, where) == (lora, source.layers):
+        return original
+    return original | values
+
+
+def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
+    """The tensors of an adapter as PEFT names and lays them out, neurons in the dense model's order."""
+    source = in_original_order(source)
+    specs = resolve_lora(source.config, as_one_adapter(source.config, source.lora), source.layers)
+    tensors = []
+    for entry in peft_entries(source.config, specs):
+        tensors.append(
+            TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, _Factor(source, entry))
+        )
+    for module in source.lora.modules_to_save:
+        path = f"modules_to_save/{SAVEABLE[module]}"
+        leaf = source.leaves[path]
+        names = [saved_module_name(module)]
+        if module == "embed_tokens" and source.config.tie_word_embeddings:
+            names.append(saved_module_name("lm_head"))  # PEFT stores a tied head beside its embedding
+        for name in names:
+            layout = Layout(leaf.shape, leaf.shape, tuple(range(len(leaf.shape))))
+            entry = Entry(f"{PEFT_PREFIX}{name}", path, None, layout)
+            tensors.append(TensorSpec(entry.name, leaf.shape, leaf.dtype, _Factor(source, entry)))
+    return tensors
+
+
+def write_peft(source: AdapterSource, directory: Path, advance: Advance) -> None:
+    """Writes an adapter as a PEFT directory, in the dtype it is stored in."""
+    write_safetensors_file(directory / "adapter_model.safetensors", peft_tensors(source), advance)
+    config = peft_config_for(source, directory / "adapter_config.json")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+    copy_files(source.tokenizer_files, directory)
+
+
+class _Factor:
+    """One tensor of the adapter, read when it is written; rows above the layer's own rank are dropped."""
+
+    def __init__(self, source: AdapterSource, entry: Entry) -> None:
+        self._source = source
+        self._entry = entry
+
+    def __iter__(self) -> Any:
+        entry = self._entry
+        inner = tuple(slice(0, size) for size in entry.layout.shape)
+        if entry.layer is None:
+            yield np.ascontiguousarray(self._source.read(entry.path, inner))
+        else:
+            leaf = self._source.read(entry.path, (slice(entry.layer, entry.layer + 1), *inner))[0]
+            yield entry.layout.to_stored(np.ascontiguousarray(leaf))

@@ -1,0 +1,1 @@
+"""What is done to weights: a source in, a source out."""

@@ -1,0 +1,221 @@
+"""A base model with an adapter folded into its weights, read like any other model.
+
+W + scale * A B is formed in float32 and rounded once to the result's dtype; under DoRA (arXiv:2402.09353) the sum is
+scaled per output to the learned magnitude before that. Same numbers as PEFT's `merge_and_unload` in float32.
+
+`blocks` goes through a matrix by rows of outputs, as HF stores them, and so holds a few megabytes at a time, with DoRA
+too: the norm of an output is that of a row. `read` gives any slice in jaxlm's layout; DoRA then needs all inputs of the
+outputs asked for. Both give the same bits, whatever the slice: see `jaxlm.weights.reproducible`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.nn.lora import SAVEABLE, LoraSpec, resolve_lora
+from jaxlm.weights.arithmetic import all_finite
+from jaxlm.weights.leaves import (
+    AdapterSource,
+    DerivedSource,
+    Index,
+    LeafInfo,
+    ParamSource,
+    cast,
+    full_index,
+    row_blocks,
+    stored_blocks,
+)
+from jaxlm.weights.names import Entry, linear_dims, linear_path
+from jaxlm.weights.reproducible import low_rank_product, norms
+from jaxlm.weights.tensors import WEIGHT_DTYPES
+
+# float32 working space beside the layer itself.
+BLOCK_BYTES = 16 << 20
+
+
+class MergedSource(DerivedSource):
+    """`base` with `adapter` merged in.
+
+    Args:
+        adapter: opened with the base's configuration, so that its shapes were checked against it.
+        dtype: of the result; None means that of the base, tensor by tensor.
+
+    Raises:
+        UserError: when the adapter's saved embedding and head do not have the same number of rows.
+    """
+
+    def __init__(self, base: ParamSource, adapter: AdapterSource, dtype: str | None = None) -> None:
+        super().__init__(base)
+        self._base = base
+        self._adapter = adapter
+        specs = resolve_lora(base.config, adapter.lora, adapter.layers)
+        self._linears = {f"{linear_path(linear)}/kernel": (linear, spec) for linear, spec in specs.items()}
+        self._saved = {SAVEABLE[name]: f"modules_to_save/{SAVEABLE[name]}" for name in adapter.lora.modules_to_save}
+        leaves = {}
+        for path, leaf in base.leaves.items():
+            shape = adapter.leaves[self._saved[path]].shape if path in self._saved else leaf.shape
+            chunk = None if path in self._saved else leaf.chunk
+            leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype], chunk)
+        self.leaves = leaves
+        self.config = self._with_vocabulary(base.config)
+        # The adapter was trained last, so what it was asked with is what the merged model answers to.
+        self.prompt_files = adapter.prompt_files or base.prompt_files
+        names = {file.name for file in adapter.tokenizer_files}
+        own = bool(names & {"tokenizer.json", "tokenizer.model"})
+        self.tokenizer_dir = adapter.tokenizer_files[0].parent if own else base.tokenizer_dir
+        if own:
+            # The adapter's tokenizer may have tokens that the base's lacks; the two are not mixed.
+            generation = [file for file in base.tokenizer_files if file.name == "generation_config.json"]
+            self.tokenizer_files = adapter.tokenizer_files + [file for file in generation if file.name not in names]
+
+    def _with_vocabulary(self, config: LlamaConfig) -> LlamaConfig:
+        rows = {
+            path: self.leaves[path].shape[0]
+            for path in ("embed_tokens/embedding", "lm_head/kernel")
+            if path in self.leaves
+        }
+        if len(set(rows.values())) > 1:
+            raise UserError(
+                f"{self._adapter.path}: after merging, the embedding would have {rows['embed_tokens/embedding']} rows "
+                f"and the head {rows['lm_head/kernel']}; the adapter must save both (modules_to_save)"
+            )
+        return dataclasses.replace(config, vocab_size=rows["embed_tokens/embedding"])
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        if path in self._saved:
+            saved = self._adapter.read(self._saved[path], index)
+            if not all_finite(saved):
+                raise UserError(
+                    f"{self._adapter.path}: the saved module {path} holds infinities or NaNs; nothing can be merged "
+                    "with that: take an earlier checkpoint of its run"
+                )
+            return cast(saved, self.leaves[path].dtype, path)
+        part = self._base.read(path, index)
+        if path not in self._linears:
+            return cast(part, self.leaves[path].dtype, path)
+        linear, spec = self._linears[path]
+        out = np.empty(part.shape, self.leaves[path].dtype)
+        full = full_index(self.leaves[path].shape, index)
+        for position, layer in enumerate(range(full[0].start, full[0].stop, full[0].step)):
+            if spec.ranks[layer]:
+                self._merge(part[position], out[position], path, linear, spec, layer, full[1:])
+            else:
+                out[position] = cast(part[position], out.dtype, path)
+        return out
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        dtype = self.leaves[entry.path].dtype
+        linear, spec = self._linears.get(entry.path, ("", None))
+        if entry.path in self._saved:
+            for start, stop in row_blocks(entry.layout):
+                yield np.ascontiguousarray(self.read(entry.path, (slice(start, stop),)))
+        elif spec is None or entry.layer is None or not spec.ranks[entry.layer]:
+            for block in stored_blocks(self._base, entry):
+                yield cast(block, dtype, entry.name)
+        else:
+            for block in self._merged_blocks(entry, linear, spec, entry.layer):
+                yield cast(block, dtype, entry.name)
+
+    def _merged_blocks(self, entry: Entry, linear: str, spec: LoraSpec, layer: int) -> Iterator[np.ndarray]:
+        """Rows of outputs of one layer's merged matrix in float32."""
+        rank, here = spec.ranks[layer], slice(layer, layer + 1)
+        every = tuple(slice(None) for _ in linear_dims(linear)[0].split())
+        a = self._factor(linear, layer, "lora_A", (here, *every, slice(0, rank)))
+        b = self._factor(linear, layer, "lora_B", (here, slice(0, rank)))
+        to_inputs, to_outputs = np.ascontiguousarray(a.reshape(-1, rank).T), b.reshape(rank, -1).T
+        scale = np.float32(spec.scales[layer])
+        magnitude: np.ndarray | None = None
+        if spec.dora:
+            magnitude = self._factor(linear, layer, "magnitude", (here,)).reshape(-1)
+        for (start, stop), block in zip(row_blocks(entry.layout), stored_blocks(self._base, entry), strict=True):
+            merged = low_rank_product(to_outputs[start:stop], to_inputs)
+            merged *= scale
+            merged += block.astype(np.float32, copy=False)
+            self._check_finite(merged, entry.name)
+            if magnitude is not None:
+                merged *= self._gain(magnitude[start:stop], merged, 1, entry.name, start)[:, None]
+            yield merged
+
+    def _factor(self, linear: str, layer: int, name: str, index: Index) -> np.ndarray:
+        """A part of the adapter in float32."""
+        found = self._adapter.read(f"{linear_path(linear)}/{name}", index).astype(np.float32)
+        if not all_finite(found):
+            raise UserError(
+                f"{self._adapter.path}: {name} of {linear}, layer {layer}, holds infinities or NaNs; nothing can be "
+                "merged with that: take an earlier checkpoint of its run"
+            )
+        return found
+
+    def _check_finite(self, merged: np.ndarray, name: str) -> None:
+        """Refuses a merged matrix with infinities or NaNs: the factors have none, so the base does."""
+        if not all_finite(merged):
+            raise UserError(
+                f"{self._base.path}: {name} holds infinities or NaNs; no adapter can be merged into it: the file is "
+                "damaged, or of a run that diverged"
+            )
+
+    def _gain(self, magnitude: np.ndarray, merged: np.ndarray, axis: int, name: str, first: int) -> np.ndarray:
+        """DoRA's factor of each output; `axis` is that of the inputs, `first` the first output's number."""
+        lengths = norms(merged, axis)
+        if not lengths.all():
+            row = first + int(np.flatnonzero(lengths == 0)[0])
+            raise UserError(
+                f"{self._base.path}: {name}: all weights of output {row} are zero, so DoRA's magnitude has no "
+                "direction to go by; the adapter belongs to another base"
+            )
+        return magnitude / lengths
+
+    def _merge(
+        self, base: np.ndarray, out: np.ndarray, path: str, linear: str, spec: LoraSpec, layer: int, index: Index
+    ) -> None:
+        """Fills `out` with a slice of one layer's merged kernel; `base` is the same slice of the base's."""
+        if base.size == 0:
+            return
+        num_inputs = len(linear_dims(linear)[0].split())
+        inputs, outputs = index[:num_inputs], index[num_inputs:]
+        here, rank = slice(layer, layer + 1), slice(0, spec.ranks[layer])
+        b = self._factor(linear, layer, "lora_B", (here, rank, *outputs)).reshape(spec.ranks[layer], -1)
+
+        def factor_a(part: Index) -> np.ndarray:
+            return self._factor(linear, layer, "lora_A", (here, *part, rank)).reshape(-1, spec.ranks[layer])
+
+        flat, flat_out = base.reshape(-1, b.shape[1]), out.reshape(-1, b.shape[1])
+        scale = np.float32(spec.scales[layer])
+        a = factor_a(inputs)
+
+        def merged(base_part: np.ndarray, a_part: np.ndarray, columns: slice) -> np.ndarray:
+            found = low_rank_product(a_part, b[:, columns])
+            found *= scale
+            found += base_part.astype(np.float32, copy=False)
+            self._check_finite(found, path)
+            return found
+
+        gain: np.ndarray | None = None
+        if spec.dora:
+            magnitude = self._factor(linear, layer, "magnitude", (here, *outputs)).reshape(-1)
+            # The norm of an output runs over all inputs, also when only some of them are asked for.
+            every = tuple(slice(0, size) for size in self.leaves[path].shape[1 : 1 + num_inputs])
+            whole, whole_a = flat, a
+            if a.shape[0] != int(np.prod([part.stop for part in every])):
+                whole = self._base.read(path, (here, *every, *outputs)).reshape(-1, b.shape[1])
+                whole_a = factor_a(every)
+            gain = np.empty_like(magnitude)
+            for columns in _pieces(whole.shape[1], whole.shape[0]):
+                here_merged = merged(whole[:, columns], whole_a, columns)
+                gain[columns] = self._gain(magnitude[columns], here_merged, 0, path, columns.start)
+        for rows in _pieces(flat.shape[0], flat.shape[1]):
+            part = merged(flat[rows], a[rows], slice(None))
+            if gain is not None:
+                part *= gain
+            flat_out[rows] = cast(part, out.dtype, path)
+
+
+def _pieces(count: int, width: int) -> list[slice]:
+    """`count` rows (or columns) of `width` float32 numbers, in pieces of BLOCK_BYTES."""
+    step = max(1, BLOCK_BYTES // (4 * width))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -1,0 +1,343 @@
+"""`python -m jaxlm.evaluate --task NAME --predictions FILE | --task perplexity --model DIR --data FILE`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from jaxlm.cli.parser import parse_config
+from jaxlm.config import EvaluateConfig, MeshConfig
+from jaxlm.errors import UserError
+from jaxlm.jsontext import parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxlm.evaluation.lpm24 import Pair
+    from jaxlm.evaluation.perplexity import Perplexity, Settings, Texts
+    from jaxlm.tokenizer import Tokenizer
+    from jaxlm.weights.native import PromptFile
+
+DESCRIPTION = (
+    "Compares answers with what is right, as the benchmark does: the file is what `jaxlm.generate --save_file` wrote "
+    "for records that bring the right answers along, or the benchmark's own table. Or, with --task perplexity, says "
+    "how well a model predicts the texts of a file, or the answers of instructions."
+)
+ALIASES = {
+    "data": "data.path",
+    "template": "data.template",
+    "base_model": "model.path",
+    "adapter": "model.adapter",
+    "dtype": "model.dtype",
+}
+CONTEXT = 2048  # tokens of a row at most, unless more are asked for
+# Task -> columns in which the right answer, and the model's, are looked for.
+REFERENCES = {"smiles2text": ("caption", "ground truth"), "text2smiles": ("molecule", "ground truth")}
+PREDICTIONS = ("prediction", "answer", "output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 for a mistake in the input."""
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        config = parse_config(
+            words, EvaluateConfig, prog="python -m jaxlm.evaluate", description=DESCRIPTION, aliases=ALIASES
+        )
+        if config.task == "perplexity":
+            return _perplexity(config)
+        return _run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(config: EvaluateConfig) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxlm.evaluation import lpm24
+
+    if config.task is None or config.predictions is None:
+        raise UserError(
+            f"say the task (--task {' or '.join(REFERENCES)}) and the file (--predictions FILE); or --task perplexity, "
+            "--model DIR and --data FILE"
+        )
+    if config.data is not None:
+        raise UserError(f"data: is for --task perplexity; {config.task} compares the answers in --predictions")
+    pairs, missing = read_pairs(Path(config.predictions), config.task, config.reference, config.prediction)
+    if config.task == "text2smiles":
+        metrics = lpm24.molecule_metrics(pairs)
+        how = "fingerprints by RDKit, Morgan radius 2"
+    else:
+        tokens = lpm24.word_tokens if config.metric_tokenizer is None else lpm24.hf_tokens(config.metric_tokenizer)
+        metrics = lpm24.caption_metrics(pairs, tokens)
+        how = f"BLEU over {'words and signs' if config.metric_tokenizer is None else config.metric_tokenizer}"
+    console = Console()
+    console.print(f"{config.task}: {len(pairs):,} answers ({how})", highlight=False)
+    if missing:
+        console.print(f"{missing:,} of them were not answered (see their 'error'); they count as wrong", style="bold")
+    table = Table()
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    if config.save_file is not None:
+        content = {
+            "task": config.task,
+            "predictions": config.predictions,
+            "answers": len(pairs),
+            "missing": missing,
+            "how": how,
+            **metrics,
+        }
+        Path(config.save_file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def read_pairs(
+    path: Path, task: str, reference: str | None = None, prediction: str | None = None
+) -> tuple[list[Pair], int]:
+    """The right answers and the model's, and how many there are none of: empty ones, of records with an error.
+
+    Args:
+        path: .json, .jsonl, .csv or .tsv / .txt (the benchmark's table, columns divided by tabs).
+        reference, prediction: columns; None: the first there is of the usual ones.
+
+    Raises:
+        UserError: for a broken file, or a record without one of the two.
+    """
+    from jaxlm.evaluation.lpm24 import Pair
+
+    pairs, missing = [], 0
+    for number, row in enumerate(_rows(path), 1):
+        texts = []
+        for option, given, usual in (
+            ("reference", reference, REFERENCES[task]),
+            ("prediction", prediction, PREDICTIONS),
+        ):
+            names = usual if given is None else (given,)
+            found = next((row[name] for name in names if isinstance(row.get(name), str)), None)
+            if found is None and option == "prediction" and row.get("error"):
+                found, missing = "", missing + 1
+            if found is None:
+                raise UserError(
+                    f"{path}: record {number} has no text in {' or '.join(names)}; columns found: "
+                    f"{', '.join(map(str, row)) or 'none'}. Name the column: --{option} NAME"
+                )
+            texts.append(_molecule(found) if task == "text2smiles" else found)
+        pairs.append(Pair(*texts))
+    if not pairs:
+        raise UserError(f"{path} holds no answer")
+    return pairs, missing
+
+
+def _molecule(text: str) -> str:
+    """What stands between the first tags, if there are any; else the text."""
+    found = re.search(r"<(\w+)>(.*?)</\1>", text, re.DOTALL)
+    return (found.group(2) if found else text).strip()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    from jaxlm.data.sources import csv_delimiter, refuse_twins
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix in (".csv", ".tsv", ".txt"):
+            csv.field_size_limit(1 << 30)
+            header = text.partition("\n")[0]
+            delimiter = csv_delimiter(header) if path.suffix == ".csv" else "\t"
+            table = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
+            refuse_twins(path, table.fieldnames or ())
+            rows: Any = list(table)
+        elif path.suffix == ".jsonl":
+            rows = [parse(line) for line in text.split("\n") if line.strip()]
+        else:
+            rows = parse(text)
+    except FileNotFoundError:
+        raise UserError(f"predictions: {path} does not exist") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"predictions: {path} cannot be read ({error})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"predictions: {path} must hold a list of records")
+    return rows
+
+
+# --- perplexity -------------------------------------------------------------------------------------------------------
+
+
+def _perplexity(config: EvaluateConfig) -> int:
+    if config.model.path is None and config.model.adapter is None:
+        raise UserError("model: name one, e.g. --model out/run")
+    if config.data is None:
+        raise UserError("data: name a file of texts or instructions, e.g. --data heldout.jsonl")
+    if config.predictions is not None:
+        raise UserError("predictions: perplexity looks at no answers; the texts are --data")
+    if config.model.int8:
+        raise UserError("model.int8: perplexity is measured with the weights as they are; leave it out")
+    if config.batch_size < 1:
+        raise UserError(f"batch_size: {config.batch_size} must be at least 1")
+    if config.save_file is not None:
+        folder = Path(config.save_file).absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"save_file: {config.save_file}: nothing can be written in {folder}")
+
+    # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
+    from rich.console import Console
+
+    from jaxlm.cli.start import quiet_logs, use_compilation_cache
+
+    quiet_logs()
+    use_compilation_cache(config.compilation_cache)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    figures, texts, facts = _score(config, console)
+    _show(figures, texts, facts)
+    if config.save_file is not None:
+        counts = {
+            name: getattr(texts, name) for name in ("records", "empty", "long", "characters", "bytes", "unscored")
+        }
+        content = {"task": config.task, **facts, **counts, **dataclasses.asdict(figures)}
+        Path(config.save_file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _show(figures: Perplexity, texts: Texts, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    scored = "all of them" if facts["template"] == "text" or facts["train_on_inputs"] else "the answers"
+    console.print(f"perplexity of {facts['data']}: {texts.records:,} records, {scored}", markup=False)
+    if texts.empty:
+        console.print(f"{texts.empty:,} of them have nothing to score", style="bold")
+    if texts.long:
+        length, stride = facts["sequence_length"], facts["stride"]
+        console.print(f"{texts.long:,} are longer than {length:,} tokens: in windows, {stride:,} new tokens each")
+    if texts.unscored:
+        console.print(f"{texts.unscored:,} first tokens have nothing before them and are not scored (no bos)")
+    table = Table()
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in dataclasses.asdict(figures).items():
+        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        table.add_row(name, shown)
+    console.print(table)
+
+
+def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts, dict[str, Any]]:
+    """Loads the model and runs it over the texts; also what says which model and data these are."""
+    import jax
+    import optax
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from convert.source import open_with_adapter
+    from convert.transforms.merge import MergedSource
+    from jaxlm.devices.mesh import make_mesh
+    from jaxlm.evaluation import perplexity
+    from jaxlm.kernels.choice import choose_attention, here
+    from jaxlm.models.llama import Llama
+    from jaxlm.nn.lora import resolve_lora
+    from jaxlm.nn.moe import choose_compute
+    from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.training.build import DTYPES
+    from jaxlm.training.state import Initializer
+    from jaxlm.weights.native import trained_prompt
+
+    assert config.data is not None
+    named = open_with_adapter(config.model.path, config.model.adapter)
+    path, source, adapter_path, adapter = named.path, cast(Any, named.base), named.adapter_path, named.adapter
+    if adapter is None and config.model.merge_adapter:
+        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
+    whole = source if adapter is None else MergedSource(source, adapter)
+    trained = trained_prompt(source.path if adapter is None else adapter.path)
+    if config.model.merge_adapter:
+        source, adapter = whole, None
+    shape = source.config
+    tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
+    template, why = perplexity.choose(config.data, tokenizer, trained.template)
+    settings = _settings(config, tokenizer, trained, template, shape.max_length)
+    with console.status("reading and tokenising"):
+        texts = perplexity.read_texts(config.data, template, tokenizer, settings, shape.vocab_size)
+
+    platform = jax.default_backend()
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
+    attention, reason = choose_attention(config.model.attention, here(shape, dtype, longest, True))
+    specs = {} if adapter is None else resolve_lora(shape, adapter.lora, adapter.layers)
+    experts = "dense" if shape.moe is None else choose_compute("auto", platform, shape.moe, specs)[0]
+    mesh_config = config.mesh or MeshConfig()
+    if mesh_config.sequence != 1:
+        raise UserError(f"mesh.sequence: {mesh_config.sequence}: rows are not divided here; set it to 1")
+    mesh = make_mesh(mesh_config, experts=None if shape.moe is None else shape.moe.experts)
+    model = Llama(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
+    # No optimizer: nothing is trained, but parameters are placed as in training.
+    setup = Initializer(model, None if adapter is None else adapter.lora, mesh, optax.identity())
+    with console.status("loading"):
+        params = setup.load_params(source)
+        lora = None if adapter is None else setup.load_lora(adapter)
+    trainable, frozen = ({"params": params}, {}) if lora is None else ({"lora": lora}, {"params": params})
+    console.print(f"model      {path}{'' if adapter_path is None else f' + {adapter_path}'} in {dtype}", markup=False)
+    console.print(f"template   {template}: {why}", markup=False)
+    console.print(f"attention  {reason}", markup=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("scoring", total=None)
+        figures = perplexity.measure(
+            model,
+            trainable,
+            frozen,
+            mesh,
+            texts,
+            config.batch_size,
+            lambda done, all_of_them: bar.update(task, completed=done, total=all_of_them),
+        )
+    facts = {
+        "model": str(path),
+        "adapter": adapter_path,
+        "data": config.data.path,
+        "template": template,
+        "dtype": dtype,
+        "sequence_length": settings.length,
+        **{key: value for key, value in dataclasses.asdict(settings).items() if key != "length"},
+    }
+    return figures, texts, facts
+
+
+def _settings(
+    config: EvaluateConfig, tokenizer: Tokenizer, trained: PromptFile, template: str, context: int
+) -> Settings:
+    """Lengths, and whether bos and eos stand around texts: as asked for, else as in training."""
+    from jaxlm.evaluation.perplexity import Settings
+
+    length = min(context, CONTEXT) if config.sequence_length is None else config.sequence_length
+    if length > context:
+        raise UserError(f"sequence_length: {length}; the model reads at most {context} tokens")
+
+    def first(*values: bool | None) -> bool:
+        return next(value for value in values if value is not None)
+
+    begins = tokenizer.adds_bos
+    ends = False if template == "text" else trained.add_eos
+    return Settings(
+        length=length,
+        stride=length - 1 if config.stride is None else config.stride,
+        add_bos=first(config.add_bos, trained.add_bos, begins),
+        add_eos=first(config.add_eos, ends, tokenizer.eos_id is not None),
+        train_on_inputs=config.train_on_inputs,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,463 @@
+"""`python -m jaxlm.generate --model DIR --prompt TEXT | --interactive | --predict_data FILE --save_file FILE`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from jaxlm.cli.parser import parse_config
+from jaxlm.config import Decoding, GenerateConfig
+from jaxlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.prompts import Prompter
+    from jaxlm.processes.distributed import Hosts
+    from jaxlm.weights.native import PromptFile
+
+DESCRIPTION = (
+    "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
+    "Takes a Hugging Face directory, a converted one, a run directory or checkpoint, alone or with a LoRA adapter."
+)
+# What the systems that jaxlm follows call these keys.
+ALIASES = {
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+    "adapter": "model.adapter",
+    "lora_weights": "model.adapter",
+    "load_8bit": "model.int8",
+    "dtype": "model.dtype",
+    "prompt_template": "template",
+    "num_return_sequences": "samples",
+    **{name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")},
+}
+INTERRUPTED = "interrupted; with --predict_data the same command goes on where it was"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some prompts of a file have no answer, 2 a mistake in the input, 130 interrupted."""
+    try:
+        config = parse_config(
+            sys.argv[1:] if argv is None else argv,
+            GenerateConfig,
+            prog="python -m jaxlm.generate",
+            description=DESCRIPTION,
+            aliases=ALIASES,
+        )
+        _check_config(config)
+        return _run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
+
+
+def _check_config(config: GenerateConfig) -> None:
+    """What can be known without the model."""
+    from jaxlm.inference.options import check_decoding
+
+    check_decoding(config)
+    if config.model.path is None and config.model.adapter is None:
+        raise UserError("model: name one, e.g. --model out/run")
+    modes = {
+        "--prompt": config.prompt is not None,
+        "--interactive": config.interactive,
+        "--predict_data": config.predict_data is not None,
+    }
+    if sum(modes.values()) != 1:
+        given = [name for name, is_given in modes.items() if is_given]
+        found = f"found {' and '.join(given)}" if given else "found none"
+        raise UserError(f"what to do: give one of {', '.join(modes)}; {found}")
+    if (config.predict_data is None) != (config.save_file is None):
+        raise UserError(
+            "predict_data and save_file go together: prompts are read from the one, answers go to the other"
+        )
+    if config.batch_size < 1:
+        raise UserError(f"batch_size: {config.batch_size} must be at least 1")
+    if config.input is not None and config.prompt is None:
+        raise UserError("input: goes with --prompt; in a file, records have a field `input`")
+    if config.prompt is not None and not config.prompt.strip():
+        raise UserError("prompt: it is empty: there is nothing to answer")
+    if config.save_file is not None:
+        _check_save_file(Path(config.save_file), config.overwrite)
+        if config.predict_data is not None and Path(config.save_file).resolve() == Path(config.predict_data).resolve():
+            raise UserError(f"save_file: {config.save_file} is predict_data; the prompts would be lost")
+
+
+def _check_save_file(path: Path, overwrite: bool) -> None:
+    from jaxlm.inference.batch import KINDS
+
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"save_file: {path}: the ending must be one of {', '.join(KINDS)}")
+    if path.exists() and not overwrite:
+        raise UserError(f"save_file: {path} exists already; name another file, or replace it with --overwrite")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"save_file: {path}: nothing can be written in {folder}")
+
+
+def _run(config: GenerateConfig) -> int:
+    # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
+    from rich.console import Console
+
+    from jaxlm.cli.start import quiet_logs, use_compilation_cache
+    from jaxlm.processes.distributed import SharedError, run_settings, start, versions
+    from jaxlm.training.stop import StopAtOnce
+
+    terminal = Console(stderr=True, soft_wrap=True, highlight=False)
+    quiet_logs()
+    use_compilation_cache(config.compilation_cache)
+    with contextlib.ExitStack() as around:
+        stop = None
+        if config.predict_data is not None:  # a conversation takes Ctrl-C itself
+            stop = around.enter_context(StopAtOnce(INTERRUPTED))
+        hosts = around.enter_context(start(config.distributed, terminal.print))
+        if stop is not None:
+            stop.starting(Path(config.save_file or ""), hosts)
+        if hosts.processes > 1:
+            hosts.agree("versions", versions())
+            hosts.agree("configuration", run_settings(config))
+        if config.save_file is not None:
+            _take(Path(config.save_file), config.overwrite, hosts)
+        if hosts.processes == 1:
+            return _answer(config, hosts, terminal)
+        if config.interactive:
+            raise SharedError(
+                f"interactive: a conversation is with one process, here are {hosts.processes}; give --prompt or "
+                "--predict_data, or start one process"
+            )
+        try:
+            return _answer(config, hosts, hosts.console(terminal))
+        except KeyboardInterrupt:
+            raise UserError(INTERRUPTED) from None
+
+
+def _take(path: Path, overwrite: bool, hosts: Hosts) -> None:
+    """Has a save_file to itself before the model is read, which takes its time; process 0 for all."""
+    from jaxlm.lock import Lock
+
+    place = path.resolve()
+    lock = Lock(place.with_name(f".{place.name}.lock"), f"save_file: {path}", "name another save_file")
+    problem = None
+    if hosts.process == 0:
+        try:
+            hosts.take(lock)
+            _check_save_file(path, overwrite)  # another run may have written it by now
+        except OSError as error:
+            problem = f"save_file: {path}: {error.filename or place.parent}: cannot write there ({error.strerror})"
+        except UserError as error:
+            problem = str(error)
+    hosts.check("save_file is free", problem)
+
+
+def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
+    items = None
+    if config.predict_data is not None:
+        from jaxlm.inference.batch import read_items
+
+        items = read_items(Path(config.predict_data))
+    generator, prompter, facts = _load(config, hosts, console)
+    options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
+    if items is not None:
+        return _batch(config, options, generator, prompter, facts, items, hosts, console)
+    if config.interactive:
+        _chat(options, generator, prompter, console)
+    else:
+        _single(config, options, generator, prompter, console, _show if hosts.process == 0 else _hide)
+    return 0
+
+
+def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
+    """The model on its devices, and what says which model it is."""
+    import jax
+
+    from convert.source import open_with_adapter
+    from convert.transforms.merge import MergedSource
+    from jaxlm.devices.finite import check_finite
+    from jaxlm.devices.mesh import axis_sizes, make_mesh
+    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.fit import check_tokenizer
+    from jaxlm.inference.model import Decoder, load_weights, weight_bytes
+    from jaxlm.inference.prompts import Prompter
+    from jaxlm.kernels.choice import attention_details, choose_attention, here
+    from jaxlm.nn.lora import resolve_lora
+    from jaxlm.nn.moe import choose_compute
+    from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.training.resume import base_fingerprint
+    from jaxlm.weights.names import tensor_name
+    from jaxlm.weights.native import trained_prompt
+
+    named = open_with_adapter(config.model.path, config.model.adapter)
+    path, source, adapter = named.path, cast(Any, named.base), named.adapter
+    whole = source if adapter is None else MergedSource(source, adapter)
+    if adapter is not None and adapter.base and not _same_place(adapter.base, path):
+        console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
+    tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
+    own = _own_tokenizer(whole) if config.tokenizer else None
+    for problem in check_tokenizer(tokenizer, whole.config, own, "tokenizer" if config.tokenizer else ""):
+        console.print(f"warning    {problem}", markup=False)
+    trained = trained_prompt(source.path if adapter is None else adapter.path)
+    template, why, add_bos = _template(config, trained, tokenizer)
+    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system, trained.add_eos)
+
+    platform = jax.default_backend()
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    # Prompts have any length; the longest ones are what takes time.
+    case = here(source.config, dtype, source.config.max_length, False)
+    attention, reason = choose_attention(config.model.attention, case)
+    # Hosts have tables of their own; with different programs they would wait for each other for ever.
+    hosts.agree("attention", {"model.attention": attention.name})
+    if hosts.processes > 1:
+        hosts.agree("model", {"hash of the norms": base_fingerprint(source.config, source)})
+    if adapter is None and config.model.merge_adapter:
+        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
+    merge = config.model.merge_adapter
+    on_the_fly = adapter if not merge else None
+    specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
+    moe = whole.config.moe
+    experts, experts_why = ("dense", "") if moe is None else choose_compute("auto", platform, moe, specs)
+    for index in config.stop_ids:
+        if index >= whole.config.vocab_size:
+            raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {whole.config.vocab_size - 1}")
+    decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8, experts)
+    shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
+    if shape_of.sequence != 1:
+        raise UserError(
+            f"mesh.sequence: {shape_of.sequence}: one new token at a time is no row to divide; set it to 1, and "
+            "data or tensor higher"
+        )
+    mesh = make_mesh(shape_of, experts=None if moe is None else moe.experts)
+    started = time.perf_counter()
+    with console.status("loading"):
+        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
+        where = str(source.path) if adapter is None else f"{source.path} with {adapter.path}"
+        check_finite(weights, mesh, f"model: {where}", "the file is damaged, or of a run that diverged", tensor_name)
+    stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
+
+    from jaxlm.weights.output import human
+
+    lora = "" if adapter is None else f" + {adapter.path} ({'merged' if merge else 'on the fly'})"
+    kept = f"{dtype}, linear layers in int8" if config.model.int8 else dtype
+    shape = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1) or "1 device"
+    console.print(f"model      {source.path}{lora}", markup=False)
+    console.print(
+        f"           {whole.config.num_params():,} parameters, {human(weight_bytes(weights))} in {kept}, on {platform} "
+        f"({shape}), loaded in {time.perf_counter() - started:.1f} s; context {whole.config.max_length:,} tokens",
+        markup=False,
+    )
+    console.print(f"template   {template}: {why}; {prompter.beginning}", markup=False)
+    writing = (
+        "a kernel that reads the slots in use" if attention.name == "pallas_tpu" else "plain, over all of the cache"
+    )
+    console.print(f"attention  {reason}; while writing: {writing}", markup=False)
+    if config.verbose:
+        console.print(f"           {attention_details(attention, case)}", markup=False)
+    if moe is not None:
+        console.print(f"experts    {moe.experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
+    if not stops:
+        console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
+    facts = {
+        "model": str(source.path),
+        "adapter": None if adapter is None else str(adapter.path),
+        "dtype": kept,
+        "merge_adapter": merge,
+        "template": template,
+        "columns": config.columns,
+        "system": config.system,
+        "add_bos": add_bos,
+        "tokenizer": str(tokenizer.path),
+    }
+    return Generator(decoder, weights, mesh, stops), prompter, facts
+
+
+def _own_tokenizer(source: Any) -> Any:
+    """The tokenizer that came with a model, to compare another with; None where there is none to be read."""
+    from jaxlm.tokenizer import load_tokenizer
+
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
+        return None
+    try:
+        return load_tokenizer(source.tokenizer_dir)
+    except UserError:  # that may be why another was named
+        return None
+
+
+def _same_place(recorded: str, path: str) -> bool:
+    """Whether a recorded base is this one; a name of the hub and a local copy of it count as the same."""
+    return Path(recorded).resolve() == Path(path).resolve() or Path(recorded).name == Path(path).name
+
+
+def _template(config: GenerateConfig, trained: PromptFile, tokenizer: Any) -> tuple[str, str, bool | None]:
+    """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
+    add_bos = trained.add_bos if config.add_bos is None else config.add_bos
+    if config.template != "auto":
+        return config.template, "as asked for", add_bos
+    if trained.template is not None:
+        return trained.template, "the one it was trained with", add_bos
+    if tokenizer.chat_template is not None:
+        return "chat", "the tokenizer's chat template", add_bos
+    return "text", "the prompt as it is; --template alpaca and others ask a question", add_bos
+
+
+def _stop_ids(source: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
+    from jaxlm.models.shapes import read_json
+
+    found: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
+    for file in source.tokenizer_files:
+        if file.name == "generation_config.json":
+            own = read_json(file).get("eos_token_id")
+            ids = own if isinstance(own, list) else [own]
+            if not all(index is None or type(index) is int for index in ids):
+                raise UserError(f"{file}: eos_token_id is {own!r}; it must be a token id or a list of them")
+            found.append(ids)
+    flat = [index for item in found for index in (item if isinstance(item, (list, tuple)) else [item])]
+    return sorted({index for index in flat if index is not None})
+
+
+def _auto_mesh(shape: Any, devices: int) -> Any:
+    """Heads over as many devices as divide them, the rest see different prompts."""
+    import math
+
+    from jaxlm.config import MeshConfig
+
+    blocks = shape.intermediate_size if shape.moe is None else shape.moe.experts
+    tensor = math.gcd(devices, shape.num_kv_heads, blocks)
+    return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
+
+
+def _single(
+    config: GenerateConfig,
+    options: Decoding,
+    generator: Generator,
+    prompter: Prompter,
+    console: Console,
+    show: Callable[[str], None],
+) -> None:
+    from jaxlm.inference.chat import stream_answer
+    from jaxlm.inference.text import answer_text, cut_at_stop
+
+    assert config.prompt is not None
+    ids = prompter.question(config.prompt, config.input)
+    writing = generator.start([ids], options, flush=8)
+    started = time.perf_counter()
+    if options.samples == 1:
+        answer = stream_answer(writing, prompter, options, show)
+        show("\n")
+        answers = [answer]
+    else:
+        for _ in writing.steps():
+            pass
+        answers = writing.answers()[0]
+        for number, answer in enumerate(answers, 1):
+            text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
+            show(f"[{number}] {text.strip()}\n")
+    seconds = time.perf_counter() - started
+    tokens = sum(len(answer.ids) for answer in answers)
+    console.print(
+        f"{len(ids)} tokens read, {tokens} written in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s, compilation "
+        f"included); ended by {', '.join(dict.fromkeys(answer.finish for answer in answers))}"
+    )
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _hide(text: str) -> None:
+    """For all processes but one."""
+
+
+def _chat(options: Decoding, generator: Generator, prompter: Prompter, console: Console) -> None:
+    from jaxlm.inference.chat import Chat
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() a history)
+    if not prompter.takes_turns:
+        kind = "continues a text" if prompter.is_text else "takes one question"
+        console.print(f"this template {kind}: earlier turns are not seen by the model", markup=False)
+    console.print("type a question; /help lists the commands, Ctrl-D leaves", markup=False)
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", markup=False)
+
+    Chat(generator, prompter, options, lambda: input("> "), _show, say).run()
+
+
+def _batch(
+    config: GenerateConfig,
+    options: Decoding,
+    generator: Generator,
+    prompter: Prompter,
+    facts: dict[str, Any],
+    items: Sequence[Any],
+    hosts: Hosts,
+    console: Console,
+) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from jaxlm.inference.batch import Answers, Journal, Result, answer_all, settings_of, write_results
+
+    assert config.predict_data is not None and config.save_file is not None
+    save_file = Path(config.save_file)
+    journal_path = save_file.with_name(f"{save_file.name}.partial")
+    settings = settings_of(Path(config.predict_data), options, facts)
+    hosts.agree("prompts", {"sha256 of predict_data": settings["predict_data (sha256)"]})
+    # What an interrupted run has answered is kept, also under --overwrite, as long as the settings are the same.
+    file = Journal(journal_path, settings, discard=config.overwrite) if hosts.process == 0 else None
+    done = json.loads(hosts.exchange("answered", json.dumps([] if file is None else list(file.results)))[0])
+    journal = Answers(dict.fromkeys(done, Result())) if file is None else file
+    if journal.results:
+        console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)
+    columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
+    started, written = time.perf_counter(), 0
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(items), completed=len(journal.results), speed="")
+
+        def advance(prompts: int, tokens: int) -> None:
+            nonlocal written
+            written += tokens
+            speed = f"{written / (time.perf_counter() - started):.1f} tokens/s"
+            progress.update(task, advance=prompts, speed=speed)
+
+        answer_all(items, generator, prompter, options, config.batch_size, journal, advance)
+    if file is None:
+        return 0  # process 0 tells
+    write_results(save_file, items, file.results)
+    file.close(remove=True)
+    return _report(save_file, file.results, console)
+
+
+def _report(save_file: Path, results: dict[int, Any], console: Console) -> int:
+    failed = [results[number] for number in sorted(results) if results[number].error is not None]
+    endings = [finish for result in results.values() for finish in result.finish]
+    console.print(f"{len(results) - len(failed)} answered; wrote {save_file}", markup=False)
+    for kind, limit in (("length", "max_new_tokens"), ("context", "the model's context")):
+        if endings.count(kind):
+            console.print(f"{endings.count(kind)} answers end because of {limit}", markup=False)
+    for result in failed[:5]:
+        console.print(f"not answered: {result.error}", markup=False)
+    if len(failed) > 5:
+        console.print(f"and {len(failed) - 5} more; each has its error in {save_file}", markup=False)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Devices as a mesh: shapes, shardings, chips and compiler options."""

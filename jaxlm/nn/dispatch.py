@@ -1,0 +1,373 @@
+"""Sorting tokens to experts, and to the devices that have them, so that only what is used is computed.
+
+Nothing is dropped and nothing is approximate: buffers have room for the worst case, loops and exchanges do what there
+is. Both directions of every move are gathers: XLA's scatter-add is slow on every platform.
+
+Shapes: N tokens of a device, ... all tokens ([B, T] as a rule), D model, I and O a product's inputs and outputs, E
+experts, f = F / E neurons of one, k experts of a token, S devices along the mesh axis `expert`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.kernels.expert_loop import loop_experts
+from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
+from jaxlm.nn.linear import Parts
+
+
+@flax.struct.dataclass
+class Routing:
+    """Which experts each token uses.
+
+    Attributes:
+        experts: [..., k] int32, for the largest k.
+        live: [..., k] bool; False behind the token's own k.
+        weights: [..., k] float32, factors of the experts' outputs; None: all 1.
+    """
+
+    experts: jax.Array
+    live: jax.Array
+    weights: jax.Array | None
+
+    def mask(self, experts: int) -> jax.Array:
+        """[..., E] float32: the weight of each expert, 0 where it is not used."""
+        values = self.live.astype(jnp.float32)
+        if self.weights is not None:
+            values = values * self.weights
+        return jnp.einsum("...k,...ke->...e", values, jax.nn.one_hot(self.experts, experts, dtype=jnp.float32))
+
+
+@flax.struct.dataclass
+class Moves:
+    """Which token goes to which rows of a buffer.
+
+    Attributes:
+        slot: [N, k] int32, the rows that a token goes to; `rows`, the size of the buffer, for none.
+        token: [rows] int32, the token in each row; N where there is none.
+    """
+
+    slot: jax.Array
+    token: jax.Array
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block: large ones multiply faster, small ones waste less when experts have few tokens each."""
+    size = 8
+    while size < BLOCK and size * 2 * experts <= pairs:
+        size *= 2
+    return size
+
+
+def make_dispatch(experts: jax.Array, live: jax.Array, count: int, likely: int) -> tuple[Moves, Groups]:
+    """Sorts the pairs of token and expert by expert, in blocks of rows, stable in the order of tokens.
+
+    Args:
+        experts: [N, k] int32, in 0 .. count - 1 where live.
+        live: [N, k] bool.
+        count: E.
+        likely: how many pairs are live, about.
+    """
+    tokens, k = experts.shape
+    flat = jnp.where(live, experts, count).reshape(-1)
+    counts = jnp.bincount(flat, length=count + 1)[:count]
+    groups, starts, rows = make_groups(counts, tokens * k, block_rows(likely, count))
+    order = jnp.argsort(flat, stable=True)
+    first = jnp.cumsum(counts) - counts
+    expert = jnp.minimum(flat[order], count - 1)
+    place = starts[expert] + jnp.arange(tokens * k) - first[expert]
+    place = jnp.where(flat[order] < count, place, rows).astype(jnp.int32)
+    slot = jnp.zeros(tokens * k, jnp.int32).at[order].set(place)
+    token = jnp.full(rows, tokens, jnp.int32).at[slot].set(jnp.arange(tokens * k, dtype=jnp.int32) // k, mode="drop")
+    return Moves(slot.reshape(tokens, k), token), groups
+
+
+@jax.custom_vjp
+def to_experts(x: jax.Array, moves: Moves) -> jax.Array:
+    """x [N, I] -> [rows, I]: each pair's token; zeros in the padding."""
+    return jnp.take(x, moves.token, axis=0, mode="fill", fill_value=0)
+
+
+def _to_experts_fwd(x: jax.Array, moves: Moves) -> tuple[jax.Array, Moves]:
+    return to_experts(x, moves), moves
+
+
+def _to_experts_bwd(moves: Moves, grad: jax.Array) -> tuple[jax.Array, None]:
+    pairs = jnp.take(grad, moves.slot, axis=0, mode="fill", fill_value=0)
+    return pairs.astype(jnp.float32).sum(axis=1).astype(grad.dtype), None
+
+
+to_experts.defvjp(_to_experts_fwd, _to_experts_bwd)
+
+
+@jax.custom_vjp
+def from_experts(y: jax.Array, weights: jax.Array, moves: Moves) -> jax.Array:
+    """y [rows, O] -> [N, O]: the sum over each token's pairs, times weights [N, k], in float32."""
+    pairs = jnp.take(y, moves.slot, axis=0, mode="fill", fill_value=0)
+    return jnp.einsum("nko,nk->no", pairs, weights, preferred_element_type=jnp.float32).astype(y.dtype)
+
+
+def _from_experts_fwd(y: jax.Array, weights: jax.Array, moves: Moves) -> tuple[jax.Array, Any]:
+    return from_experts(y, weights, moves), (y, weights, moves)
+
+
+def _from_experts_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    y, weights, moves = residuals
+    pairs = jnp.take(y, moves.slot, axis=0, mode="fill", fill_value=0)
+    grad_weights = jnp.einsum("nko,no->nk", pairs, grad, preferred_element_type=jnp.float32)
+    rows = jnp.take(grad, moves.token, axis=0, mode="fill", fill_value=0)
+    factor = jnp.zeros(y.shape[0], jnp.float32).at[moves.slot].set(weights.astype(jnp.float32), mode="drop")
+    return (rows * factor[:, None]).astype(y.dtype), grad_weights.astype(weights.dtype), None
+
+
+from_experts.defvjp(_from_experts_fwd, _from_experts_bwd)
+
+
+def by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
+    """[I, F] (dim 1) or [F, O] (dim 0) -> [E, I, f] or [E, f, O]."""
+    if dim == 0:
+        return matrix.reshape(experts, -1, matrix.shape[1])
+    return matrix.reshape(matrix.shape[0], experts, -1).swapaxes(0, 1)
+
+
+def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> tuple[jax.Array, jax.Array]:
+    """Inputs [..., I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
+
+    An adapter is further inputs x A and further rows B; a bias is an input of ones. So one product does it all.
+    """
+    inputs, rows = [x], [jnp.concatenate([by_expert(p.kernel, experts, 1) for p in (gate, up)], axis=-1)]
+    for part, before in ((gate, True), (up, False)):
+        extra = []
+        if part.a is not None and part.b is not None:
+            inputs.append(jnp.dot(drop(x, part.dropout), part.a.astype(x.dtype)))
+            extra.append(part.b)
+        if part.bias is not None:
+            inputs.append(jnp.ones((*x.shape[:-1], 1), x.dtype))
+            extra.append(part.bias[None])
+        for matrix in extra:
+            mine = by_expert(matrix.astype(x.dtype), experts, 1)
+            both = (mine, jnp.zeros_like(mine)) if before else (jnp.zeros_like(mine), mine)
+            rows.append(jnp.concatenate(both, axis=-1))
+    return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
+
+
+def run_experts(
+    x: jax.Array,
+    routing: Routing,
+    gate_up: jax.Array,
+    down: jax.Array,
+    offset: jax.Array | int,
+    experts: int,
+    implementation: str,
+) -> jax.Array:
+    """Inputs [N, I] through some of the E `experts`, those from `offset` on: the weighted sum [N, O] of outputs."""
+    count = gate_up.shape[0]
+    local = routing.experts - offset
+    live = routing.live & (local >= 0) & (local < count)
+    weights = live.astype(jnp.float32)
+    if routing.weights is not None:
+        weights = weights * routing.weights
+    if count < live.shape[1]:
+        # No token has more pairs than there are experts here: smaller buffers.
+        first = jnp.argsort(~live, axis=1, stable=True)[:, :count]
+        local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
+    moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts))
+    if implementation == "loop":
+        return loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups)
+    hidden = grouped_matmul(to_experts(x, moves), gate_up, groups, implementation)
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    y = grouped_matmul(nn.silu(gate) * up, down, groups, implementation)
+    return from_experts(y, weights, moves)
+
+
+def leave_experts(h: jax.Array, used: jax.Array, down: jax.Array, implementation: str) -> jax.Array:
+    """Neurons [N, E, f] through the down projections [E, f, O] of the experts that are used [N, E]: [N, O]."""
+    tokens, count, neurons = h.shape
+    experts = jnp.broadcast_to(jnp.arange(count), used.shape)
+    moves, groups = make_dispatch(experts, used, count, max(1, used.size // 2))
+    block = moves.token.shape[0] // groups.owner.shape[0]
+    owner = jnp.repeat(groups.owner, block, total_repeat_length=moves.token.shape[0])
+    pair = jnp.where(moves.token < tokens, moves.token * count + owner, tokens * count)
+    rows = to_experts(h.reshape(-1, neurons), Moves(moves.slot.reshape(-1, 1), pair))
+    y = grouped_matmul(rows, down, groups, implementation)
+    return from_experts(y, used.astype(jnp.float32), moves)
+
+
+# --- over devices -----------------------------------------------------------------------------------------------------
+
+
+def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., jax.Array]:
+    """`run` (see `run_experts`) on tokens [B, T, ...], split over the mesh's axes of rows and lengths, and experts over
+    those of neurons.
+
+    Along `expert` every device has tokens and experts of its own: tokens go to the devices that have their experts
+    (once to each, however many of its experts they use), and what comes of them goes back. Along `tensor` devices have
+    the same tokens, each does those of its experts, and the results are added up.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return lambda x, routing, gate_up, down: _unflat(run(_flat(x), _flat(routing), gate_up, down, 0), x)
+    groups = mesh.shape["expert"]
+
+    def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+        offset = jax.lax.axis_index(("expert", "tensor")) * gate_up.shape[0]
+        tokens = _flat(x), _flat(routing)
+        if groups == 1:
+            out = run(*tokens, gate_up, down, offset)
+        else:
+            out = _at_their_devices(run, *tokens, gate_up, down, offset, experts // groups, groups)
+        return _unflat(_over_tensor(out, mesh), x)
+
+    def split(x: jax.Array, *others: Any) -> jax.Array:
+        token, matrix = P(*_token_axes(x, mesh), None), P(("expert", "tensor"), None, None)
+        specs = (token, token, matrix, matrix)
+        return jax.shard_map(local, in_specs=specs, out_specs=token, check_vma=False)(x, *others)
+
+    return split
+
+
+def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`run` (see `leave_experts`) on tokens [B, T, ...], split over the axes of rows and lengths, and experts over
+    `tensor`.
+
+    Neurons that are computed for all experts are where their tokens are, so matrices come there, also along `expert`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return lambda h, used, down: _unflat(run(_flat(h), _flat(used), down), h)
+
+    def local(h: jax.Array, used: jax.Array, down: jax.Array) -> jax.Array:
+        return _unflat(_over_tensor(run(_flat(h), _flat(used), down), mesh), h)
+
+    def split(h: jax.Array, *others: jax.Array) -> jax.Array:
+        tokens = _token_axes(h, mesh)
+        specs = P(*tokens, "tensor", None), P(*tokens, "tensor"), P("tensor", None, None)
+        return jax.shard_map(local, in_specs=specs, out_specs=P(*tokens, None), check_vma=False)(h, *others)
+
+    return split
+
+
+def _over_tensor(y: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    return jax.lax.psum(y, "tensor") if mesh.shape["tensor"] > 1 else y
+
+
+def best_experts(scores: jax.Array, k: int) -> jax.Array:
+    """The k experts of highest score, of [..., E]: [..., k] int32, the best first; ties go to the lowest index.
+
+    Each device looks at its own tokens: XLA would gather the scores of all of them on every device for a top-k.
+    """
+
+    def best(scores: jax.Array) -> jax.Array:
+        return jax.lax.top_k(scores, k)[1]
+
+    scores, mesh = jax.lax.stop_gradient(scores), jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return best(scores)
+    token = P(*_token_axes(scores, mesh), None)
+    return jax.shard_map(best, in_specs=token, out_specs=token, check_vma=False)(scores)
+
+
+def _token_axes(x: jax.Array, mesh: AbstractMesh) -> tuple[Any, ...]:
+    """Mesh axes that the dims [B, T] of x are split over; none where they do not divide: the one row of `init`."""
+
+    def size(names: Any) -> int:
+        return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+    axes = tuple(nn.logical_to_mesh_axes(("batch", "length")))  # type: ignore[arg-type]
+    return tuple(names if dim % size(names) == 0 else None for dim, names in zip(x.shape, axes, strict=False))
+
+
+def _flat(tree: Any) -> Any:
+    """[B, T, ...] -> [B T, ...], of every leaf."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def _unflat(y: jax.Array, like: jax.Array) -> jax.Array:
+    """[B T, ...] -> [B, T, ...], as another has them."""
+    return y.reshape(*like.shape[:2], *y.shape[1:])
+
+
+def _at_their_devices(
+    run: Callable[..., jax.Array],
+    x: jax.Array,
+    routing: Routing,
+    gate_up: jax.Array,
+    down: jax.Array,
+    offset: jax.Array,
+    per_group: int,
+    groups: int,
+) -> jax.Array:
+    """x [N, I] of this device through all its experts, wherever along `expert` they are: [N, O]."""
+    tokens = x.shape[0]
+    experts = jnp.where(routing.live, routing.experts, -1)
+    wanted = (experts[..., None] // per_group == jnp.arange(groups)).any(axis=1)  # [N, S]; -1 // n is -1
+    # Room for all tokens at every device, of which the first `counts` are used.
+    place = jnp.cumsum(wanted, axis=0) - 1 + tokens * jnp.arange(groups)
+    slot = jnp.where(wanted, place, groups * tokens).astype(jnp.int32)
+    token = jnp.full(groups * tokens, tokens, jnp.int32)
+    token = token.at[slot].set(jnp.arange(tokens, dtype=jnp.int32)[:, None], mode="drop")
+    moves = Moves(slot, token)
+    counts = wanted.sum(axis=0, dtype=jnp.int32)
+    arriving = _all_to_all(counts, groups)
+
+    there = exchange(to_experts(x, moves), counts, arriving)
+    experts = _all_to_all(jnp.take(experts, token, axis=0, mode="fill", fill_value=-1), groups)
+    weights = routing.weights
+    if weights is not None:
+        weights = _all_to_all(to_experts(weights, moves), groups)
+    y = run(there, Routing(experts, experts >= 0, weights), gate_up, down, offset)
+    back = exchange(y, arriving, counts)
+    return from_experts(back, wanted.astype(jnp.float32), moves)
+
+
+def _all_to_all(blocks: jax.Array, groups: int) -> jax.Array:
+    """[S n, ...]: block s goes to device s along `expert`; what comes from device s is block s."""
+    parts = blocks.reshape(groups, -1, *blocks.shape[1:])
+    return jax.lax.all_to_all(parts, "expert", 0, 0).reshape(blocks.shape)
+
+
+@jax.custom_vjp
+def exchange(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> jax.Array:
+    """[S n, I] -> [S n, I] over `expert`: the first sizes[s] rows of block s become block `self` at device s.
+
+    GPU and TPU move only these rows (ragged all-to-all); a CPU, whose XLA has no such thing, moves whole blocks. Rows
+    behind them are zero or never read.
+
+    Args:
+        sizes: [S] int32.
+        arriving: [S] int32, what the devices send to this one.
+    """
+    return jax.lax.platform_dependent(rows, sizes, arriving, cpu=_exchange_blocks, default=_exchange_ragged)
+
+
+def _exchange_blocks(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> jax.Array:
+    return _all_to_all(rows, sizes.shape[0])
+
+
+def _exchange_ragged(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> jax.Array:
+    groups = sizes.shape[0]
+    block = rows.shape[0] // groups
+    begins = jnp.arange(groups, dtype=jnp.int32) * block
+    mine = jnp.full(groups, jax.lax.axis_index("expert") * block, jnp.int32)
+    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sizes, mine, arriving, axis_name="expert")
+
+
+def _exchange_fwd(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> tuple[jax.Array, Any]:
+    return exchange(rows, sizes, arriving), (sizes, arriving)
+
+
+def _exchange_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, None, None]:
+    sizes, arriving = residuals
+    return exchange(grad, arriving, sizes), None, None
+
+
+exchange.defvjp(_exchange_fwd, _exchange_bwd)

@@ -1,0 +1,310 @@
+"""Hugging Face model directories: `config.json`, weights, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.models.shapes import LlamaConfig, read_json, usual_names
+from jaxlm.weights.leaves import (
+    Advance,
+    Index,
+    LeafInfo,
+    ParamSource,
+    full_index,
+    index_shape,
+    main_dtype,
+    row_blocks,
+    stored_blocks,
+)
+from jaxlm.weights.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
+from jaxlm.weights.tensors import WEIGHT_DTYPES, Tensor, find_weights, read_tensors, same_bytes
+
+if TYPE_CHECKING:
+    from jaxlm.weights.output import TensorSpec
+
+_YI_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+
+# What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "modalities.json",
+)
+
+
+def find_tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer and generation files of a directory."""
+    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
+    """The leaf that the tensors of all layers make; refused when they differ in dtype or are no weights."""
+    first = next(iter(tensors.values()))
+    for tensor in tensors.values():
+        if tensor.dtype not in WEIGHT_DTYPES.values():
+            raise UserError(
+                f"{tensor.file}: tensor {tensor.name!r} has dtype {tensor.dtype.name}; "
+                f"weights in {', '.join(WEIGHT_DTYPES)} are read (save an unquantised model)"
+            )
+        if tensor.dtype != first.dtype:
+            raise UserError(
+                f"{where}: {first.name!r} is {first.dtype.name} and {tensor.name!r} is {tensor.dtype.name}; "
+                "layers are stacked, so they need one dtype: save the model in one dtype first"
+            )
+    return LeafInfo(shape, first.dtype)
+
+
+def check_num_layers(where: Path, num_layers: int, num_tensors: int) -> None:
+    """Refuses a number of layers that the tensors cannot be of, before a list of that length is made."""
+    if num_layers > num_tensors:
+        raise UserError(f"{where}: says that the model has {num_layers} layers, but there are {num_tensors} tensors")
+
+
+def match_tensors(where: Path, tensors: Mapping[str, Tensor], entries: list[Entry]) -> None:
+    """Refuses missing, extra or differently shaped tensors, by name."""
+    wanted = {entry.name: entry for entry in entries}
+    for entry in entries:
+        tensor = tensors.get(entry.name)
+        if tensor is None:
+            count = sum(name not in tensors for name in wanted)
+            hint = ""
+            if entry.name == "lm_head.weight":
+                hint = "; if the model ties its head to the embedding, set tie_word_embeddings to true in config.json"
+            raise UserError(f"{where}: tensor {entry.name!r} is missing ({count} missing in all){hint}")
+        if tensor.shape != entry.layout.stored:
+            raise UserError(
+                f"{where}: tensor {entry.name!r} has shape {list(tensor.shape)}, "
+                f"the configuration expects {list(entry.layout.stored)}"
+            )
+    extra = sorted(tensors.keys() - wanted.keys())
+    if extra:
+        raise UserError(
+            f"{where}: tensor {extra[0]!r} has no place in this architecture ({len(extra)} unexpected in all)"
+        )
+
+
+def parse_hf_config(where: Path, content: dict[str, Any]) -> LlamaConfig:
+    """The shape that a `config.json` describes; errors name the file."""
+    try:
+        return LlamaConfig.from_hf(content)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
+
+
+class StackedTensors:
+    """Leaves read from one stored tensor per layer."""
+
+    partition: np.ndarray | None = None  # only jaxlm's own format keeps one
+
+    def __init__(self) -> None:
+        self.prompt_files: list[Path] = []  # only jaxlm's own format has them
+        self.leaves: dict[str, LeafInfo] = {}
+        self._tensors: dict[str, dict[int | None, tuple[Tensor, Layout]]] = {}
+
+    def add(self, where: Path, shapes: dict[str, Shape], tensors: Mapping[str, Tensor], entries: list[Entry]) -> None:
+        """Registers the leaves of `shapes`, made of `tensors` as `entries` says."""
+        for entry in entries:
+            self._tensors.setdefault(entry.path, {})[entry.layer] = (tensors[entry.name], entry.layout)
+        for path, shape in shapes.items():
+            parts = {layer: tensor for layer, (tensor, _) in self._tensors[path].items()}
+            self.leaves[path] = stack_leaf(where, path, shape, parts)
+
+    def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
+        """One tensor as the HF entry lays it out, in blocks of rows straight from the file."""
+        tensor, layout = self._tensors[entry.path][entry.layer]
+        assert layout.stored == entry.layout.stored, entry
+        for start, stop in row_blocks(layout):
+            yield tensor.rows(start, stop)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        info = self.leaves[path]
+        full = full_index(info.shape, index)
+        parts = self._tensors[path]
+        if None in parts:
+            out = np.empty(index_shape(full), info.dtype)
+            tensor, layout = parts[None]
+            tensor.read_into(out, layout, full)
+            return out
+        # Zeros: layers without an adapter, and the rows above a layer's own rank.
+        out = np.zeros(index_shape(full), info.dtype)
+        for position, layer in enumerate(range(full[0].start, full[0].stop, full[0].step)):
+            if layer in parts:
+                tensor, layout = parts[layer]
+                inside = tuple(
+                    slice(part.start, max(part.start, min(part.stop, size)), part.step)
+                    for part, size in zip(full[1:], layout.shape, strict=True)
+                )
+                target = out[position][tuple(slice(0, size) for size in index_shape(inside))]
+                tensor.read_into(target, layout, inside)
+        return out
+
+
+class HfSource(StackedTensors):
+    """A Hugging Face model directory, read without loading it.
+
+    Raises:
+        UserError: when a tensor is missing, unexpected, or of another shape than the configuration says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.tokenizer_dir = path
+        self.tokenizer_files = find_tokenizer_files(path)
+        content = read_json(path / "config.json")
+        if content.get("quantization_config"):
+            raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
+        self.config = self.parse_config(path / "config.json", content)
+        self.hf_config = self.kept_config(content)
+        weights = find_weights(path)
+        if weights is None:
+            raise UserError(f"{path}: has config.json but no weights: {_missing_weights(path)}")
+        tensors: dict[str, Tensor] = {
+            _usual_name(name): t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
+        }
+        check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
+        self.prepare(weights, tensors)
+        entries = hf_entries(self.config)
+        match_tensors(weights, tensors, entries)
+        self.add(weights, leaf_shapes(self.config), tensors, entries)
+
+    def parse_config(self, where: Path, content: dict[str, Any]) -> LlamaConfig:
+        """The shape that `config.json` describes."""
+        return parse_hf_config(where, content)
+
+    def kept_config(self, content: dict[str, Any]) -> dict[str, Any] | None:
+        """What is kept of `config.json`, to be written again."""
+        return usual_names(content)
+
+    def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
+        """Gives the tensors found the names and shapes of `hf_entries`."""
+        drop_tied_head(weights, tensors, "lm_head.weight", "model.embed_tokens.weight", self.config)
+
+
+def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding: str, config: LlamaConfig) -> None:
+    """Takes out the head of a tied model, which some programs store too: old transformers versions, MindFormers.
+
+    Raises:
+        UserError: when it is not the embedding.
+    """
+    if not config.tie_word_embeddings or head not in tensors or embedding not in tensors:
+        return
+    if not same_bytes(tensors[head], tensors[embedding]):
+        raise UserError(
+            f"{where}: the configuration ties the head to the embedding (tie_word_embeddings), but {head} differs from "
+            f"{embedding}; set tie_word_embeddings to false to keep both"
+        )
+    del tensors[head]
+
+
+def _usual_name(name: str) -> str:
+    """LLaMA's name of a tensor: Yi's first release has its own for two norms."""
+    found = re.fullmatch(r"(model\.layers\.\d+)\.(ln[12])\.weight", name)
+    return f"{found[1]}.{_YI_NORMS[found[2]]}.weight" if found else name
+
+
+def _missing_weights(directory: Path) -> str:
+    """What a directory without weights that can be read lacks."""
+    for stem, index in (("model", "model.safetensors"), ("pytorch_model", "pytorch_model.bin")):
+        parts = sorted(directory.glob(f"{stem}-*-of-*.{index.rpartition('.')[2]}"))
+        if parts:
+            return (
+                f"there are {len(parts)} parts ({parts[0].name}, …), but not {index}.index.json, which says what is in "
+                "which; download that file too"
+            )
+    return "model.safetensors or pytorch_model.bin, or their parts and index.json"
+
+
+def hf_config_for(source: ParamSource) -> str:
+    """The `config.json` of a model: the one it came with where that still holds, otherwise updated or new."""
+    dtype = main_dtype(source.leaves)
+    original = source.hf_config
+    if original is None:
+        values = source.config.to_hf(dtype)
+    else:
+        values = dict(original)
+        own = source.path / "jaxlm" / "hf_config.json"
+        if parse_hf_config(own if own.is_file() else source.path / "config.json", original) != source.config:
+            written = source.config.to_hf(dtype)
+            values |= written
+            if LlamaConfig.from_hf(values) != LlamaConfig.from_hf(written):
+                values = written  # another key of the original says otherwise
+        named = {key for key in ("dtype", "torch_dtype") if key in values}
+        for key in named or {"torch_dtype"}:
+            values[key] = dtype
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def copy_files(files: list[Path], directory: Path) -> None:
+    """Copies files byte for byte (links are followed)."""
+    directory.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def hf_tensors(source: ParamSource) -> list[TensorSpec]:
+    """The tensors of a model as HF names and lays them out, to be read once, in this order."""
+    from jaxlm.weights.output import TensorSpec
+
+    return [
+        TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, stored_blocks(source, entry))
+        for entry in hf_entries(source.config)
+    ]
+
+
+def hf_layout(source: ParamSource, asked: str | None) -> str:
+    """'dense' or 'mixtral': what was asked for, else the layout that the model came in."""
+    moe = source.config.moe
+    return asked or (moe.layout if moe else "dense")
+
+
+def write_hf(
+    source: ParamSource, directory: Path, shard_size: int, advance: Advance, layout: str | None = None
+) -> None:
+    """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
+
+    Args:
+        directory: an existing, empty directory.
+        shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        advance: called with the bytes written.
+        layout: of a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
+            or 'mixtral'; None: the one that it came in.
+
+    Raises:
+        UserError: when Mixtral's layout has no place for the model.
+    """
+    from convert.formats.hf_experts import write_folder
+    from convert.formats.mixtral import write_mixtral
+    from convert.transforms.experts import DenseSource
+    from jaxlm.weights.output import write_safetensors
+
+    layout = hf_layout(source, layout)
+    if layout == "mixtral":
+        write_mixtral(source, directory, shard_size, advance)
+    else:
+        plain = source if source.config.moe is None else DenseSource(source, strict=False)
+        write_safetensors(directory, "model", hf_tensors(plain), shard_size, advance)
+        (directory / "config.json").write_text(hf_config_for(plain), encoding="utf-8")
+        copy_files(source.tokenizer_files, directory)
+    if source.config.moe is not None:
+        write_folder(source, directory, advance, layout == "mixtral")

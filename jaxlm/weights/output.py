@@ -1,0 +1,261 @@
+"""Output that is complete or absent: a temporary sibling directory, renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxlm.errors import UserError
+from jaxlm.lock import Lock
+from jaxlm.weights.leaves import Advance
+from jaxlm.weights.names import Shape
+from jaxlm.weights.tensors import SAFETENSORS_DTYPES
+
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """An `advance` that also follows which parts of files are finished, to hash them meanwhile."""
+
+    def __call__(self, nbytes: int) -> None: ...
+
+    def final(self, path: Path, end: int | None) -> None:
+        """The first `end` bytes of the file will not change any more; None: it is complete."""
+
+
+def tell_final(advance: Advance, path: Path, end: int | None) -> None:
+    """Tells a Watcher; anything else does not want to know."""
+    if isinstance(advance, Watcher):
+        advance.final(path, end)
+
+
+@contextlib.contextmanager
+def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
+    """A new directory to write into, which takes the name `destination` when all went well and vanishes otherwise.
+
+    What killed runs to the same destination left behind is removed first.
+
+    Args:
+        destination: must not exist yet.
+        needed: bytes that will be written, checked against the free space.
+
+    Raises:
+        UserError: when the destination exists, its parent cannot be written, or the disk is full.
+    """
+    final = Path(destination).absolute()
+    if os.path.lexists(final):
+        raise UserError(f"{final}: exists already; name another destination or remove it first")
+    temporary = final.parent / f".{final.name}.tmp-{os.getpid()}"
+    lock = Lock(final.parent / f".{final.name}.lock", f"{final}: the destination", "name another destination")
+    try:
+        with lock:
+            if os.path.lexists(final):  # the one that had the lock has written it
+                raise UserError(f"{final}: exists already; name another destination or remove it first")
+            _remove_leftovers(final)
+            free = shutil.disk_usage(final.parent).free
+            if free < needed:
+                raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
+            temporary.mkdir()
+            try:
+                with _locked(temporary):
+                    yield temporary
+                    _sync_tree(temporary)
+                    temporary.rename(final)
+                    _sync(final.parent)
+            finally:
+                _remove(temporary)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{final}: the disk is full; nothing was left there. Free some space") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"{error.filename or final}: may not be written ({error.strerror})") from None
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            inside = error.filename not in (None, str(final))
+            where = f"; {error.filename}: " if inside else " ("
+            raise UserError(f"{final}: cannot be created{where}{error.strerror}{'' if inside else ')'}") from None
+        raise
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on a directory, which the system lets go when the process dies, however it dies."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers are not removed there
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(final: Path) -> None:
+    prefix = f".{final.name}.tmp-"
+    for path in final.parent.iterdir():
+        pid = path.name.removeprefix(prefix)
+        if path.name.startswith(prefix) and pid.isdigit() and path.is_dir() and _abandoned(path, int(pid)):
+            print(f"removing what a killed run left: {path}", file=sys.stderr)
+            _remove(path)
+
+
+def _abandoned(directory: Path, pid: int) -> bool:
+    """Whether the process that wrote there is gone: no such process, and nobody holds the lock.
+
+    Both, because the number may be that of a process on another machine or in another container, and because the lock
+    is taken a moment after the directory is made.
+    """
+    try:
+        if pid != os.getpid():
+            os.kill(pid, 0)
+            return False
+    except ProcessLookupError:
+        pass
+    except OSError:
+        return False  # there is one, of another user
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _remove(directory: Path) -> None:
+    # More than once: after an interruption, a write in another thread may put a file back into the directory.
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+
+
+def human(nbytes: float) -> str:
+    """'1.5 GB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '400MB', '512KB' (decimal) or a plain number; UserError otherwise."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.strip().upper().rstrip("KMGTB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise UserError(f"--shard-size {text!r}: expected a size like 5GB or 400MB") from None
+    if not 1 <= size < math.inf:
+        raise UserError(f"--shard-size {text!r}: must be positive")
+    return int(size)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written; `blocks` yields its bytes in C order, lazily."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+    blocks: Iterable[np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _split(specs: list[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def write_safetensors(directory: Path, stem: str, specs: list[TensorSpec], shard_size: int, advance: Advance) -> None:
+    """Writes `{stem}.safetensors`, or shards with an index when they exceed `shard_size` bytes together."""
+    shards = _split(specs, shard_size)
+    if len(shards) == 1:
+        write_safetensors_file(directory / f"{stem}.safetensors", shards[0], advance)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors_file(directory / name, shard, advance)
+        weight_map |= {spec.name: name for spec in shard}
+    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance) -> None:
+    """Writes one file: the header first, then tensor after tensor."""
+    # Wide dtypes first, so that every tensor is aligned to its own width, as the format's own library does.
+    specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    end = 8 + len(raw)
+    with path.open("wb", buffering=0) as handle:
+        _write(handle.fileno(), len(raw).to_bytes(8, "little") + raw)
+        for spec in specs:
+            written = 0
+            for block in spec.blocks:
+                assert block.dtype == spec.dtype and block.flags.c_contiguous, spec.name
+                _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
+                written += block.nbytes
+                advance(block.nbytes)
+                tell_final(advance, path, end + written)
+            assert written == spec.nbytes, f"{spec.name}: {written} of {spec.nbytes} bytes"
+            end += written
+    tell_final(advance, path, None)
+
+
+def _write(handle: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]

@@ -1,0 +1,139 @@
+"""`python -m jaxlm.tune` on a CPU: what it times, what may win, what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.cli import tune
+from jaxlm.cli.tune import Candidate, candidates, check, fastest, main, measure, tensors
+from jaxlm.kernels.choice import Case, Choice, attention_details, choose_attention, read_table
+from jaxlm.nn import attention as attention_module
+
+KIND = jax.devices()[0].device_kind
+CASE = Case("cpu", KIND, None, "float32", 48, 8, 4, 2, True)
+SMALL = ["--heads", "4", "--kv_heads", "2", "--head_dim", "8", "--dtype", "float32", "--rounds", "2"]
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("JAXLM_TUNED", str(tmp_path / "cache" / "tuned.json"))
+    monkeypatch.setattr(tune, "LEAST_SAMPLE", 0.001)
+    return tmp_path / "cache" / "tuned.json"
+
+
+def test_fills_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--lengths", "48", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 x 48 tokens, 4 heads on 2 of 8, float32, packed rows" in printed and "needs a TPU" in printed
+    assert f"from {table}" in printed
+    written = read_table(table)[(KIND, "float32", "h8 g2 packed")]
+    assert written.keys() == {64, 128} and written[128].length == 100
+    for entry in written.values():
+        assert entry.milliseconds.keys() == {"xla", "reference"}
+        assert entry.choice.name == min(entry.milliseconds, key=lambda name: entry.milliseconds[name])
+        assert entry.made.startswith(f"jax {jax.__version__}, 20")
+    found, line = choose_attention("auto", CASE)
+    assert found == written[64].choice and line.endswith(" ms at length 48")
+    assert attention_details(found, CASE).startswith(f"measured: jax {jax.__version__}")
+    # Another case beside it, and the same again.
+    assert main([*SMALL, "--lengths", "48", "--single"]) == 0
+    assert main([*SMALL, "--lengths", "48", "--dry_run", "--window", "7"]) == 0
+    assert len(read_table(table)) == 2
+    assert [path.name for path in table.parent.iterdir()] == ["tuned.json"]
+
+
+def test_cases_of_a_configuration(tmp_path: Path) -> None:
+    model = tmp_path / "model.json"
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 64}
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    model.write_text(json.dumps({**heads, **sizes}))
+    config = tmp_path / "run.yaml"
+    stages = [{"name": "a", "model": {"shape": str(model)}}, {"name": "b", "data": {"packing": False}}]
+    config.write_text(json.dumps({"data": {"sequence_length": 96}, "model": {"dtype": "float32"}, "stages": stages}))
+
+    def found(*words: str) -> list[Case]:
+        seen: list[Case] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, "_tune", lambda case, options: seen.append(case))
+            assert main(["--config", str(config), *words]) == 0
+        return seen
+
+    base = Case("cpu", KIND, None, "float32", 96, 8, 6, 2, True)
+    # The second stage starts from what the first has not written yet.
+    assert found() == [base, Case("cpu", KIND, None, "float32", 96, 8, 6, 2, False)]
+    assert found("--packed", "--lengths", "32", "--dtype", "bfloat16", "--data.sequence_length", "7") == [
+        Case("cpu", KIND, None, "bfloat16", 32, 8, 6, 2, True)
+    ]
+
+
+def test_only_what_is_right_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the wrong one would be by far the fastest."""
+    right = attention_module.IMPLEMENTATIONS["xla"]
+    assert check(CASE, Choice("xla")) == ""
+    for wrong, what in (
+        (lambda q, k, v, mask: q, "output"),
+        (lambda q, k, v, mask: right(q, jax.lax.stop_gradient(k), v, mask), "dk"),
+        (lambda q, k, v, mask: right(q, k, v, mask) * jnp.nan, "output differs from the plain form by nan"),
+        (lambda q, k, v, mask: right(q, k, v, attention_module.MaskSpec(None, window=mask.window)), "output"),
+    ):
+        monkeypatch.setitem(attention_module.IMPLEMENTATIONS, "xla", wrong)
+        found = measure(CASE, 1, 2, lambda what: None)
+        problem = next(one.problem for one in found if one.choice.name == "xla")
+        assert problem.startswith(f"wrong: {what}")
+        assert fastest(found)[0].choice == Choice("reference")
+
+
+def test_what_does_not_fit_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nand more")
+
+    monkeypatch.setitem(attention_module.IMPLEMENTATIONS, "xla", full)
+    found = measure(CASE, 1, 2, lambda what: None)
+    assert [one.problem for one in found if one.choice.name == "xla"] == ["RESOURCE_EXHAUSTED: no room"]
+
+
+def test_blocks_that_are_tried() -> None:
+    def tried(length: int) -> list[Choice]:
+        case = Case("tpu", "TPU v5 lite", None, "bfloat16", length, 128, 32, 32, True)
+        return [one.choice for one in candidates(case) if one.choice.name == "pallas_tpu" and not one.problem]
+
+    assert len(tried(4096)) == 1 + 9
+    assert tried(200) == [Choice("pallas_tpu"), Choice("pallas_tpu", 256, 256)]
+
+
+def test_times_by_ratios_of_a_round() -> None:
+    """A machine that was three times slower in one round."""
+    xla = Candidate(Choice("xla"), seconds=[1.0, 3.0, 1.0])
+    slow = Candidate(Choice("pallas_tpu"), seconds=[2.0, 6.0, 2.0])
+    quick = Candidate(Choice("pallas_tpu", 256, 512), seconds=[0.5, 1.5, 0.5])
+    winner, times = fastest([slow, xla, quick, Candidate(Choice("cudnn"), problem="needs an NVIDIA GPU")])
+    assert winner is quick and times == {"xla": 1000.0, "pallas_tpu": 500.0}
+
+
+def test_documents() -> None:
+    ids = tensors(CASE, 2, 4, 2)[4]
+    assert ids.shape == (2, 48) and set(ids[0].tolist()) == set(range(1, 9))
+    assert len(set(tensors(Case("cpu", "cpu", None, "float32", 3, 8, 4, 2, True), 1, 4, 2)[4][0].tolist())) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no model to tune for: give --config FILE with a model, or --heads N"),
+        (["--heads", "4", "--kv_heads", "3"], "--kv_heads: 3 does not divide 4 query heads"),
+        (["--heads", "4", "--lengths", "8", "0"], "--lengths: 0 must be at least 1"),
+        (["--heads", "4", "--headdim", "8"], "unknown key 'headdim'"),
+        (["--config", "none.yaml"], "none.yaml: no such file"),
+        (["--model.shape", "llama-9"], "model.shape: 'llama-9' is neither"),
+    ],
+)
+def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str], table: Path) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not table.exists()
