@@ -23,7 +23,7 @@ from jaxlm.weights.files import read_tensors
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource, total_bytes
 from jaxlm.weights.manifest import MANIFEST, read_manifest
-from jaxlm.weights.native import NativeAdapter, NativeSource
+from jaxlm.weights.native.read import NativeAdapter, NativeSource
 from jaxlm.weights.partition import order_name
 from jaxlm.weights.tensors import BLOCK_BYTES, Tensor
 

@@ -62,7 +62,7 @@ def with_dtype(source: ParamSource, dtype: str) -> ParamSource:
 
 def write_jax(source: ParamSource, destination: str) -> None:
     """Writes a jaxlm directory and says so."""
-    from jaxlm.weights.native import write_model
+    from jaxlm.weights.native.write import write_model
 
     with writing(source, destination) as (directory, advance):
         write_model(source, directory, advance)

@@ -19,7 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.weights.leaves import LeafSource
-from jaxlm.weights.native import read_prompt_json
+from jaxlm.weights.native.prompt_json import read_prompt_json
 
 FILE = "chat_template.jinja"
 _GENERATION, _SETTINGS = "generation_config.json", "tokenizer_config.json"

@@ -30,7 +30,7 @@ from jaxlm.weights.names import (
     peft_entries,
     saved_module_name,
 )
-from jaxlm.weights.native import of_another_base
+from jaxlm.weights.native.read import of_another_base
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors_file
 from jaxlm.weights.tensors import StoredTensor, TensorSpec, same_bytes

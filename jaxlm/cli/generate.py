@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
-    from jaxlm.weights.native import PromptFile
+    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
     "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
@@ -199,7 +199,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
     from jaxlm.weights.names import tensor_name
-    from jaxlm.weights.native import trained_prompt
+    from jaxlm.weights.native.prompt_json import trained_prompt
 
     named = open_with_adapter(config.model.path, config.model.adapter)
     path, source, adapter = named.path, cast(Any, named.base), named.adapter
