@@ -130,9 +130,10 @@ def kernels(chips: list[str]) -> None:
 def step(which: str, topology: str, rows: int, length: int, layers: int | None, dump: str | None) -> None:
     import dataclasses
 
-    from jaxlm.config import MeshConfig, OptimizerConfig, TrainConfig
+    from jaxlm.config import MeshConfig, OptimizerConfig
     from jaxlm.models.llama import Llama
     from jaxlm.models.shapes import SHAPES
+    from jaxlm.training.objectives.cross_entropy import CrossEntropy
     from jaxlm.training.optimizer import make_optimizer, make_schedule
     from jaxlm.training.state import Initializer
     from jaxlm.training.step import make_train_step
@@ -148,7 +149,7 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
     optimizer = make_optimizer(OptimizerConfig(), schedule)
     plain = Llama(config, dtype=jnp.bfloat16)
     setup = Initializer(plain, None, mesh, optimizer)
-    train_step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, rows)
+    train_step = make_train_step(CrossEntropy(model), optimizer, schedule, 1.0)
     place = NamedSharding(mesh, BATCH)
     shape = (1, rows * devices.size, length)
     batch = {

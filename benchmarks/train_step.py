@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.kernels.choice import choose_attention, here
 from jaxlm.models.llama import Llama
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_train_step
@@ -69,7 +70,7 @@ def build_step(
         },
         mesh,
     )
-    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, rows)
+    step = make_train_step(CrossEntropy(model), optimizer, schedule, 1.0)
     started = time.perf_counter()
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))

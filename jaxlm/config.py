@@ -219,6 +219,11 @@ class DataConfig:
             return "first_fit" if self.packing else "none"
         return self.packing
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents, told apart by segment ids."""
+        return self.packing_mode == "first_fit"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

@@ -249,7 +249,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.nn.lora import resolve_lora
     from jaxlm.nn.moe import choose_compute
     from jaxlm.tokenizer import load_tokenizer
-    from jaxlm.training.build import DTYPES
+    from jaxlm.training.setup import DTYPES
     from jaxlm.training.state import Initializer
     from jaxlm.weights.native import trained_prompt
 

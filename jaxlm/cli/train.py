@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxlm.data.loader import Data
     from jaxlm.processes.distributed import Hosts
     from jaxlm.tokenizer import Tokenizer
-    from jaxlm.training.loop import Outcome
+    from jaxlm.training.job import Outcome
     from jaxlm.training.stop import Stop
 
 DESCRIPTION = (
@@ -137,7 +137,8 @@ def _problem(check: Callable[..., None], *what: Any) -> str | None:
 def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbose: bool) -> Outcome:
     from convert.source import open_model
     from jaxlm.training.fit import check_with_model
-    from jaxlm.training.loop import Job, train
+    from jaxlm.training.job import Job
+    from jaxlm.training.loop import train
     from jaxlm.weights.names import tensor_name
     from jaxlm.weights.partition import PARTITION_FILE, npy_bytes
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
-from jaxlm.models.llama import Llama, abstract_variables
+from jaxlm.models.llama import Llama, abstract_variables, with_saved_modules
 from jaxlm.nn.lora import SAVEABLE
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
@@ -46,6 +46,13 @@ class TrainState:
     opt_state: Any
     dropout_key: Any
     skipped: Any
+
+
+def model_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
+    """What `Model.apply` takes, from the trained and the frozen tree."""
+    if "params" in trainable:
+        return {"params": trainable["params"]}
+    return with_saved_modules(frozen["params"], trainable["lora"])
 
 
 def with_saved(abstract: Any, lora: LoraConfig) -> Any:
