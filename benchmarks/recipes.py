@@ -129,7 +129,7 @@ def estimate(recipe: Recipe) -> Estimate:
         UserError: the recipe does not go with the model or the devices.
     """
     setup = set_up(recipe.config, load_shape(recipe.shape), recipe.topology)
-    initializer = setup.initializer(setup.optimizer(1000)[0])
+    initializer = setup.initializer(setup.schedule(1000))
     memory = estimate_memory(setup, initializer)
     time = estimate_time(estimate_cost(setup, initializer, memory), recipe.topology.chip, recipe.topology.count)
     assert time is not None  # no recipe is for devices of unknown speed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,11 +53,10 @@ def build_step(
     mesh = make_mesh(MeshConfig())
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     schedule = make_schedule(settings, 1000)
-    optimizer = make_optimizer(settings, schedule)
-    setup = Initializer(model, lora, mesh, optimizer)
-    base = setup.init_params(0)
+    initializer = Initializer(model, lora, mesh, partial(make_optimizer, settings, schedule))
+    base = initializer.init_params(0)
     frozen = {"params": base} if lora else {}
-    state = setup.new_state({"lora": setup.init_lora(base, 1)} if lora else {"params": base}, 0)
+    state = initializer.new_state({"lora": initializer.init_lora(base, 1)} if lora else {"params": base}, 0)
     del base
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, rows, length)).astype(np.int32)
     document = np.arange(length) * documents // length
@@ -70,10 +70,10 @@ def build_step(
         },
         mesh,
     )
-    step = make_train_step(CrossEntropy(model), optimizer, schedule, 1.0)
+    step = make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 1.0)
     started = time.perf_counter()
     with use_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
         lowered = jitted.lower(state, frozen, batch)
         traced = time.perf_counter()
         program = lowered.compile()

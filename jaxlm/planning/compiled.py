@@ -184,13 +184,13 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--topology: {topology}: {str(error).splitlines()[0]}") from None
     setup = set_up(config, shape, devices)
     # The number of steps is a constant of the schedule: any other gives the same program.
-    optimizer, schedule = setup.optimizer(config.train.steps or 1000)
+    schedule = setup.schedule(config.train.steps or 1000)
     more = least_effort() if job["quick"] and topology.chip.platform == "tpu" else {}
     started = time.perf_counter()
     platform = {"gpu": "cuda"}.get(topology.chip.platform, topology.chip.platform)
     try:
         # Abstract variables are traced too: cuDNN is asked for at once.
-        initializer = setup.initializer(optimizer)
+        initializer = setup.initializer(schedule)
         lowered = setup.lower_train_step(
             initializer, schedule, initializer.abstract_state(), setup.abstract_frozen(initializer), platform
         )

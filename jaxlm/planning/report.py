@@ -83,7 +83,7 @@ def plan(
             "model"
         )
     setup = set_up(config, shape, topology)
-    initializer = setup.initializer(setup.optimizer(config.train.steps or 1000)[0])
+    initializer = setup.initializer(setup.schedule(config.train.steps or 1000))
     memory = estimate_memory(setup, initializer)
     cost = estimate_cost(setup, initializer, memory, topology.slices)
     time = estimate_time(cost, topology.chip, topology.count)

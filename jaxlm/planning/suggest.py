@@ -56,7 +56,7 @@ def suggest(
             break  # another mesh is a greater change, and each takes seconds to look at
         try:
             setup = set_up(dataclasses.replace(config, mesh=mesh), shape, topology)
-            initializer = setup.initializer(setup.optimizer(1000)[0])
+            initializer = setup.initializer(setup.schedule(1000))
         except UserError:
             continue  # the mesh does not go with this model or batch
         if resident_bytes(initializer) > room:

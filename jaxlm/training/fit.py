@@ -63,7 +63,7 @@ def check_with_model(config: RunConfig, model: LlamaConfig, hosts: Hosts, say: A
         UserError: for what does not fit.
     """
     setup = set_up(config, model)
-    initializer = setup.initializer(setup.optimizer(1)[0])
+    initializer = setup.initializer(setup.schedule(1))
     problem = None
     if hosts.process == 0:
         try:

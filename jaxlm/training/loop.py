@@ -54,8 +54,8 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
         local_rows(setup.mesh, setup.micro_rows),
         history.data_state,
     )
-    optimizer, schedule = setup.optimizer(len(batches))
-    initializer = setup.initializer(optimizer)
+    schedule = setup.schedule(len(batches))
+    initializer = setup.initializer(schedule)
     start = place_state(job, hosts, setup, initializer, history)
     terminal = console if hosts.process == 0 else None
     if history.step >= len(batches):

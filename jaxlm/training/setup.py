@@ -15,7 +15,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from rich.console import Console
 
@@ -96,11 +95,13 @@ class TrainSetup:
         options = compiler_options(devices[0].device_kind, len(devices) // slice_count(devices))
         return options | self.config.train.compiler_options
 
-    def optimizer(self, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
-        schedule = make_schedule(self.config.optimizer, total_steps)
-        return make_optimizer(self.config.optimizer, schedule), schedule
+    def schedule(self, total_steps: int) -> Schedule:
+        """The learning rate of a run of this length."""
+        return make_schedule(self.config.optimizer, total_steps)
 
-    def initializer(self, optimizer: optax.GradientTransformation) -> Initializer:
+    def initializer(self, schedule: Schedule) -> Initializer:
+        """What makes and places the state."""
+        optimizer = functools.partial(make_optimizer, self.config.optimizer, schedule)
         return Initializer(self.model, self.config.lora, self.mesh, optimizer)
 
     def abstract_batch(self, micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -54,7 +54,7 @@ def run(rows: int, devices: int, *, length: int = 512, steps: int = 1, **setting
 
 def estimated(config: RunConfig, shape: LlamaConfig, topology: str) -> Memory:
     setup = set_up(config, shape, parse_topology(topology))
-    return estimate_memory(setup, setup.initializer(setup.optimizer(10)[0]))
+    return estimate_memory(setup, setup.initializer(setup.schedule(10)))
 
 
 # What libtpu 0.0.42 says of the peak, MiB (JAX 0.10.2): the whole grid, found once, compiles in four minutes.

@@ -111,7 +111,7 @@ def test_flops_of_a_step() -> None:
     """Of the products alone XLA counts, in the compiled 7B step of 4,096 tokens a chip, 2.036e14 (v5e:4x4)."""
     shape = SHAPES["llama-2-7b"]
     setup = set_up(run(2, 16, length=2048), shape, parse_topology("v5e:4x4"))
-    initializer = setup.initializer(setup.optimizer(10)[0])
+    initializer = setup.initializer(setup.schedule(10))
     cost = estimate_cost(setup, initializer, estimate_memory(setup, initializer))
     scores = 2 * shape.num_layers * shape.num_heads * shape.head_dim * 2048 * 4096
     assert cost.hardware_flops - 4.5 * scores == pytest.approx(2.036e14, rel=0.005)

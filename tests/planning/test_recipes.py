@@ -38,7 +38,7 @@ def test_goes_with_its_model_and_devices(recipe: recipes.Recipe) -> None:
     setup = set_up(recipe.config, load_shape(recipe.shape), recipe.topology)
     # What the file says is what happens: no rows fewer at a time than it asks for.
     assert setup.micro_batch == recipe.config.train.micro_batch_size
-    setup.initializer(setup.optimizer(1000)[0])  # the mesh divides every parameter
+    setup.initializer(setup.schedule(1000))  # the mesh divides every parameter
 
 
 @pytest.mark.parametrize("recipe", RECKONED, ids=lambda one: one.name)

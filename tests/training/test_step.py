@@ -15,12 +15,12 @@ import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
-from jaxlm.models.llama import Llama
+from jaxlm.models.llama import Llama, abstract_variables
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.nn.moe import modality_ids
 from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights
-from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import make_eval_step, make_train_step, update_by_branch, update_by_select
 from tests.models.compare import assert_trees_close, random_tree
@@ -29,6 +29,7 @@ CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
 MODEL = Llama(CONFIG, remat="none")
+AXES = parameter_axes({"params": abstract_variables(MODEL)["params"]})
 ROWS, T = 8, 12
 SGD = optax.sgd(1.0)  # new parameters = old - gradient: shows the gradient itself
 
@@ -168,7 +169,7 @@ def adamw_step(learning_rate: float = 1e-2) -> Any:
         learning_rate=learning_rate, schedule="linear", warmup_steps=2, weight_decay=0.1, beta2=0.95
     )
     schedule = make_schedule(config, 10)
-    optimizer = make_optimizer(config, schedule)
+    optimizer = make_optimizer(config, schedule, AXES)
     step = make_train_step(CrossEntropy(MODEL), optimizer, schedule, 1.0)
     return optimizer, schedule, jax.jit(step, donate_argnums=0)
 
@@ -229,7 +230,7 @@ def test_state_keeps_its_dtypes(name: Any) -> None:
     """bfloat16 parameters, float32 accumulation: a state of other dtypes could be neither donated nor restored."""
     config = OptimizerConfig(name=name, weight_decay=0.1)
     schedule = make_schedule(config, 10)
-    optimizer = make_optimizer(config, schedule)
+    optimizer = make_optimizer(config, schedule, AXES)
     model = Llama(CONFIG, param_dtype=jnp.bfloat16)
     step = make_train_step(CrossEntropy(model), optimizer, schedule, 1.0)
     old = state({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params())}, optimizer)
@@ -282,12 +283,11 @@ def test_five_steps_against_pytorch() -> None:
     torch_model, config = hf.build(tie_word_embeddings=True, initializer_range=0.1)
     options = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.2, clip_norm=0.5)
     schedule = make_schedule(options, 5)
-    optimizer = make_optimizer(options, schedule)
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     model = Llama(config)
-    initializer = Initializer(model, None, mesh, optimizer)
+    initializer = Initializer(model, None, mesh, functools.partial(make_optimizer, options, schedule))
     current = initializer.new_state({"params": jax.tree.map(jnp.array, hf.weights(torch_model, config))}, 0)
-    step = jax.jit(make_train_step(CrossEntropy(model), optimizer, schedule, 0.5), donate_argnums=0)
+    step = jax.jit(make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 0.5), donate_argnums=0)
 
     decayed = [p for n, p in torch_model.named_parameters() if "norm" not in n]
     rest = [p for n, p in torch_model.named_parameters() if "norm" in n]
