@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxlm.evaluation.lpm24 import Pair
     from jaxlm.evaluation.perplexity import Perplexity, Settings, Texts
     from jaxlm.tokenizer import Tokenizer
-    from jaxlm.weights.native import PromptFile
+    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
     "Compares answers with what is right, as the benchmark does: the file is what `jaxlm.generate --save_file` wrote "
@@ -251,7 +251,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.build import DTYPES
     from jaxlm.training.state import Initializer
-    from jaxlm.weights.native import trained_prompt
+    from jaxlm.weights.native.prompt_json import trained_prompt
 
     assert config.data is not None
     named = open_with_adapter(config.model.path, config.model.adapter)
