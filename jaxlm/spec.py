@@ -6,11 +6,7 @@ Shapes in the project's letters: V vocabulary, D model, L layers, H query heads,
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
-from typing import Any
-
-from jaxlm.errors import UserError
 
 DEFAULT_THETA = 10000.0
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")

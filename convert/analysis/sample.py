@@ -149,7 +149,7 @@ def make_rows(parts: Sequence[Examples], length: int, moe: MoeConfig, files: tup
     from jaxlm.data.examples import from_list
     from jaxlm.data.loader import BatchSource
     from jaxlm.data.packing import plan_rows
-    from jaxlm.nn.moe import modality_ids
+    from jaxlm.nn.experts import modality_ids
 
     items = [part[number] for part in parts for number in range(len(part))]
     examples = from_list(items, np.zeros(len(items), np.int32), np.arange(len(items)))
