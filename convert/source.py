@@ -27,12 +27,14 @@ from convert.formats.mindspore import (
 from convert.formats.peft import PeftSource
 from convert.transforms.adapter_order import in_order_of
 from jaxlm.errors import UserError
+from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home, find_base, missing
-from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.files import find_weights
 from jaxlm.weights.leaves import AdapterSource, LeafInfo, ParamSource
 from jaxlm.weights.names import rule_for
 from jaxlm.weights.native import NativeAdapter, NativeSource, check_adapter_leaves, find_native, read_model_json
-from jaxlm.weights.tensors import find_weights, read_safetensors
+from jaxlm.weights.safetensors import read_safetensors
 
 __all__ = [
     "AdapterSource",
@@ -131,7 +133,7 @@ def recorded_base(adapter: str | Path) -> str:
     if native is not None:
         content = read_model_json(native)
     elif (path / "adapter_config.json").is_file():
-        content = read_json(path / "adapter_config.json")
+        content = read_object(path / "adapter_config.json")
     else:
         raise UserError(f"model.adapter: {adapter} is no adapter (no adapter_config.json)")
     base = find_base(content, native or path)

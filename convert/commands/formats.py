@@ -215,7 +215,7 @@ def _meta_to_jax(options: argparse.Namespace) -> None:
 
 
 def _meta_to_hf(options: argparse.Namespace) -> None:
-    from jaxlm.weights.hf import write_hf
+    from convert.formats.hf_experts import write_hf
     from jaxlm.weights.output import parse_size
 
     meta, source = _open_meta(options)

@@ -317,12 +317,12 @@ def _template(config: GenerateConfig, trained: PromptFile, tokenizer: Any) -> tu
 
 def _stop_ids(source: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
-    from jaxlm.models.shapes import read_json
+    from jaxlm.jsontext import read_object
 
     found: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
     for file in source.tokenizer_files:
         if file.name == "generation_config.json":
-            own = read_json(file).get("eos_token_id")
+            own = read_object(file).get("eos_token_id")
             ids = own if isinstance(own, list) else [own]
             if not all(index is None or type(index) is int for index in ids):
                 raise UserError(f"{file}: eos_token_id is {own!r}; it must be a token id or a list of them")

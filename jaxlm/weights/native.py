@@ -29,13 +29,14 @@ import tensorstore as ts
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
+from jaxlm.jsontext import read_object
 from jaxlm.locate import record_base
-from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import SAVEABLE, resolve_lora
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.hf import copy_files
 from jaxlm.weights.leaves import (
     AdapterSource,
-    Advance,
     Index,
     LeafInfo,
     LeafSource,
@@ -46,9 +47,8 @@ from jaxlm.weights.leaves import (
     main_dtype,
 )
 from jaxlm.weights.names import Shape, adapter_shapes, leaf_shapes
-from jaxlm.weights.output import tell_final
+from jaxlm.weights.output import Advance, tell_final
 from jaxlm.weights.partition import PARTITION_FILE, load_partition, npy_bytes
-from jaxlm.weights.tensors import WEIGHT_DTYPES
 
 COMMITTED = "commit_success.txt"
 # The same as in training checkpoints; a chunk is the least that can be read.
@@ -82,7 +82,7 @@ class _Arrays:
 
     def __init__(self, directory: Path, collection: str) -> None:
         self._directory = directory / "model"
-        metadata = read_json(self._directory / "_METADATA")
+        metadata = read_object(self._directory / "_METADATA")
         try:
             self._ocdbt = bool(metadata["use_ocdbt"])
             self._driver = "zarr3" if metadata["use_zarr3"] else "zarr"
@@ -166,7 +166,7 @@ class _Native:
 
     def _optional_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / "jaxlm" / name
-        return read_json(file) if file.is_file() else None
+        return read_object(file) if file.is_file() else None
 
 
 class NativeSource(_Native):
@@ -287,7 +287,7 @@ class ModelFile:
 def read_model_json(path: Path) -> dict[str, Any]:
     """`jaxlm/model.json` of a directory; UserError for another format, a newer version, or a field that is none."""
     file = path / "jaxlm" / "model.json"
-    content = read_json(file)
+    content = read_object(file)
     if content.get("format") != "jaxlm" or content.get("version") != 1:
         raise UserError(
             f"{file}: format {content.get('format')!r} version {content.get('version')!r}; "
@@ -316,7 +316,7 @@ class PromptFile:
 
 def read_prompt_json(file: Path) -> PromptFile:
     """prompt.json; UserError for a field that is none."""
-    return PromptFile(**read_fields(PromptFile, read_json(file), f"{file}:"))
+    return PromptFile(**read_fields(PromptFile, read_object(file), f"{file}:"))
 
 
 def trained_prompt(directory: Path) -> PromptFile:

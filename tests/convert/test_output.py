@@ -62,7 +62,7 @@ def test_disk_errors(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(
-        "jaxlm.weights.output._write" if verb == "jax-to-hf" else "jaxlm.weights.native._write_small", fail
+        "jaxlm.weights.safetensors._write" if verb == "jax-to-hf" else "jaxlm.weights.native._write_small", fail
     )
     assert words in refused(verb, tmp_path / verb.split("-")[0], tmp_path / "out")
 
@@ -144,6 +144,7 @@ def test_terminated(tmp_path: Path) -> None:
 KILL = """
 import os, signal, sys
 import jaxlm.weights.output as output
+import jaxlm.weights.safetensors as safetensors
 
 target, count = sys.argv[1], int(sys.argv[2])
 
@@ -156,7 +157,7 @@ def die(function):
         return function(*arguments, **more)
     return call
 
-holder = {"write": (output, "_write"), "sync": (os, "fsync"), "rename": (output.Path, "rename")}[target]
+holder = {"write": (safetensors, "_write"), "sync": (os, "fsync"), "rename": (output.Path, "rename")}[target]
 setattr(*holder, die(getattr(*holder)))
 from convert.commands.main import main
 sys.exit(main(sys.argv[3:]))

@@ -19,15 +19,15 @@ from orbax.checkpoint import v1 as ocp
 
 import jaxlm.weights.leaves
 import jaxlm.weights.native
+from convert.formats.hf_experts import write_hf
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.weights.hf import write_hf
+from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
 from jaxlm.weights.names import hf_entries, leaf_shapes
 from jaxlm.weights.native import write_model
 from jaxlm.weights.output import output_directory
-from jaxlm.weights.tensors import BFLOAT16
 
 CONFIG = LlamaConfig(
     vocab_size=37,
