@@ -129,7 +129,7 @@ class ExpertsSpec:
     Args:
         num_experts: E.
         router: which experts a token uses. activation: those whose neurons' activations sum highest (SciMind's design);
-            activation_released: as SciMind's code computes it, see `nn.moe`; learned: by a trained linear router;
+            activation_released: as SciMind's code computes it, see `nn.experts`; learned: by a trained linear router;
             modality: a fixed set for each modality.
         modalities: names by modality id; the first is text.
         ranges: token ids [start, stop) of each modality but text, in the order of `modalities`.
