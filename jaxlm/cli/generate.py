@@ -193,9 +193,9 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
-    from jaxlm.kernels.choice import attention_details, choose_attention, here
+    from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+    from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
-    from jaxlm.nn.moe import choose_compute
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
     from jaxlm.weights.names import tensor_name
@@ -219,7 +219,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     # Prompts have any length; the longest ones are what takes time.
-    case = here(source.config, dtype, source.config.max_length, False)
+    case = shape_key(source.config, dtype, source.config.max_length, False)
     attention, reason = choose_attention(config.model.attention, case)
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": attention.name})

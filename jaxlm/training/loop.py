@@ -20,7 +20,7 @@ from jaxlm.devices.finite import Namer, check_finite, leaf_name
 from jaxlm.devices.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
 from jaxlm.errors import UserError
 from jaxlm.locate import record_base
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
 from jaxlm.training.advice import final_warnings, rank_warnings, schedule_warnings
@@ -101,7 +101,7 @@ class Outcome:
     interrupted: str | None
     saved: bool
     checkpoint: Path
-    model: Llama
+    model: Decoder
     variables: Any
     mesh: jax.sharding.Mesh
     validation: list[tuple[int, float]]

@@ -19,7 +19,7 @@ from jaxlm.config import MeshConfig, OptimizerConfig
 from jaxlm.devices import mesh as meshes
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.inference.model import Decoder, load_weights
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.training.checkpoint import _context
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
