@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.cli.parser import read_section
 from jaxlm.config import ModalityConfig, TokenizerConfig
+from jaxlm.config.files import read_section
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.modalities import PRESETS, Modality

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.parser import Flags, Origins, parse_run
+from jaxlm.cli.parser import Origins, parse_run
+from jaxlm.cli.words import Flag
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
 
@@ -23,14 +24,14 @@ DESCRIPTION = (
     "needed: model.path with a config.json, or model.shape, which counts when both are given."
 )
 FLAGS = {
-    "topology": Flags(
+    "topology": Flag(
         "the devices, e.g. v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), h200:8, h200:2x8 (hosts x GPUs), rtx4090:1, "
         "gpu:8 (any other, with --memory), cpu:8",
         str,
     ),
-    "memory": Flags("GiB of each GPU, in place of what is known of it, as nvidia-smi shows it", float),
-    "compile": Flags("also compile the very train step for them, and say what the compiler says (minutes for 7B)"),
-    "json": Flags("all figures as JSON"),
+    "memory": Flag("GiB of each GPU, in place of what is known of it, as nvidia-smi shows it", float),
+    "compile": Flag("also compile the very train step for them, and say what the compiler says (minutes for 7B)"),
+    "json": Flag("all figures as JSON"),
 }
 
 

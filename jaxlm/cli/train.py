@@ -13,8 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.parser import Flags, Origins, dump_yaml, parse_run
+from jaxlm.cli.parser import Origins, parse_run
+from jaxlm.cli.words import Flag
 from jaxlm.config import DistributedConfig, RunConfig
+from jaxlm.config.files import dump_yaml
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +37,8 @@ ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processe
 # Parameters below which a model is no source of knowledge, whatever it was trained on.
 SMALL_MODEL = 50e6
 FLAGS = {
-    "preview": Flags("show so many rows (3 without a number) as text, trained tokens marked, then exit", int, 3),
-    "verbose": Flags("say at start-up also what choices rest on"),
+    "preview": Flag("show so many rows (3 without a number) as text, trained tokens marked, then exit", int, 3),
+    "verbose": Flag("say at start-up also what choices rest on"),
 }
 
 
