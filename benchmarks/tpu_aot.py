@@ -132,7 +132,7 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
     import dataclasses
 
     from jaxlm.config import MeshConfig, OptimizerConfig
-    from jaxlm.models.llama import Llama
+    from jaxlm.models.decoder import Decoder
     from jaxlm.models.shapes import SHAPES
     from jaxlm.training.objectives.cross_entropy import CrossEntropy
     from jaxlm.training.optimizer import make_optimizer, make_schedule
@@ -145,9 +145,9 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
     config = SHAPES["llama-2-7b"]
     if layers:
         config = dataclasses.replace(config, num_layers=layers)
-    model = Llama(config, dtype=jnp.bfloat16, attention=which, remat="full")
+    model = Decoder(config, dtype=jnp.bfloat16, attention=which, remat="full")
     schedule = make_schedule(OptimizerConfig(), 1000)
-    plain = Llama(config, dtype=jnp.bfloat16)
+    plain = Decoder(config, dtype=jnp.bfloat16)
     initializer = Initializer(plain, None, mesh, partial(make_optimizer, OptimizerConfig(), schedule))
     train_step = make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 1.0)
     place = NamedSharding(mesh, BATCH)

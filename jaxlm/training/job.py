@@ -12,7 +12,7 @@ import jax
 from jaxlm.config import RunConfig
 from jaxlm.data.loader import Data
 from jaxlm.devices.finite import Namer, leaf_name
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import ObjectiveFactory
@@ -70,7 +70,7 @@ class Outcome:
     interrupted: str | None
     saved: bool
     checkpoint: Path
-    model: Llama
+    model: Decoder
     variables: Any
     mesh: jax.sharding.Mesh
     validation: list[tuple[int, float]]

@@ -17,15 +17,15 @@ from jaxlm.locate import record_base
 from jaxlm.processes.distributed import Hosts
 from jaxlm.training.advice import final_warnings
 from jaxlm.training.announce import announce, last_words, why_not_finite
-from jaxlm.training.checkpoint import model_json
 from jaxlm.training.job import Job, Outcome
 from jaxlm.training.report import MetricsWriter, ProgressReport, flops_per_token, plot_losses, read_metrics
-from jaxlm.training.resume import PRINTS, RUN
 from jaxlm.training.routing import RoutingReport
 from jaxlm.training.setup import CompiledSteps, TrainSetup, compile_steps, set_up
 from jaxlm.training.start import PASS_OVER, History, Start, open_history, place_state
 from jaxlm.training.state import TrainState, model_variables
 from jaxlm.training.stop import Stop
+from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, MODEL_JSON, RUN_YAML
+from jaxlm.weights.native.model_json import ModelFile
 
 
 def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
@@ -300,17 +300,17 @@ def _finish(run: TrainingRun, stop: Stop, warnings: list[str]) -> Outcome:
 def _checkpoint_files(job: Job, history: History, out: Path) -> Mapping[str, bytes]:
     """The small files of every checkpoint."""
     config = job.config
-    description = model_json(
-        job.model.to_dict(),
-        None if config.lora is None else to_dict(config.lora),
-        {} if config.model.path is None else record_base(config.model.path, out / "checkpoints" / "0"),
+    description = ModelFile(
+        job.model,
         config.model.param_dtype if config.lora is None else "float32",
+        config.lora,
+        base={} if config.model.path is None else record_base(config.model.path, out / CHECKPOINTS / "0"),
     )
     return {
         **job.files,
-        RUN: job.run_yaml.encode(),
-        PRINTS: history.inputs.to_json(),
-        "model.json": description,
+        RUN_YAML: job.run_yaml.encode(),
+        FINGERPRINTS: history.inputs.to_json(),
+        MODEL_JSON: description.to_bytes(),
     }
 
 

@@ -32,12 +32,12 @@ from jaxlm.devices.mesh import (
     use_mesh,
 )
 from jaxlm.errors import UserError
-from jaxlm.kernels.choice import attention_details, choose_attention, here
-from jaxlm.models.llama import Llama
+from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
+from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
-from jaxlm.nn.moe import choose_compute
 from jaxlm.sharding import BATCH
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import Objective, ObjectiveFactory
@@ -66,7 +66,7 @@ class TrainSetup:
 
     config: RunConfig
     mesh: Mesh
-    model: Llama
+    model: Decoder
     make_objective: ObjectiveFactory
     attention: tuple[str, str]
     attention_details: Callable[[], str]
@@ -249,14 +249,14 @@ def set_up(
         chip = devices[0]
         mesh = make_mesh(config.mesh, devices, experts_count)
     _check_sequence(mesh, config.data.sequence_length, shape.num_heads, shape.num_kv_heads)
-    case = here(shape, config.model.dtype, config.data.sequence_length, config.data.packed, chip)
-    backend, why = choose_attention(config.model.attention, case)
+    key = shape_key(shape, config.model.dtype, config.data.sequence_length, config.data.packed, chip)
+    backend, why = choose_attention(config.model.attention, key)
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
     experts = None if shape.moe is None else choose_compute(moe.compute, chip.platform, shape.moe, adapters)
     # GPUs' backends cannot all be traced where there is no GPU; XLA's keeps the same arrays.
     traced = "xla" if isinstance(devices, Topology) and chip.platform == "gpu" else backend
-    model = Llama(
+    model = Decoder(
         shape,
         adapters,
         DTYPES[config.model.dtype],
@@ -273,7 +273,7 @@ def set_up(
         model=model,
         make_objective=objective,
         attention=(str(backend), why),
-        attention_details=functools.partial(attention_details, backend, case),
+        attention_details=functools.partial(attention_details, backend, key),
         experts=experts,
         micro_batch=micro_batch,
         accumulation=accumulation,

@@ -20,6 +20,7 @@ from jaxlm.training.local_checkpoint import LocalCheckpoints
 from jaxlm.training.resume import Inputs, base_fingerprint, check_inputs, check_settings
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, TrainState
+from jaxlm.weights.native.layout import CHECKPOINTS, DATA_STATE
 
 DAMAGED = "the file is damaged, or was saved by a run that had diverged; get it again, or take an earlier one"
 PASS_OVER = (
@@ -78,7 +79,7 @@ def open_history(job: Job, hosts: Hosts) -> History:
     config = job.config
     if hosts.processes > 1:
         hosts.agree("data", _data_prints(job))
-    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.train.keep)
+    checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, config.train.keep)
     steps = checkpoints.steps()
     hosts.agree("checkpoints", {"steps": steps})
     inputs = Inputs(config, job.data, job.model, None if config.lora is None else job.source)
@@ -88,7 +89,7 @@ def open_history(job: Job, hosts: Hosts) -> History:
     files, path = checkpoints.files(newest), checkpoints.path(newest)
     check_settings(files, config, path)
     check_inputs(files, inputs, path)
-    data_state = json.loads(files["data.json"])
+    data_state = json.loads(files[DATA_STATE])
     if "stopped" in data_state and config.train.on_nonfinite == "stop":
         raise UserError(f"{path}: the run was stopped: {data_state['stopped']}; {PASS_OVER}")
     return History(checkpoints, inputs, newest, files, data_state)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
-from jaxlm.models.llama import Llama, abstract_variables, with_saved_modules
+from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
 from jaxlm.nn.lora import SAVEABLE
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 
@@ -78,7 +78,7 @@ class Initializer:
         make_optimizer: makes the update rule for what trains, by its logical axes.
     """
 
-    def __init__(self, model: Llama, lora: LoraConfig | None, mesh: Mesh, make_optimizer: MakeOptimizer) -> None:
+    def __init__(self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, make_optimizer: MakeOptimizer) -> None:
         self.model, self.lora, self.mesh = model, lora, mesh
         boxed = abstract_variables(model)
         trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, lora)}

@@ -17,7 +17,7 @@ from rich.console import Console
 from jaxlm.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, TrainConfig, to_dict
 from jaxlm.data.examples import Example, from_list
 from jaxlm.data.loader import Data, Report
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
 from jaxlm.training.job import Job, Outcome
@@ -35,7 +35,7 @@ SHAPE = LlamaConfig(
 class SmallLogits:
     """Mean square of the logits, and how far they are from those of the weights that training began with."""
 
-    model: Llama
+    model: Decoder
 
     fields = ("input_ids", "segment_ids")
     frozen = ("reference",)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.kernels.cross_entropy import LossOutput
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
 from jaxlm.training.state import model_variables
 
@@ -30,7 +30,7 @@ class CrossEntropy:
         moe: factors of the routers' losses.
     """
 
-    model: Llama
+    model: Decoder
     frozen: tuple[str, ...] = ()
     normalisation: str = "tokens"
     group_rows: int = 1
@@ -84,7 +84,7 @@ class CrossEntropy:
         return cast(tuple[LossOutput, Any], result)
 
 
-def cross_entropy(config: RunConfig, model: Llama, micro_batch: int) -> CrossEntropy:
+def cross_entropy(config: RunConfig, model: Decoder, micro_batch: int) -> CrossEntropy:
     """The objective of a run: an `ObjectiveFactory`."""
     return CrossEntropy(
         model,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from jaxlm.config import RunConfig
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -79,4 +79,4 @@ class Objective(Protocol):
 
 
 # (the run, its model, rows of a device's micro-batch) -> the objective
-ObjectiveFactory = Callable[[RunConfig, Llama, int], Objective]
+ObjectiveFactory = Callable[[RunConfig, Decoder, int], Objective]
