@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli.parser import dump_yaml, load_run_yaml
 from jaxlm.config import RunConfig
+from jaxlm.config.files import dump_yaml, load_run_yaml
 from jaxlm.devices.chips import SHARE, Topology, parse_topology
 from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError

@@ -15,7 +15,7 @@ from jaxlm.inference.engine import Engine
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, extend, grow, next_logits, prefill, unstack
 from jaxlm.inference.rows import FIRST_SLOTS, bucket
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder as Llama
 from tests.models import hf
 
 torch = pytest.importorskip("torch")
