@@ -131,7 +131,7 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
     import dataclasses
 
     from jaxlm.config import MeshConfig, OptimizerConfig, TrainConfig
-    from jaxlm.models.llama import Llama
+    from jaxlm.models.decoder import Decoder
     from jaxlm.models.shapes import SHAPES
     from jaxlm.training.optimizer import make_optimizer, make_schedule
     from jaxlm.training.state import Initializer
@@ -143,10 +143,10 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
     config = SHAPES["llama-2-7b"]
     if layers:
         config = dataclasses.replace(config, num_layers=layers)
-    model = Llama(config, dtype=jnp.bfloat16, attention=which, remat="full")
+    model = Decoder(config, dtype=jnp.bfloat16, attention=which, remat="full")
     schedule = make_schedule(OptimizerConfig(), 1000)
     optimizer = make_optimizer(OptimizerConfig(), schedule)
-    plain = Llama(config, dtype=jnp.bfloat16)
+    plain = Decoder(config, dtype=jnp.bfloat16)
     setup = Initializer(plain, None, mesh, optimizer)
     train_step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, rows)
     place = NamedSharding(mesh, BATCH)

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
-from jaxlm.kernels.choice import choose_attention, here
-from jaxlm.models.llama import Llama
+from jaxlm.kernels.backend import choose_attention, shape_key
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.training.optimizer import make_optimizer, make_schedule
@@ -45,9 +45,9 @@ def build_step(
     attention: str = "auto",
 ) -> TimedStep:
     """Compiles a step of `rows` rows of `length` tokens, each row packed with `documents` documents."""
-    kind, _ = choose_attention(attention, here(shape, compute, length, documents > 1))
+    kind, _ = choose_attention(attention, shape_key(shape, compute, length, documents > 1))
     adapters = resolve_lora(shape, lora) if lora else {}
-    model = Llama(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
+    model = Decoder(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
     mesh = make_mesh(MeshConfig())
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     schedule = make_schedule(settings, 1000)

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from jaxlm.config import MoeRunConfig
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.training.step import moe_figures
 
@@ -56,7 +56,7 @@ def train(config: LlamaConfig, seed: int, steps: int) -> dict[str, Any]:
     """Held-out loss, and for experts the share of each modality's tokens that used each."""
     rng = np.random.default_rng(seed)
     tables = rng.integers(0, TOKENS, (2, TOKENS, TOKENS))
-    model = Llama(config, experts="loop", remat="none")
+    model = Decoder(config, experts="loop", remat="none")
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, steps), weight_decay=0.01)
     weights = jnp.ones((ROWS, LENGTH)).at[:, :2].set(0.0)  # what nothing says
 

@@ -137,7 +137,8 @@ def _jax_to_hf(options: argparse.Namespace) -> None:
 
 def _peft_to_jax(options: argparse.Namespace) -> None:
     from convert.source import open_adapter, open_model, stored_adapter
-    from jaxlm.weights.native import NativeAdapter, write_adapter
+    from jaxlm.weights.native.read import NativeAdapter
+    from jaxlm.weights.native.write import write_adapter
 
     base = open_model(options.base)
     if isinstance(stored_adapter(options.source, base.config), NativeAdapter):

@@ -47,7 +47,7 @@ def _extend_vocab(options: argparse.Namespace) -> None:
     from convert.transforms.vocab import extend, read_modalities, read_tokens, write_tokenizer
     from jaxlm.modalities import resolve
     from jaxlm.tokenizer import load_tokenizer
-    from jaxlm.weights.native import NativeSource
+    from jaxlm.weights.native.read import NativeSource
 
     if options.tokens is None and not options.modality:
         raise UserError("say what to add: --tokens FILE|A,B, or --modality NAME|FILE")

@@ -14,9 +14,9 @@ import numpy as np
 from jaxlm.config import ModalityConfig, TokenizerConfig
 from jaxlm.config.files import read_section
 from jaxlm.errors import UserError
+from jaxlm.jsontext import read_object
 from jaxlm.modalities import PRESETS, Modality
 from jaxlm.modalities import save as save_modalities
-from jaxlm.models.shapes import read_json
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.weights.arithmetic import all_finite
 from jaxlm.weights.hf import find_tokenizer_files
@@ -305,7 +305,7 @@ def write_tokenizer(
     if trained.is_file():
         _update_json(directory / "added_tokens.json", ids)
     settings = directory / "tokenizer_config.json"
-    old = read_json(settings).get("added_tokens_decoder") if settings.is_file() else None
+    old = read_object(settings).get("added_tokens_decoder") if settings.is_file() else None
     if old is not None or trained.is_file():
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
         new = {str(index): {"content": token, **flags} for token, index in ids.items()}
@@ -331,5 +331,5 @@ def _add_to_fast(file: Path, ids: dict[str, int], special: bool) -> None:
 
 
 def _update_json(file: Path, values: dict[str, Any]) -> None:
-    content = read_json(file) if file.is_file() else {}
+    content = read_object(file) if file.is_file() else {}
     file.write_text(json.dumps(content | values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxlm.evaluation.lpm24 import Pair
     from jaxlm.evaluation.perplexity import Perplexity, Settings, Texts
     from jaxlm.tokenizer import Tokenizer
-    from jaxlm.weights.native import PromptFile
+    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
     "Compares answers with what is right, as the benchmark does: the file is what `jaxlm.generate --save_file` wrote "
@@ -239,14 +239,14 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from convert.transforms.merge import MergedSource
     from jaxlm.devices.mesh import make_mesh
     from jaxlm.evaluation import perplexity
-    from jaxlm.kernels.choice import choose_attention, here
-    from jaxlm.models.llama import Llama
+    from jaxlm.kernels.backend import choose_attention, shape_key
+    from jaxlm.models.decoder import Decoder
+    from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
-    from jaxlm.nn.moe import choose_compute
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.build import DTYPES
     from jaxlm.training.state import Initializer
-    from jaxlm.weights.native import trained_prompt
+    from jaxlm.weights.native.prompt_json import trained_prompt
 
     assert config.data is not None
     named = open_with_adapter(config.model.path, config.model.adapter)
@@ -269,14 +269,14 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
-    attention, reason = choose_attention(config.model.attention, here(shape, dtype, longest, True))
+    attention, reason = choose_attention(config.model.attention, shape_key(shape, dtype, longest, True))
     specs = {} if adapter is None else resolve_lora(shape, adapter.lora, adapter.layers)
     experts = "dense" if shape.moe is None else choose_compute("auto", platform, shape.moe, specs)[0]
     mesh_config = config.mesh or MeshConfig()
     if mesh_config.sequence != 1:
         raise UserError(f"mesh.sequence: {mesh_config.sequence}: rows are not divided here; set it to 1")
     mesh = make_mesh(mesh_config, experts=None if shape.moe is None else shape.moe.experts)
-    model = Llama(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
+    model = Decoder(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
     # No optimizer: nothing is trained, but parameters are placed as in training.
     setup = Initializer(model, None if adapter is None else adapter.lora, mesh, optax.identity())
     with console.status("loading"):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.engine import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
-    from jaxlm.weights.native import PromptFile
+    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
     "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
@@ -181,13 +181,13 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
-    from jaxlm.kernels.choice import attention_details, choose_attention, here
+    from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+    from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
-    from jaxlm.nn.moe import choose_compute
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
     from jaxlm.weights.names import tensor_name
-    from jaxlm.weights.native import trained_prompt
+    from jaxlm.weights.native.prompt_json import trained_prompt
 
     named = open_with_adapter(config.model.path, config.model.adapter)
     path, source, adapter = named.path, cast(Any, named.base), named.adapter
@@ -207,7 +207,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     # Prompts have any length; the longest ones are what takes time.
-    case = here(source.config, dtype, source.config.max_length, False)
+    case = shape_key(source.config, dtype, source.config.max_length, False)
     attention, reason = choose_attention(config.model.attention, case)
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": attention.name})
@@ -305,12 +305,12 @@ def _template(config: GenerateConfig, trained: PromptFile, tokenizer: Any) -> tu
 
 def _stop_ids(source: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
-    from jaxlm.models.shapes import read_json
+    from jaxlm.jsontext import read_object
 
     found: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
     for file in source.tokenizer_files:
         if file.name == "generation_config.json":
-            own = read_json(file).get("eos_token_id")
+            own = read_object(file).get("eos_token_id")
             ids = own if isinstance(own, list) else [own]
             if not all(index is None or type(index) is int for index in ids):
                 raise UserError(f"{file}: eos_token_id is {own!r}; it must be a token id or a list of them")

@@ -89,8 +89,9 @@ def model_shape(config: RunConfig) -> LlamaConfig:
         UserError: when neither model.shape nor a directory at model.path says it.
     """
     from convert.source import open_model
+    from jaxlm.jsontext import read_object
     from jaxlm.modalities import resolve
-    from jaxlm.models.shapes import LlamaConfig, load_shape, read_json, resolve_moe
+    from jaxlm.models.shapes import LlamaConfig, load_shape, resolve_moe
 
     ranges = {}
     if config.model.shape is not None:
@@ -105,7 +106,7 @@ def model_shape(config: RunConfig) -> LlamaConfig:
                 "llama-2-7b, or that of a config.json"
             )
         if (path / "config.json").is_file():
-            shape = LlamaConfig.from_hf(read_json(path / "config.json"))
+            shape = LlamaConfig.from_hf(read_object(path / "config.json"))
         else:
             shape = open_model(path).config
     if config.moe is not None and shape.moe is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import shutil
 import signal
@@ -19,7 +18,6 @@ from jaxlm.cli.words import Flag
 from jaxlm.config import DistributedConfig, RunConfig
 from jaxlm.config.files import dump_yaml
 from jaxlm.errors import UserError, exit_status
-from jaxlm.locate import at_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,6 +126,8 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
     from jaxlm.training.fit import check_with_model
     from jaxlm.training.loop import Job, train
     from jaxlm.weights.names import tensor_name
+    from jaxlm.weights.native.layout import HF_CONFIG
+    from jaxlm.weights.native.model_json import json_bytes
     from jaxlm.weights.partition import PARTITION_FILE, npy_bytes
 
     source = None if config.model.path is None else open_model(config.model.path)
@@ -144,7 +144,7 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
         shape = _with_special_ids(shape, tokenizer)
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
-        files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
+        files[HF_CONFIG] = json_bytes(source.hf_config)
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files(data, tokenizer)
@@ -173,18 +173,13 @@ def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
     tokens that ended the answers.
     """
     from jaxlm.data.templates import for_questions, load_template
+    from jaxlm.weights.native.prompt_json import PromptFile
 
     templates = [report.template for report in data.report.train]
     name = next((name for name in templates if name != "text"), "text")
     name = for_questions(load_template(name, tokenizer)).name
     stops = sorted(frozenset().union(*(report.end_ids for report in data.report.train)))
-    noted = {"template": name, "add_bos": data.config.add_bos, "add_eos": data.config.add_eos, "stop_ids": stops}
-    if not name.endswith(".json"):
-        return {"prompt.json": json.dumps(noted).encode()}
-    return {
-        "prompt.json": json.dumps(noted | {"template": "template.json"}).encode(),
-        "template.json": at_home(name).read_bytes(),
-    }
+    return PromptFile(name, data.config.add_bos, data.config.add_eos, tuple(stops)).files()
 
 
 def _with_date(config: RunConfig, tokenizer: Tokenizer, hosts: Hosts | None = None) -> RunConfig:

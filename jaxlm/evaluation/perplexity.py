@@ -25,7 +25,7 @@ from jaxlm.data.templates import choose_template, load_template
 from jaxlm.devices.mesh import put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.modalities import TextError
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.step import make_eval_step
 
@@ -231,7 +231,7 @@ def _first(item: Any, example: Example, tokenizer: Tokenizer, settings: Settings
 
 
 def measure(
-    model: Llama,
+    model: Decoder,
     trainable: Any,
     frozen: Any,
     mesh: Mesh,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.kernels.cross_entropy import chunk_count
-from jaxlm.models.llama import Llama, abstract_variables
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LoraSpec, resolve_lora
 from jaxlm.sharding import SHARD_AXES
@@ -162,7 +162,7 @@ def local_shape(shape: LlamaConfig, tensor: int) -> LlamaConfig:
     )
 
 
-def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Llama, length: int, remat: str) -> int:
+def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
     """Bytes a row that the layers' forward passes keep for their backward passes.
 
     Found by asking JAX for the arrays that `jax.vjp` of the loss keeps: those stacked over layers, of two sizes of
@@ -183,7 +183,7 @@ def _kept_bytes(
 ) -> int:
     # Two batches whose number of rows is not the number of layers, by which stacked arrays are known.
     few, many = [rows for rows in (1, 2, 3, 4) if rows != shape.num_layers][:2]
-    local = Llama(shape, dict(adapters), *settings)
+    local = Decoder(shape, dict(adapters), *settings)
 
     def kept(rows: int) -> int:
         leaves = jax.tree.leaves(_kept(local, rows, length))
@@ -196,10 +196,10 @@ def _kept_bytes(
 
 @cache
 def _variables(shape: LlamaConfig, adapters: tuple[tuple[str, LoraSpec], ...], dtypes: tuple[Any, Any]) -> Any:
-    return nn.unbox(abstract_variables(Llama(shape, dict(adapters), *dtypes)))
+    return nn.unbox(abstract_variables(Decoder(shape, dict(adapters), *dtypes)))
 
 
-def _kept(model: Llama, rows: int, length: int) -> Any:
+def _kept(model: Decoder, rows: int, length: int) -> Any:
     variables = _variables(model.config, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
     part = "lora" if "lora" in variables else "params"
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)

@@ -21,12 +21,12 @@ from jaxlm.devices.chips import Topology
 from jaxlm.devices.compiler_options import compiler_options
 from jaxlm.devices.mesh import abstract_mesh, make_mesh, replicated, rows_axis_size, slice_count, use_mesh
 from jaxlm.errors import UserError
-from jaxlm.kernels.choice import attention_details, choose_attention, here
-from jaxlm.models.llama import Llama
+from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
+from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
-from jaxlm.nn.moe import choose_compute
 from jaxlm.sharding import BATCH
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -52,7 +52,7 @@ class Build:
 
     config: RunConfig
     mesh: Mesh
-    model: Llama
+    model: Decoder
     attention: tuple[str, str]
     attention_details: Callable[[], str]
     experts: tuple[str, str] | None
@@ -165,14 +165,14 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
         first = devices[0]
         mesh = make_mesh(config.mesh, devices, count)
     _check_sequence(mesh, config.data.sequence_length, shape.num_heads, shape.num_kv_heads)
-    case = here(shape, config.model.dtype, config.data.sequence_length, packs(config), first)
+    case = shape_key(shape, config.model.dtype, config.data.sequence_length, packs(config), first)
     chosen, why = choose_attention(config.model.attention, case)
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
     experts = None if shape.moe is None else choose_compute(moe.compute, first.platform, shape.moe, adapters)
     # GPUs' forms cannot all be traced where there is none; XLA's keeps the same arrays.
     traced = "xla" if isinstance(devices, Topology) and first.platform == "gpu" else chosen
-    model = Llama(
+    model = Decoder(
         shape,
         adapters,
         DTYPES[config.model.dtype],

@@ -20,12 +20,12 @@ from jaxlm.devices.finite import Namer, check_finite, leaf_name
 from jaxlm.devices.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
 from jaxlm.errors import UserError
 from jaxlm.locate import record_base
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
 from jaxlm.training.advice import final_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.build import Build, build
-from jaxlm.training.checkpoint import Checkpoints, model_json
+from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.local_checkpoint import LocalCheckpoints
 from jaxlm.training.optimizer import Schedule, make_schedule
 from jaxlm.training.report import (
@@ -38,8 +38,6 @@ from jaxlm.training.report import (
     read_metrics,
 )
 from jaxlm.training.resume import (
-    PRINTS,
-    RUN,
     BaseModel,
     Inputs,
     base_fingerprint,
@@ -51,6 +49,8 @@ from jaxlm.training.routing import RoutingReport
 from jaxlm.training.state import Initializer, Readable, TrainState, bytes_per_device, count
 from jaxlm.training.step import merged_variables
 from jaxlm.training.stop import Stop
+from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, MODEL_JSON, RUN_YAML
+from jaxlm.weights.native.model_json import ModelFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Outcome:
     interrupted: str | None
     saved: bool
     checkpoint: Path
-    model: Llama
+    model: Decoder
     variables: Any
     mesh: jax.sharding.Mesh
     validation: list[tuple[int, float]]
@@ -129,7 +129,7 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
         hosts.agree("data", _data_prints(job))
 
     # What there is to go on from --------------------------------------------------------------
-    checkpoints = Checkpoints(out / "checkpoints", config.train.keep)
+    checkpoints = Checkpoints(out / CHECKPOINTS, config.train.keep)
     steps_saved = checkpoints.steps()
     hosts.agree("checkpoints", {"steps": steps_saved})
     saved = steps_saved[-1] if steps_saved else 0
@@ -215,13 +215,13 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
                 told.print(f"warning: {warning}", highlight=False, markup=False)
 
     # Loop -------------------------------------------------------------------------------------
-    files = {**job.files, RUN: job.run_yaml.encode(), PRINTS: inputs.to_json()}
-    files["model.json"] = model_json(
-        job.model.to_dict(),
-        None if config.lora is None else to_dict(config.lora),
-        {} if config.model.path is None else record_base(config.model.path, out / "checkpoints" / "0"),
+    files = {**job.files, RUN_YAML: job.run_yaml.encode(), FINGERPRINTS: inputs.to_json()}
+    files[MODEL_JSON] = ModelFile(
+        job.model,
         config.model.param_dtype if config.lora is None else "float32",
-    )
+        config.lora,
+        base={} if config.model.path is None else record_base(config.model.path, out / CHECKPOINTS / "0"),
+    ).to_bytes()
     writer = _metrics_writer(job, out, step) if first_host else None
     report = ProgressReport(
         terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None), hosts.log

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
-from jaxlm.models.llama import Llama, abstract_variables
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.lora import SAVEABLE
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
@@ -72,7 +72,7 @@ class Initializer:
     """
 
     def __init__(
-        self, model: Llama, lora: LoraConfig | None, mesh: Mesh, optimizer: optax.GradientTransformation
+        self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, optimizer: optax.GradientTransformation
     ) -> None:
         self.model, self.lora, self.mesh, self.optimizer = model, lora, mesh, optimizer
         boxed = abstract_variables(model)

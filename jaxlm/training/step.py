@@ -12,7 +12,7 @@ import optax
 
 from jaxlm.config import MoeRunConfig, TrainConfig
 from jaxlm.kernels.cross_entropy import LossOutput
-from jaxlm.models.llama import Llama, with_saved_modules
+from jaxlm.models.decoder import Decoder, with_saved_modules
 from jaxlm.training.optimizer import Schedule
 from jaxlm.training.state import TrainState
 
@@ -47,9 +47,9 @@ def merged_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
 
 
 def apply_loss(
-    model: Llama, variables: Any, micro: Batch, weights: jax.Array, packed: bool, **options: Any
+    model: Decoder, variables: Any, micro: Batch, weights: jax.Array, packed: bool, **options: Any
 ) -> tuple[LossOutput, Any]:
-    """`Llama.loss` of a batch with leaves [B, T], and what its routers noted.
+    """`Decoder.loss` of a batch with leaves [B, T], and what its routers noted.
 
     A dense model needs no modality_ids, and notes {}.
     """
@@ -89,7 +89,7 @@ def moe_figures(notes: Any, config: MoeRunConfig, steps: int) -> tuple[jax.Array
 
 
 def make_train_step(
-    model: Llama,
+    model: Decoder,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     config: TrainConfig,
@@ -198,7 +198,7 @@ def update_by_select(update: Callable[[Any], Any], wanted: jax.Array, old: Any) 
     return jax.tree.map(lambda new, before: jnp.where(wanted, new, before), update(old), old)
 
 
-def make_eval_step(model: Llama, packed: bool = True) -> Callable[[Any, Any, Batch], Metrics]:
+def make_eval_step(model: Decoder, packed: bool = True) -> Callable[[Any, Any, Batch], Metrics]:
     """(trainable, frozen, batch with leaves [1, B, T]) -> sums of loss, hits and target tokens; not jitted."""
 
     def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:

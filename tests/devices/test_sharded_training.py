@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.training.optimizer import make_optimizer, make_schedule
@@ -87,7 +87,7 @@ def train(sizes: dict[str, int], kind: str, attention: str = "reference", captur
     devices = jax.devices()[: math.prod(sizes.values())]
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), devices, E if config.moe else None)
     adapters = resolve_lora(config, lora) if lora else {}
-    model = Llama(config, adapters, attention=attention, experts="loop")
+    model = Decoder(config, adapters, attention=attention, experts="loop")
     options = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1)
     schedule = make_schedule(options, 10)
     optimizer = make_optimizer(options, schedule)

@@ -178,7 +178,7 @@ def test_conversions_to_one_place(
     held: Callable[..., subprocess.Popen[str]], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["jax-to-hf", str(model), str(tmp_path / "hf")]
-    first = held("convert.commands.main", "jaxlm.weights.hf:write_hf", words)
+    first = held("convert.commands.main", "convert.formats.hf_experts:write_hf", words)
     before = names(tmp_path)
     assert convert(words) == 2
     message = capsys.readouterr().err

@@ -36,7 +36,8 @@ def generator() -> Generator:
 
     import flax.linen as nn
 
-    from jaxlm.models.llama import Llama, abstract_variables
+    from jaxlm.models.decoder import Decoder as Llama
+    from jaxlm.models.decoder import abstract_variables
     from tests.models.compare import random_tree
 
     config = dataclasses.replace(CONFIG, vocab_size=290)

@@ -13,7 +13,7 @@ from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.inference.engine import FIRST_SLOTS, Generator, bucket
 from jaxlm.inference.model import Decoder, extend, grow, next_logits, prefill, unstack
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder as Llama
 from tests.models import hf
 
 torch = pytest.importorskip("torch")

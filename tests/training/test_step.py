@@ -15,10 +15,10 @@ import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.lora import resolve_lora
-from jaxlm.nn.moe import modality_ids
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import (
@@ -33,7 +33,7 @@ from tests.models.compare import assert_trees_close, random_tree
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
-MODEL = Llama(CONFIG, remat="none")
+MODEL = Decoder(CONFIG, remat="none")
 ROWS, T = 8, 12
 SGD = optax.sgd(1.0)  # new parameters = old - gradient: shows the gradient itself
 
@@ -235,7 +235,7 @@ def test_state_keeps_its_dtypes(name: Any) -> None:
     config = OptimizerConfig(name=name, weight_decay=0.1)
     schedule = make_schedule(config, 10)
     optimizer = make_optimizer(config, schedule)
-    model = Llama(CONFIG, param_dtype=jnp.bfloat16)
+    model = Decoder(CONFIG, param_dtype=jnp.bfloat16)
     step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, 1)
     old = state({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params())}, optimizer)
     for steps in (1, 4):
@@ -245,14 +245,14 @@ def test_state_keeps_its_dtypes(name: Any) -> None:
 
 def test_dropout_differs_between_steps_and_micro_steps() -> None:
     settings = LoraConfig(rank=2, dropout=0.5)
-    model = Llama(CONFIG, resolve_lora(CONFIG, settings))
+    model = Decoder(CONFIG, resolve_lora(CONFIG, settings))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     lora = random_tree(nn.unbox(shapes)["lora"], 2)
     # Rows all alike: without dropout every micro-step has the same loss.
     same = {key: value[:, :1].repeat(2, 0) for key, value in batch().items()}
     losses: list[float] = []
 
-    class Spy(Llama):
+    class Spy(Decoder):
         def loss(self, *args: Any, **kwargs: Any) -> Any:
             out = super().loss(*args, **kwargs)
             jax.debug.callback(lambda loss: losses.append(float(loss)), out.loss, ordered=True)
@@ -289,7 +289,7 @@ def test_five_steps_against_pytorch() -> None:
     schedule = make_schedule(options, 5)
     optimizer = make_optimizer(options, schedule)
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    model = Llama(config)
+    model = Decoder(config)
     initializer = Initializer(model, None, mesh, optimizer)
     current = initializer.new_state({"params": jax.tree.map(jnp.array, hf.weights(torch_model, config))}, 0)
     step = jax.jit(make_train_step(model, optimizer, schedule, TrainConfig(), 0.5, 1), donate_argnums=0)
@@ -351,7 +351,7 @@ def test_a_state_is_updated_or_kept(keep: Any, wanted: bool) -> None:
 def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> None:
     """Micro-steps that are all alike: the same penalties, and gradients, as of all rows at once; with padding."""
     moe = MoeConfig(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
-    model = Llama(dataclasses.replace(CONFIG, moe=moe), experts="loop", remat="none")
+    model = Decoder(dataclasses.replace(CONFIG, moe=moe), experts="loop", remat="none")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     start = random_tree(nn.unbox(shapes)["params"], 1)
     rows = {key: np.tile(value[0, :2], (4, 1)) for key, value in batch().items()}
