@@ -265,9 +265,9 @@ def _with_modalities(
     Args:
         files: directory with copies of the tokenizer's files; a new tokenizer (`new`) gets the tokens it lacks.
     """
-    from convert.transforms.vocab import write_tokenizer
     from jaxlm.modalities import resolve, save
     from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.tokenizer.extending import write_extended
 
     entries = config.tokenizer.modalities
     if entries:
@@ -292,7 +292,7 @@ def _with_modalities(
             save(modalities, files)  # loading checks the ids of all tokens
             tokenizer = load_tokenizer(files)
         elif new:
-            write_tokenizer(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
+            write_extended(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
             tokenizer = load_tokenizer(files)
         else:
             names = " ".join(f"--modality {shlex.quote(entry.preset or 'FILE')}" for entry in entries)
