@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import Decoding, GenerateConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,27 +43,15 @@ ALIASES = {
 INTERRUPTED = "interrupted; with --predict_data the same command goes on where it was"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.generate") -> int:
     """Exit status: 0 done, 1 some prompts of a file have no answer, 2 a mistake in the input, 130 interrupted."""
-    try:
-        config = parse_config(
-            sys.argv[1:] if argv is None else argv,
-            GenerateConfig,
-            prog="python -m jaxlm.generate",
-            description=DESCRIPTION,
-            aliases=ALIASES,
-        )
-        _check_config(config)
-        return _run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+    return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog), interrupted=INTERRUPTED)
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    config = parse_config(argv, GenerateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    _check_config(config)
+    return _run(config)
 
 
 def _check_config(config: GenerateConfig) -> None:
