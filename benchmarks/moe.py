@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.models.llama import MLP
+from jaxlm.models.decoder import MLP
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-from jaxlm.nn.moe import MoeMLP
+from jaxlm.nn.experts import MoeMLP
 
 
 def layer(config: LlamaConfig, dtype: Any, tokens: int, compute: str | None) -> tuple[Callable[[], None], float]:

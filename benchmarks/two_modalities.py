@@ -25,9 +25,9 @@ import numpy as np
 import optax
 
 from jaxlm.config import MoeRunConfig
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-from jaxlm.training.step import moe_figures
+from jaxlm.training.objectives.cross_entropy import router_figures
 
 TOKENS, LENGTH, ROWS, NOISE = 64, 64, 64, 0.1
 EXPERTS, USED, NEURONS = 8, 2, 512
@@ -56,13 +56,13 @@ def train(config: LlamaConfig, seed: int, steps: int) -> dict[str, Any]:
     """Held-out loss, and for experts the share of each modality's tokens that used each."""
     rng = np.random.default_rng(seed)
     tables = rng.integers(0, TOKENS, (2, TOKENS, TOKENS))
-    model = Llama(config, experts="loop", remat="none")
+    model = Decoder(config, experts="loop", remat="none")
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, 50, steps), weight_decay=0.01)
     weights = jnp.ones((ROWS, LENGTH)).at[:, :2].set(0.0)  # what nothing says
 
     def loss(params: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
         found, notes = model.apply({"params": params}, ids, weights / weights.sum(), method="loss", mutable=["moe"])
-        penalty, figures = moe_figures(notes, LOSSES, 1)
+        penalty, figures = router_figures(notes, LOSSES, 1)
         return found.loss + penalty, (found.loss, figures)
 
     @jax.jit

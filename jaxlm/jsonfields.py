@@ -8,9 +8,11 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from jaxlm.errors import UserError
+
+T = TypeVar("T")
 
 
 def read_fields(cls: type[Any], values: Any, where: str) -> dict[str, Any]:
@@ -51,6 +53,37 @@ def read_fields(cls: type[Any], values: Any, where: str) -> dict[str, Any]:
     return found
 
 
+def build(cls: type[T], values: Any, where: str) -> T:
+    """A frozen dataclass, and those within it, from JSON values.
+
+    Args:
+        cls, values, where: as for `read_fields`.
+
+    Raises:
+        UserError: when a field is unknown, missing, of another type, or a dataclass refuses its values.
+    """
+    fields = read_fields(cls, values, where)
+    hints = typing.get_type_hints(cls)
+    fields = {name: _built(value, hints[name], f"{_named(where, name)}") for name, value in fields.items()}
+    try:
+        return cls(**fields)
+    except UserError as error:
+        raise error if str(error).startswith(where) else UserError(f"{where}: {error}") from None
+
+
+def _built(value: Any, kind: Any, where: str) -> Any:
+    """A value that fits its type, with its JSON objects as the dataclasses that the type says."""
+    parts = get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(typing.cast(type[Any], kind), value, where)
+    if isinstance(value, dict) and get_origin(kind) in (Union, types.UnionType):
+        section = next((part for part in parts if dataclasses.is_dataclass(part)), None)
+        return value if section is None else _built(value, section, where)
+    if isinstance(value, tuple) and dataclasses.is_dataclass(parts[0] if parts else None):
+        return tuple(_built(item, parts[0], f"{where}[{number}]") for number, item in enumerate(value))
+    return value
+
+
 def fits(value: Any, kind: Any, where: str) -> bool:
     """Whether a JSON value is of a type as annotations have it; a dataclass's own fields raise by name."""
     origin, parts = get_origin(kind), get_args(kind)
@@ -67,7 +100,8 @@ def fits(value: Any, kind: Any, where: str) -> bool:
         if not isinstance(value, (list, tuple)):
             return False
         kinds = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
-        return len(value) == len(kinds) and all(fits(v, k, where) for v, k in zip(value, kinds, strict=True))
+        pairs = enumerate(zip(value, kinds, strict=False))
+        return len(value) == len(kinds) and all(fits(v, k, f"{where}[{number}]") for number, (v, k) in pairs)
     if origin in (dict, Mapping):
         return isinstance(value, dict) and all(fits(item, parts[1], where) for item in value.values())
     if dataclasses.is_dataclass(kind):

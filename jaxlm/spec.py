@@ -1,22 +1,41 @@
 """A decoder described by data: what a family's file says, and what the layers compute. No JAX, no words of any format.
 
-Shapes in the project's letters: V vocabulary, D model, L layers, H query heads, K kv heads, h head dim, F feed-forward.
+Shapes in the project's letters: V vocabulary, D model, L layers, H query heads, K kv heads, h head dim, F feed-forward,
+E experts.
+
+Layers are described by a period of P descriptions that repeats: layer n has `period[n % P]`. `DecoderSpec.stacks` says
+where their weights lie, and is the rule that the decoder and the table of names follow:
+
+    P = 1    layers/…      [L, …]        every layer
+    P > 1    layers/{p}/…  [L // P, …]   layer n = i * P + p at index i, one scan over the repetitions
+             tail/{p}/…    [1, …]        the L % P layers after the last whole period, n = L - L % P + p
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.jsonfields import build
 
 DEFAULT_THETA = 10000.0
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ROUTERS = ("activation", "activation_released", "learned", "modality")
 LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
+ACTIVATIONS = ("silu",)
+
+
+def _check_positive(spec: Any, names: tuple[str, ...], zero: tuple[str, ...] = ()) -> None:
+    """Refuses sizes that no tensor can have; fields may be None where that means something."""
+    for name in names:
+        value = getattr(spec, name)
+        if (value is not None and not 0 <= value < 1 << 31) or (value == 0 and name not in zero):
+            raise UserError(f"config: {name} is {value!r}; expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -29,13 +48,17 @@ class NormSpec:
 
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        if not 0 < self.eps < 1 << 31:
+            raise UserError(f"config: norm.eps is {self.eps!r}; expected a positive number")
+
 
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary position embedding.
 
-    Source: transformers `modeling_rope_utils.py`, whose field names these are; llama3 from Meta's LLaMA 3.1 release; yarn
-    from arXiv:2309.00071; dynamic NTK and linear scaling as LLaMA's forks use them.
+    Source: transformers `modeling_rope_utils.py`, whose field names these are; llama3 from Meta's LLaMA 3.1 release;
+    yarn from arXiv:2309.00071; dynamic NTK and linear scaling as LLaMA's forks use them.
     """
 
     rope_type: str = "default"
@@ -50,6 +73,18 @@ class RopeSpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise UserError(f"rope: rope_type {self.rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+        if not self.rope_theta > 0:
+            raise UserError(f"rope: rope_theta is {self.rope_theta!r}; expected a positive number")
+        if self.rope_type != "default" and self.factor is None:
+            raise UserError(f"rope: rope_type {self.rope_type!r} needs a 'factor'")
+        if self.rope_type == "llama3":
+            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                if getattr(self, name) is None:
+                    raise UserError(f"rope: rope_type 'llama3' needs {name!r}")
 
 
 @dataclass(frozen=True)
@@ -76,15 +111,25 @@ class AttentionSpec:
     qk_norm: NormSpec | None = None
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_positive(self, ("num_heads", "num_kv_heads", "head_dim", "window"))
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"config: num_attention_heads {self.num_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:
     """The feed-forward layer as E experts: contiguous blocks of its F neurons, F / E each.
 
     Args:
-        experts: E.
+        num_experts: E.
         router: which experts a token uses. activation: those whose neurons' activations sum highest (SciMind's design);
-            activation_released: as SciMind's code computes it, see `nn.moe`; learned: by a trained linear router;
+            activation_released: as SciMind's code computes it, see `nn.experts`; learned: by a trained linear router;
             modality: a fixed set for each modality.
         modalities: names by modality id; the first is text.
         ranges: token ids [start, stop) of each modality but text, in the order of `modalities`.
@@ -94,13 +139,48 @@ class ExpertsSpec:
             (with the experts in files beside it) or 'mixtral'. It changes nothing that is computed.
     """
 
-    experts: int
+    num_experts: int
     router: str
     modalities: tuple[str, ...] = (TEXT,)
     ranges: tuple[tuple[int, int], ...] = ()
     top_k: tuple[int, ...] = ()
     shared: int = 0
     layout: str = dataclasses.field(default="dense", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UserError(f"moe.layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
+        if self.num_experts < 1:
+            raise UserError(f"moe.experts: {self.num_experts} must be at least 1")
+        if self.router not in ROUTERS:
+            raise UserError(f"moe.router: {self.router!r} is not one of {', '.join(ROUTERS)}")
+        if self.modalities[:1] != (TEXT,) or len(set(self.modalities)) != len(self.modalities):
+            raise UserError(f"moe.modalities: {list(self.modalities)}: names must differ, and the first is {TEXT!r}")
+        if len(self.ranges) != len(self.modalities) - 1:
+            raise UserError(
+                f"moe.ranges: {len(self.ranges)} ranges of tokens for {len(self.modalities) - 1} modalities"
+            )
+        for name, (start, stop) in zip(self.modalities[1:], self.ranges, strict=True):
+            if not 0 <= start < stop:
+                raise UserError(f"moe.ranges: {name}: tokens {start} to {stop} are not a range")
+        ordered = sorted(self.ranges)
+        for (_, stop), (start, _) in itertools.pairwise(ordered):
+            if start < stop:
+                raise UserError(f"moe.ranges: {ordered}: two modalities share tokens")
+        if len(self.top_k) != len(self.modalities):
+            raise UserError(f"moe.top_k: {len(self.top_k)} numbers for the modalities {', '.join(self.modalities)}")
+        for name, k in zip(self.modalities, self.top_k, strict=True):
+            if not 1 <= k <= self.num_experts:
+                raise UserError(
+                    f"moe.top_k: {name}: {k}; there are {self.num_experts} experts, so it is 1 to {self.num_experts}"
+                )
+        if not 0 <= self.shared <= min(self.top_k):
+            raise UserError(f"moe.shared: {self.shared}; every modality uses them, so at most {min(self.top_k)}")
+
+    @property
+    def max_top_k(self) -> int:
+        """The largest number of experts that any token uses."""
+        return max(self.top_k)
 
 
 @dataclass(frozen=True)
@@ -119,6 +199,17 @@ class FeedForwardSpec:
     bias: bool = False
     experts: ExpertsSpec | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 < self.size < 1 << 31:
+            raise UserError(f"config: intermediate_size is {self.size!r}; expected a positive number")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"config: activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.experts is not None and self.size % self.experts.num_experts:
+            raise UserError(
+                f"moe.experts: {self.experts.num_experts} does not divide the {self.size} neurons of the "
+                "feed-forward layer; experts are of equal size"
+            )
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -126,6 +217,21 @@ class LayerSpec:
 
     attention: AttentionSpec
     feed_forward: FeedForwardSpec
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one description whose weights lie in the same leaves, stacked along the first dim.
+
+    Args:
+        path: where the leaves begin: 'layers', 'layers/0', 'tail/1'.
+        layer: the description that they share.
+        numbers: which layers of the model they are, in the order of the stack.
+    """
+
+    path: str
+    layer: LayerSpec
+    numbers: range
 
 
 @dataclass(frozen=True)
@@ -157,3 +263,155 @@ class DecoderSpec:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
+        # A spec without layers counts what lies outside of them.
+        _check_positive(self, sizes, zero=("num_layers",))
+        if not self.period:
+            raise UserError("config: period is empty; it describes at least one layer")
+        if len({layer.feed_forward.experts for layer in self.period} - {None}) > 1:
+            raise UserError("config: layers are divided into experts in different ways; they must share one division")
+
+    def layer(self, number: int) -> LayerSpec:
+        """The description of a layer."""
+        return self.period[number % len(self.period)]
+
+    def layers(self) -> Iterator[LayerSpec]:
+        """The description of every layer, in order."""
+        return (self.layer(number) for number in range(self.num_layers))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Where the weights of all layers lie (the rule in this module's docstring)."""
+        size, whole = len(self.period), self.num_layers - self.num_layers % len(self.period)
+        if size == 1:
+            return (Stack("layers", self.period[0], range(self.num_layers)),)
+        full = [Stack(f"layers/{p}", layer, range(p, whole, size)) for p, layer in enumerate(self.period) if whole]
+        rest = enumerate(range(whole, self.num_layers))
+        return (*full, *(Stack(f"tail/{p}", self.period[p], range(n, n + 1)) for p, n in rest))
+
+    @property
+    def uniform_layer(self) -> LayerSpec:
+        """The description that all layers share, for code that can do nothing with layers that differ.
+
+        Raises:
+            UserError: the layers differ.
+        """
+        if len(set(self.period)) > 1:
+            raise UserError(f"a {self.family} model's layers differ from each other, which is not supported here")
+        return self.period[0]
+
+    @property
+    def experts(self) -> ExpertsSpec | None:
+        """How feed-forward layers are divided into experts; None when every layer is dense."""
+        return next((e for layer in self.period if (e := layer.feed_forward.experts) is not None), None)
+
+    def with_layers(self, change: Callable[[LayerSpec], LayerSpec]) -> DecoderSpec:
+        """The same model with every layer's description changed."""
+        return dataclasses.replace(self, period=tuple(map(change, self.period)))
+
+    def with_attention(self, **changes: Any) -> DecoderSpec:
+        """The same model with these fields of every attention layer changed."""
+        replace = dataclasses.replace
+        return self.with_layers(lambda layer: replace(layer, attention=replace(layer.attention, **changes)))
+
+    def with_feed_forward(self, **changes: Any) -> DecoderSpec:
+        """The same model with these fields of every feed-forward layer changed."""
+        replace = dataclasses.replace
+        return self.with_layers(lambda layer: replace(layer, feed_forward=replace(layer.feed_forward, **changes)))
+
+    def with_experts(self, experts: ExpertsSpec | None) -> DecoderSpec:
+        """The same model with every feed-forward layer divided like that, or none."""
+        return self.with_feed_forward(experts=experts)
+
+    @property
+    def learned_router(self) -> bool:
+        """Whether a layer has a trained router."""
+        return self.experts is not None and self.experts.router == "learned"
+
+    @property
+    def max_length(self) -> int:
+        """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
+        return min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "model") -> DecoderSpec:
+        """Reads what `to_dict` gave, through JSON.
+
+        Args:
+            where: the file and the section, for errors.
+
+        Raises:
+            UserError: when a field is unknown, missing, of another type, or no model can have it.
+        """
+        return build(cls, values, where)
+
+
+def _stretched(rope: RopeSpec, length: int) -> int:
+    if rope.rope_type in ("linear", "dynamic"):
+        return int(length * (rope.factor or 1.0))
+    if rope.rope_type == "yarn":
+        return max(length, int((rope.factor or 1.0) * (rope.original_max_position_embeddings or length)))
+    return length
+
+
+def uniform_decoder(
+    family: str,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope: RopeSpec | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: NormSpec | None = None,
+    window: int | None = None,
+    experts: ExpertsSpec | None = None,
+    norm_eps: float = 1e-5,
+    **more: Any,
+) -> DecoderSpec:
+    """A decoder whose layers are all alike, by the numbers of one layer and fields of `DecoderSpec`."""
+    attention = AttentionSpec(
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        rope=rope or RopeSpec(),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=qk_norm,
+        window=window,
+    )
+    layer = LayerSpec(attention, FeedForwardSpec(intermediate_size, bias=mlp_bias, experts=experts))
+    return DecoderSpec(family, vocab_size, hidden_size, num_layers, (layer,), NormSpec(norm_eps), **more)
+
+
+def differences(first: DecoderSpec, second: DecoderSpec) -> Iterator[tuple[str, Any, Any]]:
+    """(field, first, second) of everything that two decoders do not have in common."""
+    one, other = (_flat(spec.to_dict(), "") for spec in (first, second))
+    for name in [*one, *(name for name in other if name not in one)]:
+        if one.get(name) != other.get(name) and not name.endswith("experts.layout"):
+            yield name, one.get(name), other.get(name)
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif key == "period":
+            # Without its number where there is one description only.
+            for number, layer in enumerate(value):
+                found |= _flat(layer, f"{prefix}{key}[{number}]." if len(value) > 1 else prefix)
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

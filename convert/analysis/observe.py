@@ -18,10 +18,10 @@ from rich.progress import Progress
 
 from convert.analysis.probe import layer_params
 from convert.analysis.sample import Sample
-from jaxlm.models.llama import Block
+from jaxlm.models.decoder import Block
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import MaskSpec
-from jaxlm.nn.rope import rope_cos_sin
+from jaxlm.nn.positions import rope_cos_sin
 from jaxlm.weights.leaves import ParamSource
 
 Found = TypeVar("Found")

@@ -41,9 +41,9 @@ def logits(source: ParamSource, input_ids: np.ndarray) -> np.ndarray:
     import jax
     import jax.numpy as jnp
 
-    from jaxlm.models.llama import Block, RMSNorm
+    from jaxlm.models.decoder import Block, RMSNorm
     from jaxlm.nn.attention import MaskSpec
-    from jaxlm.nn.rope import rope_cos_sin
+    from jaxlm.nn.positions import rope_cos_sin
 
     config = source.config
     positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -69,7 +69,7 @@ def logits(source: ParamSource, input_ids: np.ndarray) -> np.ndarray:
 
 
 def layer_params(source: ParamSource, layer: int) -> dict[str, Any]:
-    """The parameters of one layer as `models.llama.Block` takes them, in float32."""
+    """The parameters of one layer as `models.decoder.Block` takes them, in float32."""
     tree: dict[str, Any] = {}
     for path in source.leaves:
         first, *inner, name = path.split("/")

@@ -1,6 +1,6 @@
 """`python -m jaxlm.tune --config FILE`: time every attention that can serve here, and keep the fastest.
 
-What it finds goes to the user's table (see `kernels.choice`), from which `model.attention: auto` chooses.
+What it finds goes to the user's table (see `kernels.backend`), from which `model.attention: auto` chooses.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.parser import parse_run
 from jaxlm.config import RunConfig
-from jaxlm.errors import UserError
-from jaxlm.kernels.choice import NAMES, Case, Choice, Entry, here, read_table, user_table, why_not, write_table
+from jaxlm.errors import UserError, exit_status
+from jaxlm.kernels.backend import (
+    NAMES,
+    AttentionBackend,
+    Entry,
+    ShapeKey,
+    read_table,
+    shape_key,
+    user_table,
+    why_not,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,15 +59,15 @@ class Candidate:
         seconds: of a pass, by round.
     """
 
-    choice: Choice
+    choice: AttentionBackend
     run: Callable[[], Any] | None = None
     problem: str = ""
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.tune") -> int:
     """Exit status: 0 done, 2 for a mistake in the input."""
-    parser = argparse.ArgumentParser(prog="python -m jaxlm.tune", description=__doc__, epilog=EPILOG)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", action="append", metavar="FILE", help="a run's YAML; may be given several times")
     parser.add_argument("--heads", type=int, help="query heads")
     parser.add_argument("--kv_heads", type=int, help="kv heads (default: as many)")
@@ -72,26 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which all are timed in turn (default: 10)")
     parser.add_argument("--dry_run", action="store_true", help="show the figures, write no table")
     options, others = parser.parse_known_args(argv)
-    try:
-        from jaxlm.cli.start import quiet_logs
-
-        quiet_logs()
-        found = cases(options, others)
-        if not options.dry_run:  # a table that cannot be read or written is found out before the work
-            read_table(user_table())
-            user_table().parent.mkdir(parents=True, exist_ok=True)
-        for case in found:
-            _tune(case, options)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(options, others))
 
 
-def cases(options: argparse.Namespace, others: Sequence[str]) -> list[Case]:
+def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
+    from jaxlm.cli.start import quiet_logs
+
+    quiet_logs()
+    to_tune = cases(options, others)
+    if not options.dry_run:  # a table that cannot be read or written is found out before the work
+        read_table(user_table())
+        user_table().parent.mkdir(parents=True, exist_ok=True)
+    for case in to_tune:
+        _tune(case, options)
+
+
+def cases(options: argparse.Namespace, others: Sequence[str]) -> list[ShapeKey]:
     """What is to be tuned, from flags and configuration.
 
     Args:
@@ -107,7 +113,7 @@ def cases(options: argparse.Namespace, others: Sequence[str]) -> list[Case]:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise UserError(f"--{name}: {number} must be at least 1")
-    found: list[Case] = []
+    found: list[ShapeKey] = []
     shape = None
     for config in configs:
         path = config.model.path
@@ -115,7 +121,7 @@ def cases(options: argparse.Namespace, others: Sequence[str]) -> list[Case]:
             shape = _shape(config, options)  # else a stage that starts from what the one before will have written
         packed = config.data.packing_mode == "first_fit" if options.packed is None else options.packed
         for length in options.lengths or [config.data.sequence_length]:
-            case = here(shape, options.dtype or config.model.dtype, length, packed)
+            case = shape_key(shape, options.dtype or config.model.dtype, length, packed)
             if case not in found:
                 found.append(case)
     return found
@@ -123,7 +129,7 @@ def cases(options: argparse.Namespace, others: Sequence[str]) -> list[Case]:
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """What `here` asks of a model."""
+    """What `shape_key` asks of a model."""
 
     num_heads: int
     num_kv_heads: int
@@ -151,21 +157,21 @@ def _shape(config: RunConfig, options: argparse.Namespace) -> _Heads:
     return _Heads(heads, kv_heads, head_dim, window)
 
 
-def candidates(case: Case) -> list[Candidate]:
+def candidates(case: ShapeKey) -> list[Candidate]:
     """All implementations, with all blocks that a row is long enough for."""
     found = []
     for name in NAMES:
         lack = why_not(name, case)
         if lack is not None:
-            found.append(Candidate(Choice(name), problem=lack))
+            found.append(Candidate(AttentionBackend(name), problem=lack))
             continue
         sizes = [size for size in BLOCKS.get(name, ()) if size < 2 * case.length]
-        found.append(Candidate(Choice(name)))
-        found += [Candidate(Choice(name, *blocks)) for blocks in itertools.product(sizes, sizes)]
+        found.append(Candidate(AttentionBackend(name)))
+        found += [Candidate(AttentionBackend(name, *blocks)) for blocks in itertools.product(sizes, sizes)]
     return found
 
 
-def tensors(case: Case, rows: int, heads: int, kv_heads: int) -> tuple[Any, ...]:
+def tensors(case: ShapeKey, rows: int, heads: int, kv_heads: int) -> tuple[Any, ...]:
     """q, k, v, a cotangent of the output, and segment ids (None: single documents), seeded."""
     import jax.numpy as jnp
     import numpy as np
@@ -180,7 +186,7 @@ def tensors(case: Case, rows: int, heads: int, kv_heads: int) -> tuple[Any, ...]
     return *arrays, jnp.asarray(np.broadcast_to(ids, (rows, case.length)), jnp.int32)
 
 
-def passes(case: Case, choice: Choice) -> Callable[..., Any]:
+def passes(case: ShapeKey, choice: AttentionBackend) -> Callable[..., Any]:
     """(q, k, v, cotangent, segment ids) -> output and the gradients of q, k and v; jitted."""
     import jax
 
@@ -194,7 +200,7 @@ def passes(case: Case, choice: Choice) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-def check(case: Case, choice: Choice) -> str:
+def check(case: ShapeKey, choice: AttentionBackend) -> str:
     """Holds values and gradients to the plain form in float32; what is wrong in words, '' when nothing is."""
     import jax
     import jax.numpy as jnp
@@ -204,7 +210,7 @@ def check(case: Case, choice: Choice) -> str:
     arguments = tensors(case, 1, case.heads // case.kv_heads, 1)  # one kv head will do
     exact = [a if a is None or a.dtype == jnp.int32 else a.astype(jnp.float32) for a in arguments]
     with jax.default_matmul_precision("highest"):
-        expected = passes(case, Choice("reference"))(*exact)
+        expected = passes(case, AttentionBackend("reference"))(*exact)
     # Accelerators round float32 operands of products too, to 8 bits of mantissa at worst.
     most = 1e-4 if case.dtype == "float32" and case.platform == "cpu" else 2.0**-6
     for name, a, b in zip(("output", "dq", "dk", "dv"), passes(case, choice)(*arguments), expected, strict=True):
@@ -215,7 +221,7 @@ def check(case: Case, choice: Choice) -> str:
     return ""
 
 
-def measure(case: Case, rows: int, rounds: int, tell: Callable[[str], None]) -> list[Candidate]:
+def measure(case: ShapeKey, rows: int, rounds: int, tell: Callable[[str], None]) -> list[Candidate]:
     """Checks and times all candidates: in each round all of them in turn, from another one on.
 
     Args:
@@ -283,7 +289,7 @@ def _ratio(one: Candidate, base: Candidate) -> float:
     return statistics.median(a / b for a, b in zip(one.seconds, base.seconds, strict=True))
 
 
-def _tune(case: Case, options: argparse.Namespace) -> None:
+def _tune(case: ShapeKey, options: argparse.Namespace) -> None:
     import jax
     from rich.console import Console
 

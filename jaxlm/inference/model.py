@@ -20,14 +20,15 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxlm.devices.mesh import load_sharded, stored_chunks, tree_shardings
-from jaxlm.kernels.choice import Choice
-from jaxlm.models.llama import Block, Llama, RMSNorm, abstract_variables, output_logits
+from jaxlm.kernels.backend import AttentionBackend
+from jaxlm.models.decoder import Block, RMSNorm, abstract_variables, output_logits
+from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import KVCache, MaskSpec
+from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.linear import quantize
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.moe import modality_ids
-from jaxlm.nn.rope import rope_cos_sin
+from jaxlm.nn.positions import rope_cos_sin
 from jaxlm.sharding import ROW_AXES
 
 # Of each layer: keys and values [R, K, S, h].
@@ -52,15 +53,15 @@ class Decoder:
         config: the shape.
         adapters: (linear layer, its LoRA) of an adapter that is applied on the fly.
         dtype: of weights and compute, e.g. 'bfloat16'.
-        attention: implementation for reading prompts (see `models.attention`).
+        attention: implementation for reading prompts (see `nn.attention`).
         quantized: linear layers are kept in int8.
-        experts: how an MoE feed-forward computes (see `models.moe`).
+        experts: how an MoE feed-forward computes (see `nn.experts`).
     """
 
     config: LlamaConfig
     adapters: tuple[tuple[str, LoraSpec], ...] = ()
     dtype: str = "float32"
-    attention: str | Choice = "xla"
+    attention: str | AttentionBackend = "xla"
     quantized: bool = False
     experts: str = "dense"
 

@@ -1,6 +1,6 @@
 """Attention of a few new tokens to a long cache of keys and values, on TPU in Pallas.
 
-The plain twin is in `models.attention`, which computes with all slots of a cache and hides those that a query may not
+The plain twin is in `nn.attention`, which computes with all slots of a cache and hides those that a query may not
 see. Here a row's blocks of slots are fetched from the first that a query of it can see to the last: of a cache that
 has room for 4,096 tokens and holds 500, an eighth. Softmax is by blocks, as in FlashAttention (arXiv:2205.14135).
 

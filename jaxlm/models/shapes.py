@@ -17,6 +17,7 @@ from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import read_object
+from jaxlm.spec import AttentionSpec, DecoderSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, NormSpec, RopeSpec
 
 # HF architecture -> what differs from LLaMA.
 ARCHITECTURES = {
@@ -239,7 +240,7 @@ class MoeConfig:
     Args:
         experts: E.
         router: which experts a token uses. activation: those whose neurons' activations sum highest (SciMind's design);
-            activation_released: as SciMind's code computes it, see `models.moe`; learned: by a trained linear router;
+            activation_released: as SciMind's code computes it, see `nn.experts`; learned: by a trained linear router;
             modality: a fixed set for each modality.
         modalities: names by modality id; the first is text.
         ranges: token ids [start, stop) of each modality but text, in the order of `modalities`.
@@ -493,6 +494,38 @@ class LlamaConfig:
         except UserError as error:
             text = str(error)
             raise error if text.startswith(where) else UserError(f"{where}: {text}") from None
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The same decoder in the words of `jaxlm.spec`, which replaces this class."""
+        attention = AttentionSpec(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            rope=RopeSpec(**dataclasses.asdict(self.rope)),
+            qkv_bias=self.qkv_bias,
+            o_bias=self.o_bias,
+            window=self.sliding_window,
+        )
+        experts = None
+        if self.moe is not None:
+            named = {item.name: getattr(self.moe, item.name) for item in dataclasses.fields(self.moe)}
+            experts = ExpertsSpec(num_experts=named.pop("experts"), **named)
+        feed_forward = FeedForwardSpec(self.intermediate_size, bias=self.mlp_bias, experts=experts)
+        return DecoderSpec(
+            family=ARCHITECTURES[self.architecture],
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            period=(LayerSpec(attention, feed_forward),),
+            norm=NormSpec(self.rms_norm_eps),
+            tied_head=self.tie_word_embeddings,
+            max_position_embeddings=self.max_position_embeddings,
+            initializer_range=self.initializer_range,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.pad_token_id,
+        )
 
     @property
     def learned_router(self) -> bool:

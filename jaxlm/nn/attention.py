@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.kernels.choice import Choice
+from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
 from jaxlm.kernels.flash_attention import Backend, flash_attention
 
@@ -256,18 +256,20 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 _NAME_THEIR_OUTPUT = ("xla", "pallas_tpu", "pallas_gpu")
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implementation: str | Choice) -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implementation: str | AttentionBackend
+) -> jax.Array:
     """Softmax attention; scores and softmax in float32.
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h]; scaled by 1/sqrt(h).
         mask: who sees whom.
-        implementation: a key of IMPLEMENTATIONS, or such a one with its blocks (see `kernels.choice`).
+        implementation: a key of IMPLEMENTATIONS, or such a one with its blocks (see `kernels.backend`).
 
     Returns:
         [B, T, H, h].
     """
-    choice = Choice(implementation) if isinstance(implementation, str) else implementation
+    choice = AttentionBackend(implementation) if isinstance(implementation, str) else implementation
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and mesh.shape.get("sequence", 1) > 1
     if split:
@@ -333,7 +335,7 @@ class KVCache:
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, implementation: str | Choice
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, implementation: str | AttentionBackend
 ) -> tuple[jax.Array, KVCache]:
     """Attention of a few new tokens to a cache, into which their keys and values are written first.
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 
 
 def greedy_answers(
-    model: Llama, variables: Any, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]
+    model: Decoder, variables: Any, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]
 ) -> list[list[int]]:
     """New tokens for each prompt, without the stop token.
 

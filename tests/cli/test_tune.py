@@ -12,11 +12,11 @@ import pytest
 
 from jaxlm.cli import tune
 from jaxlm.cli.tune import Candidate, candidates, check, fastest, main, measure, tensors
-from jaxlm.kernels.choice import Case, Choice, attention_details, choose_attention, read_table
+from jaxlm.kernels.backend import AttentionBackend, ShapeKey, attention_details, choose_attention, read_table
 from jaxlm.nn import attention as attention_module
 
 KIND = jax.devices()[0].device_kind
-CASE = Case("cpu", KIND, None, "float32", 48, 8, 4, 2, True)
+CASE = ShapeKey("cpu", KIND, None, "float32", 48, 8, 4, 2, True)
 SMALL = ["--heads", "4", "--kv_heads", "2", "--head_dim", "8", "--dtype", "float32", "--rounds", "2"]
 
 
@@ -57,25 +57,25 @@ def test_cases_of_a_configuration(tmp_path: Path) -> None:
     stages = [{"name": "a", "model": {"shape": str(model)}}, {"name": "b", "data": {"packing": False}}]
     config.write_text(json.dumps({"data": {"sequence_length": 96}, "model": {"dtype": "float32"}, "stages": stages}))
 
-    def found(*words: str) -> list[Case]:
-        seen: list[Case] = []
+    def found(*words: str) -> list[ShapeKey]:
+        seen: list[ShapeKey] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tune, "_tune", lambda case, options: seen.append(case))
             assert main(["--config", str(config), *words]) == 0
         return seen
 
-    base = Case("cpu", KIND, None, "float32", 96, 8, 6, 2, True)
+    base = ShapeKey("cpu", KIND, None, "float32", 96, 8, 6, 2, True)
     # The second stage starts from what the first has not written yet.
-    assert found() == [base, Case("cpu", KIND, None, "float32", 96, 8, 6, 2, False)]
+    assert found() == [base, ShapeKey("cpu", KIND, None, "float32", 96, 8, 6, 2, False)]
     assert found("--packed", "--lengths", "32", "--dtype", "bfloat16", "--data.sequence_length", "7") == [
-        Case("cpu", KIND, None, "bfloat16", 32, 8, 6, 2, True)
+        ShapeKey("cpu", KIND, None, "bfloat16", 32, 8, 6, 2, True)
     ]
 
 
 def test_only_what_is_right_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the wrong one would be by far the fastest."""
     right = attention_module.IMPLEMENTATIONS["xla"]
-    assert check(CASE, Choice("xla")) == ""
+    assert check(CASE, AttentionBackend("xla")) == ""
     for wrong, what in (
         (lambda q, k, v, mask: q, "output"),
         (lambda q, k, v, mask: right(q, jax.lax.stop_gradient(k), v, mask), "dk"),
@@ -86,7 +86,7 @@ def test_only_what_is_right_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
         found = measure(CASE, 1, 2, lambda what: None)
         problem = next(one.problem for one in found if one.choice.name == "xla")
         assert problem.startswith(f"wrong: {what}")
-        assert fastest(found)[0].choice == Choice("reference")
+        assert fastest(found)[0].choice == AttentionBackend("reference")
 
 
 def test_what_does_not_fit_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,27 +99,27 @@ def test_what_does_not_fit_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_that_are_tried() -> None:
-    def tried(length: int) -> list[Choice]:
-        case = Case("tpu", "TPU v5 lite", None, "bfloat16", length, 128, 32, 32, True)
+    def tried(length: int) -> list[AttentionBackend]:
+        case = ShapeKey("tpu", "TPU v5 lite", None, "bfloat16", length, 128, 32, 32, True)
         return [one.choice for one in candidates(case) if one.choice.name == "pallas_tpu" and not one.problem]
 
     assert len(tried(4096)) == 1 + 9
-    assert tried(200) == [Choice("pallas_tpu"), Choice("pallas_tpu", 256, 256)]
+    assert tried(200) == [AttentionBackend("pallas_tpu"), AttentionBackend("pallas_tpu", 256, 256)]
 
 
 def test_times_by_ratios_of_a_round() -> None:
     """A machine that was three times slower in one round."""
-    xla = Candidate(Choice("xla"), seconds=[1.0, 3.0, 1.0])
-    slow = Candidate(Choice("pallas_tpu"), seconds=[2.0, 6.0, 2.0])
-    quick = Candidate(Choice("pallas_tpu", 256, 512), seconds=[0.5, 1.5, 0.5])
-    winner, times = fastest([slow, xla, quick, Candidate(Choice("cudnn"), problem="needs an NVIDIA GPU")])
+    xla = Candidate(AttentionBackend("xla"), seconds=[1.0, 3.0, 1.0])
+    slow = Candidate(AttentionBackend("pallas_tpu"), seconds=[2.0, 6.0, 2.0])
+    quick = Candidate(AttentionBackend("pallas_tpu", 256, 512), seconds=[0.5, 1.5, 0.5])
+    winner, times = fastest([slow, xla, quick, Candidate(AttentionBackend("cudnn"), problem="needs an NVIDIA GPU")])
     assert winner is quick and times == {"xla": 1000.0, "pallas_tpu": 500.0}
 
 
 def test_documents() -> None:
     ids = tensors(CASE, 2, 4, 2)[4]
     assert ids.shape == (2, 48) and set(ids[0].tolist()) == set(range(1, 9))
-    assert len(set(tensors(Case("cpu", "cpu", None, "float32", 3, 8, 4, 2, True), 1, 4, 2)[4][0].tolist())) == 3
+    assert len(set(tensors(ShapeKey("cpu", "cpu", None, "float32", 3, 8, 4, 2, True), 1, 4, 2)[4][0].tolist())) == 3
 
 
 @pytest.mark.parametrize(

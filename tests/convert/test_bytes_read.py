@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxlm.config import MeshConfig, OptimizerConfig
 from jaxlm.devices import mesh as meshes
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.inference.model import Decoder, load_weights
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.training.checkpoint import _context
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -65,7 +66,7 @@ def weight_bytes(source: Any) -> int:
 
 
 def initializer(config: Any, mesh: MeshConfig) -> Initializer:
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+    optimizer = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
     return Initializer(Llama(config, {}), None, make_mesh(mesh), optimizer)
 
 

@@ -17,7 +17,7 @@ from convert.analysis.sample import Sample
 from convert.source import open_model
 from convert.transforms.experts import MoefiedSource
 from jaxlm.models.shapes import ROUTERS, MoeConfig
-from jaxlm.nn.moe import experts_of_modalities
+from jaxlm.nn.experts import experts_of_modalities
 from jaxlm.weights.leaves import ParamSource
 from jaxlm.weights.partition import permutation
 from tests.convert.sampled import SALT, write_sample, write_tokenizer

@@ -16,7 +16,7 @@ from convert.source import open_model
 from convert.transforms import experts
 from convert.transforms.experts import DenseSource, MoefiedSource
 from jaxlm.errors import UserError
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import ROUTERS, MoeConfig
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import hf_entries
@@ -43,7 +43,7 @@ def params(source: ParamSource) -> dict[str, Any]:
 
 def logits(path: Path, compute: str = "dense") -> np.ndarray:
     source = open_model(path)
-    model = Llama(source.config, dtype="float32", experts=compute)
+    model = Decoder(source.config, dtype="float32", experts=compute)
     return np.asarray(jax.jit(model.apply)({"params": params(source)}, TOKENS))
 
 

@@ -16,7 +16,7 @@ import pytest
 from convert.formats.mixtral import MixtralSource
 from convert.source import open_model
 from jaxlm.errors import UserError
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.weights.files import read_tensors
 from tests.convert.test_experts import EVERY, TOKENS, E, F, assert_same_leaves, params
@@ -26,7 +26,7 @@ from tests.convert.tiny import BASE, make_adapter, make_hf_model
 
 @functools.cache
 def forward(config: LlamaConfig, compute: str) -> Any:
-    return jax.jit(Llama(config, dtype="float32", experts=compute).apply)
+    return jax.jit(Decoder(config, dtype="float32", experts=compute).apply)
 
 
 def jaxlm_logits(path: Path, compute: str, tokens: np.ndarray = TOKENS) -> np.ndarray:

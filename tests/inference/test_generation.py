@@ -12,9 +12,10 @@ import pytest
 from jaxlm.config import Decoding, LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
-from jaxlm.inference.engine import Generator
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, load_weights, unstack
-from jaxlm.models.llama import Llama, abstract_variables
+from jaxlm.models.decoder import Decoder as Llama
+from jaxlm.models.decoder import abstract_variables
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.linear import quantize
 from jaxlm.nn.lora import resolve_lora

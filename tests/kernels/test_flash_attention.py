@@ -249,7 +249,7 @@ def kernels(run: Any, *arguments: Any) -> list[str]:
 
 @pytest.mark.parametrize(("policy", "expected"), [("full", 2), ("qkv", 2), ("qkv_out", 1)])
 def test_remat_finds_the_output(policy: str, expected: int) -> None:
-    from jaxlm.models.llama import REMAT_POLICIES
+    from jaxlm.models.decoder import REMAT_POLICIES
 
     q, k, v, _ = tensors(8, (2, 1))
 
@@ -329,7 +329,7 @@ def test_in_the_model() -> None:
 
     from jaxlm.config import MeshConfig
     from jaxlm.devices.mesh import make_mesh, use_mesh
-    from jaxlm.models.llama import Llama
+    from jaxlm.models.decoder import Decoder
     from jaxlm.models.shapes import LlamaConfig
 
     config = LlamaConfig(32, 16, 16, 2, 4, 2, 4)
@@ -337,10 +337,10 @@ def test_in_the_model() -> None:
     ids = rng.integers(0, 32, (4, 19)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]], [7, 9, 3], axis=1).repeat(4, 0).astype(np.int32)
     weights = (segments > 0).astype(np.float32)
-    params = nn.unbox(Llama(config).init(jax.random.key(0), ids)["params"])
+    params = nn.unbox(Decoder(config).init(jax.random.key(0), ids)["params"])
 
     def loss(params: Any, name: str) -> Any:
-        model = Llama(config, attention=name, remat="qkv_out")
+        model = Decoder(config, attention=name, remat="qkv_out")
         return model.apply({"params": params}, ids, weights, segment_ids=segments, method="loss").loss
 
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, "reference")

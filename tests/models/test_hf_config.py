@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.models import shapes
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, RopeConfig
 from tests.models import hf
 
@@ -196,7 +196,7 @@ def test_logits_with_yarn_switched_on_by_hand() -> None:
     with torch.no_grad():
         want = other(torch.tensor(tokens)).logits.numpy()
         plain = model(torch.tensor(tokens)).logits.numpy()
-    found = Llama(config, dtype=jnp.float32).apply({"params": hf.weights(other, config)}, jnp.asarray(tokens))
+    found = Decoder(config, dtype=jnp.float32).apply({"params": hf.weights(other, config)}, jnp.asarray(tokens))
     np.testing.assert_allclose(np.asarray(found), want, atol=1e-4)
     assert np.abs(plain - want).max() > 1e-2
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models.llama import Llama
-from jaxlm.nn.rope import rope_cos_sin
+from jaxlm.models.decoder import Decoder
+from jaxlm.nn.positions import rope_cos_sin
 from tests.models import hf
 from tests.models.compare import assert_trees_close
 
@@ -86,7 +86,7 @@ def test_logits_and_gradients(case: str) -> None:
     torch_model, config = hf.build(architecture, **options)
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (rows, length)).astype(np.int32)
     expected = torch_step(torch_model, ids)
-    model = Llama(config, remat="none")
+    model = Decoder(config, remat="none")
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         logits = model.apply({"params": params}, ids)
@@ -121,7 +121,7 @@ def test_packed_documents_against_hf_alone(lengths: tuple[int, int]) -> None:
     documents = [rng.integers(0, config.vocab_size, n) for n in lengths]
     with hf.torch.no_grad():
         alone = [torch_model(hf.torch.from_numpy(d)[None]).logits[0].numpy() for d in documents]
-    packed = jax.jit(Llama(config, remat="none").apply)(
+    packed = jax.jit(Decoder(config, remat="none").apply)(
         {"params": hf.weights(torch_model, config)},
         np.concatenate(documents)[None].astype(np.int32),
         np.concatenate([np.arange(n) for n in lengths])[None],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import LoraConfig
-from jaxlm.models.llama import Llama, with_saved_modules
+from jaxlm.models.decoder import Decoder, with_saved_modules
 from jaxlm.nn.lora import LINEARS, module_parent, resolve_lora
 from tests.models import hf
 from tests.models.compare import assert_trees_close
@@ -115,7 +115,7 @@ def test_logits_and_gradients(case: str) -> None:
     if settings.modules_to_save:
         expected_grads["modules_to_save"] = saved(torch_model, grad=True)
 
-    model = Llama(config, specs, remat="none")
+    model = Decoder(config, specs, remat="none")
     base = base_weights(torch_model, config)
 
     def loss(lora: Any) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.models.llama import Llama, with_saved_modules
+from jaxlm.models.decoder import Decoder, with_saved_modules
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LINEARS, LoraSpec, module_parent, resolve_lora
@@ -26,16 +26,16 @@ IDS = np.random.default_rng(0).integers(0, 64, (2, 10)).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def base() -> dict[str, Any]:
-    shapes = jax.eval_shape(Llama(CONFIG).init, jax.random.key(0), IDS)
+    shapes = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), IDS)
     return random_tree(nn.unbox(shapes)["params"], 1)
 
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    return jax.jit(Llama(CONFIG).apply)
+    return jax.jit(Decoder(CONFIG).apply)
 
 
-def fresh(model: Llama, base: Any) -> Any:
+def fresh(model: Decoder, base: Any) -> Any:
     apply = jax.jit(lambda key: model.apply({"params": base}, IDS, rngs={"params": key}, mutable=["lora"]))
     return nn.unbox(apply(jax.random.key(5))[1]["lora"])
 
@@ -63,7 +63,7 @@ def test_fresh_is_base_and_merged_is_unmerged(dora: bool, base: Any, plain: Any)
     settings = LoraConfig(rank=2, targets=LINEARS, dora=dora, rank_pattern={"layers.1.self_attn.k_proj": 4})
     # Layer 2 carries no adapter (PEFT's layers_to_transform).
     specs = resolve_lora(CONFIG, settings, layers=(0, 1))
-    model = Llama(CONFIG, specs)
+    model = Decoder(CONFIG, specs)
     lora = fresh(model, base)
     apply = jax.jit(model.apply)
     expected = plain({"params": base}, IDS)
@@ -149,7 +149,7 @@ def test_dropout_keeps_the_mean(dora: bool) -> None:
 
 def test_dropout_is_fixed_by_its_key_and_differs_between_layers(base: Any) -> None:
     settings = LoraConfig(rank=2, targets=("q_proj", "down_proj"), dropout=0.5)
-    model = Llama(CONFIG, resolve_lora(CONFIG, settings))
+    model = Decoder(CONFIG, resolve_lora(CONFIG, settings))
     seen: list[np.ndarray] = []
 
     def record(mask: np.ndarray) -> np.ndarray:

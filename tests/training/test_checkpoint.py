@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from jaxlm.config import MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -19,8 +20,8 @@ from tests.training.test_state import CONFIG
 
 def initializer(name: str) -> Initializer:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
-    optimizer = make_optimizer(config, make_schedule(config, 10))
-    return Initializer(Llama(CONFIG), None, make_mesh(MeshConfig()), optimizer)
+    optimizer = partial(make_optimizer, config, make_schedule(config, 10))
+    return Initializer(Decoder(CONFIG), None, make_mesh(MeshConfig()), optimizer)
 
 
 def test_an_optimizer_that_keeps_something_else(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.training.optimizer import make_optimizer, make_schedule
@@ -27,11 +28,11 @@ CONFIG = LlamaConfig(
     head_dim=6,
     mlp_bias=True,
 )
-OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+OPTIMIZER = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
 
 
 def initializer(lora: LoraConfig | None, mesh: MeshConfig, dtype: Any = jnp.float32) -> Initializer:
-    model = Llama(CONFIG, resolve_lora(CONFIG, lora) if lora else {}, param_dtype=dtype)
+    model = Decoder(CONFIG, resolve_lora(CONFIG, lora) if lora else {}, param_dtype=dtype)
     return Initializer(model, lora, make_mesh(mesh), OPTIMIZER)
 
 

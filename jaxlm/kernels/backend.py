@@ -25,7 +25,7 @@ TUNE = "python -m jaxlm.tune"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class AttentionBackend:
     """An implementation; hashable, so that it can be part of a model.
 
     Attributes:
@@ -42,7 +42,7 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ShapeKey:
     """Where attention is to run, and on what.
 
     Attributes:
@@ -85,7 +85,7 @@ class Case:
         return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}"
 
 
-def here(model: Any, dtype: str, length: int, packed: bool, device: Any = None) -> Case:
+def shape_key(model: Any, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
     """The case of a model on a device.
 
     Args:
@@ -95,7 +95,7 @@ def here(model: Any, dtype: str, length: int, packed: bool, device: Any = None) 
     import jax
 
     device = jax.devices()[0] if device is None else device
-    return Case(
+    return ShapeKey(
         platform=device.platform,
         device_kind=device.device_kind,
         capability=getattr(device, "compute_capability", None) if device.platform == "gpu" else None,
@@ -112,7 +112,7 @@ def here(model: Any, dtype: str, length: int, packed: bool, device: Any = None) 
 # What cannot serve ------------------------------------------------------------------------
 
 
-def _not_pallas(backend: Literal["tpu", "gpu"], case: Case) -> str | None:
+def _not_pallas(backend: Literal["tpu", "gpu"], case: ShapeKey) -> str | None:
     from jaxlm.kernels import flash_attention
 
     return flash_attention.unsupported(
@@ -120,17 +120,17 @@ def _not_pallas(backend: Literal["tpu", "gpu"], case: Case) -> str | None:
     )
 
 
-def _not_pallas_tpu(case: Case) -> str | None:
+def _not_pallas_tpu(case: ShapeKey) -> str | None:
     return "needs a TPU" if case.platform != "tpu" else _not_pallas("tpu", case)
 
 
-def _not_pallas_gpu(case: Case) -> str | None:
+def _not_pallas_gpu(case: ShapeKey) -> str | None:
     if case.platform != "gpu" or case.capability != "9.0":
         return "needs a Hopper GPU (compute capability 9.0)"
     return _not_pallas("gpu", case)
 
 
-def _not_cudnn(case: Case) -> str | None:
+def _not_cudnn(case: ShapeKey) -> str | None:
     if case.platform != "gpu":
         return "needs an NVIDIA GPU"
     version = tuple(int(part) for part in (case.capability or "0").split("."))
@@ -144,7 +144,7 @@ def _not_cudnn(case: Case) -> str | None:
     return None
 
 
-_LACKS: Mapping[str, Callable[[Case], str | None]] = {
+_LACKS: Mapping[str, Callable[[ShapeKey], str | None]] = {
     "pallas_tpu": _not_pallas_tpu,
     "pallas_gpu": _not_pallas_gpu,
     "cudnn": _not_cudnn,
@@ -153,7 +153,7 @@ _LACKS: Mapping[str, Callable[[Case], str | None]] = {
 }
 
 
-def why_not(name: str, case: Case) -> str | None:
+def why_not(name: str, case: ShapeKey) -> str | None:
     """Why an implementation cannot serve, in words; None if it can."""
     return _LACKS[name](case)
 
@@ -172,7 +172,7 @@ class Entry:
         made: with what and when, e.g. 'jax 0.10.2, 2026-11-21'.
     """
 
-    choice: Choice
+    choice: AttentionBackend
     milliseconds: Mapping[str, float]
     length: int
     made: str
@@ -206,7 +206,7 @@ def read_table(path: Path) -> Table:
         table: Table = {}
         for row in content["entries"]:
             key = row["device_kind"], row["dtype"], row["shape_class"]
-            choice = Choice(row["implementation"], row["block_q"], row["block_k"])
+            choice = AttentionBackend(row["implementation"], row["block_q"], row["block_k"])
             if choice.name not in NAMES:
                 raise ValueError(f"implementation {choice.name!r}")
             entry = Entry(choice, row["milliseconds"], row["length"], row["made"])
@@ -253,7 +253,7 @@ def _tables() -> list[tuple[str, Table]]:
     return [(str(user_table()), read_table(user_table())), ("jaxlm's table", read_table(SHIPPED))]
 
 
-def measured(case: Case) -> tuple[Entry, str] | None:
+def measured(case: ShapeKey) -> tuple[Entry, str] | None:
     """What was measured for a case (or for the nearest length), and the table that says so; None: nothing was."""
     for origin, table in _tables():
         buckets = table.get((case.device_kind, case.dtype, case.shape_class), {})
@@ -275,7 +275,7 @@ SLOWER = {
 }
 
 
-def _rule(case: Case) -> tuple[str, str]:
+def _rule(case: ShapeKey) -> tuple[str, str]:
     """Where nothing was measured: by platform."""
     if case.platform == "tpu" and why_not("pallas_tpu", case) is None:
         return "pallas_tpu", "skips what the mask empties"
@@ -287,7 +287,7 @@ def _rule(case: Case) -> tuple[str, str]:
     return "xla", f"the fused form for {case.platform}" if case.platform == "cpu" else "no kernel can serve here"
 
 
-def choose_attention(requested: str, case: Case) -> tuple[Choice, str]:
+def choose_attention(requested: str, case: ShapeKey) -> tuple[AttentionBackend, str]:
     """What runs, and the start-up line that says so in a few words; `attention_details` says the rest.
 
     Args:
@@ -304,17 +304,17 @@ def choose_attention(requested: str, case: Case) -> tuple[Choice, str]:
                 f"model.attention: {requested!r} cannot serve: {lack}; this is {case.device}; use 'auto' or 'xla'"
             )
         note = f"; {SLOWER['cudnn']}: right, but slow" if requested == "cudnn" and case.packed else ""
-        return Choice(requested), f"{requested}: as configured{note}"
+        return AttentionBackend(requested), f"{requested}: as configured{note}"
     found = measured(case)
     if found is None:
         name, why = _rule(case)
-        return Choice(name), f"{name}: {why}"
+        return AttentionBackend(name), f"{name}: {why}"
     entry, _ = found
     time = entry.milliseconds[entry.choice.name]
     return entry.choice, f"{entry.choice}: the fastest measured, {time:.3g} ms at length {entry.length:,}"
 
 
-def attention_details(choice: Choice, case: Case) -> str:
+def attention_details(choice: AttentionBackend, case: ShapeKey) -> str:
     """One line on what the choice rests on, and why not each of the other implementations."""
     found = measured(case)
     times: Mapping[str, float] = {}

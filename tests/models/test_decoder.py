@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models.llama import Llama
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from tests.models.compare import assert_trees_close, random_tree
 
@@ -36,14 +36,14 @@ WEIGHTS = (RNG.random((2, T)) * (SEGMENTS > 0)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def params() -> dict[str, Any]:
-    shapes = jax.eval_shape(Llama(CONFIG).init, jax.random.key(0), IDS)
+    shapes = jax.eval_shape(Decoder(CONFIG).init, jax.random.key(0), IDS)
     tree = random_tree(nn.unbox(shapes)["params"], 1)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + (path[-1].key == "scale"), tree)
 
 
 @functools.cache
 def step(**options: Any) -> Any:
-    model = Llama(CONFIG, **options)
+    model = Decoder(CONFIG, **options)
     return jax.jit(
         jax.value_and_grad(
             lambda p: (
@@ -56,7 +56,7 @@ def step(**options: Any) -> Any:
 @pytest.mark.parametrize("lengths", [(8, 12), (70, 75)])
 def test_packed_documents_are_alone(lengths: tuple[int, int], params: Any) -> None:
     """Each document's logits are those it has in a row of its own, below and above the query block of 128."""
-    apply = jax.jit(Llama(CONFIG).apply)
+    apply = jax.jit(Decoder(CONFIG).apply)
     documents = [RNG.integers(0, 64, (2, n)).astype(np.int32) for n in lengths]
     positions = np.concatenate([np.arange(n) for n in lengths])[None].repeat(2, 0)
     segments = np.repeat([1, 2], lengths)[None].repeat(2, 0)
@@ -69,7 +69,7 @@ def test_packed_documents_are_alone(lengths: tuple[int, int], params: Any) -> No
 
 def test_loss_is_that_of_the_logits(params: Any) -> None:
     """weights[:, t] weighs the prediction of token t from the logits at t - 1; the first has none."""
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     arguments = dict(positions=POSITIONS, segment_ids=SEGMENTS)
     logits = jax.jit(model.apply)({"params": params}, IDS, **arguments)
     log_probs = np.asarray(jax.nn.log_softmax(logits))
@@ -102,7 +102,7 @@ def test_remat_policies_store_what_they_say(params: Any) -> None:
     """Bytes kept from the forward for the backward pass: full < qkv < qkv_out < dots < none."""
 
     def kept(remat: str) -> int:
-        model = Llama(CONFIG, remat=remat)
+        model = Decoder(CONFIG, remat=remat)
 
         def loss(p: Any) -> Any:
             return model.apply({"params": p}, IDS, WEIGHTS, method="loss").loss
@@ -138,5 +138,5 @@ def test_bfloat16_parameters(params: Any) -> None:
 
 def test_unknown_token_is_not_a_silent_row(params: Any) -> None:
     """An id beyond the vocabulary gives NaN, not some other token's row."""
-    out = jax.jit(Llama(CONFIG).apply)({"params": params}, np.full((1, 4), 64, np.int32))
+    out = jax.jit(Decoder(CONFIG).apply)({"params": params}, np.full((1, 4), 64, np.int32))
     assert np.isnan(np.asarray(out)).all()

@@ -13,29 +13,29 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.kernels import choice, flash_attention
-from jaxlm.kernels.choice import (
-    Case,
-    Choice,
+from jaxlm.kernels import backend, flash_attention
+from jaxlm.kernels.backend import (
+    AttentionBackend,
     Entry,
+    ShapeKey,
     attention_details,
     choose_attention,
-    here,
     measured,
     read_table,
+    shape_key,
     write_table,
 )
 from jaxlm.models.shapes import SHAPES
 from jaxlm.nn import attention as attention_module
 from jaxlm.nn.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
 
-CPU = Case("cpu", "cpu", None, "float32", 512, 128, 32, 32, True)
+CPU = ShapeKey("cpu", "cpu", None, "float32", 512, 128, 32, 32, True)
 H200 = dataclasses.replace(CPU, platform="gpu", device_kind="NVIDIA H200", capability="9.0", dtype="bfloat16")
 A100 = dataclasses.replace(H200, device_kind="NVIDIA A100-SXM4-80GB", capability="8.0")
 V5E = dataclasses.replace(CPU, platform="tpu", device_kind="TPU v5 lite", dtype="bfloat16")
 
 
-def single(case: Case, **changes: Any) -> Case:
+def single(case: ShapeKey, **changes: Any) -> ShapeKey:
     return dataclasses.replace(case, packed=False, **changes)
 
 
@@ -50,7 +50,7 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
     monkeypatch.setattr(flash_attention, "unsupported", unsupported)
     monkeypatch.setenv("JAXLM_TUNED", str(tmp_path / "mine" / "tuned.json"))
-    monkeypatch.setattr(choice, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(backend, "SHIPPED", tmp_path / "shipped.json")
     yield tmp_path / "mine" / "tuned.json"
 
 
@@ -71,15 +71,15 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (dataclasses.replace(H200, head_dim=512), "xla"),
     ],
 )
-def test_rules_where_nothing_was_measured(case: Case, chosen: str) -> None:
+def test_rules_where_nothing_was_measured(case: ShapeKey, chosen: str) -> None:
     found, line = choose_attention("auto", case)
-    assert found == Choice(chosen)
+    assert found == AttentionBackend(chosen)
     assert line.startswith(f"{chosen}: ")
     assert len(line) < 72 and ";" not in line
     line = attention_details(found, case)
     assert f"not measured on this device kind, {case.device_kind}; run python -m jaxlm.tune" in line
     others = line.split("; not ")[1]
-    assert all((f"{name} (" in others) == (name != chosen) for name in choice.NAMES)
+    assert all((f"{name} (" in others) == (name != chosen) for name in backend.NAMES)
     assert "\n" not in line
 
 
@@ -122,25 +122,27 @@ def test_rules_where_nothing_was_measured(case: Case, chosen: str) -> None:
         ),
     ],
 )
-def test_what_cannot_serve_is_refused(requested: str, case: Case, message: str) -> None:
+def test_what_cannot_serve_is_refused(requested: str, case: ShapeKey, message: str) -> None:
     with pytest.raises(UserError, match=f"model.attention: {message}"):
         choose_attention(requested, case)
 
 
 def test_as_configured() -> None:
-    assert choose_attention("reference", H200) == (Choice("reference"), "reference: as configured")
+    assert choose_attention("reference", H200) == (AttentionBackend("reference"), "reference: as configured")
     found, line = choose_attention("cudnn", H200)
-    assert found == Choice("cudnn") and line.endswith("packed segments reach it as a dense mask: right, but slow")
+    assert found == AttentionBackend("cudnn") and line.endswith(
+        "packed segments reach it as a dense mask: right, but slow"
+    )
     assert choose_attention("cudnn", single(H200))[1] == "cudnn: as configured"
 
 
-def table(case: Case, *rows: tuple[int, Choice, dict[str, float]]) -> choice.Table:
+def table(case: ShapeKey, *rows: tuple[int, AttentionBackend, dict[str, float]]) -> backend.Table:
     entries = {bucket: Entry(found, times, bucket - 1, "jax 0.10.2, 2026-11-21") for bucket, found, times in rows}
     return {(case.device_kind, case.dtype, case.shape_class): entries}
 
 
 def test_what_was_measured_counts(no_tables: Path) -> None:
-    fast, slow = Choice("pallas_gpu", 128, 64), Choice("xla")
+    fast, slow = AttentionBackend("pallas_gpu", 128, 64), AttentionBackend("xla")
     write_table(
         no_tables, table(H200, (512, fast, {"pallas_gpu": 2.0, "xla": 7.0}), (8192, slow, {"xla": 5.0, "cudnn": 6.0}))
     )
@@ -162,24 +164,24 @@ def test_what_was_measured_counts(no_tables: Path) -> None:
         line = attention_details(choose_attention("auto", other)[0], other)
         assert line.startswith(f"bfloat16 {other.shape_class} was not measured on this device kind, NVIDIA H200")
     # Of one that was asked for the table's times are of no interest: other block sizes were measured.
-    assert "xla (" in attention_details(Choice("pallas_gpu", 64, 64), H200)
-    assert "times slower" not in attention_details(Choice("pallas_gpu", 64, 64), H200)
+    assert "xla (" in attention_details(AttentionBackend("pallas_gpu", 64, 64), H200)
+    assert "times slower" not in attention_details(AttentionBackend("pallas_gpu", 64, 64), H200)
     assert measured(dataclasses.replace(H200, window=512)) == measured(H200)
     assert measured(A100) is None
 
 
 def test_the_users_table_before_the_shipped_one(no_tables: Path) -> None:
-    write_table(choice.SHIPPED, table(CPU, (512, Choice("reference"), {"reference": 1.0})))
-    assert choose_attention("auto", CPU)[0] == Choice("reference")
-    write_table(no_tables, table(CPU, (512, Choice("xla"), {"xla": 2.0})))
-    assert choose_attention("auto", CPU)[0] == Choice("xla")
+    write_table(backend.SHIPPED, table(CPU, (512, AttentionBackend("reference"), {"reference": 1.0})))
+    assert choose_attention("auto", CPU)[0] == AttentionBackend("reference")
+    write_table(no_tables, table(CPU, (512, AttentionBackend("xla"), {"xla": 2.0})))
+    assert choose_attention("auto", CPU)[0] == AttentionBackend("xla")
     # What cannot serve here is passed over, wherever it was measured.
-    write_table(no_tables, table(CPU, (512, Choice("cudnn"), {"cudnn": 2.0})))
-    assert choose_attention("auto", CPU)[0] == Choice("reference")
+    write_table(no_tables, table(CPU, (512, AttentionBackend("cudnn"), {"cudnn": 2.0})))
+    assert choose_attention("auto", CPU)[0] == AttentionBackend("reference")
 
 
 def test_tables_there_and_back(no_tables: Path) -> None:
-    written = table(H200, (512, Choice("pallas_gpu", 128, 64), {"pallas_gpu": 2.0, "xla": 7.0}))
+    written = table(H200, (512, AttentionBackend("pallas_gpu", 128, 64), {"pallas_gpu": 2.0, "xla": 7.0}))
     write_table(no_tables, written)
     assert read_table(no_tables) == written
     assert [path.name for path in no_tables.parent.iterdir()] == ["tuned.json"]
@@ -201,16 +203,16 @@ def test_broken_tables(content: str, message: str, no_tables: Path) -> None:
     no_tables.write_text(content)
     with pytest.raises(UserError, match=message):
         choose_attention("auto", CPU)
-    assert choose_attention("xla", CPU)[0] == Choice("xla")
+    assert choose_attention("xla", CPU)[0] == AttentionBackend("xla")
 
 
 def test_the_shipped_table_can_be_read() -> None:
-    assert read_table(Path(choice.__file__).with_name("tuned.json")) == {}  # nothing was measured yet
+    assert read_table(Path(backend.__file__).with_name("tuned.json")) == {}  # nothing was measured yet
 
 
 def test_here() -> None:
-    case = here(SHAPES["llama-2-7b"], "bfloat16", 4096, True)
-    assert case == Case("cpu", jax.devices()[0].device_kind, None, "bfloat16", 4096, 128, 32, 32, True, None)
+    case = shape_key(SHAPES["llama-2-7b"], "bfloat16", 4096, True)
+    assert case == ShapeKey("cpu", jax.devices()[0].device_kind, None, "bfloat16", 4096, 128, 32, 32, True, None)
     assert (case.bucket, dataclasses.replace(case, length=4097).bucket, dataclasses.replace(case, length=1).bucket) == (
         4096,
         8192,
@@ -219,7 +221,7 @@ def test_here() -> None:
 
 
 def test_all_can_be_run() -> None:
-    assert set(IMPLEMENTATIONS) == set(choice.NAMES)
+    assert set(IMPLEMENTATIONS) == set(backend.NAMES)
 
 
 def test_blocks_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +233,8 @@ def test_blocks_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         return reference_attention(q, k, v, MaskSpec(ids)), None
 
     monkeypatch.setattr(attention_module, "flash_attention", kernel)
-    attention(q, q, q, MaskSpec(), Choice("pallas_tpu", 256, 512))
+    attention(q, q, q, MaskSpec(), AttentionBackend("pallas_tpu", 256, 512))
     attention(q, q, q, MaskSpec(), "pallas_gpu")
-    attention(q, q, q, MaskSpec(), Choice("pallas_gpu", 64, 128))
+    attention(q, q, q, MaskSpec(), AttentionBackend("pallas_gpu", 64, 128))
     assert [(options["block_q"], options["block_k"]) for options in seen] == [(256, 512), (None, None), (64, 128)]
     assert [options["backend"] for options in seen] == ["tpu", "gpu", "gpu"]

@@ -14,11 +14,10 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
-from jaxlm.models.llama import Llama, abstract_variables
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.dispatch import make_dispatch
-from jaxlm.nn.lora import as_one_adapter, resolve_lora
-from jaxlm.nn.moe import (
+from jaxlm.nn.experts import (
     PADDING,
     choose_compute,
     experts_of_modalities,
@@ -27,6 +26,7 @@ from jaxlm.nn.moe import (
     route_by_scores,
     route_learned,
 )
+from jaxlm.nn.lora import as_one_adapter, resolve_lora
 from tests.models.compare import assert_trees_close, random_tree
 
 DENSE = LlamaConfig(
@@ -48,7 +48,7 @@ def moe_config(
     return dataclasses.replace(DENSE, moe=moe)
 
 
-def variables_of(model: Llama, seed: int = 0) -> Any:
+def variables_of(model: Decoder, seed: int = 0) -> Any:
     boxed = abstract_variables(model)
     return {name: random_tree(nn.unbox(boxed[name]), seed, 0.3) for name in ("params", "lora") if name in boxed}
 
@@ -57,7 +57,7 @@ IDS = np.random.default_rng(0).integers(0, 64, (3, 17)).astype(np.int32)
 SEGMENTS = np.where(np.arange(17)[None] < np.array([17, 12, 6])[:, None], 1, 0).astype(np.int32)
 
 
-def loss_and_grads(model: Llama, variables: Any, segments: Any = None) -> Any:
+def loss_and_grads(model: Decoder, variables: Any, segments: Any = None) -> Any:
     def loss(variables: Any) -> Any:
         logits = model.apply(variables, IDS, segment_ids=segments)
         # A sum of squares: one whose terms cancel would be compared with itself by its rounding errors.
@@ -177,13 +177,13 @@ def test_tokens_of_each_modality_are_weighted_by_their_own_k() -> None:
 @pytest.mark.parametrize("compute", ["dense", "loop", "ragged"])
 def test_all_experts_on_is_the_dense_model(router: str, compute: str) -> None:
     config = moe_config(router, (8, 8, 8))
-    model = Llama(config, experts=compute, remat="none")
+    model = Decoder(config, experts=compute, remat="none")
     variables = variables_of(model)
     if router == "learned":
         variables["params"]["layers"]["mlp"]["router"][:] = 0
     dense = {"params": jax.tree.map(lambda x: x, variables["params"])}
     dense["params"]["layers"]["mlp"] = {k: v for k, v in variables["params"]["layers"]["mlp"].items() if k != "router"}
-    found, expected = model.apply(variables, IDS), Llama(DENSE, remat="none").apply(dense, IDS)
+    found, expected = model.apply(variables, IDS), Decoder(DENSE, remat="none").apply(dense, IDS)
     if compute == "dense":
         np.testing.assert_array_equal(found, expected)  # bit by bit: the mask is all ones
     else:
@@ -218,7 +218,7 @@ def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     config = moe_config(router, shared=1 if router == "modality" else 0)
     config = dataclasses.replace(config, mlp_bias=lora in ("none", "lora"))
     specs = {} if LORAS[lora] is None else resolve_lora(config, LORAS[lora])  # type: ignore[arg-type]
-    masked, sparse = (Llama(config, specs, experts=kind, remat="full") for kind in ("dense", compute))
+    masked, sparse = (Decoder(config, specs, experts=kind, remat="full") for kind in ("dense", compute))
     variables = variables_of(masked, 3)
     expected = loss_and_grads(masked, variables, SEGMENTS)
     found = loss_and_grads(sparse, variables, SEGMENTS)
@@ -230,13 +230,13 @@ def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
 def test_the_task_trains_the_router(k: int, compute: str) -> None:
     """Without any penalty; both forms alike."""
     config = moe_config("learned", (k, k, k))
-    model = Llama(config, experts=compute, remat="none")
+    model = Decoder(config, experts=compute, remat="none")
     variables = variables_of(model, 7)
     found = loss_and_grads(model, variables, SEGMENTS)
     router = found[1]["params"]["layers"]["mlp"]["router"]
     assert (np.abs(router).max(axis=(1, 2)) > 1e-3).all()
     if compute != "dense":
-        assert_trees_close(found, loss_and_grads(Llama(config, remat="none"), variables, SEGMENTS), 1e-4)
+        assert_trees_close(found, loss_and_grads(Decoder(config, remat="none"), variables, SEGMENTS), 1e-4)
 
 
 def test_adapters_of_experts_are_apart() -> None:
@@ -245,7 +245,7 @@ def test_adapters_of_experts_are_apart() -> None:
     lora = LoraConfig(rank=2, alpha=6, per_expert=True, targets=("gate_proj", "up_proj", "down_proj"))
     specs = resolve_lora(config, lora)
     assert {spec.rank for spec in specs.values()} == {16} and {spec.scales for spec in specs.values()} == {(3.0,)}
-    model = Llama(config, specs, remat="none")
+    model = Decoder(config, specs, remat="none")
     start = nn.unbox(model.init({"params": jax.random.key(0)}, IDS))["lora"]["layers"]["mlp"]
     blocks = np.asarray(start["down_proj"]["lora_A"][0]).reshape(8, 6, 8, 2)  # expert, neuron, owner, rank
     assert all((np.abs(blocks[e, :, o]) > 0).all() == (e == o) for e in range(8) for o in range(8))
@@ -267,7 +267,7 @@ def test_adapters_of_experts_are_apart() -> None:
     mlp["down_proj"]["lora_A"] = mlp["down_proj"]["lora_A"] * own
     np.testing.assert_array_equal(model.apply(clean, IDS), model.apply(variables, IDS))
     # And what is left is an ordinary adapter of eight times the rank.
-    plain = Llama(config, resolve_lora(config, as_one_adapter(config, lora)), remat="none")
+    plain = Decoder(config, resolve_lora(config, as_one_adapter(config, lora)), remat="none")
     np.testing.assert_allclose(plain.apply(clean, IDS), model.apply(clean, IDS), atol=1e-5)
 
 
@@ -296,7 +296,7 @@ def test_gradients_reach_only_the_neurons_that_were_used() -> None:
     """And none goes through the activation scores: neurons of unused experts get exactly zero."""
     config = moe_config("activation", (1, 1, 1))
     config = dataclasses.replace(config, num_layers=1)
-    model = Llama(config, remat="none")
+    model = Decoder(config, remat="none")
     variables = variables_of(model, 4)
     ids = IDS[:1, :1]
 
@@ -315,7 +315,7 @@ def test_gradients_reach_only_the_neurons_that_were_used() -> None:
 
 
 def test_padding_uses_no_expert() -> None:
-    model = Llama(moe_config("learned"), experts="loop")
+    model = Decoder(moe_config("learned"), experts="loop")
     _, notes = model.apply(variables_of(model), IDS, segment_ids=SEGMENTS, mutable=["moe"])
     notes = notes["moe"]["layers"]["mlp"]
     assert notes["tokens"].sum() == 2 * SEGMENTS.sum()
@@ -325,7 +325,7 @@ def test_padding_uses_no_expert() -> None:
 
 
 def test_the_balance_loss_is_one_when_use_is_even() -> None:
-    from jaxlm.nn.moe import router_losses
+    from jaxlm.nn.experts import router_losses
 
     moe = MoeConfig(4, "learned", top_k=(1,))
     logits = jnp.eye(4) * 50.0
@@ -341,7 +341,7 @@ def test_router_losses_leave_padding_out(k: int) -> None:
     """The balance loss is Mixtral's in transformers, over k (even use: 1 here, k there); the z loss by its formula."""
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    from jaxlm.nn.moe import router_losses
+    from jaxlm.nn.experts import router_losses
 
     moe = MoeConfig(8, "learned", top_k=(k,))
     logits = np.random.default_rng(5).normal(0, 2, (3, 17, 8)).astype(np.float32)
@@ -367,15 +367,15 @@ def test_noise_chooses_experts_while_training_and_never_weighs_them() -> None:
     assert (found > 0).sum() == 3
 
     config = moe_config()
-    variables = variables_of(Llama(config, remat="none"), 2)
-    noisy = Llama(config, remat="none", router_noise=5.0)
+    variables = variables_of(Decoder(config, remat="none"), 2)
+    noisy = Decoder(config, remat="none", router_noise=5.0)
 
-    def used(model: Llama, key: int | None) -> np.ndarray:
+    def used(model: Decoder, key: int | None) -> np.ndarray:
         rngs = {} if key is None else {"dropout": jax.random.key(key)}
         _, notes = model.apply(variables, IDS, deterministic=key is None, rngs=rngs, mutable=["moe"])
         return np.asarray(notes["moe"]["layers"]["mlp"]["used"])
 
-    plain = used(Llama(config, remat="none"), None)
+    plain = used(Decoder(config, remat="none"), None)
     np.testing.assert_array_equal(used(noisy, None), plain)
     assert (used(noisy, 1) != plain).any() and (used(noisy, 1) != used(noisy, 2)).any()
 
@@ -395,7 +395,7 @@ def test_noise_chooses_experts_while_training_and_never_weighs_them() -> None:
 def test_experts_on_several_devices_give_the_same_numbers(router: str, mesh: dict[str, int]) -> None:
     compute = "dense" if router == "activation" else "loop"
     config = moe_config(router.split(",")[0])
-    model = Llama(config, experts=compute, remat="none")
+    model = Decoder(config, experts=compute, remat="none")
     variables = variables_of(model, 5)
     ids = np.tile(IDS, (3, 1))[:8]
 

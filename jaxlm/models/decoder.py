@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxlm.kernels.choice import Choice
+from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.nn.embedding import look_up
+from jaxlm.nn.experts import MoeMLP
+from jaxlm.nn.experts import modality_ids as find_modalities
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.moe import MoeMLP
-from jaxlm.nn.moe import modality_ids as find_modalities
-from jaxlm.nn.rope import apply_rope, rope_cos_sin
+from jaxlm.nn.positions import apply_rope, rope_cos_sin
 
 # What the backward pass finds stored; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -63,7 +63,7 @@ class Attention(nn.Module):
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
-    implementation: str | Choice
+    implementation: str | AttentionBackend
     quantized: bool = False
 
     @nn.compact
@@ -170,7 +170,7 @@ class Block(nn.Module):
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
-    implementation: str | Choice
+    implementation: str | AttentionBackend
     deterministic: bool
     keep_kv: bool = False
     quantized: bool = False
@@ -207,7 +207,7 @@ class Block(nn.Module):
         return x, kept if self.keep_kv else None
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """Decoder-only language model.
 
     Attributes:
@@ -225,7 +225,7 @@ class Llama(nn.Module):
     adapters: Mapping[str, LoraSpec] = dataclasses.field(default_factory=dict)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
-    attention: str | Choice = "xla"
+    attention: str | AttentionBackend = "xla"
     remat: str = "full"
     experts: str = "dense"
     router_noise: float = 0.0
@@ -337,7 +337,7 @@ def output_logits(x: jax.Array, head: jax.Array, dtype: DTypeLike) -> jax.Array:
     return logits.reshape(*x.shape[:-1], -1)
 
 
-def abstract_variables(model: Llama) -> Any:
+def abstract_variables(model: Decoder) -> Any:
     """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jax.eval_shape(lambda key, ids: model.init({"params": key}, ids), jax.random.key(0), tokens)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.rope import apply_rope, rotate_by_halves, rotate_by_product
+from jaxlm.nn.positions import apply_rope, rotate_by_halves, rotate_by_product
 
 torch = pytest.importorskip("torch")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")

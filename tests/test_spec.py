@@ -1,0 +1,98 @@
+"""The description of a decoder: where its layers' weights lie, what it refuses, and its JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from jaxlm.errors import UserError
+from jaxlm.spec import AttentionSpec, DecoderSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, NormSpec, RopeSpec
+
+LOCAL = LayerSpec(AttentionSpec(4, 2, 8, window=16, qk_norm=NormSpec(1e-6)), FeedForwardSpec(48))
+GLOBAL = LayerSpec(
+    AttentionSpec(4, 2, 8, rope=RopeSpec("linear", factor=2.0)),
+    FeedForwardSpec(48, experts=ExpertsSpec(4, "learned", ("text", "smiles"), ((10, 20),), (1, 2), layout="mixtral")),
+)
+
+
+def spec(period: tuple[LayerSpec, ...] = (LOCAL, LOCAL, GLOBAL), layers: int = 8) -> DecoderSpec:
+    return DecoderSpec("llama", 100, 32, layers, period, eos_token_id=(2, 3))
+
+
+def test_one_description_is_one_stack() -> None:
+    (stack,) = spec((LOCAL,), 5).stacks
+    assert (stack.path, stack.layer, list(stack.numbers)) == ("layers", LOCAL, [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("layers", range(10))
+def test_stacks_hold_every_layer_once_with_its_description(layers: int) -> None:
+    made = spec(layers=layers)
+    found = {number: stack.layer for stack in made.stacks for number in stack.numbers}
+    assert [found[number] for number in range(layers)] == list(made.layers())
+    assert sum(len(stack.numbers) for stack in made.stacks) == layers
+
+
+def test_layers_after_the_last_whole_period_lie_in_the_tail() -> None:
+    places = {stack.path: list(stack.numbers) for stack in spec(layers=8).stacks}
+    assert places == {"layers/0": [0, 3], "layers/1": [1, 4], "layers/2": [2, 5], "tail/0": [6], "tail/1": [7]}
+
+
+def test_json_there_and_back() -> None:
+    made = spec()
+    again = DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict())))
+    assert again == made and again.experts is not None and again.experts.layout == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(hidden=3), r"^model\.hidden: no such field; did you mean 'hidden_size'"),
+        (lambda v: v.pop("family"), r"^model\.family: is missing"),
+        (
+            lambda v: v["period"][1]["attention"].update(num_heads="4"),
+            r"^model\.period\[1\]\.attention\.num_heads is '4'",
+        ),
+        (
+            lambda v: v["period"][1]["attention"].update(num_heads=3),
+            r"^model\.period\[1\]\.attention: .*not a multiple",
+        ),
+        (lambda v: v["period"][0]["attention"]["rope"].update(rope_type="yarn"), r"\.rope: .*'yarn' needs a 'factor'"),
+        (lambda v: v["period"][2]["feed_forward"]["experts"].update(num_experts=5), "does not divide the 48 neurons"),
+        (lambda v: v.update(vocab_size=0), "vocab_size is 0; expected a positive number"),
+        (lambda v: v.update(period=[]), "period is empty"),
+    ],
+)
+def test_json_that_describes_no_decoder_is_refused_by_field(change: Any, message: str) -> None:
+    values = json.loads(json.dumps(spec().to_dict()))
+    change(values)
+    with pytest.raises(UserError, match=message):
+        DecoderSpec.from_dict(values)
+
+
+def test_layers_that_differ_have_no_uniform_description() -> None:
+    assert spec((LOCAL,)).uniform_layer == LOCAL
+    with pytest.raises(UserError, match="layers differ"):
+        _ = spec().uniform_layer
+
+
+def test_experts_are_set_and_removed_in_every_layer() -> None:
+    experts = spec().experts
+    assert experts is not None and spec().learned_router
+    dense = spec().with_experts(None)
+    assert dense.experts is None and not dense.learned_router
+    assert all(layer.feed_forward.experts == experts for layer in dense.with_experts(experts).period)
+
+
+def test_one_division_into_experts_for_all_layers() -> None:
+    other = dataclasses.replace(GLOBAL.feed_forward, experts=ExpertsSpec(2, "learned", top_k=(1,)))
+    with pytest.raises(UserError, match="must share one division"):
+        spec((GLOBAL, dataclasses.replace(GLOBAL, feed_forward=other)))
+
+
+def test_rope_scaling_stretches_the_longest_row() -> None:
+    assert spec((LOCAL,)).max_length == 2048
+    assert spec((GLOBAL,)).max_length == 4096
+    assert spec().max_length == 2048
