@@ -27,7 +27,7 @@ from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
 from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
-from jaxlm.sharding import BATCH
+from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_eval_step, make_train_step
@@ -193,7 +193,7 @@ def _check_sequence(mesh: Mesh | AbstractMesh, length: int, heads: int, kv_heads
     Raises:
         UserError: they cannot.
     """
-    size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    size, tensor = mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     if size == 1:
         return
     if length % size:
