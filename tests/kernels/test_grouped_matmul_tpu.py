@@ -110,7 +110,8 @@ def test_tiles_fit(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 AHEAD = """
-from jaxlm.kernels.grouped_matmul import Groups, grouped_matmul
+from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.groups import Groups
 
 def both(x, w, grad, sizes, owner, live):
     return jax.vjp(lambda x, w: grouped_matmul(x, w, Groups(sizes, owner, live), "pallas_tpu"), x, w)[1](grad)
