@@ -30,9 +30,10 @@ sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() !=
 from jaxlm.config import LoraConfig  # noqa: E402
 from jaxlm.models.shapes import LlamaConfig, load_shape  # noqa: E402
 from jaxlm.nn.lora import resolve_lora  # noqa: E402
+from jaxlm.weights.dtypes import WEIGHT_DTYPES  # noqa: E402
 from jaxlm.weights.names import hf_entries, peft_entries  # noqa: E402
-from jaxlm.weights.output import TensorSpec, write_safetensors, write_safetensors_file  # noqa: E402
-from jaxlm.weights.tensors import WEIGHT_DTYPES  # noqa: E402
+from jaxlm.weights.safetensors import write_safetensors, write_safetensors_file  # noqa: E402
+from jaxlm.weights.tensors import TensorSpec  # noqa: E402
 
 SHARD = 10**9
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from convert.formats.hf_experts import open_hf
 from convert.formats.meta import PARAMS, MetaSource, find_shards
@@ -27,12 +28,16 @@ from convert.formats.mindspore import (
 from convert.formats.peft import PeftSource
 from convert.transforms.adapter_order import in_order_of
 from jaxlm.errors import UserError
+from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home, find_base, missing
-from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.files import find_weights
 from jaxlm.weights.leaves import AdapterSource, LeafInfo, ParamSource
 from jaxlm.weights.names import rule_for
-from jaxlm.weights.native import NativeAdapter, NativeSource, check_adapter_leaves, find_native, read_model_json
-from jaxlm.weights.tensors import find_weights, read_safetensors
+from jaxlm.weights.native.layout import find_native
+from jaxlm.weights.native.model_json import read_model_json
+from jaxlm.weights.native.read import NativeAdapter, NativeSource, check_adapter_leaves
+from jaxlm.weights.safetensors import read_safetensors
 
 __all__ = [
     "AdapterSource",
@@ -110,7 +115,7 @@ def is_adapter(path: str | Path) -> bool:
     path = _existing(path)
     native = find_native(path)
     if native is not None:
-        return read_model_json(native).get("lora") is not None
+        return read_model_json(native).lora is not None
     if (path / "adapter_config.json").is_file():
         # Some trainers put the base's config.json beside the adapter; a merged model may keep adapter_config.json.
         return find_weights(path) is None
@@ -128,17 +133,18 @@ def recorded_base(adapter: str | Path) -> str:
     """
     path = Path(adapter)
     native = find_native(path)
+    recorded: Mapping[str, Any]
     if native is not None:
-        content = read_model_json(native)
+        recorded = read_model_json(native).base
     elif (path / "adapter_config.json").is_file():
-        content = read_json(path / "adapter_config.json")
+        recorded = read_object(path / "adapter_config.json")
     else:
         raise UserError(f"model.adapter: {adapter} is no adapter (no adapter_config.json)")
-    base = find_base(content, native or path)
+    base = find_base(recorded, native or path)
     if base is None:
-        recorded = content.get("base") or content.get("base_model_name_or_path")
+        name = recorded.get("base") or recorded.get("base_model_name_or_path")
         raise UserError(
-            f"{adapter} is a LoRA adapter of {recorded!r}, which is not here; name its base: "
+            f"{adapter} is a LoRA adapter of {name!r}, which is not here; name its base: "
             f"--model BASE --model.adapter {shlex.quote(str(adapter))}"
         )
     return str(base)
@@ -243,7 +249,7 @@ def stored_adapter(
     native = find_native(path)
     if native is not None:
         content = read_model_json(native)
-        if content.get("lora") is None:
+        if content.lora is None:
             raise UserError(f"{path}: is a full model, not an adapter; open it as the model itself")
         adapter = NativeAdapter(native, content)
         if base_config is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
+
+from jaxlm.errors import UserError
 
 
 def parse(text: str) -> Any:
@@ -34,6 +37,30 @@ def parse_at(text: str, at: int) -> tuple[Any, int]:
         raise
     except ValueError as error:
         raise _readable(error) from None
+
+
+def read_value(path: Path) -> Any:
+    """The value that a JSON file holds, read as Python's `json` reads it: a name may stand twice, NaN is a number.
+
+    Raises:
+        UserError: when the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and deep nesting
+        raise UserError(f"{path}: not valid JSON ({error}); copy the file again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; UserError as `read_value`, and for any other value."""
+    value = read_value(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object with named fields, found {type(value).__name__}")
+    return value
 
 
 def _readable(error: ValueError) -> ValueError:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -307,13 +307,23 @@ class DecoderSpec:
         """How feed-forward layers are divided into experts; None when every layer is dense."""
         return next((e for layer in self.period if (e := layer.feed_forward.experts) is not None), None)
 
+    def with_layers(self, change: Callable[[LayerSpec], LayerSpec]) -> DecoderSpec:
+        """The same model with every layer's description changed."""
+        return dataclasses.replace(self, period=tuple(map(change, self.period)))
+
+    def with_attention(self, **changes: Any) -> DecoderSpec:
+        """The same model with these fields of every attention layer changed."""
+        replace = dataclasses.replace
+        return self.with_layers(lambda layer: replace(layer, attention=replace(layer.attention, **changes)))
+
+    def with_feed_forward(self, **changes: Any) -> DecoderSpec:
+        """The same model with these fields of every feed-forward layer changed."""
+        replace = dataclasses.replace
+        return self.with_layers(lambda layer: replace(layer, feed_forward=replace(layer.feed_forward, **changes)))
+
     def with_experts(self, experts: ExpertsSpec | None) -> DecoderSpec:
         """The same model with every feed-forward layer divided like that, or none."""
-
-        def changed(layer: LayerSpec) -> LayerSpec:
-            return dataclasses.replace(layer, feed_forward=dataclasses.replace(layer.feed_forward, experts=experts))
-
-        return dataclasses.replace(self, period=tuple(map(changed, self.period)))
+        return self.with_feed_forward(experts=experts)
 
     @property
     def learned_router(self) -> bool:
@@ -348,3 +358,60 @@ def _stretched(rope: RopeSpec, length: int) -> int:
     if rope.rope_type == "yarn":
         return max(length, int((rope.factor or 1.0) * (rope.original_max_position_embeddings or length)))
     return length
+
+
+def uniform_decoder(
+    family: str,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope: RopeSpec | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: NormSpec | None = None,
+    window: int | None = None,
+    experts: ExpertsSpec | None = None,
+    norm_eps: float = 1e-5,
+    **more: Any,
+) -> DecoderSpec:
+    """A decoder whose layers are all alike, by the numbers of one layer and fields of `DecoderSpec`."""
+    attention = AttentionSpec(
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        rope=rope or RopeSpec(),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=qk_norm,
+        window=window,
+    )
+    layer = LayerSpec(attention, FeedForwardSpec(intermediate_size, bias=mlp_bias, experts=experts))
+    return DecoderSpec(family, vocab_size, hidden_size, num_layers, (layer,), NormSpec(norm_eps), **more)
+
+
+def differences(first: DecoderSpec, second: DecoderSpec) -> Iterator[tuple[str, Any, Any]]:
+    """(field, first, second) of everything that two decoders do not have in common."""
+    one, other = (_flat(spec.to_dict(), "") for spec in (first, second))
+    for name in [*one, *(name for name in other if name not in one)]:
+        if one.get(name) != other.get(name) and not name.endswith("experts.layout"):
+            yield name, one.get(name), other.get(name)
+
+
+def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif key == "period":
+            # Without its number where there is one description only.
+            for number, layer in enumerate(value):
+                found |= _flat(layer, f"{prefix}{key}[{number}]." if len(value) > 1 else prefix)
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

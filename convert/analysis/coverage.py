@@ -16,8 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from convert.analysis.observe import Observed, by_expert, down, masked, walk
 from convert.analysis.sample import Sample
@@ -137,39 +135,6 @@ def _figures(weights: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 # --- showing it -------------------------------------------------------------------------------------------------------
-
-
-def say_coverage(coverage: Coverage) -> None:
-    """A table: layers, and for each modality what its experts have, could have, and the output's error."""
-    moe = coverage.moe
-    print(f"share of |h| in the experts of a token; chosen by: {describe_rule(coverage)}")
-    table = Table()
-    table.add_column("layer", justify="right")
-    for number in coverage.present:
-        chance = f"{coverage.used[number]:.3g}/{moe.experts} = {coverage.chance[number]:.1%}"
-        for title in (f"{moe.modalities[number]}\n{chance}\nchosen", "best", "error"):
-            table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
-    columns = [
-        (array[:, number], form)
-        for number in coverage.present
-        for array, form in ((coverage.chosen, ".1%"), (coverage.best, ".1%"), (coverage.error, ".3f"))
-    ]
-    add_layers(table, columns)
-    print_table(table)
-
-
-def add_layers(table: Table, columns: list[tuple[np.ndarray, str]]) -> None:
-    """Adds a row for each layer, and one with the means, of columns [L] with their formats."""
-    layers = len(columns[0][0])
-    for layer in range(layers):
-        cells = [format(float(values[layer]), form) for values, form in columns]
-        table.add_row(str(layer), *cells, end_section=layer == layers - 1)
-    table.add_row("mean", *(format(float(values.mean()), form) for values, form in columns))
-
-
-def print_table(table: Table) -> None:
-    """Prints a table as wide as it is: figures cut short are none, and a file or pipe has no width."""
-    Console(width=1000).print(table)
 
 
 def describe_rule(coverage: Coverage) -> str:

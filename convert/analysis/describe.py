@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from convert.commands.command import describe_lora
 from convert.formats.hf_experts import HF_SOURCES
 from convert.formats.meta import MetaSource
 from convert.formats.mindspore import MindSporeAdapter, MindSporeSource
@@ -18,14 +17,15 @@ from convert.formats.peft import PeftSource, find_adapter_weights, peft_tensors
 from convert.source import is_adapter, open_model, stored_adapter
 from convert.transforms.delta import inv_freq_sum, sum_of
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import read_json
+from jaxlm.jsontext import read_object
 from jaxlm.tokenizer import load_tokenizer
+from jaxlm.weights.files import read_tensors
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource, total_bytes
 from jaxlm.weights.manifest import MANIFEST, read_manifest
-from jaxlm.weights.native import NativeAdapter, NativeSource
+from jaxlm.weights.native.read import NativeAdapter, NativeSource
 from jaxlm.weights.partition import order_name
-from jaxlm.weights.tensors import BLOCK_BYTES, Tensor, read_tensors
+from jaxlm.weights.tensors import BLOCK_BYTES, Tensor
 
 _ADAPTER_FORMATS = ((PeftSource, "PEFT"), (NativeAdapter, "jaxlm"), (MindSporeAdapter, "MindSpore"))
 _FORMATS: tuple[tuple[Any, str], ...] = (
@@ -98,7 +98,7 @@ def _describe_file(path: Path, kind: str, checksum: bool) -> Description:
     found = Description(str(path), kind, path.suffix[1:], rows, elements, sum(row[3] for row in rows))
     if kind == "adapter":
         found.format, found.path = "PEFT", str(path.parent)
-        found.config = read_json(path.parent / "adapter_config.json")
+        found.config = read_object(path.parent / "adapter_config.json")
         found.tokenizer = _tokenizer(path.parent)
         found.manifest = _manifest(path.parent)
     if checksum:
@@ -176,3 +176,11 @@ def _tokenizer(directory: Path) -> dict[str, Any] | None:
         "special_tokens": tokenizer.special_tokens(),
         "chat_template": tokenizer.chat_template is not None,
     }
+
+
+def describe_lora(adapter: AdapterSource) -> str:
+    """'LoRA rank 8, alpha 16, on q_proj v_proj'."""
+    lora = adapter.lora
+    kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+    saved = f", saved in full: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    return f"{kind} rank {lora.rank}, alpha {lora.alpha:g}, on {' '.join(lora.targets)}{saved}"

@@ -19,18 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
-from convert.analysis.coverage import add_layers, print_table
 from convert.analysis.observe import Observed, by_expert, down, hidden, masked, walk
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import MoeConfig
 from jaxlm.nn.experts import route_by_scores, route_learned
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import DerivedSource, Index, LeafInfo, ParamSource, full_index, main_dtype, row_blocks
 from jaxlm.weights.names import Entry, leaf_shapes
-from jaxlm.weights.tensors import WEIGHT_DTYPES
 
 TEACHERS = ("activation", "magnitude")
 # One row of so many is held out.
@@ -224,26 +222,3 @@ def _judge(
     lost = jnp.linalg.norm(found - expected, axis=1) / jnp.maximum(jnp.linalg.norm(expected, axis=1), _TINY)
     kinds = jax.nn.one_hot(modality, len(moe.modalities))  # none for padding
     return jnp.stack([*recalls, lost]) @ kinds
-
-
-def say_distilled(result: Distilled) -> None:
-    """A table: layers, and for each modality recall before and after, and the output's error."""
-    moe = result.moe
-    print(f"share of the experts chosen by {result.teacher} that the router chooses too, on tokens held out")
-    table = Table()
-    table.add_column("layer", justify="right")
-    columns = []
-    for number, name in enumerate(moe.modalities):
-        if result.tokens[number]:
-            chance = f"{moe.top_k[number]}/{moe.experts} = {moe.top_k[number] / moe.experts:.1%}"
-            for title in (f"{name}\n{chance}\nbefore", "after", "error"):
-                table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
-            for values, form in ((result.before, ".1%"), (result.after, ".1%"), (result.error, ".3f")):
-                columns.append((values[:, number], form))
-    for title, values in zip(("loss before", "after"), result.losses.T, strict=True):
-        table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
-        columns.append((values, ".3f"))
-    add_layers(table, columns)
-    print_table(table)
-    held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True))
-    print(f"{'held out':12} tokens of {held}; error: of the output, beside that with the experts by {result.teacher}")

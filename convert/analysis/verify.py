@@ -16,8 +16,8 @@ from jaxlm.models.shapes import LlamaConfig
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, ParamSource
 from jaxlm.weights.names import Shape
-from jaxlm.weights.output import TensorSpec
 from jaxlm.weights.partition import order_name
+from jaxlm.weights.tensors import TensorSpec
 
 # Numbers compared at a time, so that everything between stays in the cache.
 _STEP = 1 << 14

@@ -210,7 +210,7 @@ def _say_sum(source: SummedSource, expected: float) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from convert.source import open_adapter, open_model
     from convert.transforms.merge import MergedSource
-    from jaxlm.weights.native import NativeSource
+    from jaxlm.weights.native.read import NativeSource
 
     base_path, adapter_path, out = _three(options, "base", "adapter", "out")
     dtype = _dtype(options)

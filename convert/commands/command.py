@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from jaxlm.models.shapes import MoeConfig
-    from jaxlm.weights.leaves import AdapterSource, Advance, LeafSource, ParamSource
+    from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource
     from jaxlm.weights.manifest import Hasher
+    from jaxlm.weights.output import Advance
 
 SHARD_SIZE = "5GB"
 DTYPES = ("keep", "float32", "bfloat16", "float16")
@@ -61,7 +62,7 @@ def with_dtype(source: ParamSource, dtype: str) -> ParamSource:
 
 def write_jax(source: ParamSource, destination: str) -> None:
     """Writes a jaxlm directory and says so."""
-    from jaxlm.weights.native import write_model
+    from jaxlm.weights.native.write import write_model
 
     with writing(source, destination) as (directory, advance):
         write_model(source, directory, advance)
@@ -83,18 +84,18 @@ def write_model_as(form: str, source: ParamSource, destination: str, shard_size:
 
 def write_hf(source: ParamSource, destination: str, shard_size: str | None, layout: str | None = None) -> None:
     """Writes a Hugging Face directory and says so."""
+    from convert.formats import hf_experts
     from convert.formats.chat_template import asked_or_name, say_asked, write_asked
     from convert.formats.mixtral import check_mixtral
-    from jaxlm.weights import hf
     from jaxlm.weights.output import parse_size
 
     size = parse_size(shard_size or SHARD_SIZE)
-    layout = hf.hf_layout(source, layout)
+    layout = hf_experts.hf_layout(source, layout)
     if layout == "mixtral":
         check_mixtral(source)
     asked = asked_or_name(source)
     with writing(source, destination) as (directory, advance):
-        hf.write_hf(source, directory, size, advance, layout)
+        hf_experts.write_hf(source, directory, size, advance, layout)
         if asked is not None:
             write_asked(asked, directory)
     say_model(source, f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})")
@@ -241,17 +242,10 @@ def say_template(source: LeafSource) -> None:
 
 def say_adapter(adapter: AdapterSource, following: str) -> None:
     """What the result is, and what to do with it."""
+    from convert.analysis.describe import describe_lora
     from jaxlm.weights.leaves import main_dtype, total_bytes
     from jaxlm.weights.output import human
 
     size, dtype = human(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
     print(f"{'adapter':12} {describe_lora(adapter)}, {size} in {dtype}")
     print(f"{'next':12} {following}")
-
-
-def describe_lora(adapter: AdapterSource) -> str:
-    """'LoRA rank 8, alpha 16, on q_proj v_proj'."""
-    lora = adapter.lora
-    kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
-    saved = f", saved in full: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
-    return f"{kind} rank {lora.rank}, alpha {lora.alpha:g}, on {' '.join(lora.targets)}{saved}"

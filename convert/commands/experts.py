@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.analysis.sample import add_sample_options, check_no_sample, read_sample
 from convert.commands.command import add_shard_size, add_verb, write_jax, write_model_as
 from convert.commands.routing import COVERAGE_TOKENS, check_new, coverage_directory, report_coverage
+from convert.commands.sample import add_sample_options, check_no_sample, pairs, sample_of
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def _moefy(options: argparse.Namespace) -> None:
     else:  # mistakes in it before the work
         check_new(Path(options.destination))
         coverage = coverage_directory(options.destination)
-        sample = read_sample(options, source, moe)
+        sample = sample_of(options, source, moe)
     order = make_order(source, experts, method, partition, options.seed)
     write_jax(MoefiedSource(source, order, moe), options.destination)
     size = source.config.intermediate_size // experts
@@ -120,19 +119,6 @@ def _demoefy(options: argparse.Namespace) -> None:
 
     source = DenseSource(open_model(options.source))
     write_model_as(options.format, source, options.destination, options.shard_size)
-
-
-def pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:
-    """The values by name of 'a=1,b=2', given once or several times."""
-    found: dict[str, str] = {}
-    for part in (part for argument in arguments for part in argument.split(",")):
-        name, equals, value = part.partition("=")
-        if not name.strip() or not equals:
-            raise UserError(f"{option} {part}: expected NAME=VALUE, several with commas")
-        if name.strip() in found:
-            raise UserError(f"{option} {part}: {name.strip()!r} is there twice; give each modality once")
-        found[name.strip()] = value.strip()
-    return found
 
 
 def _modalities(source: ParamSource) -> dict[str, tuple[int, int]]:

@@ -132,7 +132,7 @@ def _open_mindspore_adapter(options: argparse.Namespace) -> AdapterSource:
 
 
 def _mindspore_to_jax(options: argparse.Namespace) -> None:
-    from jaxlm.weights.native import write_adapter
+    from jaxlm.weights.native.write import write_adapter
 
     if not options.lora:
         write_jax(_open_mindspore(options), options.destination)
@@ -205,7 +205,7 @@ def _open_meta(options: argparse.Namespace) -> tuple[MetaSource, ParamSource]:
 
 
 def _meta_to_jax(options: argparse.Namespace) -> None:
-    from jaxlm.weights.native import write_model
+    from jaxlm.weights.native.write import write_model
 
     meta, source = _open_meta(options)
     with writing(source, options.destination) as (directory, advance):
@@ -215,7 +215,7 @@ def _meta_to_jax(options: argparse.Namespace) -> None:
 
 
 def _meta_to_hf(options: argparse.Namespace) -> None:
-    from jaxlm.weights.hf import write_hf
+    from convert.formats.hf_experts import write_hf
     from jaxlm.weights.output import parse_size
 
     meta, source = _open_meta(options)
@@ -249,7 +249,7 @@ def _of_format(options: argparse.Namespace, **how: Any) -> ParamSource:
     from convert.formats.meta import MetaSource
     from convert.formats.mindspore import MindSporeSource
     from convert.source import open_model
-    from jaxlm.weights.native import NativeSource
+    from jaxlm.weights.native.read import NativeSource
 
     formats: dict[str, tuple[Any, str]] = {
         "hf": (HF_SOURCES, "a Hugging Face model"),

@@ -8,11 +8,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.analysis.sample import add_sample_options, read_sample, say_sample
 from convert.commands.command import add_verb, write_jax
+from convert.commands.sample import add_sample_options, sample_of, say_sample
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+
+    from convert.analysis.coverage import Coverage
+    from convert.analysis.distil import Distilled
     from convert.analysis.sample import Sample
     from jaxlm.weights.leaves import ParamSource
 
@@ -90,7 +95,7 @@ def check_new(directory: Path) -> None:
 
 def report_coverage(source: ParamSource, sample: Sample, directory: Path) -> None:
     """Measures, prints the table and writes the report."""
-    from convert.analysis.coverage import measure, say_coverage, write_coverage
+    from convert.analysis.coverage import measure, write_coverage
     from jaxlm.weights.output import output_directory
 
     assert source.config.moe is not None
@@ -108,11 +113,11 @@ def _coverage(options: argparse.Namespace) -> None:
     directory = coverage_directory(options.source) if options.out is None else Path(options.out)
     check_new(directory)
     assert source.config.moe is not None
-    report_coverage(source, read_sample(options, source, source.config.moe), directory)
+    report_coverage(source, sample_of(options, source, source.config.moe), directory)
 
 
 def _distil(options: argparse.Namespace) -> None:
-    from convert.analysis.distil import DistilledSource, distil, say_distilled
+    from convert.analysis.distil import DistilledSource, distil
 
     for name, least in (("steps", 1), ("seed", 0)):
         if getattr(options, name) < least:
@@ -120,8 +125,72 @@ def _distil(options: argparse.Namespace) -> None:
     check_new(Path(options.destination))
     source = open_experts(options.source)
     assert source.config.moe is not None
-    sample = read_sample(options, source, source.config.moe)
+    sample = sample_of(options, source, source.config.moe)
     result = distil(source, sample, options.steps, options.seed, options.teacher)
     write_jax(DistilledSource(source, result.routers), options.destination)
     say_distilled(result)
     say_sample(sample, source.config.moe)
+
+
+def say_coverage(coverage: Coverage) -> None:
+    """A table: layers, and for each modality what its experts have, could have, and the output's error."""
+    from rich.table import Table
+
+    from convert.analysis.coverage import describe_rule
+
+    moe = coverage.moe
+    print(f"share of |h| in the experts of a token; chosen by: {describe_rule(coverage)}")
+    table = Table()
+    table.add_column("layer", justify="right")
+    for number in coverage.present:
+        chance = f"{coverage.used[number]:.3g}/{moe.experts} = {coverage.chance[number]:.1%}"
+        for title in (f"{moe.modalities[number]}\n{chance}\nchosen", "best", "error"):
+            table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
+    columns = [
+        (array[:, number], form)
+        for number in coverage.present
+        for array, form in ((coverage.chosen, ".1%"), (coverage.best, ".1%"), (coverage.error, ".3f"))
+    ]
+    _add_layers(table, columns)
+    _print_table(table)
+
+
+def _add_layers(table: Table, columns: list[tuple[np.ndarray, str]]) -> None:
+    """Adds a row for each layer, and one with the means, of columns [L] with their formats."""
+    layers = len(columns[0][0])
+    for layer in range(layers):
+        cells = [format(float(values[layer]), form) for values, form in columns]
+        table.add_row(str(layer), *cells, end_section=layer == layers - 1)
+    table.add_row("mean", *(format(float(values.mean()), form) for values, form in columns))
+
+
+def _print_table(table: Table) -> None:
+    """Prints a table as wide as it is: figures cut short are none, and a file or pipe has no width."""
+    from rich.console import Console
+
+    Console(width=1000).print(table)
+
+
+def say_distilled(result: Distilled) -> None:
+    """A table: layers, and for each modality recall before and after, and the output's error."""
+    from rich.table import Table
+
+    moe = result.moe
+    print(f"share of the experts chosen by {result.teacher} that the router chooses too, on tokens held out")
+    table = Table()
+    table.add_column("layer", justify="right")
+    columns = []
+    for number, name in enumerate(moe.modalities):
+        if result.tokens[number]:
+            chance = f"{moe.top_k[number]}/{moe.experts} = {moe.top_k[number] / moe.experts:.1%}"
+            for title in (f"{name}\n{chance}\nbefore", "after", "error"):
+                table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
+            for values, form in ((result.before, ".1%"), (result.after, ".1%"), (result.error, ".3f")):
+                columns.append((values[:, number], form))
+    for title, values in zip(("loss before", "after"), result.losses.T, strict=True):
+        table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
+        columns.append((values, ".3f"))
+    _add_layers(table, columns)
+    _print_table(table)
+    held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True))
+    print(f"{'held out':12} tokens of {held}; error: of the output, beside that with the experts by {result.teacher}")

@@ -16,10 +16,10 @@ from typing import Any
 
 from jaxlm.data.templates import ConversationTemplate, PromptTemplate, Template, for_questions, load_template
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import read_json
+from jaxlm.jsontext import read_object
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.weights.leaves import LeafSource
-from jaxlm.weights.native import read_prompt_json
+from jaxlm.weights.native.prompt_json import read_prompt_json
 
 FILE = "chat_template.jinja"
 _GENERATION, _SETTINGS = "generation_config.json", "tokenizer_config.json"
@@ -163,8 +163,8 @@ def write_asked(asked: Asked, directory: Path) -> None:
             _update(directory / "chat_template.json", {"chat_template": asked.jinja})
     generation = directory / _GENERATION
     if asked.stops and ((directory / "config.json").is_file() or generation.is_file()):
-        known = read_json(generation) if generation.is_file() else {}
-        config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+        known = read_object(generation) if generation.is_file() else {}
+        config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if known.get(key) is None and config.get(key) is not None:
                 known[key] = config[key]
@@ -176,7 +176,7 @@ def write_asked(asked: Asked, directory: Path) -> None:
 
 
 def _update(file: Path, values: dict[str, Any]) -> None:
-    content = json.dumps(read_json(file) | values, indent=2, ensure_ascii=False) + "\n"
+    content = json.dumps(read_object(file) | values, indent=2, ensure_ascii=False) + "\n"
     file.write_text(content, encoding="utf-8")
 
 

@@ -21,16 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.mixtral import MixtralSource, is_mixtral
-from convert.transforms.experts import ROUTER, MoefiedSource
+from convert.formats.mixtral import MixtralSource, is_mixtral, write_mixtral
+from convert.transforms.experts import ROUTER, DenseSource, MoefiedSource
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import ARCHITECTURES, LlamaConfig, MoeConfig, read_json
-from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors
-from jaxlm.weights.leaves import Advance, DerivedSource, ParamSource, stored_blocks
+from jaxlm.jsontext import read_object
+from jaxlm.models.shapes import ARCHITECTURES, LlamaConfig, MoeConfig
+from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, write_dense
+from jaxlm.weights.leaves import DerivedSource, ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, hf_entries, leaf_shapes
-from jaxlm.weights.output import TensorSpec, write_safetensors_file
+from jaxlm.weights.output import Advance
 from jaxlm.weights.partition import PARTITION_FILE, load_partition, npy_bytes
-from jaxlm.weights.tensors import read_safetensors
+from jaxlm.weights.safetensors import read_safetensors, write_safetensors_file
+from jaxlm.weights.tensors import TensorSpec
 
 FOLDER = "jaxlm_experts"
 EXPERTS_FILE = "experts.json"
@@ -66,7 +68,7 @@ def open_hf(path: Path) -> ParamSource:
         UserError: when a file is missing, damaged, or does not fit the others.
     """
     folder = path / FOLDER
-    mixtral = is_mixtral(read_json(path / "config.json"))
+    mixtral = is_mixtral(read_object(path / "config.json"))
     source = MixtralSource(path) if mixtral else HfSource(path)
     if not folder.is_dir():
         return source
@@ -102,7 +104,7 @@ class _Folder:
 def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
     """Args: dense: the shape that config.json gives, experts or not."""
     where = folder / EXPERTS_FILE
-    content = read_json(where)
+    content = read_object(where)
     if content.get("format") != _FORMAT or content.get("version") != 1:
         raise UserError(
             f"{where}: format {content.get('format')!r} version {content.get('version')!r}; this jaxlm reads "
@@ -196,6 +198,37 @@ def _sha256(file: Path) -> str:
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def hf_layout(source: ParamSource, layout: str | None) -> str:
+    """'dense' or 'mixtral': the layout that was asked for, else the one that the model came in."""
+    moe = source.config.moe
+    return layout or (moe.layout if moe else "dense")
+
+
+def write_hf(
+    source: ParamSource, directory: Path, shard_size: int, advance: Advance, layout: str | None = None
+) -> None:
+    """Writes a model, dense or of experts, as a Hugging Face directory, one piece of a tensor at a time.
+
+    Args:
+        directory: an existing, empty directory.
+        shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        advance: called with the bytes written.
+        layout: of a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
+            or 'mixtral'; None: the one that it came in.
+
+    Raises:
+        UserError: when Mixtral's layout has no place for the model.
+    """
+    layout = hf_layout(source, layout)
+    if layout == "mixtral":
+        write_mixtral(source, directory, shard_size, advance)
+    else:
+        plain = source if source.config.moe is None else DenseSource(source, strict=False)
+        write_dense(plain, directory, shard_size, advance)
+    if source.config.moe is not None:
+        write_folder(source, directory, advance, layout == "mixtral")
 
 
 def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral: bool = False) -> None:

@@ -24,12 +24,15 @@ from typing import Any
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, RopeConfig, read_json
-from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, find_tokenizer_files, match_tensors
-from jaxlm.weights.leaves import Advance, ParamSource, stored_blocks
+from jaxlm.jsontext import read_object
+from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.tokenizer import find_tokenizer_files
+from jaxlm.weights.dtypes import BFLOAT16
+from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match_tensors
+from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import RULES, Entry, Rule, Shape, leaf_shapes, rule_for, stored_entries
-from jaxlm.weights.output import Watcher
-from jaxlm.weights.tensors import BFLOAT16, JoinedColumns, JoinedRows, Tensor, same_bytes
+from jaxlm.weights.output import Advance, Watcher
+from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, same_bytes
 from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
 from jaxlm.weights.torch_zip import read_torch_zip
 
@@ -164,7 +167,7 @@ def _read_shard(file: Path) -> dict[str, Tensor]:
 
 
 def _read_params(where: Path) -> dict[str, Any]:
-    params = read_json(where)
+    params = read_object(where)
     unknown = sorted(key for key in params.keys() - _READ - _NOT_NEEDED if params[key] not in (None, False, -1))
     if unknown:
         raise UserError(

@@ -23,19 +23,20 @@ import yaml
 from convert.transforms.experts import DenseSource
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import SHAPES, LlamaConfig, RopeConfig, read_json
+from jaxlm.jsontext import read_object
+from jaxlm.models.shapes import SHAPES, LlamaConfig, RopeConfig
 from jaxlm.nn.lora import LINEARS, resolve_lora
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.hf import (
     StackedTensors,
     check_num_layers,
     copy_files,
     drop_tied_head,
-    find_tokenizer_files,
     hf_config_for,
     match_tensors,
     parse_hf_config,
 )
-from jaxlm.weights.leaves import Advance, ParamSource, stored_blocks
+from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
 from jaxlm.weights.names import (
     MINDSPORE_JOINED,
@@ -47,8 +48,10 @@ from jaxlm.weights.names import (
     rule_for,
     stored_entries,
 )
+from jaxlm.weights.output import Advance
 from jaxlm.weights.partition import write_patterns
-from jaxlm.weights.tensors import JoinedRows, StoredTensor, Tensor, read_safetensors
+from jaxlm.weights.safetensors import read_safetensors
+from jaxlm.weights.tensors import JoinedRows, StoredTensor, Tensor
 
 FILE_NAME = "model.ckpt"
 PATTERNS = "patterns"  # the folder of a model of experts
@@ -239,7 +242,7 @@ def find_config(
             )
         (file,) = found
     if file.suffix == ".json":
-        content = read_json(file)
+        content = read_object(file)
         return parse_hf_config(file, content), content
     section = _model_section(file)
     if section is None:

@@ -29,10 +29,11 @@ from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, MoeConfig, check_theta_is_kept
 from jaxlm.weights.hf import HfSource, copy_files
-from jaxlm.weights.leaves import Advance, ParamSource, cast, main_dtype, stored_blocks
+from jaxlm.weights.leaves import ParamSource, cast, main_dtype, stored_blocks
 from jaxlm.weights.names import Entry, Shape, hf_entries, transposed
-from jaxlm.weights.output import TensorSpec, write_safetensors
-from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor
+from jaxlm.weights.output import Advance
+from jaxlm.weights.safetensors import write_safetensors
+from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, TensorSpec
 
 ARCHITECTURE, KIND = "MixtralForCausalLM", "mixtral"
 # What a key that is not in a config.json means; source: transformers' MixtralConfig.

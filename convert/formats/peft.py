@@ -13,10 +13,13 @@ from convert.transforms.adapter_order import in_original_order
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import described, fits
-from jaxlm.models.shapes import LlamaConfig, read_json
+from jaxlm.jsontext import read_object
+from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
-from jaxlm.weights.hf import StackedTensors, copy_files, find_tokenizer_files, match_tensors
-from jaxlm.weights.leaves import AdapterSource, Advance
+from jaxlm.tokenizer import find_tokenizer_files
+from jaxlm.weights.files import read_tensors
+from jaxlm.weights.hf import StackedTensors, copy_files, match_tensors
+from jaxlm.weights.leaves import AdapterSource
 from jaxlm.weights.names import (
     PEFT_PREFIX,
     Entry,
@@ -28,9 +31,10 @@ from jaxlm.weights.names import (
     peft_entries,
     saved_module_name,
 )
-from jaxlm.weights.native import of_another_base
-from jaxlm.weights.output import TensorSpec, write_safetensors_file
-from jaxlm.weights.tensors import StoredTensor, read_tensors, same_bytes
+from jaxlm.weights.native.read import of_another_base
+from jaxlm.weights.output import Advance
+from jaxlm.weights.safetensors import write_safetensors_file
+from jaxlm.weights.tensors import StoredTensor, TensorSpec, same_bytes
 
 # Keys of adapter_config.json that say nothing about what the adapter computes.
 _IGNORED = {
@@ -74,7 +78,7 @@ class PeftSource(StackedTensors):
         self.config = config
         self.tokenizer_files = find_tokenizer_files(path)
         where = path / "adapter_config.json"
-        peft_config = read_json(where)
+        peft_config = read_object(where)
         self.peft_config: dict[str, Any] | None = peft_config
         check_types(peft_config, where)
         weights = find_adapter_weights(path)

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, MoeConfig, resolve_moe
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
     DerivedSource,
     Index,
@@ -30,7 +31,6 @@ from jaxlm.weights.leaves import (
 )
 from jaxlm.weights.names import Entry, leaf_shapes, transposed
 from jaxlm.weights.partition import cluster_neurons, inverse, permutation, read_owners
-from jaxlm.weights.tensors import WEIGHT_DTYPES
 
 UP = "layers/mlp/up_proj/kernel"
 ROUTER = "layers/mlp/router"

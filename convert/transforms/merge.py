@@ -19,6 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import SAVEABLE, LoraSpec, resolve_lora
 from jaxlm.weights.arithmetic import all_finite
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
     AdapterSource,
     DerivedSource,
@@ -32,7 +33,6 @@ from jaxlm.weights.leaves import (
 )
 from jaxlm.weights.names import Entry, linear_dims, linear_path
 from jaxlm.weights.reproducible import low_rank_product, norms
-from jaxlm.weights.tensors import WEIGHT_DTYPES
 
 # float32 working space beside the layer itself.
 BLOCK_BYTES = 16 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import shutil
 import signal
@@ -14,10 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.parser import Flags, Origins, dump_yaml, parse_run
+from jaxlm.cli.parser import parse_run
+from jaxlm.cli.words import Flag
 from jaxlm.config import DistributedConfig, RunConfig
-from jaxlm.errors import UserError
-from jaxlm.locate import at_home
+from jaxlm.config.files import dump_yaml
+from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxlm.data.loader import Data
     from jaxlm.processes.distributed import Hosts
     from jaxlm.tokenizer import Tokenizer
-    from jaxlm.training.loop import Outcome
+    from jaxlm.training.job import Outcome
     from jaxlm.training.stop import Stop
 
 DESCRIPTION = (
@@ -37,12 +37,12 @@ ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processe
 # Parameters below which a model is no source of knowledge, whatever it was trained on.
 SMALL_MODEL = 50e6
 FLAGS = {
-    "preview": Flags("show so many rows (3 without a number) as text, trained tokens marked, then exit", int, 3),
-    "verbose": Flags("say at start-up also what choices rest on"),
+    "preview": Flag("show so many rows (3 without a number) as text, trained tokens marked, then exit", int, 3),
+    "verbose": Flag("say at start-up also what choices rest on"),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.train") -> int:
     """Exit status.
 
     0 done; distributed.interrupted_status (0) after a signal, all saved; that or 128 + the signal's number when nothing
@@ -52,19 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Around all of it: importing JAX and compiling take their time too, and a signal in it is to be answered.
     with Stop() as stop:
-        return _main(sys.argv[1:] if argv is None else argv, stop)
+        return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog, stop))
 
 
-def _main(argv: Sequence[str], stop: Stop) -> int:
-    origins = Origins({}, frozenset())
-    try:
-        configs, flags, origins = parse_run(
-            argv,
-            prog="python -m jaxlm.train",
-            description=DESCRIPTION,
-            flags=FLAGS,
-            aliases=ALIASES,
-        )
+def _main(argv: Sequence[str], prog: str, stop: Stop) -> int:
+    configs, flags, origins = parse_run(argv, prog=prog, description=DESCRIPTION, flags=FLAGS, aliases=ALIASES)
+    with origins.explained():
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
@@ -79,12 +72,6 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
             _preview(configs[0], preview)
             return 0
         return _run(configs, stop, bool(flags.get("verbose")))
-    except UserError as error:
-        print(f"error: {origins.explain(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
 
 
 def _run(configs: list[RunConfig], stop: Stop, verbose: bool) -> int:
@@ -137,8 +124,11 @@ def _problem(check: Callable[..., None], *what: Any) -> str | None:
 def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbose: bool) -> Outcome:
     from convert.source import open_model
     from jaxlm.training.fit import check_with_model
-    from jaxlm.training.loop import Job, train
+    from jaxlm.training.job import Job
+    from jaxlm.training.loop import train
     from jaxlm.weights.names import tensor_name
+    from jaxlm.weights.native.layout import HF_CONFIG
+    from jaxlm.weights.native.model_json import json_bytes
     from jaxlm.weights.partition import PARTITION_FILE, npy_bytes
 
     source = None if config.model.path is None else open_model(config.model.path)
@@ -155,7 +145,7 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
         shape = _with_special_ids(shape, tokenizer)
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
-        files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
+        files[HF_CONFIG] = json_bytes(source.hf_config)
     if source is not None and source.config.moe is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files(data, tokenizer)
@@ -184,18 +174,13 @@ def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
     tokens that ended the answers.
     """
     from jaxlm.data.templates import for_questions, load_template
+    from jaxlm.weights.native.prompt_json import PromptFile
 
     templates = [report.template for report in data.report.train]
     name = next((name for name in templates if name != "text"), "text")
     name = for_questions(load_template(name, tokenizer)).name
     stops = sorted(frozenset().union(*(report.end_ids for report in data.report.train)))
-    noted = {"template": name, "add_bos": data.config.add_bos, "add_eos": data.config.add_eos, "stop_ids": stops}
-    if not name.endswith(".json"):
-        return {"prompt.json": json.dumps(noted).encode()}
-    return {
-        "prompt.json": json.dumps(noted | {"template": "template.json"}).encode(),
-        "template.json": at_home(name).read_bytes(),
-    }
+    return PromptFile(name, data.config.add_bos, data.config.add_eos, tuple(stops)).files()
 
 
 def _with_date(config: RunConfig, tokenizer: Tokenizer, hosts: Hosts | None = None) -> RunConfig:
@@ -281,9 +266,9 @@ def _with_modalities(
     Args:
         files: directory with copies of the tokenizer's files; a new tokenizer (`new`) gets the tokens it lacks.
     """
-    from convert.transforms.vocab import write_tokenizer
     from jaxlm.modalities import resolve, save
     from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.tokenizer.extending import write_extended
 
     entries = config.tokenizer.modalities
     if entries:
@@ -308,7 +293,7 @@ def _with_modalities(
             save(modalities, files)  # loading checks the ids of all tokens
             tokenizer = load_tokenizer(files)
         elif new:
-            write_tokenizer(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
+            write_extended(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
             tokenizer = load_tokenizer(files)
         else:
             names = " ".join(f"--modality {shlex.quote(entry.preset or 'FILE')}" for entry in entries)

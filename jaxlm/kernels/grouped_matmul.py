@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxlm.kernels.grouped_matmul_tpu import tpu_grouped_matmul
 from jaxlm.kernels.groups import Groups
 
+
 def reference_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
     """Every row with every matrix, all but its own masked away: the plain twin."""
     block = x.shape[0] // groups.owner.shape[0]

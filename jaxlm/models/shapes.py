@@ -16,6 +16,7 @@ from typing import Any
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
+from jaxlm.jsontext import read_object
 from jaxlm.spec import AttentionSpec, DecoderSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, NormSpec, RopeSpec
 
 # HF architecture -> what differs from LLaMA.
@@ -623,28 +624,13 @@ SHAPES: dict[str, LlamaConfig] = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError if it is missing or broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and deep nesting
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def load_shape(name: str) -> LlamaConfig:
     """A known shape by name (`llama-2-7b`), or the HF-style `config.json` at a path."""
     if name in SHAPES:
         return SHAPES[name]
     path = Path(name)
     if path.suffix == ".json" or path.exists():
-        return LlamaConfig.from_hf(read_json(path))
+        return LlamaConfig.from_hf(read_object(path))
     raise UserError(
         f"model.shape: {name!r} is neither a known shape ({', '.join(SHAPES)}) nor a JSON file like HF's config.json"
     )

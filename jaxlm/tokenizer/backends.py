@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxlm.errors import UserError
-from jaxlm.tokenizer.settings import AddedToken, read_json
+from jaxlm.jsontext import read_value
+from jaxlm.tokenizer.settings import AddedToken
 
 Offsets = list[tuple[int, int]]
 
@@ -214,7 +215,7 @@ class Fast:
         import tokenizers
 
         # The library raises the bare Exception for whatever it dislikes, so look before asking it.
-        content = read_json(path)
+        content = read_value(path)
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise UserError(f"{path} is not a tokenizer.json: it has no 'model'; copy the file again")
         self.model = tokenizers.Tokenizer.from_file(str(path))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.jsontext import read_object
 
 # The roles that a token of its own may play, as transformers names them.
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -47,25 +47,6 @@ class Settings:
     end_ids: tuple[int, ...]
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        UserError: when it is none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, numbers and nesting without end
-        raise UserError(f"{path} is not valid JSON ({error}); copy the file again") from None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold an object with named fields, found {type(content).__name__}")
-    return content
-
-
 def _text(value: Any) -> str | None:
     """A token as the files spell it: a text, or an object with `content`."""
     found = value.get("content") if isinstance(value, dict) else value
@@ -81,7 +62,7 @@ def read_settings(directory: Path, names: Sequence[str]) -> Settings:
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if name in names:
-            config.update({key: value for key, value in _object(directory / name).items() if value is not None})
+            config.update({key: value for key, value in read_object(directory / name).items() if value is not None})
     roles = {key: text for key in ROLES if (text := _text(config.get(key))) is not None}
     # transformers also takes any other text under a name like image_token for a special token.
     special = [*roles.values(), *(t for k, v in config.items() if k.endswith("_token") and (t := _text(v)))]
@@ -110,7 +91,7 @@ _FLAGS = ("add_bos_token", "add_eos_token", "legacy")
 
 
 def _end_ids(path: Path) -> tuple[int, ...]:
-    own = _object(path).get("eos_token_id")
+    own = read_object(path).get("eos_token_id")
     ids = own if isinstance(own, list) else [own]
     if not all(index is None or type(index) is int for index in ids):
         raise UserError(f"{path}: eos_token_id is {own!r}; it must be a token id or a list of them")
@@ -121,10 +102,10 @@ def added_tokens(directory: Path, names: Sequence[str]) -> list[AddedToken]:
     """Tokens that the settings files add to the vocabulary."""
     found: dict[str, AddedToken] = {}
     if "added_tokens.json" in names:
-        for content, index in _object(directory / "added_tokens.json").items():
+        for content, index in read_object(directory / "added_tokens.json").items():
             found[content] = AddedToken(content, int(index), False)
     if "tokenizer_config.json" in names:
-        decoder = _object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        decoder = read_object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
         for index, item in decoder.items():
             found[item["content"]] = AddedToken(item["content"], int(index), bool(item.get("special")))
     return list(found.values())

@@ -16,11 +16,12 @@ from jaxlm.devices.mesh import check_mesh
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
-from jaxlm.training.build import build, compile_with
 from jaxlm.training.report import human_bytes
-from jaxlm.training.resume import PRINTS, RUN, check_settings
+from jaxlm.training.resume import check_settings
+from jaxlm.training.setup import compile_with, set_up
 from jaxlm.training.state import TrainState
 from jaxlm.training.stop import newest_step
+from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, RUN_YAML, SMALL_FILES
 
 
 def check_without_model(configs: Sequence[RunConfig]) -> None:
@@ -46,8 +47,12 @@ def check_without_model(configs: Sequence[RunConfig]) -> None:
             raise UserError(
                 f"output_dir: {out} holds checkpoints and train.resume is false; choose another output_dir or delete it"
             )
-        folder = out / "checkpoints" / str(step)
-        files = {name: path.read_bytes() for name in (RUN, PRINTS) if (path := folder / "jaxlm" / name).is_file()}
+        folder = out / CHECKPOINTS / str(step)
+        files = {
+            name: path.read_bytes()
+            for name in (RUN_YAML, FINGERPRINTS)
+            if (path := folder / SMALL_FILES / name).is_file()
+        }
         if len(files) == 2:  # else Orbax says what is wrong with it
             check_settings(files, config, folder)
 
@@ -62,12 +67,12 @@ def check_with_model(config: RunConfig, model: LlamaConfig, hosts: Hosts, say: A
     Raises:
         UserError: for what does not fit.
     """
-    built = build(config, model)
-    setup = built.initializer(built.optimizer(1)[0])
+    setup = set_up(config, model)
+    initializer = setup.initializer(setup.schedule(1))
     problem = None
     if hosts.process == 0:
         try:
-            check_space(Path(config.output_dir), setup.abstract_state(), config.train.keep, say)
+            check_space(Path(config.output_dir), initializer.abstract_state(), config.train.keep, say)
         except UserError as error:
             problem = str(error)
     hosts.check("disk space", problem)
@@ -85,7 +90,7 @@ def check_space(output_dir: Path, state: TrainState, keep: int, say: Any) -> Non
     """
     one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(output_dir).free
-    there = sum(path.stat().st_size for path in (output_dir / "checkpoints").rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in (output_dir / CHECKPOINTS).rglob("*") if path.is_file())
     wanted = (keep + 2) * one - there
     if free < one:
         raise UserError(

@@ -26,9 +26,9 @@ from jaxlm.data.loader import BatchSource, Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
-RUN, PRINTS = "run.yaml", "fingerprints.json"  # files of a checkpoint
 
 # Keys that may differ: where and how long it runs and what it tells, not what is computed from which data.
 FREE = (
@@ -203,8 +203,8 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
     Raises:
         UserError: they are others; it names the settings that may be why.
     """
-    kept = json.loads(files[PRINTS])
-    stored = yaml.safe_load(files[RUN])
+    kept = json.loads(files[FINGERPRINTS])
+    stored = yaml.safe_load(files[RUN_YAML])
     version = kept.get("version", 1)
     if version > VERSION:
         raise UserError(f"{checkpoint}: was written by a newer jaxlm; update this one, or choose another output_dir")
@@ -219,7 +219,7 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         return
     reasons = [text for key, text in changes if key == "model.path"]
     if version == 1:
-        shape = json.loads(files["model.json"])["model"] if "model.json" in files else inputs.model.to_dict()
+        shape = json.loads(files[MODEL_JSON])["model"] if MODEL_JSON in files else inputs.model.to_dict()
         before = LlamaConfig.from_dict(shape)
         reasons += [
             f"its {field.name}: was {old!r}, is {new!r}"
@@ -239,7 +239,7 @@ def length_before(files: Mapping[str, bytes], source: BatchSource) -> int:
     Args:
         source: batches of the run that goes on, in rows of the same number.
     """
-    config = yaml.safe_load(files[RUN])["train"]
+    config = yaml.safe_load(files[RUN_YAML])["train"]
     if config.get("steps") is not None:
         return int(config["steps"])
     return source.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
@@ -258,9 +258,9 @@ def _is_below(key: str, names: typing.Iterable[str]) -> bool:
 
 def _changes(files: Mapping[str, bytes], config: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, what it was and is) of every setting that differs."""
-    before = _settings(yaml.safe_load(files[RUN]), RunConfig)
+    before = _settings(yaml.safe_load(files[RUN_YAML]), RunConfig)
     now = _settings(to_dict(config), RunConfig)
-    given = json.loads(files[PRINTS]).get("given")
+    given = json.loads(files[FINGERPRINTS]).get("given")
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if key not in now and "[" not in key and now.keys().isdisjoint(_parents(key)):

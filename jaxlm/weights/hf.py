@@ -7,14 +7,17 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, read_json, usual_names
+from jaxlm.jsontext import read_object
+from jaxlm.models.shapes import LlamaConfig, usual_names
+from jaxlm.tokenizer.files import find_tokenizer_files
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
+from jaxlm.weights.files import find_weights, read_tensors
 from jaxlm.weights.leaves import (
-    Advance,
     Index,
     LeafInfo,
     ParamSource,
@@ -25,36 +28,11 @@ from jaxlm.weights.leaves import (
     stored_blocks,
 )
 from jaxlm.weights.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
-from jaxlm.weights.tensors import WEIGHT_DTYPES, Tensor, find_weights, read_tensors, same_bytes
-
-if TYPE_CHECKING:
-    from jaxlm.weights.output import TensorSpec
+from jaxlm.weights.output import Advance
+from jaxlm.weights.safetensors import write_safetensors
+from jaxlm.weights.tensors import Tensor, TensorSpec, same_bytes
 
 _YI_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
-
-# What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "modalities.json",
-)
-
-
-def find_tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer and generation files of a directory."""
-    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found)
 
 
 def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
@@ -171,7 +149,7 @@ class HfSource(StackedTensors):
         self.path = path
         self.tokenizer_dir = path
         self.tokenizer_files = find_tokenizer_files(path)
-        content = read_json(path / "config.json")
+        content = read_object(path / "config.json")
         if content.get("quantization_config"):
             raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
         self.config = self.parse_config(path / "config.json", content)
@@ -264,47 +242,21 @@ def copy_files(files: list[Path], directory: Path) -> None:
 
 def hf_tensors(source: ParamSource) -> list[TensorSpec]:
     """The tensors of a model as HF names and lays them out, to be read once, in this order."""
-    from jaxlm.weights.output import TensorSpec
-
     return [
         TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, stored_blocks(source, entry))
         for entry in hf_entries(source.config)
     ]
 
 
-def hf_layout(source: ParamSource, asked: str | None) -> str:
-    """'dense' or 'mixtral': what was asked for, else the layout that the model came in."""
-    moe = source.config.moe
-    return asked or (moe.layout if moe else "dense")
-
-
-def write_hf(
-    source: ParamSource, directory: Path, shard_size: int, advance: Advance, layout: str | None = None
-) -> None:
-    """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
+def write_dense(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
+    """Writes a dense model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
     Args:
+        source: `config.moe` is None.
         directory: an existing, empty directory.
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.
-        layout: of a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
-            or 'mixtral'; None: the one that it came in.
-
-    Raises:
-        UserError: when Mixtral's layout has no place for the model.
     """
-    from convert.formats.hf_experts import write_folder
-    from convert.formats.mixtral import write_mixtral
-    from convert.transforms.experts import DenseSource
-    from jaxlm.weights.output import write_safetensors
-
-    layout = hf_layout(source, layout)
-    if layout == "mixtral":
-        write_mixtral(source, directory, shard_size, advance)
-    else:
-        plain = source if source.config.moe is None else DenseSource(source, strict=False)
-        write_safetensors(directory, "model", hf_tensors(plain), shard_size, advance)
-        (directory / "config.json").write_text(hf_config_for(plain), encoding="utf-8")
-        copy_files(source.tokenizer_files, directory)
-    if source.config.moe is not None:
-        write_folder(source, directory, advance, layout == "mixtral")
+    write_safetensors(directory, "model", hf_tensors(source), shard_size, advance)
+    (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
+    copy_files(source.tokenizer_files, directory)

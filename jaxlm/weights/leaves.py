@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,11 +14,10 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.weights.arithmetic import all_finite, convert_dtype
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.names import Entry, Layout, Shape
-from jaxlm.weights.tensors import WEIGHT_DTYPES
 
 Index = tuple[slice, ...]
-Advance = Callable[[int], None]
 # Elements of a stored tensor that are read, worked on and written at a time: they stay in the cache.
 BLOCK_ELEMENTS = 256 << 10
 # Read at a time of an embedding in a layout of larger chunks: as much as jaxlm's own have.

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import read_json
+from jaxlm.jsontext import read_object
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 64 << 20
@@ -111,7 +111,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory}: has no {MANIFEST}, so its files cannot be checked; jaxlm leaves one in what it writes. "
             "To compare two models: convert verify A B"
         )
-    content = read_json(where)
+    content = read_object(where)
     piece_bytes, files = content.get("piece_bytes"), content.get("files")
     if content.get("format") != _FORMAT or content.get("version") != 1:
         raise UserError(f"{where}: format {content.get('format')!r} version {content.get('version')!r} is not known")

@@ -23,10 +23,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.weights.leaves import Advance
+from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.names import Shape
-from jaxlm.weights.output import Watcher
-from jaxlm.weights.tensors import BFLOAT16, StoredTensor
+from jaxlm.weights.output import Advance, Watcher
+from jaxlm.weights.tensors import StoredTensor
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "Int8": np.dtype(np.int8),

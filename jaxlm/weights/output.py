@@ -5,26 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
+from typing import Protocol, runtime_checkable
 
 from jaxlm.errors import UserError
 from jaxlm.lock import Lock
-from jaxlm.weights.leaves import Advance
-from jaxlm.weights.names import Shape
-from jaxlm.weights.tensors import SAFETENSORS_DTYPES
 
-_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+Advance = Callable[[int], None]
+"""Called with a number of bytes that were written."""
 
 
 @runtime_checkable
@@ -180,82 +174,3 @@ def parse_size(text: str) -> int:
     if not 1 <= size < math.inf:
         raise UserError(f"--shard-size {text!r}: must be positive")
     return int(size)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written; `blocks` yields its bytes in C order, lazily."""
-
-    name: str
-    shape: Shape
-    dtype: np.dtype[Any]
-    blocks: Iterable[np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _split(specs: list[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return shards
-
-
-def write_safetensors(directory: Path, stem: str, specs: list[TensorSpec], shard_size: int, advance: Advance) -> None:
-    """Writes `{stem}.safetensors`, or shards with an index when they exceed `shard_size` bytes together."""
-    shards = _split(specs, shard_size)
-    if len(shards) == 1:
-        write_safetensors_file(directory / f"{stem}.safetensors", shards[0], advance)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors_file(directory / name, shard, advance)
-        weight_map |= {spec.name: name for spec in shard}
-    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (directory / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance) -> None:
-    """Writes one file: the header first, then tensor after tensor."""
-    # Wide dtypes first, so that every tensor is aligned to its own width, as the format's own library does.
-    specs = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    end = 8 + len(raw)
-    with path.open("wb", buffering=0) as handle:
-        _write(handle.fileno(), len(raw).to_bytes(8, "little") + raw)
-        for spec in specs:
-            written = 0
-            for block in spec.blocks:
-                assert block.dtype == spec.dtype and block.flags.c_contiguous, spec.name
-                _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
-                written += block.nbytes
-                advance(block.nbytes)
-                tell_final(advance, path, end + written)
-            assert written == spec.nbytes, f"{spec.name}: {written} of {spec.nbytes} bytes"
-            end += written
-    tell_final(advance, path, None)
-
-
-def _write(handle: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]

@@ -1,54 +1,25 @@
-"""Reading tensors from files with bounded memory: safetensors here, torch's zip files in `torch_zip`.
+"""Tensors in files, read with bounded memory, whatever kind of file holds them.
 
-Only headers are read up front; the bytes of a tensor are read when asked for, a part of a megabyte at a time. Every
-offset, shape and length comes from the file, so all of them are checked against it.
+Only headers are read up front; the bytes of a tensor are read when asked for, a part of a megabyte at a time.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import read_json
 from jaxlm.weights.names import STRIP_ROWS, Layout, Shape
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-WEIGHT_DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": BFLOAT16,
-    "float16": np.dtype(np.float16),
-}
-SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": BFLOAT16,
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
 # Read at a time: small enough to stay in the cache between reading and transposing.
 BLOCK_BYTES = 256 << 10
-# The safetensors format's own limit.
-MAX_HEADER_BYTES = 100_000_000
 
 
 class Tensor(ABC):
@@ -235,145 +206,18 @@ class JoinedColumns(Tensor):
         return out
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header.
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written; `blocks` yields its bytes in C order, lazily."""
 
-    Raises:
-        UserError: when the header is broken, or a tensor lies outside the file or on another one.
-    """
-    again = "; copy or download the file again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise UserError(f"{path}: not a safetensors file, or cut short in its header ({size} bytes){again}")
-            raw = handle.read(length)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    header: dict[str, Any] = {}
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+    blocks: Iterable[np.ndarray]
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return found
-
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the safetensors header is not valid JSON ({error}){again}") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: the safetensors header is no JSON object{again}")
-    header.pop("__metadata__", None)
-    data_start = 8 + length
-    tensors = {name: _safetensors_entry(path, name, entry, data_start, size) for name, entry in header.items()}
-    end = data_start
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
-        if tensor.offset < end:
-            raise UserError(f"{path}: tensor {tensor.name!r} overlaps the one before it{again}")
-        if tensor.offset > end:
-            raise UserError(f"{path}: {tensor.offset - end} bytes before tensor {tensor.name!r} belong to none{again}")
-        end = tensor.offset + tensor.nbytes
-    if end != size:
-        raise UserError(f"{path}: {size - end} bytes after the last tensor belong to none{again}")
-    return tensors
-
-
-def _safetensors_entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> StoredTensor:
-    try:
-        dtype_name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets in the header") from None
-    dtype = SAFETENSORS_DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
-    if dtype is None:
-        raise UserError(f"{path}: tensor {name!r} has the unknown dtype {dtype_name!r}")
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise UserError(f"{path}: tensor {name!r} has shape {shape} and data_offsets [{begin}, {end}] in the header")
-    needed = math.prod(shape) * dtype.itemsize
-    if end - begin != needed:
-        raise UserError(
-            f"{path}: tensor {name!r} of shape {shape} and dtype {dtype_name} needs {needed} bytes, "
-            f"its data_offsets give {end - begin}"
-        )
-    if data_start + end > size:
-        raise UserError(
-            f"{path}: cut short inside tensor {name!r}: the file has {size} bytes, {data_start + end} are needed; "
-            "copy or download the file again"
-        )
-    return StoredTensor(name, path, data_start + begin, tuple(shape), dtype)
-
-
-def shard_path(directory: Path, name: Any, index: Path) -> Path:
-    """The file that an index names, refused when it lies outside the directory.
-
-    A model in the Hugging Face cache consists of links into the `blobs` folder beside it; those are followed.
-    """
-    inside = isinstance(name, str) and name not in ("", ".") and name.isprintable()
-    if inside:
-        for pure in (PurePosixPath(name), PureWindowsPath(name)):
-            inside = inside and not pure.is_absolute() and not pure.drive and ".." not in pure.parts
-    if not inside:
-        raise UserError(f"{index}: names the file {name!r}; a shard must lie inside {directory}")
-    path = directory / name
-    root = directory.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    real = path.resolve()
-    if not any(real.is_relative_to(folder) for folder in allowed):
-        raise UserError(f"{index}: {name!r} is a link to {real}, outside {directory}; put the file itself there")
-    if not path.is_file():
-        raise UserError(f"{index}: names {name!r}, which is not in {directory}; download the missing file")
-    return path
-
-
-def find_weights(directory: Path, stem: str = "model", torch_stem: str = "pytorch_model") -> Path | None:
-    """The file to read weights from: safetensors before torch, like transformers. None when there is none."""
-    for name in (
-        f"{stem}.safetensors",
-        f"{stem}.safetensors.index.json",
-        f"{torch_stem}.bin",
-        f"{torch_stem}.bin.index.json",
-    ):
-        if (directory / name).is_file():
-            return directory / name
-    return None
-
-
-def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a .safetensors, .bin, .pth or MindSpore .ckpt file, or of all shards named by an index.json."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if path.suffix == ".json":
-        return _read_index(path)
-    from jaxlm.weights.mindspore_ckpt import is_ckpt, read_ckpt
-
-    if path.suffix == ".ckpt" and is_ckpt(path):
-        return read_ckpt(path)
-    from jaxlm.weights.torch_zip import read_torch_zip
-
-    return read_torch_zip(path)
-
-
-def _read_index(index: Path) -> dict[str, StoredTensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no 'weight_map' from tensor to file")
-    shards = {name: shard_path(index.parent, name, index) for name in weight_map.values() if isinstance(name, str)}
-    tensors: dict[str, StoredTensor] = {}
-    for file_name, path in sorted(shards.items()):
-        found = read_tensors(path)
-        listed = {name for name, file in weight_map.items() if file == file_name}
-        for name in sorted(listed - found.keys()):
-            raise UserError(f"{index}: says that {file_name} holds {name!r}; it does not")
-        for name in sorted(found.keys() - listed):
-            raise UserError(f"{path}: holds tensor {name!r}, which {index.name} does not list there")
-        tensors.update(found)
-    for name in sorted(weight_map.keys() - tensors.keys()):
-        shard_path(index.parent, weight_map[name], index)
-    return tensors
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.weights.tensors import BFLOAT16, StoredTensor
+from jaxlm.weights.dtypes import BFLOAT16
+from jaxlm.weights.tensors import StoredTensor
 
 STORAGES: dict[str, np.dtype[Any]] = {
     "torch DoubleStorage": np.dtype(np.float64),

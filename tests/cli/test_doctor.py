@@ -111,7 +111,7 @@ def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    launcher = Path(__file__).parents[1] / "launch" / "local.py"
+    launcher = Path(__file__).parents[2] / "launch" / "local.py"
     command = [sys.executable, str(launcher), "--module", "jaxlm.doctor", "--", "--dir", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,8 @@ import pytest
 from convert.source import open_adapter, open_model
 from convert.transforms.adapter_order import NEURON_DIMENSION, ReorderedAdapter
 from jaxlm.errors import UserError
+from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import AdapterSource, ParamSource
-from jaxlm.weights.tensors import read_tensors
 from tests.convert.test_experts import EVERY, TEXT_TWO, F, random_owners, write_owners
 from tests.convert.tiny import make_adapter, make_hf_model
 

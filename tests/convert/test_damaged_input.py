@@ -21,15 +21,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import jaxlm.weights.mindspore_ckpt
+from convert.formats.hf_experts import write_hf
 from convert.formats.meta import MetaSource, write_meta
 from convert.formats.mindspore import MindSporeSource, write_mindspore
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.weights.hf import HfSource, write_hf
+from jaxlm.weights.dtypes import BFLOAT16
+from jaxlm.weights.hf import HfSource
 from jaxlm.weights.leaves import LeafInfo
 from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
 from jaxlm.weights.names import leaf_shapes
-from jaxlm.weights.tensors import BFLOAT16, StoredTensor, read_safetensors
+from jaxlm.weights.safetensors import read_safetensors
+from jaxlm.weights.tensors import StoredTensor
 from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
 from jaxlm.weights.torch_zip import read_torch_zip
 

@@ -16,10 +16,10 @@ from convert.formats.hf_experts import FOLDER, HfExperts
 from convert.source import open_model
 from convert.transforms.experts import MoefiedSource
 from jaxlm.models.shapes import ROUTERS, MoeConfig
+from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import LeafInfo
-from jaxlm.weights.native import write_model
+from jaxlm.weights.native.write import write_model
 from jaxlm.weights.partition import npy_bytes, permutation
-from jaxlm.weights.tensors import read_tensors
 from tests.convert.test_experts import EVERY, E, F, L, assert_same_leaves, random_owners
 from tests.convert.test_experts import logits as jaxlm_logits
 from tests.convert.tiny import logits, make_adapter, make_hf_model

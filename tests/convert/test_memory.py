@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.formats.hf_experts import write_hf
 from convert.formats.meta import write_meta
 from convert.formats.mindspore import write_mindspore
 from convert.source import open_model
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-from jaxlm.weights.hf import write_hf
+from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import CastSource, LeafInfo, full_index, index_shape, row_blocks
 from jaxlm.weights.names import Entry, leaf_shapes
-from jaxlm.weights.tensors import BFLOAT16
 
 # Embedding and head have 48 MB each, a matrix of the layer 12 MB.
 CONFIG = LlamaConfig(24000, 1024, 6144, 1, 8, 8, 128)

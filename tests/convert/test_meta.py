@@ -14,7 +14,7 @@ from convert.formats.meta import MetaSource, _generation, ffn_params
 from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, RopeConfig
-from jaxlm.weights.tensors import WEIGHT_DTYPES
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from tests.convert.tiny import logits, make_hf_model
 
 # Three pairs in a head: with two, Meta's order and HF's would be each other's.

@@ -19,9 +19,10 @@ from convert.formats.mindspore import MindSporeAdapter, MindSporeSource
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.dtypes import BFLOAT16
+from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import LeafInfo
 from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
-from jaxlm.weights.tensors import BFLOAT16, read_tensors
 from tests.convert.tiny import logits, make_adapter, make_hf_model
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import jaxlm.weights.mindspore_ckpt
+from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
-from jaxlm.weights.tensors import BFLOAT16, read_safetensors
+from jaxlm.weights.safetensors import read_safetensors
 
 PYTHON = os.environ.get("JAXLM_MINDSPORE_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="JAXLM_MINDSPORE_PYTHON does not name a Python with MindSpore")

@@ -18,7 +18,7 @@ from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-from jaxlm.weights.tensors import read_tensors
+from jaxlm.weights.files import read_tensors
 from tests.convert.test_experts import EVERY, TOKENS, E, F, assert_same_leaves, params
 from tests.convert.test_hf_experts import MODALITIES, assert_same_model, make_moe, make_order
 from tests.convert.tiny import BASE, make_adapter, make_hf_model

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from convert.formats.meta import PairedHeads
 from jaxlm.errors import UserError
+from jaxlm.weights.dtypes import BFLOAT16
+from jaxlm.weights.files import read_tensors
 from jaxlm.weights.names import make_layout
-from jaxlm.weights.tensors import BFLOAT16, JoinedColumns, JoinedRows, StoredTensor, Tensor, read_tensors
+from jaxlm.weights.tensors import JoinedColumns, JoinedRows, StoredTensor, Tensor
 from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
 
 MATRIX = np.arange(84, dtype=np.float32).reshape(12, 7)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from convert.source import open_model
-from jaxlm.weights.tensors import read_tensors
+from jaxlm.weights.files import read_tensors
 from tests.convert.test_experts import TOKENS, E, F, L, assert_same_leaves, logits, random_owners, write_patterns
 from tests.convert.test_mindspore import mindspore_arrays, write
 from tests.convert.tiny import make_hf_model

@@ -125,7 +125,7 @@ def test_any_value_is_read_or_refused_by_name(
         ("experts", ("model", "moe", "ranges"), [[1, 2, 3]], ["model.moe.ranges"]),
         ("adapter", ("lora", "rank"), "8", ["lora.rank is '8'", "a whole number"]),
         ("adapter", ("lora", "targets"), "q_proj", ["lora.targets is 'q_proj'", "a list of a text"]),
-        ("adapter", ("lora", "rank_pattern"), {"(": 2}, ["lora.rank_pattern", "no regular expression"]),
+        ("adapter", ("lora", "rank_pattern"), {"(": 2}, ["lora.rank_pattern", "not a regular expression"]),
         ("adapter", ("layers",), [7], ["layers is [7]", "0 to 2"]),
         ("adapter", ("base",), 3, ["base is 3"]),
     ],

@@ -18,16 +18,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import jaxlm.weights.leaves
-import jaxlm.weights.native
+import jaxlm.weights.native.layout
+from convert.formats.hf_experts import write_hf
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
-from jaxlm.weights.hf import write_hf
+from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
 from jaxlm.weights.names import hf_entries, leaf_shapes
-from jaxlm.weights.native import write_model
+from jaxlm.weights.native.write import write_model
 from jaxlm.weights.output import output_directory
-from jaxlm.weights.tensors import BFLOAT16
 
 CONFIG = LlamaConfig(
     vocab_size=37,
@@ -116,7 +116,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParamSource]:
     write_hf_sharded(root / "hf")
     write_checkpoint(root / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxlm.weights.native, "CHUNK_BYTES", 100)
+        patch.setattr(jaxlm.weights.native.layout, "CHUNK_BYTES", 100)
         write_native(root / "chunks")
     return {path.name: open_model(path) for path in sorted(root.iterdir())}
 
@@ -191,7 +191,7 @@ def test_loads_into_shards(sources: dict[str, ParamSource]) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [100, 64 << 20])
 def test_orbax_restores_what_was_converted(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxlm.weights.native, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(jaxlm.weights.native.layout, "CHUNK_BYTES", chunk_bytes)
     write_native(tmp_path / "native")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for p, leaf in MODEL.leaves.items()}

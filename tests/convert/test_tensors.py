@@ -14,7 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlm.errors import UserError
-from jaxlm.weights.tensors import BFLOAT16, read_safetensors, read_tensors, shard_path
+from jaxlm.weights.dtypes import BFLOAT16
+from jaxlm.weights.files import read_tensors, shard_path
+from jaxlm.weights.safetensors import read_safetensors
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -45,7 +47,8 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
-    from jaxlm.weights.output import TensorSpec, write_safetensors
+    from jaxlm.weights.safetensors import write_safetensors
+    from jaxlm.weights.tensors import TensorSpec
 
     specs = [TensorSpec(name, a.shape, a.dtype, [a]) for name, a in reversed(TENSORS.items())]
     write_safetensors(tmp_path, "model", specs, 10**9, lambda n: None)

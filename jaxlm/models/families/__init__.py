@@ -1,0 +1,113 @@
+"""The model families: one file each, registered here.
+
+No JAX is imported, so that commands which only look at a model start at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+from jaxlm.jsontext import read_object
+from jaxlm.models.families import llama, mistral, qwen2
+from jaxlm.models.families.base import Family
+from jaxlm.models.families.common import check_values, write_decoder
+from jaxlm.spec import DecoderSpec, differences
+
+FAMILIES: dict[str, Family] = {
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "qwen2": qwen2.FAMILY,
+}
+
+# Published shapes by name.
+SHAPES: dict[str, DecoderSpec] = {name: spec for family in FAMILIES.values() for name, spec in family.shapes.items()}
+
+
+def family_of(spec: DecoderSpec) -> Family:
+    """The family that a decoder belongs to."""
+    if spec.family not in FAMILIES:
+        raise UserError(f"config: family is {spec.family!r}; known: {', '.join(FAMILIES)}")
+    return FAMILIES[spec.family]
+
+
+def architectures() -> list[str]:
+    """The architectures of `config.json` that are supported, other names of them last."""
+    named = [family.architecture for family in FAMILIES.values()]
+    aliases = [alias for family in FAMILIES.values() for alias in family.aliases if alias.endswith("ForCausalLM")]
+    return [*named, *aliases, "MixtralForCausalLM"]
+
+
+def _named_family(config: dict[str, Any]) -> Family:
+    """The family that a `config.json` names, by its architecture or, without one, its model_type."""
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    kind = str(config.get("model_type")).lower() if name is None else name
+    for family in FAMILIES.values():
+        if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
+            return family
+    raise UserError(
+        f"config.json: architecture {name or config.get('model_type')!r} is not supported; "
+        f"supported: {', '.join(architectures())}"
+    )
+
+
+def read_config(config: dict[str, Any]) -> DecoderSpec:
+    """The decoder that a HF `config.json` (old or new spelling) describes.
+
+    Raises:
+        UserError: for an architecture or a key that is not supported, and for values that no model can have.
+    """
+    family = _named_family(config)
+    # A null says as little as a missing key where these are sizes.
+    given = {key: value for key, value in config.items() if value is not None or key not in _SIZES_WITH_DEFAULTS}
+    config = {**family.defaults, **given}
+    check_values(config, family.architecture)
+    return family.read(config)
+
+
+_SIZES_WITH_DEFAULTS = ("max_position_embeddings",)
+
+
+def write_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a model, for old and new transformers; of a model of experts: that of its dense form.
+
+    Args:
+        dtype: what the weights are stored in, e.g. 'bfloat16'.
+
+    Raises:
+        UserError: when the architecture has no key for something that the model has.
+    """
+    family = family_of(spec)
+    config = write_decoder(spec, family.architecture, dtype) | family.write(spec)
+    for name, value, other in differences(spec.with_experts(None), read_config(config)):
+        raise UserError(
+            f"config.json: {family.architecture} has no place for {name} {value!r}: whoever reads it would take "
+            f"{other!r}"
+        )
+    return config
+
+
+def usual_names(config: dict[str, Any]) -> dict[str, Any]:
+    """A readable `config.json` with the architecture under its usual name: what is written of a model that had another.
+
+    The code that came with it (`auto_map`) is not what is written.
+    """
+    family = _named_family(config)
+    usual = {"architectures": [family.architecture], "model_type": family.name}
+    if all(not config.get(key) or config[key] == value for key, value in usual.items()):
+        return config
+    return {key: value for key, value in config.items() if key != "auto_map"} | usual
+
+
+def load_shape(name: str) -> DecoderSpec:
+    """A published shape by name (`llama-2-7b`), or the HF-style `config.json` at a path."""
+    if name in SHAPES:
+        return SHAPES[name]
+    path = Path(name)
+    if path.suffix == ".json" or path.exists():
+        return read_config(read_object(path))
+    raise UserError(
+        f"model.shape: {name!r} is neither a known shape ({', '.join(SHAPES)}) nor a JSON file like HF's config.json"
+    )

@@ -1,0 +1,101 @@
+"""What a family's file consists of: its Hugging Face names, its config.json in and out, the rows of its name table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxlm.spec import DecoderSpec
+
+
+def always(_: Any) -> bool:
+    """For rows of tensors that every model has."""
+    return True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the name table: the leaf, and the names and layout that it has in files.
+
+    Layouts are written in the project's letters (D model, H query heads, K kv heads, h head dim, F feed-forward, V
+    vocabulary, E experts). Parentheses join dims that the file stores as one: HF keeps `q_proj` as a matrix `(H h) D`,
+    jaxlm as `D H h`. A linear layer's stored matrix is [outputs, inputs].
+
+    Args:
+        path: of the leaf; in a layer, below the layer's stack (see `DecoderSpec.stacks`).
+        hf: name in Hugging Face's files; '{}' is the number of the layer, and says that the row is one of a layer's.
+        dims: of the leaf, without the stack.
+        hf_dims: of the tensor in HF's files.
+        when: whether there is such a tensor, given the LayerSpec of a row in a layer, else the DecoderSpec.
+        meta: name in Meta's files; None where Meta's models have no such tensor.
+        mindspore: name in MindFormers' files, whose layouts are HF's.
+        meta_split: dims of the stored tensor that Meta's model-parallel shards may split; () means every shard holds it
+            whole. Two: LLaMA 1 and 2 split the first one named, LLaMA 3 the second.
+        rotary: whether Meta stores the rows of each head in another order (pairs beside each other instead of halves).
+    """
+
+    path: str
+    hf: str
+    dims: str
+    hf_dims: str
+    when: Callable[[Any], bool] = always
+    meta: str | None = None
+    mindspore: str | None = None
+    meta_split: tuple[int, ...] = ()
+    rotary: bool = False
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether every layer has one."""
+        return "{}" in self.hf
+
+    def name(self, form: str) -> str | None:
+        """The tensor's name in 'hf', 'meta' or 'mindspore'."""
+        return {"hf": self.hf, "meta": self.meta, "mindspore": self.mindspore}[form]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One stored tensor that holds several leaves: its rows are those of the leaves' own tensors, in turn.
+
+    Args:
+        hf: its name, as in `Row`.
+        dims: as in `Row.hf_dims`, with a sum of one term for each leaf in the first group: '(H h + K h + K h) D' for q,
+            k and v below each other, '(H (1 + 1 + 1) h) D' for the three of each head together (BLOOM),
+            '(K (G + 1 + 1) h) D' for each kv head with its G = H / K query heads (Falcon).
+        paths: the leaves, each with a row of its own, whose `hf` names what the part is called by itself.
+    """
+
+    hf: str
+    dims: str
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Decoders of one Hugging Face architecture.
+
+    Args:
+        name: `DecoderSpec.family`, and `model_type` in config.json.
+        architecture: in config.json.
+        defaults: what a key that is not in a config.json means, where transformers' configuration class says so.
+        read: config.json, with the defaults, to the spec.
+        write: the keys that config.json has beyond those of every family.
+        rows: the name table, in the order of HF's files.
+        fused: the stored tensors that hold several leaves.
+        aliases: other names of the architecture, and of `model_type` in lower case.
+        renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
+        shapes: published models by name.
+    """
+
+    name: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    read: Callable[[dict[str, Any]], DecoderSpec]
+    write: Callable[[DecoderSpec], dict[str, Any]]
+    rows: tuple[Row, ...]
+    fused: tuple[Fused, ...] = ()
+    aliases: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)

@@ -1,0 +1,46 @@
+"""Mistral 7B (arXiv:2310.06825): LLaMA with a sliding window on every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlm.models.families.base import Family
+from jaxlm.models.families.common import ROWS, read_decoder
+from jaxlm.spec import DecoderSpec, uniform_decoder
+
+
+def _read(config: dict[str, Any]) -> DecoderSpec:
+    return read_decoder("mistral", config, window=config["sliding_window"])
+
+
+def _write(spec: DecoderSpec) -> dict[str, Any]:
+    return {"sliding_window": spec.uniform_layer.attention.window}
+
+
+FAMILY = Family(
+    name="mistral",
+    architecture="MistralForCausalLM",
+    defaults=dict(
+        num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096, bos_token_id=1, eos_token_id=2
+    ),
+    read=_read,
+    write=_write,
+    rows=ROWS,
+    # Mistral's model card.
+    shapes={
+        "mistral-7b": uniform_decoder(
+            "mistral",
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_layers=32,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            window=4096,
+            max_position_embeddings=32768,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    },
+)
