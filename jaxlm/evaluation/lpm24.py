@@ -81,7 +81,7 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
     unique: different molecules among the valid ones.
 
     Raises:
-        UserError: when a reference is no molecule.
+        UserError: when a reference is not a molecule.
     """
     with _needs_extra():
         from nltk.translate.bleu_score import corpus_bleu
@@ -90,7 +90,7 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
         from rdkit.Chem import MACCSkeys, rdFingerprintGenerator
 
     logger: Any = RDLogger
-    logger.DisableLog("rdApp.*")  # a line for every answer that is no molecule
+    logger.DisableLog("rdApp.*")  # otherwise it prints a line for every answer that is not a molecule
     keys: Any = MACCSkeys
     morgan = rdFingerprintGenerator.GetMorganGenerator(radius=morgan_radius)
     kinds: dict[str, Callable[[Any], Any]] = {
@@ -103,7 +103,9 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
     for pair in pairs:
         right, said = Chem.MolFromSmiles(pair.reference), Chem.MolFromSmiles(pair.prediction)
         if right is None or not pair.reference:
-            raise UserError(f"the reference {pair.reference!r} is no SMILES that RDKit takes; correct or remove it")
+            raise UserError(
+                f"the reference {pair.reference!r} is not a SMILES that RDKit can read; correct or remove it"
+            )
         if said is None or not pair.prediction:
             continue
         sums["validity"] += 1
