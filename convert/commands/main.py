@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import shlex
@@ -30,33 +31,35 @@ from convert.commands.experts import add_expert_verbs
 from convert.commands.formats import add_format_verbs, open_as
 from convert.commands.routing import add_routing_verbs
 from convert.commands.vocab import add_vocab_verb
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 from jaxlm.locate import expand_user
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "convert") -> int:
     """Runs one command; returns the exit status: 0 done, 1 `verify` found a difference, 2 a mistake in the input."""
     # The products of a merge are too small to be shared out: threads that wait for each other cost more than they do.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    options = _parser().parse_args(normalise(sys.argv[1:] if arguments is None else arguments))
+    words = normalise(sys.argv[1:] if arguments is None else arguments)
+    parser, verbs = _parser(prog)
+    if words and not words[0].startswith("-") and words[0] not in verbs:
+        near = difflib.get_close_matches(words[0], verbs, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(verbs)}"
+        parser.error(f"{words[0]!r} is not a verb; {hint}")
+    options = parser.parse_args(words)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
-    try:
-        _expand(options)
-        status = options.run(options) or 0
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(f"convert {options.verb}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # Whoever read the output (`| head`) has seen enough; nothing more may be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        left = "" if options.verb in READ_ONLY else "; nothing was left at the destination"
-        print(f"convert {options.verb}: interrupted{left}", file=sys.stderr)
-        return 130
+    left = "" if options.verb in READ_ONLY else "; nothing was left at the destination"
+    return exit_status(
+        lambda: _run(options),
+        prefix=f"convert {options.verb}",
+        interrupted=f"convert {options.verb}: interrupted{left}",
+    )
+
+
+def _run(options: argparse.Namespace) -> int | None:
+    _expand(options)
+    status: int | None = options.run(options)
+    return status
 
 
 def _expand(options: argparse.Namespace) -> None:
@@ -80,9 +83,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> tuple[argparse.ArgumentParser, Sequence[str]]:
+    """The parser, and the names of its verbs."""
     parser = argparse.ArgumentParser(
-        prog="convert",
+        prog=prog,
         description="Take models and adapters from one format to another. Memory stays bounded, whatever their size; "
         "the destination appears only when it is complete.",
     )
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add_expert_verbs(verbs)
     add_routing_verbs(verbs)
     add_check_verbs(verbs)
-    return parser
+    return parser, list(verbs.choices)
 
 
 def _hf_to_jax(options: argparse.Namespace) -> None:

@@ -44,9 +44,10 @@ def add_vocab_verb(verbs: Any) -> None:
 def _extend_vocab(options: argparse.Namespace) -> None:
     from convert.source import open_model
     from convert.transforms.delta import WithTokenizer
-    from convert.transforms.vocab import extend, read_modalities, read_tokens, write_tokenizer
+    from convert.transforms.vocab import extend, read_modalities, read_tokens
     from jaxlm.modalities import resolve
     from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.tokenizer.extending import write_extended
     from jaxlm.weights.native.read import NativeSource
 
     if options.tokens is None and not options.modality:
@@ -60,7 +61,7 @@ def _extend_vocab(options: argparse.Namespace) -> None:
     modalities = resolve(entries, tokenizer.vocab_size + len(tokens))
     tokens += [token for modality in modalities for token in modality.tokens()]
     with tempfile.TemporaryDirectory() as folder:
-        files = write_tokenizer(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder), modalities)
+        files = write_extended(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder), modalities)
         extended = WithTokenizer(extend(source, tokenizer, tokens, options.init, options.pad_to), files)
         form = options.format or ("jax" if isinstance(source, NativeSource) else "hf")
         write_model_as(form, extended, options.destination, options.shard_size)

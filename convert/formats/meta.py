@@ -26,8 +26,9 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.dtypes import BFLOAT16
-from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, find_tokenizer_files, match_tensors
+from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match_tensors
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import RULES, Entry, Rule, Shape, leaf_shapes, rule_for, stored_entries
 from jaxlm.weights.output import Advance, Watcher

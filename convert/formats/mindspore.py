@@ -26,12 +26,12 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.shapes import SHAPES, LlamaConfig, RopeConfig
 from jaxlm.nn.lora import LINEARS, resolve_lora
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.hf import (
     StackedTensors,
     check_num_layers,
     copy_files,
     drop_tied_head,
-    find_tokenizer_files,
     hf_config_for,
     match_tensors,
     parse_hf_config,

@@ -16,8 +16,9 @@ from jaxlm.jsonfields import described, fits
 from jaxlm.jsontext import read_object
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.files import read_tensors
-from jaxlm.weights.hf import StackedTensors, copy_files, find_tokenizer_files, match_tensors
+from jaxlm.weights.hf import StackedTensors, copy_files, match_tensors
 from jaxlm.weights.leaves import AdapterSource
 from jaxlm.weights.names import (
     PEFT_PREFIX,

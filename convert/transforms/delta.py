@@ -26,9 +26,9 @@ import numpy as np
 from convert.transforms.vocab import grow, vocabulary_leaves
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig, load_shape
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.arithmetic import combine
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
-from jaxlm.weights.hf import find_tokenizer_files
 from jaxlm.weights.leaves import CastSource, DerivedSource, Index, ParamSource, check_leaves, stored_blocks
 from jaxlm.weights.names import Entry, Shape, leaf_shapes
 from jaxlm.weights.partition import order_name

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig, MeshConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 from jaxlm.jsontext import parse
 
 if TYPE_CHECKING:
@@ -43,22 +43,17 @@ REFERENCES = {"smiles2text": ("caption", "ground truth"), "text2smiles": ("molec
 PREDICTIONS = ("prediction", "answer", "output")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.evaluate") -> int:
     """Exit status: 0 done, 2 for a mistake in the input."""
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        config = parse_config(
-            words, EvaluateConfig, prog="python -m jaxlm.evaluate", description=DESCRIPTION, aliases=ALIASES
-        )
-        if config.task == "perplexity":
-            return _perplexity(config)
-        return _run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(
+        lambda: _main(sys.argv[1:] if argv is None else argv, prog),
+        interrupted="interrupted; nothing was written",
+    )
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    return _perplexity(config) if config.task == "perplexity" else _run(config)
 
 
 def _run(config: EvaluateConfig) -> int:

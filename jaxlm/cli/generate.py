@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import Decoding, GenerateConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
     from jaxlm.weights.native.prompt_json import PromptFile
@@ -43,27 +43,15 @@ ALIASES = {
 INTERRUPTED = "interrupted; with --predict_data the same command goes on where it was"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.generate") -> int:
     """Exit status: 0 done, 1 some prompts of a file have no answer, 2 a mistake in the input, 130 interrupted."""
-    try:
-        config = parse_config(
-            sys.argv[1:] if argv is None else argv,
-            GenerateConfig,
-            prog="python -m jaxlm.generate",
-            description=DESCRIPTION,
-            aliases=ALIASES,
-        )
-        _check_config(config)
-        return _run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+    return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog), interrupted=INTERRUPTED)
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    config = parse_config(argv, GenerateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    _check_config(config)
+    return _run(config)
 
 
 def _check_config(config: GenerateConfig) -> None:
@@ -189,7 +177,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from convert.transforms.merge import MergedSource
     from jaxlm.devices.finite import check_finite
     from jaxlm.devices.mesh import axis_sizes, make_mesh
-    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
@@ -355,16 +343,16 @@ def _single(
 
     assert config.prompt is not None
     ids = prompter.question(config.prompt, config.input)
-    writing = generator.start([ids], options, flush=8)
+    session = generator.start([ids], options, flush=8)
     started = time.perf_counter()
     if options.samples == 1:
-        answer = stream_answer(writing, prompter, options, show)
+        answer = stream_answer(session, prompter, options, show)
         show("\n")
         answers = [answer]
     else:
-        for _ in writing.steps():
+        for _ in session.steps():
             pass
-        answers = writing.answers()[0]
+        answers = session.answers()[0]
         for number, answer in enumerate(answers, 1):
             text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
             show(f"[{number}] {text.strip()}\n")

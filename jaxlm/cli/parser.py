@@ -5,13 +5,12 @@ Files, stages and `--a.b value` words are merged first, so that all of them are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import re
-import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxlm.cli.words import Flag, Words, read_words
@@ -20,7 +19,7 @@ from jaxlm.config.plain import flatten
 from jaxlm.config.reading import build
 from jaxlm.config.run import RunConfig
 from jaxlm.config.stages import split_stages
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, show
 
 Config = TypeVar("Config")
 
@@ -44,6 +43,14 @@ class Origins:
         named = [key for key in self.files if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", message)]
         notes = [f"{key} is set in {self.files[key]}" for key in named if not self._is_overridden(key)]
         return f"{message} [{', '.join(notes)}]" if notes else message
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """A block whose `UserError`s are explained."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(self.explain(str(error))) from None
 
     def _is_overridden(self, key: str) -> bool:
         return any(word == key or word.startswith(f"{key}.") or key.startswith(f"{word}.") for word in self.typed)
@@ -103,15 +110,13 @@ def parse_run(
     origins = Origins(set_in, frozenset(flatten(words.overrides)))
     stages = values.pop("stages", None)
     only = words.flags.get("stage")
-    try:
+    with origins.explained():
         if stages is not None:
             configs = split_stages(values, stages, words.overrides, only)
         elif only is not None:
             raise UserError(f"--stage: {only!r}: this configuration has no stages")
         else:
             configs = [build(merge(values, words.overrides), RunConfig)]
-    except UserError as error:
-        raise UserError(origins.explain(str(error))) from None
     _print_config_if_asked(words, *configs)
     return ParsedRun(configs, words.flags, origins)
 
@@ -148,20 +153,12 @@ def _words(
     if not argv or "--help" in argv or "-h" in argv:
         from jaxlm.cli.help import help_text
 
-        _show(help_text(prog, description, flags, root, aliases) + "\n")
+        show(help_text(prog, description, flags, root, aliases) + "\n")
         raise SystemExit(0)
     return read_words(argv, flags, root, aliases)
 
 
 def _print_config_if_asked(words: Words, *configs: Any) -> None:
     if words.flags.get("print_config"):
-        _show("---\n".join(dump_yaml(config) for config in configs))
+        show("---\n".join(dump_yaml(config) for config in configs))
         raise SystemExit(0)
-
-
-def _show(text: str) -> None:
-    """Prints a long text, of which a reader such as `head` may take only the beginning."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes nowhere

@@ -13,11 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.parser import Origins, parse_run
+from jaxlm.cli.parser import parse_run
 from jaxlm.cli.words import Flag
 from jaxlm.config import DistributedConfig, RunConfig
 from jaxlm.config.files import dump_yaml
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +42,7 @@ FLAGS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.train") -> int:
     """Exit status.
 
     0 done; distributed.interrupted_status (0) after a signal, all saved; that or 128 + the signal's number when nothing
@@ -52,19 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Around all of it: importing JAX and compiling take their time too, and a signal in it is to be answered.
     with Stop() as stop:
-        return _main(sys.argv[1:] if argv is None else argv, stop)
+        return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog, stop))
 
 
-def _main(argv: Sequence[str], stop: Stop) -> int:
-    origins = Origins({}, frozenset())
-    try:
-        configs, flags, origins = parse_run(
-            argv,
-            prog="python -m jaxlm.train",
-            description=DESCRIPTION,
-            flags=FLAGS,
-            aliases=ALIASES,
-        )
+def _main(argv: Sequence[str], prog: str, stop: Stop) -> int:
+    configs, flags, origins = parse_run(argv, prog=prog, description=DESCRIPTION, flags=FLAGS, aliases=ALIASES)
+    with origins.explained():
         preview = flags.get("preview")
         if preview is not None and preview < 1:
             raise UserError(f"--preview: {preview} must be at least 1")
@@ -79,12 +72,6 @@ def _main(argv: Sequence[str], stop: Stop) -> int:
             _preview(configs[0], preview)
             return 0
         return _run(configs, stop, bool(flags.get("verbose")))
-    except UserError as error:
-        print(f"error: {origins.explain(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
 
 
 def _run(configs: list[RunConfig], stop: Stop, verbose: bool) -> int:
@@ -279,9 +266,9 @@ def _with_modalities(
     Args:
         files: directory with copies of the tokenizer's files; a new tokenizer (`new`) gets the tokens it lacks.
     """
-    from convert.transforms.vocab import write_tokenizer
     from jaxlm.modalities import resolve, save
     from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.tokenizer.extending import write_extended
 
     entries = config.tokenizer.modalities
     if entries:
@@ -306,7 +293,7 @@ def _with_modalities(
             save(modalities, files)  # loading checks the ids of all tokens
             tokenizer = load_tokenizer(files)
         elif new:
-            write_tokenizer(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
+            write_extended(sorted(files.iterdir()), tokenizer, tokens, False, files, modalities)
             tokenizer = load_tokenizer(files)
         else:
             names = " ".join(f"--modality {shlex.quote(entry.preset or 'FILE')}" for entry in entries)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.shapes import LlamaConfig, usual_names
+from jaxlm.tokenizer.files import find_tokenizer_files
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.files import find_weights, read_tensors
 from jaxlm.weights.leaves import (
@@ -32,30 +33,6 @@ from jaxlm.weights.safetensors import write_safetensors
 from jaxlm.weights.tensors import Tensor, TensorSpec, same_bytes
 
 _YI_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
-
-# What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "modalities.json",
-)
-
-
-def find_tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer and generation files of a directory."""
-    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found)
 
 
 def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
