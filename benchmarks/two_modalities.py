@@ -27,7 +27,7 @@ import optax
 from jaxlm.config import MoeRunConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig, MoeConfig
-from jaxlm.training.step import moe_figures
+from jaxlm.training.objectives.cross_entropy import router_figures
 
 TOKENS, LENGTH, ROWS, NOISE = 64, 64, 64, 0.1
 EXPERTS, USED, NEURONS = 8, 2, 512
@@ -62,7 +62,7 @@ def train(config: LlamaConfig, seed: int, steps: int) -> dict[str, Any]:
 
     def loss(params: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
         found, notes = model.apply({"params": params}, ids, weights / weights.sum(), method="loss", mutable=["moe"])
-        penalty, figures = moe_figures(notes, LOSSES, 1)
+        penalty, figures = router_figures(notes, LOSSES, 1)
         return found.loss + penalty, (found.loss, figures)
 
     @jax.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
@@ -36,5 +38,23 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
     ("lora_rank", None),
 )
+
+
+def flat_dims(axes: Sequence[str | None]) -> tuple[tuple[str | None, ...], ...]:
+    """The dims of one layer's tensor as a checkpoint of another framework stores it, each as its logical axes.
+
+    'layers' is left out, and heads and their dim are one: a matrix has two dims, a bias, norm or magnitude has one.
+
+    Args:
+        axes: logical axes of a parameter, as its module declares them.
+    """
+    dims: list[tuple[str | None, ...]] = []
+    for axis in axes:
+        if axis == "head_dim" and dims and dims[-1] in (("heads",), ("kv_heads",)):
+            dims[-1] = (*dims[-1], axis)
+        elif axis != "layers":
+            dims.append((axis,))
+    return tuple(dims)
+
 
 BATCH = P(None, ROW_AXES, "sequence")  # [A, B, T]: micro-steps, rows, length

@@ -17,7 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.locate import locate_paths
 
 if TYPE_CHECKING:
-    from jaxlm.training.loop import Outcome
+    from jaxlm.training.job import Outcome
 
 
 def train(config: RunConfig, *, verbose: bool = False) -> Outcome:

@@ -244,7 +244,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
     from jaxlm.tokenizer import load_tokenizer
-    from jaxlm.training.build import DTYPES
+    from jaxlm.training.setup import DTYPES
     from jaxlm.training.state import Initializer
     from jaxlm.weights.native.prompt_json import trained_prompt
 
@@ -278,7 +278,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     mesh = make_mesh(mesh_config, experts=None if shape.moe is None else shape.moe.experts)
     model = Decoder(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
     # No optimizer: nothing is trained, but parameters are placed as in training.
-    setup = Initializer(model, None if adapter is None else adapter.lora, mesh, optax.identity())
+    setup = Initializer(model, None if adapter is None else adapter.lora, mesh, lambda axes: optax.identity())
     with console.status("loading"):
         params = setup.load_params(source)
         lora = None if adapter is None else setup.load_lora(adapter)

@@ -19,7 +19,7 @@ from jaxlm.errors import UserError, exit_status
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
     from jaxlm.weights.native.prompt_json import PromptFile
@@ -177,8 +177,8 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from convert.transforms.merge import MergedSource
     from jaxlm.devices.finite import check_finite
     from jaxlm.devices.mesh import axis_sizes, make_mesh
-    from jaxlm.inference.engine import Generator
     from jaxlm.inference.fit import check_tokenizer
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
@@ -343,16 +343,16 @@ def _single(
 
     assert config.prompt is not None
     ids = prompter.question(config.prompt, config.input)
-    writing = generator.start([ids], options, flush=8)
+    session = generator.start([ids], options, flush=8)
     started = time.perf_counter()
     if options.samples == 1:
-        answer = stream_answer(writing, prompter, options, show)
+        answer = stream_answer(session, prompter, options, show)
         show("\n")
         answers = [answer]
     else:
-        for _ in writing.steps():
+        for _ in session.steps():
             pass
-        answers = writing.answers()[0]
+        answers = session.answers()[0]
         for number, answer in enumerate(answers, 1):
             text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
             show(f"[{number}] {text.strip()}\n")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxlm.processes.distributed import Hosts
-    from jaxlm.training.loop import Outcome
+    from jaxlm.training.job import Outcome
     from jaxlm.training.prepare import Prepared
     from jaxlm.training.stop import Stop
 

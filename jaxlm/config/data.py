@@ -78,3 +78,8 @@ class DataConfig:
         if isinstance(self.packing, bool):
             return "first_fit" if self.packing else "none"
         return self.packing
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents, told apart by segment ids."""
+        return self.packing_mode == "first_fit"

@@ -27,6 +27,7 @@ from jaxlm.errors import UserError
 from jaxlm.modalities import TextError
 from jaxlm.models.decoder import Decoder
 from jaxlm.tokenizer import Tokenizer
+from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.step import make_eval_step
 
 _BATCH = 512  # records tokenised in one call
@@ -263,11 +264,12 @@ def measure(
     )
     batch_rows = rows * rows_axis_size(mesh)
     batches = data.eval_batches(batch_rows)
-    step = jax.jit(make_eval_step(model), out_shardings=replicated(mesh))
+    objective = CrossEntropy(model)
+    step = jax.jit(make_eval_step(objective), out_shardings=replicated(mesh))
     sums = dict.fromkeys(("loss", "correct", "target_tokens"), 0.0)
     with use_mesh(mesh):
         for number, batch in enumerate(batches):
-            placed = put_batch({name: array[None] for name, array in batch.items()}, mesh, batch_rows)
+            placed = put_batch({name: batch[name][None] for name in objective.fields}, mesh, batch_rows)
             out = jax.device_get(step(trainable, frozen, placed))
             for key in sums:
                 sums[key] += float(out[key])

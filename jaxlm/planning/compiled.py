@@ -173,7 +173,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     import jax
 
     from jaxlm.devices.compiler_options import least_effort
-    from jaxlm.training.build import build, frozen_base
+    from jaxlm.training.setup import set_up
 
     config = load_run_yaml(job["config"], "the job")
     shape = LlamaConfig.from_dict(job["shape"])
@@ -182,25 +182,27 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         devices = topology_devices(topology)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology: {topology}: {str(error).splitlines()[0]}") from None
-    built = build(config, shape, devices)
+    setup = set_up(config, shape, devices)
     # The number of steps is a constant of the schedule: any other gives the same program.
-    optimizer, schedule = built.optimizer(config.train.steps or 1000)
+    schedule = setup.schedule(config.train.steps or 1000)
     more = least_effort() if job["quick"] and topology.chip.platform == "tpu" else {}
     started = time.perf_counter()
     platform = {"gpu": "cuda"}.get(topology.chip.platform, topology.chip.platform)
     try:
         # Abstract variables are traced too: cuDNN is asked for at once.
-        setup = built.initializer(optimizer)
-        lowered = built.lower_train_step(setup, schedule, setup.abstract_state(), frozen_base(setup), platform)
+        initializer = setup.initializer(schedule)
+        lowered = setup.lower_train_step(
+            initializer, schedule, initializer.abstract_state(), setup.abstract_frozen(initializer), platform
+        )
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
         raise UserError(
             f"--compile: model.attention is cudnn, and {error} Install nvidia-cudnn-cu12, or --model.attention xla"
         ) from None
-    figures: dict[str, Any] = {"options": built.options(), "refused": None, "program": None}
+    figures: dict[str, Any] = {"options": setup.compiler_options(), "refused": None, "program": None}
     try:
-        compiled: Any = built.compile(lowered, **more)
+        compiled: Any = setup.compile(lowered, **more)
     except jax.errors.JaxRuntimeError as error:
         if not _NO_ROOM.search(str(error)):
             raise

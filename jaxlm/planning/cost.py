@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxlm.devices.chips import Chip
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.planning.memory import Memory
-from jaxlm.training.build import Build
 from jaxlm.training.report import flops_per_token
+from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
 FORMULA = (
@@ -70,17 +70,17 @@ class Time:
         return self.compute + self.links + self.memory + self.network
 
 
-def estimate_cost(built: Build, setup: Initializer, memory: Memory, slices: int = 1) -> Cost:
+def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, slices: int = 1) -> Cost:
     """Of the train step of a run; arguments as of `memory.estimate_memory`, what that gave, and in how many slices."""
-    config, c, mesh = built.config, built.model.config, built.mesh
-    length, rows = config.data.sequence_length, built.micro_batch
+    config, c, mesh = setup.config, setup.model.config, setup.mesh
+    length, rows = config.data.sequence_length, setup.micro_batch
     tokens = config.train.global_batch_size * length
     devices = math.prod(mesh.shape.values())
-    full = setup.lora is None
+    full = initializer.lora is None
     model_flops = flops_per_token(c, length, full) * tokens
 
-    recomputed = _recomputed(built)
-    per_layer = count(setup.params["layers"]) / c.num_layers
+    recomputed = _recomputed(setup)
+    per_layer = count(initializer.params["layers"]) / c.num_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
     attention = 2 * c.num_heads * c.head_dim * length
@@ -89,41 +89,41 @@ def estimate_cost(built: Build, setup: Initializer, memory: Memory, slices: int 
     hardware = (model_flops + tokens * (again + scores_again)) / devices
 
     micro_tokens = rows * length // mesh.shape["sequence"]
-    itemsize = jnp.dtype(built.model.dtype).itemsize
+    itemsize = jnp.dtype(setup.model.dtype).itemsize
     tensor, fsdp = mesh.shape["tensor"], shard_axes_size(mesh)
     replicas = mesh.shape["data"] // slices
-    weights = count(setup.params) / tensor / mesh.shape["expert"]
-    trained_shard = bytes_per_device(setup.trainable, setup.trainable_shardings)
-    passes = 2 * built.accumulation  # forward, backward
+    weights = count(initializer.params) / tensor / mesh.shape["expert"]
+    trained_shard = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
+    passes = 2 * setup.accumulation  # forward, backward
     links = passes * itemsize * weights * (1 - 1 / fsdp)
     # Gradients: each device gets its part of the sum, then (over data) the sum of all parts.
-    links += built.accumulation * trained_shard * ((fsdp - 1) + 2 * (1 - 1 / replicas))
+    links += setup.accumulation * trained_shard * ((fsdp - 1) + 2 * (1 - 1 / replicas))
     # ... and then, over slices, the sum of these.
-    network = built.accumulation * trained_shard * 2 * (1 - 1 / slices)
+    network = setup.accumulation * trained_shard * 2 * (1 - 1 / slices)
     if tensor > 1:
         # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
         sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
-        links += built.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
+        links += setup.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
     sequence = mesh.shape["sequence"]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
         width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / tensor
-        times = built.accumulation * c.num_layers * (2 + recomputed[1])
+        times = setup.accumulation * c.num_layers * (2 + recomputed[1])
         links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights
     # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
     layer_io = (11 * c.hidden_size + 3 * c.intermediate_size / tensor) * itemsize
-    through += built.accumulation * (
+    through += setup.accumulation * (
         micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
     )
     return Cost(tokens, model_flops, hardware, links, through, network)
 
 
-def _recomputed(built: Build) -> tuple[float, float]:
+def _recomputed(setup: TrainSetup) -> tuple[float, float]:
     """The shares of a layer's products, and of its attention, that the backward pass computes again."""
-    c = built.model.config
+    c = setup.model.config
     d, h = c.hidden_size, c.head_dim
     qkv, out = d * h * (c.num_heads + 2 * c.num_kv_heads), d * h * c.num_heads
     mlp = d * c.intermediate_size
@@ -135,7 +135,7 @@ def _recomputed(built: Build) -> tuple[float, float]:
         "qkv_out": ((out + 2 * mlp) / everything, 0.0),
         "dots": (0.0, 1.0),
         "none": (0.0, 0.0),
-    }[built.model.remat]
+    }[setup.model.remat]
 
 
 def estimate_time(cost: Cost, chip: Chip, devices: int) -> Time | None:

@@ -23,7 +23,7 @@ from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LoraSpec, resolve_lora
 from jaxlm.sharding import SHARD_AXES
-from jaxlm.training.build import Build
+from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
 # Rules fitted to what libtpu 0.0.42 says of 21 small steps and LLaMA-2-7B's (tests/planning/test_memory.py has some):
@@ -88,20 +88,20 @@ class Memory:
         return sum(self.phases()[self.worst].values())
 
 
-def estimate_memory(built: Build, setup: Initializer) -> Memory:
+def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     """Of the train step of a run.
 
     Args:
-        built: the run's programs; built for a topology, it needs no devices.
-        setup: its initializer.
+        setup: of the run; made for a topology, it needs no devices.
+        initializer: of the run.
     """
-    model, mesh, rows = built.model, built.mesh, built.micro_batch
-    length, lora = built.config.data.sequence_length // mesh.shape["sequence"], setup.lora
+    model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
+    length, lora = setup.config.data.sequence_length // mesh.shape["sequence"], initializer.lora
     shape = local_shape(model.config, mesh.shape["tensor"])
-    frozen = 0 if lora is None else bytes_per_device(setup.params, setup.params_shardings)
-    trained = bytes_per_device(setup.trainable, setup.trainable_shardings)
+    frozen = 0 if lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
+    trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     # A micro-step's gradients have the parameters' dtype, their sum over micro-steps is float32.
-    summed = 4 * _shard_count(setup.trainable, setup.trainable_shardings) if built.accumulation > 1 else 0
+    summed = 4 * _shard_count(initializer.trainable, initializer.trainable_shardings) if setup.accumulation > 1 else 0
 
     itemsize = jnp.dtype(model.dtype).itemsize
     table = shape.vocab_size * shape.hidden_size
@@ -111,12 +111,12 @@ def estimate_memory(built: Build, setup: Initializer) -> Memory:
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
-    layer_weights = itemsize * count(setup.params["layers"]) // shape.num_layers // mesh.shape["tensor"]
+    layer_weights = itemsize * count(initializer.params["layers"]) // shape.num_layers // mesh.shape["tensor"]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(
         parameters=frozen + trained,
-        optimizer=bytes_per_device(setup.opt_state, setup.opt_shardings),
+        optimizer=bytes_per_device(initializer.opt_state, initializer.opt_shardings),
         gradients=trained + summed,
         activations=rows * kept_bytes(shape, lora, model, length, model.remat),
         layer=int(LAYER_SHARE * rows * kept_bytes(shape, lora, model, length, "none") / shape.num_layers),
@@ -132,11 +132,11 @@ def _parts_by_stage(mesh: Any) -> list[int]:
     return [math.prod(sizes[: at + 1]) for at in range(len(sizes))]
 
 
-def resident_bytes(setup: Initializer) -> int:
+def resident_bytes(initializer: Initializer) -> int:
     """What lies on a device all the time: parameters and the optimizer's state."""
-    frozen = 0 if setup.lora is None else bytes_per_device(setup.params, setup.params_shardings)
-    trained = bytes_per_device(setup.trainable, setup.trainable_shardings)
-    return frozen + trained + bytes_per_device(setup.opt_state, setup.opt_shardings)
+    frozen = 0 if initializer.lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
+    trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
+    return frozen + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
 
 
 def _shard_count(tree: Any, shardings: Any) -> int:

@@ -17,7 +17,7 @@ from jaxlm.planning.compiled import CompiledStep, compile_step
 from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.planning.suggest import Suggestion, suggest
-from jaxlm.training.build import build
+from jaxlm.training.setup import set_up
 from jaxlm.training.state import count
 
 
@@ -82,10 +82,10 @@ def plan(
             f"data.sequence_length: {config.data.sequence_length} is more than the {shape.max_length} positions of the "
             "model"
         )
-    built = build(config, shape, topology)
-    setup = built.initializer(built.optimizer(config.train.steps or 1000)[0])
-    memory = estimate_memory(built, setup)
-    cost = estimate_cost(built, setup, memory, topology.slices)
+    setup = set_up(config, shape, topology)
+    initializer = setup.initializer(setup.schedule(config.train.steps or 1000))
+    memory = estimate_memory(setup, initializer)
+    cost = estimate_cost(setup, initializer, memory, topology.slices)
     time = estimate_time(cost, topology.chip, topology.count)
     compiled = None
     if compile:
@@ -100,12 +100,12 @@ def plan(
     suggestions = [] if fits is None else suggest(config, shape, topology, time, fits)
     return Plan(
         topology=topology,
-        devices=axis_sizes(built.mesh),
-        parameters=count(setup.params),
-        trained=count(setup.trainable),
-        micro_batch=built.micro_batch,
-        accumulation=built.accumulation,
-        attention=built.attention[1],
+        devices=axis_sizes(setup.mesh),
+        parameters=count(initializer.params),
+        trained=count(initializer.trainable),
+        micro_batch=setup.micro_batch,
+        accumulation=setup.accumulation,
+        attention=setup.attention[1],
         memory=memory,
         cost=cost,
         time=time,

@@ -11,7 +11,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import estimate_memory, resident_bytes
-from jaxlm.training.build import Build, batch_split, build
+from jaxlm.training.setup import TrainSetup, batch_split, set_up
 
 # What is recomputed, from least to most.
 REMAT = ("none", "dots", "qkv_out", "qkv", "full")
@@ -55,25 +55,32 @@ def suggest(
         if found:
             break  # another mesh is a greater change, and each takes seconds to look at
         try:
-            built = build(dataclasses.replace(config, mesh=mesh), shape, topology)
-            setup = built.initializer(built.optimizer(1000)[0])
+            setup = set_up(dataclasses.replace(config, mesh=mesh), shape, topology)
+            initializer = setup.initializer(setup.schedule(1000))
         except UserError:
             continue  # the mesh does not go with this model or batch
-        if resident_bytes(setup) > room:
+        if resident_bytes(initializer) > room:
             continue
         for remat in REMAT:
             for rows in _rows(config.train.micro_batch_size):
-                one = _changed(built, remat, rows)
-                if one is None:
+                changed = _changed(setup, remat, rows)
+                if changed is None:
                     continue
-                memory = estimate_memory(one, setup)
-                time = estimate_time(estimate_cost(one, setup, memory, topology.slices), topology.chip, topology.count)
-                changes = _changes(config, one.config)
+                memory = estimate_memory(changed, initializer)
+                time = estimate_time(
+                    estimate_cost(changed, initializer, memory, topology.slices), topology.chip, topology.count
+                )
+                changes = _changes(config, changed.config)
                 faster = time is not None and now is not None and time.longest < 0.98 * now.longest
                 if changes and memory.peak <= room and (faster or not fits):
                     found.append(Suggestion(changes, memory.peak, time))
-    # With a device of unknown speed, what is recomputed least.
-    found.sort(key=lambda one: (0 if fits else len(one.changes), one.time.longest if one.time else one.bytes))
+
+    def rank(suggestion: Suggestion) -> tuple[float, float]:
+        # On a device of unknown speed, the one that recomputes least comes first.
+        cost = suggestion.time.longest if suggestion.time else suggestion.bytes
+        return (0 if fits else len(suggestion.changes)), cost
+
+    found.sort(key=rank)
     return found[:most]
 
 
@@ -90,23 +97,23 @@ def _rows(now: int) -> list[int]:
     return [rows for rows in (4 * now, 2 * now, now, now // 2, now // 4, 1) if rows >= 1]
 
 
-def _changed(built: Build, remat: str, rows: int) -> Build | None:
+def _changed(setup: TrainSetup, remat: str, rows: int) -> TrainSetup | None:
     """Other settings on the same mesh; None where they come to something else than they say."""
     config = dataclasses.replace(
-        built.config,
-        model=dataclasses.replace(built.config.model, remat=remat),  # type: ignore[arg-type]
-        train=dataclasses.replace(built.config.train, micro_batch_size=rows),
+        setup.config,
+        model=dataclasses.replace(setup.config.model, remat=remat),  # type: ignore[arg-type]
+        train=dataclasses.replace(setup.config.train, micro_batch_size=rows),
     )
-    if config.train.loss_normalisation == "mean_of_means" and rows != built.config.train.micro_batch_size:
+    if config.train.loss_normalisation == "mean_of_means" and rows != setup.config.train.micro_batch_size:
         return None  # the micro batch is part of the loss
     try:
-        micro, accumulation = batch_split(config, rows_axis_size(built.mesh))
+        micro, accumulation = batch_split(config, rows_axis_size(setup.mesh))
     except UserError:
         return None
     if micro != rows:
         return None
-    model = built.model.clone(remat=remat)
-    return dataclasses.replace(built, config=config, model=model, micro_batch=micro, accumulation=accumulation)
+    model = setup.model.clone(remat=remat)
+    return dataclasses.replace(setup, config=config, model=model, micro_batch=micro, accumulation=accumulation)
 
 
 def _changes(old: RunConfig, new: RunConfig) -> dict[str, str]:

@@ -16,9 +16,9 @@ from jaxlm.devices.mesh import check_mesh
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
-from jaxlm.training.build import build, compile_with
 from jaxlm.training.report import human_bytes
 from jaxlm.training.resume import check_settings
+from jaxlm.training.setup import compile_with, set_up
 from jaxlm.training.state import TrainState
 from jaxlm.training.stop import newest_step
 from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, RUN_YAML, SMALL_FILES
@@ -67,12 +67,12 @@ def check_with_model(config: RunConfig, model: LlamaConfig, hosts: Hosts, say: A
     Raises:
         UserError: for what does not fit.
     """
-    built = build(config, model)
-    setup = built.initializer(built.optimizer(1)[0])
+    setup = set_up(config, model)
+    initializer = setup.initializer(setup.schedule(1))
     problem = None
     if hosts.process == 0:
         try:
-            check_space(Path(config.output_dir), setup.abstract_state(), config.train.keep, say)
+            check_space(Path(config.output_dir), initializer.abstract_state(), config.train.keep, say)
         except UserError as error:
             problem = str(error)
     hosts.check("disk space", problem)

@@ -23,7 +23,7 @@ from jaxlm.nn.lora import SAVEABLE
 from jaxlm.processes.distributed import Hosts
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.fit import check_with_model
-from jaxlm.training.loop import Job
+from jaxlm.training.job import Job
 from jaxlm.training.run_tokenizer import newest_small_files, open_tokenizer
 from jaxlm.weights.names import leaf_shapes, tensor_name
 from jaxlm.weights.native.layout import HF_CONFIG, RUN_YAML, TOKENIZER

@@ -20,19 +20,22 @@ class RoutingReport:
         self._moe = moe
         self._steps: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=WINDOW)
 
-    def add(self, use: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-        """Takes a step's counts; returns its figures for the metrics file.
+    def take(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Takes a step's counts out of its metrics; returns figures for the metrics file.
 
         Args:
-            use: [L, modalities, E], tokens that used each expert.
-            tokens: [modalities], tokens there were.
+            metrics: of a model of experts, `expert_use` [L, modalities, E], the tokens that used each expert, and
+                `modality_tokens` [modalities], the tokens there were. Both are removed.
 
         Returns:
-            expert_share: by modality, the share of its tokens that used each expert, mean over layers (sums to k);
-            router_entropy: by modality, 0 when all use the same experts, 1 when every expert is used alike, mean
-            over layers; dropped: tokens that got fewer experts than their k, which is 0 by construction, and counted.
+            {} where there are none. expert_share: by modality, the share of its tokens that used each expert, mean over
+            layers (sums to k); router_entropy: by modality, 0 when all use the same experts, 1 when every expert is
+            used alike, mean over layers; dropped: tokens that got fewer experts than their k, which is 0 by
+            construction, and counted.
         """
-        assert self._moe is not None
+        if self._moe is None or "expert_use" not in metrics:
+            return {}
+        use, tokens = metrics.pop("expert_use"), metrics.pop("modality_tokens")
         self._steps.append((use, tokens))
         shares: dict[str, list[float]] = {}
         entropy: dict[str, float] = {}

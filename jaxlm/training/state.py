@@ -10,14 +10,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
-from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
 from jaxlm.nn.lora import SAVEABLE
+from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
 WHOLE_IF_UNEVEN = ("vocab",)
@@ -48,6 +48,13 @@ class TrainState:
     skipped: Any
 
 
+def model_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
+    """What `Model.apply` takes, from the trained and the frozen tree."""
+    if "params" in trainable:
+        return {"params": trainable["params"]}
+    return with_saved_modules(frozen["params"], trainable["lora"])
+
+
 def with_saved(abstract: Any, lora: LoraConfig) -> Any:
     """The boxed `lora` collection plus full float32 copies of `modules_to_save`."""
     collection = dict(abstract["lora"])
@@ -68,20 +75,19 @@ class Initializer:
         model: the model, with its adapters.
         lora: adapter settings, or None for full fine-tuning.
         mesh: where arrays live.
-        optimizer: the update rule.
+        make_optimizer: makes the update rule for what trains, by its logical axes.
     """
 
-    def __init__(
-        self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, optimizer: optax.GradientTransformation
-    ) -> None:
-        self.model, self.lora, self.mesh, self.optimizer = model, lora, mesh, optimizer
+    def __init__(self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, make_optimizer: MakeOptimizer) -> None:
+        self.model, self.lora, self.mesh = model, lora, mesh
         boxed = abstract_variables(model)
         trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, lora)}
         self.params = nn.unbox(boxed["params"])
         self.params_shardings = tree_shardings(boxed["params"], mesh, WHOLE_IF_UNEVEN)
         self.trainable = nn.unbox(trainable)
         self.trainable_shardings = tree_shardings(trainable, mesh, WHOLE_IF_UNEVEN)
-        self.opt_state = jax.eval_shape(optimizer.init, self.trainable)
+        self.optimizer = make_optimizer(parameter_axes(trainable))
+        self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.opt_shardings = _opt_shardings(self.opt_state, self.trainable, self.trainable_shardings, mesh)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def weight_bytes(source: Any) -> int:
 
 
 def initializer(config: Any, mesh: MeshConfig) -> Initializer:
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+    optimizer = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
     return Initializer(Llama(config, {}), None, make_mesh(mesh), optimizer)
 
 

@@ -12,7 +12,7 @@ from jaxlm.devices.chips import parse_topology
 from jaxlm.models.shapes import SHAPES, LlamaConfig
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.memory import Memory, estimate_memory
-from jaxlm.training.build import build
+from jaxlm.training.setup import set_up
 from tests.kernels.ahead_of_time import libtpu_goes_with_jax
 
 pytestmark = pytest.mark.slow
@@ -53,8 +53,8 @@ def run(rows: int, devices: int, *, length: int = 512, steps: int = 1, **setting
 
 
 def estimated(config: RunConfig, shape: LlamaConfig, topology: str) -> Memory:
-    built = build(config, shape, parse_topology(topology))
-    return estimate_memory(built, built.initializer(built.optimizer(10)[0]))
+    setup = set_up(config, shape, parse_topology(topology))
+    return estimate_memory(setup, setup.initializer(setup.schedule(10)))
 
 
 # What libtpu 0.0.42 says of the peak, MiB (JAX 0.10.2): the whole grid, found once, compiles in four minutes.

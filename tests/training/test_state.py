@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ CONFIG = LlamaConfig(
     head_dim=6,
     mlp_bias=True,
 )
-OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+OPTIMIZER = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
 
 
 def initializer(lora: LoraConfig | None, mesh: MeshConfig, dtype: Any = jnp.float32) -> Initializer:
