@@ -1,4 +1,4 @@
-"""The training state: what trains, its optimizer state, and where each leaf lives."""
+"""The training state: what trains, its optimizer state, and the placement of each leaf."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TrainState:
         step: optimizer steps done, int32.
         trainable: {'params': ...} for full fine-tuning, {'lora': ...} for adapters; float32 unless configured.
         opt_state: optax's state of `trainable`.
-        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so no key has to be carried on.
-        skipped: steps that were not taken because loss or gradient was not finite, int32.
+        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so that no key is carried over.
+        skipped: number of steps that were not taken because loss or gradient was not finite, int32.
     """
 
     step: Any
@@ -69,7 +69,7 @@ class Initializer:
     Args:
         model: the model, with its adapters.
         lora: adapter settings, or None for full fine-tuning.
-        mesh: where arrays live.
+        mesh: the devices that hold the arrays.
         make_optimizer: makes the update rule for what trains, by its logical axes.
     """
 
@@ -167,10 +167,10 @@ def _pick(base: Any, like: Any) -> Any:
 
 
 def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Moments lie where their parameters lie; what has another shape (counts, Adafactor's factors) is replicated."""
-    where = jax.tree_util.keystr
+    """Moments are placed as their parameters; leaves of another shape (counts, Adafactor's factors) are replicated."""
+    keystr = jax.tree_util.keystr
     known = {
-        where(path): (leaf.shape, sharding)
+        keystr(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
         )
@@ -179,7 +179,7 @@ def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> A
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         # The path of a moment ends in the path of its parameter.
         for start in range(len(path)):
-            shape, sharding = known.get(where(path[start:]), (None, None))
+            shape, sharding = known.get(keystr(path[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
         return replicated(mesh)
