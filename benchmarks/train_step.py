@@ -15,8 +15,8 @@ from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.kernels.backend import choose_attention, shape_key
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_train_step
@@ -33,7 +33,7 @@ class TimedStep:
 
 
 def build_step(
-    shape: LlamaConfig,
+    shape: DecoderSpec,
     *,
     lora: LoraConfig | None,
     compute: str,
@@ -45,7 +45,7 @@ def build_step(
     attention: str = "auto",
 ) -> TimedStep:
     """Compiles a step of `rows` rows of `length` tokens, each row packed with `documents` documents."""
-    kind, _ = choose_attention(attention, shape_key(shape, compute, length, documents > 1))
+    kind, _ = choose_attention(attention, shape_key(shape.attention, compute, length, documents > 1))
     adapters = resolve_lora(shape, lora) if lora else {}
     model = Decoder(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
     mesh = make_mesh(MeshConfig())

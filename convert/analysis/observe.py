@@ -5,7 +5,6 @@ Everything is float32. Shapes: N tokens of a chunk, D model, F neurons, E expert
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -19,9 +18,9 @@ from rich.progress import Progress
 from convert.analysis.probe import layer_params
 from convert.analysis.sample import Sample
 from jaxlm.models.decoder import Block
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import MaskSpec
 from jaxlm.nn.positions import rope_cos_sin
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import ParamSource
 
 Found = TypeVar("Found")
@@ -112,14 +111,14 @@ def walk(
 
 
 def _until_feed_forward(
-    config: LlamaConfig, params: Any, x: jax.Array, segments: jax.Array, positions: jax.Array
+    config: DecoderSpec, params: Any, x: jax.Array, segments: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream [B, T, D] before a layer's feed-forward, and that normed, as the feed-forward sees it."""
     cos, sin = rope_cos_sin(config, positions)
     # As a dense layer, whose feed-forward is not looked at, and so not computed.
-    block = Block(dataclasses.replace(config, moe=None), {}, jnp.float32, jnp.float32, "xla", True)
+    block = Block(config.with_experts(None), {}, jnp.float32, jnp.float32, "xla", True)
     dense = {**params, "mlp": {name: part for name, part in params["mlp"].items() if name != "router"}}
-    mask = MaskSpec(segment_ids=segments, window=config.sliding_window)
+    mask = MaskSpec(segment_ids=segments, window=config.attention.window)
     _, kept = block.apply(
         {"params": dense},
         x,

@@ -53,7 +53,7 @@ def logits(source: ParamSource, input_ids: np.ndarray) -> np.ndarray:
     @jax.jit
     def run_layer(params: Any, x: jax.Array) -> jax.Array:
         result: jax.Array = block.apply(
-            {"params": params}, x, jnp.int32(0), cos, sin, MaskSpec(window=config.sliding_window)
+            {"params": params}, x, jnp.int32(0), cos, sin, MaskSpec(window=config.attention.window)
         )[0]
         return result
 
@@ -62,7 +62,7 @@ def logits(source: ParamSource, input_ids: np.ndarray) -> np.ndarray:
         x = jnp.asarray(table.astype(np.float32).reshape(*input_ids.shape, -1))
         for layer in range(config.num_layers):
             x = run_layer(layer_params(source, layer), x)
-        norm = RMSNorm(config.rms_norm_eps, jnp.float32, jnp.float32)
+        norm = RMSNorm(config.norm.eps, jnp.float32, jnp.float32)
         scale = source.read("norm/scale", ()).astype(np.float32)
         hidden = np.asarray(norm.apply({"params": {"scale": scale}}, x))
     return np.concatenate([hidden @ rows.T for rows in _head_rows(source)], axis=-1)
@@ -82,7 +82,7 @@ def layer_params(source: ParamSource, layer: int) -> dict[str, Any]:
 
 
 def _head_rows(source: ParamSource) -> Iterator[np.ndarray]:
-    path = "embed_tokens/embedding" if source.config.tie_word_embeddings else "lm_head/kernel"
+    path = "embed_tokens/embedding" if source.config.tied_head else "lm_head/kernel"
     for start in range(0, source.config.vocab_size, _HEAD_ROWS):
         stop = min(start + _HEAD_ROWS, source.config.vocab_size)
         yield source.read(path, (slice(start, stop),)).astype(np.float32)

@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from jaxlm.models.shapes import MoeConfig
+    from jaxlm.spec import ExpertsSpec
     from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource
     from jaxlm.weights.manifest import Hasher
     from jaxlm.weights.output import Advance
@@ -100,24 +100,24 @@ def write_hf(source: ParamSource, destination: str, shard_size: str | None, layo
             write_asked(asked, directory)
     say_model(source, f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})")
     say_asked(asked, written=True)
-    if source.config.moe is not None:
-        _say_experts(source.config.moe, destination, layout)
+    if source.config.experts is not None:
+        _say_experts(source.config.experts, destination, layout)
 
 
-def _say_experts(moe: MoeConfig, destination: str, layout: str) -> None:
+def _say_experts(moe: ExpertsSpec, destination: str, layout: str) -> None:
     """Of a Hugging Face directory: what transformers makes of the experts."""
     from convert.formats.hf_experts import FOLDER
 
     k = moe.top_k[0]
     if layout != "mixtral":
         print(
-            f"{'experts':12} transformers computes all {moe.experts} for every token: to it this is a dense model. "
+            f"{'experts':12} transformers computes all {moe.num_experts} for every token: to it this is a dense model. "
             f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"
         )
         return
     rounded = "" if k & (k - 1) == 0 else f"; {k} is no power of two, so these are rounded"
     print(
-        f"{'experts':12} {moe.experts}, of which transformers computes {k} for every token; w2 holds {k} times "
+        f"{'experts':12} {moe.num_experts}, of which transformers computes {k} for every token; w2 holds {k} times "
         f"down_proj{rounded}"
     )
 
@@ -225,11 +225,14 @@ def _peak_memory() -> int:
 
 def say_model(source: ParamSource, following: str) -> None:
     """What the result is, and what to do with it."""
+    from jaxlm.models.families import family_of
     from jaxlm.weights.leaves import main_dtype, total_bytes
+    from jaxlm.weights.names import num_params
     from jaxlm.weights.output import human
 
     size, dtype = human(total_bytes(source.leaves)), main_dtype(source.leaves)
-    print(f"{'model':12} {source.config.architecture}, {source.config.num_params():,} parameters, {size} in {dtype}")
+    architecture, parameters = family_of(source.config).architecture, num_params(source.config)
+    print(f"{'model':12} {architecture}, {parameters:,} parameters, {size} in {dtype}")
     print(f"{'next':12} {following}")
 
 

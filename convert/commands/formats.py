@@ -27,7 +27,7 @@ from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from convert.formats.meta import MetaSource
-    from jaxlm.models.shapes import LlamaConfig
+    from jaxlm.spec import DecoderSpec
     from jaxlm.weights.leaves import AdapterSource, ParamSource
 
 
@@ -116,7 +116,7 @@ def _open_mindspore_adapter(options: argparse.Namespace) -> AdapterSource:
 
     if options.dtype != "keep" or options.groups != 1:
         raise UserError("--dtype and --groups: are not for --lora; factors stay as they are stored")
-    base: ParamSource | LlamaConfig
+    base: ParamSource | DecoderSpec
     if options.base is not None:
         base = open_model(options.base, options.config)
     else:
@@ -166,7 +166,7 @@ def _to_mindspore(options: argparse.Namespace) -> None:
     check_experts(source)
     with writing(source, options.destination) as (directory, advance):
         write_mindspore(source, directory, advance, joined=options.qkv_concat, crc=options.crc)
-    out, moe = options.destination, source.config.moe
+    out, moe = options.destination, source.config.experts
     say_model(source, f"load_checkpoint: {out}/{FILE_NAME} in MindFormers' YAML")
     say_template(source)
     if moe is None:
@@ -174,7 +174,7 @@ def _to_mindspore(options: argparse.Namespace) -> None:
     top_k = ",".join(f"{name}={k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
     ranges = "".join(f" --range {name}={a}:{b}" for name, (a, b) in zip(moe.modalities[1:], moe.ranges, strict=True))
     print(
-        f"{'experts':12} {moe.experts}, in {out}/{PATTERNS}; SciMind's code has k and token ids fixed: 14 of 16, "
+        f"{'experts':12} {moe.num_experts}, in {out}/{PATTERNS}; SciMind's code has k and token ids fixed: 14 of 16, "
         "and 2 from token 32000 on"
     )
     said = f"--router {moe.router} --top-k {top_k}{ranges}"
@@ -234,7 +234,7 @@ def _add_tokenizer(source: MetaSource, directory: Path) -> None:
     if not model.is_file():
         print(f"note: no tokenizer.model in {source.path} or above it; the result has no tokenizer", file=sys.stderr)
     elif is_tiktoken(model) and not (directory / "tokenizer.json").exists():
-        new = source.config.rope.rope_type == "llama3"
+        new = source.config.attention.rope.rope_type == "llama3"
         write_tokenizer_json(model, directory, source.config.vocab_size, new)
 
 

@@ -160,5 +160,5 @@ def _jax_to_peft(options: argparse.Namespace) -> None:
             write_asked(asked, directory)
     say_adapter(adapter, f"PeftModel.from_pretrained(base, {json.dumps(options.destination, ensure_ascii=False)})")
     say_asked(asked, written=True)
-    if adapter.config.moe is not None:
+    if adapter.config.experts is not None:
         print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")

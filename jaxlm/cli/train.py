@@ -156,7 +156,7 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
     files = {f"tokenizer/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
         files["hf_config.json"] = json.dumps(source.hf_config, indent=1).encode()
-    if source is not None and source.config.moe is not None and source.partition is not None:
+    if source is not None and source.config.experts is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     files |= _prompt_files(data, tokenizer)
     job = Job(
@@ -231,13 +231,14 @@ def _kept_date(out: Path) -> str:
 
 
 def _shape(config: RunConfig, source: Any, tokenizer: Tokenizer) -> Any:
-    from jaxlm.models.shapes import load_shape, resolve_moe
+    from jaxlm.models.families import load_shape
+    from jaxlm.models.resolve import resolve_experts
 
     ranges = {modality.name: modality.range for modality in tokenizer.modalities}
     if source is not None:
-        return resolve_moe(source.config, config.moe, fresh=False, ranges=ranges)
+        return resolve_experts(source.config, config.moe, fresh=False, ranges=ranges)
     assert config.model.shape is not None
-    return resolve_moe(load_shape(config.model.shape), config.moe, fresh=True, ranges=ranges)
+    return resolve_experts(load_shape(config.model.shape), config.moe, fresh=True, ranges=ranges)
 
 
 def _with_special_ids(shape: Any, tokenizer: Tokenizer) -> Any:
@@ -357,7 +358,7 @@ def _data(config: RunConfig, tokenizer: Tokenizer, shape: Any, console: Console)
             seed=config.train.seed,
             vocab_size=shape.vocab_size,
             max_positions=shape.max_length,
-            ranges=None if shape.moe is None else shape.moe.ranges,
+            ranges=None if shape.experts is None else shape.experts.ranges,
         )
     console.print("\n".join([*data.report.lines(), *data.report.remarks()]), highlight=False, markup=False)
     return data
@@ -422,6 +423,7 @@ def _samples(
         return
     from jaxlm.devices.mesh import use_mesh
     from jaxlm.training.samples import greedy_answers
+    from jaxlm.weights.names import num_params
 
     stops = sorted({*tokenizer.end_ids, *frozenset().union(*(report.end_ids for report in data.report.train))})
     with use_mesh(outcome.mesh):
@@ -430,7 +432,7 @@ def _samples(
     for text, answer in zip(config.train.sample_prompts, answers, strict=True):
         console.print(f"> {text}", style="bold", highlight=False, markup=False)
         console.print(f"  {tokenizer.decode(answer).strip()}", highlight=False, markup=False)
-    if (parameters := outcome.model.config.num_params()) < SMALL_MODEL:
+    if (parameters := num_params(outcome.model.config)) < SMALL_MODEL:
         console.print(
             f"  ({parameters / 1e6:.1f} M parameters have learnt a little text by heart, mistakes included; ask them "
             "nothing else)",

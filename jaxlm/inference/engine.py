@@ -340,7 +340,7 @@ class Writing:
 
         That is for a batch of several rows, and for dynamic RoPE, where a longer text turns all of its keys anew.
         """
-        dynamic = self._generator.decoder.config.rope.rope_type == "dynamic"
+        dynamic = self._generator.decoder.config.attention.rope.rope_type == "dynamic"
         if len(self._rows) != 1 or self._copies != 1 or dynamic or not isinstance(self._host, State):
             return None
         caches, self._caches = self._caches, []

@@ -23,13 +23,13 @@ from jaxlm.devices.mesh import load_sharded, stored_chunks, tree_shardings
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.models.decoder import Block, RMSNorm, abstract_variables, output_logits
 from jaxlm.models.decoder import Decoder as Llama
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import KVCache, MaskSpec
 from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.linear import quantize
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.nn.positions import rope_cos_sin
 from jaxlm.sharding import ROW_AXES
+from jaxlm.spec import DecoderSpec
 
 # Of each layer: keys and values [R, K, S, h].
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -58,7 +58,7 @@ class Decoder:
         experts: how an MoE feed-forward computes (see `nn.experts`).
     """
 
-    config: LlamaConfig
+    config: DecoderSpec
     adapters: tuple[tuple[str, LoraSpec], ...] = ()
     dtype: str = "float32"
     attention: str | AttentionBackend = "xla"
@@ -83,7 +83,7 @@ class Decoder:
         """Boxed shapes, dtypes and logical axes: {"params": {..., "layers": [...]}, "lora": [...]}."""
         c, dtype = self.config, jnp.dtype(self.dtype)
         top = dict(abstract_variables(Llama(c, {}, dtype, dtype))["params"])
-        angles = jax.ShapeDtypeStruct((1, 8, c.head_dim // 2), jnp.float32)
+        angles = jax.ShapeDtypeStruct((1, 8, c.attention.head_dim // 2), jnp.float32)
         x = jax.ShapeDtypeStruct((1, 8, c.hidden_size), dtype)
 
         def init(key: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array) -> Any:
@@ -150,7 +150,7 @@ class _LayerReader:
         return self.source.read(f"layers/{path}", (self.layer, *index))[0]
 
 
-def unstack(variables: Mapping[str, Any], config: LlamaConfig) -> Weights:
+def unstack(variables: Mapping[str, Any], config: DecoderSpec) -> Weights:
     """The decoding layout of a model's variables with stacked layers (a copy): for tests and small models."""
 
     def layer(tree: Any, number: int) -> Any:
@@ -247,7 +247,7 @@ def _start(
 
 
 def _modality(decoder: Decoder, tokens: jax.Array, present: jax.Array | None) -> jax.Array | None:
-    return None if decoder.config.moe is None else modality_ids(decoder.config.moe, tokens, present)
+    return None if decoder.config.experts is None else modality_ids(decoder.config.experts, tokens, present)
 
 
 def _run_layer(
@@ -262,7 +262,7 @@ def _run_layer(
     cache: KVCache | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     variables = {"params": layer, "lora": lora} if lora else {"params": layer}
-    mask = MaskSpec(window=decoder.config.sliding_window)
+    mask = MaskSpec(window=decoder.config.attention.window)
     x, kept = cast(
         tuple[jax.Array, KVCache], decoder.block().apply(variables, x, number, cos, sin, mask, modality, cache)
     )
@@ -314,7 +314,7 @@ def _finish(decoder: Decoder, head: jax.Array, norm: Any, x: jax.Array, last: ja
 
 def _logits(decoder: Decoder, head: jax.Array, norm: Any, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(decoder.dtype)
-    normed = RMSNorm(decoder.config.rms_norm_eps, dtype, dtype).apply({"params": norm}, x)
+    normed = RMSNorm(decoder.config.norm.eps, dtype, dtype).apply({"params": norm}, x)
     assert isinstance(normed, jax.Array)
     return output_logits(normed, head, dtype)
 
@@ -367,9 +367,11 @@ def repeat_rows(caches: Caches, times: int) -> Caches:
     return caches if times == 1 else [_repeat_layer(kv, times) for kv in caches]
 
 
-def cache_bytes(config: LlamaConfig, rows: int, slots: int, dtype: DTypeLike) -> int:
+def cache_bytes(config: DecoderSpec, rows: int, slots: int, dtype: DTypeLike) -> int:
     """Bytes of all caches."""
-    per_slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    per_slot = (
+        2 * config.num_layers * config.attention.num_kv_heads * config.attention.head_dim * jnp.dtype(dtype).itemsize
+    )
     return rows * slots * per_slot
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.errors import UserError
+from jaxlm.spec import AttentionSpec
 
 NAMES = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
 TABLE_ENV = "JAXLM_TUNED"
@@ -85,11 +86,11 @@ class ShapeKey:
         return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}"
 
 
-def shape_key(model: Any, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
+def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
     """The case of a model on a device.
 
     Args:
-        model: has head_dim, num_heads, num_kv_heads and sliding_window (a `LlamaConfig`).
+        attention: of the model's layers.
         device: None: the first of JAX's.
     """
     import jax
@@ -101,11 +102,11 @@ def shape_key(model: Any, dtype: str, length: int, packed: bool, device: Any = N
         capability=getattr(device, "compute_capability", None) if device.platform == "gpu" else None,
         dtype=dtype,
         length=length,
-        head_dim=model.head_dim,
-        heads=model.num_heads,
-        kv_heads=model.num_kv_heads,
+        head_dim=attention.head_dim,
+        heads=attention.num_heads,
+        kv_heads=attention.num_kv_heads,
         packed=packed,
-        window=model.sliding_window,
+        window=attention.window,
     )
 
 

@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import MoeMLP
@@ -26,6 +25,7 @@ from jaxlm.nn.experts import modality_ids as find_modalities
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.nn.positions import apply_rope, rope_cos_sin
+from jaxlm.spec import DecoderSpec
 
 # What the backward pass finds stored; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    config: LlamaConfig
+    config: DecoderSpec
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -83,10 +83,10 @@ class Attention(nn.Module):
         def project(name: str, heads: int, axis: str) -> jax.Array:
             y = Linear(
                 (c.hidden_size,),
-                (heads, c.head_dim),
+                (heads, c.attention.head_dim),
                 ("embed",),
                 (axis, "head_dim"),
-                use_bias=c.qkv_bias,
+                use_bias=c.attention.qkv_bias,
                 adapter=self.adapters.get(name),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -96,20 +96,20 @@ class Attention(nn.Module):
             )(x, layer, deterministic)
             return nn.with_logical_constraint(y, ("batch", "length", axis, None))
 
-        q = checkpoint_name(apply_rope(project("q_proj", c.num_heads, "heads"), cos, sin), "q")
-        k = checkpoint_name(apply_rope(project("k_proj", c.num_kv_heads, "kv_heads"), cos, sin), "k")
-        v = checkpoint_name(project("v_proj", c.num_kv_heads, "kv_heads"), "v")
+        q = checkpoint_name(apply_rope(project("q_proj", c.attention.num_heads, "heads"), cos, sin), "q")
+        k = checkpoint_name(apply_rope(project("k_proj", c.attention.num_kv_heads, "kv_heads"), cos, sin), "k")
+        v = checkpoint_name(project("v_proj", c.attention.num_kv_heads, "kv_heads"), "v")
         if cache is None:
             out = attention(q, k, v, mask, self.implementation)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:
-            out, cache = cached_attention(q, k, v, cache, c.sliding_window, self.implementation)
+            out, cache = cached_attention(q, k, v, cache, c.attention.window, self.implementation)
         projected = Linear(
-            (c.num_heads, c.head_dim),
+            (c.attention.num_heads, c.attention.head_dim),
             (c.hidden_size,),
             ("heads", "head_dim"),
             ("embed",),
-            use_bias=c.o_bias,
+            use_bias=c.attention.o_bias,
             adapter=self.adapters.get("o_proj"),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
 
-    config: LlamaConfig
+    config: DecoderSpec
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -139,7 +139,7 @@ class MLP(nn.Module):
                 (d_out,),
                 (in_axis,),
                 (out_axis,),
-                use_bias=c.mlp_bias,
+                use_bias=c.feed_forward.bias,
                 adapter=self.adapters.get(name),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
@@ -150,10 +150,10 @@ class MLP(nn.Module):
 
         # In this order a TPU's compiler makes the activation part of the gate's product when it is computed again, and
         # keeps the weights near: LLaMA-2-7B, v5e, 2.01 against 2.12 Gcycles a step.
-        up = linear("up_proj", c.hidden_size, c.intermediate_size, "embed", "mlp")(x, layer, deterministic)
-        gate = linear("gate_proj", c.hidden_size, c.intermediate_size, "embed", "mlp")(x, layer, deterministic)
+        up = linear("up_proj", c.hidden_size, c.feed_forward.size, "embed", "mlp")(x, layer, deterministic)
+        gate = linear("gate_proj", c.hidden_size, c.feed_forward.size, "embed", "mlp")(x, layer, deterministic)
         h = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
-        return linear("down_proj", c.intermediate_size, c.hidden_size, "mlp", "embed")(h, layer, deterministic)
+        return linear("down_proj", c.feed_forward.size, c.hidden_size, "mlp", "embed")(h, layer, deterministic)
 
 
 class Block(nn.Module):
@@ -166,7 +166,7 @@ class Block(nn.Module):
         router_noise: see `MoeMLP`.
     """
 
-    config: LlamaConfig
+    config: DecoderSpec
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -191,13 +191,13 @@ class Block(nn.Module):
         c = self.config
         shared = (c, self.adapters, self.dtype, self.param_dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="input_layernorm")(x)
+        normed = RMSNorm(c.norm.eps, self.dtype, self.param_dtype, name="input_layernorm")(x)
         attended, kept = Attention(*shared, self.implementation, self.quantized, name="self_attn")(
             normed, layer, cos, sin, mask, self.deterministic, cache
         )
         x = x + attended
-        normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
-        if c.moe is None:
+        normed = RMSNorm(c.norm.eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
+        if c.experts is None:
             x = x + MLP(*shared, self.quantized, name="mlp")(normed, layer, self.deterministic)
         else:
             assert modality is not None
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
         router_noise: see `moe.MoeMLP`.
     """
 
-    config: LlamaConfig
+    config: DecoderSpec
     adapters: Mapping[str, LoraSpec] = dataclasses.field(default_factory=dict)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
         x = look_up(embedding, input_ids, self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         cos, sin = rope_cos_sin(c, positions)
-        mask = MaskSpec(segment_ids=segment_ids, window=c.sliding_window)
+        mask = MaskSpec(segment_ids=segment_ids, window=c.attention.window)
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
@@ -279,13 +279,13 @@ class Decoder(nn.Module):
             router_noise=self.router_noise,
             name="layers",
         )
-        if c.moe is None:
+        if c.experts is None:
             modality_ids = None
         elif modality_ids is None:
-            modality_ids = find_modalities(c.moe, input_ids, segment_ids)
+            modality_ids = find_modalities(c.experts, input_ids, segment_ids)
         x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask, modality_ids)
-        x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
-        if c.tie_word_embeddings:
+        x = RMSNorm(c.norm.eps, self.dtype, self.param_dtype, name="norm")(x)
+        if c.tied_head:
             return x, embedding
         head = _Matrix(*matrix, "kernel", name="lm_head")()
         return x, head

@@ -34,7 +34,6 @@ from jax.typing import DTypeLike
 
 from jaxlm.errors import UserError
 from jaxlm.modalities import PADDING
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.dispatch import (
     Routing,
     best_experts,
@@ -47,9 +46,10 @@ from jaxlm.nn.dispatch import (
 )
 from jaxlm.nn.linear import Linear, LinearParts
 from jaxlm.nn.lora import MLP_LINEARS, LoraSpec
+from jaxlm.spec import DecoderSpec, ExpertsSpec
 
 
-def modality_ids(moe: MoeConfig, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+def modality_ids(moe: ExpertsSpec, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """The modality of each token, int32 in the shape of `input_ids`; PADDING where segment_ids are 0."""
     found = jnp.zeros(input_ids.shape, jnp.int32)
     for number, (start, stop) in enumerate(moe.ranges, 1):
@@ -57,34 +57,34 @@ def modality_ids(moe: MoeConfig, input_ids: jax.Array, segment_ids: jax.Array | 
     return found if segment_ids is None else jnp.where(segment_ids == 0, PADDING, found)
 
 
-def _own_k(moe: MoeConfig, modality: jax.Array) -> jax.Array:
+def _own_k(moe: ExpertsSpec, modality: jax.Array) -> jax.Array:
     """k of each token; 0 for padding."""
     return jnp.array([*moe.top_k, 0])[modality]  # PADDING, -1, is the last one
 
 
-def route_by_scores(moe: MoeConfig, scores: jax.Array, modality: jax.Array) -> Routing:
+def route_by_scores(moe: ExpertsSpec, scores: jax.Array, modality: jax.Array) -> Routing:
     """The k best experts of each token by `scores` [..., E]; ties go to the lowest index."""
-    experts = best_experts(scores, moe.most)
-    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[..., None], None)
+    experts = best_experts(scores, moe.max_top_k)
+    return Routing(experts, jnp.arange(moe.max_top_k) < _own_k(moe, modality)[..., None], None)
 
 
-def released_mask(moe: MoeConfig, scores: jax.Array, modality: jax.Array) -> jax.Array:
+def released_mask(moe: ExpertsSpec, scores: jax.Array, modality: jax.Array) -> jax.Array:
     """[..., E] float32 of `activation_released`: the union of every modality's top-k."""
     mask = jnp.zeros(scores.shape, bool)
     for number, k in enumerate(moe.top_k):
         own = jnp.where((modality == number)[..., None], scores, 0.0)  # never a product: see the module's text
         best = best_experts(own, k)
-        mask |= jax.nn.one_hot(best, moe.experts, dtype=bool).any(axis=-2)
+        mask |= jax.nn.one_hot(best, moe.num_experts, dtype=bool).any(axis=-2)
     return (mask & (modality != PADDING)[..., None]).astype(jnp.float32)
 
 
-def experts_of_modalities(moe: MoeConfig) -> np.ndarray:
+def experts_of_modalities(moe: ExpertsSpec) -> np.ndarray:
     """[modalities, k] int32: the fixed sets of the router `modality`, for the largest k.
 
     The shared experts come first. The others are dealt in turn, and from the start again when there are not enough.
     """
-    own = list(range(moe.shared, moe.experts)) or [0]
-    table = np.zeros((len(moe.modalities), moe.most), np.int32)
+    own = list(range(moe.shared, moe.num_experts)) or [0]
+    table = np.zeros((len(moe.modalities), moe.max_top_k), np.int32)
     at = 0
     for number, k in enumerate(moe.top_k):
         dealt = [own[(at + step) % len(own)] for step in range(k - moe.shared)]
@@ -93,13 +93,13 @@ def experts_of_modalities(moe: MoeConfig) -> np.ndarray:
     return table
 
 
-def route_by_modality(moe: MoeConfig, modality: jax.Array) -> Routing:
+def route_by_modality(moe: ExpertsSpec, modality: jax.Array) -> Routing:
     """The fixed experts of each token's modality."""
     experts = jnp.asarray(experts_of_modalities(moe))[jnp.maximum(modality, 0)]
-    return Routing(experts, jnp.arange(moe.most) < _own_k(moe, modality)[..., None], None)
+    return Routing(experts, jnp.arange(moe.max_top_k) < _own_k(moe, modality)[..., None], None)
 
 
-def route_learned(moe: MoeConfig, logits: jax.Array, noise: jax.Array | None, modality: jax.Array) -> Routing:
+def route_learned(moe: ExpertsSpec, logits: jax.Array, noise: jax.Array | None, modality: jax.Array) -> Routing:
     """The k best experts by logits [..., E] (plus noise, when training), weighted by k times the softmax over them.
 
     For tokens whose k is 1 the softmax is over all experts, so that its gradient is not zero.
@@ -118,20 +118,22 @@ def route_learned(moe: MoeConfig, logits: jax.Array, noise: jax.Array | None, mo
 
 
 def router_losses(
-    moe: MoeConfig, logits: jax.Array, routing: Routing, modality: jax.Array
+    moe: ExpertsSpec, logits: jax.Array, routing: Routing, modality: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Load-balance loss (1 when experts are used evenly; arXiv:2101.03961) and z loss (arXiv:2202.08906), means."""
     valid = (modality != PADDING).astype(jnp.float32)
     tokens, dims = jnp.maximum(valid.sum(), 1.0), tuple(range(valid.ndim))
-    used = Routing(routing.experts, routing.live, None).mask(moe.experts).sum(dims)
+    used = Routing(routing.experts, routing.live, None).mask(moe.num_experts).sum(dims)
     share = used / jnp.maximum(used.sum(), 1.0)
     probability = (jax.nn.softmax(logits, axis=-1) * valid[..., None]).sum(dims) / tokens
-    balance = moe.experts * jnp.sum(jax.lax.stop_gradient(share) * probability)
+    balance = moe.num_experts * jnp.sum(jax.lax.stop_gradient(share) * probability)
     z = jnp.sum(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * valid) / tokens
     return balance, z
 
 
-def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapping[str, LoraSpec]) -> tuple[str, str]:
+def choose_compute(
+    requested: str, platform: str, moe: ExpertsSpec, adapters: Mapping[str, LoraSpec]
+) -> tuple[str, str]:
     """How a model's experts compute (see `MoeMLP`), and why, for the start-up line.
 
     Args:
@@ -152,7 +154,7 @@ def choose_compute(requested: str, platform: str, moe: MoeConfig, adapters: Mapp
     if requested == "auto":
         if why_dense:
             return "dense", why_dense
-        if scored and max(moe.top_k) * 2 > moe.experts:
+        if scored and max(moe.top_k) * 2 > moe.num_experts:
             return "dense", f"the router {moe.router} takes gate and up in full; with these k there is little to skip"
         what = "what is used of down_proj, as the router takes gate and up in full; " if scored else ""
         if platform == "cpu":
@@ -176,7 +178,7 @@ class MoeMLP(nn.Module):
         noise: standard deviation of noise on a learned router's logits while training.
     """
 
-    config: LlamaConfig
+    config: DecoderSpec
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -187,13 +189,13 @@ class MoeMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
         """x [B, T, D], modality [B, T] integers (see `modality_ids`) -> [B, T, D]."""
-        c, moe = self.config, self.config.moe
+        c, moe = self.config, self.config.experts
         assert moe is not None
         if moe.router == "learned":
             router: Any = self.param(
                 "router",
                 nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "experts")),
-                (c.hidden_size, moe.experts),
+                (c.hidden_size, moe.num_experts),
                 self.param_dtype,
             )
             logits = jnp.dot(x.astype(jnp.float32), router.astype(jnp.float32))
@@ -208,20 +210,20 @@ class MoeMLP(nn.Module):
             routing = route_by_modality(moe, modality)
         else:
             return self._by_activation(x, layer, deterministic, modality)
-        self._count(Routing(routing.experts, routing.live, None).mask(moe.experts) > 0, modality)
+        self._count(Routing(routing.experts, routing.live, None).mask(moe.num_experts) > 0, modality)
         if self.compute == "dense":
-            return self._masked(x, layer, deterministic, routing.mask(moe.experts))
+            return self._masked(x, layer, deterministic, routing.mask(moe.num_experts))
         return self._sparse(x, layer, deterministic, routing)
 
     def _linear(self, cls: type[Linear], name: str) -> Any:
         c = self.config
         entering = name != "down_proj"
-        dims = (c.hidden_size,), (c.intermediate_size,)
+        dims = (c.hidden_size,), (c.feed_forward.size,)
         axes = ("embed",), ("mlp",)
         return cls(
             *(dims if entering else dims[::-1]),
             *(axes if entering else axes[::-1]),
-            use_bias=c.mlp_bias,
+            use_bias=c.feed_forward.bias,
             adapter=self.adapters.get(name),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -245,25 +247,25 @@ class MoeMLP(nn.Module):
         return blocks.reshape(h.shape)
 
     def _by_activation(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
-        moe = self.config.moe
+        moe = self.config.experts
         assert moe is not None
         h = self._hidden(x, layer, deterministic)
-        scores = jax.lax.stop_gradient(h).reshape(*modality.shape, moe.experts, -1).astype(jnp.float32).sum(axis=-1)
+        scores = jax.lax.stop_gradient(h).reshape(*modality.shape, moe.num_experts, -1).astype(jnp.float32).sum(axis=-1)
         if moe.router == "activation_released":
             mask = released_mask(moe, scores, modality)
         else:
-            mask = route_by_scores(moe, scores, modality).mask(moe.experts)
+            mask = route_by_scores(moe, scores, modality).mask(moe.num_experts)
         self._count(mask > 0, modality)
         if self.compute == "dense":
             out: jax.Array = self._linear(Linear, "down_proj")(self._apply_mask(h, mask), layer, deterministic)
             return out
         leave = over_tensor(partial(leave_experts, implementation=self.compute))
         leaving, finish = self._leaving(layer, deterministic)
-        return finish(leave(h.reshape(*mask.shape, -1), mask > 0, by_expert(leaving, moe.experts, 0)))
+        return finish(leave(h.reshape(*mask.shape, -1), mask > 0, by_expert(leaving, moe.num_experts, 0)))
 
     def _sparse(self, x: jax.Array, layer: jax.Array, deterministic: bool, routing: Routing) -> jax.Array:
         """Only the pairs of token and expert that there are."""
-        moe = self.config.moe
+        moe = self.config.experts
         assert moe is not None
         gate, up = (self._linear(LinearParts, name)(layer) for name in ("gate_proj", "up_proj"))
 
@@ -273,9 +275,9 @@ class MoeMLP(nn.Module):
 
         x = x.astype(self.dtype)
         leaving, finish = self._leaving(layer, deterministic)
-        inputs, gate_up = entering(x, gate, up, moe.experts, drop)
-        run = over_devices(partial(run_experts, experts=moe.experts, implementation=self.compute), moe.experts)
-        return finish(run(inputs, routing, gate_up, by_expert(leaving, moe.experts, 0)))
+        inputs, gate_up = entering(x, gate, up, moe.num_experts, drop)
+        run = over_devices(partial(run_experts, experts=moe.num_experts, implementation=self.compute), moe.num_experts)
+        return finish(run(inputs, routing, gate_up, by_expert(leaving, moe.num_experts, 0)))
 
     def _leaving(self, layer: jax.Array, deterministic: bool) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
         """What neurons are multiplied with [F, D + R], and what makes the layer's output of the product."""
@@ -302,7 +304,7 @@ class MoeMLP(nn.Module):
 
     def _count(self, used: jax.Array, modality: jax.Array) -> None:
         """Notes how many tokens of each modality used each expert [modalities, E], and how many there were."""
-        moe = self.config.moe
+        moe = self.config.experts
         assert moe is not None
         if not self.is_mutable_collection("moe") or self.is_initializing():
             return

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.spec import DecoderSpec, RopeSpec
 
 
 def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
@@ -21,7 +21,7 @@ def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
     return jnp.asarray(theta, jnp.float32) ** exponents
 
 
-def _llama3(inv_freq: jax.Array, rope: RopeConfig) -> jax.Array:
+def _llama3(inv_freq: jax.Array, rope: RopeSpec) -> jax.Array:
     # Long wavelengths are slowed down by `factor`, short ones kept, the band between interpolated.
     assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position_embeddings
     length = rope.original_max_position_embeddings
@@ -33,7 +33,7 @@ def _llama3(inv_freq: jax.Array, rope: RopeConfig) -> jax.Array:
     return jnp.where((wavelength >= high) & (wavelength <= low), between, scaled)
 
 
-def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tuple[jax.Array, float]:
+def _yarn(rope: RopeSpec, head_dim: int, max_position_embeddings: int) -> tuple[jax.Array, float]:
     assert rope.factor
     length = rope.original_max_position_embeddings or max_position_embeddings
     factor = rope.factor
@@ -64,7 +64,7 @@ def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tupl
     return (1.0 / (factor * powers)) * (1 - extrapolation) + (1.0 / powers) * extrapolation, attention_factor
 
 
-def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.Array, float]:
+def rope_frequencies(config: DecoderSpec, length: int | jax.Array) -> tuple[jax.Array, float]:
     """Inverse frequencies [h/2] in float32, and the factor on cos and sin.
 
     Args:
@@ -72,7 +72,7 @@ def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.
         length: tokens seen (largest position + 1), a scalar or [..., 1]; only dynamic NTK depends on it, and then
             the frequencies are [..., h/2].
     """
-    rope, head_dim = config.rope, config.head_dim
+    rope, head_dim = config.attention.rope, config.attention.head_dim
     if rope.rope_type == "yarn":
         return _yarn(rope, head_dim, config.max_position_embeddings)
     theta: float | jax.Array = rope.rope_theta
@@ -91,7 +91,7 @@ def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.
 
 
 def rope_cos_sin(
-    config: LlamaConfig, positions: jax.Array, lengths: jax.Array | None = None
+    config: DecoderSpec, positions: jax.Array, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Cos and sin, each [B, T, h/2] float32, for positions [B, T].
 

@@ -23,11 +23,11 @@ from jaxlm.devices.mesh import abstract_mesh, make_mesh, replicated, rows_axis_s
 from jaxlm.errors import UserError
 from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
 from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.sharding import BATCH
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_eval_step, make_train_step
@@ -144,7 +144,7 @@ def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax
         raise UserError(f"train.compiler_options: {str(error).splitlines()[0]}") from None
 
 
-def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topology | None = None) -> Build:
+def build(config: RunConfig, shape: DecoderSpec, devices: Sequence[Any] | Topology | None = None) -> Build:
     """What a run computes with.
 
     Args:
@@ -154,7 +154,7 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
     Raises:
         UserError: for settings that do not fit together or these devices.
     """
-    count = shape.moe.experts if shape.moe else None
+    count = shape.experts.num_experts if shape.experts else None
     first: Any
     if isinstance(devices, Topology):
         first = devices.chip
@@ -164,12 +164,12 @@ def build(config: RunConfig, shape: LlamaConfig, devices: Sequence[Any] | Topolo
         devices = list(jax.devices() if devices is None else devices)
         first = devices[0]
         mesh = make_mesh(config.mesh, devices, count)
-    _check_sequence(mesh, config.data.sequence_length, shape.num_heads, shape.num_kv_heads)
-    case = shape_key(shape, config.model.dtype, config.data.sequence_length, packs(config), first)
+    _check_sequence(mesh, config.data.sequence_length, shape.attention.num_heads, shape.attention.num_kv_heads)
+    case = shape_key(shape.attention, config.model.dtype, config.data.sequence_length, packs(config), first)
     chosen, why = choose_attention(config.model.attention, case)
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
-    experts = None if shape.moe is None else choose_compute(moe.compute, first.platform, shape.moe, adapters)
+    experts = None if shape.experts is None else choose_compute(moe.compute, first.platform, shape.experts, adapters)
     # GPUs' forms cannot all be traced where there is none; XLA's keeps the same arrays.
     traced = "xla" if isinstance(devices, Topology) and first.platform == "gpu" else chosen
     model = Decoder(

@@ -21,8 +21,9 @@ from jaxlm.devices.mesh import axis_sizes, local_rows, put_batch, rows_axis_size
 from jaxlm.errors import UserError
 from jaxlm.locate import record_base
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.version1 import recorded
 from jaxlm.processes.distributed import Hosts
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.advice import final_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.build import Build, build
 from jaxlm.training.checkpoint import Checkpoints, model_json
@@ -71,7 +72,7 @@ class Job:
 
     config: RunConfig
     run_yaml: str
-    model: LlamaConfig
+    model: DecoderSpec
     source: BaseModel | None
     adapter: Readable | None
     data: Data
@@ -217,7 +218,7 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
     # Loop -------------------------------------------------------------------------------------
     files = {**job.files, RUN: job.run_yaml.encode(), PRINTS: inputs.to_json()}
     files["model.json"] = model_json(
-        job.model.to_dict(),
+        recorded(job.model),
         None if config.lora is None else to_dict(config.lora),
         {} if config.model.path is None else record_base(config.model.path, out / "checkpoints" / "0"),
         config.model.param_dtype if config.lora is None else "float32",
@@ -226,7 +227,7 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
     report = ProgressReport(
         terminal, total, step, flops_per_token(job.model, config.data.sequence_length, config.lora is None), hosts.log
     )
-    routing = RoutingReport(job.model.moe)
+    routing = RoutingReport(job.model.experts)
     validation: list[tuple[int, float]] = []
     pending: tuple[int, Any] | None = None
     skipped, gradients, first_saved = int(state.skipped), False, saved
@@ -535,10 +536,10 @@ def _announce(
     pairs.append(("attention", built.attention[1]))
     if job.verbose:
         pairs.append(("", built.attention_details()))
-    if job.model.moe is not None and built.experts is not None:
-        moe = job.model.moe
+    if job.model.experts is not None and built.experts is not None:
+        moe = job.model.experts
         own = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
-        pairs.append(("experts", f"{moe.experts}, router {moe.router}, a token uses: {own}"))
+        pairs.append(("experts", f"{moe.num_experts}, router {moe.router}, a token uses: {own}"))
         pairs.append(("", f"{built.experts[0]}: {built.experts[1]}"))
     rows, length = config.train.global_batch_size, config.data.sequence_length
     micro = "" if built.accumulation == 1 else f", in {built.accumulation} micro-steps"

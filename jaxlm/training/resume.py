@@ -25,7 +25,8 @@ from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.loader import BatchSource, Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.version1 import ModelFields, read_model, recorded
+from jaxlm.spec import DecoderSpec, differences
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
 RUN, PRINTS = "run.yaml", "fingerprints.json"  # files of a checkpoint
@@ -84,15 +85,16 @@ class BaseModel(typing.Protocol):
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
-def base_fingerprint(model: LlamaConfig, source: BaseModel) -> str:
+def base_fingerprint(model: DecoderSpec, source: BaseModel) -> str:
     """Hash of a base model's shape and of a sample of each of its leaves.
 
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
     one other layer; norms are taken whole. That is little to read of any format, and an adapter merged into the model
     or training of any kind changes some of it. Fields of the shape that have their default value are left out: they may
-    be newer than the hash that this one is compared with.
+    be newer than the hash that this one is compared with; and a shape that version 1 of model.json had words for is
+    hashed in those.
     """
-    digest = hashlib.sha256(json.dumps(_given(model), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
     for path in sorted(source.leaves):
         for index in _sample(path, tuple(source.leaves[path].shape)):
             piece = np.ascontiguousarray(source.read(path, index))
@@ -102,6 +104,8 @@ def base_fingerprint(model: LlamaConfig, source: BaseModel) -> str:
 
 def _given(config: Any) -> Any:
     """The fields of a dataclass that do not have their default value, as plain values."""
+    if isinstance(config, tuple):
+        return [_given(item) for item in config]
     if not dataclasses.is_dataclass(config):
         return config
     found = {}
@@ -148,7 +152,7 @@ class Inputs:
 
     config: RunConfig
     data: Data
-    model: LlamaConfig
+    model: DecoderSpec
     base: BaseModel | None
 
     @cached_property
@@ -219,13 +223,9 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         return
     reasons = [text for key, text in changes if key == "model.path"]
     if version == 1:
-        shape = json.loads(files["model.json"])["model"] if "model.json" in files else inputs.model.to_dict()
-        before = LlamaConfig.from_dict(shape)
-        reasons += [
-            f"its {field.name}: was {old!r}, is {new!r}"
-            for field in dataclasses.fields(before)
-            if (old := getattr(before, field.name)) != (new := getattr(inputs.model, field.name))
-        ]
+        shape = json.loads(files["model.json"])["model"] if "model.json" in files else recorded(inputs.model)
+        before = read_model(shape, "model.json: model")
+        reasons += [f"its {name}: was {old!r}, is {new!r}" for name, old, new in differences(before, inputs.model)]
         same_base = before == inputs.model and kept.get("base") == _base_fingerprint_1(shape, inputs.base)
     else:
         same_base = kept.get("base") == inputs.base_fingerprint

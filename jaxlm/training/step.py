@@ -59,7 +59,7 @@ def apply_loss(
         weights,
         positions=micro["positions"],
         segment_ids=micro["segment_ids"] if packed else None,
-        modality_ids=None if model.config.moe is None else micro["modality_ids"],
+        modality_ids=None if model.config.experts is None else micro["modality_ids"],
         method="loss",
         mutable=["moe"],
         **options,

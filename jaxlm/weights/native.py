@@ -31,8 +31,9 @@ from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import read_object
 from jaxlm.locate import record_base
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.version1 import read_model, recorded
 from jaxlm.nn.lora import SAVEABLE, resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.hf import copy_files
 from jaxlm.weights.leaves import (
@@ -145,7 +146,7 @@ class _Native:
         self.tokenizer_dir = path / "jaxlm" / "tokenizer"
         self.tokenizer_files = sorted(file for file in self.tokenizer_dir.glob("*") if file.is_file())
         self.prompt_files = [file for name in PROMPT_FILES if (file := path / "jaxlm" / name).is_file()]
-        self.config = LlamaConfig.from_dict(content["model"], f"{path / 'jaxlm' / 'model.json'}: model")
+        self.config = read_model(content["model"], f"{path / 'jaxlm' / 'model.json'}: model")
         self._arrays = _Arrays(path, collection)
         self.leaves: Mapping[str, LeafInfo] = self._arrays.leaves
 
@@ -160,9 +161,9 @@ class _Native:
             UserError: when it does not fit the model.
         """
         file = self.path / "jaxlm" / PARTITION_FILE
-        if self.config.moe is None or not file.is_file():
+        if self.config.experts is None or not file.is_file():
             return None
-        return load_partition(file, self.config.num_layers, self.config.intermediate_size)
+        return load_partition(file, self.config.num_layers, self.config.feed_forward.size)
 
     def _optional_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / "jaxlm" / name
@@ -223,7 +224,7 @@ def _check_adapter(adapter: AdapterSource, where: Path) -> None:
     check_leaves(where, {name: leaf.shape for name, leaf in adapter.leaves.items()}, expected)
 
 
-def saved_shapes(config: LlamaConfig, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
+def saved_shapes(config: DecoderSpec, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
     """Shapes of the modules saved in full. Embedding and head may have other rows (added tokens) than the base."""
     shapes = {}
     for module in lora.modules_to_save:
@@ -247,7 +248,7 @@ def lora_from_dict(values: Any, where: Path) -> LoraConfig:
     return lora
 
 
-def _layers(values: Any, config: LlamaConfig, where: Path) -> tuple[int, ...] | None:
+def _layers(values: Any, config: DecoderSpec, where: Path) -> tuple[int, ...] | None:
     if values is None:
         return None
     numbers = values if isinstance(values, list) else [values]
@@ -266,7 +267,7 @@ class ModelFile:
     """The fields of model.json; `model` and `lora` are read by themselves.
 
     Args:
-        model: the shape, see `LlamaConfig`.
+        model: the shape, see `models.version1`.
         lora: of an adapter, see `LoraConfig`; None for a full model.
         base: of an adapter: the base's path or name.
         base_from_here: of an adapter: the base's path from this directory, for when both are moved.
@@ -349,14 +350,14 @@ def write_adapter(source: AdapterSource, directory: Path, base: str, advance: Ad
 def _write_small(
     directory: Path,
     source: ParamSource | AdapterSource,
-    config: LlamaConfig,
+    config: DecoderSpec,
     files: list[Path],
     content: dict[str, Any],
 ) -> None:
     (directory / "jaxlm").mkdir()
-    head = {"format": "jaxlm", "version": 1, "model": config.to_dict()}
+    head = {"format": "jaxlm", "version": 1, "model": recorded(config)}
     _write_json(directory / "jaxlm" / "model.json", head | content | {"dtype": main_dtype(source.leaves)})
-    partition = None if config.moe is None else source.partition
+    partition = None if config.experts is None else source.partition
     if partition is not None:
         (directory / "jaxlm" / PARTITION_FILE).write_bytes(npy_bytes(partition))
     copy_files(files, directory / "jaxlm" / "tokenizer")

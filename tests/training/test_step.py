@@ -16,9 +16,9 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import (
@@ -30,8 +30,8 @@ from jaxlm.training.step import (
 )
 from tests.models.compare import assert_trees_close, random_tree
 
-CONFIG = LlamaConfig(
-    vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
+CONFIG = uniform_decoder(
+    "llama", vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
 MODEL = Decoder(CONFIG, remat="none")
 ROWS, T = 8, 12
@@ -350,8 +350,8 @@ def test_a_state_is_updated_or_kept(keep: Any, wanted: bool) -> None:
 @pytest.mark.parametrize("micro_steps", [2, 4])
 def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> None:
     """Micro-steps that are all alike: the same penalties, and gradients, as of all rows at once; with padding."""
-    moe = MoeConfig(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
-    model = Decoder(dataclasses.replace(CONFIG, moe=moe), experts="loop", remat="none")
+    moe = ExpertsSpec(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
+    model = Decoder(CONFIG.with_experts(moe), experts="loop", remat="none")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     start = random_tree(nn.unbox(shapes)["params"], 1)
     rows = {key: np.tile(value[0, :2], (4, 1)) for key, value in batch().items()}
