@@ -36,7 +36,7 @@ def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], fl
 
     from jaxlm.config import Decoding, MeshConfig
     from jaxlm.devices.mesh import make_mesh
-    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.model import Decoder, load_weights
     from jaxlm.models.families import read_config
 
@@ -48,10 +48,10 @@ def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], fl
 
     def generate(new: int) -> float:
         started, first = time.perf_counter(), 0.0
-        writing = generator.start(prompts, Decoding(max_new_tokens=new))
-        for _ in writing.steps():
+        session = generator.start(prompts, Decoding(max_new_tokens=new))
+        for _ in session.steps():
             first = first or time.perf_counter() - started
-        assert all(len(answer.ids) == new for row in writing.answers() for answer in row)
+        assert all(len(answer.ids) == new for row in session.answers() for answer in row)
         return first
 
     return generate

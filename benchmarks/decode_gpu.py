@@ -20,7 +20,7 @@ from flax import traverse_util
 
 from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh
-from jaxlm.inference.engine import Generator
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, cache_bytes, load_weights, weight_bytes
 from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.models.decoder import abstract_variables

@@ -40,7 +40,7 @@ os.environ.update(ENVIRONMENT)  # before JAX starts: shapes are worked out on th
 from jaxlm.models.families import load_shape
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
-from jaxlm.training.build import Build, build
+from jaxlm.training.setup import TrainSetup, set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "configs/pods/README.md"
@@ -117,7 +117,7 @@ ALL = PODS + PUBLISHED + WISHES
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    built: Build
+    setup: TrainSetup
     memory: Memory
     time: Time
 
@@ -128,12 +128,12 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         UserError: the recipe does not go with the model or the devices.
     """
-    built = build(recipe.config, load_shape(recipe.shape), recipe.topology)
-    setup = built.initializer(built.optimizer(1000)[0])
-    memory = estimate_memory(built, setup)
-    time = estimate_time(estimate_cost(built, setup, memory), recipe.topology.chip, recipe.topology.count)
+    setup = set_up(recipe.config, load_shape(recipe.shape), recipe.topology)
+    initializer = setup.initializer(setup.schedule(1000))
+    memory = estimate_memory(setup, initializer)
+    time = estimate_time(estimate_cost(setup, initializer, memory), recipe.topology.chip, recipe.topology.count)
     assert time is not None  # no recipe is for devices of unknown speed
-    return Estimate(built, memory, time)
+    return Estimate(setup, memory, time)
 
 
 def _compiled_figures(found: CompiledStep) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def row(recipe: Recipe, compiled: dict[str, Any]) -> str:
     return _cells(
         f"[{recipe.name}]({recipe.name}.yaml)",
         topology.count,
-        f"{tokens / 2**20:.3g} M, {found.built.micro_batch} x {found.built.accumulation}",
+        f"{tokens / 2**20:.3g} M, {found.setup.micro_batch} x {found.setup.accumulation}",
         f"{memory}, {fits}",
         step,
         _range(time.mfu[1], time.mfu[0], ".0%"),

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlm.cli.parser import load_run_yaml
+from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import GIB, Topology, parse_topology
 from jaxlm.errors import UserError
 from jaxlm.models.families import load_shape

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,10 @@ def kernels(chips: list[str]) -> None:
 def step(which: str, topology: str, rows: int, length: int, layers: int | None, dump: str | None) -> None:
     import dataclasses
 
-    from jaxlm.config import MeshConfig, OptimizerConfig, TrainConfig
+    from jaxlm.config import MeshConfig, OptimizerConfig
     from jaxlm.models.decoder import Decoder
     from jaxlm.models.families import SHAPES
+    from jaxlm.training.objectives.cross_entropy import CrossEntropy
     from jaxlm.training.optimizer import make_optimizer, make_schedule
     from jaxlm.training.state import Initializer
     from jaxlm.training.step import make_train_step
@@ -145,10 +147,9 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
         config = dataclasses.replace(config, num_layers=layers)
     model = Decoder(config, dtype=jnp.bfloat16, attention=which, remat="full")
     schedule = make_schedule(OptimizerConfig(), 1000)
-    optimizer = make_optimizer(OptimizerConfig(), schedule)
     plain = Decoder(config, dtype=jnp.bfloat16)
-    setup = Initializer(plain, None, mesh, optimizer)
-    train_step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, rows)
+    initializer = Initializer(plain, None, mesh, partial(make_optimizer, OptimizerConfig(), schedule))
+    train_step = make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 1.0)
     place = NamedSharding(mesh, BATCH)
     shape = (1, rows * devices.size, length)
     batch = {
@@ -158,8 +159,8 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
     batch["loss_mask"] = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=place)
     started = time.perf_counter()
     with use_mesh(mesh):
-        jitted = jax.jit(train_step, out_shardings=(setup.state_shardings, None), donate_argnums=0)
-        compiled = jitted.trace(setup.abstract_state(), {}, batch).lower(lowering_platforms=("tpu",)).compile()
+        jitted = jax.jit(train_step, out_shardings=(initializer.state_shardings, None), donate_argnums=0)
+        compiled = jitted.trace(initializer.abstract_state(), {}, batch).lower(lowering_platforms=("tpu",)).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     program = read_program(compiled.as_text())

@@ -17,7 +17,7 @@ import json
 import time
 from pathlib import Path
 
-from jaxlm.cli.parser import load_run_yaml
+from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
 from jaxlm.models.families import load_shape
 from jaxlm.planning.compiled import compile_step

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.kernels.backend import choose_attention, shape_key
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import DecoderSpec
+from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_train_step
@@ -45,17 +47,16 @@ def build_step(
     attention: str = "auto",
 ) -> TimedStep:
     """Compiles a step of `rows` rows of `length` tokens, each row packed with `documents` documents."""
-    kind, _ = choose_attention(attention, shape_key(shape.attention, compute, length, documents > 1))
+    kind, _ = choose_attention(attention, shape_key(shape, compute, length, documents > 1))
     adapters = resolve_lora(shape, lora) if lora else {}
     model = Decoder(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
     mesh = make_mesh(MeshConfig())
     settings = OptimizerConfig(learning_rate=1e-4, schedule="constant")
     schedule = make_schedule(settings, 1000)
-    optimizer = make_optimizer(settings, schedule)
-    setup = Initializer(model, lora, mesh, optimizer)
-    base = setup.init_params(0)
+    initializer = Initializer(model, lora, mesh, partial(make_optimizer, settings, schedule))
+    base = initializer.init_params(0)
     frozen = {"params": base} if lora else {}
-    state = setup.new_state({"lora": setup.init_lora(base, 1)} if lora else {"params": base}, 0)
+    state = initializer.new_state({"lora": initializer.init_lora(base, 1)} if lora else {"params": base}, 0)
     del base
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, rows, length)).astype(np.int32)
     document = np.arange(length) * documents // length
@@ -69,10 +70,10 @@ def build_step(
         },
         mesh,
     )
-    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, rows)
+    step = make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 1.0)
     started = time.perf_counter()
     with use_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings, None))
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
         lowered = jitted.lower(state, frozen, batch)
         traced = time.perf_counter()
         program = lowered.compile()

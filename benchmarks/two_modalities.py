@@ -26,7 +26,7 @@ import optax
 from jaxlm.config import MoeRunConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
-from jaxlm.training.step import moe_figures
+from jaxlm.training.objectives.cross_entropy import router_figures
 
 TOKENS, LENGTH, ROWS, NOISE = 64, 64, 64, 0.1
 EXPERTS, USED, NEURONS = 8, 2, 512
@@ -70,7 +70,7 @@ def train(config: DecoderSpec, seed: int, steps: int) -> dict[str, Any]:
 
     def loss(params: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
         found, notes = model.apply({"params": params}, ids, weights / weights.sum(), method="loss", mutable=["moe"])
-        penalty, figures = moe_figures(notes, LOSSES, 1)
+        penalty, figures = router_figures(notes, LOSSES, 1)
         return found.loss + penalty, (found.loss, figures)
 
     @jax.jit

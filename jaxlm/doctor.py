@@ -1,6 +1,8 @@
 """`python -m jaxlm.doctor`: see `jaxlm.cli.doctor`."""
 
+import sys
+
 from jaxlm.cli.doctor import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,11 @@
-"""The one exception type for mistakes a user can mend."""
+"""The exception for mistakes that a user can mend, and how a command ends with one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -6,3 +13,60 @@ class UserError(Exception):
 
     The message names the key or file, the value found, and the way out.
     """
+
+
+MISTAKE = 2
+INTERRUPTED = 128 + 2  # as a shell reports SIGINT
+
+
+def exit_status(command: Callable[[], int | None], *, prefix: str = "error", interrupted: str = "interrupted") -> int:
+    """Runs a command and says what went wrong in one line on stderr.
+
+    Args:
+        command: the command; it returns its exit status, None for 0.
+        prefix: what the line begins with.
+        interrupted: the line after Ctrl-C.
+
+    Returns:
+        the command's own status; 2 after a mistake in the input, or a file that cannot be read or written; 130 after
+        Ctrl-C. A reader that takes only the beginning of the output, as `| head` does, is no mistake: 0.
+    """
+    try:
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return MISTAKE
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            return 0
+        way_out = "; free some space, or write elsewhere" if error.errno == errno.ENOSPC else ""
+        where = error.filename or "input or output"
+        print(f"{prefix}: {where}: {error.strerror or error}{way_out}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED
+
+
+def show(text: str) -> None:
+    """Prints a long text, of which a reader such as `head` may take only the beginning."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        _discard_output()
+
+
+def _is_output_closed() -> bool:
+    """Whether it is our own output that nobody reads any more; then what is flushed at the end goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,8 @@
 """`python -m jaxlm.evaluate`: see `jaxlm.cli.evaluate`."""
 
+import sys
+
 from jaxlm.cli.evaluate import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

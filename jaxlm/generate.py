@@ -1,6 +1,8 @@
 """`python -m jaxlm.generate`: see `jaxlm.cli.generate`."""
 
+import sys
+
 from jaxlm.cli.generate import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -160,7 +160,7 @@ def record_base(base: str, directory: Path) -> dict[str, str]:
     return {"base": str(where), "base_from_here": os.path.relpath(where, directory.absolute())}
 
 
-def find_base(content: dict[str, Any], adapter: Path) -> Path | None:
+def find_base(content: Mapping[str, Any], adapter: Path) -> Path | None:
     """The directory of the base that an adapter's model.json or adapter_config.json records; None: it is not here.
 
     Args:

@@ -1,6 +1,8 @@
 """`python -m jaxlm.plan`: see `jaxlm.cli.plan`."""
 
+import sys
+
 from jaxlm.cli.plan import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

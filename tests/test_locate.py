@@ -171,7 +171,7 @@ def test_messages_name_the_file_that_set_a_value(home: Path) -> None:
     # Typed, or not in the message: no note.
     assert origins.explain("train.epochs: 3 is odd") == "train.epochs: 3 is odd"
     assert origins.explain("data.validation_x and my.data.validation") == "data.validation_x and my.data.validation"
-    with pytest.raises(UserError, match=r"expected a number, found many \[train.epochs is set in bad.yaml\]"):
+    with pytest.raises(UserError, match=r"expected a number, found 'many' \[train.epochs is set in bad.yaml\]"):
         Path("bad.yaml").write_text("train: {epochs: many}\n")
         run("--config", "bad.yaml")
 

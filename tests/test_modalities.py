@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.transforms.vocab import write_tokenizer
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
 from jaxlm.modalities import PRESETS, Modalities, TextError, resolve
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from jaxlm.tokenizer.extending import write_extended
 
 SCIMIND = [ModalityConfig(preset=name) for name in ("smiles", "nucleic", "protein")]
 SAMPLES = Path(__file__).parents[1] / "../shared/data"
@@ -27,7 +27,7 @@ def extended(base: Path, target: Path, entries: list[ModalityConfig]) -> Tokeniz
     tokenizer = load_tokenizer(base)
     modalities = resolve(entries, tokenizer.vocab_size)
     tokens = [token for modality in modalities for token in modality.tokens()]
-    write_tokenizer(sorted(base.iterdir()), tokenizer, tokens, False, target, modalities)
+    write_extended(sorted(base.iterdir()), tokenizer, tokens, False, target, modalities)
     return load_tokenizer(target)
 
 

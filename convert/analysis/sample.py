@@ -14,7 +14,7 @@ from jaxlm.data.examples import Examples, build_examples, from_list
 from jaxlm.data.loader import BatchSource
 from jaxlm.data.packing import plan_rows
 from jaxlm.errors import UserError
-from jaxlm.nn.experts import modality_ids
+from jaxlm.nn.routers import modality_ids
 from jaxlm.spec import ExpertsSpec
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.weights.leaves import ParamSource

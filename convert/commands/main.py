@@ -6,57 +6,48 @@ Nothing heavy is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from convert.commands.check import READ_ONLY, add_check_verbs
 from convert.commands.combine import add_combine_verbs, normalise
-from convert.commands.command import (
-    add_dtype,
-    add_shard_size,
-    add_verb,
-    say_adapter,
-    write_hf,
-    write_jax,
-    writing,
-)
 from convert.commands.experts import add_expert_verbs
-from convert.commands.formats import add_format_verbs, open_as
+from convert.commands.formats import add_format_verbs
 from convert.commands.routing import add_routing_verbs
 from convert.commands.vocab import add_vocab_verb
-from jaxlm.errors import UserError
+from jaxlm.errors import exit_status
 from jaxlm.locate import expand_user
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "convert") -> int:
     """Runs one command; returns the exit status: 0 done, 1 `verify` found a difference, 2 a mistake in the input."""
     # The products of a merge are too small to be shared out: threads that wait for each other cost more than they do.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    options = _parser().parse_args(normalise(sys.argv[1:] if arguments is None else arguments))
+    words = normalise(sys.argv[1:] if arguments is None else arguments)
+    parser, verbs = _parser(prog)
+    if words and not words[0].startswith("-") and words[0] not in verbs:
+        near = difflib.get_close_matches(words[0], verbs, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(verbs)}"
+        parser.error(f"{words[0]!r} is not a verb; {hint}")
+    options = parser.parse_args(words)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
-    try:
-        _expand(options)
-        status = options.run(options) or 0
-        sys.stdout.flush()
-        return status
-    except UserError as error:
-        print(f"convert {options.verb}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # Whoever read the output (`| head`) has seen enough; nothing more may be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        left = "" if options.verb in READ_ONLY else "; nothing was left at the destination"
-        print(f"convert {options.verb}: interrupted{left}", file=sys.stderr)
-        return 130
+    left = "" if options.verb in READ_ONLY else "; nothing was left at the destination"
+    return exit_status(
+        lambda: _run(options),
+        prefix=f"convert {options.verb}",
+        interrupted=f"convert {options.verb}: interrupted{left}",
+    )
+
+
+def _run(options: argparse.Namespace) -> int | None:
+    _expand(options)
+    status: int | None = options.run(options)
+    return status
 
 
 def _expand(options: argparse.Namespace) -> None:
@@ -80,39 +71,14 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> tuple[argparse.ArgumentParser, Sequence[str]]:
+    """The parser, and the names of its verbs."""
     parser = argparse.ArgumentParser(
-        prog="convert",
+        prog=prog,
         description="Take models and adapters from one format to another. Memory stays bounded, whatever their size; "
         "the destination appears only when it is complete.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    verb = add_verb(verbs, "hf-to-jax", _hf_to_jax, "a Hugging Face model becomes a jaxlm model")
-    verb.add_argument("source", metavar="SRC", help="directory with config.json and safetensors or .bin weights")
-    verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
-    add_dtype(verb)
-
-    verb = add_verb(verbs, "jax-to-hf", _jax_to_hf, "a jaxlm model becomes a Hugging Face model")
-    verb.add_argument("source", metavar="SRC", help="jaxlm directory, run directory (newest checkpoint) or checkpoint")
-    verb.add_argument("destination", metavar="DST", help="Hugging Face directory to create")
-    add_dtype(verb)
-    add_shard_size(verb)
-    verb.add_argument(
-        "--layout",
-        choices=("dense", "mixtral"),
-        help="of a model of experts: a dense model with the experts in files beside it, which jaxlm reads, or "
-        "Mixtral's, for a learned router with one k (default: the one that it came in; dense if it was made here)",
-    )
-
-    verb = add_verb(verbs, "peft-to-jax", _peft_to_jax, "a PEFT LoRA adapter becomes a jaxlm adapter")
-    verb.add_argument("source", metavar="ADAPTER", help="directory with adapter_config.json and adapter_model.*")
-    verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
-    verb.add_argument("--base", required=True, metavar="BASE", help="the model it belongs to (any format)")
-
-    verb = add_verb(verbs, "jax-to-peft", _jax_to_peft, "a jaxlm adapter becomes a PEFT adapter")
-    verb.add_argument("source", metavar="SRC", help="LoRA run directory, one of its checkpoints, or converted adapter")
-    verb.add_argument("destination", metavar="DST", help="PEFT directory to create")
 
     add_format_verbs(verbs)
     add_combine_verbs(verbs)
@@ -120,45 +86,4 @@ def _parser() -> argparse.ArgumentParser:
     add_expert_verbs(verbs)
     add_routing_verbs(verbs)
     add_check_verbs(verbs)
-    return parser
-
-
-def _hf_to_jax(options: argparse.Namespace) -> None:
-    write_jax(open_as(options), options.destination)
-
-
-def _jax_to_hf(options: argparse.Namespace) -> None:
-    write_hf(open_as(options), options.destination, options.shard_size, options.layout)
-
-
-def _peft_to_jax(options: argparse.Namespace) -> None:
-    from convert.source import open_adapter, open_model, stored_adapter
-    from jaxlm.weights.native import NativeAdapter, write_adapter
-
-    base = open_model(options.base)
-    if isinstance(stored_adapter(options.source, base.config), NativeAdapter):
-        raise UserError(f"{options.source}: is a jaxlm adapter already")
-    adapter = open_adapter(options.source, base)
-    with writing(adapter, options.destination) as (directory, advance):
-        write_adapter(adapter, directory, options.base, advance)
-    say_adapter(adapter, f"convert merge {shlex.quote(options.base)} {shlex.quote(options.destination)} OUT")
-
-
-def _jax_to_peft(options: argparse.Namespace) -> None:
-    from convert.formats.chat_template import asked_or_name, say_asked, write_asked
-    from convert.formats.peft import PeftSource, write_peft
-    from convert.source import is_adapter, open_adapter
-
-    if is_adapter(options.source) and (Path(options.source) / "adapter_config.json").is_file():
-        raise UserError(f"{options.source}: is a PEFT adapter already")
-    adapter = open_adapter(options.source)
-    assert not isinstance(adapter, PeftSource)
-    asked = asked_or_name(adapter)
-    with writing(adapter, options.destination) as (directory, advance):
-        write_peft(adapter, directory, advance)
-        if asked is not None:
-            write_asked(asked, directory)
-    say_adapter(adapter, f"PeftModel.from_pretrained(base, {json.dumps(options.destination, ensure_ascii=False)})")
-    say_asked(asked, written=True)
-    if adapter.config.experts is not None:
-        print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")
+    return parser, list(verbs.choices)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from convert.commands.command import add_shard_size, add_verb, write_model_as
+from convert.commands.command import add_shard_size, add_verb, result_format, write_result
 from jaxlm.errors import UserError
 
 # Tokens named at the end.
@@ -44,10 +44,10 @@ def add_vocab_verb(verbs: Any) -> None:
 def _extend_vocab(options: argparse.Namespace) -> None:
     from convert.source import open_model
     from convert.transforms.delta import WithTokenizer
-    from convert.transforms.vocab import extend, read_modalities, read_tokens, write_tokenizer
+    from convert.transforms.vocab import extend, read_modalities, read_tokens
     from jaxlm.modalities import resolve
     from jaxlm.tokenizer import load_tokenizer
-    from jaxlm.weights.native import NativeSource
+    from jaxlm.tokenizer.extending import write_extended
 
     if options.tokens is None and not options.modality:
         raise UserError("say what to add: --tokens FILE|A,B, or --modality NAME|FILE")
@@ -60,10 +60,9 @@ def _extend_vocab(options: argparse.Namespace) -> None:
     modalities = resolve(entries, tokenizer.vocab_size + len(tokens))
     tokens += [token for modality in modalities for token in modality.tokens()]
     with tempfile.TemporaryDirectory() as folder:
-        files = write_tokenizer(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder), modalities)
+        files = write_extended(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder), modalities)
         extended = WithTokenizer(extend(source, tokenizer, tokens, options.init, options.pad_to), files)
-        form = options.format or ("jax" if isinstance(source, NativeSource) else "hf")
-        write_model_as(form, extended, options.destination, options.shard_size)
+        write_result(result_format(options.format, source), extended, options.destination, options.shard_size)
     first, rows = tokenizer.vocab_size, extended.config.vocab_size
     more = f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else ""
     shown = ", ".join(map(repr, tokens[:_SHOWN])) + more

@@ -28,8 +28,9 @@ from jaxlm.jsontext import read_object
 from jaxlm.models.families.base import Row
 from jaxlm.models.families.common import ROWS, write_rope
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.dtypes import BFLOAT16
-from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, find_tokenizer_files, match_tensors
+from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match_tensors
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, Shape, leaf_shapes, rule_for, stored_entries
 from jaxlm.weights.output import Advance, Watcher

@@ -27,12 +27,12 @@ from jaxlm.jsontext import read_object
 from jaxlm.models.families import SHAPES
 from jaxlm.nn.lora import LINEARS, resolve_lora
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.hf import (
     StackedTensors,
     check_num_layers,
     copy_files,
     drop_tied_head,
-    find_tokenizer_files,
     hf_config_for,
     match_tensors,
     parse_hf_config,
@@ -159,6 +159,11 @@ class MindSporeSource(StackedTensors):
         found: dict[str, Tensor] = dict(tensors)
         #: Whether tensors were concatenated, so that `groups` mattered.
         self.joined = _split_joined(files[0], found, self.config, groups)
+        #: What the format does not say and was taken for granted, in words.
+        self.assumed: list[str] = []
+        if self.joined:
+            how = "whole, one below the other" if groups == 1 else f"interleaved in {groups} groups"
+            self.assumed.append(f"wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)")
         head, embedding = (rule_for(path).mindspore for path in ("lm_head/kernel", "embed_tokens/embedding"))
         drop_tied_head(files[0], found, head, embedding, self.config)
         entries = stored_entries(self.config, "mindspore")

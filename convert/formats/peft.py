@@ -16,8 +16,9 @@ from jaxlm.jsonfields import described, fits
 from jaxlm.jsontext import read_object
 from jaxlm.nn.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
 from jaxlm.spec import DecoderSpec
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.files import read_tensors
-from jaxlm.weights.hf import StackedTensors, copy_files, find_tokenizer_files, match_tensors
+from jaxlm.weights.hf import StackedTensors, copy_files, match_tensors
 from jaxlm.weights.leaves import AdapterSource
 from jaxlm.weights.names import (
     PEFT_PREFIX,
@@ -30,7 +31,7 @@ from jaxlm.weights.names import (
     peft_entries,
     saved_module_name,
 )
-from jaxlm.weights.native import of_another_base
+from jaxlm.weights.native.read import of_another_base
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors_file
 from jaxlm.weights.tensors import StoredTensor, TensorSpec, same_bytes

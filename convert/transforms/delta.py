@@ -27,9 +27,9 @@ from convert.transforms.vocab import grow, vocabulary_leaves
 from jaxlm.errors import UserError
 from jaxlm.models.families import load_shape
 from jaxlm.spec import DecoderSpec, differences
+from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.arithmetic import combine
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
-from jaxlm.weights.hf import find_tokenizer_files
 from jaxlm.weights.leaves import CastSource, DerivedSource, Index, ParamSource, check_leaves, stored_blocks
 from jaxlm.weights.names import Entry, Shape, leaf_shapes
 from jaxlm.weights.partition import order_name

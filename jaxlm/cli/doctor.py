@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.errors import UserError, exit_status
+
 if TYPE_CHECKING:
     from jaxlm.processes.distributed import Hosts
 
@@ -56,9 +58,9 @@ class Finding:
     serious: bool = False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.doctor") -> int:
     """Exit status: 0 all is well, 1 something to mend."""
-    parser = argparse.ArgumentParser(prog="python -m jaxlm.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--dir", default=".", help="where a run would write (default: here)")
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     cluster = parser.add_argument_group(
@@ -69,26 +71,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     cluster.add_argument("--process_id", type=int, metavar="I")
     cluster.add_argument("--timeout", type=int, default=60, metavar="SECONDS", help="for the others (default 60)")
     options = parser.parse_args(argv)
+    return exit_status(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     directory = Path(options.dir)
     if not directory.is_dir():
-        print(f"error: --dir {directory}: is no directory", file=sys.stderr)
-        return 2
+        raise UserError(f"--dir {directory}: is not a directory")
     from jaxlm.config import DistributedConfig
-    from jaxlm.errors import UserError
     from jaxlm.processes.distributed import start
 
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id", "timeout")}
-    try:
-        with start(DistributedConfig(**place), lambda text: print(text, file=sys.stderr)) as hosts:
-            found = list(examine(directory, hosts))
-            findings = list(together(*_from_all(hosts, found))) if hosts.processes > 1 else found
-            if hosts.process == 0 and options.json:
-                print(json.dumps([asdict(finding) for finding in findings], indent=1))
-            elif hosts.process == 0:
-                _print(findings)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with start(DistributedConfig(**place), lambda text: print(text, file=sys.stderr)) as hosts:
+        own = list(examine(directory, hosts))
+        findings = list(together(*_from_all(hosts, own))) if hosts.processes > 1 else own
+        if hosts.process == 0 and options.json:
+            print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        elif hosts.process == 0:
+            _print(findings)
     return int(any(finding.serious for finding in findings))
 
 

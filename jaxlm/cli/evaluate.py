@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig, MeshConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 from jaxlm.jsontext import parse
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxlm.evaluation.lpm24 import Pair
     from jaxlm.evaluation.perplexity import Perplexity, Settings, Texts
     from jaxlm.tokenizer import Tokenizer
-    from jaxlm.weights.native import PromptFile
+    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
     "Compares answers with what is right, as the benchmark does: the file is what `jaxlm.generate --save_file` wrote "
@@ -43,22 +43,17 @@ REFERENCES = {"smiles2text": ("caption", "ground truth"), "text2smiles": ("molec
 PREDICTIONS = ("prediction", "answer", "output")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.evaluate") -> int:
     """Exit status: 0 done, 2 for a mistake in the input."""
-    try:
-        words = sys.argv[1:] if argv is None else argv
-        config = parse_config(
-            words, EvaluateConfig, prog="python -m jaxlm.evaluate", description=DESCRIPTION, aliases=ALIASES
-        )
-        if config.task == "perplexity":
-            return _perplexity(config)
-        return _run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return exit_status(
+        lambda: _main(sys.argv[1:] if argv is None else argv, prog),
+        interrupted="interrupted; nothing was written",
+    )
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    return _perplexity(config) if config.task == "perplexity" else _run(config)
 
 
 def _run(config: EvaluateConfig) -> int:
@@ -246,12 +241,12 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.evaluation import perplexity
     from jaxlm.kernels.backend import choose_attention, shape_key
     from jaxlm.models.decoder import Decoder
-    from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
+    from jaxlm.nn.routers import choose_compute
     from jaxlm.tokenizer import load_tokenizer
-    from jaxlm.training.build import DTYPES
+    from jaxlm.training.setup import DTYPES
     from jaxlm.training.state import Initializer
-    from jaxlm.weights.native import trained_prompt
+    from jaxlm.weights.native.prompt_json import trained_prompt
 
     assert config.data is not None
     named = open_with_adapter(config.model.path, config.model.adapter)
@@ -283,7 +278,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     mesh = make_mesh(mesh_config, experts=None if shape.experts is None else shape.experts.num_experts)
     model = Decoder(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
     # No optimizer: nothing is trained, but parameters are placed as in training.
-    setup = Initializer(model, None if adapter is None else adapter.lora, mesh, optax.identity())
+    setup = Initializer(model, None if adapter is None else adapter.lora, mesh, lambda axes: optax.identity())
     with console.status("loading"):
         params = setup.load_params(source)
         lora = None if adapter is None else setup.load_lora(adapter)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import Decoding, GenerateConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxlm.inference.engine import Generator
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
-    from jaxlm.weights.native import PromptFile
+    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
     "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
@@ -43,27 +43,15 @@ ALIASES = {
 INTERRUPTED = "interrupted; with --predict_data the same command goes on where it was"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.generate") -> int:
     """Exit status: 0 done, 1 some prompts of a file have no answer, 2 a mistake in the input, 130 interrupted."""
-    try:
-        config = parse_config(
-            sys.argv[1:] if argv is None else argv,
-            GenerateConfig,
-            prog="python -m jaxlm.generate",
-            description=DESCRIPTION,
-            aliases=ALIASES,
-        )
-        _check_config(config)
-        return _run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+    return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog), interrupted=INTERRUPTED)
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    config = parse_config(argv, GenerateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    _check_config(config)
+    return _run(config)
 
 
 def _check_config(config: GenerateConfig) -> None:
@@ -189,17 +177,17 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from convert.transforms.merge import MergedSource
     from jaxlm.devices.finite import check_finite
     from jaxlm.devices.mesh import axis_sizes, make_mesh
-    from jaxlm.inference.engine import Generator
     from jaxlm.inference.fit import check_tokenizer
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
-    from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
+    from jaxlm.nn.routers import choose_compute
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
     from jaxlm.weights.names import num_params, tensor_name
-    from jaxlm.weights.native import trained_prompt
+    from jaxlm.weights.native.prompt_json import trained_prompt
 
     named = open_with_adapter(config.model.path, config.model.adapter)
     path, source, adapter = named.path, cast(Any, named.base), named.adapter
@@ -219,7 +207,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     # Prompts have any length; the longest ones are what takes time.
-    case = shape_key(source.config.attention, dtype, source.config.max_length, False)
+    case = shape_key(source.config, dtype, source.config.max_length, False)
     attention, reason = choose_attention(config.model.attention, case)
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": attention.name})
@@ -355,16 +343,16 @@ def _single(
 
     assert config.prompt is not None
     ids = prompter.question(config.prompt, config.input)
-    writing = generator.start([ids], options, flush=8)
+    session = generator.start([ids], options, flush=8)
     started = time.perf_counter()
     if options.samples == 1:
-        answer = stream_answer(writing, prompter, options, show)
+        answer = stream_answer(session, prompter, options, show)
         show("\n")
         answers = [answer]
     else:
-        for _ in writing.steps():
+        for _ in session.steps():
             pass
-        answers = writing.answers()[0]
+        answers = session.answers()[0]
         for number, answer in enumerate(answers, 1):
             text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
             show(f"[{number}] {text.strip()}\n")

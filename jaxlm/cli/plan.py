@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.parser import Flags, Origins, parse_run
+from jaxlm.cli.parser import parse_run
+from jaxlm.cli.words import Flag
 from jaxlm.config import RunConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from jaxlm.planning.report import Plan
@@ -23,30 +24,26 @@ DESCRIPTION = (
     "needed: model.path with a config.json, or model.shape, which counts when both are given."
 )
 FLAGS = {
-    "topology": Flags(
+    "topology": Flag(
         "the devices, e.g. v5e:16x16, v5p:4x4x8, 2*v5e:16x16 (slices), h200:8, h200:2x8 (hosts x GPUs), rtx4090:1, "
         "gpu:8 (any other, with --memory), cpu:8",
         str,
     ),
-    "memory": Flags("GiB of each GPU, in place of what is known of it, as nvidia-smi shows it", float),
-    "compile": Flags("also compile the very train step for them, and say what the compiler says (minutes for 7B)"),
-    "json": Flags("all figures as JSON"),
+    "memory": Flag("GiB of each GPU, in place of what is known of it, as nvidia-smi shows it", float),
+    "compile": Flag("also compile the very train step for them, and say what the compiler says (minutes for 7B)"),
+    "json": Flag("all figures as JSON"),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.plan") -> int:
     """Exit status: 0 it fits (or nobody can say), 1 it does not, 2 a mistake in the input."""
-    origins = Origins({}, frozenset())
-    try:
-        configs, flags, origins = parse_run(
-            sys.argv[1:] if argv is None else argv, prog="python -m jaxlm.plan", description=DESCRIPTION, flags=FLAGS
-        )
+    return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog))
+
+
+def _main(argv: Sequence[str], prog: str) -> int:
+    configs, flags, origins = parse_run(argv, prog=prog, description=DESCRIPTION, flags=FLAGS)
+    with origins.explained():
         return _run(configs, flags)
-    except UserError as error:
-        print(f"error: {origins.explain(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:

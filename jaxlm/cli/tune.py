@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.parser import parse_run
 from jaxlm.config import RunConfig
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, exit_status
 from jaxlm.kernels.backend import (
     NAMES,
     AttentionBackend,
@@ -66,9 +66,9 @@ class Candidate:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.tune") -> int:
     """Exit status: 0 done, 2 for a mistake in the input."""
-    parser = argparse.ArgumentParser(prog="python -m jaxlm.tune", description=__doc__, epilog=EPILOG)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, epilog=EPILOG)
     parser.add_argument("--config", action="append", metavar="FILE", help="a run's YAML; may be given several times")
     parser.add_argument("--heads", type=int, help="query heads")
     parser.add_argument("--kv_heads", type=int, help="kv heads (default: as many)")
@@ -83,23 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, help="rounds in which all are timed in turn (default: 10)")
     parser.add_argument("--dry_run", action="store_true", help="show the figures, write no table")
     options, others = parser.parse_known_args(argv)
-    try:
-        from jaxlm.cli.start import quiet_logs
+    return exit_status(lambda: _run(options, others))
 
-        quiet_logs()
-        found = cases(options, others)
-        if not options.dry_run:  # a table that cannot be read or written is found out before the work
-            read_table(user_table())
-            user_table().parent.mkdir(parents=True, exist_ok=True)
-        for case in found:
-            _tune(case, options)
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+
+def _run(options: argparse.Namespace, others: Sequence[str]) -> None:
+    from jaxlm.cli.start import quiet_logs
+
+    quiet_logs()
+    to_tune = cases(options, others)
+    if not options.dry_run:  # a table that cannot be read or written is found out before the work
+        read_table(user_table())
+        user_table().parent.mkdir(parents=True, exist_ok=True)
+    for case in to_tune:
+        _tune(case, options)
 
 
 def cases(options: argparse.Namespace, others: Sequence[str]) -> list[ShapeKey]:

@@ -18,7 +18,7 @@ from typing import IO, Any
 from jaxlm.config import Decoding
 from jaxlm.data.sources import Record, csv_delimiter, records_within
 from jaxlm.errors import UserError
-from jaxlm.inference.engine import Generator
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.text import answer_text, cut_at_stop
 from jaxlm.jsontext import parse
@@ -285,16 +285,16 @@ def answer_all(
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         batch = [prompts[number] for number in numbers]
-        writing = generator.start(batch, options, numbers, rows=full)
-        for _ in writing.steps():
+        session = generator.start(batch, options, numbers, rows=full)
+        for _ in session.steps():
             if options.stop and options.num_beams == 1:
-                for row, answers in enumerate(writing.answers()):
+                for row, answers in enumerate(session.answers()):
                     for sample, answer in enumerate(answers):
                         text = answer_text(prompter.tokenizer, batch[row], answer.ids)
                         if not answer.complete and cut_at_stop(text, options.stop)[1]:
-                            writing.stop(row, sample)
+                            session.stop(row, sample)
         results, tokens = {}, 0
-        for number, answers in zip(numbers, writing.answers(), strict=True):
+        for number, answers in zip(numbers, session.answers(), strict=True):
             texts, finish = [], []
             for answer in answers:
                 text = answer_text(prompter.tokenizer, prompts[number], answer.ids)

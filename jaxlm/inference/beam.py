@@ -27,12 +27,12 @@ class Beams:
 
     beams: int
     early_stopping: bool | Literal["never"]
-    stop_ids: int  # how many ids end an answer
+    num_stop_ids: int
 
     @property
     def candidates(self) -> int:
         """Continuations looked at in a step: enough to go on with n beams when the others end."""
-        return max(2, 1 + self.stop_ids) * self.beams
+        return max(2, 1 + self.num_stop_ids) * self.beams
 
 
 @flax.struct.dataclass
@@ -68,7 +68,7 @@ class BeamState:
 def new_beams(
     prompts: list[list[int]], limits: list[int], room: int, beams: int, vocab_size: int, method: Method
 ) -> BeamState:
-    """The state before the first token; arguments as `decode.new_state`."""
+    """The state before the first token; arguments as those of `decode.new_state`."""
     count = len(prompts)
     tokens = np.zeros((count, beams, room), np.int32)
     scores = np.full((count, beams), WORST, np.float32)
@@ -126,19 +126,19 @@ def advance(
     lengths = jnp.repeat(state.lengths, n)
     log_probs = penalize(jax.nn.log_softmax(logits, axis=-1), rows, lengths, state.seen, settings, method)
     totals = log_probs.reshape(count, n, vocab_size) + state.scores[..., None]
-    found, index = jax.lax.top_k(totals.reshape(count, n * vocab_size), beams.candidates)
+    best_totals, index = jax.lax.top_k(totals.reshape(count, n * vocab_size), beams.candidates)
     parents, new = index // vocab_size, (index % vocab_size).astype(jnp.int32)
 
     texts = _pick(state.tokens, parents)
-    place = jnp.broadcast_to(state.lengths[:, None, None], (*parents.shape, 1))
-    texts = jnp.put_along_axis(texts, place, new[..., None], axis=2, inplace=False, mode="drop")
+    position = jnp.broadcast_to(state.lengths[:, None, None], (*parents.shape, 1))
+    texts = jnp.put_along_axis(texts, position, new[..., None], axis=2, inplace=False, mode="drop")
     ended = jnp.isin(new, stops) | (state.lengths + 1 >= state.limits)[:, None]
 
     # Those that go on: the n best that have not ended.
-    going = found + ended * WORST
+    going = best_totals + ended * WORST
     kept = jax.lax.top_k(going, n)[1]
     # Those that have ended compete with the answers found before, if they are among the n best of this step.
-    worth = found / (state.lengths + 1 - state.starts)[:, None].astype(jnp.float32) ** length_penalty
+    worth = best_totals / (state.lengths + 1 - state.starts)[:, None].astype(jnp.float32) ** length_penalty
     if beams.early_stopping is True:
         worth += jnp.all(state.complete, axis=1, keepdims=True) * WORST
     answers = ended & (jnp.arange(beams.candidates) < n)[None]
@@ -203,7 +203,7 @@ def search(
     method: Method,
     beams: Beams,
 ) -> tuple[Caches, BeamState]:
-    """Up to `steps` steps of the search; the counterpart of `decode.decode`."""
+    """Up to `steps` steps of the search; the counterpart of `decode.step`."""
 
     def unfinished(carry: Any) -> jax.Array:
         step, _, state = carry

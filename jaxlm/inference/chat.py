@@ -11,7 +11,8 @@ import yaml
 
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
-from jaxlm.inference.engine import Answer, Generator, Memory, Writing
+from jaxlm.inference.engine import Answer, Engine
+from jaxlm.inference.generator import Generator, Session
 from jaxlm.inference.options import check_decoding
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.text import TextStream, answer_text, cut_at_stop
@@ -28,16 +29,16 @@ LEAVE = ("/exit", "/quit", "exit", "quit", "exit()", "quit()")
 FLUSH = 4
 
 
-def stream_answer(writing: Writing, prompter: Prompter, options: Decoding, show: Callable[[str], None]) -> Answer:
-    """Runs a batch of one prompt, showing its first answer piece by piece; returns it."""
-    stream = TextStream(prompter.tokenizer, writing.prompts[0], options.stop)
+def stream_answer(session: Session, prompter: Prompter, options: Decoding, show: Callable[[str], None]) -> Answer:
+    """Runs a session of one prompt, showing its first answer piece by piece; returns it."""
+    stream = TextStream(prompter.tokenizer, session.prompts[0], options.stop)
     strip = not prompter.is_text
     shown = ""
     answer: Answer | None = None
 
     def update(last: bool) -> bool:
         nonlocal shown, answer
-        answer = writing.answers()[0][0]
+        answer = session.answers()[0][0]
         new, stopped = stream.update(answer.ids, last)
         if strip and not shown:
             new = new.lstrip()
@@ -45,11 +46,11 @@ def stream_answer(writing: Writing, prompter: Prompter, options: Decoding, show:
         show(new)
         return stopped
 
-    for _ in writing.steps():
+    for _ in session.steps():
         if options.num_beams > 1:
             continue  # the best beam is known at the end
         if update(False):
-            writing.stop(0)
+            session.stop(0)
     update(True)
     assert answer is not None
     return answer
@@ -76,9 +77,16 @@ class Chat:
         check_single(options)
         self._generator, self._prompter, self._options = generator, prompter, options
         self._read, self._show, self._say = read, show, say
-        self._messages: list[dict[str, str]] = []
-        self._memory: Memory | None = None
+        self._forget()
         self._turn = 0
+
+    def _forget(self) -> None:
+        self._messages: list[dict[str, str]] = []
+        self._engine = self._new_engine()
+
+    def _new_engine(self) -> Engine:
+        """One row, which keeps the conversation, so that only what is new in the next prompt is read."""
+        return Engine(self._generator, 1, keep=True)
 
     def run(self) -> None:
         """Until /exit (or one of LEAVE) or the end of the input."""
@@ -120,12 +128,12 @@ class Chat:
         except UserError as error:
             hint = "; /reset begins a new one" if self._messages else ""
             raise UserError(f"{error}{hint}") from None
-        writing = self._generator.start([ids], self._options, [self._turn], self._memory, FLUSH)
-        self._memory = None
+        session = self._generator.start([ids], self._options, [self._turn], FLUSH, engine=self._engine)
         try:
-            answer = stream_answer(writing, self._prompter, self._options, self._show)
+            answer = stream_answer(session, self._prompter, self._options, self._show)
         except KeyboardInterrupt:
-            # What the devices hold of it is in an unknown state; the conversation goes on without it.
+            # The state of what the devices hold of it is unknown; the conversation goes on without it.
+            self._engine = self._new_engine()
             self._show("\n")
             self._say("stopped; this turn is not part of the conversation")
             return
@@ -137,21 +145,20 @@ class Chat:
         if self._prompter.takes_turns:
             text = cut_at_stop(answer_text(self._prompter.tokenizer, ids, answer.ids), self._options.stop)[0]
             self._messages += [turn, {"role": "assistant", "content": text.strip()}]
-        self._memory = writing.memory()
 
     def _command(self, name: str, rest: str) -> None:
         rest = rest.strip()
         if name == "help":
             self._say(HELP)
         elif name == "reset":
-            self._messages, self._memory = [], None
+            self._forget()
             self._say("a new conversation")
         elif name == "show":
             values = dataclasses.asdict(self._options)
             self._say("\n".join(f"{key} {value}" for key, value in values.items()))
         elif name == "system":
             self._prompter.set_system(rest or None)
-            self._messages, self._memory = [], None
+            self._forget()
             self._say("a new conversation")
         elif name == "set":
             self._options = with_setting(self._options, *rest.partition(" ")[::2])

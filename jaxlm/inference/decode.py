@@ -1,4 +1,7 @@
-"""The decoding loop: tokens are chosen and fed back on the device, some dozens at a time."""
+"""The decoding step as pure functions: rows take up prompts, all rows are given tokens, on the device.
+
+R rows of the batch, N room for tokens, V vocabulary, S slots of a cache.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from jaxlm.inference.sampling import Method, Settings, choose, penalize
 
 @flax.struct.dataclass
 class State:
-    """Texts that are being written, a row each.
+    """Texts that are being generated, a row each.
 
     Attributes:
-        tokens: [R, N] int32: prompt, then what was written; anything behind it.
+        tokens: [R, N] int32: the prompt, then the new tokens; anything behind them.
         lengths: [R] int32: tokens of prompt and answer.
         starts: [R] int32: tokens of the prompt.
-        limits: [R] int32: a row ends when it has so many tokens.
-        finished: [R] bool: ended by a stop id or its limit (or from outside).
+        limits: [R] int32: a row ends when it has this many tokens.
+        finished: [R] bool: the row is free, or has ended by a stop id, its limit or from outside.
         keys: [R, 2] uint32: random keys.
         seen: [R, V] bool: tokens that stand in the text; None without a repetition penalty.
     """
@@ -40,7 +43,7 @@ class State:
 def new_state(
     prompts: list[list[int]], limits: list[int], room: int, keys: np.ndarray, vocab_size: int, method: Method
 ) -> State:
-    """The state before the first token.
+    """The state before the first new token, in NumPy arrays.
 
     Args:
         prompts: token ids of each row; an empty one is a row that only fills up the batch.
@@ -62,58 +65,74 @@ def new_state(
 
 
 @partial(jax.jit, static_argnames="method", donate_argnums=1)
-def write(logits: jax.Array, state: State, settings: Settings, stops: jax.Array, *, method: Method) -> State:
+def append(logits: jax.Array, state: State, settings: Settings, *, method: Method) -> State:
     """The state with one more token in each row that is not finished.
 
     Args:
-        logits: [R, V] float32.
-        stops: [n] int32, ids that end a text; such a token is written too.
+        logits: [R, V] float32 after each row's last token.
+        settings: of each row; a stop id ends its text and is appended too.
     """
     scores = penalize(logits, state.tokens, state.lengths, state.seen, settings, method)
     chosen = choose(scores, state.keys, state.lengths - state.starts, settings, method)
     rows = jnp.arange(len(chosen))
-    # A finished row writes nothing: its place is out of bounds, and dropped.
-    place = jnp.where(state.finished, state.tokens.shape[1], state.lengths)
+    # A finished row is given nothing: its position is out of bounds, and dropped.
+    position = jnp.where(state.finished, state.tokens.shape[1], state.lengths)
     lengths = jnp.where(state.finished, state.lengths, state.lengths + 1)
     seen = state.seen
     if method.penalty:
         seen = seen.at[rows, jnp.where(state.finished, scores.shape[1], chosen)].set(True, mode="drop")
+    stopped = jnp.any(chosen[:, None] == settings.stop_ids, axis=1)
     new: State = state.replace(  # type: ignore[attr-defined]
-        tokens=state.tokens.at[rows, place].set(chosen, mode="drop"),
+        tokens=state.tokens.at[rows, position].set(chosen, mode="drop"),
         lengths=lengths,
-        finished=state.finished | (lengths >= state.limits) | jnp.isin(chosen, stops),
+        finished=state.finished | (lengths >= state.limits) | stopped,
         seen=seen,
     )
     return new
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="method", donate_argnums=(2, 3))
-def decode(
+def step(
     decoder: Decoder,
     weights: Weights,
     caches: Caches,
     state: State,
     settings: Settings,
-    stops: jax.Array,
     steps: jax.Array,
     *,
     method: Method,
 ) -> tuple[Caches, State]:
-    """Writes up to `steps` tokens in each row, and ends early when all rows are finished.
+    """Appends up to `steps` tokens to each row, and ends early when all rows are finished.
 
     The caches hold all but the last token of each row, and must have a slot for every token there will be.
     """
     rows = jnp.arange(state.lengths.shape[0])
 
     def unfinished(carry: Any) -> jax.Array:
-        step, _, state = carry
-        return (step < steps) & ~jnp.all(state.finished)
+        count, _, state = carry
+        return (count < steps) & ~jnp.all(state.finished)
 
     def one_more(carry: Any) -> Any:
-        step, caches, state = carry
+        count, caches, state = carry
         last = state.lengths - 1
         logits, caches = next_logits(decoder, weights, caches, state.tokens[rows, last], last)
-        return step + 1, caches, write(logits, state, settings, stops, method=method)
+        return count + 1, caches, append(logits, state, settings, method=method)
 
     _, caches, state = jax.lax.while_loop(unfinished, one_more, (jnp.int32(0), caches, state))
     return caches, state
+
+
+@partial(jax.jit, donate_argnums=0)
+def admit(state: State, new: State, rows: jax.Array) -> State:
+    """The state with the rows of `new` in `rows`; the other rows stay as they are.
+
+    Args:
+        new: n rows with the same N; whether tokens are `seen` is noted in both or in neither.
+        rows: [n] int32; a row of `new` whose number is R or more is left out.
+    """
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[rows].set(new, mode="drop")
+
+    admitted: State = jax.tree.map(put, state, new)
+    return admitted

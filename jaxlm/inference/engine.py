@@ -1,59 +1,42 @@
-"""From prompts (token ids) to answers (token ids): shapes, batches, and the loop around the loop on the device."""
+"""The generation engine: a fixed number of rows on the devices, which take up prompts and are given tokens together.
+
+    engine = Engine(model, rows=8)
+    slots = engine.admit([Request(ids, options)])   # while other rows are in the middle of their answers
+    for slot, tokens in engine.step(): ...          # new tokens of every row that has some
+    engine.release(slot)                            # its row is free
+
+Every row has settings of its own, and what it is given does not depend on the other rows. Files of prompts and
+conversations use the engine; a beam search reorders its rows and so has a loop of its own (see `jaxlm.inference.beam`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import Decoding
-from jaxlm.devices.mesh import rows_axis_size, use_mesh
+from jaxlm.devices.mesh import use_mesh
 from jaxlm.errors import UserError
-from jaxlm.inference.beam import Beams, BeamState, advance, new_beams, search
-from jaxlm.inference.decode import State, decode, new_state, write
-from jaxlm.inference.model import Caches, Decoder, Weights, extend, grow, prefill, repeat_rows
-from jaxlm.inference.options import check_decoding
+from jaxlm.inference.decode import State, admit, append, new_state, step
+from jaxlm.inference.rows import CacheRows, DeviceModel, bucket, divisible, fetch
 from jaxlm.inference.sampling import Method, Settings, row_keys
-from jaxlm.sharding import ROW_AXES
 
-# Tokens written between two looks at the device.
+# Tokens that are generated between two looks at the device.
 FLUSH = 32
-# Slots that a cache has at first behind the longest prompt; it grows as answers do.
-FIRST_SLOTS = 128
-
-
-def bucket(length: int, least: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, so few programs, and at most a third is padding."""
-    size = least
-    while size < length:
-        half = size + size // 2
-        if half >= length:
-            return half
-        size *= 2
-    return size
-
-
-def _fetch(tree: Any, mesh: Mesh) -> Any:
-    """Arrays as NumPy ones. Of several processes each gets all rows: every one decides alike when all have ended."""
-    if jax.process_count() > 1:
-        tree = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, P()))(tree)
-    return jax.device_get(tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was written for a prompt.
+    """The text that a model continues a prompt with.
 
     Args:
         ids: without the stop id.
         finish: 'stop' for a stop id or text, 'length' for max_new_tokens, 'context' for the end of the model's context.
-        complete: nothing more will be written.
+        complete: nothing more will come.
     """
 
     ids: tuple[int, ...]
@@ -61,288 +44,330 @@ class Answer:
     complete: bool
 
 
-@dataclasses.dataclass
-class Memory:
-    """What a conversation keeps of its last turn, so that only the new part of the next prompt is read.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to be answered.
 
     Args:
-        tokens: those whose keys and values the caches hold.
-        caches: of one row; used up when it is handed to a batch.
+        prompt: token ids.
+        options: how; `options.samples` answers are given, each in a row of its own.
+        number: decides, with `options.seed`, what is drawn.
     """
 
-    tokens: list[int]
-    caches: Caches
+    prompt: Sequence[int]
+    options: Decoding
+    number: int = 0
 
 
-class Generator:
-    """A model on its devices, ready to write.
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A row that is occupied by one answer to a request.
 
-    Args:
-        decoder: shape and dtypes.
-        weights: see `load_weights`.
-        mesh: where they are.
-        stop_ids: ids that end an answer of this model.
+    Attributes:
+        row: its number.
+        sample: which of the request's answers.
+        ids: the new tokens so far, a stop id included.
+        complete: no more will come.
     """
 
-    def __init__(self, decoder: Decoder, weights: Weights, mesh: Mesh, stop_ids: Sequence[int]) -> None:
-        self.decoder, self.weights, self.mesh = decoder, weights, mesh
-        self.stop_ids = tuple(sorted(set(stop_ids)))
+    row: int
+    request: Request
+    sample: int
+    stop_ids: frozenset[int]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    complete: bool = False
+    stopped: bool = False
+    reported: int = 0
 
     @property
-    def max_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return self.decoder.config.max_length
+    def answer(self) -> Answer:
+        return answer_of(self.ids, self.request.options, self.stop_ids, self.complete, self.stopped)
 
-    def check_prompt(self, ids: Sequence[int], name: str = "the prompt") -> None:
-        """Raises UserError for an empty prompt, one that fills the context, or an id that the model does not have."""
-        if not ids:
-            raise UserError(f"{name} is empty: there is nothing to continue")
-        if len(ids) >= self.max_length:
-            raise UserError(
-                f"{name} has {len(ids)} tokens, the model's context is {self.max_length}, answer included; "
-                "shorten it (nothing is cut off silently)"
-            )
-        if max(ids) >= self.decoder.config.vocab_size:
-            raise UserError(
-                f"{name} holds token id {max(ids)}, the model has {self.decoder.config.vocab_size}; "
-                "the tokenizer belongs to another model"
-            )
 
-    def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: Decoding,
-        numbers: Sequence[int] | None = None,
-        memory: Memory | None = None,
-        flush: int = FLUSH,
-        rows: int | None = None,
-    ) -> Writing:
-        """A batch of prompts to be answered together.
+def answer_of(
+    ids: Sequence[int], options: Decoding, stop_ids: frozenset[int], complete: bool, stopped: bool = False
+) -> Answer:
+    """The answer that tokens make, with the reason for its end. `stopped`: from outside."""
+    by_id = bool(ids) and ids[-1] in stop_ids
+    finish = "length" if len(ids) >= options.max_new_tokens else "context"
+    return Answer(tuple(ids[: len(ids) - by_id]), "stop" if by_id or stopped else finish, complete)
+
+
+class Engine:
+    """See the module.
+
+    Args:
+        model: weights on their devices.
+        rows: how many answers can be under way at once; rounded up to what the mesh divides.
+        keep: a released row keeps its text as long as it is free, and a prompt that begins with it reads only the rest.
+            Rows over several groups of devices, and dynamic RoPE, where a longer text turns all of its keys anew, keep
+            nothing.
+    """
+
+    def __init__(self, model: DeviceModel, rows: int, keep: bool = False) -> None:
+        self._model, self._config = model, model.decoder.config
+        self._cache = CacheRows(model, rows)
+        self.rows = self._cache.rows
+        alone = divisible(1, model.mesh) == 1
+        self._keep = keep and alone and self._config.rope.rope_type != "dynamic"
+        self._slots: dict[int, Slot] = {}
+        self._kept: dict[int, list[int]] = {}  # the tokens whose keys and values a free row holds
+        self._clear()
+
+    def _clear(self) -> None:
+        self._cache.caches, self._kept = [], {}
+        self._method: Method | None = None
+        self._settings: Settings | None = None
+        self._state: Any = None
+        self._host: Any = None  # the state without keys and seen, in NumPy arrays
+        self._ended_here = False  # `finished` on the host is ahead of the device's
+
+    @property
+    def free(self) -> int:
+        """Number of rows that are free."""
+        return self.rows - len(self._slots)
+
+    def admit(self, requests: Sequence[Request], fill: int = 0) -> list[list[Slot]]:
+        """Reads prompts into free rows and gives each row its first token.
 
         Args:
-            prompts: token ids.
-            options: checked again here.
-            numbers: of each prompt, which with the seed decide what is drawn for it; default 0, 1, ...
-            memory: of the conversation that the only prompt goes on with.
-            flush: tokens between two looks.
-            rows: fill up the batch to so many prompts, so that batches share their programs.
+            requests: prompts and how to answer them; those of one call are read together.
+            fill: read at least this many prompts, empty ones included, so that batches of different sizes share one
+                program.
+
+        Returns:
+            For each request the slots of its samples.
+
+        Raises:
+            UserError: for a prompt that the model cannot answer.
+            ValueError: fewer rows are free than the requests need.
         """
-        check_decoding(options)
-        for prompt in prompts:
-            self.check_prompt(prompt)
-        return Writing(self, [list(p) for p in prompts], options, numbers, memory, flush, rows)
+        for request in requests:
+            self._model.check_prompt(request.prompt)
+            if request.options.num_beams > 1:
+                raise UserError("num_beams: a beam search has rows of its own; use Generator.start")
+        needed = sum(request.options.samples for request in requests)
+        if needed > self.free:
+            raise ValueError(f"{needed} rows are needed, {self.free} of {self.rows} are free: see Engine.free")
+        if not self._slots:
+            self._method = None
+        slots: dict[int, list[Slot]] = {}
+        with use_mesh(self._model.mesh):
+            rest = []
+            for index, request in enumerate(requests):
+                row, known = self._longest_kept(request)
+                if known:
+                    slots[index] = self._read_on(row, known, request)
+                else:
+                    rest.append(index)
+            for samples in sorted({requests[index].options.samples for index in rest}):
+                group = [index for index in rest if requests[index].options.samples == samples]
+                admitted = self._read([requests[index] for index in group], samples, fill)
+                slots |= dict(zip(group, admitted, strict=True))
+            self._look()
+        return [slots[index] for index in range(len(requests))]
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], options: Decoding, numbers: Sequence[int] | None = None
-    ) -> list[list[Answer]]:
-        """The answers (options.samples of them) to each prompt."""
-        writing = self.start(prompts, options, numbers)
-        for _ in writing.steps():
-            pass
-        return writing.answers()
+    def _longest_kept(self, request: Request) -> tuple[int, int]:
+        """The free row that holds most of a prompt, and how many tokens; the prompt's last one is always read again."""
+        best, known = 0, 0
+        for row, tokens in self._kept.items() if request.options.samples == 1 else ():
+            shared = 0
+            for mine, theirs in zip(request.prompt[:-1], tokens, strict=False):
+                if mine != theirs:
+                    break
+                shared += 1
+            if shared > known:
+                best, known = row, shared
+        return best, known
 
+    def _read_on(self, row: int, known: int, request: Request) -> list[Slot]:
+        del self._kept[row]
+        logits = self._cache.read_on(row, known, request.prompt[known:])
+        return self._begin(logits, [request], 1, [row])[0]
 
-class Writing:
-    """A batch under way; see `Generator.start`."""
-
-    def __init__(
-        self,
-        generator: Generator,
-        prompts: list[list[int]],
-        options: Decoding,
-        numbers: Sequence[int] | None,
-        memory: Memory | None,
-        flush: int,
-        rows: int | None,
-    ) -> None:
-        self._generator, self._options, self._flush, self._memory = generator, options, flush, memory
-        self.prompts = prompts
-        self._stops = (*generator.stop_ids, *options.stop_ids)
-        divisor = rows_axis_size(generator.mesh)
-        count = max(rows or 0, len(prompts))
-        self._rows = [*prompts, *[[] for _ in range(-(-count // divisor) * divisor - len(prompts))]]
-        self._limits = [
-            min(max(1, len(prompt)) + options.max_new_tokens, generator.max_length) for prompt in self._rows
-        ]
-        numbers = list(range(len(prompts)) if numbers is None else numbers)
-        self._numbers = numbers + [0] * (len(self._rows) - len(numbers))
-        self._copies = options.num_beams if options.num_beams > 1 else options.samples
-        self._method = Method.of(options, generator.decoder.config.vocab_size)
-        self._beams = Beams(options.num_beams, options.early_stopping, len(set(self._stops)))
-        self._host: Any = None
-        self._stopped: set[tuple[int, int]] = set()
-        self._caches: Caches = []
-
-    def steps(self) -> Iterator[None]:
-        """Runs to the end; yields after the first token and then every `flush` tokens."""
-        inner = self._search() if self._options.num_beams > 1 else self._decode()
-        while True:
-            with use_mesh(self._generator.mesh):  # not around the yield: what the caller does is not ours
-                if next(inner, False) is False:
-                    return
-            yield
-
-    def _settings(self) -> tuple[Settings, jax.Array]:
-        rows = len(self._rows) * self._copies
-        return Settings.of(self._options, rows), jnp.asarray(sorted(set(self._stops)), jnp.int32)
-
-    def _read_prompts(self) -> tuple[jax.Array, Caches, int]:
-        """Logits after the prompts, caches, and the slots these have."""
-        decoder, weights = self._generator.decoder, self._generator.weights
-        longest = max(len(prompt) for prompt in self._rows)
-        slots = min(bucket(max(self._limits)), bucket(longest + FIRST_SLOTS))
-        known = self._known()
-        if known:
-            assert self._memory is not None
-            caches, new = self._memory.caches, self._rows[0][known:]
-            self._memory.caches = []  # given up below
-            width = bucket(len(new))
-            slots = max(bucket(known + width), caches[0][0].shape[2])
-            if caches[0][0].shape[2] < slots:
-                caches = grow(caches, slots)
-            tokens = np.zeros((1, width), np.int32)
-            tokens[0, : len(new)] = new
-            starts, added = jnp.array([known], jnp.int32), jnp.array([len(new)], jnp.int32)
-            return *extend(decoder, weights, caches, jnp.asarray(tokens), starts, added), slots
-        width = bucket(longest)
-        slots = max(slots, width)
-        tokens = np.zeros((len(self._rows), width), np.int32)
-        for row, prompt in enumerate(self._rows):
-            tokens[row, : len(prompt)] = prompt
-        lengths = np.array([max(1, len(prompt)) for prompt in self._rows], np.int32)
-        sharding = NamedSharding(self._generator.mesh, P(ROW_AXES))
-        logits, caches = prefill(
-            decoder, weights, jax.device_put(tokens, sharding), jax.device_put(lengths, sharding), slots
+    def _read(self, requests: list[Request], samples: int, fill: int) -> list[list[Slot]]:
+        needed = len(requests) * samples
+        # A row whose text is kept is taken last.
+        rows = sorted(set(range(self.rows)) - set(self._slots), key=lambda row: (row in self._kept, row))[:needed]
+        for row in rows:
+            self._kept.pop(row, None)
+        if not self._slots and not self._kept:
+            self._clear()  # an engine that is empty takes the shape of its new prompts
+        mesh, share = self._model.mesh, self.rows // samples
+        count = divisible(max(fill, _power_of_two(len(requests))), mesh)
+        whole = (
+            not self._cache.caches
+            and count >= share
+            and share * samples == self.rows
+            and share == divisible(share, mesh)
         )
-        if self._copies > 1:
-            logits, caches = jnp.repeat(logits, self._copies, axis=0), repeat_rows(caches, self._copies)
-        return logits, caches, slots
+        count = share if whole else count
+        prompts = [list(request.prompt) for request in requests] + [[]] * (count - len(requests))
+        logits, caches = self._cache.read(prompts, [self._limit(request) for request in requests])
+        rows += [self.rows] * (count * samples - needed)
+        self._cache.place(caches, samples, None if whole else rows)
+        if samples > 1:
+            logits = jax.numpy.repeat(logits, samples, axis=0)
+        return self._begin(logits, requests, samples, None if whole else rows)
 
-    def _known(self) -> int:
-        """How many tokens of the only prompt the memory holds; the last one is always read again."""
-        if self._memory is None or not self._memory.caches or len(self._rows) != 1 or self._copies != 1:
-            return 0
-        prompt, shared = self._rows[0], 0
-        for mine, theirs in zip(prompt[:-1], self._memory.tokens, strict=False):
-            if mine != theirs:
-                break
-            shared += 1
-        return shared
+    def _limit(self, request: Request) -> int:
+        return min(len(request.prompt) + request.options.max_new_tokens, self._model.max_length)
 
-    def _room(self, caches: Caches, slots: int, state: State | BeamState) -> tuple[Caches, int, int]:
-        """Room for a flush of tokens: caches, their slots, and how many tokens to write. `state` is on the host."""
-        # Rows that have ended do not count: one may stand at the end of its context while others have far to go.
-        lengths, limits = state.lengths[~state.finished], state.limits[~state.finished]
-        longest, steps = int(lengths.max()), min(self._flush, int((limits - lengths).max()))
-        if longest + steps > slots:
-            slots = min(bucket(max(self._limits)), bucket(slots + 1))
-            caches = grow(caches, slots)
-        return caches, slots, min(steps, slots - longest)
-
-    def _decode(self) -> Iterator[None]:
-        generator, copies = self._generator, self._copies
-        settings, stops = self._settings()
-        keys = row_keys(self._options.seed, self._numbers, copies)
-        prompts = [prompt for prompt in self._rows for _ in range(copies)]
-        limits = [limit for limit in self._limits for _ in range(copies)]
-        room = bucket(max(limits))
-        state = new_state(prompts, limits, room, keys, generator.decoder.config.vocab_size, self._method)
-        logits, caches, slots = self._read_prompts()
-        state = write(logits, state, settings, stops, method=self._method)
-        self._look(state)
-        yield
-        while not self._over():
-            state = self._with_stopped(state)
-            if self._over():
-                break
-            caches, slots, steps = self._room(caches, slots, self._host)
-            caches, state = decode(
-                generator.decoder,
-                generator.weights,
-                caches,
-                state,
-                settings,
-                stops,
-                np.int32(steps),
-                method=self._method,
-            )
-            self._look(state)
-            yield
-        self._caches = caches
-
-    def _look(self, state: State) -> None:
-        self._host = _fetch(dataclasses.replace(state, seen=None, keys=None), self._generator.mesh)
-
-    def _over(self) -> bool:
-        return bool(np.all(self._host.finished))
-
-    def _stopped_rows(self) -> np.ndarray:
-        rows = np.zeros(len(self._rows) * self._copies, bool)
-        for prompt, sample in self._stopped:
-            rows[prompt * self._copies + sample] = True
-        return rows
-
-    def _with_stopped(self, state: State) -> State:
-        if self._stopped:
-            finished = self._host.finished | self._stopped_rows()
-            self._host = dataclasses.replace(self._host, finished=finished)
-            state = dataclasses.replace(state, finished=finished)
-        return state
-
-    def stop(self, prompt: int, sample: int = 0) -> None:
-        """Ends an answer, e.g. because its text holds a stop text."""
-        self._stopped.add((prompt, sample))
-
-    def _search(self) -> Iterator[None]:
-        generator, copies = self._generator, self._copies
-        settings, stops = self._settings()
-        penalty = jnp.float32(self._options.length_penalty)
-        how: dict[str, Any] = dict(method=self._method, beams=self._beams)
-        room = bucket(max(self._limits))
-        vocab_size = generator.decoder.config.vocab_size
-        state = new_beams(self._rows, self._limits, room, copies, vocab_size, self._method)
-        logits, caches, slots = self._read_prompts()
-        state, _ = advance(logits, state, settings, stops, penalty, **how)
-        while True:
-            self._host = _fetch(dataclasses.replace(state, seen=None), self._generator.mesh)
-            if self._over():
-                return
-            yield
-            caches, slots, steps = self._room(caches, slots, self._host)
-            caches, state = search(
-                generator.decoder, generator.weights, caches, state, settings, stops, penalty, np.int32(steps), **how
-            )
-
-    def answers(self) -> list[list[Answer]]:
-        """What has been written so far: for each prompt its samples. Of a beam search, once it is over."""
-        result = []
-        for row, prompt in enumerate(self.prompts):
-            result.append([self._answer(row, sample, len(prompt)) for sample in range(self._options.samples)])
-        return result
-
-    def _answer(self, row: int, sample: int, start: int) -> Answer:
-        if isinstance(self._host, BeamState):
-            length = int(self._host.done_lengths[row, sample])
-            ids, complete = self._host.done_tokens[row, sample, start:length].tolist(), True
+    def _begin(
+        self, logits: jax.Array, requests: list[Request], samples: int, rows: list[int] | None
+    ) -> list[list[Slot]]:
+        """The first token after each prompt, and its row of the state; `rows` as `CacheRows.place` takes them."""
+        vocab_size, count = self._config.vocab_size, len(logits)
+        method = self._method
+        for request in requests:
+            own = Method.of(request.options, vocab_size)
+            method = own if method is None else method | own
+        assert method is not None
+        limits = [self._limit(request) for request in requests for _ in range(samples)]
+        room = max(bucket(max(limits)), 0 if self._state is None else self._state.tokens.shape[1])
+        empty = count - len(limits)
+        prompts = [list(request.prompt) for request in requests for _ in range(samples)] + [[]] * empty
+        keys = np.concatenate(
+            [row_keys(request.options.seed, [request.number], samples) for request in requests]
+            + [np.zeros((empty, 2), np.uint32)]
+        )
+        stop_ids = [frozenset((*self._model.stop_ids, *request.options.stop_ids)) for request in requests]
+        parts = [
+            Settings.of(request.options, samples, vocab_size, sorted(stops))
+            for request, stops in zip(requests, stop_ids, strict=True)
+        ]
+        parts.append(Settings.of(Decoding(), empty, vocab_size))
+        settings = _stacked(parts)
+        state = new_state(prompts, limits + [1] * empty, room, keys, vocab_size, method)
+        state = append(logits, state, settings, method=method)
+        if rows is None:
+            rows, self._state, self._settings = list(range(count)), state, settings
         else:
-            place = row * self._copies + sample
-            ids = self._host.tokens[place, start : int(self._host.lengths[place])].tolist()
-            complete = bool(self._host.finished[place]) or (row, sample) in self._stopped
-        finish = "length" if len(ids) >= self._options.max_new_tokens else "context"
-        if (ids and ids[-1] in self._stops) or (row, sample) in self._stopped:
-            finish = "stop"
-        if ids and ids[-1] in self._stops:
-            ids.pop()
-        return Answer(tuple(ids), finish, complete)
+            self._put(state, settings, rows, room, method)
+        self._method = method
+        slots = [
+            Slot(rows[index], requests[index // samples], index % samples, stop_ids[index // samples])
+            for index in range(len(limits))
+        ]
+        self._slots |= {slot.row: slot for slot in slots}
+        return [slots[start : start + samples] for start in range(0, len(slots), samples)]
 
-    def memory(self) -> Memory | None:
-        """For the next turn of a conversation, once `steps` has ended; None when it cannot be gone on with.
+    def _put(self, new: State, settings: Settings, rows: list[int], room: int, method: Method) -> None:
+        vocab_size = self._config.vocab_size
+        if self._state is None:
+            keys = np.zeros((self.rows, 2), np.uint32)
+            self._state = new_state([[]] * self.rows, [1] * self.rows, room, keys, vocab_size, method)
+            self._settings = Settings.of(Decoding(), self.rows, vocab_size)
+        self._flush_ended()
+        tokens, seen = self._state.tokens, self._state.seen
+        if tokens.shape[1] < room:
+            tokens = jax.numpy.pad(tokens, ((0, 0), (0, room - tokens.shape[1])))
+        if not method.penalty:
+            seen = None
+        elif seen is None:
+            seen = np.zeros((self.rows, vocab_size), bool)  # rows from before have no penalty
+        self._state = admit(dataclasses.replace(self._state, tokens=tokens, seen=seen), new, np.array(rows, np.int32))
+        there = np.array([row for row in rows if row < self.rows], np.int32)
+        assert self._settings is not None
+        self._settings = _replaced(self._settings, settings, there)
 
-        That is for a batch of several rows, and for dynamic RoPE, where a longer text turns all of its keys anew.
+    def step(self, tokens: int = FLUSH) -> list[tuple[Slot, list[int]]]:
+        """Gives every row up to `tokens` more, until it ends.
+
+        Returns:
+            The slots that have something new since the last call, `admit` included, or that have ended, with it.
         """
-        dynamic = self._generator.decoder.config.attention.rope.rope_type == "dynamic"
-        if len(self._rows) != 1 or self._copies != 1 or dynamic or not isinstance(self._host, State):
-            return None
-        caches, self._caches = self._caches, []
-        # The last token has been written, but not read.
-        return Memory(self._host.tokens[0, : int(self._host.lengths[0]) - 1].tolist(), caches)
+        with use_mesh(self._model.mesh):
+            if not self.idle:
+                self._flush_ended()
+                # Rows that have ended do not count: one may stand at the end of its context while others go far.
+                lengths, limits = (x[~self._host.finished] for x in (self._host.lengths, self._host.limits))
+                limit = max(self._limit(slot.request) for slot in self._slots.values())
+                steps = min(tokens, int((limits - lengths).max()))
+                steps = self._cache.make_room(int(lengths.max()), steps, limit)
+                assert self._method is not None and self._settings is not None
+                self._cache.caches, self._state = step(
+                    self._model.decoder,
+                    self._model.weights,
+                    self._cache.caches,
+                    self._state,
+                    self._settings,
+                    np.int32(steps),
+                    method=self._method,
+                )
+                self._look()
+        updates = []
+        for slot in self._slots.values():
+            new, was = slot.ids[slot.reported :], slot.reported
+            slot.reported = len(slot.ids) + slot.complete  # an end is told once, too
+            if slot.reported > was:
+                updates.append((slot, new))
+        return updates
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to do: every row is free or has ended."""
+        return self._host is None or bool(np.all(self._host.finished))
+
+    def stop(self, slot: Slot) -> None:
+        """Ends an answer, e.g. because its text holds a stop text; its row stays occupied."""
+        slot.stopped, slot.complete = True, True
+        self._end(slot)
+
+    def release(self, slot: Slot) -> None:
+        """Frees a row, whether its answer is complete or given up."""
+        assert self._slots.get(slot.row) is slot, "a row is released once"
+        self._end(slot)
+        del self._slots[slot.row]
+        if self._keep:
+            # The last token has been generated, but perhaps not read.
+            self._kept[slot.row] = [*slot.request.prompt, *slot.ids][:-1]
+
+    def _end(self, slot: Slot) -> None:
+        if not self._host.finished[slot.row]:
+            self._host.finished[slot.row] = True
+            self._ended_here = True
+
+    def _flush_ended(self) -> None:
+        if self._ended_here:
+            self._state = dataclasses.replace(self._state, finished=self._host.finished.copy())
+            self._ended_here = False
+
+    def _look(self) -> None:
+        """Brings what the device has generated to the slots."""
+        self._flush_ended()
+        host = fetch(dataclasses.replace(self._state, seen=None, keys=None), self._model.mesh)
+        self._host = dataclasses.replace(host, finished=np.array(host.finished))
+        for row, slot in self._slots.items():
+            slot.ids = host.tokens[row, host.starts[row] : host.lengths[row]].tolist()
+            slot.complete = slot.stopped or bool(host.finished[row])
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _stacked(parts: list[Settings]) -> Settings:
+    """Settings of several texts, with as many places for stop ids as the longest list needs."""
+    width = max(part.stop_ids.shape[1] for part in parts)
+    wide = [dataclasses.replace(part, stop_ids=_widened(part.stop_ids, width)) for part in parts]
+    stacked: Settings = jax.tree.map(lambda *leaves: np.concatenate(leaves), *wide)
+    return stacked
+
+
+def _widened(stop_ids: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(stop_ids, ((0, 0), (0, width - stop_ids.shape[1])), constant_values=-1)
+
+
+def _replaced(settings: Settings, new: Settings, rows: np.ndarray) -> Settings:
+    """The settings with the first len(rows) of `new` in `rows`."""
+    width = max(settings.stop_ids.shape[1], new.stop_ids.shape[1])
+
+    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        old = old.copy()
+        old[rows] = new[: len(rows)]
+        return old
+
+    wide = [dataclasses.replace(s, stop_ids=_widened(s.stop_ids, width)) for s in (settings, new)]
+    replaced: Settings = jax.tree.map(put, *wide)
+    return replaced

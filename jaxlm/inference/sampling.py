@@ -20,62 +20,88 @@ from jaxlm.config import Decoding
 
 # Top-k looks at this many candidates or a power of two times as many; k itself may change without compiling anew.
 LEAST_CANDIDATES = 64
+# Codes of `Settings.draw`; above them: how many of the best candidates are sorted and filtered.
+GREEDY = -1
+UNSORTED = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the compiled program does; the rest are numbers in `Settings`.
+    """What the compiled program of a batch can do; which row needs what is a number in `Settings`.
+
+    The program computes each way of drawing for all rows and takes each row's own. So a row's token does not depend
+    on the settings of its neighbours.
 
     Args:
-        sample: draw, instead of taking the best.
-        candidates: sort and filter this many of the best; 0: no filter needs a sorted list.
-        penalty: the repetition penalty is on.
-        ngram: no n-gram of this size may repeat; 0 is off.
+        draws: the codes that rows have, ascending: GREEDY, UNSORTED, or a number of sorted candidates.
+        penalty: some row has a repetition penalty.
+        ngrams: sizes of n-grams that must not repeat in some row.
     """
 
-    sample: bool = False
-    candidates: int = 0
+    draws: tuple[int, ...] = (GREEDY,)
     penalty: bool = False
-    ngram: int = 0
+    ngrams: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, options: Decoding, vocab_size: int) -> Method:
-        sample = options.temperature > 0
-        candidates = 0
-        if sample and options.top_k > 0:
-            candidates = LEAST_CANDIDATES
-            while candidates < options.top_k:
-                candidates *= 2
-            candidates = min(candidates, vocab_size)
-        elif sample and options.top_p < 1:
-            candidates = vocab_size
-        return cls(sample, candidates, options.repetition_penalty != 1, options.no_repeat_ngram_size)
+        """What one text needs."""
+        draw = GREEDY
+        if options.temperature > 0 and options.top_k > 0:
+            draw = LEAST_CANDIDATES
+            while draw < options.top_k:
+                draw *= 2
+            draw = min(draw, vocab_size)
+        elif options.temperature > 0:
+            draw = vocab_size if options.top_p < 1 else UNSORTED
+        ngrams = (options.no_repeat_ngram_size,) if options.no_repeat_ngram_size else ()
+        return cls((draw,), options.repetition_penalty != 1, ngrams)
+
+    def __or__(self, other: Method) -> Method:
+        """What a batch needs that holds rows of both."""
+
+        def both(mine: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(sorted({*mine, *theirs}))
+
+        return Method(both(self.draws, other.draws), self.penalty or other.penalty, both(self.ngrams, other.ngrams))
 
 
 @flax.struct.dataclass
 class Settings:
-    """Numbers of each row, float32 or int32 [R].
+    """How each of R rows is decoded.
 
-    top_k 0 and top_p 1 are off.
+    Attributes:
+        draw: [R] int32, see `Method.draws`.
+        temperature, top_p, min_p, repetition_penalty: [R] float32; top_p 1, min_p 0 and repetition_penalty 1 are off.
+        top_k: [R] int32; 0 is off.
+        ngram: [R] int32, size of n-grams that must not repeat; 0 is off.
+        stop_ids: [R, n] int32, tokens that end the text; -1 fills up.
     """
 
+    draw: Any
     temperature: Any
     top_k: Any
     top_p: Any
     min_p: Any
     repetition_penalty: Any
+    ngram: Any
+    stop_ids: Any
 
     @classmethod
-    def of(cls, options: Decoding, rows: int) -> Settings:
+    def of(cls, options: Decoding, rows: int, vocab_size: int, stop_ids: Sequence[int] = ()) -> Settings:
+        """The same settings for each of `rows` rows, in NumPy arrays."""
+
         def full(value: float, dtype: Any = np.float32) -> np.ndarray:
             return np.full(rows, value, dtype)
 
         return cls(
+            draw=full(Method.of(options, vocab_size).draws[0], np.int32),
             temperature=full(options.temperature or 1.0),
             top_k=full(options.top_k, np.int32),
             top_p=full(options.top_p),
             min_p=full(options.min_p),
             repetition_penalty=full(options.repetition_penalty),
+            ngram=full(options.no_repeat_ngram_size, np.int32),
+            stop_ids=np.tile(np.array(sorted(set(stop_ids)), np.int32), (rows, 1)),
         )
 
 
@@ -93,8 +119,9 @@ def penalize(
         assert seen is not None
         penalty = settings.repetition_penalty[:, None]
         scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
-    if method.ngram:
-        scores = jnp.where(_repeating(tokens, lengths, method.ngram, scores.shape[1]), -jnp.inf, scores)
+    for size in method.ngrams:
+        banned = _repeating(tokens, lengths, size, scores.shape[1]) & (settings.ngram == size)[:, None]
+        scores = jnp.where(banned, -jnp.inf, scores)
     return scores
 
 
@@ -111,17 +138,21 @@ def _repeating(tokens: jax.Array, lengths: jax.Array, size: int, vocab_size: int
     return banned.at[jnp.arange(rows)[:, None], tokens].max(match, mode="drop")
 
 
-def filtered(logits: jax.Array, settings: Settings, method: Method) -> tuple[jax.Array, jax.Array | None]:
+def filtered(logits: jax.Array, settings: Settings, candidates: int) -> tuple[jax.Array, jax.Array | None]:
     """Logits after temperature, top-k, top-p and min-p; what is filtered out is -inf.
+
+    Args:
+        logits: [R, V] float32.
+        candidates: C, the number of best tokens that top-k and top-p look at; UNSORTED: no row has either.
 
     Returns:
         ([R, C], the tokens [R, C] they belong to), or ([R, V], None) when nothing had to be sorted.
     """
     scaled = logits / settings.temperature[:, None]
     ids = None
-    if method.candidates:
-        scaled, ids = jax.lax.top_k(scaled, method.candidates)
-        rank = jnp.arange(method.candidates)[None]
+    if candidates:
+        scaled, ids = jax.lax.top_k(scaled, candidates)
+        rank = jnp.arange(candidates)[None]
         top_k = settings.top_k[:, None]
         scaled = jnp.where((top_k > 0) & (rank >= top_k), -jnp.inf, scaled)
         probabilities = jax.nn.softmax(scaled, axis=-1)
@@ -142,9 +173,19 @@ def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Sett
         keys: [R, 2] uint32 key data; row and step alone decide what is drawn, not the batch.
         counts: [R] int32, how many tokens the row has been given.
     """
-    if not method.sample:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores, ids = filtered(logits, settings, method)
+    chosen: jax.Array | None = None
+    for draw in method.draws:
+        if draw == GREEDY:
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            tokens = _drawn(logits, keys, counts, settings, draw)
+        chosen = tokens if chosen is None else jnp.where(settings.draw == draw, tokens, chosen)
+    assert chosen is not None, "a method has at least one way to draw"
+    return chosen
+
+
+def _drawn(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Settings, candidates: int) -> jax.Array:
+    scores, ids = filtered(logits, settings, candidates)
 
     def draw(key: jax.Array, count: jax.Array, scores: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), count), scores)
@@ -156,7 +197,7 @@ def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Sett
 
 
 def row_keys(seed: int, numbers: Sequence[int], samples: int) -> np.ndarray:
-    """Key data [len(numbers) * samples, 2] uint32: of each prompt, by its number, and of each of its samples."""
+    """Key data [len(numbers) * samples, 2] uint32: each prompt's, by its number, and each of its samples'."""
     return np.array(
         [
             np.random.SeedSequence([seed, number, sample]).generate_state(2)

@@ -1,4 +1,4 @@
-"""All that a plan says, in one object."""
+"""The plan of a run as one object."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.planning.suggest import Suggestion, suggest
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.build import build
+from jaxlm.training.setup import set_up
 from jaxlm.training.state import count
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts; bytes and FLOPs as their classes say.
+    """What is known about a run before it starts; the classes of the fields give the units.
 
     Attributes:
-        devices: how many, along which axes of the mesh.
-        parameters, trained: how many there are.
-        micro_batch, accumulation: rows of a device group at a time, and how often.
-        attention: which runs, and why.
+        devices: number of devices along each axis of the mesh.
+        parameters, trained: number of parameters of the model, and of those that train.
+        micro_batch, accumulation: rows of a device group at a time, and the number of micro-steps.
+        attention: the attention backend, and why.
         fits: by the compiler if asked, else by the estimate; None: the devices' memory is not known.
     """
 
@@ -82,10 +82,10 @@ def plan(
             f"data.sequence_length: {config.data.sequence_length} is more than the {shape.max_length} positions of the "
             "model"
         )
-    built = build(config, shape, topology)
-    setup = built.initializer(built.optimizer(config.train.steps or 1000)[0])
-    memory = estimate_memory(built, setup)
-    cost = estimate_cost(built, setup, memory, topology.slices)
+    setup = set_up(config, shape, topology)
+    initializer = setup.initializer(setup.schedule(config.train.steps or 1000))
+    memory = estimate_memory(setup, initializer)
+    cost = estimate_cost(setup, initializer, memory, topology.slices)
     time = estimate_time(cost, topology.chip, topology.count)
     compiled = None
     if compile:
@@ -100,12 +100,12 @@ def plan(
     suggestions = [] if fits is None else suggest(config, shape, topology, time, fits)
     return Plan(
         topology=topology,
-        devices=axis_sizes(built.mesh),
-        parameters=count(setup.params),
-        trained=count(setup.trainable),
-        micro_batch=built.micro_batch,
-        accumulation=built.accumulation,
-        attention=built.attention[1],
+        devices=axis_sizes(setup.mesh),
+        parameters=count(initializer.params),
+        trained=count(initializer.trainable),
+        micro_batch=setup.micro_batch,
+        accumulation=setup.accumulation,
+        attention=setup.attention[1],
         memory=memory,
         cost=cost,
         time=time,

@@ -11,9 +11,9 @@ from jaxlm.errors import UserError
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import estimate_memory, resident_bytes
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.build import Build, batch_split, build
+from jaxlm.training.setup import TrainSetup, batch_split, set_up
 
-# What is recomputed, from least to most.
+# Policies from the least to the most recomputation.
 REMAT = ("none", "dots", "qkv_out", "qkv", "full")
 # The estimate misses by up to a tenth.
 MARGIN = 0.9
@@ -24,9 +24,9 @@ class Suggestion:
     """Settings for the command line.
 
     Attributes:
-        changes: key -> value, of those that differ.
-        bytes: of a device, estimated.
-        time: of a step; None where the chip's peak is not known.
+        changes: key -> value, of the keys that differ.
+        bytes: estimated memory of a device.
+        time: estimated time of a step; None where the chip's peak is not known.
     """
 
     changes: dict[str, str]
@@ -42,39 +42,46 @@ def suggest(
 ) -> list[Suggestion]:
     """Settings near these that leave a tenth of the memory free.
 
-    Changed are model.remat, train.micro_batch_size (the rows of a step stay), and the mesh's data, fsdp and tensor.
+    It changes model.remat, train.micro_batch_size (the rows of a step stay), and the mesh's data, fsdp and tensor.
 
     Args:
-        now: of the settings as they are.
-        fits: whether they fit. If so, only faster ones are found, the fastest first; if not, those with fewest changes
-            first, and of these the fastest.
+        now: time of a step with the present settings.
+        fits: whether the present settings fit. If so, only faster settings are returned, the fastest first; if not,
+            those with fewest changes first, and of these the fastest.
     """
-    found: list[Suggestion] = []
+    suggestions: list[Suggestion] = []
     room = MARGIN * topology.chip.memory
     for mesh in _meshes(config, shape, topology) if not fits else [config.mesh]:
-        if found:
+        if suggestions:
             break  # another mesh is a greater change, and each takes seconds to look at
         try:
-            built = build(dataclasses.replace(config, mesh=mesh), shape, topology)
-            setup = built.initializer(built.optimizer(1000)[0])
+            setup = set_up(dataclasses.replace(config, mesh=mesh), shape, topology)
+            initializer = setup.initializer(setup.schedule(1000))
         except UserError:
             continue  # the mesh does not go with this model or batch
-        if resident_bytes(setup) > room:
+        if resident_bytes(initializer) > room:
             continue
         for remat in REMAT:
             for rows in _rows(config.train.micro_batch_size):
-                one = _changed(built, remat, rows)
-                if one is None:
+                changed = _changed(setup, remat, rows)
+                if changed is None:
                     continue
-                memory = estimate_memory(one, setup)
-                time = estimate_time(estimate_cost(one, setup, memory, topology.slices), topology.chip, topology.count)
-                changes = _changes(config, one.config)
+                memory = estimate_memory(changed, initializer)
+                time = estimate_time(
+                    estimate_cost(changed, initializer, memory, topology.slices), topology.chip, topology.count
+                )
+                changes = _changes(config, changed.config)
                 faster = time is not None and now is not None and time.longest < 0.98 * now.longest
                 if changes and memory.peak <= room and (faster or not fits):
-                    found.append(Suggestion(changes, memory.peak, time))
-    # With a device of unknown speed, what is recomputed least.
-    found.sort(key=lambda one: (0 if fits else len(one.changes), one.time.longest if one.time else one.bytes))
-    return found[:most]
+                    suggestions.append(Suggestion(changes, memory.peak, time))
+
+    def rank(suggestion: Suggestion) -> tuple[float, float]:
+        # On a device of unknown speed, the one that recomputes least comes first.
+        cost = suggestion.time.longest if suggestion.time else suggestion.bytes
+        return (0 if fits else len(suggestion.changes)), cost
+
+    suggestions.sort(key=rank)
+    return suggestions[:most]
 
 
 def _meshes(config: RunConfig, shape: DecoderSpec, topology: Topology) -> list[MeshConfig]:
@@ -90,23 +97,23 @@ def _rows(now: int) -> list[int]:
     return [rows for rows in (4 * now, 2 * now, now, now // 2, now // 4, 1) if rows >= 1]
 
 
-def _changed(built: Build, remat: str, rows: int) -> Build | None:
-    """Other settings on the same mesh; None where they come to something else than they say."""
+def _changed(setup: TrainSetup, remat: str, rows: int) -> TrainSetup | None:
+    """Other settings on the same mesh; None where the micro-batch that results is not the one asked for."""
     config = dataclasses.replace(
-        built.config,
-        model=dataclasses.replace(built.config.model, remat=remat),  # type: ignore[arg-type]
-        train=dataclasses.replace(built.config.train, micro_batch_size=rows),
+        setup.config,
+        model=dataclasses.replace(setup.config.model, remat=remat),  # type: ignore[arg-type]
+        train=dataclasses.replace(setup.config.train, micro_batch_size=rows),
     )
-    if config.train.loss_normalisation == "mean_of_means" and rows != built.config.train.micro_batch_size:
+    if config.train.loss_normalisation == "mean_of_means" and rows != setup.config.train.micro_batch_size:
         return None  # the micro batch is part of the loss
     try:
-        micro, accumulation = batch_split(config, rows_axis_size(built.mesh))
+        micro, accumulation = batch_split(config, rows_axis_size(setup.mesh))
     except UserError:
         return None
     if micro != rows:
         return None
-    model = built.model.clone(remat=remat)
-    return dataclasses.replace(built, config=config, model=model, micro_batch=micro, accumulation=accumulation)
+    model = setup.model.clone(remat=remat)
+    return dataclasses.replace(setup, config=config, model=model, micro_batch=micro, accumulation=accumulation)
 
 
 def _changes(old: RunConfig, new: RunConfig) -> dict[str, str]:

@@ -13,21 +13,8 @@ from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
 from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece
 from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
+from jaxlm.tokenizer.files import find_tokenizer_files
 from jaxlm.tokenizer.settings import Settings, added_tokens, read_settings
-
-# Everything that belongs to a tokenizer and travels with it.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    MODALITIES_FILE,
-)
 
 
 class Tokenizer:
@@ -265,13 +252,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 f"{path} holds no tokenizer: neither tokenizer.json nor tokenizer.model; "
                 "copy one there, or name one (tokenizer.path in train, --tokenizer in generate)"
             )
-        files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+        files = find_tokenizer_files(directory)
     elif path.is_file():
         directory, main = path.parent, path
         # A settings file belongs to the tokenizer only if it stands beside a file with the usual name.
-        usual = path.name in ("tokenizer.json", "tokenizer.model")
-        names = [n for n in TOKENIZER_FILES if usual and n not in ("tokenizer.json", "tokenizer.model")]
-        files = [path, *(directory / name for name in names if (directory / name).is_file())]
+        main_names = ("tokenizer.json", "tokenizer.model")
+        beside_it = find_tokenizer_files(directory) if path.name in main_names else []
+        files = [path, *(file for file in beside_it if file.name not in main_names)]
     else:
         raise UserError(f"tokenizer: {path} does not exist")
     names_here = [file.name for file in files]

@@ -1,7 +1,7 @@
 """Checkpoints of a run: Orbax, asynchronous, atomic; everything needed to go on exactly.
 
-A step directory holds `model/` (what trains: {'params'} or {'lora'}), `train/` (optimizer, step, key), and
-`jaxlm/` (model.json, run.yaml, data.json: the iterator's state, tokenizer files): it can stand alone as a model.
+A step directory is a jaxlm directory (`jaxlm.weights.native`, which says what lies where) with `train/` (optimizer,
+step, key) and the run's own small files beside what makes it a model: it can stand alone as one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxlm.errors import UserError
 from jaxlm.training.state import TrainState
-
-# Largest piece of a stored tensor. A converter reads a layer without reading its whole stack.
-CHUNK_BYTES = 64 * 2**20
+from jaxlm.weights.native import layout
+from jaxlm.weights.native.layout import ARRAYS, COMMITTED, DATA_STATE, SMALL_FILES, TRAIN
 
 
 class SmallFiles:
@@ -48,7 +47,7 @@ class SmallFiles:
         async def read() -> None:
             folder = Path(directory)
             found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-            found.pop("commit_success.txt", None)  # Orbax's own
+            found.pop(COMMITTED, None)  # Orbax's own
             self.files = {name: path.read_bytes() for name, path in found.items()}
 
         return read()
@@ -56,7 +55,7 @@ class SmallFiles:
 
 def _context() -> ocp.Context:
     context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.array.saving.storage_options.chunk_byte_size = layout.CHUNK_BYTES
     context.array.saving.scoped_storage_options_creator = _storage
     return context
 
@@ -127,9 +126,9 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         items = {
-            "model": state.trainable,
-            "train": _train_part(state),
-            "jaxlm": SmallFiles({**files, "data.json": json.dumps(data_state).encode()}),
+            ARRAYS: state.trainable,
+            TRAIN: _train_part(state),
+            SMALL_FILES: SmallFiles({**files, DATA_STATE: json.dumps(data_state).encode()}),
         }
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
         try:
@@ -156,7 +155,7 @@ class Checkpoints:
     def files(self, step: int) -> dict[str, bytes]:
         """The small files of a step: model.json, run.json, tokenizer/..."""
         holder = SmallFiles()
-        self._checkpointer.load_checkpointables(step, {"jaxlm": holder})
+        self._checkpointer.load_checkpointables(step, {SMALL_FILES: holder})
         return holder.files
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -167,7 +166,7 @@ class Checkpoints:
         """
         try:
             found = self._checkpointer.load_checkpointables(
-                step, {"model": abstract.trainable, "train": _train_part(abstract)}
+                step, {ARRAYS: abstract.trainable, TRAIN: _train_part(abstract)}
             )
         except (ValueError, KeyError, OSError) as error:
             if self._model_is_readable(step, abstract):
@@ -181,12 +180,12 @@ class Checkpoints:
                 f"{self.path(step)}: this checkpoint cannot be read ({str(error).splitlines()[0][:300]}); "
                 f"to go on from an earlier one, delete or move it away"
             ) from error
-        state = abstract.replace(trainable=found["model"], **found["train"])  # type: ignore[attr-defined]
-        return state, json.loads(self.files(step)["data.json"])
+        state = abstract.replace(trainable=found[ARRAYS], **found[TRAIN])  # type: ignore[attr-defined]
+        return state, json.loads(self.files(step)[DATA_STATE])
 
     def _model_is_readable(self, step: int, abstract: TrainState) -> bool:
         try:
-            self._checkpointer.load_checkpointables(step, {"model": abstract.trainable})
+            self._checkpointer.load_checkpointables(step, {ARRAYS: abstract.trainable})
         except (ValueError, KeyError, OSError):
             return False
         return True
@@ -215,19 +214,6 @@ def _train_part(state: TrainState) -> dict[str, Any]:
 def _disk_error(path: Path, error: OSError) -> UserError:
     reason = error.strerror or str(error)
     return UserError(f"{path}: cannot write a checkpoint ({reason}); free space or choose another output_dir")
-
-
-def model_json(model: dict[str, Any], lora: dict[str, Any] | None, base: dict[str, str], dtype: str) -> bytes:
-    """Content of `jaxlm/model.json`, which makes a directory a jaxlm model.
-
-    Args:
-        model: shape of the model.
-        lora: configuration of the adapter; None for a full model.
-        base: where the base of an adapter is, by `jaxlm.locate.record_base`; empty for a full model.
-        dtype: of most parameters.
-    """
-    content = {"format": "jaxlm", "version": 1, "model": model, "lora": lora, "base": None, **base, "dtype": dtype}
-    return json.dumps(content, indent=1).encode()
 
 
 def tree_hash(tree: Any) -> str:

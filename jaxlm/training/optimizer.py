@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.tree_util import keystr
 
 from jaxlm.config import OptimizerConfig
 from jaxlm.errors import UserError
+from jaxlm.sharding import flat_dims
 
 Schedule = Callable[[Any], jax.Array]
-# Parameters that weight decay pulls on by default: matrices, not norms, biases and DoRA magnitudes.
-MATRICES = ("kernel", "embedding", "router", "lora_A", "lora_B")
+Axes = Mapping[str, tuple[str | None, ...]]  # path of a parameter (`keystr`) -> its logical axes
+MakeOptimizer = Callable[[Axes], optax.GradientTransformation]
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -65,39 +71,46 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def _decay_mask(params: Any) -> Any:
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-        return path[-1].key in MATRICES
+def parameter_axes(boxed: Any) -> Axes:
+    """The logical axes of every parameter.
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    Args:
+        boxed: parameters as their modules declare them (`nn.with_logical_partitioning`).
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return {keystr(path): tuple(leaf.names) for path, leaf in leaves}
 
 
-def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _is_matrix(axes: tuple[str | None, ...]) -> bool:
+    return len(flat_dims(axes)) > 1
+
+
+def _matrices(params: Any, axes: Axes) -> Any:
+    """True for what weight decay pulls on by default: matrices, not norms, biases and DoRA magnitudes."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(axes[keystr(path)]), params)
+
+
+def _per_layer(inner: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
     """Runs `inner` on each layer's own tensors in float32: on matrices as [in, out], on biases and the like as vectors.
 
     Adafactor factors a matrix and clips by a tensor's RMS, so stacking layers and splitting heads would change what it
     does; and running averages of squares stand still in bfloat16.
     """
 
-    def is_stacked(path: tuple[Any, ...]) -> bool:
-        return any(getattr(key, "key", None) == "layers" for key in path)
+    def is_stacked(name: str) -> bool:
+        return "layers" in axes[name]
 
-    def flat(path: tuple[Any, ...], leaf: Any) -> Any:
-        name = path[-1].key
-        start = 1 if is_stacked(path) else 0
-        dims = leaf.shape[start:]
-        if name not in MATRICES:
-            dims = (math.prod(dims),)
-        elif len(dims) > 2:
-            # q, k, v: [D, H, h]; lora_B [R, H, h]: first dim in. o: [H, h, D]; lora_A of o [H, h, R]: last dim out.
-            split = 2 if path[-2].key == "o_proj" and name in ("kernel", "lora_A") else 1
-            dims = math.prod(dims[:split]), math.prod(dims[split:])
+    def flatten(name: str, leaf: Any) -> Any:
+        start = 1 if is_stacked(name) else 0
+        ends = np.cumsum([start, *map(len, flat_dims(axes[name]))])
+        dims = [math.prod(leaf.shape[begin:end]) for begin, end in itertools.pairwise(ends)]
         return leaf.reshape(*leaf.shape[:start], *dims).astype(jnp.float32)
 
     def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        flat_tree = jax.tree_util.tree_leaves_with_path(jax.tree_util.tree_map_with_path(flat, tree))
-        named = [(jax.tree_util.keystr(path), is_stacked(path), leaf) for path, leaf in flat_tree]
-        return {n: v for n, s, v in named if s}, {n: v for n, s, v in named if not s}
+        """The tensors by name: those of layers, and the others."""
+        flat = {keystr(path): flatten(keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        stacked = {name: leaf for name, leaf in flat.items() if is_stacked(name)}
+        return stacked, {name: leaf for name, leaf in flat.items() if name not in stacked}
 
     def init(params: Any) -> Any:
         stacked, rest = split(params)
@@ -112,28 +125,28 @@ def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformat
         rest, new_state["rest"] = inner.update(rest, state["rest"], rest_params)
         merged = stacked | rest
 
-        def back(path: tuple[Any, ...], leaf: Any) -> Any:
-            return merged[jax.tree_util.keystr(path)].reshape(leaf.shape)
+        def restore(path: tuple[Any, ...], leaf: Any) -> Any:
+            return merged[keystr(path)].reshape(leaf.shape)
 
-        return jax.tree_util.tree_map_with_path(back, updates), new_state
+        return jax.tree_util.tree_map_with_path(restore, updates), new_state
 
     return optax.GradientTransformation(init, update)
 
 
-def _clip_by_rms(threshold: float) -> optax.GradientTransformation:
+def _clip_by_rms(threshold: float, axes: Axes) -> optax.GradientTransformation:
     """Divides each tensor by its RMS over `threshold` where that is above 1; tensors by name, see `_per_layer`.
 
     Zeros behind a layer's own LoRA rank are not the layer's, and do not count.
     """
 
     def clip(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-        values: int | jax.Array = update.size
-        name = path[-1].key
-        if name.endswith(("['lora_A']", "['lora_B']")):
-            across = 0 if name.endswith("['lora_A']") else 1  # [in, R], [R, out]
-            ranks = jnp.any(update != 0, axis=across).sum()
-            values = update.shape[across] * jnp.maximum(1, ranks)
-        rms = jnp.sqrt(jnp.sum(jnp.square(update)) / values)
+        size: int | jax.Array = update.size
+        dims = flat_dims(axes[path[-1].key])
+        if ("lora_rank",) in dims:
+            other = 1 - dims.index(("lora_rank",))
+            ranks = jnp.any(update != 0, axis=other).sum()
+            size = update.shape[other] * jnp.maximum(1, ranks)
+        rms = jnp.sqrt(jnp.sum(jnp.square(update)) / size)
         return update / jnp.maximum(1.0, rms / threshold)
 
     def init(params: Any) -> optax.EmptyState:
@@ -145,14 +158,17 @@ def _clip_by_rms(threshold: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, schedule: Schedule, axes: Axes) -> optax.GradientTransformation:
     """The update rule; gradients come in already clipped.
 
     adamw: decoupled decay as torch.optim.AdamW. lion: arXiv:2302.06675. adafactor: arXiv:1804.04235 as transformers'
     Trainer runs it with `--optim adafactor`: relative steps, parameter scaling and the first moment off; every matrix
     is factored, however small. Its averages are float32 for parameters of any dtype.
+
+    Args:
+        axes: of the parameters that train, see `parameter_axes`.
     """
-    mask = _decay_mask if config.decay == "matrices" else None
+    mask = partial(_matrices, axes=axes) if config.decay == "matrices" else None
     if config.name == "adamw":
         return optax.adamw(
             schedule,
@@ -169,8 +185,9 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.Gradien
             optax.chain(
                 # epsilon and decay exponent of the paper; HF: eps=(1e-30, 1e-3), clip 1.0, decay -0.8.
                 optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=0),
-                _clip_by_rms(1.0),
-            )
+                _clip_by_rms(1.0, axes),
+            ),
+            axes,
         ),
         optax.add_decayed_weights(config.weight_decay, mask=mask) if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),

@@ -27,9 +27,10 @@ from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.version1 import ModelFields, read_model, recorded
 from jaxlm.spec import DecoderSpec, differences
+from jaxlm.weights.leaves import LeafReader
+from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
-RUN, PRINTS = "run.yaml", "fingerprints.json"  # files of a checkpoint
 
 # Keys that may differ: where and how long it runs and what it tells, not what is computed from which data.
 FREE = (
@@ -75,24 +76,14 @@ PATHS = ("path", "shape", "train_on", "tokens_file")  # keys, by their last word
 BLOCK = 16  # elements along each of the last two dims of a sample
 
 
-class BaseModel(typing.Protocol):
-    """The leaves of a model in files (see `jaxlm.weights.leaves`)."""
-
-    @property
-    def leaves(self) -> Mapping[str, Any]:
-        """By path, with their `shape`."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
-
-
-def base_fingerprint(model: DecoderSpec, source: BaseModel) -> str:
+def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
     """Hash of a base model's shape and of a sample of each of its leaves.
 
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
     one other layer; norms are taken whole. That is little to read of any format, and an adapter merged into the model
     or training of any kind changes some of it. Fields of the shape that have their default value are left out: they may
-    be newer than the hash that this one is compared with; and a shape that version 1 of model.json had words for is
-    hashed in those.
+    be newer than the hash that this one is compared with. A shape is hashed in the words of model.json's version 1
+    where these suffice.
     """
     digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
     for path in sorted(source.leaves):
@@ -131,7 +122,7 @@ def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield tuple(block) if layer is None else (slice(layer, layer + 1), *block)
 
 
-def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: BaseModel) -> str:
+def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: LeafReader) -> str:
     """As version 1: all of the shape, as it was written down then, and the norms."""
     digest = hashlib.sha256(json.dumps(stored_shape, sort_keys=True).encode())
     for leaf in ("norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"):
@@ -153,7 +144,7 @@ class Inputs:
     config: RunConfig
     data: Data
     model: DecoderSpec
-    base: BaseModel | None
+    base: LeafReader | None
 
     @cached_property
     def base_fingerprint(self) -> str | None:
@@ -207,8 +198,8 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
     Raises:
         UserError: they are others; it names the settings that may be why.
     """
-    kept = json.loads(files[PRINTS])
-    stored = yaml.safe_load(files[RUN])
+    kept = json.loads(files[FINGERPRINTS])
+    stored = yaml.safe_load(files[RUN_YAML])
     version = kept.get("version", 1)
     if version > VERSION:
         raise UserError(f"{checkpoint}: was written by a newer jaxlm; update this one, or choose another output_dir")
@@ -223,7 +214,7 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         return
     reasons = [text for key, text in changes if key == "model.path"]
     if version == 1:
-        shape = json.loads(files["model.json"])["model"] if "model.json" in files else recorded(inputs.model)
+        shape = json.loads(files[MODEL_JSON])["model"] if MODEL_JSON in files else recorded(inputs.model)
         before = read_model(shape, "model.json: model")
         reasons += [f"its {name}: was {old!r}, is {new!r}" for name, old, new in differences(before, inputs.model)]
         same_base = before == inputs.model and kept.get("base") == _base_fingerprint_1(shape, inputs.base)
@@ -239,7 +230,7 @@ def length_before(files: Mapping[str, bytes], source: BatchSource) -> int:
     Args:
         source: batches of the run that goes on, in rows of the same number.
     """
-    config = yaml.safe_load(files[RUN])["train"]
+    config = yaml.safe_load(files[RUN_YAML])["train"]
     if config.get("steps") is not None:
         return int(config["steps"])
     return source.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
@@ -258,9 +249,9 @@ def _is_below(key: str, names: typing.Iterable[str]) -> bool:
 
 def _changes(files: Mapping[str, bytes], config: RunConfig) -> Iterator[tuple[str, str]]:
     """(key, what it was and is) of every setting that differs."""
-    before = _settings(yaml.safe_load(files[RUN]), RunConfig)
+    before = _settings(yaml.safe_load(files[RUN_YAML]), RunConfig)
     now = _settings(to_dict(config), RunConfig)
-    given = json.loads(files[PRINTS]).get("given")
+    given = json.loads(files[FINGERPRINTS]).get("given")
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if key not in now and "[" not in key and now.keys().isdisjoint(_parents(key)):

@@ -1,4 +1,4 @@
-"""Which experts the tokens of each modality use, as figures and as a picture."""
+"""The experts that the tokens of each modality use, as figures and as a plot."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ import numpy as np
 
 from jaxlm.spec import ExpertsSpec
 
-WINDOW = 100  # steps that the picture shows
+WINDOW = 100  # steps that the plot shows
 
 
 class RoutingReport:
-    """Collects the routers' decisions; does nothing for a dense model."""
+    """Collects the routers' decisions; does nothing for a dense model.
+
+    Args:
+        moe: the experts; None for a dense model.
+    """
 
     def __init__(self, moe: ExpertsSpec | None) -> None:
         self._moe = moe
         self._steps: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=WINDOW)
 
-    def add(self, use: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
-        """Takes a step's counts; returns its figures for the metrics file.
+    def take(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Takes a step's counts out of its metrics; returns figures for the metrics file.
 
         Args:
-            use: [L, modalities, E], tokens that used each expert.
-            tokens: [modalities], tokens there were.
+            metrics: of a model of experts, `expert_use` [L, modalities, E], the tokens that used each expert, and
+                `modality_tokens` [modalities], the tokens there were. Both are removed.
 
         Returns:
-            expert_share: by modality, the share of its tokens that used each expert, mean over layers (sums to k);
-            router_entropy: by modality, 0 when all use the same experts, 1 when every expert is used alike, mean
-            over layers; dropped: tokens that got fewer experts than their k, which is 0 by construction, and counted.
+            {} where there are none. expert_share: by modality, the share of its tokens that used each expert, mean over
+            layers (sums to k); router_entropy: by modality, 0 when all use the same experts, 1 when every expert is
+            used alike, mean over layers; dropped: tokens that got fewer experts than their k, which is 0 by
+            construction, and counted.
         """
-        assert self._moe is not None
+        if self._moe is None or "expert_use" not in metrics:
+            return {}
+        use, tokens = metrics.pop("expert_use"), metrics.pop("modality_tokens")
         self._steps.append((use, tokens))
         shares: dict[str, list[float]] = {}
         entropy: dict[str, float] = {}
@@ -42,8 +49,8 @@ class RoutingReport:
             share = use[:, number] / tokens[number]
             shares[name] = [round(float(value), 4) for value in share.mean(axis=0)]
             entropy[name] = round(float(np.mean([_evenness(row, self._moe.num_experts) for row in share])), 4)
-        wanted = (tokens * np.array(self._moe.top_k)).sum() * len(use)
-        dropped = 0 if self._moe.router == "activation_released" else int(wanted - use.sum())
+        expected = (tokens * np.array(self._moe.top_k)).sum() * len(use)
+        dropped = 0 if self._moe.router == "activation_released" else int(expected - use.sum())
         return {"expert_share": shares, "router_entropy": entropy, "dropped": dropped}
 
     def plot(self, target: Path) -> None:
@@ -78,7 +85,7 @@ class RoutingReport:
 
 
 def _evenness(share: np.ndarray, experts: int) -> float:
-    """Entropy of the use of experts, as a part of the largest there can be."""
+    """Entropy of the use of experts [E], as a share of the largest possible entropy."""
     if experts == 1 or share.sum() == 0:
         return 1.0
     p = share / share.sum()

@@ -1,32 +1,27 @@
-"""The training state: what trains, its optimizer state, and where each leaf lives."""
+"""The training state: what trains, its optimizer state, and the placement of each leaf."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
-from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
 from jaxlm.nn.lora import SAVEABLE
+from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
+from jaxlm.weights.leaves import LeafReader
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
 WHOLE_IF_UNEVEN = ("vocab",)
-
-
-class Readable(Protocol):
-    """Anything that can hand out slices of named leaves (see `convert`)."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @flax.struct.dataclass
@@ -37,8 +32,8 @@ class TrainState:
         step: optimizer steps done, int32.
         trainable: {'params': ...} for full fine-tuning, {'lora': ...} for adapters; float32 unless configured.
         opt_state: optax's state of `trainable`.
-        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so no key has to be carried on.
-        skipped: steps that were not taken because loss or gradient was not finite, int32.
+        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so that no key is carried over.
+        skipped: number of steps that were not taken because loss or gradient was not finite, int32.
     """
 
     step: Any
@@ -46,6 +41,13 @@ class TrainState:
     opt_state: Any
     dropout_key: Any
     skipped: Any
+
+
+def model_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
+    """What `Model.apply` takes, from the trained and the frozen tree."""
+    if "params" in trainable:
+        return {"params": trainable["params"]}
+    return with_saved_modules(frozen["params"], trainable["lora"])
 
 
 def with_saved(abstract: Any, lora: LoraConfig) -> Any:
@@ -67,21 +69,20 @@ class Initializer:
     Args:
         model: the model, with its adapters.
         lora: adapter settings, or None for full fine-tuning.
-        mesh: where arrays live.
-        optimizer: the update rule.
+        mesh: the devices that hold the arrays.
+        make_optimizer: makes the update rule for what trains, by its logical axes.
     """
 
-    def __init__(
-        self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, optimizer: optax.GradientTransformation
-    ) -> None:
-        self.model, self.lora, self.mesh, self.optimizer = model, lora, mesh, optimizer
+    def __init__(self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, make_optimizer: MakeOptimizer) -> None:
+        self.model, self.lora, self.mesh = model, lora, mesh
         boxed = abstract_variables(model)
         trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, lora)}
         self.params = nn.unbox(boxed["params"])
         self.params_shardings = tree_shardings(boxed["params"], mesh, WHOLE_IF_UNEVEN)
         self.trainable = nn.unbox(trainable)
         self.trainable_shardings = tree_shardings(trainable, mesh, WHOLE_IF_UNEVEN)
-        self.opt_state = jax.eval_shape(optimizer.init, self.trainable)
+        self.optimizer = make_optimizer(parameter_axes(trainable))
+        self.opt_state = jax.eval_shape(self.optimizer.init, self.trainable)
         self.opt_shardings = _opt_shardings(self.opt_state, self.trainable, self.trainable_shardings, mesh)
 
     @property
@@ -110,7 +111,7 @@ class Initializer:
             self.state_shardings,
         )
 
-    def load_params(self, source: Readable) -> Any:
+    def load_params(self, source: LeafReader) -> Any:
         """All base parameters, read into their shards and cast to the model's param_dtype."""
         return load_sharded(self.params, self.params_shardings, source.read, stored_chunks(source, self.params))
 
@@ -138,7 +139,7 @@ class Initializer:
         with use_mesh(self.mesh):
             return jax.jit(init, out_shardings=self.trainable_shardings["lora"])(jax.random.key(seed), params)
 
-    def load_lora(self, source: Readable) -> Any:
+    def load_lora(self, source: LeafReader) -> Any:
         """An earlier adapter's weights, into their shards."""
         lora = self.trainable["lora"]
         return load_sharded(lora, self.trainable_shardings["lora"], source.read, stored_chunks(source, lora))
@@ -166,10 +167,10 @@ def _pick(base: Any, like: Any) -> Any:
 
 
 def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Moments lie where their parameters lie; what has another shape (counts, Adafactor's factors) is replicated."""
-    where = jax.tree_util.keystr
+    """Moments are placed as their parameters; leaves of another shape (counts, Adafactor's factors) are replicated."""
+    keystr = jax.tree_util.keystr
     known = {
-        where(path): (leaf.shape, sharding)
+        keystr(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
         )
@@ -178,7 +179,7 @@ def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> A
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         # The path of a moment ends in the path of its parameter.
         for start in range(len(path)):
-            shape, sharding = known.get(where(path[start:]), (None, None))
+            shape, sharding = known.get(keystr(path[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
         return replicated(mesh)

@@ -15,6 +15,7 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import family_of, read_config, usual_names, write_config
 from jaxlm.spec import DecoderSpec
+from jaxlm.tokenizer.files import find_tokenizer_files
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.files import find_weights, read_tensors
 from jaxlm.weights.leaves import (
@@ -31,30 +32,6 @@ from jaxlm.weights.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors
 from jaxlm.weights.tensors import Tensor, TensorSpec, same_bytes
-
-# What belongs to a tokenizer (or to generation) in a model directory; the rest of it is weights and documentation.
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "modalities.json",
-)
-
-
-def find_tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer and generation files of a directory."""
-    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found)
 
 
 def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
@@ -181,8 +158,8 @@ class HfSource(StackedTensors):
             raise UserError(f"{path}: has config.json but no weights: {_missing_weights(path)}")
         renamed = family_of(self.config).renamed
         tensors: dict[str, Tensor] = {
-            _usual_name(name, renamed): t
-            for name, t in read_tensors(weights).items()
+            _usual_name(name, renamed): tensor
+            for name, tensor in read_tensors(weights).items()
             if not re.fullmatch(BUFFERS, name)
         }
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))

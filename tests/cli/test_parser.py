@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from jaxlm.cli.parser import Flags, _all_keys, parse_run
+from jaxlm.cli.parser import parse_run
 from jaxlm.cli.train import main
+from jaxlm.cli.words import Flag
 from jaxlm.config import DataConfig, RunConfig
+from jaxlm.config.schema import all_keys
 from jaxlm.errors import UserError
 from jaxlm.training.checks import check_config, check_files
 
 
 def parsed(*words: str) -> tuple[RunConfig, dict[str, Any]]:
-    flags = {"preview": Flags("rows", int, 3)}
+    flags = {"preview": Flag("rows", int, 3)}
     (config,), given, _ = parse_run(list(words), prog="x", description="x", flags=flags)
     return config, given
 
@@ -201,11 +203,18 @@ def test_a_stage_whose_predecessor_has_not_been_run(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--moe.ranges", "{smiles: 3}"], "moe.ranges: expected a list, found 3"),
-        (["--moe.ranges", "{smiles: [3, 4, 5]}"], "moe.ranges: expected a list of 2, found [3, 4, 5]"),
+        (["--moe.ranges", "{smiles: 3}"], "moe.ranges.smiles: expected a list of 2, found 3"),
+        (["--moe.ranges", "{smiles: [3, 4, 5]}"], "moe.ranges.smiles: expected a list of 2, found [3, 4, 5]"),
+        (["--moe.top_k", "{text: x}"], "moe.top_k.text: expected a whole number, found 'x'"),
+        (["--moe.top_k", "{5: 1}"], "moe.top_k: the name 5 is not a text; put it in quotation marks"),
         (["--moe.top_k", "3"], "moe.top_k: expected keys and values, {key: value}, found 3"),
-        (["--tokenizer.modalities", "[{tags: 3}]"], "tokenizer.modalities.tags: expected a list, found 3"),
+        (["--tokenizer.modalities", "[{tags: 3}]"], "tokenizer.modalities.tags: expected a list of 2, found 3"),
         (["--train.steps", "1.5"], "train.steps: expected a whole number, found 1.5"),
+        (["--train.steps", "1e3"], "train.steps: expected a whole number, found '1e3'"),
+        (["--train.resume", "1"], "train.resume: expected true or false, found 1"),
+        (["--optimizer.eps", "1" + "0" * 400], "optimizer.eps: expected a number, found 1000"),
+        (["--optimizer.name", "AdamW"], "expected one of adamw, adafactor, lion, found 'AdamW'; did you mean 'adamw'?"),
+        (["--lora.targets", "[q_proj, 2]"], "lora.targets: expected text, found 2"),
         (["--data.packing", "maybe"], "data.packing: expected true or false or one of first_fit, group_texts"),
     ],
 )
@@ -217,9 +226,33 @@ def test_types_are_said_in_words(words: list[str], message: str) -> None:
 
 def test_no_message_names_a_class() -> None:
     """Whatever is put where something else belongs."""
-    for key in _all_keys(RunConfig):
+    for key in all_keys(RunConfig):
         for value in ("{a: 1}", "[[1]]", "x"):
             try:
                 parsed(f"--{key}", value)
             except UserError as error:
                 assert "<class" not in str(error) and "typing." not in str(error), f"--{key} {value}: {error}"
+
+
+def test_a_number_or_truth_value_in_quotation_marks_counts_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "optimizer: {learning_rate: 1e-4, eps: '1e-6'}\n"
+        "train: {steps: '20', epochs: 3, resume: 'no', compiler_options: {level: '1'}}\n"
+        "lora: {rank_pattern: {a: '3'}, alpha: 16}\n"
+        "moe: {ranges: {a: ['1', 2]}}\n"
+        "data: {packing: 'true', add_bos: 'null'}\n"
+    )
+    config, _ = parsed("--config", str(tmp_path / "a.yaml"))
+    assert (config.optimizer.learning_rate, config.optimizer.eps) == (1e-4, 1e-6)
+    assert (config.train.steps, config.train.resume, config.train.compiler_options) == (20, False, {"level": "1"})
+    assert config.lora is not None and config.lora.rank_pattern == {"a": 3}
+    assert (type(config.train.epochs), type(config.lora.alpha)) == (float, float)
+    assert config.moe is not None and config.moe.ranges == {"a": (1, 2)}
+    assert config.data.packing is True and config.data.add_bos is None
+
+
+def test_a_text_stays_as_it_is(tmp_path: Path) -> None:
+    """Also where it looks like a comment, a number or null to YAML."""
+    (tmp_path / "a.yaml").write_text("train: {wandb: '# null', sample_prompts: ['# Heading', '1', 'null']}\n")
+    config, _ = parsed("--config", str(tmp_path / "a.yaml"))
+    assert (config.train.wandb, config.train.sample_prompts) == ("# null", ("# Heading", "1", "null"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-import jaxlm.weights.native
+import jaxlm.weights.native.layout
 from convert.source import open_model
 from jaxlm.config import MeshConfig, OptimizerConfig
 from jaxlm.devices import mesh as meshes
@@ -23,7 +24,8 @@ from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.training.checkpoint import _context
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
-from jaxlm.weights.native import write_model
+from jaxlm.weights.leaves import full_index
+from jaxlm.weights.native.write import write_model
 from jaxlm.weights.output import output_directory
 from tests.convert.test_experts import params as tree_of
 from tests.convert.tiny import make_hf_model
@@ -64,7 +66,7 @@ def weight_bytes(source: Any) -> int:
 
 
 def initializer(config: Any, mesh: MeshConfig) -> Initializer:
-    optimizer = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+    optimizer = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
     return Initializer(Llama(config, {}), None, make_mesh(mesh), optimizer)
 
 
@@ -96,7 +98,7 @@ class Counted:
 
     def read(self, path: str, index: Any) -> np.ndarray:
         leaf = self.leaves[path]
-        full = jaxlm.weights.native.full_index(leaf.shape, index)
+        full = full_index(leaf.shape, index)
         size = leaf.dtype.itemsize
         for part, chunk, end in zip(full, leaf.chunk, leaf.shape, strict=True):
             size *= min(-(-part.stop // chunk) * chunk, end) - part.start // chunk * chunk
@@ -109,11 +111,10 @@ class Counted:
 def test_jaxlms_own(form: str, mesh: MeshConfig, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A converted model, and what a training run saves from its shards: in whole chunks."""
     source = open_model(hf)
-    monkeypatch.setattr(jaxlm.weights.native, "CHUNK_BYTES", 4 * 64 * 20)  # several chunks a layer
+    monkeypatch.setattr(jaxlm.weights.native.layout, "CHUNK_BYTES", 4 * 64 * 20)  # several chunks a layer
     with output_directory(tmp_path / "jax", 0) as directory:
         write_model(source, directory, lambda nbytes: None)
     if form == "saved":
-        monkeypatch.setattr("jaxlm.training.checkpoint.CHUNK_BYTES", 4 * 64 * 20)
         state = initializer(source.config, mesh).load_params(source)
         with _context():
             ocp.save_checkpointables(tmp_path / "saved", {"model": {"params": state}})

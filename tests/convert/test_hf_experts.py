@@ -17,7 +17,7 @@ from convert.transforms.experts import MoefiedSource
 from jaxlm.spec import ROUTERS, ExpertsSpec
 from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import LeafInfo
-from jaxlm.weights.native import write_model
+from jaxlm.weights.native.write import write_model
 from jaxlm.weights.partition import npy_bytes, permutation
 from tests.convert.test_experts import EVERY, E, F, L, assert_same_leaves, random_owners
 from tests.convert.test_experts import logits as jaxlm_logits

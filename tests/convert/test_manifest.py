@@ -57,7 +57,7 @@ def test_an_error_ends_the_threads(tmp_path: Path) -> None:
 def test_every_writer_leaves_one(
     verb: str, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxlm.weights.native.CHUNK_BYTES", 200)  # arrays in several files
+    monkeypatch.setattr("jaxlm.weights.native.layout.CHUNK_BYTES", 200)  # arrays in several files
     write_hf_sharded(tmp_path / "hf")
     run(verb, tmp_path / "hf", tmp_path / "out")
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}

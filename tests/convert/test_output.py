@@ -62,7 +62,7 @@ def test_disk_errors(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(
-        "jaxlm.weights.safetensors._write" if verb == "jax-to-hf" else "jaxlm.weights.native._write_small", fail
+        "jaxlm.weights.safetensors._write" if verb == "jax-to-hf" else "jaxlm.weights.native.write._write_small", fail
     )
     assert words in refused(verb, tmp_path / verb.split("-")[0], tmp_path / "out")
 
@@ -76,7 +76,7 @@ def test_too_little_space(tmp_path: Path, refused: Callable[..., str], monkeypat
 
 def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., str], monkeypatch: Any) -> None:
     """TensorStore raises ValueError, not OSError."""
-    import jaxlm.weights.native
+    import jaxlm.weights.native.write
 
     write_hf_sharded(tmp_path / "hf")
 
@@ -96,7 +96,7 @@ def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., 
         def write(self, block: Any) -> Full:
             return Full()
 
-    monkeypatch.setattr(jaxlm.weights.native, "_create", lambda *arguments: Store())
+    monkeypatch.setattr(jaxlm.weights.native.write, "_create", lambda *arguments: Store())
     assert f"{tmp_path / 'out'}: the disk is full" in refused("hf-to-jax", tmp_path / "hf", tmp_path / "out")
     assert len(waited) > 1  # for the writes under way, before their directory is removed
 
@@ -126,7 +126,7 @@ def test_terminated(tmp_path: Path) -> None:
     """SIGTERM in the middle of writing removes the temporary directory."""
     write_hf_sharded(tmp_path / "hf")
     code = (
-        "import sys, time, jaxlm.weights.native as n\n"
+        "import sys, time, jaxlm.weights.native.write as n\n"
         "n._write_tree = lambda *a: (print('writing', flush=True), time.sleep(60))\n"
         "from convert.commands.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"

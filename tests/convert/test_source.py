@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 import jaxlm.weights.leaves
-import jaxlm.weights.native
+import jaxlm.weights.native.layout
 from convert.formats.hf_experts import write_hf
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
@@ -28,7 +28,7 @@ from jaxlm.spec import uniform_decoder
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
 from jaxlm.weights.names import hf_entries, leaf_shapes, num_params
-from jaxlm.weights.native import write_model
+from jaxlm.weights.native.write import write_model
 from jaxlm.weights.output import output_directory
 
 CONFIG = uniform_decoder(
@@ -119,7 +119,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ParamSource]:
     write_hf_sharded(root / "hf")
     write_checkpoint(root / "checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxlm.weights.native, "CHUNK_BYTES", 100)
+        patch.setattr(jaxlm.weights.native.layout, "CHUNK_BYTES", 100)
         write_native(root / "chunks")
     return {path.name: open_model(path) for path in sorted(root.iterdir())}
 
@@ -194,7 +194,7 @@ def test_loads_into_shards(sources: dict[str, ParamSource]) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [100, 64 << 20])
 def test_orbax_restores_what_was_converted(chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jaxlm.weights.native, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(jaxlm.weights.native.layout, "CHUNK_BYTES", chunk_bytes)
     write_native(tmp_path / "native")
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for p, leaf in MODEL.leaves.items()}
@@ -236,7 +236,7 @@ def test_missing_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "reads format 'jaxlm' version 1"),
+        ({"version": 3, "written_by": "jaxlm 9.1"}, "written by jaxlm 9.1; this is jaxlm"),
         ({"format": "x"}, "reads format 'jaxlm' version 1"),
         ({"model": recorded(CONFIG) | {"mlp_bias": False}}, "unexpected tensor 'layers/mlp/down_proj/bias'"),
         ({"model": recorded(CONFIG) | {"vocab_size": 38}}, "has shape (37, 16), expected (38, 16)"),
@@ -298,7 +298,7 @@ def test_wrong_direction(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert not is_adapter(tmp_path / "hf") and not is_adapter(tmp_path / "native")
     with pytest.raises(UserError, match="is a full model"):
         open_adapter(tmp_path / "native")
-    with pytest.raises(UserError, match=r"is no adapter: found config\.json"):
+    with pytest.raises(UserError, match=r"is not an adapter: found config\.json"):
         open_adapter(tmp_path / "hf")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.transforms.vocab import write_tokenizer
 from jaxlm.config import DataConfig, ModalityConfig, SourceConfig
 from jaxlm.data import build_data
 from jaxlm.data.examples import prompt_ids
@@ -18,6 +17,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference.prompts import Prompter
 from jaxlm.modalities import resolve
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer.extending import write_extended
 
 RECORD = {"molecule": "CCO", "caption": "The molecule is the alcohol."}
 
@@ -28,7 +28,7 @@ def molecular(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
     directory.mkdir()
     modalities = resolve([ModalityConfig(preset="smiles"), ModalityConfig(preset="protein")], tokenizer.vocab_size)
     tokens = [token for modality in modalities for token in modality.tokens()]
-    write_tokenizer([tokenizer.path], tokenizer, tokens, False, directory, modalities)
+    write_extended([tokenizer.path], tokenizer, tokens, False, directory, modalities)
     return load_tokenizer(directory)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.devices.chips import CHIPS
 from jaxlm.devices.compiler_options import TABLE, Rule, compiler_options, least_effort
-from jaxlm.training.build import Build
+from jaxlm.training.setup import TrainSetup
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 # A product whose weights are gathered, on the smallest slice that has links.
@@ -57,7 +57,7 @@ def test_devices_are_counted_by_slice() -> None:
         ]
         config = SimpleNamespace(train=SimpleNamespace(compiler_options={"mine": 1}))
         build: Any = SimpleNamespace(mesh=SimpleNamespace(devices=np.array(devices)), config=config)
-        return Build.options(build)
+        return TrainSetup.compiler_options(build)
 
     assert options(2, 16) == options(1, 16) == compiler_options("TPU v5 lite", 16) | {"mine": 1}
     assert options(1, 32) != options(2, 16)

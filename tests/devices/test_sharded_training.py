@@ -16,11 +16,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
+from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import make_train_step
@@ -91,8 +92,7 @@ def train(sizes: dict[str, int], kind: str, attention: str = "reference", captur
     model = Decoder(config, adapters, attention=attention, experts="loop")
     options = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1)
     schedule = make_schedule(options, 10)
-    optimizer = make_optimizer(options, schedule)
-    initializer = Initializer(model, lora, mesh, optimizer)
+    initializer = Initializer(model, lora, mesh, functools.partial(make_optimizer, options, schedule))
     params = jax.device_put(random_tree(initializer.params, 1, 0.1), initializer.params_shardings)
     frozen: Any = {"params": params} if lora else {}
     trainable: Any = {"params": params}
@@ -100,7 +100,7 @@ def train(sizes: dict[str, int], kind: str, attention: str = "reference", captur
         trainable = jax.device_put(random_tree(initializer.trainable, 2, 0.1), initializer.trainable_shardings)
     state = initializer.new_state(trainable, 0)
     routers = MoeRunConfig(balance_loss=0.3, z_loss=0.2)
-    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, 1, moe=routers)
+    step = make_train_step(CrossEntropy(model, moe=routers), initializer.optimizer, schedule, 1.0)
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
         compiled = jitted.lower(state, frozen, put_batch(batches(0), mesh)).compile(compiler_options=QUICK)

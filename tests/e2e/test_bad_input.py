@@ -36,9 +36,9 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         (["--model.pth", "x"], "unknown key 'model.pth'; did you mean 'model.path'?"),
         (["--learning_rate", "1e-4"], "did you mean 'optimizer.learning_rate'?"),
-        (["--model.dtype", "fp16"], "model.dtype: expected one of bfloat16, float32, found fp16"),
-        (["--data.sequence_length", "long"], "data.sequence_length: expected a whole number, found long"),
-        (["--lora.rank", "x"], "lora.rank: expected a whole number, found x"),
+        (["--model.dtype", "fp16"], "model.dtype: expected one of bfloat16, float32, found 'fp16'"),
+        (["--data.sequence_length", "long"], "data.sequence_length: expected a whole number, found 'long'"),
+        (["--lora.rank", "x"], "lora.rank: expected a whole number, found 'x'"),
         (["--optimizer.learning_rate", "1e30"], "optimizer.learning_rate: 1e+30 must be between 0 and 1000"),
         (["--optimizer.eps", "0"], "optimizer.eps: 0.0 must be more than 0"),
         (["--optimizer.beta2", "1.0"], "optimizer.beta2: 1.0 must be at least 0 and below 1"),

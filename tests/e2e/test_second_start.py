@@ -85,7 +85,7 @@ def test_training(
     config = write_config(tmp_path, base_config, train={"steps": 4, "eval_every": 0, "save_every": 2})
     run = ["--config", str(config), "--output_dir", str(tmp_path / "run")]
     assert train([*run, "--train.steps", "2"]) == 0
-    first = held("jaxlm.train", "jaxlm.training.loop:_compile", run)
+    first = held("jaxlm.train", "jaxlm.training.loop:compile_steps", run)
     before = content(tmp_path)
     capsys.readouterr()
     # The same command, and other settings into the same directory, by another name.
@@ -112,7 +112,7 @@ def test_stages_are_held_from_the_start(
     stages = [{"name": "one"}, {"name": "two"}]
     config = write_config(tmp_path, base_config, stages=stages, train={"steps": 2})
     run = ["--config", str(config), "--output_dir", str(tmp_path / "run")]
-    first = held("jaxlm.train", "jaxlm.training.loop:_compile", run)
+    first = held("jaxlm.train", "jaxlm.training.loop:compile_steps", run)
     for words in (run, [*run, "--stage", "two"]):
         assert train(words) == 2
         assert f"is in use: by pid {first.pid} on this host" in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_a_copied_run_and_its_local_checkpoints(
     local = {"local_checkpoints": str(tmp_path / "local"), "steps": 2}
     config = write_config(tmp_path, base_config, train=local)
     run = ["--config", str(config), "--output_dir"]
-    first = held("jaxlm.train", "jaxlm.training.loop:_compile", [*run, str(tmp_path / "run")])
+    first = held("jaxlm.train", "jaxlm.training.loop:compile_steps", [*run, str(tmp_path / "run")])
     (tmp_path / "copy").mkdir()
     name = (tmp_path / "run" / "local_checkpoints.txt").read_text()
     (tmp_path / "copy" / "local_checkpoints.txt").write_text(name)

@@ -29,15 +29,15 @@ sys.exit(main(sys.argv[1:]))
 """
 COMPILING = """
 import jaxlm.training.loop as loop
-loop._compile = lambda *args: block()
+loop.compile_steps = lambda *args: block()
 """
 EVALUATING = """
 import jaxlm.training.loop as loop
-def evaluate(job, step, state, frozen, mesh, hosts):
+def validate(job, setup, compiled, state, frozen, hosts):
     print("here", flush=True)
     while not hosts.due():
         time.sleep(0.01)
-loop._evaluate = evaluate
+loop.validate = validate
 """
 READING = """
 import jaxlm.data.loader as loader
@@ -45,17 +45,18 @@ loader.build_data = lambda *args, **more: block()
 """
 # The first signal comes before the second step; while that is saved, another.
 SAVING = """
-import jaxlm.training.loop as loop
+import jaxlm.training.setup as setup
 steps = [0]
-put = loop.put_batch
+put = setup.put_batch
 def put_batch(*args):
     steps[0] += 1
     if steps[0] == 2:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     return put(*args)
-loop.put_batch = put_batch
-loop.Checkpoints.save = lambda *args: block()
+setup.put_batch = put_batch
+from jaxlm.training.checkpoint import Checkpoints
+Checkpoints.save = lambda *args: block()
 """
 
 

@@ -130,7 +130,7 @@ def test_result_opens_in_transformers_and_peft(full_run: Path, tmp_path: Path, i
 
 def validation_texts(run: Path) -> list[tuple[str, str]]:
     """The held-out records of a run as (prompt, answer)."""
-    from jaxlm.cli.parser import load_run_yaml
+    from jaxlm.config.files import load_run_yaml
     from jaxlm.data import build_data
     from jaxlm.tokenizer import load_tokenizer
 

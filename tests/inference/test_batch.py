@@ -15,7 +15,7 @@ from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.batch import Item, Journal, Result, answer_all, read_items, write_results
-from jaxlm.inference.engine import Generator
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, load_weights
 from jaxlm.inference.prompts import Prompter
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

@@ -11,7 +11,7 @@ import pytest
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 from jaxlm.inference.chat import Chat, with_setting
-from jaxlm.inference.engine import Generator
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
 from jaxlm.tokenizer import Tokenizer
 from tests.inference.test_batch import generator, tokenizer
@@ -40,9 +40,9 @@ class Talk:
 
         start = self._generator.start
 
-        def start_noting(prompts: Any, *rest: Any) -> Any:
+        def start_noting(prompts: Any, *rest: Any, **named: Any) -> Any:
             self.prompts.append(self._prompter.tokenizer.decode(prompts[0]))
-            return start(prompts, *rest)
+            return start(prompts, *rest, **named)
 
         self._generator.start = start_noting  # type: ignore[method-assign]
         try:

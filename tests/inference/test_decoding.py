@@ -11,8 +11,10 @@ import pytest
 
 from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
-from jaxlm.inference.engine import FIRST_SLOTS, Generator, bucket
+from jaxlm.inference.engine import Engine
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, extend, grow, next_logits, prefill, unstack
+from jaxlm.inference.rows import FIRST_SLOTS, bucket
 from jaxlm.models.decoder import Decoder as Llama
 from tests.models import hf
 
@@ -184,14 +186,14 @@ def test_caches_grow_with_the_answer(llama: Any) -> None:
     model, _, generator = llama
     quiet = Generator(generator.decoder, generator.weights, generator.mesh, [])
     prompt, new = prompts_of(1, 30, seed=5)[0], FIRST_SLOTS + 40
-    writing = quiet.start([prompt], Decoding(max_new_tokens=new), flush=13)
-    looks = [len(writing.answers()[0][0].ids) for _ in writing.steps()]
+    session = quiet.start([prompt], Decoding(max_new_tokens=new), flush=13)
+    looks = [len(session.answers()[0][0].ids) for _ in session.steps()]
     assert looks[:3] == [1, 14, 27]
     ids = torch.tensor([prompt])
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert list(writing.answers()[0][0].ids) == out[0, len(prompt) :].tolist()
+    assert list(session.answers()[0][0].ids) == out[0, len(prompt) :].tolist()
 
 
 def test_the_context_ends_an_answer(llama: Any) -> None:
@@ -224,22 +226,23 @@ def test_stop_ids_of_the_user(llama: Any) -> None:
 
 
 def test_a_conversation_reads_only_what_is_new(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxlm.inference import engine
+    from jaxlm.inference import rows
 
     _, _, generator = llama
     first, second = prompts_of(2, 20, seed=7)
     decoding = Decoding(max_new_tokens=12)
-    writing = generator.start([first], decoding)
-    list(writing.steps())
-    follow_up = [*first, *writing.answers()[0][0].ids, *second]
+    engine = Engine(generator, 1, keep=True)
+    session = generator.start([first], decoding, engine=engine)
+    list(session.steps())
+    follow_up = [*first, *session.answers()[0][0].ids, *second]
     widths = []
 
     def extend_noting(decoder: Any, weights: Any, caches: Any, tokens: Any, starts: Any, lengths: Any) -> Any:
         widths.append(int(lengths[0]))
         return extend(decoder, weights, caches, tokens, starts, lengths)
 
-    monkeypatch.setattr(engine, "extend", extend_noting)
-    again = generator.start([follow_up], decoding, memory=writing.memory())
+    monkeypatch.setattr(rows, "extend", extend_noting)
+    again = generator.start([follow_up], decoding, engine=engine)
     list(again.steps())
     # All but the last token of the answer is known (or the answer ended by a stop id that is not part of it).
     assert widths and widths[0] <= len(second) + 1

@@ -12,7 +12,7 @@ import pytest
 from jaxlm.config import Decoding, LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
-from jaxlm.inference.engine import Generator
+from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, load_weights, unstack
 from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.models.decoder import abstract_variables

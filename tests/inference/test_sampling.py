@@ -51,8 +51,8 @@ def test_filters_are_those_of_transformers(options: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
     decoding = Decoding(**({"temperature": 1.0} | options))
     logits = logits_of(20)
-    method = Method.of(decoding, VOCAB)
-    found = spread(*filtered(jnp.asarray(logits), Settings.of(decoding, 20), method))
+    (candidates,) = Method.of(decoding, VOCAB).draws
+    found = spread(*filtered(jnp.asarray(logits), Settings.of(decoding, 20, VOCAB), candidates))
 
     warpers = [transformers.TemperatureLogitsWarper(decoding.temperature)]
     if decoding.top_k:
@@ -83,7 +83,7 @@ def test_penalties_are_those_of_transformers(size: int) -> None:
         jnp.asarray(tokens),
         jnp.asarray(lengths),
         jnp.asarray(seen),
-        Settings.of(decoding, 6),
+        Settings.of(decoding, 6, VOCAB),
         Method.of(decoding, VOCAB),
     )
     processors = transformers.LogitsProcessorList(
@@ -111,7 +111,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
             jnp.broadcast_to(logits, (rows, 4)),
             jnp.asarray(row_keys(7, range(rows), 1)),
             jnp.zeros(rows, jnp.int32),
-            Settings.of(decoding, rows),
+            Settings.of(decoding, rows, 4),
             Method.of(decoding, 4),
         )
         found = np.bincount(np.asarray(drawn), minlength=4) / rows
@@ -125,7 +125,7 @@ def test_keys_differ_by_seed_prompt_sample_and_step() -> None:
     decoding = Decoding(temperature=1.0)
     flat = jnp.zeros((1, VOCAB))
     drawn = [
-        int(choose(flat, keys[:1], jnp.array([step]), Settings.of(decoding, 1), Method.of(decoding, VOCAB))[0])
+        int(choose(flat, keys[:1], jnp.array([step]), Settings.of(decoding, 1, VOCAB), Method.of(decoding, VOCAB))[0])
         for step in range(8)
     ]
     assert len(set(drawn)) > 4

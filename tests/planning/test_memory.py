@@ -13,7 +13,7 @@ from jaxlm.models.families import SHAPES
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.spec import DecoderSpec, uniform_decoder
-from jaxlm.training.build import build
+from jaxlm.training.setup import set_up
 from jaxlm.weights.names import num_params
 from tests.kernels.ahead_of_time import libtpu_goes_with_jax
 
@@ -57,8 +57,8 @@ def run(rows: int, devices: int, *, length: int = 512, steps: int = 1, **setting
 
 
 def estimated(config: RunConfig, shape: DecoderSpec, topology: str) -> Memory:
-    built = build(config, shape, parse_topology(topology))
-    return estimate_memory(built, built.initializer(built.optimizer(10)[0]))
+    setup = set_up(config, shape, parse_topology(topology))
+    return estimate_memory(setup, setup.initializer(setup.schedule(10)))
 
 
 # What libtpu 0.0.42 says of the peak, MiB (JAX 0.10.2): the whole grid, found once, compiles in four minutes.

@@ -20,7 +20,7 @@ from jaxlm.models.families import SHAPES, write_config
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.cost import estimate_cost
 from jaxlm.planning.memory import estimate_memory
-from jaxlm.training.build import build
+from jaxlm.training.setup import set_up
 from jaxlm.weights.names import num_params
 from tests.planning.test_memory import LARGER, SMALL, run
 
@@ -111,9 +111,9 @@ def test_slices_sum_gradients_over_the_network(capsys: pytest.CaptureFixture[str
 def test_flops_of_a_step() -> None:
     """Of the products alone XLA counts, in the compiled 7B step of 4,096 tokens a chip, 2.036e14 (v5e:4x4)."""
     shape = SHAPES["llama-2-7b"]
-    built = build(run(2, 16, length=2048), shape, parse_topology("v5e:4x4"))
-    setup = built.initializer(built.optimizer(10)[0])
-    cost = estimate_cost(built, setup, estimate_memory(built, setup))
+    setup = set_up(run(2, 16, length=2048), shape, parse_topology("v5e:4x4"))
+    initializer = setup.initializer(setup.schedule(10))
+    cost = estimate_cost(setup, initializer, estimate_memory(setup, initializer))
     scores = 2 * shape.num_layers * shape.attention.num_heads * shape.attention.head_dim * 2048 * 4096
     assert cost.hardware_flops - 4.5 * scores == pytest.approx(2.036e14, rel=0.005)
     # Weights in bfloat16, twice; gradients in float32, once. The compiler has 26.4 GB of gathers (its own part of each
@@ -145,7 +145,7 @@ def test_flops_of_a_step() -> None:
         (["--topology", "v5e:3x3"], r"no such slice of v5e.* v5e:2x4 \(8 chips\) and v5e:4x4"),
         (["--topology", "gpu:8", "--memory", "much"], "--memory: 'much' is not a number"),
         (["--topology", "v4:4x4x4", "--compile"], "two devices a chip"),
-        (["--topology", "b200:8", "--compile"], "no description of b200"),
+        (["--topology", "b200:8", "--compile"], "has no description of b200"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
     ],
 )
@@ -183,7 +183,7 @@ def test_compiler_options_by_devices() -> None:
     assert compiler_options("TPU v6 lite", 256) == {}
     assert compiler_options("cpu", 8) == {}
     config = dataclasses.replace(RunConfig(), train=dataclasses.replace(run(1, 8).train, compiler_options={"a": 1}))
-    assert build(config, SMALL).options() == {"a": 1}
+    assert set_up(config, SMALL).compiler_options() == {"a": 1}
 
 
 def test_peaks_by_device_kind() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.models.families import load_shape
-from jaxlm.training.build import build
+from jaxlm.training.setup import set_up
 
 _before = dict(os.environ)
 from benchmarks import recipes  # noqa: E402
@@ -35,10 +35,10 @@ OTHERS = [one for one in recipes.ALL if one not in RECKONED]
 
 @pytest.mark.parametrize("recipe", OTHERS, ids=lambda one: one.name)
 def test_goes_with_its_model_and_devices(recipe: recipes.Recipe) -> None:
-    built = build(recipe.config, load_shape(recipe.shape), recipe.topology)
+    setup = set_up(recipe.config, load_shape(recipe.shape), recipe.topology)
     # What the file says is what happens: no rows fewer at a time than it asks for.
-    assert built.micro_batch == recipe.config.train.micro_batch_size
-    built.initializer(built.optimizer(1000)[0])  # the mesh divides every parameter
+    assert setup.micro_batch == recipe.config.train.micro_batch_size
+    setup.initializer(setup.schedule(1000))  # the mesh divides every parameter
 
 
 @pytest.mark.parametrize("recipe", RECKONED, ids=lambda one: one.name)

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from jaxlm.cli.parser import load_run_yaml
+from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
 from jaxlm.models.families import load_shape
 from jaxlm.planning.compiled import compile_step

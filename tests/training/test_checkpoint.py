@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.training.test_state import CONFIG
 
 def initializer(name: str) -> Initializer:
     config = OptimizerConfig(name=name)  # type: ignore[arg-type]
-    optimizer = make_optimizer(config, make_schedule(config, 10))
+    optimizer = partial(make_optimizer, config, make_schedule(config, 10))
     return Initializer(Decoder(CONFIG), None, make_mesh(MeshConfig()), optimizer)
 
 

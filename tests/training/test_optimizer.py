@@ -13,7 +13,9 @@ import pytest
 
 from jaxlm.config import OptimizerConfig
 from jaxlm.errors import UserError
-from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.spec import ExpertsSpec
+from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
 
 STEPS, PEAK = 40, 3e-3
 
@@ -91,6 +93,27 @@ SHAPES = {
         "norm": {"scale": (4,)},
     }
 }
+# Logical axes by module and parameter, without 'layers'.
+AXES: dict[str, tuple[str, ...]] = {
+    "embed_tokens.embedding": ("vocab", "embed"),
+    "lm_head.kernel": ("vocab", "embed"),
+    "input_layernorm.scale": ("norm",),
+    "norm.scale": ("norm",),
+    "q_proj.kernel": ("embed", "heads", "head_dim"),
+    "q_proj.bias": ("heads", "head_dim"),
+    "q_proj.lora_A": ("embed", "lora_rank"),
+    "q_proj.lora_B": ("lora_rank", "heads", "head_dim"),
+    "q_proj.magnitude": ("heads", "head_dim"),
+    "o_proj.kernel": ("heads", "head_dim", "embed"),
+    "o_proj.lora_A": ("heads", "head_dim", "lora_rank"),
+    "o_proj.lora_B": ("lora_rank", "embed"),
+    "o_proj.magnitude": ("embed",),
+    "mlp.router": ("embed", "experts"),
+    "up_proj.lora_A": ("embed", "lora_rank"),
+    "up_proj.lora_B": ("lora_rank", "mlp"),
+    "down_proj.kernel": ("mlp", "embed"),
+    "down_proj.bias": ("embed",),
+}
 DECAYED = {"embedding", "kernel", "lora_A", "lora_B", "router"}
 
 
@@ -101,8 +124,18 @@ def draw(seed: int, std: float = 1.0) -> Any:
     )
 
 
-def train(config: OptimizerConfig, params: Any, grads: list[Any]) -> Any:
-    optimizer = make_optimizer(config, make_schedule(config, len(grads)))
+def axes_of(tree: Any) -> dict[str, tuple[str, ...]]:
+    """The logical axes of the made-up parameters, as `parameter_axes` gives those of a model."""
+    axes = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple)):
+        names = [key.key for key in path]
+        stacked = ("layers",) if "layers" in names else ()
+        axes[jax.tree_util.keystr(path)] = (*stacked, *AXES[".".join(names[-2:])])
+    return axes
+
+
+def train(config: OptimizerConfig, params: Any, grads: list[Any], axes: Any = None) -> Any:
+    optimizer = make_optimizer(config, make_schedule(config, len(grads)), axes or axes_of(params))
     state = optimizer.init(params)
 
     @jax.jit
@@ -236,7 +269,7 @@ def test_adafactor_against_transformers(kind: str) -> None:
 
     params = draw(0.3, spread=0.0)
     config = OptimizerConfig(name="adafactor", learning_rate=1e-2, schedule="linear", weight_decay=0.1)
-    optimizer = make_optimizer(config, make_schedule(config, 100))
+    optimizer = make_optimizer(config, make_schedule(config, 100), axes_of(params))
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     tensors = {name: torch.nn.Parameter(torch.tensor(a)) for name, a in in_torch(params).items()}
     groups = [
@@ -274,7 +307,7 @@ def test_adafactor_of_bfloat16_parameters() -> None:
     params = {"lm_head": {"kernel": jnp.asarray(start, jnp.bfloat16)}}
     p = torch.nn.Parameter(torch.tensor(start).bfloat16())
     config = OptimizerConfig(name="adafactor", learning_rate=1e-3, schedule="constant")
-    optimizer = make_optimizer(config, make_schedule(config, 1))
+    optimizer = make_optimizer(config, make_schedule(config, 1), axes_of(params))
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     theirs = adafactor([p], lr=1e-3, scale_parameter=False, relative_step=False)
     for step in range(300):
@@ -291,8 +324,8 @@ def test_adafactor_of_bfloat16_parameters() -> None:
 
 def test_adafactor_state_is_factored() -> None:
     config = OptimizerConfig(name="adafactor")
-    optimizer = make_optimizer(config, make_schedule(config, 1))
     params = {"layers": {"self_attn": {"q_proj": {"kernel": jax.ShapeDtypeStruct((2, 256, 8, 32), jnp.float32)}}}}
+    optimizer = make_optimizer(config, make_schedule(config, 1), axes_of(params))
     sizes = [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(optimizer.init, params))]
     assert sum(sizes) < 2 * (256 + 256) + 20
 
@@ -316,5 +349,7 @@ def test_what_decays_is_what_the_trainer_decays() -> None:
     expected["layers"]["mlp"]["router"] = np.ones((2, 32, 4), np.float32)
     ones = jax.tree.map(np.ones_like, expected)
     config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.5)
-    after = train(config, ones, [jax.tree.map(np.zeros_like, ones)])
+    routed = shape.with_experts(ExpertsSpec(4, "learned", ("text",), (), (2,)))
+    axes = parameter_axes(abstract_variables(Decoder(routed))["params"])
+    after = train(config, ones, [jax.tree.map(np.zeros_like, ones)], axes)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a < 1, b > 0), after, expected)

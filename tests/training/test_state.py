@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ CONFIG = uniform_decoder(
     head_dim=6,
     mlp_bias=True,
 )
-OPTIMIZER = make_optimizer(OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
+OPTIMIZER = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
 
 
 def initializer(lora: LoraConfig | None, mesh: MeshConfig, dtype: Any = jnp.float32) -> Initializer:

@@ -13,27 +13,23 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig, TrainConfig
+from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import ExpertsSpec, uniform_decoder
-from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights
+from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
 from jaxlm.training.state import Initializer, TrainState
-from jaxlm.training.step import (
-    loss_weights,
-    make_eval_step,
-    make_train_step,
-    update_by_branch,
-    update_by_select,
-)
+from jaxlm.training.step import make_eval_step, make_train_step, update_by_branch, update_by_select
 from tests.models.compare import assert_trees_close, random_tree
 
 CONFIG = uniform_decoder(
     "llama", vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
 MODEL = Decoder(CONFIG, remat="none")
+AXES = parameter_axes({"params": abstract_variables(MODEL)["params"]})
 ROWS, T = 8, 12
 SGD = optax.sgd(1.0)  # new parameters = old - gradient: shows the gradient itself
 
@@ -70,8 +66,8 @@ def state(trainable: Any = None, optimizer: optax.GradientTransformation = SGD) 
 
 @functools.cache
 def sgd_step(normalisation: Any = "tokens", clip: float = 0.0, group_rows: int = 1) -> Any:
-    config = TrainConfig(loss_normalisation=normalisation)
-    return jax.jit(make_train_step(MODEL, SGD, optax.constant_schedule(1.0), config, clip, group_rows))
+    objective = CrossEntropy(MODEL, normalisation=normalisation, group_rows=group_rows)
+    return jax.jit(make_train_step(objective, SGD, optax.constant_schedule(1.0), clip))
 
 
 def gradient(new: TrainState) -> Any:
@@ -130,14 +126,14 @@ def test_mean_of_means_is_alpaca_loras_rule() -> None:
 
 def test_weights_of_groups() -> None:
     mask = jnp.asarray(batch(2)["loss_mask"])
-    tokens = loss_weights(mask, "tokens", 1)
+    tokens = target_weights(mask, "tokens", 1)
     np.testing.assert_allclose(tokens.sum(), 1.0, rtol=1e-6)
     assert not np.any(tokens[..., 0]) and len(np.unique(tokens)) == 2
-    rows = np.asarray(loss_weights(mask, "mean_of_means", 1)).sum(-1).reshape(-1)
+    rows = np.asarray(target_weights(mask, "mean_of_means", 1)).sum(-1).reshape(-1)
     # Rows with a target weigh 1/6 each; the two without are no means of anything.
     np.testing.assert_allclose(rows, np.array([1, 1, 1, 0, 0, 1, 1, 1]) / 6, rtol=1e-5)
-    empty = loss_weights(jnp.zeros_like(mask), "mean_of_means", 2)
-    assert not np.any(empty) and not np.any(loss_weights(jnp.zeros_like(mask), "tokens", 2))
+    empty = target_weights(jnp.zeros_like(mask), "mean_of_means", 2)
+    assert not np.any(empty) and not np.any(target_weights(jnp.zeros_like(mask), "tokens", 2))
 
 
 def test_batch_without_targets() -> None:
@@ -173,8 +169,8 @@ def adamw_step(learning_rate: float = 1e-2) -> Any:
         learning_rate=learning_rate, schedule="linear", warmup_steps=2, weight_decay=0.1, beta2=0.95
     )
     schedule = make_schedule(config, 10)
-    optimizer = make_optimizer(config, schedule)
-    step = make_train_step(MODEL, optimizer, schedule, TrainConfig(), 1.0, 1)
+    optimizer = make_optimizer(config, schedule, AXES)
+    step = make_train_step(CrossEntropy(MODEL), optimizer, schedule, 1.0)
     return optimizer, schedule, jax.jit(step, donate_argnums=0)
 
 
@@ -210,7 +206,7 @@ def test_padded_rows_need_no_segments() -> None:
         "positions": np.where(inside, np.arange(T), 0).astype(np.int32),
         "loss_mask": inside & (np.arange(T) > 0),
     }
-    step = jax.jit(make_train_step(MODEL, SGD, optax.constant_schedule(1.0), TrainConfig(), 0.0, 1, packed=False))
+    step = jax.jit(make_train_step(CrossEntropy(MODEL, packed=False), SGD, optax.constant_schedule(1.0), 0.0))
     plain, plain_metrics = step(state(), {}, rows)
     packed, metrics = sgd_step()(state(), {}, rows)
     np.testing.assert_allclose(plain_metrics["loss"], metrics["loss"], rtol=1e-6)
@@ -234,9 +230,9 @@ def test_state_keeps_its_dtypes(name: Any) -> None:
     """bfloat16 parameters, float32 accumulation: a state of other dtypes could be neither donated nor restored."""
     config = OptimizerConfig(name=name, weight_decay=0.1)
     schedule = make_schedule(config, 10)
-    optimizer = make_optimizer(config, schedule)
+    optimizer = make_optimizer(config, schedule, AXES)
     model = Decoder(CONFIG, param_dtype=jnp.bfloat16)
-    step = make_train_step(model, optimizer, schedule, TrainConfig(), 1.0, 1)
+    step = make_train_step(CrossEntropy(model), optimizer, schedule, 1.0)
     old = state({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params())}, optimizer)
     for steps in (1, 4):
         new, _ = jax.eval_shape(step, old, {}, batch(steps))
@@ -259,7 +255,7 @@ def test_dropout_differs_between_steps_and_micro_steps() -> None:
             return out
 
     spy = Spy(CONFIG, model.adapters)
-    step = jax.jit(make_train_step(spy, optax.sgd(0.0), optax.constant_schedule(0.0), TrainConfig(), 0.0, 1))
+    step = jax.jit(make_train_step(CrossEntropy(spy), optax.sgd(0.0), optax.constant_schedule(0.0), 0.0))
     current = state({"lora": lora}, optax.sgd(0.0))
     first, metrics = step(current, {"params": params()}, same)
     _, second = step(first, {"params": params()}, same)
@@ -270,7 +266,7 @@ def test_dropout_differs_between_steps_and_micro_steps() -> None:
 
 
 def test_evaluation_counts() -> None:
-    step = jax.jit(make_eval_step(MODEL))
+    step = jax.jit(make_eval_step(CrossEntropy(MODEL)))
     out = step({"params": params()}, {}, batch())
     mask = batch()["loss_mask"][0].astype(np.float32)
     mask[:, 0] = 0
@@ -287,12 +283,11 @@ def test_five_steps_against_pytorch() -> None:
     torch_model, config = hf.build(tie_word_embeddings=True, initializer_range=0.1)
     options = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2, weight_decay=0.2, clip_norm=0.5)
     schedule = make_schedule(options, 5)
-    optimizer = make_optimizer(options, schedule)
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     model = Decoder(config)
-    initializer = Initializer(model, None, mesh, optimizer)
+    initializer = Initializer(model, None, mesh, functools.partial(make_optimizer, options, schedule))
     current = initializer.new_state({"params": jax.tree.map(jnp.array, hf.weights(torch_model, config))}, 0)
-    step = jax.jit(make_train_step(model, optimizer, schedule, TrainConfig(), 0.5, 1), donate_argnums=0)
+    step = jax.jit(make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 0.5), donate_argnums=0)
 
     decayed = [p for n, p in torch_model.named_parameters() if "norm" not in n]
     rest = [p for n, p in torch_model.named_parameters() if "norm" in n]
@@ -360,9 +355,8 @@ def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> 
     rows["modality_ids"] = np.asarray(modality_ids(moe, rows["input_ids"], rows["segment_ids"]))
 
     def run(steps: int, **weights: float) -> Any:
-        step = make_train_step(
-            model, SGD, optax.constant_schedule(1.0), TrainConfig(), 0.0, 1, moe=MoeRunConfig(**weights)
-        )
+        objective = CrossEntropy(model, moe=MoeRunConfig(**weights))
+        step = make_train_step(objective, SGD, optax.constant_schedule(1.0), 0.0)
         cut = {key: value.reshape(steps, -1, T) for key, value in rows.items()}
         new, metrics = jax.jit(step)(state({"params": jax.tree.map(jnp.array, start)}), {}, cut)
         change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), start, new.trainable["params"])

@@ -1,0 +1,88 @@
+"""The text of `--help`: all keys by section, each with its type, default and meaning, wrapped for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import docstring_parser
+
+from jaxlm.cli.words import Flag
+from jaxlm.config.data import SourceConfig
+from jaxlm.config.run import RunConfig
+from jaxlm.config.schema import alternatives, field_types, section_of
+
+WIDTH = 100
+
+
+def help_text(prog: str, description: str, flags: Mapping[str, Flag], root: type, aliases: Mapping[str, str]) -> str:
+    """What `prog --help` prints.
+
+    Args:
+        prog: the command as it was called.
+        description: what it does.
+        flags: its own flags.
+        root: the dataclass of its keys.
+        aliases: other names of keys.
+    """
+    lines = [f"usage: {prog} --config FILE [--key value ...]", "", *textwrap.wrap(description, WIDTH), ""]
+    lines += _entry("--config FILE", "YAML with the keys below; several are merged in order")
+    for name, flag in flags.items():
+        lines += _entry(f"--{name}{' VALUE' if flag.takes else ''}", flag.help)
+    lines += ["", "keys", *_entries(root, "--", sections=False), ""]
+    for name, kind in field_types(root).items():
+        section = section_of(kind)
+        if section is not None:
+            absent = " (absent unless given)" if type(None) in alternatives(kind) else ""
+            lines += [f"{name}{absent}", *_entries(section, f"--{name}."), ""]
+    if root is RunConfig:
+        lines += ["a source, in data.train and data.validation (in YAML)", *_entries(SourceConfig, ""), ""]
+    if aliases:
+        lines += ["other names", *(f"  --{alias}: --{name}" for alias, name in aliases.items())]
+    return "\n".join(lines).rstrip()
+
+
+def _entry(head: str, meaning: str) -> Iterator[str]:
+    yield f"  {head}"
+    yield from textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def _entries(cls: type, prefix: str, sections: bool = True) -> Iterator[str]:
+    """The keys of a dataclass, with or without those that are sections themselves."""
+    meanings = {
+        parameter.arg_name: parameter.description or ""
+        for base in reversed(cls.__mro__)
+        for parameter in docstring_parser.parse(base.__doc__ or "").params
+    }
+    for field in dataclasses.fields(cls):
+        kind = field_types(cls)[field.name]
+        if sections or section_of(kind) is None:
+            yield from _entry(f"{prefix}{field.name}: {_kind(kind)} = {_default(field)}", meanings.get(field.name, ""))
+
+
+def _kind(kind: Any) -> str:
+    members = alternatives(kind)
+    if len(members) > 1:
+        return "|".join(_kind(member) for member in members)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "|".join(str(choice) for choice in arguments)
+    if origin is tuple:
+        return f"[{'source' if dataclasses.is_dataclass(arguments[0]) else _kind(arguments[0])}, ...]"
+    if origin is dict:
+        return "{key: value}"
+    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        default = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    else:
+        return "required"
+    return default if isinstance(default, str) else json.dumps(default)

@@ -1,0 +1,85 @@
+"""Where records come from, and how they become rows of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxlm.locate import NameOrPath, ReadPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One data source.
+
+    Args:
+        path: file, folder, glob, or directory written by HF datasets' save_to_disk.
+        format: json, jsonl, csv, parquet, text or hf; auto goes by the file name.
+        template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own
+            chat template, `text` for plain text; auto goes by the columns found.
+        weight: how often a record is seen per epoch: 2.0 twice, 0.5 a seeded half.
+        columns: the template's field names mapped to the columns of this file, e.g. {instruction: question,
+            output: answer}.
+        split: split of an HF datasets directory that has several.
+        documents: for text files, whether a document is a line or a whole file.
+        limit: use only the first so many records.
+    """
+
+    path: ReadPath
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf"] = "auto"
+    template: NameOrPath = "auto"
+    weight: float = 1.0
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    documents: Literal["line", "file"] = "line"
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and how records become rows.
+
+    Args:
+        train: the sources.
+        validation: a number of records split off the training sources (seeded), a share of them (0.1), or a list of
+            sources.
+        sequence_length: tokens of a row.
+        packing: first_fit (or true) puts whole records into rows with segment ids; group_texts concatenates
+            and cuts like HF's run_clm; false pads one record a row.
+        train_on_inputs: also learn the prompt, not only the answer.
+        add_bos: begin each record with the tokenizer's bos token; null: if the tokenizer itself does so. A chat
+            template has its own.
+        add_eos: end each answer and each document with the tokenizer's eos token, and learn it; null: if it has one.
+        allow_no_end: train also when nothing that ends an answer is learnt.
+        date: day and time (2026-11-27 12:00) that chat templates are told which ask for it; null: when the run was
+            first started.
+        drop_unknown: leave out records with a token that the tokenizer does not know, as SciMind does.
+        too_long: what to do with a record longer than a row: truncate, split into pieces, drop (each reported) or
+            error; auto splits plain text and truncates the rest.
+        workers: loader processes; 0 loads in a thread.
+    """
+
+    train: tuple[SourceConfig, ...] = ()
+    validation: int | float | tuple[SourceConfig, ...] = 0
+    sequence_length: int = 512
+    packing: bool | Literal["first_fit", "group_texts"] = True
+    train_on_inputs: bool = False
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    allow_no_end: bool = False
+    date: str | None = None
+    drop_unknown: bool = False
+    too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
+    workers: int = 0
+
+    @property
+    def packing_mode(self) -> str:
+        """One of 'first_fit', 'group_texts', 'none'."""
+        if isinstance(self.packing, bool):
+            return "first_fit" if self.packing else "none"
+        return self.packing
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents, told apart by segment ids."""
+        return self.packing_mode == "first_fit"

@@ -1,0 +1,162 @@
+"""Using a model: decoding, generation, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxlm.config.data import SourceConfig
+from jaxlm.config.run import DistributedConfig, MeshConfig
+from jaxlm.locate import NameOrPath, ReadPath, WrittenPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Decoding parameters, named as in transformers.
+
+    Args:
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 takes the most probable token (greedy, or beam search with num_beams); above 0 tokens are drawn.
+        top_k: draw from the k most probable tokens; 0 is off.
+        top_p: draw from the most probable tokens that together have this probability; 1 is off.
+        min_p: leave out tokens less probable than this share of the best one's probability; 0 is off.
+        repetition_penalty: divide the score of every token that stands in the text already; 1 is off.
+        no_repeat_ngram_size: let no n-gram of this size occur twice; 0 is off.
+        num_beams: beam search over this many beams; 1 is off.
+        length_penalty: of beam search: scores are divided by length to this power; above 0 favours longer answers.
+        early_stopping: of beam search: true ends when num_beams answers are complete, false when a better one is
+            unlikely, never when none is possible.
+        samples: answers per prompt: drawn ones, or the best beams.
+        stop: texts that end an answer; they are left out of it.
+        stop_ids: token ids that end an answer, beside the model's own.
+        seed: of what is drawn; the same seed gives the same text, whatever the batch.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    samples: int = 1
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceModelConfig:
+    """Which model, and how it computes.
+
+    Args:
+        path: directory of the model: Hugging Face, converted jaxlm, a run directory or one of its checkpoints. A LoRA
+            run brings its base along.
+        adapter: LoRA adapter to apply on the fly: a PEFT directory, a converted one, or a LoRA run.
+        merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
+        dtype: of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
+        int8: keep the linear layers in int8, with a factor per output; half the memory of bfloat16.
+        attention: which implementation reads prompts, as in training.
+    """
+
+    path: ReadPath | None = None
+    adapter: ReadPath | None = None
+    merge_adapter: bool = False
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    int8: bool = False
+    attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Decoding):
+    """Using a model to write.
+
+    Args:
+        model: the model.
+        tokenizer: a directory or SentencePiece .model file; null means the model's own.
+        prompt: answer this.
+        input: goes with the prompt where the template has a place for it (alpaca's input).
+        system: the system message of chat templates.
+        interactive: a conversation; /help lists what can be typed.
+        predict_data: answer every prompt of this file: .json (records, or a list of texts), .jsonl, .csv, or .txt with
+            a prompt a line, where \\n stands for a line break.
+        save_file: where the answers go: .json, .jsonl, .csv or .txt. An interrupted run goes on when started again.
+        overwrite: replace a save_file that exists, and begin anew.
+        template: how a prompt becomes text: a template name or JSON file, chat for the tokenizer's chat template, text
+            for the prompt as it is; auto takes the one that the model was trained with here, else the chat template,
+            else text.
+        columns: the template's field names mapped to those of predict_data, e.g. {instruction: question}.
+        add_bos: begin with the tokenizer's bos token; null: as in training, else if the tokenizer itself does so.
+        batch_size: prompts answered together.
+        mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
+        distributed: several processes.
+        compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
+        verbose: say at start-up also what choices rest on.
+    """
+
+    model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
+    tokenizer: ReadPath | None = None
+    prompt: str | None = None
+    input: str | None = None
+    system: str | None = None
+    interactive: bool = False
+    predict_data: ReadPath | None = None
+    save_file: WrittenPath | None = None
+    overwrite: bool = False
+    template: NameOrPath = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    add_bos: bool | None = None
+    batch_size: int = 8
+    mesh: MeshConfig | None = None
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    compilation_cache: WrittenPath | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Figures of a file of answers, or of a model on a file of texts.
+
+    Args:
+        task: smiles2text (captions of molecules) or text2smiles (molecules for captions), with LPM-24's figures;
+            perplexity of a model on texts.
+        predictions: the file: .json, .jsonl or .csv as `jaxlm.generate` writes it, or LPM-24's table (.tsv or .txt).
+        reference: column of the right answers; null: caption or molecule, or "ground truth".
+        prediction: column of the model's answers; null: prediction, answer or output.
+        metric_tokenizer: directory of the Hugging Face tokenizer whose pieces BLEU counts (LPM-24: SciBERT's); null:
+            words and signs.
+        save_file: the figures as JSON.
+        model: perplexity: the model.
+        tokenizer: perplexity: a directory or SentencePiece .model file; null means the model's own.
+        data: perplexity: the texts, as a source of `data.train`; of instructions the answers are scored.
+        sequence_length: perplexity: most tokens of a row; null: the model's context, at most 2048.
+        stride: perplexity: new tokens of each further window of a longer text, the others are context; null:
+            sequence_length - 1.
+        train_on_inputs: perplexity: score prompts too.
+        add_bos: perplexity: begin each text with bos; null: as the model was trained, else as its tokenizer does.
+        add_eos: perplexity: score the end of each text too; null: of answers, not of plain texts.
+        batch_size: perplexity: rows of a device at a time.
+        mesh: perplexity: the devices; absent: rows and parameters over all of them.
+        compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
+    """
+
+    task: Literal["smiles2text", "text2smiles", "perplexity"] | None = None
+    predictions: ReadPath | None = None
+    reference: str | None = None
+    prediction: str | None = None
+    metric_tokenizer: ReadPath | None = None
+    save_file: WrittenPath | None = None
+    model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
+    tokenizer: ReadPath | None = None
+    data: SourceConfig | None = None
+    sequence_length: int | None = None
+    stride: int | None = None
+    train_on_inputs: bool = False
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    batch_size: int = 8
+    mesh: MeshConfig | None = None
+    compilation_cache: WrittenPath | None = None

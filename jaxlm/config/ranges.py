@@ -1,0 +1,64 @@
+"""Which numbers a key may have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxlm.config.run import RunConfig
+from jaxlm.errors import UserError
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Refuses numbers out of their range.
+
+    Raises:
+        UserError: with the key, the value and the range.
+    """
+    checks: list[tuple[str, Any, Callable[[Any], bool], str]] = [
+        ("data.sequence_length", config.data.sequence_length, lambda v: v >= 2, "at least 2"),
+        ("data.workers", config.data.workers, lambda v: v >= 0, "0 or more"),
+        ("optimizer.learning_rate", config.optimizer.learning_rate, lambda v: 0 <= v <= 1000, "between 0 and 1000"),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps, lambda v: v >= 0, "0 or more"),
+        ("optimizer.weight_decay", config.optimizer.weight_decay, lambda v: v >= 0, "0 or more"),
+        ("optimizer.beta1", config.optimizer.beta1, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        ("optimizer.beta2", config.optimizer.beta2, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        ("optimizer.eps", config.optimizer.eps, lambda v: v > 0, "more than 0"),
+        ("optimizer.warmup_ratio", config.optimizer.warmup_ratio, lambda v: 0 <= v <= 1, "between 0 and 1"),
+        ("optimizer.end_ratio", config.optimizer.end_ratio, lambda v: 0 <= v <= 1, "between 0 and 1"),
+        ("optimizer.power", config.optimizer.power, lambda v: v >= 0, "0 or more"),
+        ("optimizer.clip_norm", config.optimizer.clip_norm, lambda v: v >= 0, "0 (off) or more"),
+        ("train.epochs", config.train.epochs, lambda v: v > 0, "more than 0"),
+        ("train.steps", config.train.steps, lambda v: v is None or 1 <= v < 2**31, "between 1 and 2147483647"),
+        ("train.global_batch_size", config.train.global_batch_size, lambda v: 1 <= v < 2**31, "at least 1, below 2^31"),
+        ("train.micro_batch_size", config.train.micro_batch_size, lambda v: v >= 1, "at least 1"),
+        ("train.seed", config.train.seed, lambda v: 0 <= v < 2**63, "between 0 and 2^63 - 1"),
+        ("train.eval_every", config.train.eval_every, lambda v: v >= 0, "0 or more"),
+        ("train.save_every", config.train.save_every, lambda v: v >= 0, "0 or more"),
+        ("train.keep", config.train.keep, lambda v: v >= 1, "at least 1"),
+        ("train.log_every", config.train.log_every, lambda v: v >= 1, "at least 1"),
+        ("train.sample_tokens", config.train.sample_tokens, lambda v: v >= 1, "at least 1"),
+        ("distributed.timeout", config.distributed.timeout, lambda v: v >= 1, "at least 1 (seconds)"),
+        ("distributed.heartbeat", config.distributed.heartbeat, lambda v: v >= 5, "at least 5 (seconds)"),
+        (
+            "distributed.interrupted_status",
+            config.distributed.interrupted_status,
+            lambda v: v == 0 or 3 <= v <= 125,
+            "0 or 3 to 125",
+        ),
+        ("tokenizer.vocab_size", config.tokenizer.vocab_size, lambda v: v >= 300, "at least 300"),
+    ]
+    if config.lora is not None:
+        checks.append(("lora.rank", config.lora.rank, lambda v: v >= 1, "at least 1"))
+        checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
+    for source in config.data.train:
+        wanted = "more than 0, at most 1e6"
+        checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: 0 < v <= 1e6, wanted))
+    for source in config.data.validation if isinstance(config.data.validation, tuple) else ():
+        wanted = "1: every validation record counts once"
+        checks.append((f"data.validation: {source.path}: weight", source.weight, lambda v: v == 1, wanted))
+    for key, value, holds, wanted in checks:
+        if not holds(value):
+            raise UserError(f"{key}: {value} must be {wanted}")
+    if config.optimizer.warmup_steps and config.optimizer.warmup_ratio:
+        raise UserError("optimizer: give warmup_steps or warmup_ratio, not both")

@@ -1,0 +1,189 @@
+"""From plain values, as YAML has them, to checked dataclasses; errors name the key, the value and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from jaxlm.config.ranges import check_ranges
+from jaxlm.config.run import RunConfig
+from jaxlm.config.schema import alternatives, element_of, expected, field_types, has_path, section_of, suggest
+from jaxlm.errors import UserError
+from jaxlm.yamltext import read_yaml
+
+Config = TypeVar("Config")
+
+
+def build(values: Mapping[str, Any], root: type[Config]) -> Config:
+    """The dataclass `root` with these values, all sections typed.
+
+    Numbers, true and false may also stand as text ("1e-4", which YAML takes for text without quotation marks too).
+
+    Args:
+        values: nested keys and values, lists as lists; `unfold_paths` has been applied, and `check_keys`.
+        root: the dataclass.
+
+    Raises:
+        UserError: for a value of a wrong type, null where a value belongs, a source without a path, or a value out
+            of its range.
+    """
+    config = _section(values, typing.cast(Any, root), "")
+    if isinstance(config, RunConfig):
+        check_ranges(config)
+    return typing.cast(Config, config)
+
+
+def check_keys(values: Any, root: type, origin: str) -> dict[str, Any]:
+    """Refuses keys that `root` does not have; returns `values`.
+
+    Args:
+        values: what should be keys and values.
+        root: the dataclass of the whole.
+        origin: where the values stand, for the message: a file, or the command line.
+
+    Raises:
+        UserError: with the nearest known key.
+    """
+    _check_keys(values, root, "", origin, root)
+    return typing.cast(dict[str, Any], values)
+
+
+def unfold_paths(values: Any, cls: type) -> Any:
+    """`values` with `train: my.json` written out as `train: [{path: my.json}]`, and `model: DIR` as its path."""
+    if not isinstance(values, dict):
+        return values
+    unfolded = {}
+    for key, value in values.items():
+        kind = field_types(cls).get(key)
+        if has_path(element_of(kind)):
+            value = number_in_text(value, kind)
+            value = [value] if isinstance(value, (str, dict)) else value
+            if isinstance(value, list):
+                value = [{"path": source} if isinstance(source, str) else source for source in value]
+        elif isinstance(value, str) and any(has_path(member) for member in alternatives(kind)):
+            value = {"path": value}
+        elif dataclasses.is_dataclass(kind):
+            value = unfold_paths(value, typing.cast(type, kind))
+        elif key == "stages" and isinstance(value, list):
+            value = [unfold_paths(stage, cls) for stage in value]
+        unfolded[key] = value
+    return unfolded
+
+
+def number_in_text(value: Any, kind: Any) -> Any:
+    """The number that a text is, where `kind` allows one beside a list of paths; else `value`."""
+    if not isinstance(value, str) or float not in alternatives(kind):
+        return value
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _check_keys(values: Any, cls: type, prefix: str, origin: str, root: type) -> None:
+    if not isinstance(values, dict):
+        where = f"{origin}: {prefix.rstrip('.')}" if prefix else origin
+        raise UserError(f"{where}: expected keys and values, found {_shown(values)}")
+    types = field_types(cls)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            raise UserError(f"{origin}: unknown key {key!r}{suggest(key, root)}")
+        section = section_of(types[name])
+        if section is None:
+            continue
+        only_section = set(alternatives(types[name])) <= {section, type(None)}
+        if isinstance(value, list) and not only_section:
+            for element in value:
+                _check_keys(element, section, f"{key}.", origin, root)
+        elif isinstance(value, dict) or (value is not None and only_section):
+            _check_keys(value, section, f"{key}.", origin, root)
+
+
+def _section(values: Mapping[str, Any], cls: type, key: str) -> Any:
+    types = field_types(cls)
+    for field in dataclasses.fields(cls):
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_required and values.get(field.name) is None:
+            raise UserError(f"{key}: {dict(values)!r} has no {field.name}; write {{{field.name}: …}}")
+    prefix = f"{key}." if key else ""
+    return cls(**{name: _value(value, types[name], f"{prefix}{name}") for name, value in values.items()})
+
+
+def _value(value: Any, kind: Any, key: str) -> Any:
+    members = alternatives(kind)
+    if value is None and type(None) not in members and Any not in members:
+        raise UserError(f"{key}: expected {expected(kind)}, found null; leave the key out for its default")
+    # What has keys or is a list says itself which member of a union is meant, so that its errors name the inner key.
+    for member in members:
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if dataclasses.is_dataclass(member) and isinstance(value, Mapping):
+            return _section(value, typing.cast(type, member), key)
+        if origin is dict and isinstance(value, Mapping):
+            return {_name(name, key): _value(inner, arguments[1], f"{key}.{name}") for name, inner in value.items()}
+        if origin is list and isinstance(value, (list, tuple)):
+            return [_value(inner, arguments[0], key) for inner in value]
+        if origin is tuple and isinstance(value, (list, tuple)):
+            if arguments[-1] is Ellipsis:
+                return tuple(_value(inner, arguments[0], key) for inner in value)
+            if len(value) == len(arguments):
+                return tuple(_value(inner, type_, key) for inner, type_ in zip(value, arguments, strict=True))
+    for member in members:
+        if _is(value, member):
+            return value
+    for member in members:
+        converted = _converted(value, member)
+        if _is(converted, member):
+            return converted
+    if isinstance(value, Mapping) and section_of(kind) is not None:
+        inner = f"{key}.{next(iter(value), '')}".rstrip(".")
+        raise UserError(f"{inner}: there is no list {key} that it could be set for; give {key} too")
+    raise UserError(f"{key}: expected {expected(kind)}, found {_shown(value)}{_nearest_choice(value, members)}")
+
+
+def _name(name: Any, key: str) -> str:
+    if not isinstance(name, str):
+        raise UserError(f"{key}: the name {name!r} is not a text; put it in quotation marks")
+    return name
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value that is neither keys nor list is of this very type: true is not a number here."""
+    if typing.get_origin(kind) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
+    return kind is Any or type(value) is kind
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A text as the number or truth value that YAML would read from it, a whole number as a float."""
+    if isinstance(value, str) and kind in (int, float, bool, type(None)):
+        try:
+            value = read_yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return value
+    if kind is float and (isinstance(value, str) or type(value) is int):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            return value
+    return value
+
+
+def _nearest_choice(value: Any, members: tuple[Any, ...]) -> str:
+    choices = [
+        str(choice) for kind in members if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)
+    ]
+    near = difflib.get_close_matches(value.strip().lower(), choices, 1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]} …"

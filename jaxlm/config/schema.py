@@ -1,0 +1,98 @@
+"""Questions to the dataclasses of a configuration: which keys there are, and which types a key may have."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from typing import Any, Literal
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The keys of a section with their types."""
+    return typing.get_type_hints(cls)
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def section_of(kind: Any) -> type | None:
+    """The dataclass in `X`, `X | None`, `tuple[X, ...]` or `int | tuple[X, ...]`."""
+    if dataclasses.is_dataclass(kind):
+        return typing.cast(type, kind)
+    sections = (section_of(inner) for inner in typing.get_args(kind))
+    return next((section for section in sections if section is not None), None)
+
+
+def element_of(kind: Any) -> Any:
+    """The X of `tuple[X, ...]`, also in a union; None where no list is allowed."""
+    lists = (member for member in alternatives(kind) if typing.get_origin(member) is tuple)
+    return next((typing.get_args(member)[0] for member in lists), None)
+
+
+def has_path(kind: Any) -> bool:
+    """Whether a bare path may stand for this section."""
+    return dataclasses.is_dataclass(kind) and "path" in field_types(typing.cast(type, kind))
+
+
+def type_of(key: str, root: type) -> Any:
+    """The type of a dotted key below `root`; None for an unknown key."""
+    kind: Any = root
+    for name in key.split("."):
+        section = section_of(kind)
+        kind = None if section is None else field_types(section).get(name)
+    return kind
+
+
+def is_within_list(key: str, root: type) -> bool:
+    """Whether a key belongs to the sections in a list, as data.train.template does."""
+    parent = key.rpartition(".")[0]
+    return bool(parent) and dataclasses.is_dataclass(element_of(type_of(parent, root)))
+
+
+def all_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key below a section."""
+    keys = []
+    for name, kind in field_types(cls).items():
+        keys.append(prefix + name)
+        section = section_of(kind)
+        if section is not None:
+            keys += all_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def suggest(key: str, root: type) -> str:
+    """The nearest known key, as the end of a message about an unknown one."""
+    known = all_keys(root)
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.7)
+    if not near:  # a right key in a wrong section
+        near = [full for full in known if full.split(".")[-1] == key.split(".")[-1]][:1]
+    return f"; did you mean {near[0]!r}?" if near else "; --help lists all keys"
+
+
+def expected(kind: Any) -> str:
+    """A type in words, for messages."""
+    members = alternatives(kind)
+    if len(members) > 1:
+        members = tuple(member for member in members if member is not type(None))
+    return " or ".join(dict.fromkeys(_in_words(member) for member in members))
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)}"
+    if origin in (tuple, list):
+        return "a list"
+    return _WORDS.get(kind, "keys and values, {key: value}")
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

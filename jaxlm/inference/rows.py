@@ -1,0 +1,206 @@
+"""The key/value caches of a fixed number of rows: prompts are read into rows, and the rows' slots grow with the texts.
+
+The engine and the beam search both sit on these. R rows, S slots (all rows share S), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.devices.mesh import rows_axis_size
+from jaxlm.errors import UserError
+from jaxlm.inference.model import Caches, Decoder, Weights, extend, grow, prefill, repeat_rows
+from jaxlm.sharding import ROW_AXES
+
+# Slots that a cache has at first behind the longest prompt; it grows as answers do.
+FIRST_SLOTS = 128
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes, so few programs, and at most a third is padding."""
+    size = least
+    while size < length:
+        half = size + size // 2
+        if half >= length:
+            return half
+        size *= 2
+    return size
+
+
+def fetch(tree: Any, mesh: Mesh) -> Any:
+    """Arrays as NumPy ones. Each of several processes gets all rows: all decide alike whether a row has ended."""
+    if jax.process_count() > 1:
+        tree = jax.jit(lambda leaves: leaves, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.device_get(tree)
+
+
+def divisible(rows: int, mesh: Mesh) -> int:
+    """A number of rows, rounded up to what the mesh divides."""
+    divisor = rows_axis_size(mesh)
+    return -(-rows // divisor) * divisor
+
+
+class DeviceModel:
+    """A model on its devices, ready to generate.
+
+    Args:
+        decoder: shape and dtypes.
+        weights: see `load_weights`.
+        mesh: where they are.
+        stop_ids: ids that end an answer of this model.
+    """
+
+    def __init__(self, decoder: Decoder, weights: Weights, mesh: Mesh, stop_ids: Sequence[int]) -> None:
+        self.decoder, self.weights, self.mesh = decoder, weights, mesh
+        self.stop_ids = tuple(sorted(set(stop_ids)))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.decoder.config.max_length
+
+    def check_prompt(self, ids: Sequence[int], name: str = "the prompt") -> None:
+        """Raises UserError for an empty prompt, one that fills the context, or an id that the model does not have."""
+        if not ids:
+            raise UserError(f"{name} is empty: there is nothing to continue")
+        if len(ids) >= self.max_length:
+            raise UserError(
+                f"{name} has {len(ids)} tokens, the model's context is {self.max_length}, answer included; "
+                "shorten it (nothing is cut off silently)"
+            )
+        if max(ids) >= self.decoder.config.vocab_size:
+            raise UserError(
+                f"{name} holds token id {max(ids)}, the model has {self.decoder.config.vocab_size}; "
+                "the tokenizer belongs to another model"
+            )
+
+
+class CacheRows:
+    """The caches of R rows on their devices.
+
+    Args:
+        model: whose keys and values they hold.
+        rows: the least number of rows; it is rounded up to what the mesh divides.
+
+    Attributes:
+        rows: R.
+        caches: of each layer; empty before the first prompts.
+    """
+
+    def __init__(self, model: DeviceModel, rows: int) -> None:
+        self._model = model
+        self.rows = divisible(rows, model.mesh)
+        self.caches: Caches = []
+
+    @property
+    def slots(self) -> int:
+        """S: tokens that each row has room for."""
+        return self.caches[0][0].shape[2] if self.caches else 0
+
+    def read(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> tuple[jax.Array, Caches]:
+        """Reads prompts together, apart from the rows.
+
+        Args:
+            prompts: an empty one only fills up the batch; their number is divisible.
+            limits: most tokens, prompt and answer, of each.
+
+        Returns:
+            Logits [n, V] after each prompt, and the caches of n rows.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        width = bucket(longest)
+        slots = max(min(bucket(max(limits)), bucket(longest + FIRST_SLOTS)), width)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        lengths = np.array([max(1, len(prompt)) for prompt in prompts], np.int32)
+        sharding = NamedSharding(self._model.mesh, P(ROW_AXES))
+        placed = jax.device_put(tokens, sharding), jax.device_put(lengths, sharding)
+        return prefill(self._model.decoder, self._model.weights, *placed, slots)
+
+    def place(self, caches: Caches, copies: int, rows: Sequence[int] | None = None) -> None:
+        """Puts caches into rows, each `copies` times.
+
+        Args:
+            caches: of n rows, from `read`.
+            rows: n * copies numbers, those of one prompt side by side; R or more: leave out. None: the caches become
+                those of all R rows, with as many slots as they have.
+        """
+        if rows is None:
+            self.caches = repeat_rows(caches, copies)
+            return
+        slots = max(self.slots, caches[0][0].shape[2])
+        if not self.caches:
+            self.caches = [_empty(kv, self.rows) for kv in caches]
+        elif self.slots < slots:
+            self.caches = grow(self.caches, slots)
+        numbers = jnp.asarray(rows, jnp.int32)
+        self.caches = [_put(old, new, copies, numbers) for old, new in zip(self.caches, caches, strict=True)]
+
+    def read_on(self, row: int, known: int, tokens: Sequence[int]) -> jax.Array:
+        """Reads more tokens into one row, whose first `known` ones the caches hold; logits [1, V] after them."""
+        width = bucket(len(tokens))
+        self.reserve(bucket(known + width))
+        padded = np.zeros((1, width), np.int32)
+        padded[0, : len(tokens)] = tokens
+        starts, added = jnp.array([known], jnp.int32), jnp.array([len(tokens)], jnp.int32)
+        alone = self.rows == 1
+        caches = self.caches if alone else [_take(kv, np.int32(row)) for kv in self.caches]
+        logits, caches = extend(self._model.decoder, self._model.weights, caches, jnp.asarray(padded), starts, added)
+        self.place(caches, 1, None if alone else [row])
+        return logits
+
+    def reserve(self, slots: int) -> None:
+        """Grows the caches to at least this number of slots."""
+        if self.slots < slots:
+            self.caches = grow(self.caches, slots)
+
+    def make_room(self, longest: int, steps: int, limit: int) -> int:
+        """Grows the caches when `steps` more tokens would not fit; how many tokens fit then.
+
+        Args:
+            longest: tokens of the longest text that is not finished.
+            limit: most tokens that any text will have.
+        """
+        if longest + steps > self.slots:
+            self.reserve(min(bucket(limit), bucket(self.slots + 1)))
+        return min(steps, self.slots - longest)
+
+
+def _in_rows(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    dims = ("batch", "kv_heads", None, None)
+    return nn.with_logical_constraint(k, dims), nn.with_logical_constraint(v, dims)
+
+
+@partial(jax.jit, static_argnums=1)
+def _empty(kv: tuple[jax.Array, jax.Array], rows: int) -> tuple[jax.Array, jax.Array]:
+    k, v = (jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in kv)
+    return _in_rows(k, v)
+
+
+@partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _put(
+    old: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], copies: int, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    slots = new[0].shape[2]
+    # Slots behind keep the text before: nothing looks at a slot until its own token is there.
+    k, v = (
+        mine.at[rows, :, :slots].set(jnp.repeat(theirs, copies, axis=0), mode="drop")
+        for mine, theirs in zip(old, new, strict=True)
+    )
+    return _in_rows(k, v)
+
+
+@jax.jit
+def _take(kv: tuple[jax.Array, jax.Array], row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    k, v = (jax.lax.dynamic_slice_in_dim(x, row, 1) for x in kv)
+    return k, v

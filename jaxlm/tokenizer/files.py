@@ -1,0 +1,30 @@
+"""The files of a tokenizer, as they lie in the directory of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxlm.modalities import MODALITIES_FILE
+
+# Whatever belongs to a tokenizer (or to generation) in a model directory; the rest is weights and documentation.
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    MODALITIES_FILE,
+)
+
+
+def find_tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer and generation files of a directory, in the order of their names."""
+    return sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()})

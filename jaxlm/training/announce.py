@@ -1,0 +1,130 @@
+"""What a run says before its first step, and when a signal or a number ends it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxlm.config import RunConfig
+from jaxlm.devices.mesh import axis_sizes
+from jaxlm.training.advice import rank_warnings, schedule_warnings
+from jaxlm.training.job import Job
+from jaxlm.training.optimizer import Schedule, make_schedule
+from jaxlm.training.report import human_bytes, print_pairs
+from jaxlm.training.resume import length_before
+from jaxlm.training.setup import CompiledSteps, TrainSetup
+from jaxlm.training.start import Start
+from jaxlm.training.state import Initializer, bytes_per_device, count
+from jaxlm.training.stop import Stop
+
+
+def announce(
+    console: Console,
+    job: Job,
+    setup: TrainSetup,
+    initializer: Initializer,
+    start: Start,
+    compiled: CompiledSteps,
+    schedule: Schedule,
+    batches: Any,
+) -> None:
+    """Prints what will happen, and warns of settings that are hardly ever meant."""
+    total = len(batches)
+    print_pairs(console, _facts(job, setup, initializer, start, compiled, total))
+    warnings = [
+        *(_schedule_changes(job.config, start, batches.source, schedule, total) if start.step else []),
+        *schedule_warnings(job.config.optimizer, schedule, total),
+        *rank_warnings(job.model, dict(setup.model.adapters)),
+    ]
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+
+
+def _facts(
+    job: Job, setup: TrainSetup, initializer: Initializer, start: Start, compiled: CompiledSteps, total: int
+) -> list[tuple[str, str]]:
+    config, moe = job.config, job.model.experts
+    parameters, trained = count(initializer.params), count(initializer.trainable)
+    weights = config.model.path or f"fresh {config.model.shape}"
+    how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+    devices = jax.devices()
+    axes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes(setup.mesh).items() if size > 1) or "one device"
+    needs = "" if compiled.memory is None else f"{human_bytes(compiled.memory)} by the compiler's count; "
+    train_bytes = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
+    opt_bytes = bytes_per_device(initializer.opt_state, initializer.opt_shardings)
+    facts = [
+        ("model", f"{weights}: {parameters:,} parameters, {job.model.num_layers} layers"),
+        ("trained", f"{trained:,} ({trained / parameters:.2%}): {how}"),
+        ("devices", f"{len(devices)} {devices[0].device_kind}, {axes}"),
+        ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}"),
+        ("attention", setup.attention[1]),
+    ]
+    if job.verbose:
+        facts.append(("", setup.attention_details()))
+    if moe is not None and setup.experts is not None:
+        uses = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
+        facts.append(("experts", f"{moe.num_experts}, router {moe.router}, a token uses: {uses}"))
+        facts.append(("", f"{setup.experts[0]}: {setup.experts[1]}"))
+    rows, length = config.train.global_batch_size, config.data.sequence_length
+    micro = "" if setup.accumulation == 1 else f", in {setup.accumulation} micro-steps"
+    facts += [
+        ("a step", f"{rows} rows of {length} = {rows * length:,} tokens{micro}; {total} steps"),
+        ("precision", f"parameters {config.model.param_dtype}, compute {config.model.dtype}"),
+        ("remat", config.model.remat),
+        ("compiled", f"in {compiled.seconds:.1f} s"),
+    ]
+    if start.step:
+        facts.append(("resumed", f"from step {start.step}{', kept by each host' if start.from_local else ''}"))
+    return facts
+
+
+def _schedule_changes(config: RunConfig, start: Start, source: Any, schedule: Schedule, total: int) -> list[str]:
+    """For a run that was begun for another number of steps: which learning rates that changes.
+
+    Args:
+        source: the run's batches, which know how long the run was to be.
+        total: steps of the run as it is now.
+    """
+    before = length_before(start.files, source) if start.files else total
+    if before == total:
+        return []
+    updates = start.step - int(start.state.skipped)
+    old = make_schedule(config.optimizer, before)
+    rate, planned = float(schedule(updates)), float(old(updates))
+    if abs(rate - planned) <= 0.01 * max(rate, planned):
+        return []
+    following = f"step {updates + 1} takes {rate:.2e} instead of {planned:.2e}"
+    if updates:
+        following = f"step {updates} took {float(old(updates - 1)):.2e}, {following}"
+    return [
+        f"the run was begun for {before} steps and is now one of {total}, so that its {config.optimizer.schedule} "
+        f"schedule is another: {following}"
+    ]
+
+
+def why_not_finite(step: int, config: RunConfig) -> str:
+    """What to do about a loss or gradient that is not finite, as a sentence."""
+    if step == 1:
+        # No update had been made: the rate cannot be why. Weights were finite when they were read.
+        return (
+            "No step had been taken before it, so that the learning rate is not why: numbers too large for "
+            f"model.dtype {config.model.dtype} came up in the model, or a record is broken (--preview 1 shows some)"
+        )
+    return "Lower optimizer.learning_rate, or lengthen its warm-up"
+
+
+def last_words(by: str, stop: Stop, nothing_saved: bool, step: int, total: int, checkpoint: Path) -> str:
+    """What a run says that a signal has ended.
+
+    Args:
+        by: the signal, and on which process.
+        nothing_saved: this start has saved no step.
+    """
+    if step == total:
+        return f"{by}: step {step} of {total} is saved in {checkpoint}, the run is complete"
+    if nothing_saved:
+        return f"{by} before a step was done: {stop.kept()}"
+    return f"{by}: saved step {step} of {total} in {checkpoint}. Run the same command again to go on from there."

@@ -1,0 +1,77 @@
+"""A run with its inputs opened, and what it leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.config import RunConfig
+from jaxlm.data.loader import Data
+from jaxlm.devices.finite import Namer, leaf_name
+from jaxlm.models.decoder import Decoder
+from jaxlm.spec import DecoderSpec
+from jaxlm.training.objectives.cross_entropy import cross_entropy
+from jaxlm.training.objectives.objective import ObjectiveFactory
+from jaxlm.weights.leaves import LeafReader
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run with its inputs opened.
+
+    Attributes:
+        config: the run.
+        run_yaml: the config as text, kept with every checkpoint.
+        model: shape of the model.
+        source: where base parameters are read from; None for a fresh model.
+        adapter: adapter to start from; None for a fresh one.
+        data: the rows.
+        files: small files kept with every checkpoint (tokenizer/..., hf_config.json).
+        verbose: say at start-up also what choices rest on.
+        tensor_name: how messages name a tensor of the source.
+        objective: makes what is minimised.
+    """
+
+    config: RunConfig
+    run_yaml: str
+    model: DecoderSpec
+    source: LeafReader | None
+    adapter: LeafReader | None
+    data: Data
+    files: Mapping[str, bytes]
+    verbose: bool = False
+    tensor_name: Namer = leaf_name
+    objective: ObjectiveFactory = cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run leaves behind.
+
+    Attributes:
+        step: last step done.
+        interrupted: what asked for the end before the last step, e.g. 'SIGTERM on process 1 (host)'; None: nothing did.
+        saved: whether this start has saved a step.
+        checkpoint: the newest checkpoint.
+        model: the model object, for sampling.
+        variables: trained variables, as `Model.apply` takes them.
+        mesh: the mesh they live on.
+        validation: validation losses by step, in order.
+        best: (step, loss) of the best checkpoint kept.
+        complete: it was the last step of the run.
+    """
+
+    step: int
+    interrupted: str | None
+    saved: bool
+    checkpoint: Path
+    model: Decoder
+    variables: Any
+    mesh: jax.sharding.Mesh
+    validation: list[tuple[int, float]]
+    best: tuple[int, float] | None
+    complete: bool

@@ -1,0 +1,134 @@
+"""`jaxlm/model.json`, the file that makes a directory a jaxlm model: its content, written and read here only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlm import __version__
+from jaxlm.config import LoraConfig, to_dict
+from jaxlm.errors import UserError
+from jaxlm.jsonfields import read_fields
+from jaxlm.jsontext import read_object
+from jaxlm.models.version1 import read_model
+from jaxlm.spec import DecoderSpec
+from jaxlm.weights.native.layout import MODEL_JSON, SMALL_FILES
+
+FORMAT, VERSION = "jaxlm", 2  # 1 described the model in the flat fields of `models.version1`
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What model.json says.
+
+    Args:
+        config: the shape; of an adapter: its base's.
+        dtype: that most bytes are stored in; None: not recorded.
+        lora: of an adapter: ranks, scales and targets; None: a full model.
+        layers: of an adapter: the layers that carry it; None: all.
+        base: the base of an adapter, or what a trained model began with, as `jaxlm.locate.record_base` records it;
+            empty: not recorded.
+    """
+
+    config: DecoderSpec
+    dtype: str | None
+    lora: LoraConfig | None = None
+    layers: tuple[int, ...] | None = None
+    base: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base_path(self) -> str | None:
+        """Where the base was when this was written, or its name."""
+        return self.base.get("base")
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "written_by": f"jaxlm {__version__}"}
+        content["model"] = self.config.to_dict()
+        if self.lora is None:
+            content |= {"lora": None, "base": None, **self.base}
+        else:
+            layers = None if self.layers is None else list(self.layers)
+            content |= {"lora": to_dict(self.lora), "layers": layers, "base": None, **self.base}
+        return json_bytes(content | {"dtype": self.dtype})
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON as jaxlm writes it for people to read."""
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of the file and their types; `model` and `lora` are read by themselves."""
+
+    format: str
+    version: int
+    model: dict[str, Any]
+    written_by: str | None = None
+    lora: dict[str, Any] | None = None
+    base: str | None = None
+    base_from_here: str | None = None
+    layers: Any = None
+    dtype: str | None = None
+
+
+def read_model_json(directory: Path) -> ModelFile:
+    """`jaxlm/model.json` of a directory.
+
+    Raises:
+        UserError: another format, a newer version, an unknown field, or a value that does not fit.
+    """
+    where = directory / SMALL_FILES / MODEL_JSON
+    content = read_object(where)
+    version = content.get("version")
+    if content.get("format") != FORMAT or version not in (1, VERSION):
+        raise UserError(
+            f"{where}: format {content.get('format')!r} version {version!r}, {_writer(content)}; this is jaxlm "
+            f"{__version__}, which reads format {FORMAT!r} version 1 and {VERSION}"
+        )
+    try:
+        values = read_fields(_Fields, content, f"{where}:")
+        config = (read_model if version == 1 else DecoderSpec.from_dict)(values["model"], f"{where}: model")
+    except UserError as error:
+        raise UserError(f"{error}; {_writer(content)}, this is jaxlm {__version__}") from None
+    base = {key: values[key] for key in ("base", "base_from_here") if values.get(key) is not None}
+    lora = values.get("lora")
+    if lora is None:
+        return ModelFile(config, values.get("dtype"), base=base)
+    layers = _layers(content.get("layers"), config, where)
+    return ModelFile(config, values.get("dtype"), lora_from_dict(lora, where), layers, base)
+
+
+def _writer(content: dict[str, Any]) -> str:
+    return f"written by {content['written_by']}" if "written_by" in content else "it does not say what wrote it"
+
+
+def lora_from_dict(values: Any, where: Path) -> LoraConfig:
+    """A LoraConfig from the plain values in model.json."""
+    lora = LoraConfig(**read_fields(LoraConfig, values, f"{where}: lora"))
+    for name, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: lora.{name}: {pattern!r} is not a regular expression ({error})") from None
+    return lora
+
+
+def _layers(values: Any, config: DecoderSpec, where: Path) -> tuple[int, ...] | None:
+    if values is None:
+        return None
+    numbers = values if isinstance(values, list) else [values]
+    if not all(type(layer) is int and 0 <= layer < config.num_layers for layer in numbers) or sorted(
+        set(numbers)
+    ) != list(values if isinstance(values, list) else []):
+        raise UserError(
+            f"{where}: layers is {values!r}; expected null (all), or a list of some of the layers 0 to "
+            f"{config.num_layers - 1}, in order"
+        )
+    return tuple(numbers)

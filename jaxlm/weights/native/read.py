@@ -1,0 +1,188 @@
+"""Models and adapters in jaxlm directories as sources of leaves, read through TensorStore slice by slice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from jaxlm.config import LoraConfig
+from jaxlm.errors import UserError
+from jaxlm.jsontext import read_object
+from jaxlm.nn.lora import SAVEABLE, resolve_lora
+from jaxlm.spec import DecoderSpec
+from jaxlm.weights.dtypes import WEIGHT_DTYPES
+from jaxlm.weights.leaves import AdapterSource, Index, LeafInfo, check_leaves, full_index, index_shape
+from jaxlm.weights.names import Shape, adapter_shapes, leaf_shapes
+from jaxlm.weights.native.layout import (
+    ARRAYS,
+    HF_CONFIG,
+    MODEL_JSON,
+    PEFT_CONFIG,
+    SMALL_FILES,
+    TOKENIZER,
+    read_tree_metadata,
+)
+from jaxlm.weights.native.model_json import ModelFile
+from jaxlm.weights.native.prompt_json import PROMPT_FILES
+from jaxlm.weights.partition import PARTITION_FILE, load_partition
+
+# Chunks that are kept for the next slices of them.
+CACHE_BYTES = 128 << 20
+
+
+class _Arrays:
+    """The arrays of one `model/` directory."""
+
+    def __init__(self, directory: Path, collection: str) -> None:
+        self._directory = directory / ARRAYS
+        self._ocdbt, self._driver, names = read_tree_metadata(self._directory)
+        # One context for all arrays, so that an OCDBT database is opened once. Chunks are kept for the next slices of
+        # them: small models have all layers in one, and so had older checkpoints.
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        self._stores = {}
+        futures = {name: self._open(".".join(name)) for name in names if name[:1] == (collection,)}
+        for name, future in futures.items():
+            try:
+                self._stores["/".join(name[1:])] = future.result()
+            except ValueError as error:
+                raise UserError(
+                    f"{self._directory}: array {'.'.join(name)!r} cannot be opened ({brief(error)})"
+                ) from None
+        self.leaves = {
+            path: LeafInfo(tuple(s.shape), s.dtype.numpy_dtype, tuple(s.chunk_layout.read_chunk.shape) or None)
+            for path, s in self._stores.items()
+        }
+        for path, leaf in self.leaves.items():
+            if leaf.dtype not in WEIGHT_DTYPES.values():
+                raise UserError(f"{self._directory}: array {path!r} has dtype {leaf.dtype}; that is no weight")
+
+    def _open(self, name: str) -> Any:
+        base = f"file://{self._directory.absolute()}/"
+        spec: dict[str, Any] = {"driver": self._driver, "recheck_cached_data": "open"}
+        if self._ocdbt:
+            spec["kvstore"] = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            spec["kvstore"] = f"{base}{name}/"
+        if self._driver == "zarr3":
+            # A chunk that is not there would otherwise be read as zeros.
+            spec["fill_missing_data_reads"] = False
+        return ts.open(spec, open=True, read=True, context=self._context)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        full = full_index(self.leaves[path].shape, index)
+        if 0 in index_shape(full):
+            return np.empty(index_shape(full), self.leaves[path].dtype)
+        try:
+            found = self._stores[path][full].read(order="C").result()
+        except ValueError as error:
+            raise UserError(f"{self._directory}: {path!r} cannot be read ({brief(error)}); copy it again") from None
+        return np.asarray(found)
+
+
+def brief(error: ValueError) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+class _Native:
+    """Args: content: what `read_model_json` says of the directory."""
+
+    def __init__(self, path: Path, content: ModelFile, collection: str) -> None:
+        files = path / SMALL_FILES
+        self.path = path
+        self.config = content.config
+        self.tokenizer_dir = files / TOKENIZER
+        self.tokenizer_files = sorted(file for file in self.tokenizer_dir.glob("*") if file.is_file())
+        self.prompt_files = [file for name in PROMPT_FILES if (file := files / name).is_file()]
+        self._arrays = _Arrays(path, collection)
+        self.leaves: Mapping[str, LeafInfo] = self._arrays.leaves
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return self._arrays.read(path, index)
+
+    @property
+    def partition(self) -> np.ndarray | None:
+        """Read when it is asked for.
+
+        Raises:
+            UserError: when it does not fit the model.
+        """
+        file = self.path / SMALL_FILES / PARTITION_FILE
+        if self.config.experts is None or not file.is_file():
+            return None
+        return load_partition(file, self.config.num_layers, self.config.feed_forward.size)
+
+    def _optional_json(self, name: str) -> dict[str, Any] | None:
+        file = self.path / SMALL_FILES / name
+        return read_object(file) if file.is_file() else None
+
+
+class NativeSource(_Native):
+    """A full model in a jaxlm directory."""
+
+    def __init__(self, path: Path, content: ModelFile) -> None:
+        super().__init__(path, content, "params")
+        self.hf_config = self._optional_json(HF_CONFIG)
+        found = {name: leaf.shape for name, leaf in self.leaves.items()}
+        with _as_recorded(path):
+            check_leaves(path / ARRAYS, found, leaf_shapes(self.config))
+
+
+class NativeAdapter(_Native):
+    """An adapter in a jaxlm directory."""
+
+    def __init__(self, path: Path, content: ModelFile) -> None:
+        super().__init__(path, content, "lora")
+        assert content.lora is not None
+        self.lora = content.lora
+        self.layers = content.layers
+        self.base = content.base_path
+        self.peft_config = self._optional_json(PEFT_CONFIG)
+        with _as_recorded(path):
+            _check_adapter(self, path / ARRAYS)
+
+
+@contextlib.contextmanager
+def _as_recorded(path: Path) -> Iterator[None]:
+    """Errors of tensors and settings that do not fit each other name the file that has the settings."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (the shape is what {path / SMALL_FILES / MODEL_JSON} says)") from None
+
+
+def check_adapter_leaves(adapter: AdapterSource, where: Path) -> None:
+    """Refuses an adapter whose leaves do not fit the base that it was opened for."""
+    try:
+        _check_adapter(adapter, where)
+    except UserError as error:
+        raise UserError(f"{error}; {of_another_base(adapter.base)}") from None
+
+
+def of_another_base(base: str | None) -> str:
+    """Why an adapter does not fit, and what would: the base that it records."""
+    found = "it does not say which" if not base else f"it records {base!r}"
+    return f"the adapter seems to belong to another base than the one given: {found}"
+
+
+def _check_adapter(adapter: AdapterSource, where: Path) -> None:
+    """Refuses an adapter whose leaves are not those that its configuration calls for."""
+    expected = adapter_shapes(adapter.config, resolve_lora(adapter.config, adapter.lora, adapter.layers))
+    expected |= saved_shapes(adapter.config, adapter.lora, adapter.leaves)
+    check_leaves(where, {name: leaf.shape for name, leaf in adapter.leaves.items()}, expected)
+
+
+def saved_shapes(config: DecoderSpec, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
+    """Shapes of the modules saved in full. Embedding and head may have other rows (added tokens) than the base."""
+    shapes = {}
+    for module in lora.modules_to_save:
+        path = f"modules_to_save/{SAVEABLE[module]}"
+        shape = leaf_shapes(config)[SAVEABLE[module]]
+        if module != "norm" and path in leaves and len(leaves[path].shape) == 2:
+            shape = (leaves[path].shape[0], shape[1])
+        shapes[path] = shape
+    return shapes
