@@ -21,7 +21,7 @@ from convert.analysis.observe import Observed, by_expert, down, masked, walk
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
 from jaxlm.models.shapes import MoeConfig
-from jaxlm.nn.experts import released_mask, route_by_modality, route_by_scores, route_learned
+from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned
 from jaxlm.weights.leaves import ParamSource
 
 _TINY = 1e-30

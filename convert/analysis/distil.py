@@ -25,7 +25,7 @@ from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import MoeConfig
-from jaxlm.nn.experts import route_by_scores, route_learned
+from jaxlm.nn.routers import route_by_scores, route_learned
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import DerivedSource, Index, LeafInfo, ParamSource, full_index, main_dtype, row_blocks
 from jaxlm.weights.names import Entry, leaf_shapes

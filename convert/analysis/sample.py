@@ -15,7 +15,7 @@ from jaxlm.data.loader import BatchSource
 from jaxlm.data.packing import plan_rows
 from jaxlm.errors import UserError
 from jaxlm.models.shapes import MoeConfig
-from jaxlm.nn.experts import modality_ids
+from jaxlm.nn.routers import modality_ids
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.weights.leaves import ParamSource
 

@@ -301,7 +301,7 @@ def _attention() -> Iterator[Finding]:
 
     shape = SHAPES["llama-2-7b"]
     for rows, packed in (("packed rows", True), ("single documents", False)):
-        case = shape_key(shape, "bfloat16", shape.max_length, packed)
+        case = shape_key(shape.spec.period[0].attention, "bfloat16", shape.max_length, packed)
         try:
             chosen, why = choose_attention("auto", case)
         except UserError as error:

@@ -405,12 +405,10 @@ def _samples(
 ) -> None:
     if not prompts:
         return
-    from jaxlm.devices.mesh import use_mesh
-    from jaxlm.training.samples import greedy_answers
+    from jaxlm.inference.samples import greedy_answers
 
     stops = sorted({*tokenizer.end_ids, *frozenset().union(*(report.end_ids for report in data.report.train))})
-    with use_mesh(outcome.mesh):
-        answers = greedy_answers(outcome.model, outcome.variables, prompts, config.train.sample_tokens, stops)
+    answers = greedy_answers(outcome.model, outcome.variables, outcome.mesh, prompts, config.train.sample_tokens, stops)
     console.print()
     for text, answer in zip(config.train.sample_prompts, answers, strict=True):
         console.print(f"> {text}", style="bold", highlight=False, markup=False)

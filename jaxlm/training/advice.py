@@ -44,8 +44,8 @@ def rank_warnings(model: LlamaConfig, adapters: Mapping[str, LoraSpec]) -> list[
     found = []
     for target, spec in adapters.items():
         heads = model.num_kv_heads if target in ("k_proj", "v_proj") else model.num_heads
-        inner = heads * model.head_dim if target in ATTENTION_LINEARS else model.intermediate_size // spec.blocks
-        rank, limit = spec.rank // spec.blocks, min(model.hidden_size, inner)
+        inner = heads * model.head_dim if target in ATTENTION_LINEARS else model.intermediate_size // spec.experts
+        rank, limit = spec.rank // spec.experts, min(model.hidden_size, inner)
         if rank > limit:
             found.append(
                 f"lora.rank: {rank} of {target} exceeds the smaller side of a matrix of {model.hidden_size} x {inner}: "

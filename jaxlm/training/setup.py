@@ -36,8 +36,8 @@ from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
-from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.routers import choose_compute
 from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import Objective, ObjectiveFactory
@@ -249,7 +249,9 @@ def set_up(
         chip = devices[0]
         mesh = make_mesh(config.mesh, devices, experts_count)
     _check_sequence(mesh, config.data.sequence_length, shape.num_heads, shape.num_kv_heads)
-    key = shape_key(shape, config.model.dtype, config.data.sequence_length, config.data.packed, chip)
+    key = shape_key(
+        shape.spec.period[0].attention, config.model.dtype, config.data.sequence_length, config.data.packed, chip
+    )
     backend, why = choose_attention(config.model.attention, key)
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
