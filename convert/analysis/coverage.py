@@ -20,7 +20,7 @@ import numpy as np
 from convert.analysis.observe import Observed, by_expert, down, masked, walk
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
-from jaxlm.nn.experts import released_mask, route_by_modality, route_by_scores, route_learned
+from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned
 from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.leaves import ParamSource
 

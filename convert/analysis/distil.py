@@ -24,7 +24,7 @@ from convert.analysis.observe import Observed, by_expert, down, hidden, masked, 
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
-from jaxlm.nn.experts import route_by_scores, route_learned
+from jaxlm.nn.routers import route_by_scores, route_learned
 from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import DerivedSource, Index, LeafInfo, ParamSource, full_index, main_dtype, row_blocks

@@ -15,7 +15,7 @@ from jaxlm.errors import UserError
 if TYPE_CHECKING:
     from jaxlm.weights.leaves import ParamSource
 
-# Checked against convert.transforms.experts and jaxlm.models.shapes by a test; those modules are too heavy for --help.
+# Checked against convert.transforms.experts and jaxlm.spec by a test; those modules are too heavy for --help.
 METHODS = ("kmeans", "order", "partition")
 ROUTERS = ("learned", "modality", "activation", "activation_released")
 

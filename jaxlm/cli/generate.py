@@ -179,11 +179,13 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.devices.mesh import axis_sizes, make_mesh
     from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.generator import Generator
-    from jaxlm.inference.model import Decoder, load_weights, weight_bytes
+    from jaxlm.inference.model import load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+    from jaxlm.models.decoder import Decoder
     from jaxlm.nn.lora import resolve_lora
     from jaxlm.nn.routers import choose_compute
+    from jaxlm.nn.weight_types import Int8Weight
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
     from jaxlm.weights.names import num_params, tensor_name
@@ -207,7 +209,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     # Prompts have any length; the longest ones are what takes time.
-    case = shape_key(source.config, dtype, source.config.max_length, False)
+    case = shape_key(source.config.attention, dtype, source.config.max_length, False)
     attention, reason = choose_attention(config.model.attention, case)
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": attention.name})
@@ -223,7 +225,8 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     for index in config.stop_ids:
         if index >= whole.config.vocab_size:
             raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {whole.config.vocab_size - 1}")
-    decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8, experts)
+    decoder = Decoder(whole.config, specs, dtype, dtype, attention, experts=experts)
+    weight_type = Int8Weight if config.model.int8 else None
     shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
     if shape_of.sequence != 1:
         raise UserError(
@@ -233,7 +236,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     mesh = make_mesh(shape_of, experts=None if moe is None else moe.num_experts)
     started = time.perf_counter()
     with console.status("loading"):
-        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
+        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly, weight_type)
         where = str(source.path) if adapter is None else f"{source.path} with {adapter.path}"
         check_finite(weights, mesh, f"model: {where}", "the file is damaged, or of a run that diverged", tensor_name)
     stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
