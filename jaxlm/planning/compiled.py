@@ -27,7 +27,7 @@ from jaxlm.devices.chips import SHARE, Topology, parse_topology
 from jaxlm.devices.compiler_options import least_effort
 from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import set_up
 
 ENVIRONMENT = {
@@ -101,7 +101,7 @@ def can_compile(topology: Topology) -> str | None:
 
 
 def compile_step(
-    config: RunConfig, shape: LlamaConfig, topology: Topology, *, quick: bool = False, text: str | None = None
+    config: RunConfig, shape: DecoderSpec, topology: Topology, *, quick: bool = False, text: str | None = None
 ) -> CompiledStep:
     """Compiles the train step of a run for a topology; takes seconds for small models, minutes for large ones.
 
@@ -172,7 +172,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
     config = load_run_yaml(job["config"], "the job")
-    shape = LlamaConfig.from_dict(job["shape"])
+    shape = DecoderSpec.from_dict(job["shape"])
     topology = parse_topology(job["topology"])
     try:
         devices = topology_devices(topology)
