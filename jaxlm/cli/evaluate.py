@@ -269,16 +269,14 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
-    attention, reason = choose_attention(
-        config.model.attention, shape_key(shape.spec.period[0].attention, dtype, longest, True)
-    )
+    attention, reason = choose_attention(config.model.attention, shape_key(shape.attention, dtype, longest, True))
     specs = {} if adapter is None else resolve_lora(shape, adapter.lora, adapter.layers)
-    experts = "dense" if shape.moe is None else choose_compute("auto", platform, shape.moe, specs)[0]
+    experts = "dense" if shape.experts is None else choose_compute("auto", platform, shape.experts, specs)[0]
     mesh_config = config.mesh or MeshConfig()
     if mesh_config.sequence != 1:
         raise UserError(f"mesh.sequence: {mesh_config.sequence}: rows are not divided here; set it to 1")
-    mesh = make_mesh(mesh_config, experts=None if shape.moe is None else shape.moe.experts)
-    model = Decoder(shape.spec, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
+    mesh = make_mesh(mesh_config, experts=None if shape.experts is None else shape.experts.num_experts)
+    model = Decoder(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
     # No optimizer: nothing is trained, but parameters are placed as in training.
     setup = Initializer(model, None if adapter is None else adapter.lora, mesh, lambda axes: optax.identity())
     with console.status("loading"):

@@ -1,4 +1,4 @@
-"""FLOPs, bytes over links and through memory of a train step, and the time that these bound: a roofline."""
+"""FLOPs of a train step, its bytes over links and through memory, and the time that these bound: a roofline."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ FORMULA = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a step, on one device unless said.
+    """The cost of a step.
 
     Attributes:
-        tokens: of a step, over all devices.
-        model_flops: of a step, over all devices: 6 N a token (4 N where the base is frozen) and causal attention,
-            halved; as in `training.report.flops_per_token`.
-        hardware_flops: that a device really computes: what is recomputed counts too.
-        link_bytes: that a device gets from others of its slice.
-        memory_bytes: that go through its memory.
-        network_bytes: that it gets from other slices.
+        tokens: number of tokens, over all devices.
+        model_flops: FLOPs over all devices: 6 N a token (4 N where the base is frozen) and causal attention, halved; as
+            in `training.report.flops_per_token`.
+        hardware_flops: FLOPs that one device computes, recomputation included.
+        link_bytes: bytes that one device receives from others of its slice.
+        memory_bytes: bytes that go through the memory of one device.
+        network_bytes: bytes that one device receives from other slices.
     """
 
     tokens: int
@@ -50,8 +50,8 @@ class Time:
     """Seconds of a step by what bounds it.
 
     Attributes:
-        compute, links, memory, network: each alone.
-        mfu: (at most, at least): when all overlap, when nothing does.
+        compute, links, memory, network: seconds of each alone.
+        mfu: (upper bound, lower bound): when all overlap, when nothing does.
         tokens_per_second: likewise, over all devices.
     """
 
@@ -72,7 +72,13 @@ class Time:
 
 
 def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, slices: int = 1) -> Cost:
-    """Of the train step of a run; arguments as of `memory.estimate_memory`, what that gave, and in how many slices."""
+    """Estimates the cost of a run's train step.
+
+    Args:
+        setup, initializer: of the run, as for `memory.estimate_memory`.
+        memory: what that estimated.
+        slices: number of TPU slices that the devices are in.
+    """
     config, c, mesh = setup.config, setup.model.config, setup.mesh
     length, rows = config.data.sequence_length, setup.micro_batch
     tokens = config.train.global_batch_size * length
@@ -84,7 +90,7 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     per_layer = count(initializer.params["layers"]) / c.num_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
-    attention = 2 * c.num_heads * c.head_dim * length
+    attention = 2 * c.attention.num_heads * c.attention.head_dim * length
     scores_again = 0.5 * attention * c.num_layers
     again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
@@ -108,14 +114,14 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     sequence = mesh.shape[SEQUENCE]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
-        width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / tensor
+        width = (2 * c.attention.num_heads + 2 * c.attention.num_kv_heads) * c.attention.head_dim / tensor
         times = setup.accumulation * c.num_layers * (2 + recomputed[1])
         links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights
     # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
-    layer_io = (11 * c.hidden_size + 3 * c.intermediate_size / tensor) * itemsize
+    layer_io = (11 * c.hidden_size + 3 * c.feed_forward.size / tensor) * itemsize
     through += setup.accumulation * (
         micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
     )
@@ -125,11 +131,11 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
 def _recomputed(setup: TrainSetup) -> tuple[float, float]:
     """The shares of a layer's products, and of its attention, that the backward pass computes again."""
     c = setup.model.config
-    d, h = c.hidden_size, c.head_dim
-    qkv, out = d * h * (c.num_heads + 2 * c.num_kv_heads), d * h * c.num_heads
-    mlp = d * c.intermediate_size
+    d, h = c.hidden_size, c.attention.head_dim
+    qkv, out = d * h * (c.attention.num_heads + 2 * c.attention.num_kv_heads), d * h * c.attention.num_heads
+    mlp = d * c.feed_forward.size
     everything = qkv + out + 3 * mlp
-    # Nothing reads the outcome of the last product, so no compiler forms it again.
+    # The backward pass does not read the result of the last product, so no compiler forms it again.
     return {
         "full": (1 - mlp / everything, 1.0),
         "qkv": ((out + 2 * mlp) / everything, 1.0),
