@@ -177,8 +177,8 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from convert.transforms.merge import MergedSource
     from jaxlm.devices.finite import check_finite
     from jaxlm.devices.mesh import axis_sizes, make_mesh
-    from jaxlm.inference.generator import Generator
     from jaxlm.inference.fit import check_tokenizer
+    from jaxlm.inference.generator import Generator
     from jaxlm.inference.model import Decoder, load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key

@@ -26,7 +26,7 @@ from jaxlm.sharding import SHARD_AXES
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
-# Rules fitted to what libtpu 0.0.42 reports for 21 small steps and LLaMA-2-7B's (some in tests/planning/test_memory.py):
+# Rules fitted to what libtpu 0.0.42 reports for 21 small steps and LLaMA-2-7B's (see tests/planning/test_memory.py):
 # share of what a layer would keep without recomputation that is alive at once while the layer is differentiated;
 LAYER_SHARE = 0.5
 # number of layers whose weights are gathered at once, and, where they train, whose gradient is on its way back;
