@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxlm.devices.chips import Chip
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.planning.memory import Memory
+from jaxlm.sharding import DATA, EXPERT, SEQUENCE, TENSOR
 from jaxlm.training.report import flops_per_token
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
@@ -94,11 +95,11 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
 
-    micro_tokens = rows * length // mesh.shape["sequence"]
+    micro_tokens = rows * length // mesh.shape[SEQUENCE]
     itemsize = jnp.dtype(setup.model.dtype).itemsize
-    tensor, fsdp = mesh.shape["tensor"], shard_axes_size(mesh)
-    replicas = mesh.shape["data"] // slices
-    weights = count(initializer.params) / tensor / mesh.shape["expert"]
+    tensor, fsdp = mesh.shape[TENSOR], shard_axes_size(mesh)
+    replicas = mesh.shape[DATA] // slices
+    weights = count(initializer.params) / tensor / mesh.shape[EXPERT]
     trained_shard = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     passes = 2 * setup.accumulation  # forward, backward
     links = passes * itemsize * weights * (1 - 1 / fsdp)
@@ -110,7 +111,7 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
         # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
         sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
         links += setup.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
-    sequence = mesh.shape["sequence"]
+    sequence = mesh.shape[SEQUENCE]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
         width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / tensor

@@ -22,7 +22,7 @@ from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LoraSpec, resolve_lora
-from jaxlm.sharding import SHARD_AXES
+from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
@@ -96,8 +96,8 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
         initializer: of the run.
     """
     model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
-    length, lora = setup.config.data.sequence_length // mesh.shape["sequence"], initializer.lora
-    shape = local_shape(model.config, mesh.shape["tensor"])
+    length, lora = setup.config.data.sequence_length // mesh.shape[SEQUENCE], initializer.lora
+    shape = local_shape(model.config, mesh.shape[TENSOR])
     frozen = 0 if lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     # A micro-step's gradients have the parameters' dtype, their sum over micro-steps is float32.
@@ -111,7 +111,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
-    layer_weights = itemsize * count(initializer.params["layers"]) // shape.num_layers // mesh.shape["tensor"]
+    layer_weights = itemsize * count(initializer.params["layers"]) // shape.num_layers // mesh.shape[TENSOR]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(

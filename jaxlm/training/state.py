@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,15 +18,10 @@ from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_sha
 from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
 from jaxlm.nn.lora import SAVEABLE
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
+from jaxlm.weights.leaves import LeafReader
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
 WHOLE_IF_UNEVEN = ("vocab",)
-
-
-class Readable(Protocol):
-    """Anything that can hand out slices of named leaves (see `convert`)."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @flax.struct.dataclass
@@ -116,7 +111,7 @@ class Initializer:
             self.state_shardings,
         )
 
-    def load_params(self, source: Readable) -> Any:
+    def load_params(self, source: LeafReader) -> Any:
         """All base parameters, read into their shards and cast to the model's param_dtype."""
         return load_sharded(self.params, self.params_shardings, source.read, stored_chunks(source, self.params))
 
@@ -144,7 +139,7 @@ class Initializer:
         with use_mesh(self.mesh):
             return jax.jit(init, out_shardings=self.trainable_shardings["lora"])(jax.random.key(seed), params)
 
-    def load_lora(self, source: Readable) -> Any:
+    def load_lora(self, source: LeafReader) -> Any:
         """An earlier adapter's weights, into their shards."""
         lora = self.trainable["lora"]
         return load_sharded(lora, self.trainable_shardings["lora"], source.read, stored_chunks(source, lora))

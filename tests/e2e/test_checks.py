@@ -96,7 +96,7 @@ def test_of_a_later_stage_before_the_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jaxlm.cli.train._tokenizer", refuse)
+    monkeypatch.setattr("jaxlm.training.prepare.open_tokenizer", refuse)
     for stage, message in (
         ({"lora": {"targets": ["no_proj"]}}, "lora.targets: 'no_proj'"),
         ({"data": {"train": [{"path": "gone.json"}]}}, "gone.json does not exist"),
