@@ -23,7 +23,7 @@ from convert.formats.peft import write_peft
 from convert.formats.tiktoken import is_tiktoken, write_tokenizer_json
 from convert.source import FORMATS, adapter_format, format_of, is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import AdapterSource, CastSource, LeafSource, ParamSource, total_bytes
 from jaxlm.weights.manifest import Hasher
 from jaxlm.weights.native import write as native
@@ -230,7 +230,7 @@ def _open_adapter(
     found = adapter_format(path)
     if is_adapter(path):
         _check_format(path, found, f"a {FORMATS[found].title} adapter", form, to)
-    model: ParamSource | LlamaConfig | None = None
+    model: ParamSource | DecoderSpec | None = None
     if base is not None:
         model = open_model(base, config)
     elif found == "mindspore":
@@ -385,5 +385,7 @@ def _add_tokenizer_json(source: ParamSource, directory: Path) -> tuple[str, ...]
     if not model.is_file():
         return (f"no tokenizer.model in {source.path} or above it; the result has no tokenizer",)
     if is_tiktoken(model) and not (directory / "tokenizer.json").exists():
-        write_tokenizer_json(model, directory, source.config.vocab_size, source.config.rope.rope_type == "llama3")
+        write_tokenizer_json(
+            model, directory, source.config.vocab_size, source.config.attention.rope.rope_type == "llama3"
+        )
     return ()

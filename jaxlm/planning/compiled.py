@@ -24,7 +24,7 @@ from jaxlm.config.files import dump_yaml, load_run_yaml
 from jaxlm.devices.chips import SHARE, Topology, parse_topology
 from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # compilers for other devices are loaded by name
@@ -97,7 +97,7 @@ def can_compile(topology: Topology) -> str | None:
 
 
 def compile_step(
-    config: RunConfig, shape: LlamaConfig, topology: Topology, *, quick: bool = False, text: str | None = None
+    config: RunConfig, shape: DecoderSpec, topology: Topology, *, quick: bool = False, text: str | None = None
 ) -> CompiledStep:
     """Compiles the train step of a run for a topology; takes seconds for small models, minutes for large ones.
 
@@ -175,7 +175,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     from jaxlm.training.setup import set_up
 
     config = load_run_yaml(job["config"], "the job")
-    shape = LlamaConfig.from_dict(job["shape"])
+    shape = DecoderSpec.from_dict(job["shape"])
     topology = parse_topology(job["topology"])
     try:
         devices = topology_devices(topology)

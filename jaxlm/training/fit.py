@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxlm.config import RunConfig
 from jaxlm.devices.mesh import check_mesh
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.report import human_bytes
 from jaxlm.training.resume import check_settings
 from jaxlm.training.setup import compile_with, set_up
@@ -57,7 +57,7 @@ def check_without_model(configs: Sequence[RunConfig]) -> None:
             check_settings(files, config, folder)
 
 
-def check_with_model(config: RunConfig, model: LlamaConfig, hosts: Hosts, say: Any) -> None:
+def check_with_model(config: RunConfig, model: DecoderSpec, hosts: Hosts, say: Any) -> None:
     """Checks what depends on the shape of the model: mesh, batch, attention, adapters and room on the disk.
 
     Args:
