@@ -144,7 +144,7 @@ def _molecule(text: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    from jaxlm.data.sources import csv_delimiter, refuse_twins
+    from jaxlm.data.records import csv_delimiter, refuse_twins
 
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -19,8 +19,8 @@ from jaxlm.data.messages import (
     refuse_without_answer,
     without_answer,
 )
+from jaxlm.data.records import Record
 from jaxlm.data.rendering import Rendered, Segment, Span
-from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import MARK_BEGIN, MARK_END, ChatError, Tokenizer
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 

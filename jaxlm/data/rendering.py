@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from jaxlm.data.messages import (
     text_field,
     without_answer,
 )
+from jaxlm.data.records import Record
 from jaxlm.data.rendering import Rendered, Segment, Span, Template
-from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 from jaxlm.locate import at_home

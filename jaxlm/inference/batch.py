@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.config import Decoding
-from jaxlm.data.sources import Record, csv_delimiter, records_within
+from jaxlm.data.records import Record, csv_delimiter, records_within
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter

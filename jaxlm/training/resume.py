@@ -22,7 +22,8 @@ import numpy as np
 import yaml
 
 from jaxlm.config import RunConfig, to_dict
-from jaxlm.data.loader import BatchSource, Data
+from jaxlm.data.batches import BatchSource
+from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.shapes import LlamaConfig

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from convert.formats.chat_template import to_jinja
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 from jaxlm.data.templates import DIRECTORY, ConversationTemplate, Rendered, for_questions, load_template
 from jaxlm.inference.prompts import Prompter
 from jaxlm.tokenizer import Tokenizer, load_tokenizer

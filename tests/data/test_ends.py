@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data import build_data
-from jaxlm.data.examples import Example, encode_rendered, resolve_ends
-from jaxlm.data.sources import Record
+from jaxlm.data.encoding import Example, encode_rendered, resolve_ends
+from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data.examples import Examples, build_examples, encode_rendered, epoch_order, prompt_ids, split_off
-from jaxlm.data.sources import Record, read_records
+from jaxlm.data.encoding import encode_rendered, prompt_ids
+from jaxlm.data.examples import Examples, build_examples
+from jaxlm.data.packing import epoch_order
+from jaxlm.data.records import Record, read_records
+from jaxlm.data.split import split_off
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxlm.config import SourceConfig
-from jaxlm.data.sources import Record, read_records
+from jaxlm.data.records import Record, read_records
 from jaxlm.errors import UserError
 
 RECORDS: list[dict[str, Any]] = [

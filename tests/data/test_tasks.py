@@ -10,8 +10,8 @@ import pytest
 
 from jaxlm.config import DataConfig, ModalityConfig, SourceConfig
 from jaxlm.data import build_data
-from jaxlm.data.examples import prompt_ids
-from jaxlm.data.sources import Record
+from jaxlm.data.encoding import prompt_ids
+from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.inference.prompts import Prompter
