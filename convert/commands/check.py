@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import add_verb, keep_freed_memory
+from convert.commands.command import add_verb, progress_bar
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from convert.analysis.describe import Description
     from convert.analysis.probe import Agreement
     from convert.analysis.verify import Report
-    from jaxlm.weights.leaves import LeafSource, ParamSource
+    from jaxlm.weights.leaves import ParamSource
 
 _WORST = 10
 # Verbs with no destination.
@@ -161,22 +159,9 @@ def _verify_manifest(directory: Path, as_json: bool) -> int:
     return 1 if bad else 0
 
 
-@contextlib.contextmanager
-def _progress(source: LeafSource) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    from jaxlm.weights.leaves import total_bytes
-
-    keep_freed_memory()
-    columns = "comparing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total_bytes(source.leaves))
-        yield lambda nbytes: progress.advance(task, nbytes)
-
-
 def _verify_adapters(options: argparse.Namespace) -> int:
     from convert.analysis.verify import compare_adapters
+    from convert.conversion import keep_freed_memory
     from convert.source import open_model, stored_adapter
     from jaxlm.weights.leaves import AdapterSource
 
@@ -189,17 +174,20 @@ def _verify_adapters(options: argparse.Namespace) -> int:
         opened[path] = stored_adapter(path, config)
         config = opened[path].config
     first, second = opened[options.first], opened[options.second]
-    with _progress(first) as advance:
+    keep_freed_memory()
+    with progress_bar("comparing", first) as advance:
         report = compare_adapters(first, second, advance)
     return _say_report(options, report, None)
 
 
 def _verify_models(options: argparse.Namespace) -> int:
     from convert.analysis.verify import compare_models
+    from convert.conversion import keep_freed_memory
     from convert.source import open_model
 
     first, second = (open_model(path, config=options.config) for path in (options.first, options.second))
-    with _progress(first) as advance:
+    keep_freed_memory()
+    with progress_bar("comparing", first) as advance:
         report = compare_models(first, second, advance)
     agreement = None
     # Experts are chosen by the kinds of tokens, which a text does not say; so only dense models are asked.

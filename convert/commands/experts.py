@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import add_shard_size, add_verb, write_jax, write_model_as
+from convert.commands.command import add_shard_size, add_verb, write_result
 from convert.commands.routing import COVERAGE_TOKENS, check_new, coverage_directory, report_coverage
 from convert.commands.sample import add_sample_options, check_no_sample, pairs, sample_of
 from jaxlm.errors import UserError
@@ -100,7 +100,7 @@ def _moefy(options: argparse.Namespace) -> None:
         coverage = coverage_directory(options.destination)
         sample = sample_of(options, source, moe)
     order = make_order(source, experts, method, partition, options.seed)
-    write_jax(MoefiedSource(source, order, moe), options.destination)
+    write_result("jax", MoefiedSource(source, order, moe), options.destination)
     size = source.config.intermediate_size // experts
     used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
     print(f"{'experts':12} {experts} of {size} neurons by {method}, router {moe.router}; a token uses: {used}")
@@ -118,7 +118,7 @@ def _demoefy(options: argparse.Namespace) -> None:
     from convert.transforms.experts import DenseSource
 
     source = DenseSource(open_model(options.source))
-    write_model_as(options.format, source, options.destination, options.shard_size)
+    write_result(options.format, source, options.destination, options.shard_size)
 
 
 def _modalities(source: ParamSource) -> dict[str, tuple[int, int]]:

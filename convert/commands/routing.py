@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import add_verb, write_jax
+from convert.commands.command import add_verb, write_result
 from convert.commands.sample import add_sample_options, sample_of, say_sample
 from jaxlm.errors import UserError
 
@@ -127,7 +127,7 @@ def _distil(options: argparse.Namespace) -> None:
     assert source.config.moe is not None
     sample = sample_of(options, source, source.config.moe)
     result = distil(source, sample, options.steps, options.seed, options.teacher)
-    write_jax(DistilledSource(source, result.routers), options.destination)
+    write_result("jax", DistilledSource(source, result.routers), options.destination)
     say_distilled(result)
     say_sample(sample, source.config.moe)
 

@@ -158,6 +158,11 @@ class MindSporeSource(StackedTensors):
         found: dict[str, Tensor] = dict(tensors)
         #: Whether tensors were concatenated, so that `groups` mattered.
         self.joined = _split_joined(files[0], found, self.config, groups)
+        #: What the format does not say and was taken for granted, in words.
+        self.assumed: list[str] = []
+        if self.joined:
+            how = "whole, one below the other" if groups == 1 else f"interleaved in {groups} groups"
+            self.assumed.append(f"wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)")
         head, embedding = (rule_for(path).mindspore for path in ("lm_head/kernel", "embed_tokens/embedding"))
         drop_tied_head(files[0], found, head, embedding, self.config)
         entries = stored_entries(self.config, "mindspore")

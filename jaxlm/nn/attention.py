@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
 from jaxlm.kernels.flash_attention import Backend, flash_attention
+from jaxlm.sharding import SEQUENCE, TENSOR
 
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
 # in the program: at T = 512 the 110 M benchmark's step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
@@ -271,10 +272,10 @@ def attention(
     """
     choice = AttentionBackend(implementation) if isinstance(implementation, str) else implementation
     mesh = jax.sharding.get_abstract_mesh()
-    split = not mesh.empty and mesh.shape.get("sequence", 1) > 1
+    split = not mesh.empty and mesh.shape.get(SEQUENCE, 1) > 1
     if split:
         q, k, v, mask = _whole_rows(
-            q, k, v, mask, kv_head_copies(k.shape[2], mesh.shape["sequence"] * mesh.shape["tensor"])
+            q, k, v, mask, kv_head_copies(k.shape[2], mesh.shape[SEQUENCE] * mesh.shape[TENSOR])
         )
     blocks = {} if choice.block_q is None else dict(block_q=choice.block_q, block_k=choice.block_k)
     out = IMPLEMENTATIONS[choice.name](q, k, v, mask, **blocks)

@@ -21,8 +21,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.expert_loop import loop_experts
-from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
+from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.groups import BLOCK, Groups, make_groups
 from jaxlm.nn.linear import Parts
+from jaxlm.sharding import EXPERT, TENSOR
 
 
 @flax.struct.dataclass
@@ -216,10 +218,10 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return lambda x, routing, gate_up, down: _unflat(run(_flat(x), _flat(routing), gate_up, down, 0), x)
-    groups = mesh.shape["expert"]
+    groups = mesh.shape[EXPERT]
 
     def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        offset = jax.lax.axis_index(("expert", "tensor")) * gate_up.shape[0]
+        offset = jax.lax.axis_index((EXPERT, TENSOR)) * gate_up.shape[0]
         tokens = _flat(x), _flat(routing)
         if groups == 1:
             out = run(*tokens, gate_up, down, offset)
@@ -228,7 +230,7 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
         return _unflat(_over_tensor(out, mesh), x)
 
     def split(x: jax.Array, *others: Any) -> jax.Array:
-        token, matrix = P(*_token_axes(x, mesh), None), P(("expert", "tensor"), None, None)
+        token, matrix = P(*_token_axes(x, mesh), None), P((EXPERT, TENSOR), None, None)
         specs = (token, token, matrix, matrix)
         return jax.shard_map(local, in_specs=specs, out_specs=token, check_vma=False)(x, *others)
 
@@ -250,14 +252,14 @@ def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def split(h: jax.Array, *others: jax.Array) -> jax.Array:
         tokens = _token_axes(h, mesh)
-        specs = P(*tokens, "tensor", None), P(*tokens, "tensor"), P("tensor", None, None)
+        specs = P(*tokens, TENSOR, None), P(*tokens, TENSOR), P(TENSOR, None, None)
         return jax.shard_map(local, in_specs=specs, out_specs=P(*tokens, None), check_vma=False)(h, *others)
 
     return split
 
 
 def _over_tensor(y: jax.Array, mesh: AbstractMesh) -> jax.Array:
-    return jax.lax.psum(y, "tensor") if mesh.shape["tensor"] > 1 else y
+    return jax.lax.psum(y, TENSOR) if mesh.shape[TENSOR] > 1 else y
 
 
 def best_experts(scores: jax.Array, k: int) -> jax.Array:
@@ -332,7 +334,7 @@ def _at_their_devices(
 def _all_to_all(blocks: jax.Array, groups: int) -> jax.Array:
     """[S n, ...]: block s goes to device s along `expert`; what comes from device s is block s."""
     parts = blocks.reshape(groups, -1, *blocks.shape[1:])
-    return jax.lax.all_to_all(parts, "expert", 0, 0).reshape(blocks.shape)
+    return jax.lax.all_to_all(parts, EXPERT, 0, 0).reshape(blocks.shape)
 
 
 @jax.custom_vjp
@@ -357,8 +359,8 @@ def _exchange_ragged(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> 
     groups = sizes.shape[0]
     block = rows.shape[0] // groups
     begins = jnp.arange(groups, dtype=jnp.int32) * block
-    mine = jnp.full(groups, jax.lax.axis_index("expert") * block, jnp.int32)
-    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sizes, mine, arriving, axis_name="expert")
+    mine = jnp.full(groups, jax.lax.axis_index(EXPERT) * block, jnp.int32)
+    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sizes, mine, arriving, axis_name=EXPERT)
 
 
 def _exchange_fwd(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> tuple[jax.Array, Any]:

@@ -32,7 +32,7 @@ class LoraSpec:
     scales: tuple[float, ...]  # [L]
     dropout: float
     dora: bool
-    blocks: int = 1  # adapters for so many experts, as one of their ranks together that is zero across them
+    experts: int = 1  # adapters of this number of experts, as one of their ranks together that is zero across them
 
     @property
     def rank(self) -> int:
@@ -119,7 +119,7 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
     for module in lora.modules_to_save:
         if module == "lm_head" and model.tie_word_embeddings:
             raise UserError("lora.modules_to_save: lm_head is tied to embed_tokens in this model; name embed_tokens")
-    blocks = model.moe.experts if lora.per_expert and model.moe is not None else 1
+    experts = model.moe.experts if lora.per_expert and model.moe is not None else 1
     lora = as_one_adapter(model, lora)
     used: set[str] = set()
     specs = {}
@@ -144,7 +144,7 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
             ranks.append(rank)
             scales.append(alpha / (math.sqrt(rank) if lora.rslora else rank))
         specs[target] = LoraSpec(
-            tuple(ranks), tuple(scales), lora.dropout, lora.dora, blocks if target in MLP_LINEARS else 1
+            tuple(ranks), tuple(scales), lora.dropout, lora.dora, experts if target in MLP_LINEARS else 1
         )
     unused = sorted((set(lora.rank_pattern) | set(lora.alpha_pattern)) - used)
     if unused:

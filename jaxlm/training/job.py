@@ -16,8 +16,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.models.shapes import LlamaConfig
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import ObjectiveFactory
-from jaxlm.training.resume import BaseModel
-from jaxlm.training.state import Readable
+from jaxlm.weights.leaves import LeafReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Job:
     config: RunConfig
     run_yaml: str
     model: LlamaConfig
-    source: BaseModel | None
-    adapter: Readable | None
+    source: LeafReader | None
+    adapter: LeafReader | None
     data: Data
     files: Mapping[str, bytes]
     verbose: bool = False

@@ -27,6 +27,7 @@ from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.shapes import LlamaConfig
+from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
@@ -75,17 +76,7 @@ PATHS = ("path", "shape", "train_on", "tokens_file")  # keys, by their last word
 BLOCK = 16  # elements along each of the last two dims of a sample
 
 
-class BaseModel(typing.Protocol):
-    """The leaves of a model in files (see `jaxlm.weights.leaves`)."""
-
-    @property
-    def leaves(self) -> Mapping[str, Any]:
-        """By path, with their `shape`."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
-
-
-def base_fingerprint(model: LlamaConfig, source: BaseModel) -> str:
+def base_fingerprint(model: LlamaConfig, source: LeafReader) -> str:
     """Hash of a base model's shape and of a sample of each of its leaves.
 
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
@@ -128,7 +119,7 @@ def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield tuple(block) if layer is None else (slice(layer, layer + 1), *block)
 
 
-def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: BaseModel) -> str:
+def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: LeafReader) -> str:
     """As version 1: all of the shape, as it was written down then, and the norms."""
     digest = hashlib.sha256(json.dumps(stored_shape, sort_keys=True).encode())
     for leaf in ("norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"):
@@ -150,7 +141,7 @@ class Inputs:
     config: RunConfig
     data: Data
     model: LlamaConfig
-    base: BaseModel | None
+    base: LeafReader | None
 
     @cached_property
     def base_fingerprint(self) -> str | None:

@@ -38,7 +38,7 @@ from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
 from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
-from jaxlm.sharding import BATCH
+from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import Objective, ObjectiveFactory
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
@@ -286,7 +286,7 @@ def _check_sequence(mesh: Mesh | AbstractMesh, length: int, heads: int, kv_heads
     Raises:
         UserError: they cannot.
     """
-    size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    size, tensor = mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     if size == 1:
         return
     if length % size:

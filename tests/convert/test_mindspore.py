@@ -458,7 +458,7 @@ def test_what_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "neither a file" in refused("mindspore-to-hf", path, out, "--config", "llama-9")
     assert "'model.layers.0.mlp.experts' has no place" in say(arrays | {"model.layers.0.mlp.experts": np.ones(2)})
     assert "holds no concatenated tensors" in refused("mindspore-to-hf", write(path, arrays), out, "--groups", 2)
-    assert "is for --lora only" in refused("mindspore-to-hf", path, out, "--alpha", 2)
+    assert "is for an adapter only" in refused("mindspore-to-hf", path, out, "--alpha", 2)
     assert "the model has 32 layers, but there are 30" in refused("mindspore-to-hf", path, out, "--config", "llama-7b")
     (tmp_path / "rank_3").mkdir()
     part = write(tmp_path / "rank_3" / "x.ckpt", arrays | {"model.norm_out.weight": np.ones(8, np.float32)})

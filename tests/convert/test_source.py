@@ -295,7 +295,7 @@ def test_wrong_direction(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert not is_adapter(tmp_path / "hf") and not is_adapter(tmp_path / "native")
     with pytest.raises(UserError, match="is a full model"):
         open_adapter(tmp_path / "native")
-    with pytest.raises(UserError, match=r"is no adapter: found config\.json"):
+    with pytest.raises(UserError, match=r"is not an adapter: found config\.json"):
         open_adapter(tmp_path / "hf")
 
 

@@ -252,7 +252,8 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, hf_dir: Path, tmp_path: Pa
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert.source.open_model", interrupt)
+    for module in ("convert.source", "convert.conversion"):
+        monkeypatch.setattr(f"{module}.open_model", interrupt)
     monkeypatch.setattr("convert.analysis.describe.describe", interrupt)
     for arguments, written in (
         (["verify", hf_dir, hf_dir], False),

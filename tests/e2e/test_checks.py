@@ -183,7 +183,7 @@ def test_gradients_of_zero_and_ranks_too_large(
         return capsys.readouterr().out
 
     text = said(rank=2, alpha=0.0)
-    assert "warning: all gradients were 0: nothing has been learnt" in text and "lora.rank" not in text
+    assert "warning: all gradients were 0: nothing has been trained" in text and "lora.rank" not in text
     text = said(rank=48, targets=["q_proj", "k_proj", "down_proj"])
     # q_proj is 64 x 64, k_proj 64 x 32, down_proj 128 x 64.
     assert "warning: lora.rank: 48 of k_proj exceeds the smaller side of a matrix of 64 x 32: above 32" in text

@@ -191,11 +191,11 @@ def test_tables_there_and_back(no_tables: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no table of tuned kernels"),
-        ("[]", "no table of tuned kernels"),
+        ("{", "not a table of tuned kernels"),
+        ("[]", "not a table of tuned kernels"),
         ('{"format": 2, "entries": []}', "a table of format 2, this jaxlm reads 1; delete it and run python -m jaxlm"),
-        ('{"format": 1, "entries": [{"device_kind": "cpu"}]}', r"no table of tuned kernels \(KeyError\('dtype'\)\)"),
-        ('{"format": 1, "entries": [1]}', "no table of tuned kernels"),
+        ('{"format": 1, "entries": [{"device_kind": "cpu"}]}', r"not a table of tuned kernels \(KeyError\('dtype'\)\)"),
+        ('{"format": 1, "entries": [1]}', "not a table of tuned kernels"),
     ],
 )
 def test_broken_tables(content: str, message: str, no_tables: Path) -> None:
