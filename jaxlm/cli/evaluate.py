@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig, MeshConfig
 from jaxlm.errors import UserError, exit_status
-from jaxlm.jsontext import parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,27 +142,19 @@ def _molecule(text: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    from jaxlm.data.records import csv_delimiter, refuse_twins
+    from jaxlm.data.entries import read_entries
 
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".csv", ".tsv", ".txt"):
-            csv.field_size_limit(1 << 30)
-            header = text.partition("\n")[0]
-            delimiter = csv_delimiter(header) if path.suffix == ".csv" else "\t"
-            table = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
-            refuse_twins(path, table.fieldnames or ())
-            rows: Any = list(table)
-        elif path.suffix == ".jsonl":
-            rows = [parse(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = parse(text)
-    except FileNotFoundError:
-        raise UserError(f"predictions: {path} does not exist") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"predictions: {path} cannot be read ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"predictions: {path} must hold a list of records")
+    if not path.is_file():
+        raise UserError(f"predictions: {path} does not exist")
+    ending = path.suffix.lower()
+    kind = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}.get(ending, "json")
+    delimiter = "\t" if ending in (".tsv", ".txt") else None
+    rows = []
+    for entry in read_entries(path, kind, key="predictions", delimiter=delimiter, strict=False):
+        problem = entry.problem if isinstance(entry.value, dict) or entry.problem else "is not a record"
+        if problem is not None:
+            raise UserError(f"predictions: {entry.name}: {problem}; {path} must hold a list of records")
+        rows.append(entry.value)
     return rows
 
 

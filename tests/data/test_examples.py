@@ -234,11 +234,11 @@ def numbered(count: int) -> Examples:
 
 def test_weights() -> None:
     examples = numbered(10)
-    order = epoch_order(examples, (2.5, 0.25), seed=1, epoch=0)
+    order = epoch_order(examples.source, (2.5, 0.25), seed=1, epoch=0)
     counts = np.bincount(order, minlength=14)
     assert counts[:10].min() == 2 and counts[:10].sum() == 25 and counts[10:].sum() == 1
-    assert epoch_order(examples, (2.5, 0.25), 1, 0).tolist() == order.tolist()
-    assert epoch_order(examples, (2.5, 0.25), 1, 1).tolist() != order.tolist()
+    assert epoch_order(examples.source, (2.5, 0.25), 1, 0).tolist() == order.tolist()
+    assert epoch_order(examples.source, (2.5, 0.25), 1, 1).tolist() != order.tolist()
 
 
 def test_split() -> None:
