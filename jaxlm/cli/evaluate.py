@@ -101,7 +101,7 @@ def _run(config: EvaluateConfig) -> int:
 def read_pairs(
     path: Path, task: str, reference: str | None = None, prediction: str | None = None
 ) -> tuple[list[Pair], int]:
-    """The right answers and the model's, and how many there are none of: empty ones, of records with an error.
+    """The right answers beside the model's, and the number of records with an error in place of an answer.
 
     Args:
         path: .json, .jsonl, .csv or .tsv / .txt (the benchmark's table, columns divided by tabs).
@@ -120,15 +120,15 @@ def read_pairs(
             ("prediction", prediction, PREDICTIONS),
         ):
             names = usual if given is None else (given,)
-            found = next((row[name] for name in names if isinstance(row.get(name), str)), None)
-            if found is None and option == "prediction" and row.get("error"):
-                found, missing = "", missing + 1
-            if found is None:
+            text = next((row[name] for name in names if isinstance(row.get(name), str)), None)
+            if text is None and option == "prediction" and row.get("error"):
+                text, missing = "", missing + 1
+            if text is None:
                 raise UserError(
                     f"{path}: record {number} has no text in {' or '.join(names)}; columns found: "
                     f"{', '.join(map(str, row)) or 'none'}. Name the column: --{option} NAME"
                 )
-            texts.append(_molecule(found) if task == "text2smiles" else found)
+            texts.append(_molecule(text) if task == "text2smiles" else text)
         pairs.append(Pair(*texts))
     if not pairs:
         raise UserError(f"{path} holds no answer")
@@ -137,8 +137,8 @@ def read_pairs(
 
 def _molecule(text: str) -> str:
     """What stands between the first tags, if there are any; else the text."""
-    found = re.search(r"<(\w+)>(.*?)</\1>", text, re.DOTALL)
-    return (found.group(2) if found else text).strip()
+    tagged = re.search(r"<(\w+)>(.*?)</\1>", text, re.DOTALL)
+    return (tagged.group(2) if tagged else text).strip()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

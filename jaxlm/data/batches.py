@@ -98,7 +98,7 @@ class BatchSource:
         return self._end(whole - 1) + part
 
     def steps_of(self, epochs: float, known: Mapping[str, Any]) -> int:
-        """Steps of a run of so many epochs over these data; `known` as for the class."""
+        """The number of steps of a run of `epochs` passes over these data; `known` as for the class."""
         return math.ceil(self._rows_of(epochs, known) / (self._rows * self._accumulation))
 
     @property

@@ -44,7 +44,7 @@ def encode_rendered(
     """Tokens and masks of rendered records, not truncated; the first token of each is masked.
 
     A token is a target when it covers at least one trained character, so a token across the border between prompt and
-    answer is learnt. `running`: the records become one running text, where the first token of one is learnt like the
+    answer is trained. `running`: the records become one running text, where the first token of one is trained like the
     others if all of them are (as HF's run_clm learns every document's bos).
 
     Raises:
@@ -89,20 +89,20 @@ def _join(
     for segment in item.segments:
         encoding = next(encodings)
         own = _mask(segment, encoding)
-        # Words that a template ends turns with are learnt too, but no token stops a generation there.
+        # Words that a template ends turns with are trained too, but no token stops a generation there.
         stopping = (place for place in _ends(segment, encoding) if tokenizer.is_end(encoding.ids[place]))
         ends += [len(ids) + place for place in stopping]
         ids += encoding.ids
         masks.append(np.ones(len(encoding.ids), np.bool_) if whole else own)
         if not segment.eos:
             continue
-        learnt = segment.spans[-1].trained
+        trained = segment.spans[-1].trained
         # As alpaca-lora: an answer that brings its own eos gets no second one.
         brought = bool(ids) and ids[-1] == tokenizer.eos_id
         if add_eos and not brought:
             ids.append(_required(tokenizer, "eos"))
-            masks.append(np.array([whole or learnt]))
-        if learnt and (add_eos or brought):
+            masks.append(np.array([whole or trained]))
+        if trained and (add_eos or brought):
             ends.append(len(ids) - 1)
     mask = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
     mask[:1] = running and mask[1:].all()
@@ -120,7 +120,7 @@ def _required(tokenizer: Tokenizer, name: str) -> int:
 
 
 def _mask(segment: Segment, encoding: Encoding) -> NDArray[np.bool_]:
-    """bool [tokens]: which of a segment's tokens are learnt."""
+    """bool [tokens]: which of a segment's tokens are trained."""
     if all(span.trained for span in segment.spans):
         return np.ones(len(encoding.ids), np.bool_)  # also tokens that stand for no character, like a leading "▁"
     lengths = [len(span.text) for span in segment.spans]
@@ -137,14 +137,14 @@ def _mask(segment: Segment, encoding: Encoding) -> NDArray[np.bool_]:
 
 
 def _ends(segment: Segment, encoding: Encoding) -> list[int]:
-    """Places of the tokens with which the segment's learnt ends of answers end."""
-    found, at = [], 0
+    """Places of the tokens with which the segment's trained ends of answers end."""
+    places, at = [], 0
     for span in segment.spans:
         begin, at = at, at + len(span.text)
         if span.end and span.trained and span.text:
             covering = [k for k, (a, b) in enumerate(encoding.offsets) if a < at and b > begin]
-            found += covering[-1:]
-    return found
+            places += covering[-1:]
+    return places
 
 
 def resolve_ends(config: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, str]:

@@ -188,7 +188,7 @@ def _fit(record: Record, example: Example, config: DataConfig, report: SourceRep
             return []
         borders = [*range(0, length, room), length]
         if action == "split" and length % room == 1 and room > 2:
-            borders[-2] -= 1  # a token alone in a row is never learnt, and the last one is the end
+            borders[-2] -= 1  # a token alone in a row is never trained, and the last one is the end
         pieces = [_piece(example, start, stop) for start, stop in itertools.pairwise(borders)]
         if action == "truncate":
             report.truncated += 1
@@ -226,9 +226,9 @@ def _check(
     vocab_size: int,
 ) -> None:
     if not len(examples):
-        found = "; ".join(report.line() for report in reports)
+        counts = "; ".join(report.line() for report in reports)
         raise UserError(
-            f"data: no record with anything to learn is left ({found}). Look at data.sequence_length "
+            f"data: no record with anything to learn is left ({counts}). Look at data.sequence_length "
             "(answers may be cut off), data.too_long, whether the answers' column is empty, and whether weight: 0 or "
             "train: false stands on every answer"
         )

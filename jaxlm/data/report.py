@@ -21,7 +21,7 @@ class SourceReport:
 
     Attributes:
         why: why `auto` stands for this template; empty where the template was named.
-        ends: learnt tokens that end an answer; `end_ids` are their ids.
+        ends: trained tokens that end an answer; `end_ids` are their ids.
         empty: records whose answers are all empty, of `answered` that have answers.
         unused: what holds something in records and is not read, with the number of records.
         lost: roles of messages that the chat template changes or leaves out, with the number of records.
@@ -56,7 +56,7 @@ class SourceReport:
         """One line for a log."""
         chosen = f"{self.template}: {self.why}" if self.why else self.template
         text = f"{self.path} ({chosen}): {self.records:,} records, {self.tokens:,} tokens"
-        text += f", {self.trained_tokens:,} of them learnt"
+        text += f", {self.trained_tokens:,} of them trained"
         if self.truncated:
             text += f"; {self.truncated:,} records cut to data.sequence_length ({self.tokens_cut:,} tokens lost)"
         if self.split:
@@ -77,8 +77,8 @@ class SourceReport:
         """Further lines: what is not used, and what looks like a mistake."""
         lines = []
         if self.unused:
-            found = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
-            lines.append(f"{self.path}: columns that hold something (in so many records) and are not used: {found}")
+            columns = ", ".join(f"{name} ({count:,})" for name, count in self.unused.items())
+            lines.append(f"{self.path}: columns that hold something (number of records) and are not used: {columns}")
             beside = [name for name in ("system", "history", "tools") if name in self.unused]
             if beside:
                 lines.append(
@@ -86,9 +86,9 @@ class SourceReport:
                     "chat and vicuna_v1.1 read system and history, chat also tools"
                 )
         if self.lost:
-            found = " and ".join(f"{role} messages in {count:,} records" for role, count in self.lost.items())
+            roles = " and ".join(f"{role} messages in {count:,} records" for role, count in self.lost.items())
             lines.append(
-                f"warning: {self.path}: the chat template changes or leaves out {found}; see --preview, or choose "
+                f"warning: {self.path}: the chat template changes or leaves out {roles}; see --preview, or choose "
                 "another template"
             )
         if self.empty and self.empty >= _MANY_EMPTY * self.answered:
@@ -136,7 +136,7 @@ def check_ends(reports: Sequence[SourceReport], config: DataConfig, tokenizer: T
     else:
         why = "all ends are cut off by data.sequence_length" if any(r.truncated for r in answering) else "none is there"
     raise UserError(
-        f"data: nothing that ends an answer is learnt, so the model would never stop ({why}); "
+        f"data: nothing that ends an answer is trained, so that the model would never stop ({why}); "
         "set data.add_eos: true, name eos_token in tokenizer_config.json, or raise data.sequence_length; "
         "data.allow_no_end: true trains nevertheless"
     )

@@ -61,7 +61,7 @@ FREE = (
     "output_dir",
     "stages",
 )
-# Keys whose whole effect is on the tokens and on what of them is learnt, which are compared themselves.
+# Keys whose whole effect is on the tokens and on what of them is trained, which are compared themselves.
 IN_TOKENS = (
     "data.train",
     "data.validation",

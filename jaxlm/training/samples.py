@@ -1,4 +1,4 @@
-"""Greedy answers to a few prompts at the end of a run: a look at what the model has learnt.
+"""Greedy answers to a few prompts at the end of a run: a look at what the model has learned.
 
 Each token runs the whole row again. That needs no cache and serves a handful of short answers.
 """
