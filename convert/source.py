@@ -8,7 +8,6 @@ The training loop loads a model straight into its shards:
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from convert.transforms.adapter_order import in_order_of
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home, find_base, missing
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.files import find_weights
 from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ParamSource
 from jaxlm.weights.names import rule_for
@@ -260,7 +259,7 @@ def open_model(
 
 
 def open_adapter(
-    path: str | Path, base: ParamSource | LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+    path: str | Path, base: ParamSource | DecoderSpec | None = None, alpha: float = DEFAULT_ALPHA
 ) -> AdapterSource:
     """A LoRA adapter: a PEFT directory, a converted one, a LoRA run (its newest checkpoint), or MindSpore's.
 
@@ -272,15 +271,15 @@ def open_adapter(
     Raises:
         UserError: when it is not an adapter, is not complete, or does not fit the base.
     """
-    config = base if base is None or isinstance(base, LlamaConfig) else base.config
+    config = base if base is None or isinstance(base, DecoderSpec) else base.config
     adapter = stored_adapter(path, config, alpha)
     return adapter if base is None else in_order_of(adapter, base)
 
 
 def stored_adapter(
-    path: str | Path, base_config: LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+    path: str | Path, base_config: DecoderSpec | None = None, alpha: float = DEFAULT_ALPHA
 ) -> PeftSource | NativeAdapter | MindSporeAdapter:
-    """The same with its neurons as they are stored; its `config.moe` is that of the model it was trained on."""
+    """The same with its neurons as they are stored; its `config.experts` is that of the model it was trained on."""
     path = _existing(path)
     native = find_native(path)
     if native is not None:
@@ -289,7 +288,7 @@ def stored_adapter(
             raise UserError(f"{path}: is a full model, not an adapter; open it as the model itself")
         adapter = NativeAdapter(native, content)
         if base_config is not None:
-            adapter.config = dataclasses.replace(base_config, moe=adapter.config.moe)
+            adapter.config = base_config.with_experts(adapter.config.experts)
             check_adapter_leaves(adapter, native / "model")
         return adapter
     peft = (path / "adapter_config.json").is_file()
@@ -303,5 +302,5 @@ def stored_adapter(
     if base_config is None:
         kind = "PEFT" if peft else "MindSpore"
         raise UserError(f"{path}: a {kind} adapter does not record the shape of its base; give the base model too")
-    dense = dataclasses.replace(base_config, moe=None)
+    dense = base_config.with_experts(None)
     return PeftSource(path, dense) if peft else MindSporeAdapter(path, dense, alpha)

@@ -123,7 +123,7 @@ def _describe_model(model: ParamSource, checksum: bool) -> Description:
 
 
 def _order(source: ParamSource | AdapterSource) -> str | None:
-    if source.config.moe is None:
+    if source.config.experts is None:
         return None
     partition = source.partition
     if partition is None:

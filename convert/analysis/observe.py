@@ -93,7 +93,7 @@ def walk(
         out, found = run(params["mlp"], Observed(flat, hidden(params["mlp"], flat), modality))
         return middle + out.reshape(x.shape), found
 
-    spec = source.config.spec
+    spec = source.config
     states = embedded(spec, source.read, chunks)
     with Progress(console=Console(stderr=True)) as progress:
         layers = run_layers(spec, source.read, chunks, states, step)

@@ -31,7 +31,7 @@ class Agreement:
 
 def logits(source: ParamSource, input_ids: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] float32 of token ids [B, T], one layer's weights in memory at a time."""
-    return streamed.logits(source.config.spec, source.read, input_ids)
+    return streamed.logits(source.config, source.read, input_ids)
 
 
 def random_tokens(vocab_size: int, rows: int = 4, length: int = 32, seed: int = 0) -> np.ndarray:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convert.analysis.describe import Description
     from convert.analysis.probe import Agreement
     from convert.analysis.verify import Report
+    from jaxlm.spec import FeedForwardSpec
     from jaxlm.weights.leaves import ParamSource
 
 _WORST = 10
@@ -67,20 +68,12 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _print_description(found: Description) -> None:
-    from jaxlm.weights.output import human
+    from jaxlm.units import disk_size
 
-    print(f"{found.path}: {found.format} {found.kind}, {found.parameters:,} parameters, {human(found.nbytes)}")
+    print(f"{found.path}: {found.format} {found.kind}, {found.parameters:,} parameters, {disk_size(found.nbytes)}")
     c = found.config
     if found.kind == "model":
-        rope = c["rope"]
-        print(
-            f"{c['architecture']}: L {c['num_layers']}, D {c['hidden_size']}, F {c['intermediate_size']}, "
-            f"H {c['num_heads']}, K {c['num_kv_heads']}, h {c['head_dim']}, V {c['vocab_size']}, "
-            f"rope {rope['rope_type']} {rope['rope_theta']:g}, window {c['sliding_window']}, "
-            f"tied {c['tie_word_embeddings']}, positions {c['max_position_embeddings']}"
-        )
-        if c["moe"] is not None:
-            _print_experts(c)
+        _print_decoder(c)
     elif found.kind == "adapter":
         print(found.summary, end="; " if found.summary else "")
         print(
@@ -94,12 +87,11 @@ def _print_description(found: Description) -> None:
         print("tensors: under jaxlm's names and shapes, layers stacked, whatever the files call them")
     width = max((len(name) for name, *_ in found.tensors), default=0)
     for name, shape, dtype, nbytes in found.tensors:
-        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {human(nbytes):>9}")
-    print(f"{len(found.tensors)} tensors, {human(found.nbytes)}")
+        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {disk_size(nbytes):>9}")
+    print(f"{len(found.tensors)} tensors, {disk_size(found.nbytes)}")
     if found.manifest is not None:
-        print(
-            f"manifest: {found.manifest['files']} files, {human(found.manifest['bytes'])}; check: convert verify PATH"
-        )
+        size = disk_size(found.manifest["bytes"])
+        print(f"manifest: {found.manifest['files']} files, {size}; check: convert verify PATH")
     if found.checksum is not None:
         print(f"sum of all numbers: {found.checksum['sum']:.4f}")
         if "with_rotary_buffers" in found.checksum:
@@ -107,17 +99,39 @@ def _print_description(found: Description) -> None:
             print(f"with the rotary buffers of old transformers versions: {value:.4f}")
 
 
-def _print_experts(config: dict[str, Any]) -> None:
-    """Of a model: how many experts, who chooses, and how many a token of each modality uses."""
-    moe = config["moe"]
-    used = []
-    for name, k, tokens in zip(moe["modalities"], moe["top_k"], [None, *moe["ranges"]], strict=True):
-        where = "all other tokens" if tokens is None else f"tokens {tokens[0]} to {tokens[1] - 1}"
-        used.append(f"{name} {k} ({where if moe['ranges'] else 'all tokens'})")
-    shared = f", {moe['shared']} shared by all" if moe["shared"] else ""
+def _print_decoder(config: dict[str, Any]) -> None:
+    """The sizes of a model, its layers with those that differ from the first one."""
+    from jaxlm.models.families import family_of
+    from jaxlm.spec import DecoderSpec
+
+    spec = DecoderSpec.from_dict(config)
     print(
-        f"experts: {moe['experts']} of {config['intermediate_size'] // moe['experts']} neurons, "
-        f"router {moe['router']}{shared}; a token uses: {', '.join(used)}"
+        f"{family_of(spec).architecture}: L {spec.num_layers}, D {spec.hidden_size}, V {spec.vocab_size}, "
+        f"tied {spec.tied_head}, positions {spec.max_position_embeddings}"
+    )
+    for number, layer in enumerate(spec.period):
+        attention, rope = layer.attention, layer.attention.rope
+        where = "every layer" if len(spec.period) == 1 else f"layer {number} of every {len(spec.period)}"
+        print(
+            f"{where}: F {layer.feed_forward.size}, H {attention.num_heads}, K {attention.num_kv_heads}, "
+            f"h {attention.head_dim}, rope {rope.rope_type} {rope.rope_theta:g}, window {attention.window}"
+        )
+        if layer.feed_forward.experts is not None:
+            _print_experts(layer.feed_forward)
+
+
+def _print_experts(feed_forward: FeedForwardSpec) -> None:
+    """Of a layer: the number of experts, who chooses, and the number that a token of each modality uses."""
+    moe = feed_forward.experts
+    assert moe is not None
+    used = []
+    for name, k, tokens in zip(moe.modalities, moe.top_k, [None, *moe.ranges], strict=True):
+        where = "all other tokens" if tokens is None else f"tokens {tokens[0]} to {tokens[1] - 1}"
+        used.append(f"{name} {k} ({where if moe.ranges else 'all tokens'})")
+    shared = f", {moe.shared} shared by all" if moe.shared else ""
+    print(
+        f"experts: {moe.num_experts} of {feed_forward.size // moe.num_experts} neurons, "
+        f"router {moe.router}{shared}; a token uses: {', '.join(used)}"
     )
 
 
@@ -191,7 +205,7 @@ def _verify_models(options: argparse.Namespace) -> int:
         report = compare_models(first, second, advance)
     agreement = None
     # Experts are chosen by the kinds of tokens, which a text does not say; so only dense models are asked.
-    dense = first.config.moe is None and second.config.moe is None
+    dense = first.config.experts is None and second.config.experts is None
     if dense and not (options.no_logits or report.same(None)):
         agreement = _compare_logits(first, second, options.prompt)
     return _say_report(options, report, agreement)

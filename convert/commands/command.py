@@ -19,7 +19,7 @@ from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from convert.conversion import Converted, Opened, WriteOptions
-    from jaxlm.models.shapes import MoeConfig
+    from jaxlm.spec import ExpertsSpec
     from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource
 
 # That of convert.conversion, which is too heavy for --help; a test compares.
@@ -128,15 +128,15 @@ def _tensor_sizes(source: LeafSource) -> list[int]:
 
 
 def _say_written(destination: str, files: Mapping[str, int], seconds: float) -> None:
+    from jaxlm.units import disk_size
     from jaxlm.weights.manifest import MANIFEST
-    from jaxlm.weights.output import human
 
     nbytes = sum(files.values())
     rows = {
         "written": destination,
-        "files": f"{len(files)}, {human(nbytes)}, sha256 of each in {MANIFEST}",
-        "time": f"{seconds:.1f} s, {human(nbytes / max(seconds, 1e-9))}/s",
-        "peak memory": human(_peak_memory()),
+        "files": f"{len(files)}, {disk_size(nbytes)}, sha256 of each in {MANIFEST}",
+        "time": f"{seconds:.1f} s, {disk_size(nbytes / max(seconds, 1e-9))}/s",
+        "peak memory": disk_size(_peak_memory()),
     }
     for name, value in rows.items():
         print(f"{name:12} {value}")
@@ -155,10 +155,12 @@ def _peak_memory() -> int:
 
 def _say_model(source: ParamSource, written: Converted, destination: str, options: WriteOptions) -> None:
     """What the result is, what to do with it, and what its format has no place for."""
+    from jaxlm.models.families import family_of
+    from jaxlm.units import disk_size
     from jaxlm.weights.leaves import main_dtype, total_bytes
-    from jaxlm.weights.output import human
+    from jaxlm.weights.names import num_params
 
-    size, dtype = human(total_bytes(source.leaves)), main_dtype(source.leaves)
+    size, dtype = disk_size(total_bytes(source.leaves)), main_dtype(source.leaves)
     length = source.config.max_position_embeddings
     following = {
         "hf": f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})",
@@ -166,29 +168,30 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
         "meta": f"run it with {options.shards} processes (consolidated.NN.pth); max_seq_len up to {length}",
         "mindspore": f"load_checkpoint: {destination}/model.ckpt in MindFormers' YAML",
     }
-    print(f"{'model':12} {source.config.architecture}, {source.config.num_params():,} parameters, {size} in {dtype}")
+    architecture, parameters = family_of(source.config).architecture, num_params(source.config)
+    print(f"{'model':12} {architecture}, {parameters:,} parameters, {size} in {dtype}")
     print(f"{'next':12} {following[written.format]}")
     _say_asked(written)
-    if source.config.moe is not None and written.format == "hf":
+    if source.config.experts is not None and written.format == "hf":
         _say_hf_experts(source, destination, options.layout)
-    elif source.config.moe is not None and written.format == "mindspore":
-        _say_mindspore_experts(source.config.moe, destination)
+    elif source.config.experts is not None and written.format == "mindspore":
+        _say_mindspore_experts(source.config.experts, destination)
 
 
 def _say_adapter(adapter: AdapterSource, written: Converted, destination: str, options: WriteOptions) -> None:
     """What the result is, and what to do with it."""
     from convert.analysis.describe import describe_lora
+    from jaxlm.units import disk_size
     from jaxlm.weights.leaves import main_dtype, total_bytes
-    from jaxlm.weights.output import human
 
-    size, dtype = human(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
+    size, dtype = disk_size(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
     following = f"PeftModel.from_pretrained(base, {json.dumps(destination, ensure_ascii=False)})"
     if written.format == "jax":
         following = f"convert merge {shlex.quote(options.base or 'BASE')} {shlex.quote(destination)} OUT"
     print(f"{'adapter':12} {describe_lora(adapter)}, {size} in {dtype}")
     print(f"{'next':12} {following}")
     _say_asked(written)
-    if written.format == "peft" and adapter.config.moe is not None:
+    if written.format == "peft" and adapter.config.experts is not None:
         print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")
 
 
@@ -215,31 +218,31 @@ def _say_hf_experts(source: ParamSource, destination: str, layout: str | None) -
     """What transformers makes of the experts in a Hugging Face directory."""
     from convert.formats.hf_experts import FOLDER, hf_layout
 
-    moe = source.config.moe
+    moe = source.config.experts
     assert moe is not None
     k = moe.top_k[0]
     if hf_layout(source, layout) != "mixtral":
         print(
-            f"{'experts':12} transformers computes all {moe.experts} for every token: to it this is a dense model. "
+            f"{'experts':12} transformers computes all {moe.num_experts} for every token: to it this is a dense model. "
             f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"
         )
         return
     rounded = "" if k & (k - 1) == 0 else f"; {k} is not a power of two, so these are rounded"
     print(
-        f"{'experts':12} {moe.experts}, of which transformers computes {k} for every token; w2 holds {k} times "
+        f"{'experts':12} {moe.num_experts}, of which transformers computes {k} for every token; w2 holds {k} times "
         f"down_proj{rounded}"
     )
 
 
-def _say_mindspore_experts(moe: MoeConfig, destination: str) -> None:
+def _say_mindspore_experts(moe: ExpertsSpec, destination: str) -> None:
     """Where the experts are in a MindSpore directory, and the command that takes them back."""
     from convert.formats.mindspore import PATTERNS
 
     top_k = ",".join(f"{name}={k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
     ranges = "".join(f" --range {name}={a}:{b}" for name, (a, b) in zip(moe.modalities[1:], moe.ranges, strict=True))
     print(
-        f"{'experts':12} {moe.experts}, in {destination}/{PATTERNS}; SciMind's code has k and token ids fixed: 14 of "
-        "16, and 2 from token 32000 on"
+        f"{'experts':12} {moe.num_experts}, in {destination}/{PATTERNS}; SciMind's code has k and token ids fixed: 14 "
+        "of 16, and 2 from token 32000 on"
     )
     patterns = shlex.quote(f"{destination}/{PATTERNS}")
     print(

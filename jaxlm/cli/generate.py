@@ -179,14 +179,16 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     from jaxlm.devices.mesh import axis_sizes, make_mesh
     from jaxlm.inference.fit import check_tokenizer
     from jaxlm.inference.generator import Generator
-    from jaxlm.inference.model import Decoder, load_weights, weight_bytes
+    from jaxlm.inference.model import load_weights, weight_bytes
     from jaxlm.inference.prompts import Prompter
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
-    from jaxlm.nn.experts import choose_compute
+    from jaxlm.models.decoder import Decoder
     from jaxlm.nn.lora import resolve_lora
+    from jaxlm.nn.routers import choose_compute
+    from jaxlm.nn.weight_types import Int8Weight
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.resume import base_fingerprint
-    from jaxlm.weights.names import tensor_name
+    from jaxlm.weights.names import num_params, tensor_name
     from jaxlm.weights.native.prompt_json import trained_prompt
 
     named = open_with_adapter(config.model.path, config.model.adapter)
@@ -207,7 +209,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     # Prompts have any length; the longest ones are what takes time.
-    case = shape_key(source.config, dtype, source.config.max_length, False)
+    case = shape_key(source.config.attention, dtype, source.config.max_length, False)
     attention, reason = choose_attention(config.model.attention, case)
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": attention.name})
@@ -218,35 +220,37 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     merge = config.model.merge_adapter
     on_the_fly = adapter if not merge else None
     specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
-    moe = whole.config.moe
+    moe = whole.config.experts
     experts, experts_why = ("dense", "") if moe is None else choose_compute("auto", platform, moe, specs)
     for index in config.stop_ids:
         if index >= whole.config.vocab_size:
             raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {whole.config.vocab_size - 1}")
-    decoder = Decoder(whole.config, tuple(specs.items()), dtype, attention, config.model.int8, experts)
+    decoder = Decoder(whole.config, specs, dtype, dtype, attention, experts=experts)
+    weight_type = Int8Weight if config.model.int8 else None
     shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
     if shape_of.sequence != 1:
         raise UserError(
             f"mesh.sequence: {shape_of.sequence}: one new token at a time is no row to divide; set it to 1, and "
             "data or tensor higher"
         )
-    mesh = make_mesh(shape_of, experts=None if moe is None else moe.experts)
+    mesh = make_mesh(shape_of, experts=None if moe is None else moe.num_experts)
     started = time.perf_counter()
     with console.status("loading"):
-        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly)
+        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly, weight_type)
         where = str(source.path) if adapter is None else f"{source.path} with {adapter.path}"
         check_finite(weights, mesh, f"model: {where}", "the file is damaged, or of a run that diverged", tensor_name)
     stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
 
-    from jaxlm.weights.output import human
+    from jaxlm.units import disk_size
 
     lora = "" if adapter is None else f" + {adapter.path} ({'merged' if merge else 'on the fly'})"
     kept = f"{dtype}, linear layers in int8" if config.model.int8 else dtype
     shape = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1) or "1 device"
     console.print(f"model      {source.path}{lora}", markup=False)
     console.print(
-        f"           {whole.config.num_params():,} parameters, {human(weight_bytes(weights))} in {kept}, on {platform} "
-        f"({shape}), loaded in {time.perf_counter() - started:.1f} s; context {whole.config.max_length:,} tokens",
+        f"           {num_params(whole.config):,} parameters, {disk_size(weight_bytes(weights))} in {kept}, on "
+        f"{platform} ({shape}), loaded in {time.perf_counter() - started:.1f} s; "
+        f"context {whole.config.max_length:,} tokens",
         markup=False,
     )
     console.print(f"template   {template}: {why}; {prompter.beginning}", markup=False)
@@ -257,7 +261,7 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     if config.verbose:
         console.print(f"           {attention_details(attention, case)}", markup=False)
     if moe is not None:
-        console.print(f"experts    {moe.experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
+        console.print(f"experts    {moe.num_experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
     if not stops:
         console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
     facts = {
@@ -325,8 +329,8 @@ def _auto_mesh(shape: Any, devices: int) -> Any:
 
     from jaxlm.config import MeshConfig
 
-    blocks = shape.intermediate_size if shape.moe is None else shape.moe.experts
-    tensor = math.gcd(devices, shape.num_kv_heads, blocks)
+    blocks = shape.feed_forward.size if shape.experts is None else shape.experts.num_experts
+    tensor = math.gcd(devices, shape.attention.num_kv_heads, blocks)
     return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
 
 

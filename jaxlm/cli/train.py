@@ -173,22 +173,20 @@ def _preview(config: RunConfig, rows: int) -> None:
 def _show_samples(prepared: Prepared, outcome: Outcome, console: Console) -> None:
     if not prepared.sample_prompts:
         return
-    from jaxlm.devices.mesh import use_mesh
-    from jaxlm.training.samples import greedy_answers
+    from jaxlm.inference.samples import greedy_answers
+    from jaxlm.weights.names import num_params
 
     settings, tokenizer = prepared.job.config.train, prepared.tokenizer
     stops = set(tokenizer.end_ids).union(*(report.end_ids for report in prepared.job.data.report.train))
-    with use_mesh(outcome.mesh):
-        answers = greedy_answers(
-            outcome.model, outcome.variables, prepared.sample_prompts, settings.sample_tokens, sorted(stops)
-        )
+    prompts, tokens = prepared.sample_prompts, settings.sample_tokens
+    answers = greedy_answers(outcome.model, outcome.variables, outcome.mesh, prompts, tokens, sorted(stops))
     console.print()
     for text, answer in zip(settings.sample_prompts, answers, strict=True):
         console.print(f"> {text}", style="bold", highlight=False, markup=False)
         console.print(f"  {tokenizer.decode(answer).strip()}", highlight=False, markup=False)
-    if (num_params := outcome.model.config.num_params()) < SMALL_MODEL:
+    if (parameters := num_params(outcome.model.spec)) < SMALL_MODEL:
         console.print(
-            f"  ({num_params / 1e6:.1f} M parameters have learned a little text by heart, mistakes included; ask them "
+            f"  ({parameters / 1e6:.1f} M parameters have learned a little text by heart, mistakes included; ask them "
             "nothing else)",
             style="dim",
             highlight=False,

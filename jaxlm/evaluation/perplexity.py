@@ -254,7 +254,7 @@ def measure(
         progress: called with the number of batches done, and of all.
     """
     length = int(texts.examples.lengths.max())
-    moe = model.config.moe
+    moe = model.spec.experts
     data = Data(
         config=DataConfig(sequence_length=row_length(texts.examples, length), packing=True),
         seed=0,

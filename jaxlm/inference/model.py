@@ -15,36 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.devices.mesh import load_sharded, stored_chunks, tree_shardings
 from jaxlm.models.decoder import Decoder, abstract_layer, abstract_variables
-from jaxlm.models.unrolled import (
-    Caches,
-    Weights,
-    cache_bytes,
-    extend,
-    grow,
-    next_logits,
-    prefill,
-    repeat_rows,
-)
+from jaxlm.models.unrolled import Weights
 from jaxlm.nn.weight_types import StoredWeight, with_stored_weights
 from jaxlm.sharding import ROW_AXES, TENSOR
 from jaxlm.spec import DecoderSpec
-
-__all__ = [
-    "Caches",
-    "Decoder",
-    "Weights",
-    "abstract_weights",
-    "cache_bytes",
-    "cache_sharding",
-    "extend",
-    "grow",
-    "load_weights",
-    "next_logits",
-    "prefill",
-    "repeat_rows",
-    "unstack",
-    "weight_bytes",
-]
 
 
 class Readable(Protocol):
@@ -105,7 +79,7 @@ def load_weights(
     bare = nn.unbox(top)
     params = load_sharded(bare, tree_shardings(top, mesh, ("vocab",)), read_top, stored_chunks(model, bare))
     layers, factors = [], []
-    for number, (stack, index) in enumerate(_places_of_layers(decoder.spec)):
+    for number, (stack, index) in enumerate(layer_places(decoder.spec)):
         layers.append(_load_layer(boxed["params"]["layers"][number], mesh, model, stack, index))
         lora_box, lora = boxed["lora"][number], {}
         if lora_box:
@@ -115,7 +89,7 @@ def load_weights(
     return {"params": {**params, "layers": layers}, "lora": factors}
 
 
-def _places_of_layers(spec: DecoderSpec) -> list[tuple[str, int]]:
+def layer_places(spec: DecoderSpec) -> list[tuple[str, int]]:
     """For each layer the path of its stack, and its index there."""
     places = {number: (stack.path, at) for stack in spec.stacks for at, number in enumerate(stack.numbers)}
     return [places[number] for number in range(spec.num_layers)]
@@ -129,7 +103,8 @@ def _load_layer(boxed: Any, mesh: Mesh, source: Readable, stack: str, index: int
         stack: path of the layer's stack.
         index: of the layer in it.
     """
-    flat, stored = {}, {}
+    flat: dict[str, Any] = {}
+    stored: dict[str, StoredWeight] = {}
     for path, leaf in traverse_util.flatten_dict(boxed, sep="/").items():
         if isinstance(leaf, StoredWeight):
             stored[path] = leaf
@@ -163,18 +138,20 @@ def _load_layer(boxed: Any, mesh: Mesh, source: Readable, stack: str, index: int
 def unstack(variables: Mapping[str, Any], spec: DecoderSpec) -> Weights:
     """The layout for generation of a model's variables with stacked layers (a copy): for tests and small models."""
     params, lora = dict(variables["params"]), variables.get("lora", {})
-
-    def layer(tree: Any, stack: str, index: int) -> Any:
-        for name in stack.split("/"):
-            tree = tree.get(name, {})
-        return jax.tree.map(lambda leaf: leaf[index], tree)
-
-    places = _places_of_layers(spec)
+    places = layer_places(spec)
     top = {name: tree for name, tree in params.items() if name not in ("layers", "tail")}
     return {
-        "params": {**top, "layers": [layer(params, *place) for place in places]},
-        "lora": [layer(lora, *place) for place in places],
+        "params": {**top, "layers": [layer_at(params, *place) for place in places]},
+        "lora": [layer_at(lora, *place) for place in places],
     }
+
+
+def layer_at(stacks: Mapping[str, Any], path: str, index: int) -> Any:
+    """One layer of a collection, without the dim of its stack; {} where the collection has none."""
+    tree: Any = stacks
+    for name in path.split("/"):
+        tree = tree.get(name, {})
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def cache_sharding(mesh: Mesh) -> NamedSharding:

@@ -30,7 +30,7 @@ Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 @flax.struct.dataclass
 class Tokens:
-    """A chunk of tokens, each array [B, T] int32.
+    """A chunk of tokens, each array [B, T] int32, of NumPy or JAX.
 
     Attributes:
         input_ids: token ids.
@@ -39,10 +39,10 @@ class Tokens:
         modality: for a model of experts; None: by its ranges of token ids.
     """
 
-    input_ids: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray | None = None
-    modality: np.ndarray | None = None
+    input_ids: Any
+    positions: Any
+    segment_ids: Any = None
+    modality: Any = None
 
 
 # (the layer, its parameters, x [B, T, D], index, angles, tokens) -> (x after the layer, anything else)
@@ -68,10 +68,8 @@ def run_layers(
     @partial(jax.jit, static_argnums=0)
     def run(p: int, params: Any, x: jax.Array, number: jax.Array, tokens: Tokens) -> tuple[jax.Array, Result]:
         if tokens.modality is None:
-            tokens = dataclasses.replace(
-                tokens, modality=cast(Any, decoder.modality(jnp.asarray(tokens.input_ids), tokens.segment_ids))
-            )
-        angles = decoder.angles(jnp.asarray(tokens.positions))[p]
+            tokens = dataclasses.replace(tokens, modality=decoder.modality(tokens.input_ids, tokens.segment_ids))
+        angles = decoder.angles(tokens.positions)[p]
         return step(decoder.block(p), params, x, number, angles, tokens)
 
     for number in range(spec.num_layers):
@@ -94,8 +92,7 @@ def logits(spec: DecoderSpec, read: Read, input_ids: np.ndarray) -> np.ndarray:
     def step(
         block: Block, params: Any, x: jax.Array, number: jax.Array, angles: Angles, tokens: Tokens
     ) -> tuple[jax.Array, None]:
-        modality = cast(jax.Array | None, tokens.modality)
-        after, _ = cast(Any, block.apply({"params": params}, x, number, angles, None, modality))
+        after, _ = cast(Any, block.apply({"params": params}, x, number, angles, None, tokens.modality))
         return after, None
 
     chunks = [Tokens(input_ids, positions)]

@@ -77,7 +77,7 @@ class Linear(nn.Module):
         """The kernel [*in, *out] as it is stored."""
         shape = self.in_dims + self.out_dims
         if self.has_variable("params", "kernel"):
-            given = self.get_variable("params", "kernel")
+            given: Any = self.get_variable("params", "kernel")
             if isinstance(given, StoredWeight):  # not through `param`, which compares leaf by leaf with a fresh array
                 assert given.shape == shape, f"{self.name}: {type(given).__name__} {given.shape}, expected {shape}"
                 return given

@@ -131,7 +131,7 @@ def with_stored_weights(layer: dict[str, Any], weight_type: type[StoredWeight]) 
         layer: tree of shapes with logical axes (boxed), as `init` under `jax.eval_shape` gives it.
     """
 
-    def stored(path: tuple[str, ...], leaf: nn.LogicallyPartitioned) -> Any:
+    def stored(path: tuple[Any, ...], leaf: nn.LogicallyPartitioned) -> Any:
         return weight_type.of_abstract(leaf, num_inputs(leaf.names)) if path[-1] == "kernel" else leaf
 
-    return traverse_util.path_aware_map(stored, layer)
+    return dict(traverse_util.path_aware_map(stored, layer))

@@ -90,7 +90,7 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     per_layer = count(initializer.params["layers"]) / c.num_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
-    attention = 2 * c.num_heads * c.head_dim * length
+    attention = 2 * c.attention.num_heads * c.attention.head_dim * length
     scores_again = 0.5 * attention * c.num_layers
     again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
@@ -114,14 +114,14 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     sequence = mesh.shape[SEQUENCE]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
-        width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / tensor
+        width = (2 * c.attention.num_heads + 2 * c.attention.num_kv_heads) * c.attention.head_dim / tensor
         times = setup.accumulation * c.num_layers * (2 + recomputed[1])
         links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights
     # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
-    layer_io = (11 * c.hidden_size + 3 * c.intermediate_size / tensor) * itemsize
+    layer_io = (11 * c.hidden_size + 3 * c.feed_forward.size / tensor) * itemsize
     through += setup.accumulation * (
         micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
     )
@@ -131,9 +131,9 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
 def _recomputed(setup: TrainSetup) -> tuple[float, float]:
     """The shares of a layer's products, and of its attention, that the backward pass computes again."""
     c = setup.model.config
-    d, h = c.hidden_size, c.head_dim
-    qkv, out = d * h * (c.num_heads + 2 * c.num_kv_heads), d * h * c.num_heads
-    mlp = d * c.intermediate_size
+    d, h = c.hidden_size, c.attention.head_dim
+    qkv, out = d * h * (c.attention.num_heads + 2 * c.attention.num_kv_heads), d * h * c.attention.num_heads
+    mlp = d * c.feed_forward.size
     everything = qkv + out + 3 * mlp
     # The backward pass does not read the result of the last product, so no compiler forms it again.
     return {

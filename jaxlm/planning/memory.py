@@ -20,13 +20,13 @@ from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LoraSpec, resolve_lora
 from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
-# Rules fitted to what libtpu 0.0.42 reports for 21 small steps and LLaMA-2-7B's (some in tests/planning/test_memory.py):
+# Rules fitted to what libtpu 0.0.42 reports for 21 small steps and LLaMA-2-7B's (see tests/planning/test_memory.py):
 # share of what a layer would keep without recomputation that is alive at once while the layer is differentiated;
 LAYER_SHARE = 0.5
 # number of layers whose weights are gathered at once, and, where they train, whose gradient is on its way back;
@@ -144,25 +144,23 @@ def _shard_count(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def local_shape(shape: LlamaConfig, tensor: int) -> LlamaConfig:
+def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
     """The model that one device of a tensor axis computes: its heads, neurons and rows of the vocabulary."""
     if tensor == 1:
         return shape
-    moe = shape.moe
+    moe = shape.experts
     if moe is not None:
-        share = max(1, moe.experts // tensor)
-        moe = dataclasses.replace(moe, experts=share, top_k=tuple(min(k, share) for k in moe.top_k), shared=0)
-    return dataclasses.replace(
-        shape,
-        num_heads=max(1, shape.num_heads // tensor),
-        num_kv_heads=max(1, shape.num_kv_heads // tensor),
-        intermediate_size=shape.intermediate_size // tensor,
-        vocab_size=-(-shape.vocab_size // tensor),
-        moe=moe,
+        share = max(1, moe.num_experts // tensor)
+        moe = dataclasses.replace(moe, num_experts=share, top_k=tuple(min(k, share) for k in moe.top_k), shared=0)
+    attention = shape.attention
+    local = shape.with_attention(
+        num_heads=max(1, attention.num_heads // tensor), num_kv_heads=max(1, attention.num_kv_heads // tensor)
     )
+    local = local.with_feed_forward(size=shape.feed_forward.size // tensor, experts=moe)
+    return dataclasses.replace(local, vocab_size=-(-shape.vocab_size // tensor))
 
 
-def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
+def kept_bytes(shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
     """Bytes per row that the layers' forward passes keep for their backward passes.
 
     They are the arrays that `jax.vjp` of the loss keeps and that are stacked over layers, for two batch sizes; what
@@ -179,7 +177,7 @@ def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Decoder, leng
 
 @cache
 def _kept_bytes(
-    shape: LlamaConfig, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], length: int
+    shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], length: int
 ) -> int:
     # Two batches whose number of rows is not the number of layers, which marks stacked arrays.
     few, many = [rows for rows in (1, 2, 3, 4) if rows != shape.num_layers][:2]
@@ -195,7 +193,7 @@ def _kept_bytes(
 
 
 @cache
-def _variables(shape: LlamaConfig, adapters: tuple[tuple[str, LoraSpec], ...], dtypes: tuple[Any, Any]) -> Any:
+def _variables(shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], dtypes: tuple[Any, Any]) -> Any:
     return nn.unbox(abstract_variables(Decoder(shape, dict(adapters), *dtypes)))
 
 

@@ -12,11 +12,11 @@ from jaxlm.config import RunConfig
 from jaxlm.devices.chips import Topology
 from jaxlm.devices.mesh import axis_sizes
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.planning.compiled import CompiledStep, compile_step
 from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.planning.suggest import Suggestion, suggest
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import set_up
 from jaxlm.training.state import count
 
@@ -62,7 +62,7 @@ class Plan:
 def plan(
     config: RunConfig,
     topology: Topology,
-    shape: LlamaConfig,
+    shape: DecoderSpec,
     *,
     compile: bool = False,
     console: Console | None = None,

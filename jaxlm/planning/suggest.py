@@ -8,9 +8,9 @@ from jaxlm.config import MeshConfig, RunConfig, flatten, to_dict
 from jaxlm.devices.chips import Topology
 from jaxlm.devices.mesh import rows_axis_size
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import estimate_memory, resident_bytes
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import TrainSetup, batch_split, set_up
 
 # Policies from the least to the most recomputation.
@@ -38,7 +38,7 @@ class Suggestion:
 
 
 def suggest(
-    config: RunConfig, shape: LlamaConfig, topology: Topology, now: Time | None, fits: bool, most: int = 3
+    config: RunConfig, shape: DecoderSpec, topology: Topology, now: Time | None, fits: bool, most: int = 3
 ) -> list[Suggestion]:
     """Settings near these that leave a tenth of the memory free.
 
@@ -84,11 +84,11 @@ def suggest(
     return suggestions[:most]
 
 
-def _meshes(config: RunConfig, shape: LlamaConfig, topology: Topology) -> list[MeshConfig]:
+def _meshes(config: RunConfig, shape: DecoderSpec, topology: Topology) -> list[MeshConfig]:
     whole = dataclasses.replace(config.mesh, data=topology.slices, fsdp=-1)
     meshes = [config.mesh, whole]
     for tensor in (2, 4, 8):
-        if topology.count % tensor == 0 and shape.moe is None and tensor != config.mesh.tensor:
+        if topology.count % tensor == 0 and shape.experts is None and tensor != config.mesh.tensor:
             meshes.append(dataclasses.replace(whole, tensor=tensor))
     return meshes
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import OptimizerConfig
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import ATTENTION_LINEARS, LoraSpec
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import Schedule, warmup_steps
 
 FAR = 0.5  # share of the peak; a run whose rate stays below it has not trained as its settings say
@@ -39,13 +39,15 @@ def highest_rate(schedule: Schedule, total: int) -> float:
     return float(np.max(np.asarray(schedule(jnp.arange(max(1, total))))))
 
 
-def rank_warnings(model: LlamaConfig, adapters: Mapping[str, LoraSpec]) -> list[str]:
+def rank_warnings(model: DecoderSpec, adapters: Mapping[str, LoraSpec]) -> list[str]:
     """Warns of adapters with more rank than the matrix that they adapt can have."""
     warnings = []
     for target, spec in adapters.items():
-        heads = model.num_kv_heads if target in ("k_proj", "v_proj") else model.num_heads
-        inner = heads * model.head_dim if target in ATTENTION_LINEARS else model.intermediate_size // spec.blocks
-        rank, limit = spec.rank // spec.blocks, min(model.hidden_size, inner)
+        heads = model.attention.num_kv_heads if target in ("k_proj", "v_proj") else model.attention.num_heads
+        inner = (
+            heads * model.attention.head_dim if target in ATTENTION_LINEARS else model.feed_forward.size // spec.experts
+        )
+        rank, limit = spec.rank // spec.experts, min(model.hidden_size, inner)
         if rank > limit:
             warnings.append(
                 f"lora.rank: {rank} of {target} exceeds the smaller side of a matrix of {model.hidden_size} x {inner}: "

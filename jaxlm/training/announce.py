@@ -13,12 +13,13 @@ from jaxlm.devices.mesh import axis_sizes
 from jaxlm.training.advice import rank_warnings, schedule_warnings
 from jaxlm.training.job import Job
 from jaxlm.training.optimizer import Schedule, make_schedule
-from jaxlm.training.report import human_bytes, print_pairs
+from jaxlm.training.report import print_pairs
 from jaxlm.training.resume import length_before
 from jaxlm.training.setup import CompiledSteps, TrainSetup
 from jaxlm.training.start import Start
 from jaxlm.training.state import Initializer, bytes_per_device, count
 from jaxlm.training.stop import Stop
+from jaxlm.units import memory_size
 
 
 def announce(
@@ -46,27 +47,27 @@ def announce(
 def _facts(
     job: Job, setup: TrainSetup, initializer: Initializer, start: Start, compiled: CompiledSteps, total: int
 ) -> list[tuple[str, str]]:
-    config, moe = job.config, job.model.moe
+    config, moe = job.config, job.model.experts
     parameters, trained = count(initializer.params), count(initializer.trainable)
     weights = config.model.path or f"fresh {config.model.shape}"
     how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
     devices = jax.devices()
     axes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes(setup.mesh).items() if size > 1) or "one device"
-    needs = "" if compiled.memory is None else f"{human_bytes(compiled.memory)} by the compiler's count; "
+    needs = "" if compiled.memory is None else f"{memory_size(compiled.memory)} by the compiler's count; "
     train_bytes = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     opt_bytes = bytes_per_device(initializer.opt_state, initializer.opt_shardings)
     facts = [
         ("model", f"{weights}: {parameters:,} parameters, {job.model.num_layers} layers"),
         ("trained", f"{trained:,} ({trained / parameters:.2%}): {how}"),
         ("devices", f"{len(devices)} {devices[0].device_kind}, {axes}"),
-        ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}"),
+        ("memory per device", f"{needs}trained {memory_size(train_bytes)}, optimizer {memory_size(opt_bytes)}"),
         ("attention", setup.attention[1]),
     ]
     if job.verbose:
         facts.append(("", setup.attention_details()))
     if moe is not None and setup.experts is not None:
         uses = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
-        facts.append(("experts", f"{moe.experts}, router {moe.router}, a token uses: {uses}"))
+        facts.append(("experts", f"{moe.num_experts}, router {moe.router}, a token uses: {uses}"))
         facts.append(("", f"{setup.experts[0]}: {setup.experts[1]}"))
     rows, length = config.train.global_batch_size, config.data.sequence_length
     micro = "" if setup.accumulation == 1 else f", in {setup.accumulation} micro-steps"

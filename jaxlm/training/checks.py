@@ -12,7 +12,7 @@ from jaxlm.data.records import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home, missing
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from jaxlm.nn.lora import check_names
 
 # key -> the module that it needs, and the extra that installs it.

@@ -13,7 +13,7 @@ from jaxlm.config import RunConfig
 from jaxlm.data.loader import Data
 from jaxlm.devices.finite import Namer, leaf_name
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import ObjectiveFactory
 from jaxlm.weights.leaves import LeafReader
@@ -38,7 +38,7 @@ class Job:
 
     config: RunConfig
     run_yaml: str
-    model: LlamaConfig
+    model: DecoderSpec
     source: LeafReader | None
     adapter: LeafReader | None
     data: Data

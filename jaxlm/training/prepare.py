@@ -19,7 +19,8 @@ from jaxlm.data.loader import Data, build_data
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import load_shape, resolve_moe
+from jaxlm.models.families import load_shape
+from jaxlm.models.resolve import resolve_experts
 from jaxlm.nn.lora import SAVEABLE
 from jaxlm.processes.distributed import Hosts
 from jaxlm.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def prepare(
     files = {f"{TOKENIZER}/{name}": content for name, content in tokenizer_files.items()}
     if source is not None and source.hf_config is not None:
         files[HF_CONFIG] = json_bytes(source.hf_config)
-    if source is not None and source.config.moe is not None and source.partition is not None:
+    if source is not None and source.config.experts is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
     job = Job(
         config=config,
@@ -130,9 +131,9 @@ def describe_model(config: RunConfig, source: Any, tokenizer: Tokenizer) -> Any:
     """The model that is trained: that of `source` or model.shape, with the experts that `moe` asks for."""
     ranges = {modality.name: modality.range for modality in tokenizer.modalities}
     if source is not None:
-        return resolve_moe(source.config, config.moe, fresh=False, ranges=ranges)
+        return resolve_experts(source.config, config.moe, fresh=False, ranges=ranges)
     assert config.model.shape is not None
-    return resolve_moe(load_shape(config.model.shape), config.moe, fresh=True, ranges=ranges)
+    return resolve_experts(load_shape(config.model.shape), config.moe, fresh=True, ranges=ranges)
 
 
 def read_data(config: RunConfig, tokenizer: Tokenizer, model: Any, console: Console) -> Data:
@@ -144,7 +145,7 @@ def read_data(config: RunConfig, tokenizer: Tokenizer, model: Any, console: Cons
             seed=config.train.seed,
             vocab_size=model.vocab_size,
             max_positions=model.max_length,
-            ranges=None if model.moe is None else model.moe.ranges,
+            ranges=None if model.experts is None else model.experts.ranges,
         )
     console.print("\n".join([*data.report.lines(), *data.report.remarks()]), highlight=False, markup=False)
     return data

@@ -18,18 +18,19 @@ from rich.text import Text
 
 from jaxlm.devices.chips import peak_flops
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
+from jaxlm.weights.names import num_params
 
 
-def flops_per_token(model: LlamaConfig, length: int, full: bool) -> float:
+def flops_per_token(model: DecoderSpec, length: int, full: bool) -> float:
     """FLOPs of one training token: 6 N for full fine-tuning, 4 N for adapters, plus causal attention.
 
     N counts the matrices a token is multiplied with (no embedding look-up); adapters themselves are
     neglected. Attention is 4 L H h T FLOPs a token forward (scores and values) and twice that backward,
     halved because causal. Recomputation does not count (MFU, arXiv:2204.02311 appendix B).
     """
-    matrices = model.num_params() - model.vocab_size * model.hidden_size * (0 if model.tie_word_embeddings else 1)
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * length / 2
+    matrices = num_params(model) - model.vocab_size * model.hidden_size * (0 if model.tied_head else 1)
+    attention = 12 * model.num_layers * model.attention.num_heads * model.attention.head_dim * length / 2
     return (6 if full else 4) * matrices + attention
 
 
@@ -195,14 +196,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def plot_losses(metrics: list[dict[str, Any]], target: Path) -> None:

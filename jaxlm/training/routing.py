@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.models.shapes import MoeConfig
+from jaxlm.spec import ExpertsSpec
 
 WINDOW = 100  # steps that the plot shows
 
@@ -20,7 +20,7 @@ class RoutingReport:
         moe: the experts; None for a dense model.
     """
 
-    def __init__(self, moe: MoeConfig | None) -> None:
+    def __init__(self, moe: ExpertsSpec | None) -> None:
         self._moe = moe
         self._steps: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=WINDOW)
 
@@ -48,7 +48,7 @@ class RoutingReport:
                 continue
             share = use[:, number] / tokens[number]
             shares[name] = [round(float(value), 4) for value in share.mean(axis=0)]
-            entropy[name] = round(float(np.mean([_evenness(row, self._moe.experts) for row in share])), 4)
+            entropy[name] = round(float(np.mean([_evenness(row, self._moe.num_experts) for row in share])), 4)
         expected = (tokens * np.array(self._moe.top_k)).sum() * len(use)
         dropped = 0 if self._moe.router == "activation_released" else int(expected - use.sum())
         return {"expert_share": shares, "router_entropy": entropy, "dropped": dropped}
