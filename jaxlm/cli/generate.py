@@ -241,15 +241,16 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
         check_finite(weights, mesh, f"model: {where}", "the file is damaged, or of a run that diverged", tensor_name)
     stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
 
-    from jaxlm.weights.output import human
+    from jaxlm.units import disk_size
 
     lora = "" if adapter is None else f" + {adapter.path} ({'merged' if merge else 'on the fly'})"
     kept = f"{dtype}, linear layers in int8" if config.model.int8 else dtype
     shape = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1) or "1 device"
     console.print(f"model      {source.path}{lora}", markup=False)
     console.print(
-        f"           {num_params(whole.config):,} parameters, {human(weight_bytes(weights))} in {kept}, on {platform} "
-        f"({shape}), loaded in {time.perf_counter() - started:.1f} s; context {whole.config.max_length:,} tokens",
+        f"           {num_params(whole.config):,} parameters, {disk_size(weight_bytes(weights))} in {kept}, on "
+        f"{platform} ({shape}), loaded in {time.perf_counter() - started:.1f} s; "
+        f"context {whole.config.max_length:,} tokens",
         markup=False,
     )
     console.print(f"template   {template}: {why}; {prompter.beginning}", markup=False)
