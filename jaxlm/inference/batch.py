@@ -18,9 +18,9 @@ from typing import IO, Any
 from jaxlm.config import Decoding
 from jaxlm.data.sources import Record, csv_delimiter, records_within
 from jaxlm.errors import UserError
+from jaxlm.inference.answering import complete
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
-from jaxlm.inference.text import answer_text, cut_at_stop
 from jaxlm.jsontext import parse
 
 KINDS = (".json", ".jsonl", ".csv", ".txt")
@@ -253,10 +253,7 @@ def answer_all(
     journal: Answers,
     advance: Callable[[int, int], None],
 ) -> None:
-    """Answers what the journal does not hold yet.
-
-    Prompts of like length are answered together, the longest first: little padding, and memory that does not suffice is
-    noticed at once.
+    """Answers what the journal does not hold yet, in the batches of `complete`.
 
     Args:
         advance: called with the numbers of prompts and tokens done.
@@ -280,31 +277,14 @@ def answer_all(
     if refused:
         journal.add(refused)
         advance(len(refused), 0)
-    order = sorted(prompts, key=lambda number: (-len(prompts[number]), number))
-    full = min(batch_size, len(order))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        batch = [prompts[number] for number in numbers]
-        session = generator.start(batch, options, numbers, rows=full)
-        for _ in session.steps():
-            if options.stop and options.num_beams == 1:
-                for row, answers in enumerate(session.answers()):
-                    for sample, answer in enumerate(answers):
-                        text = answer_text(prompter.tokenizer, batch[row], answer.ids)
-                        if not answer.complete and cut_at_stop(text, options.stop)[1]:
-                            session.stop(row, sample)
-        results, tokens = {}, 0
-        for number, answers in zip(numbers, session.answers(), strict=True):
-            texts, finish = [], []
-            for answer in answers:
-                text = answer_text(prompter.tokenizer, prompts[number], answer.ids)
-                text, stopped = cut_at_stop(text, options.stop)
-                texts.append(text if prompter.is_text else text.strip())
-                finish.append("stop" if stopped else answer.finish)
-                tokens += len(answer.ids)
-            results[number] = Result(tuple(texts), tuple(finish))
+    strip = not prompter.is_text
+    for batch in complete(generator, prompter.tokenizer, prompts, options, batch_size, strip):
+        results = {
+            number: Result(tuple(each.text for each in completions), tuple(each.finish for each in completions))
+            for number, completions in batch.items()
+        }
         journal.add(results)
-        advance(len(results), tokens)
+        advance(len(results), sum(len(each.ids) for completions in batch.values() for each in completions))
 
 
 def write_results(path: Path, items: Sequence[Item], results: dict[int, Result]) -> None:

@@ -221,6 +221,20 @@ def extend(
     return _finish(decoder, _output(params), params["norm"], x, lengths - 1), result
 
 
+def hidden_states(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The last hidden states [R, T, D] of texts, behind the final norm; arguments as those of `prefill`."""
+    params = weights["params"]
+    x, *shared = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    for number, layer in enumerate(params["layers"]):
+        x, _ = _prefill_layer(decoder, layer, weights["lora"][number], number, x, *shared, tokens.shape[1])
+    return _normed(decoder, params["norm"], x)
+
+
+def logits_of(decoder: Decoder, weights: Weights, hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of hidden states [..., D] behind the final norm."""
+    return _head(decoder, _output(weights["params"]), hidden)
+
+
 def _output(params: Mapping[str, Any]) -> jax.Array:
     head: jax.Array = params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"]
     return head
@@ -313,10 +327,20 @@ def _finish(decoder: Decoder, head: jax.Array, norm: Any, x: jax.Array, last: ja
 
 
 def _logits(decoder: Decoder, head: jax.Array, norm: Any, x: jax.Array) -> jax.Array:
+    return _head(decoder, head, _normed(decoder, norm, x))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _normed(decoder: Decoder, norm: Any, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(decoder.dtype)
     normed = RMSNorm(decoder.config.rms_norm_eps, dtype, dtype).apply({"params": norm}, x)
     assert isinstance(normed, jax.Array)
-    return output_logits(normed, head, dtype)
+    return normed
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _head(decoder: Decoder, head: jax.Array, x: jax.Array) -> jax.Array:
+    return output_logits(x, head, jnp.dtype(decoder.dtype))
 
 
 # --- one token --------------------------------------------------------------------------------------------------------
