@@ -171,6 +171,25 @@ def test_a_kept_row_is_given_to_another_prompt_when_no_other_is_free(model: Gene
         engine.release(slot)
 
 
+def test_a_kept_text_is_forgotten_when_its_row_is_taken(model: Generator, alone: list[Answer]) -> None:
+    engine = Engine(model, 2, keep=True)
+    ((first,),) = engine.admit([REQUESTS[0]])
+    finish(engine)
+    engine.release(first)
+    both = [slot for (slot,) in engine.admit([REQUESTS[2], REQUESTS[5]])]
+    numbers = {slot: number for slot, number in zip(both, (2, 5), strict=True)}
+    (kept,) = (slot for slot in both if slot.row == first.row)
+    (given_up,) = (slot for slot in both if slot is not kept)
+    engine.step(2)
+    engine.release(given_up)
+    prompt = [*PROMPTS[0], *first.ids, 50]
+    ((again,),) = engine.admit([Request(prompt, Decoding(max_new_tokens=8))])
+    assert again.row == given_up.row
+    finish(engine)
+    assert again.answer == model.generate([prompt], Decoding(max_new_tokens=8))[0][0]
+    assert kept.answer == alone[numbers[kept]]
+
+
 def test_admission_on_a_mesh(alone: list[Answer]) -> None:
     """Rows over the data axis, heads over the tensor axis, prompts admitted while others go on."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
