@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxlm.processes.distributed import Hosts
 
 DESCRIPTION = (
-    "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
+    "Generates with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
     "Takes a Hugging Face directory, a converted one, a run directory or checkpoint, alone or with a LoRA adapter."
 )
 # What the systems that jaxlm follows call these keys.
@@ -55,7 +55,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
 
 
 def _check_config(config: GenerateConfig) -> None:
-    """What can be known without the model."""
+    """Checks what can be known without the model."""
     from jaxlm.inference.options import check_decoding
 
     check_decoding(config)
@@ -67,9 +67,8 @@ def _check_config(config: GenerateConfig) -> None:
         "--predict_data": config.predict_data is not None,
     }
     if sum(modes.values()) != 1:
-        given = [name for name, is_given in modes.items() if is_given]
-        found = f"found {' and '.join(given)}" if given else "found none"
-        raise UserError(f"what to do: give one of {', '.join(modes)}; {found}")
+        given = " and ".join(name for name, is_given in modes.items() if is_given) or "none"
+        raise UserError(f"what to do: give one of {', '.join(modes)}; found {given}")
     if (config.predict_data is None) != (config.save_file is None):
         raise UserError(
             "predict_data and save_file go together: prompts are read from the one, answers go to the other"
@@ -135,18 +134,18 @@ def _run(config: GenerateConfig) -> int:
 
 
 def _take(path: Path, overwrite: bool, hosts: Hosts) -> None:
-    """Has a save_file to itself before the model is read, which takes its time; process 0 for all."""
+    """Locks a save_file before the model is read, which takes its time; process 0 does so for all."""
     from jaxlm.lock import Lock
 
-    place = path.resolve()
-    lock = Lock(place.with_name(f".{place.name}.lock"), f"save_file: {path}", "name another save_file")
+    resolved = path.resolve()
+    lock = Lock(resolved.with_name(f".{resolved.name}.lock"), f"save_file: {path}", "name another save_file")
     problem = None
     if hosts.process == 0:
         try:
             hosts.take(lock)
             _check_save_file(path, overwrite)  # another run may have written it by now
         except OSError as error:
-            problem = f"save_file: {path}: {error.filename or place.parent}: cannot write there ({error.strerror})"
+            problem = f"save_file: {path}: {error.filename or resolved.parent}: cannot write there ({error.strerror})"
         except UserError as error:
             problem = str(error)
     hosts.check("save_file is free", problem)
@@ -170,7 +169,7 @@ def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
 
 
 def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
-    """The model on its devices, and what says which model it is."""
+    """The model on its devices, how to ask it, and the facts that identify both in the journal of a file."""
     from convert.source import open_with_adapter
     from convert.transforms.merge import MergedSource
     from jaxlm.inference.loading import ModelFiles, placement, prompt_settings, same_place

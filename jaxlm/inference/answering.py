@@ -34,7 +34,7 @@ def complete(
     batch_size: int,
     strip: bool,
 ) -> Iterator[dict[int, list[Completion]]]:
-    """Answers prompts, a batch after the other.
+    """Answers prompts, one batch after the other.
 
     Prompts of like length are answered together, the longest first: little padding, and memory that does not suffice
     is noticed at once. A batch ends with its longest answer before the next begins: an answer then does not depend,

@@ -177,7 +177,7 @@ def test_a_kept_text_is_forgotten_when_its_row_is_taken(model: Generator, alone:
     finish(engine)
     engine.release(first)
     both = [slot for (slot,) in engine.admit([REQUESTS[2], REQUESTS[5]])]
-    numbers = {slot: number for slot, number in zip(both, (2, 5), strict=True)}
+    numbers = dict(zip(both, (2, 5), strict=True))
     (kept,) = (slot for slot in both if slot.row == first.row)
     (given_up,) = (slot for slot in both if slot is not kept)
     engine.step(2)
@@ -208,6 +208,10 @@ def test_what_an_engine_refuses(model: Generator) -> None:
     engine = Engine(model, 2)
     with pytest.raises(UserError, match="num_beams"):
         engine.admit([Request([5], Decoding(num_beams=2))])
+    with pytest.raises(UserError, match="temperature: -1"):
+        engine.admit([Request([5], Decoding(temperature=-1.0))])
+    with pytest.raises(UserError, match="stop_ids: 96"):
+        engine.admit([Request([5], Decoding(stop_ids=(96,)))])
     with pytest.raises(UserError, match="the prompt is empty"):
         engine.admit([Request([], Decoding())])
     with pytest.raises(ValueError, match="3 rows are needed, 2 of 2 are free"):
