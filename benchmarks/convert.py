@@ -28,8 +28,9 @@ import numpy as np
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
 
 from jaxlm.config import LoraConfig  # noqa: E402
-from jaxlm.models.shapes import LlamaConfig, load_shape  # noqa: E402
+from jaxlm.models.families import load_shape, write_config  # noqa: E402
 from jaxlm.nn.lora import resolve_lora  # noqa: E402
+from jaxlm.spec import DecoderSpec  # noqa: E402
 from jaxlm.weights.dtypes import WEIGHT_DTYPES  # noqa: E402
 from jaxlm.weights.names import hf_entries, peft_entries  # noqa: E402
 from jaxlm.weights.safetensors import write_safetensors, write_safetensors_file  # noqa: E402
@@ -76,7 +77,7 @@ class Run:
     mib: float
 
 
-def shape_of(gigabytes: float, dtype: str) -> LlamaConfig:
+def shape_of(gigabytes: float, dtype: str) -> DecoderSpec:
     """LLaMA-7B with as many layers as make up the size."""
     whole = load_shape("llama-7b")
     ends, one = (dataclasses.replace(whole, num_layers=n).num_params() for n in (0, 1))
@@ -102,14 +103,14 @@ def specs(shapes: dict[str, tuple[int, ...]], dtype: str, seed: int) -> list[Ten
     ]
 
 
-def make_model(directory: Path, config: LlamaConfig, dtype: str, seed: int) -> None:
+def make_model(directory: Path, config: DecoderSpec, dtype: str, seed: int) -> None:
     directory.mkdir()
     shapes = {entry.name: entry.layout.stored for entry in hf_entries(config)}
     write_safetensors(directory, "model", specs(shapes, dtype, seed), SHARD, lambda nbytes: None)
-    (directory / "config.json").write_text(json.dumps(config.to_hf(dtype)))
+    (directory / "config.json").write_text(json.dumps(write_config(config, dtype)))
 
 
-def make_adapter(directory: Path, config: LlamaConfig, rank: int = 8) -> None:
+def make_adapter(directory: Path, config: DecoderSpec, rank: int = 8) -> None:
     directory.mkdir()
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     entries = peft_entries(config, resolve_lora(config, LoraConfig(rank=rank, alpha=16.0, targets=targets)))

@@ -38,9 +38,9 @@ def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], fl
     from jaxlm.devices.mesh import make_mesh
     from jaxlm.inference.generator import Generator
     from jaxlm.inference.model import Decoder, load_weights
-    from jaxlm.models.shapes import LlamaConfig
+    from jaxlm.models.families import read_config
 
-    config = LlamaConfig.from_hf({"architectures": ["LlamaForCausalLM"], **SHAPE})
+    config = read_config({"architectures": ["LlamaForCausalLM"], **SHAPE})
     decoder = Decoder(config, dtype=dtype.removesuffix("-int8"), quantized=dtype.endswith("-int8"))
     mesh = make_mesh(MeshConfig())
     generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config)), mesh, [])

@@ -24,7 +24,7 @@ from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, cache_bytes, load_weights, weight_bytes
 from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.models.decoder import abstract_variables
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 
 PROMPT, NEW = 128, 256
 
@@ -77,7 +77,7 @@ def main() -> None:
         generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config)), mesh, [])
         embedding = generator.weights["params"]["embed_tokens"]["embedding"].nbytes
         # The table is looked up, not read, unless it is the output matrix too.
-        needed = weight_bytes(generator.weights) - (0 if config.tie_word_embeddings else embedding)
+        needed = weight_bytes(generator.weights) - (0 if config.tied_head else embedding)
         for batch in map(int, arguments.batches.split(",")):
             first, step = measure(generator, batch, arguments.rounds)
             least = (needed + cache_bytes(config, batch, PROMPT + NEW // 2, "bfloat16")) / arguments.bandwidth

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul
+from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.groups import BLOCK, Groups
 
 
 def passes(implementation: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ process, and the ratio of each pair is taken. Goal: with 16 experts and k = 4 at
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -21,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.models.decoder import MLP
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.experts import MoeMLP
+from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 
 
-def layer(config: LlamaConfig, dtype: Any, tokens: int, compute: str | None) -> tuple[Callable[[], None], float]:
+def layer(config: DecoderSpec, dtype: Any, tokens: int, compute: str | None) -> tuple[Callable[[], None], float]:
     """A function that runs forward and backward once, compiled; and the seconds that took."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, config.hidden_size)), dtype)
     modality = jnp.zeros((1, tokens), jnp.int32)
@@ -66,10 +65,19 @@ def main() -> None:
     parser.add_argument("--plot", help="PNG of the ratio over k")
     arguments = parser.parse_args()
     dtype = jnp.dtype(arguments.dtype)
-    dense_config = LlamaConfig(32000, arguments.hidden, arguments.neurons, 1, 1, 1, 64)
+    dense_config = uniform_decoder(
+        "llama",
+        vocab_size=32000,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.neurons,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=64,
+    )
 
-    def sparse(experts: int, k: int, router: str = "learned") -> LlamaConfig:
-        return dataclasses.replace(dense_config, moe=MoeConfig(experts, router, top_k=(k,)))
+    def sparse(experts: int, k: int, router: str = "learned") -> DecoderSpec:
+        return dense_config.with_experts(ExpertsSpec(experts, router, top_k=(k,)))
 
     dense, _ = layer(dense_config, dtype, arguments.tokens, None)
     print(f"{jax.devices()[0].device_kind}, D {arguments.hidden}, F {arguments.neurons}, {arguments.dtype}")
@@ -85,7 +93,7 @@ def main() -> None:
             flush=True,
         )
     for experts in (8, 16, 32, 64):  # more experts of the same size, of which a token uses as many: more to choose from
-        wide = dataclasses.replace(sparse(experts, 4), intermediate_size=arguments.neurons // 16 * experts)
+        wide = sparse(experts, 4).with_feed_forward(size=arguments.neurons // 16 * experts)
         run, _ = layer(wide, dtype, arguments.tokens, arguments.compute)
         own, _ = ratios(run, lambda: None, arguments.rounds)
         print(f"{experts:3} experts of {arguments.neurons // 16} neurons, k 4: {1e3 * own:.0f} ms", flush=True)

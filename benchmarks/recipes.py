@@ -37,7 +37,7 @@ from jaxlm.planning.compiled import ENVIRONMENT, CompiledStep, compile_step
 
 os.environ.update(ENVIRONMENT)  # before JAX starts: shapes are worked out on the CPU
 
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.training.setup import TrainSetup, set_up

@@ -34,7 +34,7 @@ from typing import Any
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import GIB, Topology, parse_topology
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from jaxlm.planning.compiled import CompiledStep, compile_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -133,7 +133,7 @@ def step(which: str, topology: str, rows: int, length: int, layers: int | None, 
 
     from jaxlm.config import MeshConfig, OptimizerConfig
     from jaxlm.models.decoder import Decoder
-    from jaxlm.models.shapes import SHAPES
+    from jaxlm.models.families import SHAPES
     from jaxlm.training.objectives.cross_entropy import CrossEntropy
     from jaxlm.training.optimizer import make_optimizer, make_schedule
     from jaxlm.training.state import Initializer

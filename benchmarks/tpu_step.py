@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from jaxlm.planning.compiled import compile_step
 
 

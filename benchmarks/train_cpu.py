@@ -42,10 +42,10 @@ def jax_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]
     from train_step import build_step
 
     from jaxlm.config import LoraConfig
-    from jaxlm.models.shapes import LlamaConfig
+    from jaxlm.models.families import read_config
 
     step = build_step(
-        LlamaConfig.from_hf({"architectures": ["LlamaForCausalLM"], **SHAPE}),
+        read_config({"architectures": ["LlamaForCausalLM"], **SHAPE}),
         lora=LoraConfig(rank=RANK, targets=TARGETS) if mode == "lora" else None,
         compute=dtype,
         params=dtype if mode == "lora" else "float32",  # a frozen base is kept in the compute dtype

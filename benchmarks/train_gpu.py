@@ -22,7 +22,7 @@ from train_step import build_step
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.chips import peak_flops
-from jaxlm.models.shapes import SHAPES
+from jaxlm.models.families import SHAPES
 from jaxlm.training.report import flops_per_token
 
 

@@ -16,8 +16,8 @@ from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.kernels.backend import choose_attention, shape_key
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -35,7 +35,7 @@ class TimedStep:
 
 
 def build_step(
-    shape: LlamaConfig,
+    shape: DecoderSpec,
     *,
     lora: LoraConfig | None,
     compute: str,

@@ -11,7 +11,6 @@ used, router learned), and dense with all of its neurons.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -26,16 +25,25 @@ import optax
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import router_figures
 
 TOKENS, LENGTH, ROWS, NOISE = 64, 64, 64, 0.1
 EXPERTS, USED, NEURONS = 8, 2, 512
-SHAPE = LlamaConfig(2 * TOKENS, 64, NEURONS, 2, 4, 4, 16)
-MOE = MoeConfig(EXPERTS, "learned", ("text", "other"), ((TOKENS, 2 * TOKENS),), (USED, USED))
+SHAPE = uniform_decoder(
+    "llama",
+    vocab_size=2 * TOKENS,
+    hidden_size=64,
+    intermediate_size=NEURONS,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+)
+MOE = ExpertsSpec(EXPERTS, "learned", ("text", "other"), ((TOKENS, 2 * TOKENS),), (USED, USED))
 MODELS = {
-    "dense, active size": dataclasses.replace(SHAPE, intermediate_size=NEURONS * USED // EXPERTS),
-    "experts": dataclasses.replace(SHAPE, moe=MOE),
+    "dense, active size": SHAPE.with_feed_forward(size=NEURONS * USED // EXPERTS),
+    "experts": SHAPE.with_experts(MOE),
     "dense, full size": SHAPE,
 }
 LOSSES = MoeRunConfig()  # the weights of balance and z loss that training has by default
@@ -52,7 +60,7 @@ def rows(tables: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray
     return out + (TOKENS * language)[:, None].astype(np.int32)
 
 
-def train(config: LlamaConfig, seed: int, steps: int) -> dict[str, Any]:
+def train(config: DecoderSpec, seed: int, steps: int) -> dict[str, Any]:
     """Held-out loss, and for experts the share of each modality's tokens that used each."""
     rng = np.random.default_rng(seed)
     tables = rng.integers(0, TOKENS, (2, TOKENS, TOKENS))
@@ -82,7 +90,7 @@ def train(config: LlamaConfig, seed: int, steps: int) -> dict[str, Any]:
     test = jax.jit(loss)
     found = [jax.device_get(test(params, jnp.asarray(ids))[1]) for ids in held_out]
     result: dict[str, Any] = {"loss": float(np.mean([value for value, _ in found])), "seconds": seconds}
-    if config.moe is not None:
+    if config.experts is not None:
         used = sum(figures["expert_use"] for _, figures in found)  # [L, modalities, E]
         share = used / used.sum(axis=-1, keepdims=True)
         # 1: no expert is used by both; 0: both use all alike.

@@ -8,13 +8,12 @@ The training loop loads a model straight into its shards:
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert.formats.hf_experts import open_hf
+from convert.formats.hf_experts import HF_SOURCES, open_hf
 from convert.formats.meta import PARAMS, MetaSource, find_shards
 from convert.formats.mindspore import (
     DEFAULT_ALPHA,
@@ -30,9 +29,9 @@ from convert.transforms.adapter_order import in_order_of
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home, find_base, missing
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.files import find_weights
-from jaxlm.weights.leaves import AdapterSource, LeafInfo, ParamSource
+from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ParamSource
 from jaxlm.weights.names import rule_for
 from jaxlm.weights.native.layout import find_native
 from jaxlm.weights.native.model_json import read_model_json
@@ -51,6 +50,29 @@ __all__ = [
     "stored_adapter",
 ]
 
+
+class FormatInfo(NamedTuple):
+    """A format of models or adapters.
+
+    Args:
+        title: its name.
+        called: what a source of it is called.
+        sources: the classes of its sources.
+    """
+
+    title: str
+    called: str
+    sources: tuple[type, ...]
+
+
+FORMATS = {
+    "hf": FormatInfo("Hugging Face", "a Hugging Face model", HF_SOURCES),
+    "jax": FormatInfo("jaxlm", "a jaxlm model", (NativeSource, NativeAdapter)),
+    "meta": FormatInfo("Meta", "a checkpoint in Meta's format", (MetaSource,)),
+    "mindspore": FormatInfo("MindSpore", "a MindSpore checkpoint", (MindSporeSource, MindSporeAdapter)),
+    "peft": FormatInfo("PEFT", "a PEFT adapter", (PeftSource,)),
+}
+
 ACCEPTED = (
     "accepted are a Hugging Face directory (config.json and weights), a converted jaxlm directory, "
     "a run directory, one of its checkpoints, Meta's checkpoint (params.json and consolidated.00.pth), and "
@@ -66,7 +88,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_mindspore(path: Path) -> bool:
-    """Whether a path that is no other format holds MindSpore's files.
+    """Whether a path that is none of the other formats holds MindSpore's files.
 
     Raises:
         UserError: for a Hugging Face directory that lacks a file which says what its weights are.
@@ -110,6 +132,19 @@ def _found(path: Path) -> str:
     return f"found {listing}" if names else "the directory is empty"
 
 
+def format_of(source: LeafSource) -> str:
+    """The key in FORMATS of a model or adapter as it was opened."""
+    return next(name for name, form in FORMATS.items() if isinstance(source, form.sources))
+
+
+def adapter_format(path: str | Path) -> str:
+    """The key in FORMATS of the adapter that a path holds, if it holds one."""
+    path = _existing(path)
+    if find_native(path) is not None:
+        return "jax"
+    return "peft" if (path / "adapter_config.json").is_file() else "mindspore"
+
+
 def is_adapter(path: str | Path) -> bool:
     """Whether a path holds a low-rank adapter rather than a full model."""
     path = _existing(path)
@@ -129,7 +164,7 @@ def recorded_base(adapter: str | Path) -> str:
     """Directory of the base that an adapter (PEFT, converted, or a LoRA run) records.
 
     Raises:
-        UserError: it is no adapter, or its base is not here.
+        UserError: it is not an adapter, or its base is not here.
     """
     path = Path(adapter)
     native = find_native(path)
@@ -139,7 +174,7 @@ def recorded_base(adapter: str | Path) -> str:
     elif (path / "adapter_config.json").is_file():
         recorded = read_object(path / "adapter_config.json")
     else:
-        raise UserError(f"model.adapter: {adapter} is no adapter (no adapter_config.json)")
+        raise UserError(f"model.adapter: {adapter} is not an adapter (no adapter_config.json)")
     base = find_base(recorded, native or path)
     if base is None:
         name = recorded.get("base") or recorded.get("base_model_name_or_path")
@@ -220,11 +255,11 @@ def open_model(
         return MetaSource(path, max_positions)
     if find_shards(path):
         raise UserError(f"{path}: has consolidated.00.pth but no {PARAMS}, which lies beside it in Meta's releases")
-    raise UserError(f"{path}: is no model: {_found(path)}; {ACCEPTED}")
+    raise UserError(f"{path}: is not a model: {_found(path)}; {ACCEPTED}")
 
 
 def open_adapter(
-    path: str | Path, base: ParamSource | LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+    path: str | Path, base: ParamSource | DecoderSpec | None = None, alpha: float = DEFAULT_ALPHA
 ) -> AdapterSource:
     """A LoRA adapter: a PEFT directory, a converted one, a LoRA run (its newest checkpoint), or MindSpore's.
 
@@ -234,17 +269,17 @@ def open_adapter(
         alpha: MindSpore only: lora_alpha, which that format does not record.
 
     Raises:
-        UserError: when it is no adapter, is not complete, or does not fit the base.
+        UserError: when it is not an adapter, is not complete, or does not fit the base.
     """
-    config = base if base is None or isinstance(base, LlamaConfig) else base.config
+    config = base if base is None or isinstance(base, DecoderSpec) else base.config
     adapter = stored_adapter(path, config, alpha)
     return adapter if base is None else in_order_of(adapter, base)
 
 
 def stored_adapter(
-    path: str | Path, base_config: LlamaConfig | None = None, alpha: float = DEFAULT_ALPHA
+    path: str | Path, base_config: DecoderSpec | None = None, alpha: float = DEFAULT_ALPHA
 ) -> PeftSource | NativeAdapter | MindSporeAdapter:
-    """The same with its neurons as they are stored; its `config.moe` is that of the model it was trained on."""
+    """The same with its neurons as they are stored; its `config.experts` is that of the model it was trained on."""
     path = _existing(path)
     native = find_native(path)
     if native is not None:
@@ -253,19 +288,19 @@ def stored_adapter(
             raise UserError(f"{path}: is a full model, not an adapter; open it as the model itself")
         adapter = NativeAdapter(native, content)
         if base_config is not None:
-            adapter.config = dataclasses.replace(base_config, moe=adapter.config.moe)
+            adapter.config = base_config.with_experts(adapter.config.experts)
             check_adapter_leaves(adapter, native / "model")
         return adapter
     peft = (path / "adapter_config.json").is_file()
     other = not peft and path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path))
     if not peft and (other or not is_lora(read_files(_mindspore_files(path), check=False))):
         raise UserError(
-            f"{path}: is no adapter{f': {_found(path)}' if path.is_dir() else ''}; accepted are a PEFT directory "
+            f"{path}: is not an adapter{f': {_found(path)}' if path.is_dir() else ''}; accepted are a PEFT directory "
             "(adapter_config.json and adapter_model.safetensors), a converted adapter, a LoRA run directory, and a "
             "MindSpore file with LoRA factors"
         )
     if base_config is None:
         kind = "PEFT" if peft else "MindSpore"
         raise UserError(f"{path}: a {kind} adapter does not record the shape of its base; give the base model too")
-    dense = dataclasses.replace(base_config, moe=None)
+    dense = base_config.with_experts(None)
     return PeftSource(path, dense) if peft else MindSporeAdapter(path, dense, alpha)

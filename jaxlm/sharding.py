@@ -6,33 +6,33 @@ from collections.abc import Sequence
 
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+DATA, FSDP, EXPERT, SEQUENCE, TENSOR = AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 # What `fsdp` is on the mesh: an axis for each dim of a TPU slice's torus that it spans, as sums over devices are fast
 # along one of them at a time (see `kernels.scatter`); elsewhere all but the first are 1.
-FSDP_AXES = ("fsdp", "fsdp_y", "fsdp_z")
-MESH_AXES = ("data", *FSDP_AXES, "expert", "sequence", "tensor")
+FSDP_AXES = (FSDP, "fsdp_y", "fsdp_z")
+MESH_AXES = (DATA, *FSDP_AXES, EXPERT, SEQUENCE, TENSOR)
 
 # Mesh axes that rows are split over.
-ROW_AXES = ("data", *FSDP_AXES, "expert")
+ROW_AXES = (DATA, *FSDP_AXES, EXPERT)
 # Mesh axes that parameters and optimizer are split over and gathered along: devices with parts of the same rows need
 # not each have all of them either.
-SHARD_AXES = (*FSDP_AXES, "sequence")
+SHARD_AXES = (*FSDP_AXES, SEQUENCE)
 # Logical axis -> mesh axis. One place: parameters and activations are both named by these. Of two rules the first one
 # whose mesh axes are free counts: activations that have rows over `expert` have neurons over `tensor` alone.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ROW_AXES),
-    ("length", "sequence"),
+    ("length", SEQUENCE),
     # Inside attention a row is whole and its heads are split instead.
     ("attention_length", None),
-    ("attention_heads", ("tensor", "sequence")),
+    ("attention_heads", (TENSOR, SEQUENCE)),
     ("act_embed", None),
     ("embed", SHARD_AXES),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", ("expert", "tensor")),  # contiguous blocks: whole experts of an MoE
-    ("mlp", "tensor"),
+    ("heads", TENSOR),
+    ("kv_heads", TENSOR),
+    ("mlp", (EXPERT, TENSOR)),  # contiguous blocks: whole experts of an MoE
+    ("mlp", TENSOR),
     ("experts", None),
-    ("vocab", "tensor"),
+    ("vocab", TENSOR),
     ("head_dim", None),
     ("norm", None),
     ("layers", None),
@@ -57,4 +57,4 @@ def flat_dims(axes: Sequence[str | None]) -> tuple[tuple[str | None, ...], ...]:
     return tuple(dims)
 
 
-BATCH = P(None, ROW_AXES, "sequence")  # [A, B, T]: micro-steps, rows, length
+BATCH = P(None, ROW_AXES, SEQUENCE)  # [A, B, T]: micro-steps, rows, length

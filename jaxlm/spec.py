@@ -303,6 +303,16 @@ class DecoderSpec:
         return self.period[0]
 
     @property
+    def attention(self) -> AttentionSpec:
+        """Of every layer; as `uniform_layer`."""
+        return self.uniform_layer.attention
+
+    @property
+    def feed_forward(self) -> FeedForwardSpec:
+        """Of every layer; as `uniform_layer`."""
+        return self.uniform_layer.feed_forward
+
+    @property
     def experts(self) -> ExpertsSpec | None:
         """How feed-forward layers are divided into experts; None when every layer is dense."""
         return next((e for layer in self.period if (e := layer.feed_forward.experts) is not None), None)
@@ -397,10 +407,15 @@ def uniform_decoder(
 
 def differences(first: DecoderSpec, second: DecoderSpec) -> Iterator[tuple[str, Any, Any]]:
     """(field, first, second) of everything that two decoders do not have in common."""
-    one, other = (_flat(spec.to_dict(), "") for spec in (first, second))
+    one, other = (flatten(spec) for spec in (first, second))
     for name in [*one, *(name for name in other if name not in one)]:
         if one.get(name) != other.get(name) and not name.endswith("experts.layout"):
             yield name, one.get(name), other.get(name)
+
+
+def flatten(spec: DecoderSpec) -> dict[str, Any]:
+    """Every number of a decoder by name: 'vocab_size', 'attention.num_heads'; 'period[1].…' where layers differ."""
+    return _flat(spec.to_dict(), "")
 
 
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ import numpy as np
 from convert.analysis.observe import Observed, by_expert, down, masked, walk
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
-from jaxlm.models.shapes import MoeConfig
-from jaxlm.nn.experts import released_mask, route_by_modality, route_by_scores, route_learned
+from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned
+from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.leaves import ParamSource
 
 _TINY = 1e-30
@@ -41,7 +41,7 @@ class Coverage:
         error: of the output, in relation to the dense layer's.
     """
 
-    moe: MoeConfig
+    moe: ExpertsSpec
     rule: str
     tokens: tuple[int, ...]
     used: np.ndarray
@@ -52,7 +52,7 @@ class Coverage:
     @property
     def chance(self) -> np.ndarray:
         """Share of the neurons that are in a token's experts, [modalities]."""
-        return self.used / self.moe.experts
+        return self.used / self.moe.num_experts
 
     @property
     def present(self) -> list[int]:
@@ -70,12 +70,12 @@ class Coverage:
                 "chance": round(float(self.chance[number]), 6),
                 **{name: [round(float(value), 6) for value in array[:, number]] for name, array in values.items()},
             }
-        return {"experts": self.moe.experts, "router": self.moe.router, "rule": self.rule, "modalities": found}
+        return {"experts": self.moe.num_experts, "router": self.moe.router, "rule": self.rule, "modalities": found}
 
 
 def choose_rule(source: ParamSource) -> str:
     """How a model's tokens find their experts: its router, but by activation for a learned one that is still zero."""
-    moe = source.config.moe
+    moe = source.config.experts
     assert moe is not None
     if moe.router == "learned":
         layers = range(source.config.num_layers)
@@ -84,31 +84,31 @@ def choose_rule(source: ParamSource) -> str:
     return moe.router
 
 
-def expert_weights(moe: MoeConfig, rule: str, mlp: Any, seen: Observed) -> jax.Array:
+def expert_weights(moe: ExpertsSpec, rule: str, mlp: Any, seen: Observed) -> jax.Array:
     """The factor of each expert's output, [N, E]; 0 where a token does not use it."""
     if rule == "modality":
-        return route_by_modality(moe, seen.modality).mask(moe.experts)
+        return route_by_modality(moe, seen.modality).mask(moe.num_experts)
     if rule == "learned":
-        return route_learned(moe, seen.x @ mlp["router"], None, seen.modality).mask(moe.experts)
-    scores = by_expert(seen.h, moe.experts).sum(axis=-1)
+        return route_learned(moe, seen.x @ mlp["router"], None, seen.modality).mask(moe.num_experts)
+    scores = by_expert(seen.h, moe.num_experts).sum(axis=-1)
     if rule == "activation_released":
         return released_mask(moe, scores, seen.modality)
-    return route_by_scores(moe, scores, seen.modality).mask(moe.experts)
+    return route_by_scores(moe, scores, seen.modality).mask(moe.num_experts)
 
 
 def measure(source: ParamSource, sample: Sample) -> Coverage:
     """Runs a model of experts over a sample; memory is that of one layer and the sample's hidden states.
 
     Args:
-        source: `config.moe` is not None.
+        source: `config.experts` is not None.
     """
-    moe, rule = source.config.moe, choose_rule(source)
+    moe, rule = source.config.experts, choose_rule(source)
     assert moe is not None
 
     def run(mlp: Any, seen: Observed) -> tuple[jax.Array, jax.Array]:
         out = down(mlp, seen.h)
         weights = expert_weights(moe, rule, mlp, seen)
-        figures = jnp.stack(_figures(weights, by_expert(jnp.abs(seen.h), moe.experts).sum(axis=-1)))
+        figures = jnp.stack(_figures(weights, by_expert(jnp.abs(seen.h), moe.num_experts).sum(axis=-1)))
         change = masked(seen.h, weights) - seen.h
         lost = jnp.linalg.norm(change @ mlp["down_proj"]["kernel"], axis=1)
         error = lost / jnp.maximum(jnp.linalg.norm(out, axis=1), _TINY)
@@ -172,7 +172,7 @@ def _plot(coverage: Coverage, target: Path) -> None:
         axes.plot(
             layers, coverage.error[:, number], color="tab:red", linestyle="--", marker=".", label="error of the output"
         )
-        name = f"{moe.modalities[number]}: {coverage.used[number]:.3g} of {moe.experts} experts"
+        name = f"{moe.modalities[number]}: {coverage.used[number]:.3g} of {moe.num_experts} experts"
         axes.set_title(f"{name} ({coverage.tokens[number]:,} tokens)", fontsize=9)
         axes.set(xlabel="layer", ylim=(0, 1.03 * top))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -10,11 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.hf_experts import HF_SOURCES
-from convert.formats.meta import MetaSource
-from convert.formats.mindspore import MindSporeAdapter, MindSporeSource
-from convert.formats.peft import PeftSource, find_adapter_weights, peft_tensors
-from convert.source import is_adapter, open_model, stored_adapter
+from convert.formats.peft import find_adapter_weights, peft_tensors
+from convert.source import FORMATS, format_of, is_adapter, open_model, stored_adapter
 from convert.transforms.delta import inv_freq_sum, sum_of
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
@@ -23,17 +20,8 @@ from jaxlm.weights.files import read_tensors
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource, total_bytes
 from jaxlm.weights.manifest import MANIFEST, read_manifest
-from jaxlm.weights.native.read import NativeAdapter, NativeSource
 from jaxlm.weights.partition import order_name
 from jaxlm.weights.tensors import BLOCK_BYTES, Tensor
-
-_ADAPTER_FORMATS = ((PeftSource, "PEFT"), (NativeAdapter, "jaxlm"), (MindSporeAdapter, "MindSpore"))
-_FORMATS: tuple[tuple[Any, str], ...] = (
-    (HF_SOURCES, "Hugging Face"),
-    (NativeSource, "jaxlm"),
-    (MetaSource, "Meta"),
-    (MindSporeSource, "MindSpore"),
-)
 
 
 @dataclass
@@ -114,8 +102,7 @@ def _blocks(tensor: Tensor) -> Iterator[np.ndarray]:
 
 
 def _describe_adapter(adapter: AdapterSource, checksum: bool) -> Description:
-    form = next((name for kind, name in _ADAPTER_FORMATS if isinstance(adapter, kind)), "")
-    found = _leaves(adapter, "adapter", form)
+    found = _leaves(adapter, "adapter")
     found.summary = describe_lora(adapter)
     found.config = dataclasses.asdict(adapter.lora) | {"base": adapter.base, "layers": adapter.layers}
     found.order = _order(adapter)
@@ -125,8 +112,7 @@ def _describe_adapter(adapter: AdapterSource, checksum: bool) -> Description:
 
 
 def _describe_model(model: ParamSource, checksum: bool) -> Description:
-    name = next(name for kind, name in _FORMATS if isinstance(model, kind))
-    found = _leaves(model, "model", name)
+    found = _leaves(model, "model")
     found.config = model.config.to_dict()
     found.order = _order(model)
     found.tokenizer = _tokenizer(model.tokenizer_dir) if model.tokenizer_files else None
@@ -137,7 +123,7 @@ def _describe_model(model: ParamSource, checksum: bool) -> Description:
 
 
 def _order(source: ParamSource | AdapterSource) -> str | None:
-    if source.config.moe is None:
+    if source.config.experts is None:
         return None
     partition = source.partition
     if partition is None:
@@ -145,10 +131,12 @@ def _order(source: ParamSource | AdapterSource) -> str | None:
     return f"moved by convert moefy, the original order is kept ({order_name(partition)})"
 
 
-def _leaves(source: LeafSource, kind: str, form: str) -> Description:
+def _leaves(source: LeafSource, kind: str) -> Description:
     rows = [(name, leaf.shape, leaf.dtype.name, leaf.nbytes) for name, leaf in source.leaves.items()]
     elements = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in source.leaves.values())
-    found = Description(str(source.path), kind, form, rows, elements, total_bytes(source.leaves))
+    found = Description(
+        str(source.path), kind, FORMATS[format_of(source)].title, rows, elements, total_bytes(source.leaves)
+    )
     found.manifest = _manifest(source.path)
     return found
 

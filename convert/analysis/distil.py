@@ -24,8 +24,8 @@ from convert.analysis.observe import Observed, by_expert, down, hidden, masked, 
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import MoeConfig
-from jaxlm.nn.experts import route_by_scores, route_learned
+from jaxlm.nn.routers import route_by_scores, route_learned
+from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import DerivedSource, Index, LeafInfo, ParamSource, full_index, main_dtype, row_blocks
 from jaxlm.weights.names import Entry, leaf_shapes
@@ -53,7 +53,7 @@ class Distilled:
         losses: [L, 2], cross-entropy on the training rows before the first step and after the last.
     """
 
-    moe: MoeConfig
+    moe: ExpertsSpec
     teacher: str
     routers: np.ndarray
     tokens: tuple[int, ...]
@@ -72,8 +72,8 @@ class DistilledSource(DerivedSource):
 
     def __init__(self, source: ParamSource, routers: np.ndarray) -> None:
         super().__init__(source)
-        assert source.config.moe is not None
-        self.config = dataclasses.replace(source.config, moe=dataclasses.replace(source.config.moe, router="learned"))
+        assert source.config.experts is not None
+        self.config = source.config.with_experts(dataclasses.replace(source.config.experts, router="learned"))
         self._routers = routers
         known = {**source.leaves, ROUTER: LeafInfo(routers.shape, routers.dtype)}
         self.leaves = {path: known[path] for path in leaf_shapes(self.config)}
@@ -97,7 +97,7 @@ def distil(source: ParamSource, sample: Sample, steps: int, seed: int, teacher: 
     """Trains the routers of all layers, one after the other, in memory for one layer and the sample.
 
     Args:
-        source: `config.moe` is not None.
+        source: `config.experts` is not None.
         steps: of L-BFGS on the whole sample.
         seed: which rows are held out; the same gives the same.
         teacher: activation takes the experts with the largest sums of h, magnitude those with the largest of |h|.
@@ -105,7 +105,7 @@ def distil(source: ParamSource, sample: Sample, steps: int, seed: int, teacher: 
     Raises:
         UserError: when the sample is too short to hold some of it out.
     """
-    moe = source.config.moe
+    moe = source.config.experts
     assert moe is not None
     moe = dataclasses.replace(moe, router="learned")
     rows = sample.modality.reshape(-1, sample.modality.shape[-1])
@@ -115,8 +115,8 @@ def distil(source: ParamSource, sample: Sample, steps: int, seed: int, teacher: 
 
     def teach(mlp: Any, seen: Observed) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         h = jnp.abs(seen.h) if teacher == "magnitude" else seen.h
-        scores = by_expert(h, moe.experts).sum(axis=-1)
-        chosen = route_by_scores(moe, scores, seen.modality).mask(moe.experts)  # padding: none
+        scores = by_expert(h, moe.num_experts).sum(axis=-1)
+        chosen = route_by_scores(moe, scores, seen.modality).mask(moe.num_experts)  # padding: none
         return down(mlp, masked(seen.h, chosen)), (seen.x, chosen)
 
     routers, figures, losses = [], [], []
@@ -203,7 +203,7 @@ def fit_router(x: jax.Array, chosen: jax.Array, steps: int) -> tuple[jax.Array, 
 
 @partial(jax.jit, static_argnums=0)
 def _judge(
-    moe: MoeConfig,
+    moe: ExpertsSpec,
     mlp: Any,
     old: jax.Array,
     new: jax.Array,
@@ -215,7 +215,7 @@ def _judge(
     count = jnp.maximum(chosen.sum(axis=1), 1.0)
     recalls = []
     for router in (old, new):
-        weights = route_learned(moe, x @ router, None, modality).mask(moe.experts)
+        weights = route_learned(moe, x @ router, None, modality).mask(moe.num_experts)
         recalls.append(jnp.where(weights > 0, chosen, 0.0).sum(axis=1) / count)
     h = hidden(mlp, x)
     expected, found = (down(mlp, masked(h, by)) for by in (chosen, weights))

@@ -5,23 +5,17 @@ Everything is float32. Shapes: N tokens of a chunk, D model, F neurons, E expert
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import flax.struct
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from convert.analysis.probe import layer_params
 from convert.analysis.sample import Sample
-from jaxlm.models.decoder import Block
-from jaxlm.models.shapes import LlamaConfig
-from jaxlm.nn.attention import MaskSpec
-from jaxlm.nn.positions import rope_cos_sin
+from jaxlm.models.decoder import Angles, Block
+from jaxlm.models.streamed import Tokens, embedded, run_layers
 from jaxlm.weights.leaves import ParamSource
 
 Found = TypeVar("Found")
@@ -84,58 +78,23 @@ def walk(
     Yields:
         the layer, its `mlp` parameters on the device, and what `run` found in each chunk.
     """
-    config = source.config
+    chunks = [
+        Tokens(*(array[number] for array in (sample.input_ids, sample.positions, sample.segment_ids, sample.modality)))
+        for number in range(len(sample.input_ids))
+    ]
 
-    @jax.jit
     def step(
-        params: Any, x: jax.Array, segments: jax.Array, positions: jax.Array, modality: jax.Array
+        block: Block, params: Any, x: jax.Array, number: jax.Array, angles: Angles, tokens: Tokens
     ) -> tuple[jax.Array, Found]:
-        middle, normed = _until_feed_forward(config, params, x, segments, positions)
-        flat = normed.reshape(-1, config.hidden_size)
-        out, found = run(params["mlp"], Observed(flat, hidden(params["mlp"], flat), modality.reshape(-1)))
+        variables = {"params": params}
+        middle, normed, _ = cast(Any, block.apply(variables, x, number, angles, tokens.segment_ids, method="attend"))
+        flat = normed.reshape(-1, normed.shape[-1])
+        modality = cast(jax.Array, tokens.modality).reshape(-1)
+        out, found = run(params["mlp"], Observed(flat, hidden(params["mlp"], flat), modality))
         return middle + out.reshape(x.shape), found
 
-    states = _embedded(source, sample.input_ids)
+    spec = source.config
+    states = embedded(spec, source.read, chunks)
     with Progress(console=Console(stderr=True)) as progress:
-        for layer in progress.track(range(config.num_layers), description=description):
-            # On the device as a whole: numpy's would be copied there again for every chunk.
-            params = jax.device_put(layer_params(source, layer))
-            every = []
-            for number, x in enumerate(states):
-                part = (array[number] for array in (sample.segment_ids, sample.positions, sample.modality))
-                # "highest": a GPU or TPU would otherwise round products to fewer digits.
-                with jax.default_matmul_precision("highest"):
-                    after, found = step(params, x, *part)
-                states[number] = np.asarray(after)
-                every.append(found)
-            yield layer, params["mlp"], every
-
-
-def _until_feed_forward(
-    config: LlamaConfig, params: Any, x: jax.Array, segments: jax.Array, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The residual stream [B, T, D] before a layer's feed-forward, and that normed, as the feed-forward sees it."""
-    cos, sin = rope_cos_sin(config, positions)
-    # As a dense layer, whose feed-forward is not looked at, and so not computed.
-    block = Block(dataclasses.replace(config, moe=None), {}, jnp.float32, jnp.float32, "xla", True)
-    dense = {**params, "mlp": {name: part for name, part in params["mlp"].items() if name != "router"}}
-    mask = MaskSpec(segment_ids=segments, window=config.sliding_window)
-    _, kept = block.apply(
-        {"params": dense},
-        x,
-        jnp.int32(0),
-        cos,
-        sin,
-        mask,
-        capture_intermediates=lambda module, _: module.name in ("o_proj", "post_attention_layernorm"),
-    )
-    seen: Any = kept["intermediates"]
-    attended, normed = seen["self_attn"]["o_proj"]["__call__"][0], seen["post_attention_layernorm"]["__call__"][0]
-    return x + attended, normed
-
-
-def _embedded(source: ParamSource, input_ids: np.ndarray) -> list[np.ndarray]:
-    """The rows of the embedding [B, T, D] for each chunk of tokens [chunks, B, T]."""
-    known, place = np.unique(input_ids, return_inverse=True)
-    table = np.concatenate([source.read("embed_tokens/embedding", (slice(i, i + 1),)) for i in known])
-    return list(table.astype(np.float32)[place.reshape(input_ids.shape)])
+        layers = run_layers(spec, source.read, chunks, states, step)
+        yield from progress.track(layers, total=spec.num_layers, description=description)

@@ -14,8 +14,8 @@ from jaxlm.data.examples import Examples, build_examples, from_list
 from jaxlm.data.loader import BatchSource
 from jaxlm.data.packing import plan_rows
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import MoeConfig
-from jaxlm.nn.experts import modality_ids
+from jaxlm.nn.routers import modality_ids
+from jaxlm.spec import ExpertsSpec
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.weights.leaves import ParamSource
 
@@ -50,7 +50,7 @@ class Sample:
 def read_sample(
     files: Sequence[str],
     source: ParamSource,
-    moe: MoeConfig,
+    moe: ExpertsSpec,
     tokens: int,
     template: str = "auto",
     columns: Mapping[str, str] | None = None,
@@ -101,7 +101,7 @@ def _first(file: Any, tokens: int, data: Any, tokenizer: Any, vocab_size: int) -
     return examples.take(np.arange(min(len(examples), int(np.searchsorted(examples.offsets, tokens)))))
 
 
-def make_rows(parts: Sequence[Examples], length: int, moe: MoeConfig, files: tuple[str, ...]) -> Sample:
+def make_rows(parts: Sequence[Examples], length: int, moe: ExpertsSpec, files: tuple[str, ...]) -> Sample:
     """Packs examples into rows of `length` tokens, in an order drawn with a fixed seed."""
     items = [part[number] for part in parts for number in range(len(part))]
     examples = from_list(items, np.zeros(len(items), np.int32), np.arange(len(items)))

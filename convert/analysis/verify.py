@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.formats.peft import peft_tensors
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec, differences
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, ParamSource
 from jaxlm.weights.names import Shape
@@ -111,11 +111,9 @@ def compare_adapters(first: AdapterSource, second: AdapterSource, advance: Calla
     return report
 
 
-def _compare_fields(first: LlamaConfig, second: LlamaConfig, report: Report) -> None:
-    for item in dataclasses.fields(LlamaConfig):
-        values = getattr(first, item.name), getattr(second, item.name)
-        if values[0] != values[1]:
-            (report.notes if item.name in _NOT_COMPUTED else report.config)[item.name] = values
+def _compare_fields(first: DecoderSpec, second: DecoderSpec, report: Report) -> None:
+    for name, *values in differences(first, second):
+        (report.notes if name in _NOT_COMPUTED else report.config)[name] = (values[0], values[1])
 
 
 def _compare(first: list[TensorSpec], second: list[TensorSpec], advance: Callable[[int], None]) -> Report:

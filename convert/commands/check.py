@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import add_verb, keep_freed_memory
+from convert.commands.command import add_verb, progress_bar
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from convert.analysis.describe import Description
     from convert.analysis.probe import Agreement
     from convert.analysis.verify import Report
-    from jaxlm.weights.leaves import LeafSource, ParamSource
+    from jaxlm.spec import FeedForwardSpec
+    from jaxlm.weights.leaves import ParamSource
 
 _WORST = 10
 # Verbs with no destination.
@@ -74,15 +73,7 @@ def _print_description(found: Description) -> None:
     print(f"{found.path}: {found.format} {found.kind}, {found.parameters:,} parameters, {human(found.nbytes)}")
     c = found.config
     if found.kind == "model":
-        rope = c["rope"]
-        print(
-            f"{c['architecture']}: L {c['num_layers']}, D {c['hidden_size']}, F {c['intermediate_size']}, "
-            f"H {c['num_heads']}, K {c['num_kv_heads']}, h {c['head_dim']}, V {c['vocab_size']}, "
-            f"rope {rope['rope_type']} {rope['rope_theta']:g}, window {c['sliding_window']}, "
-            f"tied {c['tie_word_embeddings']}, positions {c['max_position_embeddings']}"
-        )
-        if c["moe"] is not None:
-            _print_experts(c)
+        _print_decoder(c)
     elif found.kind == "adapter":
         print(found.summary, end="; " if found.summary else "")
         print(
@@ -109,17 +100,39 @@ def _print_description(found: Description) -> None:
             print(f"with the rotary buffers of old transformers versions: {value:.4f}")
 
 
-def _print_experts(config: dict[str, Any]) -> None:
-    """Of a model: how many experts, who chooses, and how many a token of each modality uses."""
-    moe = config["moe"]
-    used = []
-    for name, k, tokens in zip(moe["modalities"], moe["top_k"], [None, *moe["ranges"]], strict=True):
-        where = "all other tokens" if tokens is None else f"tokens {tokens[0]} to {tokens[1] - 1}"
-        used.append(f"{name} {k} ({where if moe['ranges'] else 'all tokens'})")
-    shared = f", {moe['shared']} shared by all" if moe["shared"] else ""
+def _print_decoder(config: dict[str, Any]) -> None:
+    """The sizes of a model, its layers with those that differ from the first one."""
+    from jaxlm.models.families import family_of
+    from jaxlm.spec import DecoderSpec
+
+    spec = DecoderSpec.from_dict(config)
     print(
-        f"experts: {moe['experts']} of {config['intermediate_size'] // moe['experts']} neurons, "
-        f"router {moe['router']}{shared}; a token uses: {', '.join(used)}"
+        f"{family_of(spec).architecture}: L {spec.num_layers}, D {spec.hidden_size}, V {spec.vocab_size}, "
+        f"tied {spec.tied_head}, positions {spec.max_position_embeddings}"
+    )
+    for number, layer in enumerate(spec.period):
+        attention, rope = layer.attention, layer.attention.rope
+        where = "every layer" if len(spec.period) == 1 else f"layer {number} of every {len(spec.period)}"
+        print(
+            f"{where}: F {layer.feed_forward.size}, H {attention.num_heads}, K {attention.num_kv_heads}, "
+            f"h {attention.head_dim}, rope {rope.rope_type} {rope.rope_theta:g}, window {attention.window}"
+        )
+        if layer.feed_forward.experts is not None:
+            _print_experts(layer.feed_forward)
+
+
+def _print_experts(feed_forward: FeedForwardSpec) -> None:
+    """Of a layer: the number of experts, who chooses, and the number that a token of each modality uses."""
+    moe = feed_forward.experts
+    assert moe is not None
+    used = []
+    for name, k, tokens in zip(moe.modalities, moe.top_k, [None, *moe.ranges], strict=True):
+        where = "all other tokens" if tokens is None else f"tokens {tokens[0]} to {tokens[1] - 1}"
+        used.append(f"{name} {k} ({where if moe.ranges else 'all tokens'})")
+    shared = f", {moe.shared} shared by all" if moe.shared else ""
+    print(
+        f"experts: {moe.num_experts} of {feed_forward.size // moe.num_experts} neurons, "
+        f"router {moe.router}{shared}; a token uses: {', '.join(used)}"
     )
 
 
@@ -161,22 +174,9 @@ def _verify_manifest(directory: Path, as_json: bool) -> int:
     return 1 if bad else 0
 
 
-@contextlib.contextmanager
-def _progress(source: LeafSource) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    from jaxlm.weights.leaves import total_bytes
-
-    keep_freed_memory()
-    columns = "comparing", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total_bytes(source.leaves))
-        yield lambda nbytes: progress.advance(task, nbytes)
-
-
 def _verify_adapters(options: argparse.Namespace) -> int:
     from convert.analysis.verify import compare_adapters
+    from convert.conversion import keep_freed_memory
     from convert.source import open_model, stored_adapter
     from jaxlm.weights.leaves import AdapterSource
 
@@ -189,21 +189,24 @@ def _verify_adapters(options: argparse.Namespace) -> int:
         opened[path] = stored_adapter(path, config)
         config = opened[path].config
     first, second = opened[options.first], opened[options.second]
-    with _progress(first) as advance:
+    keep_freed_memory()
+    with progress_bar("comparing", first) as advance:
         report = compare_adapters(first, second, advance)
     return _say_report(options, report, None)
 
 
 def _verify_models(options: argparse.Namespace) -> int:
     from convert.analysis.verify import compare_models
+    from convert.conversion import keep_freed_memory
     from convert.source import open_model
 
     first, second = (open_model(path, config=options.config) for path in (options.first, options.second))
-    with _progress(first) as advance:
+    keep_freed_memory()
+    with progress_bar("comparing", first) as advance:
         report = compare_models(first, second, advance)
     agreement = None
     # Experts are chosen by the kinds of tokens, which a text does not say; so only dense models are asked.
-    dense = first.config.moe is None and second.config.moe is None
+    dense = first.config.experts is None and second.config.experts is None
     if dense and not (options.no_logits or report.same(None)):
         agreement = _compare_logits(first, second, options.prompt)
     return _say_report(options, report, agreement)

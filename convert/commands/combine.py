@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import DTYPES, add_dtype, add_shard_size, add_verb, write_model_as
+from convert.commands.command import DTYPES, add_dtype, add_shard_size, add_verb, result_format, write_result
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _run(options: argparse.Namespace, base_path: str, other_path: str, out: str,
     origin = f"tokenizer from {files[0].parent}" if files else "no tokenizer"
     family = f"family {options.family}, " if options.family else ""
     print(f"{family}{main_dtype(result.leaves)}, {added}, {origin}", file=sys.stderr)
-    write_model_as(options.format, source, out, options.shard_size)
+    write_result(options.format, source, out, options.shard_size)
     if expected is not None:
         _say_sum(total, expected)
 
@@ -210,11 +210,9 @@ def _say_sum(source: SummedSource, expected: float) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from convert.source import open_adapter, open_model
     from convert.transforms.merge import MergedSource
-    from jaxlm.weights.native.read import NativeSource
 
     base_path, adapter_path, out = _three(options, "base", "adapter", "out")
     dtype = _dtype(options)
     base = open_model(base_path, options.config)
     merged = MergedSource(base, open_adapter(adapter_path, base), dtype)
-    form = options.format or ("jax" if isinstance(base, NativeSource) else "hf")
-    write_model_as(form, merged, out, options.shard_size)
+    write_result(result_format(options.format, base), merged, out, options.shard_size)

@@ -11,20 +11,18 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from jaxlm.models.shapes import MoeConfig
+    from convert.conversion import Converted, Opened, WriteOptions
+    from jaxlm.spec import ExpertsSpec
     from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource
-    from jaxlm.weights.manifest import Hasher
-    from jaxlm.weights.output import Advance
 
+# That of convert.conversion, which is too heavy for --help; a test compares.
 SHARD_SIZE = "5GB"
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
@@ -49,111 +47,54 @@ def add_shard_size(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--shard-size", metavar="SIZE", help=f"largest weight file (default: {SHARD_SIZE})")
 
 
-def add_result_format(verb: argparse.ArgumentParser, default: str) -> None:
-    verb.add_argument("--format", choices=("hf", "jax"), help=f"of the result (default: {default})")
+def write_as(
+    form: str, opened: Opened | ParamSource, destination: str, options: WriteOptions | None = None
+) -> Converted:
+    """Writes a model or adapter in a format, with a progress bar, and says what was written and what to do with it."""
+    from convert import conversion
+
+    opened = opened if isinstance(opened, conversion.Opened) else conversion.Opened(opened)
+    options = options or conversion.WriteOptions()
+    for text in opened.assumed:
+        print(f"taken: {text}", file=sys.stderr)
+    started = time.perf_counter()
+    with progress_bar("writing", opened.source) as progress:
+        written = conversion.write(form, opened, destination, options, progress)
+    for note in written.notes:
+        print(f"note: {note}", file=sys.stderr)
+    _say_written(destination, written.files, time.perf_counter() - started)
+    if opened.adapter is not None:
+        _say_adapter(opened.adapter, written, destination, options)
+    elif opened.model is not None:
+        _say_model(opened.model, written, destination, options)
+    return written
 
 
-def with_dtype(source: ParamSource, dtype: str) -> ParamSource:
-    """The source as it is ('keep'), or read in another dtype."""
-    from jaxlm.weights.leaves import CastSource
+def write_result(form: str, source: ParamSource, destination: str, shard_size: str | None = None) -> Converted:
+    """Writes what a verb made of a model, as 'hf' or 'jax'."""
+    from convert.conversion import WriteOptions
+    from jaxlm.weights.output import parse_size
 
-    return source if dtype == "keep" else CastSource(source, dtype)
-
-
-def write_jax(source: ParamSource, destination: str) -> None:
-    """Writes a jaxlm directory and says so."""
-    from jaxlm.weights.native.write import write_model
-
-    with writing(source, destination) as (directory, advance):
-        write_model(source, directory, advance)
-    say_model(source, f"python -m jaxlm.train --config CONFIG --model.path {shlex.quote(destination)}")
-
-
-def write_model_as(form: str, source: ParamSource, destination: str, shard_size: str | None) -> None:
-    """Writes a directory of the format 'hf' or 'jax' and says so."""
-    if form == "hf":
-        write_hf(source, destination, shard_size)
-        return
-    if shard_size is not None:
+    if form == "jax" and shard_size is not None:
         raise UserError(
             f"--shard-size {shard_size}: is for --format hf; the result is --format jax, which is not cut into weight "
             "files of a size; leave it out"
         )
-    write_jax(source, destination)
+    return write_as(form, source, destination, WriteOptions(shard_size=parse_size(shard_size or SHARD_SIZE)))
 
 
-def write_hf(source: ParamSource, destination: str, shard_size: str | None, layout: str | None = None) -> None:
-    """Writes a Hugging Face directory and says so."""
-    from convert.formats import hf_experts
-    from convert.formats.chat_template import asked_or_name, say_asked, write_asked
-    from convert.formats.mixtral import check_mixtral
-    from jaxlm.weights.output import parse_size
+def result_format(named: str | None, source: ParamSource) -> str:
+    """The format of a verb's result: the one that was named, else jaxlm's for a jaxlm model and Hugging Face's."""
+    from convert.source import format_of
 
-    size = parse_size(shard_size or SHARD_SIZE)
-    layout = hf_experts.hf_layout(source, layout)
-    if layout == "mixtral":
-        check_mixtral(source)
-    asked = asked_or_name(source)
-    with writing(source, destination) as (directory, advance):
-        hf_experts.write_hf(source, directory, size, advance, layout)
-        if asked is not None:
-            write_asked(asked, directory)
-    say_model(source, f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})")
-    say_asked(asked, written=True)
-    if source.config.moe is not None:
-        _say_experts(source.config.moe, destination, layout)
-
-
-def _say_experts(moe: MoeConfig, destination: str, layout: str) -> None:
-    """Of a Hugging Face directory: what transformers makes of the experts."""
-    from convert.formats.hf_experts import FOLDER
-
-    k = moe.top_k[0]
-    if layout != "mixtral":
-        print(
-            f"{'experts':12} transformers computes all {moe.experts} for every token: to it this is a dense model. "
-            f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"
-        )
-        return
-    rounded = "" if k & (k - 1) == 0 else f"; {k} is no power of two, so these are rounded"
-    print(
-        f"{'experts':12} {moe.experts}, of which transformers computes {k} for every token; w2 holds {k} times "
-        f"down_proj{rounded}"
-    )
-
-
-class Watch:
-    """The `advance` of a run: moves the progress bar, and has finished parts of files hashed on the way."""
-
-    def __init__(self, progress: Progress, hasher: Hasher, sizes: Sequence[int]) -> None:
-        self._progress = progress
-        self._hasher = hasher
-        # Tensors come one after the other, so the bytes written tell how many are done.
-        self._ends = list(itertools.accumulate(sizes))
-        self._task = progress.add_task("writing", total=sum(sizes), tensors=0, all_tensors=len(sizes))
-        self._done = 0
-
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._progress.update(self._task, advance=nbytes, tensors=bisect.bisect_right(self._ends, self._done))
-
-    def final(self, path: Path, end: int | None) -> None:
-        """See `jaxlm.weights.output.Watcher`."""
-        self._hasher.final(path, end)
+    return named or ("jax" if format_of(source) == "jax" else "hf")
 
 
 @contextlib.contextmanager
-def writing(source: LeafSource, destination: str) -> Iterator[tuple[Path, Advance]]:
-    """The directory to write into, and what to call with the bytes written.
-
-    Shows bytes, tensors, speed and the time left; leaves a manifest in the directory; ends with a summary.
-    """
+def progress_bar(description: str, source: LeafSource) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of a source; what it gives is called with the bytes that are done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from jaxlm.weights.leaves import total_bytes
-    from jaxlm.weights.manifest import Hasher
-    from jaxlm.weights.output import output_directory
 
     columns = (
         TextColumn("{task.description}"),
@@ -163,29 +104,18 @@ def writing(source: LeafSource, destination: str) -> Iterator[tuple[Path, Advanc
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    started = time.perf_counter()
-    keep_freed_memory()
-    with (
-        output_directory(destination, total_bytes(source.leaves)) as directory,
-        Hasher(directory) as hasher,
-        Progress(*columns, console=Console(stderr=True)) as progress,
-    ):
-        yield directory, Watch(progress, hasher, _tensor_sizes(source))
-        progress.update(progress.task_ids[0], description="checksums")
-        files = hasher.finish()
-    _say_written(destination, files, time.perf_counter() - started)
+    sizes = _tensor_sizes(source)
+    # Tensors come one after the other, so the bytes tell how many are done.
+    ends, done = list(itertools.accumulate(sizes)), 0
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=sum(sizes), tensors=0, all_tensors=len(sizes))
 
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress.update(task, advance=nbytes, tensors=bisect.bisect_right(ends, done))
 
-def keep_freed_memory() -> None:
-    """Has blocks of up to 31 MiB allocated from memory that was freed before, instead of fresh pages for each.
-
-    The C library (glibc) takes the size of the largest piece that was given back to the system as the size from which
-    pieces come from the system, so one is given back. A third of the processor time of a conversion is saved.
-    """
-    import numpy as np
-
-    piece = np.empty(31 << 20, np.uint8)
-    del piece
+        yield advance
 
 
 def _tensor_sizes(source: LeafSource) -> list[int]:
@@ -197,7 +127,7 @@ def _tensor_sizes(source: LeafSource) -> list[int]:
     return sizes
 
 
-def _say_written(destination: str, files: dict[str, int], seconds: float) -> None:
+def _say_written(destination: str, files: Mapping[str, int], seconds: float) -> None:
     from jaxlm.weights.manifest import MANIFEST
     from jaxlm.weights.output import human
 
@@ -223,29 +153,99 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def say_model(source: ParamSource, following: str) -> None:
-    """What the result is, and what to do with it."""
+def _say_model(source: ParamSource, written: Converted, destination: str, options: WriteOptions) -> None:
+    """What the result is, what to do with it, and what its format has no place for."""
+    from jaxlm.models.families import family_of
     from jaxlm.weights.leaves import main_dtype, total_bytes
+    from jaxlm.weights.names import num_params
     from jaxlm.weights.output import human
 
     size, dtype = human(total_bytes(source.leaves)), main_dtype(source.leaves)
-    print(f"{'model':12} {source.config.architecture}, {source.config.num_params():,} parameters, {size} in {dtype}")
-    print(f"{'next':12} {following}")
+    length = source.config.max_position_embeddings
+    following = {
+        "hf": f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})",
+        "jax": f"python -m jaxlm.train --config CONFIG --model.path {shlex.quote(destination)}",
+        "meta": f"run it with {options.shards} processes (consolidated.NN.pth); max_seq_len up to {length}",
+        "mindspore": f"load_checkpoint: {destination}/model.ckpt in MindFormers' YAML",
+    }
+    architecture, parameters = family_of(source.config).architecture, num_params(source.config)
+    print(f"{'model':12} {architecture}, {parameters:,} parameters, {size} in {dtype}")
+    print(f"{'next':12} {following[written.format]}")
+    _say_asked(written)
+    if source.config.experts is not None and written.format == "hf":
+        _say_hf_experts(source, destination, options.layout)
+    elif source.config.experts is not None and written.format == "mindspore":
+        _say_mindspore_experts(source.config.experts, destination)
 
 
-def say_template(source: LeafSource) -> None:
-    """Of a result in Meta's or MindSpore's format: the prompt template that it has no place for."""
-    from convert.formats.chat_template import asked_or_name, say_asked
-
-    say_asked(asked_or_name(source), written=False)
-
-
-def say_adapter(adapter: AdapterSource, following: str) -> None:
+def _say_adapter(adapter: AdapterSource, written: Converted, destination: str, options: WriteOptions) -> None:
     """What the result is, and what to do with it."""
     from convert.analysis.describe import describe_lora
     from jaxlm.weights.leaves import main_dtype, total_bytes
     from jaxlm.weights.output import human
 
     size, dtype = human(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
+    following = f"PeftModel.from_pretrained(base, {json.dumps(destination, ensure_ascii=False)})"
+    if written.format == "jax":
+        following = f"convert merge {shlex.quote(options.base or 'BASE')} {shlex.quote(destination)} OUT"
     print(f"{'adapter':12} {describe_lora(adapter)}, {size} in {dtype}")
     print(f"{'next':12} {following}")
+    _say_asked(written)
+    if written.format == "peft" and adapter.config.experts is not None:
+        print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")
+
+
+def _say_asked(written: Converted) -> None:
+    """Says where the prompt template went, or that the result lacks it."""
+    from convert.formats.chat_template import FILE
+
+    asked = written.asked
+    if asked is None:
+        return
+    stops = f"; an answer ends at {', '.join(map(str, asked.stops))}" if asked.stops else ""
+    needed = f"jaxlm.generate needs --template {shlex.quote(asked.name)} there"
+    if written.format not in ("hf", "peft"):
+        print(f"{'template':12} {asked.name}, which this format has no place for: {needed}")
+    elif asked.own:
+        print(f"{'template':12} the tokenizer's own chat template{stops}")
+    elif asked.jinja is not None:
+        print(f"{'template':12} {asked.name}, written as {FILE}{stops}")
+    else:
+        print(f"{'template':12} {asked.name}, not written as {FILE}: {asked.lacks}; {needed}")
+
+
+def _say_hf_experts(source: ParamSource, destination: str, layout: str | None) -> None:
+    """What transformers makes of the experts in a Hugging Face directory."""
+    from convert.formats.hf_experts import FOLDER, hf_layout
+
+    moe = source.config.experts
+    assert moe is not None
+    k = moe.top_k[0]
+    if hf_layout(source, layout) != "mixtral":
+        print(
+            f"{'experts':12} transformers computes all {moe.num_experts} for every token: to it this is a dense model. "
+            f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"
+        )
+        return
+    rounded = "" if k & (k - 1) == 0 else f"; {k} is not a power of two, so these are rounded"
+    print(
+        f"{'experts':12} {moe.num_experts}, of which transformers computes {k} for every token; w2 holds {k} times "
+        f"down_proj{rounded}"
+    )
+
+
+def _say_mindspore_experts(moe: ExpertsSpec, destination: str) -> None:
+    """Where the experts are in a MindSpore directory, and the command that takes them back."""
+    from convert.formats.mindspore import PATTERNS
+
+    top_k = ",".join(f"{name}={k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
+    ranges = "".join(f" --range {name}={a}:{b}" for name, (a, b) in zip(moe.modalities[1:], moe.ranges, strict=True))
+    print(
+        f"{'experts':12} {moe.num_experts}, in {destination}/{PATTERNS}; SciMind's code has k and token ids fixed: 14 "
+        "of 16, and 2 from token 32000 on"
+    )
+    patterns = shlex.quote(f"{destination}/{PATTERNS}")
+    print(
+        f"{'back':12} convert moefy {shlex.quote(destination)} MOE --partition {patterns} --router {moe.router} "
+        f"--top-k {top_k}{ranges}"
+    )

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import add_shard_size, add_verb, write_jax, write_model_as
+from convert.commands.command import add_shard_size, add_verb, write_result
 from convert.commands.routing import COVERAGE_TOKENS, check_new, coverage_directory, report_coverage
 from convert.commands.sample import add_sample_options, check_no_sample, pairs, sample_of
 from jaxlm.errors import UserError
@@ -15,7 +15,7 @@ from jaxlm.errors import UserError
 if TYPE_CHECKING:
     from jaxlm.weights.leaves import ParamSource
 
-# Checked against convert.transforms.experts and jaxlm.models.shapes by a test; those modules are too heavy for --help.
+# Checked against convert.transforms.experts and jaxlm.spec by a test; those modules are too heavy for --help.
 METHODS = ("kmeans", "order", "partition")
 ROUTERS = ("learned", "modality", "activation", "activation_released")
 
@@ -81,16 +81,16 @@ def _moefy(options: argparse.Namespace) -> None:
     top_k = {name: _number("--top-k", name, value) for name, value in pairs("--top-k", options.top_k).items()}
     ranges = {name: _range(name, value) for name, value in pairs("--range", options.range).items()}
     source = open_model(options.source, options.config)
-    if source.config.moe is not None:
+    if source.config.experts is not None:
         raise UserError(
-            f"{options.source}: is divided into {source.config.moe.experts} experts already; "
+            f"{options.source}: is divided into {source.config.experts.num_experts} experts already; "
             f"make it dense first: convert demoefy {shlex.quote(options.source)} DENSE"
         )
     experts = options.experts
     if experts is None:
         if partition is None:
             raise UserError("--experts: say into how many experts the feed-forward layers are divided")
-        experts = int(read_owners(partition, source.config.num_layers, source.config.intermediate_size).max()) + 1
+        experts = int(read_owners(partition, source.config.num_layers, source.config.feed_forward.size).max()) + 1
     moe = moe_config(source.config, experts, options.router, top_k, ranges or _modalities(source), options.shared)
     sample = None
     if options.sample is None:
@@ -100,8 +100,8 @@ def _moefy(options: argparse.Namespace) -> None:
         coverage = coverage_directory(options.destination)
         sample = sample_of(options, source, moe)
     order = make_order(source, experts, method, partition, options.seed)
-    write_jax(MoefiedSource(source, order, moe), options.destination)
-    size = source.config.intermediate_size // experts
+    write_result("jax", MoefiedSource(source, order, moe), options.destination)
+    size = source.config.feed_forward.size // experts
     used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
     print(f"{'experts':12} {experts} of {size} neurons by {method}, router {moe.router}; a token uses: {used}")
     if moe.router == "learned" and 1 in moe.top_k and experts > 1:
@@ -118,7 +118,7 @@ def _demoefy(options: argparse.Namespace) -> None:
     from convert.transforms.experts import DenseSource
 
     source = DenseSource(open_model(options.source))
-    write_model_as(options.format, source, options.destination, options.shard_size)
+    write_result(options.format, source, options.destination, options.shard_size)
 
 
 def _modalities(source: ParamSource) -> dict[str, tuple[int, int]]:

@@ -7,31 +7,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from convert.commands.check import READ_ONLY, add_check_verbs
 from convert.commands.combine import add_combine_verbs, normalise
-from convert.commands.command import (
-    add_dtype,
-    add_shard_size,
-    add_verb,
-    say_adapter,
-    write_hf,
-    write_jax,
-    writing,
-)
 from convert.commands.experts import add_expert_verbs
-from convert.commands.formats import add_format_verbs, open_as
+from convert.commands.formats import add_format_verbs
 from convert.commands.routing import add_routing_verbs
 from convert.commands.vocab import add_vocab_verb
-from jaxlm.errors import UserError, exit_status
+from jaxlm.errors import exit_status
 from jaxlm.locate import expand_user
 
 
@@ -92,32 +80,6 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, Sequence[str]]:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = add_verb(verbs, "hf-to-jax", _hf_to_jax, "a Hugging Face model becomes a jaxlm model")
-    verb.add_argument("source", metavar="SRC", help="directory with config.json and safetensors or .bin weights")
-    verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
-    add_dtype(verb)
-
-    verb = add_verb(verbs, "jax-to-hf", _jax_to_hf, "a jaxlm model becomes a Hugging Face model")
-    verb.add_argument("source", metavar="SRC", help="jaxlm directory, run directory (newest checkpoint) or checkpoint")
-    verb.add_argument("destination", metavar="DST", help="Hugging Face directory to create")
-    add_dtype(verb)
-    add_shard_size(verb)
-    verb.add_argument(
-        "--layout",
-        choices=("dense", "mixtral"),
-        help="of a model of experts: a dense model with the experts in files beside it, which jaxlm reads, or "
-        "Mixtral's, for a learned router with one k (default: the one that it came in; dense if it was made here)",
-    )
-
-    verb = add_verb(verbs, "peft-to-jax", _peft_to_jax, "a PEFT LoRA adapter becomes a jaxlm adapter")
-    verb.add_argument("source", metavar="ADAPTER", help="directory with adapter_config.json and adapter_model.*")
-    verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
-    verb.add_argument("--base", required=True, metavar="BASE", help="the model it belongs to (any format)")
-
-    verb = add_verb(verbs, "jax-to-peft", _jax_to_peft, "a jaxlm adapter becomes a PEFT adapter")
-    verb.add_argument("source", metavar="SRC", help="LoRA run directory, one of its checkpoints, or converted adapter")
-    verb.add_argument("destination", metavar="DST", help="PEFT directory to create")
-
     add_format_verbs(verbs)
     add_combine_verbs(verbs)
     add_vocab_verb(verbs)
@@ -125,45 +87,3 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, Sequence[str]]:
     add_routing_verbs(verbs)
     add_check_verbs(verbs)
     return parser, list(verbs.choices)
-
-
-def _hf_to_jax(options: argparse.Namespace) -> None:
-    write_jax(open_as(options), options.destination)
-
-
-def _jax_to_hf(options: argparse.Namespace) -> None:
-    write_hf(open_as(options), options.destination, options.shard_size, options.layout)
-
-
-def _peft_to_jax(options: argparse.Namespace) -> None:
-    from convert.source import open_adapter, open_model, stored_adapter
-    from jaxlm.weights.native.read import NativeAdapter
-    from jaxlm.weights.native.write import write_adapter
-
-    base = open_model(options.base)
-    if isinstance(stored_adapter(options.source, base.config), NativeAdapter):
-        raise UserError(f"{options.source}: is a jaxlm adapter already")
-    adapter = open_adapter(options.source, base)
-    with writing(adapter, options.destination) as (directory, advance):
-        write_adapter(adapter, directory, options.base, advance)
-    say_adapter(adapter, f"convert merge {shlex.quote(options.base)} {shlex.quote(options.destination)} OUT")
-
-
-def _jax_to_peft(options: argparse.Namespace) -> None:
-    from convert.formats.chat_template import asked_or_name, say_asked, write_asked
-    from convert.formats.peft import PeftSource, write_peft
-    from convert.source import is_adapter, open_adapter
-
-    if is_adapter(options.source) and (Path(options.source) / "adapter_config.json").is_file():
-        raise UserError(f"{options.source}: is a PEFT adapter already")
-    adapter = open_adapter(options.source)
-    assert not isinstance(adapter, PeftSource)
-    asked = asked_or_name(adapter)
-    with writing(adapter, options.destination) as (directory, advance):
-        write_peft(adapter, directory, advance)
-        if asked is not None:
-            write_asked(asked, directory)
-    say_adapter(adapter, f"PeftModel.from_pretrained(base, {json.dumps(options.destination, ensure_ascii=False)})")
-    say_asked(asked, written=True)
-    if adapter.config.moe is not None:
-        print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import add_verb, write_jax
+from convert.commands.command import add_verb, write_result
 from convert.commands.sample import add_sample_options, sample_of, say_sample
 from jaxlm.errors import UserError
 
@@ -65,7 +65,7 @@ def open_experts(path: str) -> ParamSource:
     from convert.source import open_model
 
     source = open_model(path)
-    if source.config.moe is None:
+    if source.config.experts is None:
         raise UserError(
             f"{path}: is a dense model; divide it into experts first: convert moefy {shlex.quote(str(path))} OUT "
             "--experts E"
@@ -98,13 +98,13 @@ def report_coverage(source: ParamSource, sample: Sample, directory: Path) -> Non
     from convert.analysis.coverage import measure, write_coverage
     from jaxlm.weights.output import output_directory
 
-    assert source.config.moe is not None
+    assert source.config.experts is not None
     found = measure(source, sample)
     say_coverage(found)
     about = {"model": str(source.path), "sample": list(sample.files)}
     with output_directory(directory, 1 << 20) as folder:
         write_coverage(found, folder, about)
-    say_sample(sample, source.config.moe)
+    say_sample(sample, source.config.experts)
     print(f"{'coverage':12} {directory}/coverage.json, {directory}/coverage.png")
 
 
@@ -112,8 +112,8 @@ def _coverage(options: argparse.Namespace) -> None:
     source = open_experts(options.source)
     directory = coverage_directory(options.source) if options.out is None else Path(options.out)
     check_new(directory)
-    assert source.config.moe is not None
-    report_coverage(source, sample_of(options, source, source.config.moe), directory)
+    assert source.config.experts is not None
+    report_coverage(source, sample_of(options, source, source.config.experts), directory)
 
 
 def _distil(options: argparse.Namespace) -> None:
@@ -124,12 +124,12 @@ def _distil(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: expected a whole number from {least} on")
     check_new(Path(options.destination))
     source = open_experts(options.source)
-    assert source.config.moe is not None
-    sample = sample_of(options, source, source.config.moe)
+    assert source.config.experts is not None
+    sample = sample_of(options, source, source.config.experts)
     result = distil(source, sample, options.steps, options.seed, options.teacher)
-    write_jax(DistilledSource(source, result.routers), options.destination)
+    write_result("jax", DistilledSource(source, result.routers), options.destination)
     say_distilled(result)
-    say_sample(sample, source.config.moe)
+    say_sample(sample, source.config.experts)
 
 
 def say_coverage(coverage: Coverage) -> None:
@@ -143,7 +143,7 @@ def say_coverage(coverage: Coverage) -> None:
     table = Table()
     table.add_column("layer", justify="right")
     for number in coverage.present:
-        chance = f"{coverage.used[number]:.3g}/{moe.experts} = {coverage.chance[number]:.1%}"
+        chance = f"{coverage.used[number]:.3g}/{moe.num_experts} = {coverage.chance[number]:.1%}"
         for title in (f"{moe.modalities[number]}\n{chance}\nchosen", "best", "error"):
             table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
     columns = [
@@ -182,7 +182,7 @@ def say_distilled(result: Distilled) -> None:
     columns = []
     for number, name in enumerate(moe.modalities):
         if result.tokens[number]:
-            chance = f"{moe.top_k[number]}/{moe.experts} = {moe.top_k[number] / moe.experts:.1%}"
+            chance = f"{moe.top_k[number]}/{moe.num_experts} = {moe.top_k[number] / moe.num_experts:.1%}"
             for title in (f"{name}\n{chance}\nbefore", "after", "error"):
                 table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
             for values, form in ((result.before, ".1%"), (result.after, ".1%"), (result.error, ".3f")):

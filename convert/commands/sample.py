@@ -11,7 +11,7 @@ from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from convert.analysis.sample import Sample
-    from jaxlm.models.shapes import MoeConfig
+    from jaxlm.spec import ExpertsSpec
     from jaxlm.weights.leaves import ParamSource
 
 
@@ -57,7 +57,7 @@ def check_no_sample(options: argparse.Namespace) -> None:
             raise UserError(f"--sample-{name} {value}: goes with --sample FILE; give the data too, or leave it out")
 
 
-def sample_of(options: argparse.Namespace, source: ParamSource, moe: MoeConfig) -> Sample:
+def sample_of(options: argparse.Namespace, source: ParamSource, moe: ExpertsSpec) -> Sample:
     """The sample that the options of `add_sample_options` name.
 
     Raises:
@@ -85,7 +85,7 @@ def pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def say_sample(sample: Sample, moe: MoeConfig) -> None:
+def say_sample(sample: Sample, moe: ExpertsSpec) -> None:
     """How many tokens of each modality there are; and which have none, as nothing is known of them."""
     found = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, sample.tokens, strict=True) if count)
     print(f"{'sample':12} {', '.join(str(Path(file)) for file in sample.files)}: tokens of {found}")

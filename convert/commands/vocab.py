@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from convert.commands.command import add_shard_size, add_verb, write_model_as
+from convert.commands.command import add_shard_size, add_verb, result_format, write_result
 from jaxlm.errors import UserError
 
 # Tokens named at the end.
@@ -48,7 +48,6 @@ def _extend_vocab(options: argparse.Namespace) -> None:
     from jaxlm.modalities import resolve
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.tokenizer.extending import write_extended
-    from jaxlm.weights.native.read import NativeSource
 
     if options.tokens is None and not options.modality:
         raise UserError("say what to add: --tokens FILE|A,B, or --modality NAME|FILE")
@@ -63,8 +62,7 @@ def _extend_vocab(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_extended(source.tokenizer_files, tokenizer, tokens, options.special, Path(folder), modalities)
         extended = WithTokenizer(extend(source, tokenizer, tokens, options.init, options.pad_to), files)
-        form = options.format or ("jax" if isinstance(source, NativeSource) else "hf")
-        write_model_as(form, extended, options.destination, options.shard_size)
+        write_result(result_format(options.format, source), extended, options.destination, options.shard_size)
     first, rows = tokenizer.vocab_size, extended.config.vocab_size
     more = f" and {len(tokens) - _SHOWN} more" if len(tokens) > _SHOWN else ""
     shown = ", ".join(map(repr, tokens[:_SHOWN])) + more

@@ -8,7 +8,6 @@ user's message, its input an optional key `input` beside the message's content. 
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -178,31 +177,6 @@ def write_asked(asked: Asked, directory: Path) -> None:
 def _update(file: Path, values: dict[str, Any]) -> None:
     content = json.dumps(read_object(file) | values, indent=2, ensure_ascii=False) + "\n"
     file.write_text(content, encoding="utf-8")
-
-
-def say_asked(asked: Asked | None, written: bool) -> None:
-    """Says where the template went, or that the result lacks it.
-
-    Args:
-        written: the format has a place for it.
-    """
-    if asked is None:
-        return
-    stops = f"; an answer ends at {', '.join(map(str, asked.stops))}" if asked.stops else ""
-    if written and asked.own:
-        print(f"{'template':12} the tokenizer's own chat template{stops}")
-    elif written and asked.jinja is not None:
-        print(f"{'template':12} {asked.name}, written as {FILE}{stops}")
-    elif written:
-        print(
-            f"{'template':12} {asked.name}, not written as {FILE}: {asked.lacks}; jaxlm.generate needs "
-            f"--template {shlex.quote(asked.name)} there"
-        )
-    else:
-        print(
-            f"{'template':12} {asked.name}, which this format has no place for: jaxlm.generate needs "
-            f"--template {shlex.quote(asked.name)} there"
-        )
 
 
 def asked_or_name(source: LeafSource) -> Asked | None:

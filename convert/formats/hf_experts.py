@@ -24,8 +24,11 @@ import numpy as np
 from convert.formats.mixtral import MixtralSource, is_mixtral, write_mixtral
 from convert.transforms.experts import ROUTER, DenseSource, MoefiedSource
 from jaxlm.errors import UserError
+from jaxlm.jsonfields import build
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import ARCHITECTURES, LlamaConfig, MoeConfig
+from jaxlm.models.families import FAMILIES, family_of
+from jaxlm.models.version1 import ExpertsFields
+from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, write_dense
 from jaxlm.weights.leaves import DerivedSource, ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, hf_entries, leaf_shapes
@@ -47,7 +50,7 @@ class HfExperts(MoefiedSource):
 class MixtralExperts(DerivedSource):
     """Mixtral's layout with what it has no place for: modalities, architecture, the original order of the neurons."""
 
-    def __init__(self, source: MixtralSource, config: LlamaConfig, partition: np.ndarray | None) -> None:
+    def __init__(self, source: MixtralSource, config: DecoderSpec, partition: np.ndarray | None) -> None:
         super().__init__(source)
         self.config = config
         self._partition = partition
@@ -74,18 +77,18 @@ def open_hf(path: Path) -> ParamSource:
         return source
     found = _read_folder(folder, source.config)
     if isinstance(source, MixtralSource):
-        own, other = source.config.moe, found.moe
+        own, other = source.config.experts, found.moe
         assert own is not None
-        if (own.experts, own.router, set(own.top_k)) != (other.experts, other.router, set(other.top_k)):
+        if (own.num_experts, own.router, set(own.top_k)) != (other.num_experts, other.router, set(other.top_k)):
             raise UserError(
-                f"{folder / EXPERTS_FILE}: says {other.experts} experts, router {other.router}, top_k "
-                f"{sorted(set(other.top_k))}; config.json has {own.experts}, learned, {own.top_k[0]}. It belongs to "
-                f"another model: copy the folder that was written with this one, or remove it"
+                f"{folder / EXPERTS_FILE}: says {other.num_experts} experts, router {other.router}, top_k "
+                f"{sorted(set(other.top_k))}; config.json has {own.num_experts}, learned, {own.top_k[0]}. It belongs "
+                f"to another model: copy the folder that was written with this one, or remove it"
             )
-        architecture = found.architecture or source.config.architecture
+        family = found.family or source.config.family
         # The layout that it has now, whatever the experts were made of.
         moe = dataclasses.replace(other, layout="mixtral")
-        config = dataclasses.replace(source.config, moe=moe, architecture=architecture)
+        config = dataclasses.replace(source.config.with_experts(moe), family=family)
         return MixtralExperts(source, config, found.partition)
     return HfExperts(source, found.partition, found.moe, found.router)
 
@@ -95,13 +98,13 @@ def open_hf(path: Path) -> ParamSource:
 
 @dataclass
 class _Folder:
-    moe: MoeConfig
+    moe: ExpertsSpec
     partition: np.ndarray | None
     router: StackedTensors | None
-    architecture: str | None
+    family: str | None
 
 
-def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
+def _read_folder(folder: Path, dense: DecoderSpec) -> _Folder:
     """Args: dense: the shape that config.json gives, experts or not."""
     where = folder / EXPERTS_FILE
     content = read_object(where)
@@ -112,7 +115,7 @@ def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
         )
     moe = _moe(where, content.get("moe"))
     try:
-        config = dataclasses.replace(dense, moe=moe)
+        config = dense.with_experts(moe)
     except UserError as error:
         raise UserError(f"{where}: {error}; it belongs to another model") from None
     for name, (start, stop) in zip(moe.modalities[1:], moe.ranges, strict=True):
@@ -122,8 +125,9 @@ def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
                 "it belongs to another model"
             )
     architecture = content.get("architecture")
-    if architecture is not None and architecture not in list(ARCHITECTURES):
-        raise UserError(f"{where}: architecture {architecture!r} is none of {', '.join(ARCHITECTURES)}")
+    known = {family.architecture: name for name, family in FAMILIES.items()}
+    if architecture is not None and architecture not in list(known):
+        raise UserError(f"{where}: architecture {architecture!r} is none of {', '.join(known)}")
     sums = content.get("sha256")
     if not isinstance(sums, dict) or not sums.keys() <= {PARTITION_FILE, ROUTER_FILE}:
         raise UserError(f"{where}: sha256 is {sums!r}; expected the sums of {PARTITION_FILE} and {ROUTER_FILE}")
@@ -132,10 +136,10 @@ def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
             raise UserError(f"{folder / name}: {EXPERTS_FILE} does not know it; copy the whole folder again")
     partition = router = None
     if PARTITION_FILE in sums:
-        partition = load_partition(folder / PARTITION_FILE, config.num_layers, config.intermediate_size)
+        partition = load_partition(folder / PARTITION_FILE, config.num_layers, config.feed_forward.size)
     if ROUTER_FILE in sums:
         router = _read_router(folder / ROUTER_FILE, config)
-    elif moe.router == "learned" and dense.moe is None:
+    elif moe.router == "learned" and dense.experts is None:
         raise UserError(f"{where}: the router is learned, but there is no {ROUTER_FILE}; copy the whole folder again")
     for name, expected in sums.items():
         if _sha256(folder / name) != expected:
@@ -143,13 +147,13 @@ def _read_folder(folder: Path, dense: LlamaConfig) -> _Folder:
                 f"{folder / name}: is not the file that {EXPERTS_FILE} was written with (its sha256 differs); "
                 "copy the whole folder again"
             )
-    return _Folder(moe, partition, router, architecture)
+    return _Folder(moe, partition, router, None if architecture is None else known[architecture])
 
 
-def _moe(where: Path, values: Any) -> MoeConfig:
+def _moe(where: Path, values: Any) -> ExpertsSpec:
     """The section `moe`, every value checked: the file may have been edited by hand."""
     needed = {"experts", "router", "modalities", "ranges", "top_k"}
-    known = {field.name for field in dataclasses.fields(MoeConfig)}
+    known = {field.name for field in dataclasses.fields(ExpertsFields)}
     if not isinstance(values, dict) or not needed <= values.keys() <= known:
         raise UserError(f"{where}: moe must have {', '.join(sorted(known))}; it is {values!r}")
 
@@ -169,20 +173,20 @@ def _moe(where: Path, values: Any) -> MoeConfig:
         if not fits:
             raise UserError(f"{where}: moe.{key} is {values[key]!r}, which is no value of its kind")
     try:
-        return MoeConfig.from_dict(values)
+        return build(ExpertsFields, values, "moe").spec()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def _router_entries(config: LlamaConfig) -> list[Entry]:
+def _router_entries(config: DecoderSpec) -> list[Entry]:
     return [entry for entry in hf_entries(config) if entry.path == ROUTER]
 
 
-def _read_router(file: Path, config: LlamaConfig) -> StackedTensors:
+def _read_router(file: Path, config: DecoderSpec) -> StackedTensors:
     if not config.learned_router:
-        assert config.moe is not None
+        assert config.experts is not None
         raise UserError(
-            f"{file}: the router is {config.moe.router}, which has no matrices; copy the whole folder again"
+            f"{file}: the router is {config.experts.router}, which has no matrices; copy the whole folder again"
         )
     tensors = read_safetensors(file)
     entries = _router_entries(config)
@@ -202,7 +206,7 @@ def _sha256(file: Path) -> str:
 
 def hf_layout(source: ParamSource, layout: str | None) -> str:
     """'dense' or 'mixtral': the layout that was asked for, else the one that the model came in."""
-    moe = source.config.moe
+    moe = source.config.experts
     return layout or (moe.layout if moe else "dense")
 
 
@@ -225,9 +229,9 @@ def write_hf(
     if layout == "mixtral":
         write_mixtral(source, directory, shard_size, advance)
     else:
-        plain = source if source.config.moe is None else DenseSource(source, strict=False)
+        plain = source if source.config.experts is None else DenseSource(source, strict=False)
         write_dense(plain, directory, shard_size, advance)
-    if source.config.moe is not None:
+    if source.config.experts is not None:
         write_folder(source, directory, advance, layout == "mixtral")
 
 
@@ -238,15 +242,15 @@ def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral
         mixtral: the weights are in Mixtral's layout, router included.
         advance: called with the bytes of the router written.
     """
-    moe, partition = source.config.moe, source.partition
+    moe, partition = source.config.experts, source.partition
     assert moe is not None
     folder = directory / FOLDER
     folder.mkdir()
-    values = dataclasses.asdict(moe)
+    values = dataclasses.asdict(ExpertsFields.of(moe))
     del values["layout"]  # the directory shows it
     content: dict[str, Any] = {"format": _FORMAT, "version": 1, "moe": values}
     if mixtral:
-        content["architecture"] = source.config.architecture
+        content["architecture"] = family_of(source.config).architecture
     if partition is not None:
         (folder / PARTITION_FILE).write_bytes(npy_bytes(partition))
     if moe.router == "learned" and not mixtral:

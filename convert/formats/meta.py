@@ -25,12 +25,14 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.models.families.base import Row
+from jaxlm.models.families.common import ROWS, write_rope
+from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match_tensors
 from jaxlm.weights.leaves import ParamSource, stored_blocks
-from jaxlm.weights.names import RULES, Entry, Rule, Shape, leaf_shapes, rule_for, stored_entries
+from jaxlm.weights.names import Entry, Shape, leaf_shapes, rule_for, stored_entries
 from jaxlm.weights.output import Advance, Watcher
 from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, same_bytes
 from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
@@ -137,11 +139,11 @@ class MetaSource(StackedTensors):
         joined = {entry.name: _join(entry, shards, files, untied) for entry in entries}
         extra = {name: tensor for shard in shards for name, tensor in shard.items() if name not in joined}
         match_tensors(path, joined | extra, entries)
-        embedding, head = (joined[rule_for(leaf).meta or ""] for leaf in ("embed_tokens/embedding", "lm_head/kernel"))
+        embedding, head = (joined[rule_for(leaf).meta] for leaf in ("embed_tokens/embedding", "lm_head/kernel"))
         self.config = _config(path / PARAMS, params, sizes, tied=same_bytes(embedding, head))
         #: What was taken that the files do not say, in words.
         self.assumed: list[str] = []
-        if self.config.tie_word_embeddings:
+        if self.config.tied_head:
             self.assumed.append("a tied head: output.weight equals tok_embeddings.weight")
         if max_positions is None:
             generation, max_positions = _generation(self.config, embedding.dtype)
@@ -238,15 +240,16 @@ def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]],
     return vocab, hidden
 
 
-def _config(where: Path, params: dict[str, Any], sizes: tuple[int, int], tied: bool) -> LlamaConfig:
-    rope = RopeConfig(rope_theta=params["rope_theta"])
+def _config(where: Path, params: dict[str, Any], sizes: tuple[int, int], tied: bool) -> DecoderSpec:
+    rope = RopeSpec(rope_theta=params["rope_theta"])
     if params.get("use_scaled_rope"):
         rope = _scaled(params["rope_theta"], params.get("rope_scaling_factor"), tied, params["rope_high_freq_factor"])
     elif params.get("rope_scaling_factor") is not None:
         raise UserError(f"{where}: rope_scaling_factor is given, but use_scaled_rope is not true")
     vocab, hidden = sizes
     third = vocab >= _LLAMA3_VOCAB
-    return LlamaConfig(
+    return uniform_decoder(
+        "llama",
         vocab_size=vocab,
         hidden_size=params["dim"],
         intermediate_size=hidden,
@@ -254,17 +257,17 @@ def _config(where: Path, params: dict[str, Any], sizes: tuple[int, int], tied: b
         num_heads=params["n_heads"],
         num_kv_heads=params["n_kv_heads"],
         head_dim=params["dim"] // params["n_heads"],
-        rms_norm_eps=params["norm_eps"],
+        norm_eps=params["norm_eps"],
         rope=rope,
-        tie_word_embeddings=tied,
+        tied_head=tied,
         bos_token_id=128000 if third else 1,
         eos_token_id=128001 if third else 2,
     )
 
 
-def _scaled(theta: float, factor: float | None, tied: bool, high: float = 4.0) -> RopeConfig:
+def _scaled(theta: float, factor: float | None, tied: bool, high: float = 4.0) -> RopeSpec:
     # `use_scaled_rope` alone means 8 (LLaMA 3.1), but 32 in the small models of 3.2, which are those with a tied head.
-    return RopeConfig(
+    return RopeSpec(
         rope_type="llama3",
         rope_theta=theta,
         factor=float(factor or (32.0 if tied else 8.0)),
@@ -274,21 +277,21 @@ def _scaled(theta: float, factor: float | None, tied: bool, high: float = 4.0) -
     )
 
 
-def _generation(config: LlamaConfig, dtype: np.dtype[Any]) -> tuple[str, int]:
+def _generation(config: DecoderSpec, dtype: np.dtype[Any]) -> tuple[str, int]:
     """Which LLaMA a checkpoint looks like, and the length that was made for."""
-    if config.rope.rope_type == "llama3":
+    if config.attention.rope.rope_type == "llama3":
         return "LLaMA 3.1 and later", 131072
-    if config.rope.rope_theta == _LLAMA3_THETA:
+    if config.attention.rope.rope_theta == _LLAMA3_THETA:
         return "LLaMA 3", 8192
-    if config.rope.rope_theta == 1e6:
+    if config.attention.rope.rope_theta == 1e6:
         return "Code Llama", 16384
     # Both have the same keys; LLaMA 1 was published in float16, LLaMA 2 in bfloat16 or with grouped heads.
-    if dtype == BFLOAT16 or config.num_kv_heads != config.num_heads:
+    if dtype == BFLOAT16 or config.attention.num_kv_heads != config.attention.num_heads:
         return "LLaMA 2", 4096
     return "LLaMA 1", 2048
 
 
-def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], config: LlamaConfig) -> Tensor:
+def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], config: DecoderSpec) -> Tensor:
     """One tensor from its parts in all shards, rows in HF's order."""
     rule, count, stored = rule_for(entry.path), len(shards), entry.layout.stored
     parts = []
@@ -322,7 +325,7 @@ def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], conf
             raise UserError(
                 f"{part.file}: tensor {entry.name!r} is {part.dtype.name}, in the first shard {parts[0].dtype.name}"
             )
-    return PairedHeads(whole, config.head_dim) if rule.rotary else whole
+    return PairedHeads(whole, config.attention.head_dim) if rule.rotary else whole
 
 
 def _part_shape(shape: Shape, axis: int, count: int) -> Shape:
@@ -340,15 +343,15 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     Raises:
         UserError: when Meta's format cannot hold the model, or `shards` does not divide it.
     """
-    if source.config.moe is not None:
+    if source.config.experts is not None:
         raise UserError(
-            f"{source.path}: its feed-forward layers are divided into {source.config.moe.experts} experts, for which "
-            f"Meta's format has no place: make it dense first (convert demoefy {shlex.quote(str(source.path))} DENSE), "
-            "or take the Hugging Face format, which has one (convert jax-to-hf)"
+            f"{source.path}: its feed-forward layers are divided into {source.config.experts.num_experts} experts, for "
+            f"which Meta's format has no place: make it dense first (convert demoefy {shlex.quote(str(source.path))} "
+            "DENSE), or take the Hugging Face format, which has one (convert jax-to-hf)"
         )
     params = params_for(source.config)
     # Without its copy in the head a tied model would not load: Meta's code always has an output layer.
-    config = dataclasses.replace(source.config, tie_word_embeddings=False)
+    config = dataclasses.replace(source.config, tied_head=False)
     entries = [
         entry if entry.path in source.leaves else dataclasses.replace(entry, path="embed_tokens/embedding")
         for entry in stored_entries(config, "meta")
@@ -379,7 +382,7 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
             row = 0
             for block in stored_blocks(source, entry):
                 if rotary:
-                    block = _reorder(block, source.config.head_dim, pairs=False)
+                    block = _reorder(block, source.config.attention.head_dim, pairs=False)
                 for number, part in _distribute(block, row, entry.layout.stored, splits[entry.name], shards):
                     writers[number].write(part)
                     advance(part.nbytes)
@@ -388,15 +391,15 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     copy_files(source.tokenizer_files, directory)
 
 
-def _rule_named(entry: Entry) -> Rule:
+def _rule_named(entry: Entry) -> Row:
     # By name: the head of a tied model is read from the embedding's leaf, but split like a head.
-    return next(rule for rule in RULES if rule.meta and rule.meta.format(entry.layer) == entry.name)
+    return next(rule for rule in ROWS if rule.meta and rule.meta.format(entry.layer) == entry.name)
 
 
-def _split_axis(rule: Rule, config: LlamaConfig) -> int | None:
+def _split_axis(rule: Row, config: DecoderSpec) -> int | None:
     if len(rule.meta_split) < 2:
         return rule.meta_split[0] if rule.meta_split else None
-    third = config.rope.rope_type == "llama3" or config.rope.rope_theta == _LLAMA3_THETA
+    third = config.attention.rope.rope_type == "llama3" or config.attention.rope.rope_theta == _LLAMA3_THETA
     return rule.meta_split[1 if third else 0]
 
 
@@ -420,39 +423,38 @@ def _distribute(
             yield number, np.ascontiguousarray(part)
 
 
-def params_for(config: LlamaConfig) -> dict[str, Any]:
+def params_for(config: DecoderSpec) -> dict[str, Any]:
     """The `params.json` of a model.
 
     Raises:
         UserError: when Meta's code could not run it: biases, a sliding window, another RoPE, heads that do not fill D.
     """
-    stored_entries(dataclasses.replace(config, tie_word_embeddings=False), "meta")
-    if config.sliding_window is not None:
-        raise UserError(f"the model has a sliding window of {config.sliding_window}; Meta's format has none")
-    if config.num_heads * config.head_dim != config.hidden_size:
+    stored_entries(dataclasses.replace(config, tied_head=False), "meta")
+    if config.attention.window is not None:
+        raise UserError(f"the model has a sliding window of {config.attention.window}; Meta's format has none")
+    heads, head_dim, rope = config.attention.num_heads, config.attention.head_dim, config.attention.rope
+    if heads * head_dim != config.hidden_size:
         raise UserError(
-            f"the model has {config.num_heads} heads of {config.head_dim} for D {config.hidden_size}; "
-            "in Meta's format the heads fill D"
+            f"the model has {heads} heads of {head_dim} for D {config.hidden_size}; in Meta's format the heads fill D"
         )
-    rope = config.rope
     params: dict[str, Any] = {
         "dim": config.hidden_size,
         "n_layers": config.num_layers,
-        "n_heads": config.num_heads,
+        "n_heads": config.attention.num_heads,
         "vocab_size": config.vocab_size,
-        "norm_eps": config.rms_norm_eps,
+        "norm_eps": config.norm.eps,
     }
-    if config.num_kv_heads != config.num_heads:
-        params["n_kv_heads"] = config.num_kv_heads
-    params |= ffn_params(config.hidden_size, config.intermediate_size)
+    if config.attention.num_kv_heads != config.attention.num_heads:
+        params["n_kv_heads"] = config.attention.num_kv_heads
+    params |= ffn_params(config.hidden_size, config.feed_forward.size)
     if rope.rope_theta != 10000.0:
         params["rope_theta"] = rope.rope_theta
     if rope.rope_type == "llama3":
         params["use_scaled_rope"] = True
-        if rope.factor != _scaled(rope.rope_theta, None, config.tie_word_embeddings).factor:
+        if rope.factor != _scaled(rope.rope_theta, None, config.tied_head).factor:
             params["rope_scaling_factor"] = rope.factor
         if rope != _scaled(rope.rope_theta, rope.factor, False):
-            raise UserError(f"the model's llama3 rope {rope.to_hf()} differs from Meta's (1, 4 and 8192)")
+            raise UserError(f"the model's llama3 rope {write_rope(rope)} differs from Meta's (1, 4 and 8192)")
     elif rope.rope_type != "default":
         raise UserError(f"the model has rope_type {rope.rope_type!r}; Meta's format has 'default' and 'llama3'")
     return params

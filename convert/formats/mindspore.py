@@ -24,8 +24,9 @@ from convert.transforms.experts import DenseSource
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import SHAPES, LlamaConfig, RopeConfig
+from jaxlm.models.families import SHAPES
 from jaxlm.nn.lora import LINEARS, resolve_lora
+from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.hf import (
     StackedTensors,
@@ -158,6 +159,11 @@ class MindSporeSource(StackedTensors):
         found: dict[str, Tensor] = dict(tensors)
         #: Whether tensors were concatenated, so that `groups` mattered.
         self.joined = _split_joined(files[0], found, self.config, groups)
+        #: What the format does not say and was taken for granted, in words.
+        self.assumed: list[str] = []
+        if self.joined:
+            how = "whole, one below the other" if groups == 1 else f"interleaved in {groups} groups"
+            self.assumed.append(f"wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)")
         head, embedding = (rule_for(path).mindspore for path in ("lm_head/kernel", "embed_tokens/embedding"))
         drop_tied_head(files[0], found, head, embedding, self.config)
         entries = stored_entries(self.config, "mindspore")
@@ -171,7 +177,7 @@ class MindSporeSource(StackedTensors):
         self.add(files[0], leaf_shapes(self.config), found, entries)
 
 
-def _joined_parts(config: LlamaConfig, groups: int) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
+def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
     """The name of each concatenated tensor that the model may have, and its parts: (name, rows of one group)."""
     rows = {entry.path: entry.layout.stored[0] for entry in stored_entries(config, "mindspore")}
     for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
@@ -187,7 +193,7 @@ def _joined_parts(config: LlamaConfig, groups: int) -> Iterator[tuple[str, tuple
                 yield f"{joined.format(layer)}.{suffix}", tuple(parts)
 
 
-def _split_joined(where: Path, tensors: dict[str, Tensor], config: LlamaConfig, groups: int) -> bool:
+def _split_joined(where: Path, tensors: dict[str, Tensor], config: DecoderSpec, groups: int) -> bool:
     """Replaces concatenated tensors by their parts; whether there were any."""
     found = False
     for name, parts in _joined_parts(config, groups):
@@ -216,7 +222,7 @@ def _split_joined(where: Path, tensors: dict[str, Tensor], config: LlamaConfig, 
 
 def find_config(
     directory: Path, given: str | Path | None, tensors: Mapping[str, Tensor]
-) -> tuple[LlamaConfig, dict[str, Any] | None]:
+) -> tuple[DecoderSpec, dict[str, Any] | None]:
     """The model's shape and, when it comes from a config.json, that file's content.
 
     Args:
@@ -267,7 +273,7 @@ def _model_section(file: Path) -> dict[str, Any] | None:
     return section if isinstance(section, dict) else None
 
 
-def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) -> LlamaConfig:
+def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) -> DecoderSpec:
     """MindFormers' LlamaConfig; its defaults where the file is silent, F from the tensors."""
 
     def number(key: str, default: Any, kind: type = int, values: dict[str, Any] = section) -> Any:
@@ -302,18 +308,19 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
     method = method.upper() if isinstance(method, str) else "NONE" if method is None else "another kind"
     theta = number("theta", 10000.0, float)
     if method == "NONE":
-        rope = RopeConfig(rope_theta=theta)
+        rope = RopeSpec(rope_theta=theta)
     elif method == "PI":
-        rope = RopeConfig(rope_type="linear", rope_theta=theta, factor=number("scaling_factor", 1.0, float))
+        rope = RopeSpec(rope_type="linear", rope_theta=theta, factor=number("scaling_factor", 1.0, float))
     elif method == "LLAMA3" and isinstance(scaling, dict):
         keys = "factor", "low_freq_factor", "high_freq_factor"
         factors = {key: number(key, None, float, scaling) for key in keys}
         original = number("original_max_position_embeddings", None, int, scaling)
-        rope = RopeConfig("llama3", theta, original_max_position_embeddings=original, **factors)
+        rope = RopeSpec("llama3", theta, original_max_position_embeddings=original, **factors)
     else:
         raise UserError(f"extend_method is {method!r}; None, PI and LLAMA3 (with its factors) are read")
     biased = section.get("qkv_has_bias") is True
-    return LlamaConfig(
+    return uniform_decoder(
+        "qwen2" if biased else "llama",
         vocab_size=number("vocab_size", 32000),
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -322,11 +329,10 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
         num_kv_heads=number("n_kv_heads", heads),
         head_dim=number("head_dim", hidden // heads),
         max_position_embeddings=number("max_position_embedding", number("seq_length", 2048)),
-        rms_norm_eps=number("rms_norm_eps", 1e-5, float),
+        norm_eps=number("rms_norm_eps", 1e-5, float),
         rope=rope,
-        tie_word_embeddings=section.get("tie_word_embeddings") is True,
+        tied_head=section.get("tie_word_embeddings") is True,
         qkv_bias=biased,
-        architecture="Qwen2ForCausalLM" if biased else "LlamaForCausalLM",
         bos_token_id=token("bos_token_id", 1),
         eos_token_id=token("eos_token_id", 2),
         pad_token_id=token("pad_token_id", 0),
@@ -346,7 +352,7 @@ class MindSporeAdapter(StackedTensors):
         UserError: when a factor is missing, of another shape, or of a layer that is not known.
     """
 
-    def __init__(self, path: Path, config: LlamaConfig, alpha: float = DEFAULT_ALPHA) -> None:
+    def __init__(self, path: Path, config: DecoderSpec, alpha: float = DEFAULT_ALPHA) -> None:
         super().__init__()
         self.path = path
         self.config = config
@@ -395,7 +401,7 @@ def _factor_key(entry: Entry) -> tuple[str, int, str]:
 
 
 def _lora_of(
-    where: Path, factors: Mapping[tuple[str, int, str], StoredTensor], config: LlamaConfig, alpha: float
+    where: Path, factors: Mapping[tuple[str, int, str], StoredTensor], config: DecoderSpec, alpha: float
 ) -> tuple[LoraConfig, tuple[int, ...] | None]:
     found = {(linear, layer) for linear, layer, _ in factors}
     targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in found))
@@ -417,10 +423,10 @@ def _lora_of(
 
 def check_experts(source: ParamSource) -> None:
     """Refuses a model of experts that SciMind's code would compute in another way, with the ways out."""
-    moe = source.config.moe
+    moe = source.config.experts
     if moe is not None and not moe.router.startswith("activation"):
         raise UserError(
-            f"{source.path}: its {moe.experts} experts have the router {moe.router}; beside a MindSpore checkpoint "
+            f"{source.path}: its {moe.num_experts} experts have the router {moe.router}; beside a MindSpore checkpoint "
             "there is only a place for SciMind's patterns, whose experts are chosen by activation. Make it dense first "
             f"(convert demoefy {shlex.quote(str(source.path))} DENSE), or take the Hugging Face format "
             "(convert jax-to-hf)"
@@ -445,12 +451,12 @@ def write_mindspore(
         UserError: for a model of experts whose router does not go by activation.
     """
     check_experts(source)
-    moe = source.config.moe
+    moe = source.config.experts
     if moe is not None:
         order = source.partition
         if order is None:
-            order = np.tile(np.arange(source.config.intermediate_size, dtype=np.int32), (source.config.num_layers, 1))
-        write_patterns(directory / PATTERNS, order, moe.experts)
+            order = np.tile(np.arange(source.config.feed_forward.size, dtype=np.int32), (source.config.num_layers, 1))
+        write_patterns(directory / PATTERNS, order, moe.num_experts)
         source = DenseSource(source, strict=False)
     entries = {entry.name: entry for entry in stored_entries(source.config, "mindspore")}
     parts_of = {}

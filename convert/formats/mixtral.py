@@ -27,7 +27,9 @@ import numpy as np
 
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, MoeConfig, check_theta_is_kept
+from jaxlm.models.families import write_config
+from jaxlm.models.families.common import check_theta_is_kept
+from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.hf import HfSource, copy_files
 from jaxlm.weights.leaves import ParamSource, cast, main_dtype, stored_blocks
 from jaxlm.weights.names import Entry, Shape, hf_entries, transposed
@@ -62,7 +64,7 @@ def is_mixtral(config: dict[str, Any]) -> bool:
 class MixtralSource(HfSource):
     """A model in Mixtral's layout, read as a learned router's experts over one feed-forward layer."""
 
-    def parse_config(self, where: Path, content: dict[str, Any]) -> LlamaConfig:
+    def parse_config(self, where: Path, content: dict[str, Any]) -> DecoderSpec:
         sizes = {}
         # transformers takes num_experts for the same key.
         try:
@@ -82,17 +84,18 @@ class MixtralSource(HfSource):
                 "by the expert's share of the softmax over all, so it would be another model; to train it on with two "
                 "experts for a token, write 2 there"
             )
-        like_mistral = content | {
+        dense = {key: value for key, value in content.items() if key not in ("num_local_experts", "num_experts")}
+        like_mistral = dense | {
             "architectures": ["MistralForCausalLM"],
             "model_type": "mistral",
             "intermediate_size": sizes["intermediate_size"] * experts,
         }
         config = super().parse_config(where, like_mistral)
         try:
-            moe = MoeConfig(experts, "learned", top_k=(sizes["num_experts_per_tok"],), layout="mixtral")
+            moe = ExpertsSpec(experts, "learned", top_k=(sizes["num_experts_per_tok"],), layout="mixtral")
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return dataclasses.replace(config, moe=moe)
+        return config.with_experts(moe)
 
     def kept_config(self, content: dict[str, Any]) -> dict[str, Any] | None:
         return None  # a dense model made of this one needs another
@@ -100,9 +103,9 @@ class MixtralSource(HfSource):
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Replaces the experts' matrices by those of the whole layer, under HF's names for a dense one."""
         super().prepare(weights, tensors)
-        moe = self.config.moe
+        moe = self.config.experts
         assert moe is not None
-        size = self.config.intermediate_size // moe.experts
+        size = self.config.feed_forward.size // moe.num_experts
         shapes = {"w1": (size, self.config.hidden_size), "w2": (self.config.hidden_size, size)}
         shapes["w3"] = shapes["w1"]
         for entry in hf_entries(self.config):
@@ -113,12 +116,12 @@ class MixtralSource(HfSource):
                 tensors[entry.name] = tensors.pop(f"{stem}.gate.weight")
             elif linear in _PARTS:
                 part = _PARTS[linear]
-                names = [f"{stem}.experts.{expert}.{part}.weight" for expert in range(moe.experts)]
+                names = [f"{stem}.experts.{expert}.{part}.weight" for expert in range(moe.num_experts)]
                 tensors[entry.name] = self._joined(weights, entry.name, names, tensors, shapes[part], moe.top_k[0])
         left = next((name for name in tensors if _EXPERT.fullmatch(name)), None)
         if left is not None:
             raise UserError(
-                f"{weights}: tensor {left!r} has no place: config.json says {moe.experts} experts in "
+                f"{weights}: tensor {left!r} has no place: config.json says {moe.num_experts} experts in "
                 f"{self.config.num_layers} layers"
             )
 
@@ -176,7 +179,7 @@ class _Divided(Tensor):
 def check_mixtral(source: ParamSource) -> None:
     """Refuses a model that Mixtral's layout has no place for, with what else there is."""
     config = source.config
-    moe = config.moe
+    moe = config.experts
     out = "leave --layout out" if moe is None or moe.layout == "dense" else "convert jax-to-hf --layout dense writes it"
     instead = f"{out}: a dense model, with the experts in files beside it that jaxlm reads"
     if moe is None:
@@ -192,28 +195,28 @@ def check_mixtral(source: ParamSource) -> None:
             f"--layout mixtral: Mixtral has one k for all tokens, {source.path} has {used}; train it with one k "
             f"(moe.top_k), or {instead}"
         )
-    if moe.most == 1 < moe.experts:
+    if moe.max_top_k == 1 < moe.num_experts:
         raise UserError(
             f"--layout mixtral: tokens of {source.path} use one expert (moe.top_k), weighted by its share of the "
             f"softmax over all; Mixtral would weigh it by 1: another model. Train it with a k of 2 or "
             f"more, or {instead}"
         )
-    if config.mlp_bias or config.qkv_bias or config.o_bias:
+    if config.feed_forward.bias or config.attention.qkv_bias or config.attention.o_bias:
         raise UserError(f"--layout mixtral: Mixtral's layers have no biases, those of {source.path} do; {instead}")
 
 
 def mixtral_config(source: ParamSource) -> dict[str, Any]:
     """The config.json."""
-    config, moe = source.config, source.config.moe
+    config, moe = source.config, source.config.experts
     assert moe is not None
-    values = dataclasses.replace(config, architecture="MistralForCausalLM").to_hf(main_dtype(source.leaves))
+    values = write_config(dataclasses.replace(config, family="mistral"), main_dtype(source.leaves))
     return values | {
         "architectures": [ARCHITECTURE],
         "model_type": KIND,
-        "intermediate_size": config.intermediate_size // moe.experts,
-        "num_local_experts": moe.experts,
+        "intermediate_size": config.feed_forward.size // moe.num_experts,
+        "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k[0],
-        "sliding_window": config.sliding_window,
+        "sliding_window": config.attention.window,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
         "router_jitter_noise": 0.0,
@@ -237,13 +240,13 @@ def mixtral_tensors(source: ParamSource) -> list[TensorSpec]:
 
 def _expert_tensors(source: ParamSource, entry: Entry, part: str) -> list[TensorSpec]:
     """One matrix of a layer as those of its experts, which are written one after the other."""
-    moe = source.config.moe
+    moe = source.config.experts
     assert moe is not None
-    size = source.config.intermediate_size // moe.experts
+    size = source.config.feed_forward.size // moe.num_experts
     dtype, shape = source.leaves[entry.path].dtype, entry.layout.stored
     shape = (shape[0], size) if part == "w2" else (size, shape[1])
     pieces = _pieces(source, entry, part == "w2", size, moe.top_k[0])
-    names = [f"{_MOE.format(entry.layer)}.experts.{expert}.{part}.weight" for expert in range(moe.experts)]
+    names = [f"{_MOE.format(entry.layer)}.experts.{expert}.{part}.weight" for expert in range(moe.num_experts)]
     return [TensorSpec(name, shape, dtype, _Next(pieces, name == names[-1])) for name in names]
 
 
@@ -251,7 +254,7 @@ def _pieces(source: ParamSource, entry: Entry, down: bool, size: int, k: int) ->
     """The matrices of the experts of one layer; the layer's is in memory meanwhile."""
     assert entry.layer is not None
     leaf = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]  # down [F, D], the others [D, F]
-    for start in range(0, source.config.intermediate_size, size):
+    for start in range(0, source.config.feed_forward.size, size):
         here = slice(start, start + size)
         found = transposed(leaf[here] if down else leaf[:, here])
         yield cast(found.astype(np.float32) * np.float32(k), found.dtype, entry.name) if down else found

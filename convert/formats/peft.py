@@ -14,8 +14,8 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import described, fits
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.files import read_tensors
 from jaxlm.weights.hf import StackedTensors, copy_files, match_tensors
@@ -72,7 +72,7 @@ class PeftSource(StackedTensors):
             shape than the configuration says.
     """
 
-    def __init__(self, path: Path, config: LlamaConfig) -> None:
+    def __init__(self, path: Path, config: DecoderSpec) -> None:
         super().__init__()
         self.path = path
         self.config = config
@@ -124,7 +124,7 @@ def find_adapter_weights(path: Path) -> Path:
 
 
 def parse_config(
-    values: dict[str, Any], saved: tuple[str, ...], config: LlamaConfig, where: Path
+    values: dict[str, Any], saved: tuple[str, ...], config: DecoderSpec, where: Path
 ) -> tuple[LoraConfig, tuple[int, ...] | None]:
     """The adapter and its layers (None: all) that an adapter_config.json describes."""
     if values.get("peft_type") != "LORA":
@@ -187,7 +187,7 @@ def _matches(wanted: Any, module: str, where: Path) -> bool:
 
 
 def _targets(
-    values: dict[str, Any], config: LlamaConfig, where: Path
+    values: dict[str, Any], config: DecoderSpec, where: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     wanted, excluded = values.get("target_modules"), values.get("exclude_modules") or []
     only = values.get("layers_to_transform")
@@ -260,12 +260,12 @@ def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[st
 
 
 def _saved_in_file(
-    saved: tuple[str, ...], tensors: dict[str, StoredTensor], values: dict[str, Any], config: LlamaConfig, weights: Path
+    saved: tuple[str, ...], tensors: dict[str, StoredTensor], values: dict[str, Any], config: DecoderSpec, weights: Path
 ) -> tuple[str, ...]:
     # PEFT stores resized embeddings even when modules_to_save does not name them.
     names = {module: f"{PEFT_PREFIX}{saved_module_name(module)}" for module in SAVEABLE}
     saved = tuple(module for module in SAVEABLE if module in saved or names[module] in tensors)
-    if not config.tie_word_embeddings or not {"embed_tokens", "lm_head"} & set(saved):
+    if not config.tied_head or not {"embed_tokens", "lm_head"} & set(saved):
         return saved
     embedding, head = tensors.get(names["embed_tokens"]), tensors.get(names["lm_head"])
     if embedding is None or head is None or not same_bytes(embedding, head):
@@ -277,7 +277,7 @@ def _saved_in_file(
     return tuple(module for module in saved if module != "lm_head")
 
 
-def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: LlamaConfig) -> tuple[Entry, Shape]:
+def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: DecoderSpec) -> tuple[Entry, Shape]:
     name = f"{PEFT_PREFIX}{saved_module_name(module)}"
     shape = leaf_shapes(config)[SAVEABLE[module]]
     if module != "norm" and name in tensors and len(tensors[name].shape) == 2:
@@ -291,7 +291,7 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
     lora = as_one_adapter(source.config, source.lora)
     # PEFT wraps every module whose name ends so: a bare 'norm' would also mean the layers' norms.
     saved = ["model.norm" if module == "norm" else module for module in lora.modules_to_save]
-    tied = source.config.tie_word_embeddings and "embed_tokens" in saved
+    tied = source.config.tied_head and "embed_tokens" in saved
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -337,7 +337,7 @@ def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
         path = f"modules_to_save/{SAVEABLE[module]}"
         leaf = source.leaves[path]
         names = [saved_module_name(module)]
-        if module == "embed_tokens" and source.config.tie_word_embeddings:
+        if module == "embed_tokens" and source.config.tied_head:
             names.append(saved_module_name("lm_head"))  # PEFT stores a tied head beside its embedding
         for name in names:
             layout = Layout(leaf.shape, leaf.shape, tuple(range(len(leaf.shape))))

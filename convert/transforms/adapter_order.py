@@ -8,14 +8,12 @@ trained on. So an adapter can be put in the order of another model; it then chan
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from convert.transforms.experts import read_reordered
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import MLP_LINEARS, as_one_adapter, resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import AdapterSource, Index, ParamSource
 from jaxlm.weights.names import linear_path
 from jaxlm.weights.partition import inverse
@@ -40,7 +38,7 @@ class ReorderedAdapter:
     """
 
     def __init__(
-        self, adapter: AdapterSource, order: np.ndarray, config: LlamaConfig, partition: np.ndarray | None
+        self, adapter: AdapterSource, order: np.ndarray, config: DecoderSpec, partition: np.ndarray | None
     ) -> None:
         self._adapter = adapter
         self._order = order
@@ -72,48 +70,49 @@ def in_original_order(adapter: AdapterSource) -> AdapterSource:
     """The adapter as it belongs to the dense model."""
     if adapter.partition is None or not moved_linears(adapter):
         return adapter
-    return ReorderedAdapter(adapter, inverse(adapter.partition), dataclasses.replace(adapter.config, moe=None), None)
+    return ReorderedAdapter(adapter, inverse(adapter.partition), adapter.config.with_experts(None), None)
 
 
-def in_order_of(adapter: AdapterSource, base: ParamSource | LlamaConfig) -> AdapterSource:
+def in_order_of(adapter: AdapterSource, base: ParamSource | DecoderSpec) -> AdapterSource:
     """The adapter as it belongs to `base`, whose shape it has; its `config` becomes the base's.
 
     Args:
-        adapter: as it is stored; `config.moe` is that of the model it was trained on.
+        adapter: as it is stored; `config.experts` is that of the model it was trained on.
         base: the model, or only its shape, which does not tell an order of neurons.
 
     Raises:
         UserError: when it changes neurons and the order of one of the two is not known.
     """
-    own, order = adapter.config.moe, adapter.partition
-    config = base if isinstance(base, LlamaConfig) else base.config
+    own, order = adapter.config.experts, adapter.partition
+    config = base if isinstance(base, DecoderSpec) else base.config
     moved = moved_linears(adapter)
-    wanted = None if isinstance(base, LlamaConfig) or config.moe is None else base.partition
+    wanted = None if isinstance(base, DecoderSpec) or config.experts is None else base.partition
     adapter.config = config  # type: ignore[misc]
-    if not moved or (own is None and config.moe is None):
+    if not moved or (own is None and config.experts is None):
         return adapter
     name = f"{adapter.path}: adapts {moved[0]}, and `convert moefy` changes the order of its neurons"
-    if isinstance(base, LlamaConfig) and config.moe is not None:
+    if isinstance(base, DecoderSpec) and config.experts is not None:
         if own is not None:
             return adapter
         raise UserError(
-            f"{name}: it was trained on a dense model, this one has {config.moe.experts} experts. Put it in their "
-            "order first: convert peft-to-jax ADAPTER OUT --base MODEL (a jaxlm adapter by way of convert jax-to-peft)"
+            f"{name}: it was trained on a dense model, this one has {config.experts.num_experts} experts. Put it in "
+            "their order first: convert peft-to-jax ADAPTER OUT --base MODEL (a jaxlm adapter by way of "
+            "convert jax-to-peft)"
         )
-    if own is not None and order is None and (config.moe is None or wanted is not None):
+    if own is not None and order is None and (config.experts is None or wanted is not None):
         raise UserError(
             f"{name}: it was trained on a model of experts and has no jaxlm/partition.npy, the order of that model; "
             "give the model that it was trained on, or copy the file from there"
         )
-    if order is not None and config.moe is not None and wanted is None:
-        assert not isinstance(base, LlamaConfig)
+    if order is not None and config.experts is not None and wanted is None:
+        assert not isinstance(base, DecoderSpec)
         raise UserError(
             f"{name}: {base.path} has no jaxlm/partition.npy, the order of its neurons; give the model that the "
             "adapter was trained on, or copy the file from there"
         )
     if order is None and wanted is None:
         return adapter
-    original = np.tile(np.arange(config.intermediate_size, dtype=np.int32), (config.num_layers, 1))
+    original = np.tile(np.arange(config.feed_forward.size, dtype=np.int32), (config.num_layers, 1))
     order, target = (original if found is None else found for found in (order, wanted))
     if np.array_equal(order, target):
         return adapter

@@ -25,7 +25,8 @@ import numpy as np
 
 from convert.transforms.vocab import grow, vocabulary_leaves
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, load_shape
+from jaxlm.models.families import load_shape
+from jaxlm.spec import DecoderSpec, differences
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.arithmetic import combine
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
@@ -123,16 +124,16 @@ def sum_of(blocks: Iterable[np.ndarray]) -> float:
     return total.total
 
 
-def inv_freq_sum(config: LlamaConfig) -> float:
+def inv_freq_sum(config: DecoderSpec) -> float:
     """Sum of the rotary frequencies that transformers before 4.31 kept in the state dict of every layer.
 
     The published sums include them: 238.7185 for a 7B model, 298.3982 for a 13B one.
     """
-    half = config.head_dim // 2
-    return config.num_layers * math.fsum(config.rope.rope_theta ** (-i / half) for i in range(half))
+    half = config.attention.head_dim // 2
+    return config.num_layers * math.fsum(config.attention.rope.rope_theta ** (-i / half) for i in range(half))
 
 
-def sum_matches(total: float, expected: float, config: LlamaConfig) -> bool:
+def sum_matches(total: float, expected: float, config: DecoderSpec) -> bool:
     """Whether a model's sum is a published one, which may or may not include the rotary frequencies.
 
     The published sums were added up in float32, whose own error at that size is larger than the 0.01 they ask for.
@@ -141,7 +142,7 @@ def sum_matches(total: float, expected: float, config: LlamaConfig) -> bool:
     return any(abs(total + extra - expected) <= tolerance for extra in (0.0, inv_freq_sum(config)))
 
 
-def published_sum(family: str, config: LlamaConfig) -> float | None:
+def published_sum(family: str, config: DecoderSpec) -> float | None:
     """The sum that the authors of a family give for a model of this shape in float32; None when they give none."""
     found = FAMILIES[family]
     if found.shape is None:
@@ -245,6 +246,9 @@ def delta_source(
     return DeltaSource(grown, CastSource(other, dtypes), subtract, side), side
 
 
+_SIZES = ("hidden_size", "size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+
+
 def check_shapes(base: ParamSource, other: ParamSource) -> None:
     """Refuses a pair of models that differ in more than the rows of embedding and head."""
 
@@ -256,9 +260,9 @@ def check_shapes(base: ParamSource, other: ParamSource) -> None:
         check_leaves(other.path, found, expected)
     except UserError as error:
         sizes = [
-            f"{name} is {getattr(other.config, name)}, of the base {getattr(base.config, name)}"
-            for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-            if getattr(other.config, name) != getattr(base.config, name)
+            f"{name} is {value}, of the base {own}"
+            for name, value, own in differences(other.config, base.config)
+            if name.rpartition(".")[2] in _SIZES
         ]
         words = f" (its {'; '.join(sizes)})" if sizes else ""
         raise UserError(f"{error}; it belongs to another base than {base.path}{words}") from None

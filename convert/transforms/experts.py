@@ -6,7 +6,6 @@ changes nothing but the order of one sum.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from rich.progress import Progress
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, MoeConfig, resolve_moe
+from jaxlm.models.resolve import resolve_experts
+from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
     DerivedSource,
@@ -61,7 +61,7 @@ class _Reordered(DerivedSource):
         self,
         source: ParamSource,
         order: np.ndarray | None,
-        moe: MoeConfig | None,
+        moe: ExpertsSpec | None,
         partition: np.ndarray | None = None,
         router: LeafReader | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class _Reordered(DerivedSource):
         self._order = order
         self._partition = partition
         self._router = router
-        self.config = dataclasses.replace(source.config, moe=moe)
+        self.config = source.config.with_experts(moe)
         # A new router starts at zero: all experts are alike to it, and the first ones are used.
         new = WEIGHT_DTYPES[main_dtype(source.leaves)]
         known = dict(source.leaves) | ({} if router is None else {ROUTER: router.leaves[ROUTER]})
@@ -151,7 +151,7 @@ class MoefiedSource(_Reordered):
     """
 
     def __init__(
-        self, source: ParamSource, order: np.ndarray | None, moe: MoeConfig, router: LeafReader | None = None
+        self, source: ParamSource, order: np.ndarray | None, moe: ExpertsSpec, router: LeafReader | None = None
     ) -> None:
         super().__init__(source, order, moe, order, router)
 
@@ -167,7 +167,7 @@ class DenseSource(_Reordered):
     """
 
     def __init__(self, source: ParamSource, strict: bool = True) -> None:
-        if source.config.moe is None:
+        if source.config.experts is None:
             raise UserError(f"{source.path}: is a dense model already; demoefy takes what `convert moefy` made")
         partition = source.partition
         if strict and partition is None:
@@ -179,19 +179,19 @@ class DenseSource(_Reordered):
 
 
 def moe_config(
-    config: LlamaConfig,
+    config: DecoderSpec,
     experts: int,
     router: str,
     top_k: dict[str, int],
     ranges: dict[str, tuple[int, int]],
     shared: int | None,
-) -> MoeConfig:
+) -> ExpertsSpec:
     """What model.json says of experts, checked.
 
     Raises:
         UserError: naming the option, when the numbers do not fit the model or each other.
     """
-    neurons = config.intermediate_size
+    neurons = config.feed_forward.size
     if experts < 1 or neurons % experts:
         fitting = [number for number in range(1, neurons + 1) if neurons % number == 0]
         near = sorted(sorted(fitting, key=lambda number: abs(number - experts))[:4])
@@ -201,7 +201,7 @@ def moe_config(
         )
     run = MoeRunConfig(experts=experts, router=router, top_k=top_k, ranges=ranges, shared=shared)  # type: ignore[arg-type]
     try:
-        moe = resolve_moe(config, run, fresh=True).moe
+        moe = resolve_experts(config, run, fresh=True).experts
     except UserError as error:
         text = str(error)
         for key, option in (("top_k", "--top-k"), ("ranges", "--range"), ("shared", "--shared")):
@@ -221,7 +221,7 @@ def make_order(source: ParamSource, experts: int, method: str, partition: Path |
     Raises:
         UserError: when a partition does not fit, or weights to be clustered are not finite.
     """
-    layers, neurons = source.config.num_layers, source.config.intermediate_size
+    layers, neurons = source.config.num_layers, source.config.feed_forward.size
     if method == "order":
         return np.tile(np.arange(neurons, dtype=np.int32), (layers, 1))
     if method == "partition":

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import SAVEABLE, LoraSpec, resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.arithmetic import all_finite
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
@@ -73,7 +73,7 @@ class MergedSource(DerivedSource):
             generation = [file for file in base.tokenizer_files if file.name == "generation_config.json"]
             self.tokenizer_files = adapter.tokenizer_files + [file for file in generation if file.name not in names]
 
-    def _with_vocabulary(self, config: LlamaConfig) -> LlamaConfig:
+    def _with_vocabulary(self, config: DecoderSpec) -> DecoderSpec:
         rows = {
             path: self.leaves[path].shape[0]
             for path in ("embed_tokens/embedding", "lm_head/kernel")

@@ -297,11 +297,11 @@ def _attention() -> Iterator[Finding]:
     """What `attention: auto` takes, for a model like LLaMA-2-7B."""
     from jaxlm.errors import UserError
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
-    from jaxlm.models.shapes import SHAPES
+    from jaxlm.models.families import SHAPES
 
     shape = SHAPES["llama-2-7b"]
     for rows, packed in (("packed rows", True), ("single documents", False)):
-        case = shape_key(shape, "bfloat16", shape.max_length, packed)
+        case = shape_key(shape.attention, "bfloat16", shape.max_length, packed)
         try:
             chosen, why = choose_attention("auto", case)
         except UserError as error:

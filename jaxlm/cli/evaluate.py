@@ -241,8 +241,8 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.evaluation import perplexity
     from jaxlm.kernels.backend import choose_attention, shape_key
     from jaxlm.models.decoder import Decoder
-    from jaxlm.nn.experts import choose_compute
     from jaxlm.nn.lora import resolve_lora
+    from jaxlm.nn.routers import choose_compute
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.setup import DTYPES
     from jaxlm.training.state import Initializer
@@ -269,13 +269,13 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
-    attention, reason = choose_attention(config.model.attention, shape_key(shape, dtype, longest, True))
+    attention, reason = choose_attention(config.model.attention, shape_key(shape.attention, dtype, longest, True))
     specs = {} if adapter is None else resolve_lora(shape, adapter.lora, adapter.layers)
-    experts = "dense" if shape.moe is None else choose_compute("auto", platform, shape.moe, specs)[0]
+    experts = "dense" if shape.experts is None else choose_compute("auto", platform, shape.experts, specs)[0]
     mesh_config = config.mesh or MeshConfig()
     if mesh_config.sequence != 1:
         raise UserError(f"mesh.sequence: {mesh_config.sequence}: rows are not divided here; set it to 1")
-    mesh = make_mesh(mesh_config, experts=None if shape.moe is None else shape.moe.experts)
+    mesh = make_mesh(mesh_config, experts=None if shape.experts is None else shape.experts.num_experts)
     model = Decoder(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
     # No optimizer: nothing is trained, but parameters are placed as in training.
     setup = Initializer(model, None if adapter is None else adapter.lora, mesh, lambda axes: optax.identity())

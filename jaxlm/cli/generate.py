@@ -225,6 +225,7 @@ def _announce(
     from jaxlm.devices.mesh import axis_sizes
     from jaxlm.inference.model import weight_bytes
     from jaxlm.kernels.backend import attention_details
+    from jaxlm.weights.names import num_params
     from jaxlm.weights.output import human
 
     files, config = placed.files, placed.files.merged.config
@@ -234,7 +235,7 @@ def _announce(
     size = human(weight_bytes(generator.weights))
     console.print(f"model      {files.base.path}{lora}", markup=False)
     console.print(
-        f"           {config.num_params():,} parameters, {size} in {placed.kept_in}, on {jax.default_backend()} "
+        f"           {num_params(config):,} parameters, {size} in {placed.kept_in}, on {jax.default_backend()} "
         f"({axes}), loaded in {seconds:.1f} s; context {config.max_length:,} tokens",
         markup=False,
     )
@@ -244,9 +245,9 @@ def _announce(
     console.print(f"attention  {placed.attention_reason}; while writing: {while_generating}", markup=False)
     if verbose:
         console.print(f"           {attention_details(placed.attention, placed.shape)}", markup=False)
-    if config.moe is not None:
-        experts = f"{config.moe.experts}, router {config.moe.router}; {placed.decoder.experts}: {placed.experts_reason}"
-        console.print(f"experts    {experts}", markup=False)
+    if config.experts is not None:
+        kind = f"{config.experts.num_experts}, router {config.experts.router}"
+        console.print(f"experts    {kind}; {placed.decoder.experts}: {placed.experts_reason}", markup=False)
     if not generator.stop_ids:
         console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
 

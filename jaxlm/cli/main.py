@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,9 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jaxlm") -> int:
         show(_help(prog))
         return 0
     if words[0] == "--version":
-        import jaxlm
-
-        show(f"jaxlm {jaxlm.__version__}\n")
+        show(f"jaxlm {importlib.metadata.version('jaxlm')}\n")
         return 0
     name, *rest = words
     if name not in VERBS:

@@ -15,8 +15,8 @@ from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
-    from jaxlm.models.shapes import LlamaConfig
     from jaxlm.planning.report import Plan
+    from jaxlm.spec import DecoderSpec
 
 DESCRIPTION = (
     "Says of a run, before it starts and without its devices: parameters, FLOPs, bytes of each device, whether it "
@@ -64,7 +64,7 @@ def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:
     quiet_logs()
     console = Console(soft_wrap=True, stderr=bool(flags.get("json")))
     plans: list[Plan] = []
-    shape: LlamaConfig | None = None
+    shape: DecoderSpec | None = None
     for number, config in enumerate(configs):
         # What a stage starts from is what the one before it leaves behind, some day.
         path, before = config.model.path, configs[number - 1]
@@ -82,7 +82,7 @@ def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:
     return int(any(one.fits is False for one in plans))
 
 
-def model_shape(config: RunConfig) -> LlamaConfig:
+def model_shape(config: RunConfig) -> DecoderSpec:
     """The shape that a run's model has; weights are not looked for.
 
     Raises:
@@ -91,7 +91,8 @@ def model_shape(config: RunConfig) -> LlamaConfig:
     from convert.source import open_model
     from jaxlm.jsontext import read_object
     from jaxlm.modalities import resolve
-    from jaxlm.models.shapes import LlamaConfig, load_shape, resolve_moe
+    from jaxlm.models.families import load_shape, read_config
+    from jaxlm.models.resolve import resolve_experts
 
     ranges = {}
     if config.model.shape is not None:
@@ -106,15 +107,15 @@ def model_shape(config: RunConfig) -> LlamaConfig:
                 "llama-2-7b, or that of a config.json"
             )
         if (path / "config.json").is_file():
-            shape = LlamaConfig.from_hf(read_object(path / "config.json"))
+            shape = read_config(read_object(path / "config.json"))
         else:
             shape = open_model(path).config
-    if config.moe is not None and shape.moe is None:
+    if config.moe is not None and shape.experts is None:
         # Which ids they will have does not matter here, only how many modalities there are.
         modalities = resolve(config.tokenizer.modalities, 0)
         ranges = {modality.name: modality.range for modality in modalities}
     fresh = config.model.shape is not None
-    return resolve_moe(shape, config.moe, fresh=fresh, ranges=ranges)
+    return resolve_experts(shape, config.moe, fresh=fresh, ranges=ranges)
 
 
 if __name__ == "__main__":

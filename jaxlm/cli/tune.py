@@ -31,6 +31,7 @@ from jaxlm.kernels.backend import (
     why_not,
     write_table,
 )
+from jaxlm.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,47 +115,40 @@ def cases(options: argparse.Namespace, others: Sequence[str]) -> list[ShapeKey]:
             if number is not None and number < 1:
                 raise UserError(f"--{name}: {number} must be at least 1")
     found: list[ShapeKey] = []
-    shape = None
+    attention = None
     for config in configs:
         path = config.model.path
-        if shape is None or (path is not None and Path(path).exists()) or config.model.shape is not None:
-            shape = _shape(config, options)  # else a stage that starts from what the one before will have written
+        if attention is None or (path is not None and Path(path).exists()) or config.model.shape is not None:
+            attention = _attention(
+                config, options
+            )  # else a stage that starts from what the one before will have written
         packed = config.data.packing_mode == "first_fit" if options.packed is None else options.packed
         for length in options.lengths or [config.data.sequence_length]:
-            case = shape_key(shape, options.dtype or config.model.dtype, length, packed)
+            case = shape_key(attention, options.dtype or config.model.dtype, length, packed)
             if case not in found:
                 found.append(case)
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Heads:
-    """What `shape_key` asks of a model."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    sliding_window: int | None
-
-
-def _shape(config: RunConfig, options: argparse.Namespace) -> _Heads:
+def _attention(config: RunConfig, options: argparse.Namespace) -> AttentionSpec:
+    """The attention layers to tune for: of the model, with what the options say otherwise."""
     from convert.source import open_model
-    from jaxlm.models.shapes import load_shape
+    from jaxlm.models.families import load_shape
 
-    model: Any = None
+    own: AttentionSpec | None = None
     if config.model.path is not None:
-        model = open_model(config.model.path).config
+        own = open_model(config.model.path).config.attention
     elif config.model.shape is not None:
-        model = load_shape(config.model.shape)
+        own = load_shape(config.model.shape).attention
     elif options.heads is None:
         raise UserError("no model to tune for: give --config FILE with a model, or --heads N")
-    heads = options.heads or model.num_heads
-    kv_heads = options.kv_heads or (model.num_kv_heads if model is not None and options.heads is None else heads)
+    heads = options.heads or (own.num_heads if own else 1)
+    kv_heads = options.kv_heads or (own.num_kv_heads if own is not None and options.heads is None else heads)
     if heads % kv_heads:
         raise UserError(f"--kv_heads: {kv_heads} does not divide {heads} query heads")
-    head_dim = options.head_dim or (128 if model is None else model.head_dim)
-    window = options.window or (None if model is None else model.sliding_window)
-    return _Heads(heads, kv_heads, head_dim, window)
+    head_dim = options.head_dim or (128 if own is None else own.head_dim)
+    window = options.window or (None if own is None else own.window)
+    return AttentionSpec(heads, kv_heads, head_dim, window=window)
 
 
 def candidates(case: ShapeKey) -> list[Candidate]:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
-from jaxlm.sharding import AXES, BATCH, FSDP_AXES, MESH_AXES, ROW_AXES, RULES, SHARD_AXES
+from jaxlm.sharding import AXES, BATCH, EXPERT, FSDP, FSDP_AXES, MESH_AXES, ROW_AXES, RULES, SHARD_AXES, TENSOR
 
 # Read at a time of a leaf that is given out to shards.
 PIECE_BYTES = 256 << 20
@@ -107,7 +107,7 @@ def abstract_mesh(
 
 def axis_sizes(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """The size of each of `AXES`."""
-    parts = {axis: FSDP_AXES if axis == "fsdp" else (axis,) for axis in AXES}
+    parts = {axis: FSDP_AXES if axis == FSDP else (axis,) for axis in AXES}
     return {axis: math.prod(mesh.shape[name] for name in names) for axis, names in parts.items()}
 
 
@@ -128,7 +128,7 @@ def _axis_sizes(config: MeshConfig, count: int, experts: int | None, there_are: 
         sizes[sizes.index(-1)] = count // fixed
     elif fixed != count:
         raise UserError(f"mesh: {_describe(config)} asks for {fixed} devices, {there_are} {count}; set one axis to -1")
-    owners = sizes[AXES.index("expert")] * sizes[AXES.index("tensor")]
+    owners = sizes[AXES.index(EXPERT)] * sizes[AXES.index(TENSOR)]
     if experts and experts % owners:
         raise UserError(
             f"mesh: expert {sizes[AXES.index('expert')]} times tensor {sizes[AXES.index('tensor')]} must divide the "

@@ -1,8 +1,8 @@
 """LPM-24's figures (ACL L+M 2024 shared task): captions of molecules, and molecules for captions.
 
-What they are made of is the task's: corpus BLEU of NLTK, ROUGE of `rouge-score`, RDKit's fingerprints. Two things
-differ, and the report says so: captions are cut into words and signs here, not by SciBERT's tokenizer, unless a Hugging
-Face tokenizer is named; METEOR needs WordNet's data and FCD a network of its own, and neither is computed.
+They use the packages of the task's own scripts: corpus BLEU of NLTK, ROUGE of `rouge-score`, RDKit's fingerprints. Two
+details differ, and the report says so: captions are cut into words and signs, not by SciBERT's tokenizer, unless a
+Hugging Face tokenizer is named; METEOR needs WordNet's data and FCD a network of its own, and neither is computed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _needs_extra() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pair:
-    """What was right, and what a model said."""
+    """A right answer, and a model's answer."""
 
     reference: str
     prediction: str
@@ -45,7 +45,7 @@ def hf_tokens(path: str) -> Callable[[str], list[str]]:
     """The pieces of a Hugging Face tokenizer, at most 512 as in the task's script.
 
     Raises:
-        UserError: when there is none at `path`.
+        UserError: when `path` has no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -77,11 +77,11 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
     """Figures of molecules written as SMILES.
 
     bleu: corpus BLEU-4 over characters. exact: equal InChI. levenshtein: mean edit distance of the texts. validity:
-    share that RDKit takes. maccs, rdk, morgan: mean Tanimoto similarity of fingerprints, 0 for what is not valid.
-    unique: different molecules among the valid ones.
+    share that RDKit can read. maccs, rdk, morgan: mean Tanimoto similarity of fingerprints, 0 for an invalid answer.
+    unique: share of different molecules among the valid answers.
 
     Raises:
-        UserError: when a reference is no molecule.
+        UserError: when a reference is not a molecule.
     """
     with _needs_extra():
         from nltk.translate.bleu_score import corpus_bleu
@@ -90,7 +90,7 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
         from rdkit.Chem import MACCSkeys, rdFingerprintGenerator
 
     logger: Any = RDLogger
-    logger.DisableLog("rdApp.*")  # a line for every answer that is no molecule
+    logger.DisableLog("rdApp.*")  # otherwise it prints a line for every answer that is not a molecule
     keys: Any = MACCSkeys
     morgan = rdFingerprintGenerator.GetMorganGenerator(radius=morgan_radius)
     kinds: dict[str, Callable[[Any], Any]] = {
@@ -101,16 +101,18 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
     sums = dict.fromkeys(("exact", "validity", *kinds), 0.0)
     molecules = set()
     for pair in pairs:
-        right, said = Chem.MolFromSmiles(pair.reference), Chem.MolFromSmiles(pair.prediction)
-        if right is None or not pair.reference:
-            raise UserError(f"the reference {pair.reference!r} is no SMILES that RDKit takes; correct or remove it")
-        if said is None or not pair.prediction:
+        reference, answer = Chem.MolFromSmiles(pair.reference), Chem.MolFromSmiles(pair.prediction)
+        if reference is None or not pair.reference:
+            raise UserError(
+                f"the reference {pair.reference!r} is not a SMILES that RDKit can read; correct or remove it"
+            )
+        if answer is None or not pair.prediction:
             continue
         sums["validity"] += 1
-        sums["exact"] += Chem.MolToInchi(right) == Chem.MolToInchi(said)
-        molecules.add(Chem.MolToSmiles(said))
+        sums["exact"] += Chem.MolToInchi(reference) == Chem.MolToInchi(answer)
+        molecules.add(Chem.MolToSmiles(answer))
         for name, fingerprint in kinds.items():
-            sums[name] += DataStructs.TanimotoSimilarity(fingerprint(right), fingerprint(said))
+            sums[name] += DataStructs.TanimotoSimilarity(fingerprint(reference), fingerprint(answer))
     result = {name: value / len(pairs) for name, value in sums.items()}
     letters = [[list(pair.reference)] for pair in pairs], [list(pair.prediction) for pair in pairs]
     result["bleu"] = _bleu(corpus_bleu, *letters, _ORDERS["bleu_4"])
@@ -122,7 +124,7 @@ def molecule_metrics(pairs: Sequence[Pair], morgan_radius: int = 2) -> Metrics:
 def _bleu(corpus_bleu: Any, references: Any, predictions: Any, weights: Sequence[float]) -> float:
     import warnings
 
-    # Short texts have n-grams that never match, of which NLTK warns each time.
+    # Short texts have n-grams that never match; NLTK warns of each.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"\nThe hypothesis contains 0 counts")
         return float(corpus_bleu(references, predictions, weights=weights))

@@ -1,8 +1,8 @@
-"""How well a model predicts texts: loss for each token, perplexity, and bits for each byte and character.
+"""How well a model predicts texts: loss per token, perplexity, and bits per byte and per character.
 
-What is scored is what training would learn of the same data: all of a text, of instructions the answers. A text that is
-longer than a row is cut into windows, each of which begins with tokens that were scored before, as context: so every
-token is scored once, but for a first one that nothing stands before.
+Scored are the tokens that training on the same data would take as targets: a whole text, or the answers of
+instructions. A text that is longer than a row is cut into windows; each begins with tokens that were scored before, as
+context. So every token is scored once, except a first token that nothing precedes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.step import make_eval_step
 
 _BATCH = 512  # records tokenised in one call
-# Rows are no shorter than this, or than all there is: many short texts make few rows.
+# Rows have at least this many tokens (or all tokens of the texts), so that many short texts make few rows.
 _SHORTEST = 512
 
 
@@ -40,10 +40,10 @@ class Settings:
     """How records become rows.
 
     Attributes:
-        length: most tokens of a row.
-        stride: new tokens of each further window of a longer text; the others are context.
+        length: largest number of tokens of a row.
+        stride: number of new tokens in each further window of a longer text; the others are context.
         add_bos, add_eos: as in `DataConfig`.
-        train_on_inputs: prompts are scored too.
+        train_on_inputs: whether prompts are scored too.
     """
 
     length: int
@@ -55,16 +55,16 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts as windows of tokens, and how much text is scored.
+    """Texts as windows of tokens, and the amount of text that is scored.
 
     Attributes:
-        examples: the windows; `loss_mask` says what is scored.
-        template: how records became text.
-        records: that were read.
-        empty: of them, those with nothing to score.
-        long: of them, those of several windows.
-        characters, bytes: of the text that is scored, as Unicode and as UTF-8; ends (eos) have none.
-        unscored: tokens of that text that nothing stands before, so that nothing predicts them.
+        examples: the windows; `loss_mask` marks the tokens that are scored.
+        template: name of the template that made text of the records.
+        records: number of records read.
+        empty: number of records with nothing to score.
+        long: number of records with several windows.
+        characters, bytes: length of the scored text, as Unicode and as UTF-8; an end (eos) has no text.
+        unscored: number of tokens of that text that nothing precedes, so that nothing predicts them.
     """
 
     examples: Examples
@@ -82,13 +82,13 @@ class Perplexity:
     """Figures of a model on texts.
 
     Attributes:
-        tokens: that were predicted.
+        tokens: number of predicted tokens.
         loss: mean over them of -log p, in nats.
         perplexity: exp(loss).
-        accuracy: share of tokens that had the largest logit.
+        accuracy: share of tokens whose logit was the largest.
         bits_per_token: loss in bits.
-        bits_per_byte, bits_per_character: all bits over the bytes and characters of the text: comparable between
-            tokenizers. None where only ends were scored, which are no text.
+        bits_per_byte, bits_per_character: all bits over the bytes and characters of the text, comparable between
+            tokenizers. None where only ends were scored, which have no text.
     """
 
     tokens: int
@@ -101,19 +101,19 @@ class Perplexity:
 
 
 def choose(source: SourceConfig, tokenizer: Tokenizer, trained_with: str | None) -> tuple[str, str]:
-    """The template of a source, and why it is that one.
+    """The template of a source, and the reason for it.
 
     Args:
-        source: its `template` counts, unless it is auto.
-        trained_with: the template that the model records; of instructions it is taken.
+        source: its `template` is used unless it is auto.
+        trained_with: the template that the model records, which is used for instructions; None: not recorded.
     """
     if source.template != "auto":
         return source.template, "as asked for"
-    found = choose_template(next(iter(read_records(source))), tokenizer, source.columns)
-    if found != "text" and trained_with not in (None, "text"):
+    by_columns = choose_template(next(iter(read_records(source))), tokenizer, source.columns)
+    if by_columns != "text" and trained_with not in (None, "text"):
         assert trained_with is not None
         return trained_with, "the one it was trained with"
-    return found, "by the columns"
+    return by_columns, "by the columns"
 
 
 def read_texts(
@@ -127,25 +127,25 @@ def read_texts(
     """Reads and tokenises a source.
 
     Args:
-        source: the data.
+        source: file, format and columns of the data.
         template: a template name or JSON file.
         tokenizer: the model's.
-        settings: lengths, and what stands around texts.
-        vocab_size: rows of the model's embedding.
+        settings: lengths, and the tokens around texts.
+        vocab_size: number of rows of the model's embedding.
         progress: called with the number of records read so far.
 
     Raises:
-        UserError: for records or settings that cannot be used, a token that the model does not have, or nothing to
-            score.
+        UserError: for records or settings that cannot be used, a token outside the model's vocabulary, or data with
+            nothing to score.
     """
     _check(settings, tokenizer)
-    shape = load_template(template, tokenizer, source.columns)
-    found: list[Example] = []
+    renderer = load_template(template, tokenizer, source.columns)
+    windows_of_all: list[Example] = []
     origin: list[int] = []
     records = empty = long = characters = size = unscored = 0
     reader = iter(read_records(source))
     while batch := list(itertools.islice(reader, _BATCH)):
-        rendered = [shape.render(record) for record in batch]
+        rendered = [renderer.render(record) for record in batch]
         try:
             encoded = encode_rendered(
                 rendered,
@@ -156,7 +156,7 @@ def read_texts(
             )
         except TextError as error:
             raise UserError(f"data: {batch[error.number].name}: {error}") from None
-        for record, item, example in zip(batch, rendered, encoded, strict=True):
+        for record, rendering, example in zip(batch, rendered, encoded, strict=True):
             if len(example.input_ids) and int(example.input_ids.max()) >= vocab_size:
                 largest = int(example.input_ids.max())
                 raise UserError(
@@ -165,24 +165,24 @@ def read_texts(
                 )
             pieces = [piece for piece in windows(example, settings) if piece.loss_mask.any()]
             if pieces:
-                text = _scored(item, settings.train_on_inputs)
-                first = _first(item, example, tokenizer, settings)
+                text = _scored(rendering, settings.train_on_inputs)
+                first = _first(rendering, example, tokenizer, settings)
                 unscored += first is not None
                 characters += len(text) - len(first or "")
                 size += len(text.encode()) - len((first or "").encode())
             empty += not pieces
             long += len(pieces) > 1
-            found += pieces
+            windows_of_all += pieces
             origin += [records] * len(pieces)
             records += 1
         if progress is not None:
             progress(records)
-    if not found:
+    if not windows_of_all:
         raise UserError(
             f"data: {source.path} has nothing to score in {records:,} records (template {template}); are the columns "
             "the right ones? See data.columns and data.template"
         )
-    examples = from_list(found, [0] * len(found), origin)
+    examples = from_list(windows_of_all, [0] * len(windows_of_all), origin)
     return Texts(examples, template, records, empty, long, characters, size, unscored)
 
 
@@ -195,7 +195,7 @@ def _check(settings: Settings, tokenizer: Tokenizer) -> None:
     if not 1 <= settings.stride < settings.length:
         raise UserError(
             f"stride: {settings.stride} must be 1 to {settings.length - 1}: a window of {settings.length} tokens "
-            "begins with at least one that is known"
+            "begins with at least one that was scored before"
         )
 
 
@@ -212,20 +212,20 @@ def windows(example: Example, settings: Settings) -> Iterator[Example]:
             return
 
 
-def _scored(item: Any, everything: bool) -> str:
+def _scored(rendering: Any, everything: bool) -> str:
     """The text of a rendered record that is scored."""
-    spans = [span for segment in item.segments for span in segment.spans]
+    spans = [span for segment in rendering.segments for span in segment.spans]
     return "".join(span.text for span in spans if everything or span.trained)
 
 
-def _first(item: Any, example: Example, tokenizer: Tokenizer, settings: Settings) -> str | None:
-    """What of the scored text a record's first token stands for; None where bos or a prompt stands first."""
-    if not item.segments or (settings.add_bos and not item.has_bos):
+def _first(rendering: Any, example: Example, tokenizer: Tokenizer, settings: Settings) -> str | None:
+    """The part of the scored text that a record's first token stands for; None where bos or a prompt comes first."""
+    if not rendering.segments or (settings.add_bos and not rendering.has_bos):
         return None
-    segment = item.segments[0]
+    segment = rendering.segments[0]
     if not settings.train_on_inputs and not (segment.spans and segment.spans[0].trained):
         return None
-    encoding = tokenizer.encode_batch([segment.text], item.special_tokens)[0]
+    encoding = tokenizer.encode_batch([segment.text], rendering.special_tokens)[0]
     if not encoding.ids or encoding.ids[0] != example.input_ids[0]:
         return None
     return segment.text[: encoding.offsets[0][1]]
@@ -247,12 +247,12 @@ def measure(
         trainable: {"params": ...} of a full model, {"lora": ...} of an adapter, on the mesh.
         frozen: {} or, for an adapter, {"params": ...}.
         mesh: the devices.
-        texts: what is scored.
-        rows: of a device group at a time.
-        progress: called with the batches done, and how many there are.
+        texts: the windows to score.
+        rows: number of rows of a device group at a time.
+        progress: called with the number of batches done, and of all.
     """
     length = int(texts.examples.lengths.max())
-    moe = model.config.moe
+    moe = model.spec.experts
     data = Data(
         config=DataConfig(sequence_length=row_length(texts.examples, length), packing=True),
         seed=0,
@@ -285,16 +285,16 @@ def row_length(examples: Examples, longest: int) -> int:
 
 
 def figures(loss: float, tokens: int, correct: float, size: int, characters: int) -> Perplexity:
-    """The figures of sums over tokens.
+    """The figures from sums over tokens.
 
     Args:
         loss: sum of -log p, nats.
-        tokens: how many.
-        correct: how many had the largest logit.
-        size, characters: of the text.
+        tokens: number of tokens.
+        correct: number of tokens whose logit was the largest.
+        size, characters: bytes and characters of the text.
 
     Raises:
-        UserError: when the loss is no number.
+        UserError: when the loss is not finite.
     """
     if not math.isfinite(loss):
         raise UserError(

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.inference.model import Caches, Decoder, Weights, next_logits
 from jaxlm.inference.sampling import Method, Settings, penalize
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.unrolled import Caches, Weights, next_logits
 
 WORST = -1e9  # transformers' score of what must not be chosen; finite, so that two of them still compare
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.inference.model import Caches, Decoder, Weights, next_logits
 from jaxlm.inference.sampling import Method, Settings, choose, penalize
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.unrolled import Caches, Weights, next_logits
 
 
 @flax.struct.dataclass

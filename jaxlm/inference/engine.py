@@ -106,11 +106,11 @@ class Engine:
     """
 
     def __init__(self, model: DeviceModel, rows: int, keep: bool = False) -> None:
-        self._model, self._config = model, model.decoder.config
+        self._model, self._spec = model, model.decoder.spec
         self._cache = CacheRows(model, rows)
         self.rows = self._cache.rows
         alone = divisible(1, model.mesh) == 1
-        self._keep = keep and alone and self._config.rope.rope_type != "dynamic"
+        self._keep = keep and alone and all(layer.attention.rope.rope_type != "dynamic" for layer in self._spec.period)
         self._slots: dict[int, Slot] = {}
         self._kept: dict[int, list[int]] = {}  # the tokens whose keys and values a free row holds
         self._clear()
@@ -145,7 +145,7 @@ class Engine:
         """
         for request in requests:
             check_decoding(request.options)
-            check_stop_ids(request.options, self._config.vocab_size)
+            check_stop_ids(request.options, self._spec.vocab_size)
             self._model.check_prompt(request.prompt)
             if request.options.num_beams > 1:
                 raise UserError("num_beams: a beam search has rows of its own; use Generator.start")
@@ -220,7 +220,7 @@ class Engine:
         self, logits: jax.Array, requests: list[Request], samples: int, rows: list[int] | None
     ) -> list[list[Slot]]:
         """The first token after each prompt, and its row of the state; `rows` as `CacheRows.place` takes them."""
-        vocab_size, count = self._config.vocab_size, len(logits)
+        vocab_size, count = self._spec.vocab_size, len(logits)
         method = self._method
         for request in requests:
             own = Method.of(request.options, vocab_size)
@@ -256,7 +256,7 @@ class Engine:
         return [slots[start : start + samples] for start in range(0, len(slots), samples)]
 
     def _put(self, new: State, settings: Settings, rows: list[int], room: int, method: Method) -> None:
-        vocab_size = self._config.vocab_size
+        vocab_size = self._spec.vocab_size
         if self._state is None:
             keys = np.zeros((self.rows, 2), np.uint32)
             self._state = new_state([[]] * self.rows, [1] * self.rows, room, keys, vocab_size, method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer
 
 # Tokens that are compared with those of the model's own tokenizer; a few may have the same ids by chance.
@@ -11,7 +11,7 @@ _SAMPLED = 997
 _OTHER = 0.5
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: LlamaConfig, own: Tokenizer | None, key: str) -> list[str]:
+def check_tokenizer(tokenizer: Tokenizer, config: DecoderSpec, own: Tokenizer | None, key: str) -> list[str]:
     """Compares a tokenizer with the model, and with the tokenizer that came with it.
 
     Args:

@@ -138,7 +138,7 @@ class BeamSession(Session):
 
     def _search(self) -> Iterator[None]:
         model, options, cache = self._model, self._options, self._cache
-        vocab_size, beams = model.decoder.config.vocab_size, options.num_beams
+        vocab_size, beams = model.decoder.spec.vocab_size, options.num_beams
         prompts = self.prompts + [[]] * (cache.rows // beams - len(self._requests))
         limits = [min(max(1, len(prompt)) + options.max_new_tokens, model.max_length) for prompt in prompts]
         method = Method.of(options, vocab_size)

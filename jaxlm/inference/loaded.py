@@ -17,10 +17,10 @@ from jaxlm.devices.mesh import use_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.answering import Completion, complete
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import hidden_states, logits_of
 from jaxlm.inference.options import check_stop_ids
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.rows import bucket, divisible, fetch
+from jaxlm.models.unrolled import hidden_states, last_layer, logits_of
 from jaxlm.sharding import ROW_AXES
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class LoadedModel:
 
     @property
     def spec(self) -> DecoderSpec:
-        return self._generator.decoder.config.spec
+        return self._generator.decoder.spec
 
     @property
     def max_length(self) -> int:
@@ -97,7 +97,7 @@ class LoadedModel:
             if name not in known:
                 raise UserError(f"generate: {name!r} is not a setting; known: {', '.join(known)}")
         options = dataclasses.replace(options or Decoding(), **settings)
-        check_stop_ids(options, self._generator.decoder.config.vocab_size)
+        check_stop_ids(options, self._generator.decoder.spec.vocab_size)
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
         ids: dict[int, Ids] = {}
@@ -184,12 +184,13 @@ class LoadedModel:
             raise UserError(f"batch_size: {batch_size} must be at least 1")
         ids = [self._plain_ids(text) if isinstance(text, str) else _plain(text) for text in _listed(texts)]
         order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
-        result = np.zeros((len(ids), self._generator.decoder.config.hidden_size), np.float32)
+        result = np.zeros((len(ids), self._generator.decoder.spec.hidden_size), np.float32)
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = [ids[number] for number in numbers]
             with use_mesh(self._generator.mesh):
-                hidden, lengths = self._hidden(batch)
+                x, lengths = self._last_layer(batch)
+                hidden = hidden_states(self._generator.decoder, self._generator.weights, x)
                 pooled = _pool(hidden, lengths, pooling)
                 result[numbers] = fetch(pooled, self._generator.mesh)[: len(numbers)]
         return result
@@ -198,8 +199,8 @@ class LoadedModel:
         opening = list(self.tokenizer.opening) if self.tokenizer.adds_bos else []
         return [*opening, *self.tokenizer.encode(text).ids]
 
-    def _hidden(self, texts: Sequence[Ids]) -> tuple[jax.Array, jax.Array]:
-        """Hidden states [R, T, D] and lengths [R] of texts; the last rows only fill up the mesh."""
+    def _last_layer(self, texts: Sequence[Ids]) -> tuple[jax.Array, jax.Array]:
+        """What the last layer gives of texts [R, T, D], and their lengths [R]; the last rows only fill up the mesh."""
         generator = self._generator
         for ids in texts:
             self._check(ids)
@@ -210,17 +211,17 @@ class LoadedModel:
         lengths = np.array([*map(len, texts), *[1] * (rows - len(texts))], np.int32)
         sharding = NamedSharding(generator.mesh, P(ROW_AXES))
         placed = jax.device_put(tokens, sharding), jax.device_put(lengths, sharding)
-        return hidden_states(generator.decoder, generator.weights, *placed), placed[1]
+        return last_layer(generator.decoder, generator.weights, *placed), placed[1]
 
     def _check(self, ids: Ids) -> None:
-        config, longest = self._generator.decoder.config, self.max_length
+        spec, longest = self._generator.decoder.spec, self.max_length
         if not ids:
             raise UserError("the text has no tokens")
         if len(ids) > longest:
             raise UserError(f"the text has {len(ids)} tokens, the model's context is {longest}; shorten it")
-        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        if not 0 <= min(ids) <= max(ids) < spec.vocab_size:
             raise UserError(
-                f"the text holds token ids {min(ids)} to {max(ids)}, the model has 0 to {config.vocab_size - 1}"
+                f"the text holds token ids {min(ids)} to {max(ids)}, the model has 0 to {spec.vocab_size - 1}"
             )
 
     def _logits(self, ids: Ids, start: int, stop: int) -> np.ndarray:
@@ -228,8 +229,8 @@ class LoadedModel:
         generator, count = self._generator, stop - start
         positions = np.minimum(start + np.arange(bucket(count)), stop - 1)  # few shapes, so few programs
         with use_mesh(generator.mesh):
-            hidden, _ = self._hidden([ids])
-            logits = logits_of(generator.decoder, generator.weights, hidden[0, positions])
+            x, _ = self._last_layer([ids])
+            logits = logits_of(generator.decoder, generator.weights, x[0, positions])
             found: np.ndarray = fetch(logits, generator.mesh)[:count]
         return found
 

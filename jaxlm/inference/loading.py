@@ -20,13 +20,15 @@ from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.fit import check_tokenizer
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, load_weights
+from jaxlm.inference.model import load_weights
 from jaxlm.inference.prompts import Prompter
 from jaxlm.jsontext import read_object
 from jaxlm.kernels.backend import AttentionBackend, ShapeKey, choose_attention, shape_key
-from jaxlm.models.shapes import LlamaConfig
-from jaxlm.nn.experts import choose_compute
+from jaxlm.models.decoder import Decoder
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.routers import choose_compute
+from jaxlm.nn.weight_types import Int8Weight, StoredWeight
+from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 from jaxlm.weights.leaves import AdapterSource, ParamSource
 from jaxlm.weights.names import tensor_name
@@ -120,6 +122,7 @@ class Placement:
     """How a model computes and where; `place` reads its weights.
 
     Args:
+        weight_type: what the linear layers' kernels are stored as; None: arrays.
         merge: the adapter is folded into the weights while they are read.
         shape: what the choice of the attention rests on.
         attention_reason, experts_reason: why these implementations; empty without experts.
@@ -127,6 +130,7 @@ class Placement:
 
     files: ModelFiles
     decoder: Decoder
+    weight_type: type[StoredWeight] | None
     mesh: Mesh
     merge: bool
     attention: AttentionBackend
@@ -137,7 +141,7 @@ class Placement:
     @property
     def kept_in(self) -> str:
         """The dtype of the weights, in words."""
-        return f"{self.decoder.dtype}, linear layers in int8" if self.decoder.quantized else self.decoder.dtype
+        return f"{self.decoder.dtype}{', linear layers in int8' if self.weight_type is Int8Weight else ''}"
 
     def place(self, prompts: PromptSettings) -> Generator:
         """Reads the weights onto the devices.
@@ -146,7 +150,8 @@ class Placement:
             UserError: they hold numbers that are not finite.
         """
         files, on_the_fly = self.files, None if self.merge else self.files.adapter
-        weights = load_weights(self.decoder, self.mesh, files.merged if self.merge else files.base, on_the_fly)
+        model = files.merged if self.merge else files.base
+        weights = load_weights(self.decoder, self.mesh, model, on_the_fly, self.weight_type)
         cause = "the file is damaged, or of a run that diverged"
         check_finite(weights, self.mesh, f"model: {files.where}", cause, tensor_name)
         stop_ids = {*_stop_ids(files.merged, prompts.tokenizer), *prompts.trained.stop_ids}
@@ -173,31 +178,31 @@ def placement(
     Raises:
         UserError: for a mesh or an adapter that cannot be used so.
     """
-    platform, config = jax.default_backend(), files.merged.config
+    platform, spec = jax.default_backend(), files.merged.config
     compute = dtype if dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
     # Prompts have any length; the longest ones are what takes time.
-    shape = shape_key(files.base.config, compute, files.base.config.max_length, False)
+    shape = shape_key(spec.attention, compute, spec.max_length, False)
     backend, reason = choose_attention(attention, shape)
     if files.adapter is None and merge:
         raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
     adapter = None if merge else files.adapter
     specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
-    experts, why = ("dense", "") if config.moe is None else choose_compute("auto", platform, config.moe, specs)
-    decoder = Decoder(config, tuple(specs.items()), compute, backend, int8, experts)
-    axes = mesh or auto_mesh(config, jax.device_count())
+    experts, why = ("dense", "") if spec.experts is None else choose_compute("auto", platform, spec.experts, specs)
+    decoder = Decoder(spec, specs, compute, compute, backend, experts=experts)
+    axes = mesh or auto_mesh(spec, jax.device_count())
     if axes.sequence != 1:
         raise UserError(
             f"mesh.sequence: {axes.sequence}: one new token at a time is not a row to divide; set it to 1, and "
             "data or tensor higher"
         )
-    devices = make_mesh(axes, experts=None if config.moe is None else config.moe.experts)
-    return Placement(files, decoder, devices, merge, backend, shape, reason, why)
+    devices = make_mesh(axes, experts=None if spec.experts is None else spec.experts.num_experts)
+    return Placement(files, decoder, Int8Weight if int8 else None, devices, merge, backend, shape, reason, why)
 
 
-def auto_mesh(config: LlamaConfig, devices: int) -> MeshConfig:
+def auto_mesh(spec: DecoderSpec, devices: int) -> MeshConfig:
     """Heads over as many devices as divide them, the rest see different prompts."""
-    blocks = config.intermediate_size if config.moe is None else config.moe.experts
-    tensor = math.gcd(devices, config.num_kv_heads, blocks)
+    blocks = spec.feed_forward.size if spec.experts is None else spec.experts.num_experts
+    tensor = math.gcd(devices, spec.attention.num_kv_heads, blocks)
     return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
 
 

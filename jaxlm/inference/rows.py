@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.devices.mesh import rows_axis_size
 from jaxlm.errors import UserError
-from jaxlm.inference.model import Caches, Decoder, Weights, extend, grow, prefill, repeat_rows
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.unrolled import Caches, Weights, extend, grow, prefill, repeat_rows
 from jaxlm.sharding import ROW_AXES
 
 # Slots that a cache has at first behind the longest prompt; it grows as answers do.
@@ -66,7 +67,7 @@ class DeviceModel:
     @property
     def max_length(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.decoder.config.max_length
+        return self.decoder.spec.max_length
 
     def check_prompt(self, ids: Sequence[int], name: str = "the prompt") -> None:
         """Raises UserError for an empty prompt, one that fills the context, or an id that the model does not have."""
@@ -77,9 +78,9 @@ class DeviceModel:
                 f"{name} has {len(ids)} tokens, the model's context is {self.max_length}, answer included; "
                 "shorten it (nothing is cut off silently)"
             )
-        if max(ids) >= self.decoder.config.vocab_size:
+        if max(ids) >= self.decoder.spec.vocab_size:
             raise UserError(
-                f"{name} holds token id {max(ids)}, the model has {self.decoder.config.vocab_size}; "
+                f"{name} holds token id {max(ids)}, the model has {self.decoder.spec.vocab_size}; "
                 "the tokenizer belongs to another model"
             )
 

@@ -1,4 +1,4 @@
-"""Which attention runs: by what this device can do, by what was measured on it, else by rule; and a line that says so.
+"""Which attention backend runs: by what this device can do, by what was measured on it, else by rule; and a line on it.
 
 Measurements lie in two tables, JSON files: the one shipped with jaxlm, and the user's own, which
 `python -m jaxlm.tune` writes and which counts first.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.errors import UserError
+from jaxlm.spec import AttentionSpec
 
 NAMES = ("pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference")
 TABLE_ENV = "JAXLM_TUNED"
@@ -26,11 +27,11 @@ TUNE = "python -m jaxlm.tune"
 
 @dataclasses.dataclass(frozen=True)
 class AttentionBackend:
-    """An implementation; hashable, so that it can be part of a model.
+    """A backend of attention; hashable, so that it can be part of a model.
 
     Attributes:
         name: one of NAMES.
-        block_q, block_k: sizes of the blocks of a Pallas kernel; None: its own.
+        block_q, block_k: rows of a block of queries and of keys in a Pallas kernel; None: the kernel's own.
     """
 
     name: str
@@ -43,17 +44,17 @@ class AttentionBackend:
 
 @dataclasses.dataclass(frozen=True)
 class ShapeKey:
-    """Where attention is to run, and on what.
+    """Where attention runs, and on what: what a measurement is looked up by.
 
     Attributes:
         platform: 'cpu', 'gpu' or 'tpu'.
         device_kind: e.g. 'NVIDIA H200', 'TPU v5e', 'cpu'.
         capability: compute capability of a GPU, e.g. '9.0'; None elsewhere.
         dtype: compute dtype.
-        length: tokens of a row.
-        head_dim, heads, kv_heads: of the model.
-        packed: rows have segment ids.
-        window: of sliding-window attention.
+        length: number of tokens in a row.
+        head_dim, heads, kv_heads: the model's.
+        packed: whether rows have segment ids.
+        window: that of sliding-window attention; None for none.
     """
 
     platform: str
@@ -69,7 +70,7 @@ class ShapeKey:
 
     @property
     def device(self) -> str:
-        """In words."""
+        """The device in words."""
         return self.device_kind if self.capability is None else f"{self.device_kind} ({self.capability})"
 
     @property
@@ -79,20 +80,20 @@ class ShapeKey:
 
     @property
     def shape_class(self) -> str:
-        """What is measured once: 'h128 g4 packed' and the like."""
+        """What is measured once, such as 'h128 g4 packed'."""
         window = "" if self.window is None or self.window >= self.length else f" window{self.window}"
         packed = " packed" if self.packed else ""
         return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}"
 
 
-def shape_key(model: Any, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
-    """The case of a model on a device.
+def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
+    """The shape key of a model's attention on a device.
 
     Args:
-        model: has head_dim, num_heads, num_kv_heads and sliding_window (a `LlamaConfig`).
+        attention: of the model's layers.
         device: None: the first of JAX's.
     """
-    import jax
+    import jax  # on use: commands that look at tables and names start without it
 
     device = jax.devices()[0] if device is None else device
     return ShapeKey(
@@ -101,46 +102,46 @@ def shape_key(model: Any, dtype: str, length: int, packed: bool, device: Any = N
         capability=getattr(device, "compute_capability", None) if device.platform == "gpu" else None,
         dtype=dtype,
         length=length,
-        head_dim=model.head_dim,
-        heads=model.num_heads,
-        kv_heads=model.num_kv_heads,
+        head_dim=attention.head_dim,
+        heads=attention.num_heads,
+        kv_heads=attention.num_kv_heads,
         packed=packed,
-        window=model.sliding_window,
+        window=attention.window,
     )
 
 
 # What cannot serve ------------------------------------------------------------------------
 
 
-def _not_pallas(backend: Literal["tpu", "gpu"], case: ShapeKey) -> str | None:
-    from jaxlm.kernels import flash_attention
+def _not_pallas(backend: Literal["tpu", "gpu"], key: ShapeKey) -> str | None:
+    from jaxlm.kernels import flash_attention  # on use: it loads Pallas
 
     return flash_attention.unsupported(
-        backend, dtype=case.dtype, head_dim=case.head_dim, heads=case.heads, kv_heads=case.kv_heads
+        backend, dtype=key.dtype, head_dim=key.head_dim, heads=key.heads, kv_heads=key.kv_heads
     )
 
 
-def _not_pallas_tpu(case: ShapeKey) -> str | None:
-    return "needs a TPU" if case.platform != "tpu" else _not_pallas("tpu", case)
+def _not_pallas_tpu(key: ShapeKey) -> str | None:
+    return "needs a TPU" if key.platform != "tpu" else _not_pallas("tpu", key)
 
 
-def _not_pallas_gpu(case: ShapeKey) -> str | None:
-    if case.platform != "gpu" or case.capability != "9.0":
+def _not_pallas_gpu(key: ShapeKey) -> str | None:
+    if key.platform != "gpu" or key.capability != "9.0":
         return "needs a Hopper GPU (compute capability 9.0)"
-    return _not_pallas("gpu", case)
+    return _not_pallas("gpu", key)
 
 
-def _not_cudnn(case: ShapeKey) -> str | None:
-    if case.platform != "gpu":
+def _not_cudnn(key: ShapeKey) -> str | None:
+    if key.platform != "gpu":
         return "needs an NVIDIA GPU"
-    version = tuple(int(part) for part in (case.capability or "0").split("."))
+    version = tuple(int(part) for part in (key.capability or "0").split("."))
     if version < (8, 0):
         return "needs compute capability 8.0"
-    if case.dtype != "bfloat16":
-        return f"computes in bfloat16, not {case.dtype}"
+    if key.dtype != "bfloat16":
+        return f"computes in bfloat16, not {key.dtype}"
     most = 256 if version >= (9, 0) else 128
-    if case.head_dim > most or case.head_dim % 8:
-        return f"takes head dims up to {most} that 8 divides, not {case.head_dim}"
+    if key.head_dim > most or key.head_dim % 8:
+        return f"takes head dims up to {most} that 8 divides, not {key.head_dim}"
     return None
 
 
@@ -148,14 +149,14 @@ _LACKS: Mapping[str, Callable[[ShapeKey], str | None]] = {
     "pallas_tpu": _not_pallas_tpu,
     "pallas_gpu": _not_pallas_gpu,
     "cudnn": _not_cudnn,
-    "xla": lambda case: None,
-    "reference": lambda case: None,
+    "xla": lambda key: None,
+    "reference": lambda key: None,
 }
 
 
-def why_not(name: str, case: ShapeKey) -> str | None:
+def why_not(name: str, key: ShapeKey) -> str | None:
     """Why an implementation cannot serve, in words; None if it can."""
-    return _LACKS[name](case)
+    return _LACKS[name](key)
 
 
 # Tables -----------------------------------------------------------------------------------
@@ -163,16 +164,16 @@ def why_not(name: str, case: ShapeKey) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The fastest implementation of a case, as it was measured.
+    """The fastest backend for a shape key, as it was measured.
 
     Attributes:
-        choice: it.
-        milliseconds: of values and gradients, by implementation; each with its best blocks.
-        length: tokens of a row that were measured.
-        made: with what and when, e.g. 'jax 0.10.2, 2026-11-21'.
+        backend: the fastest one.
+        milliseconds: time for values and gradients, by implementation; each with its best blocks.
+        length: number of tokens in the rows that were measured.
+        made: with what it was measured, and when, e.g. 'jax 0.10.2, 2026-11-21'.
     """
 
-    choice: AttentionBackend
+    backend: AttentionBackend
     milliseconds: Mapping[str, float]
     length: int
     made: str
@@ -192,10 +193,10 @@ def user_table() -> Path:
 
 
 def read_table(path: Path) -> Table:
-    """A table; empty when there is no such file.
+    """Reads a table; it is empty when there is no such file.
 
     Raises:
-        UserError: for a file that is no table.
+        UserError: for a file that is not a table.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -206,10 +207,10 @@ def read_table(path: Path) -> Table:
         table: Table = {}
         for row in content["entries"]:
             key = row["device_kind"], row["dtype"], row["shape_class"]
-            choice = AttentionBackend(row["implementation"], row["block_q"], row["block_k"])
-            if choice.name not in NAMES:
-                raise ValueError(f"implementation {choice.name!r}")
-            entry = Entry(choice, row["milliseconds"], row["length"], row["made"])
+            backend = AttentionBackend(row["implementation"], row["block_q"], row["block_k"])
+            if backend.name not in NAMES:
+                raise ValueError(f"implementation {backend.name!r}")
+            entry = Entry(backend, row["milliseconds"], row["length"], row["made"])
             table.setdefault(key, {})[row["bucket"]] = entry
         return table
     except FileNotFoundError:
@@ -217,7 +218,7 @@ def read_table(path: Path) -> Table:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; set {TABLE_ENV} to another file") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no table of tuned kernels ({error!r}); delete it and run {TUNE}") from None
+        raise UserError(f"{path}: not a table of tuned kernels ({error!r}); delete it and run {TUNE}") from None
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -227,9 +228,9 @@ def write_table(path: Path, table: Table) -> None:
             **dict(zip(("device_kind", "dtype", "shape_class"), key, strict=True)),
             "bucket": bucket,
             "length": entry.length,
-            "implementation": entry.choice.name,
-            "block_q": entry.choice.block_q,
-            "block_k": entry.choice.block_k,
+            "implementation": entry.backend.name,
+            "block_q": entry.backend.block_q,
+            "block_k": entry.backend.block_k,
             "milliseconds": dict(entry.milliseconds),
             "made": entry.made,
         }
@@ -249,17 +250,17 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def _tables() -> list[tuple[str, Table]]:
-    """The tables that count, first ones first, each with what it is called."""
+    """The tables that count, in their order, each with its name for messages."""
     return [(str(user_table()), read_table(user_table())), ("jaxlm's table", read_table(SHIPPED))]
 
 
-def measured(case: ShapeKey) -> tuple[Entry, str] | None:
-    """What was measured for a case (or for the nearest length), and the table that says so; None: nothing was."""
+def measured(key: ShapeKey) -> tuple[Entry, str] | None:
+    """What was measured for a shape key, or for the nearest length, and the name of its table; None: nothing was."""
     for origin, table in _tables():
-        buckets = table.get((case.device_kind, case.dtype, case.shape_class), {})
-        usable = {length: entry for length, entry in buckets.items() if why_not(entry.choice.name, case) is None}
+        buckets = table.get((key.device_kind, key.dtype, key.shape_class), {})
+        usable = {length: entry for length, entry in buckets.items() if why_not(entry.backend.name, key) is None}
         if usable:
-            nearest = min(usable, key=lambda length: abs(math.log2(length / case.bucket)))
+            nearest = min(usable, key=lambda length: abs(math.log2(length / key.bucket)))
             return usable[nearest], origin
     return None
 
@@ -275,62 +276,62 @@ SLOWER = {
 }
 
 
-def _rule(case: ShapeKey) -> tuple[str, str]:
+def _rule(key: ShapeKey) -> tuple[str, str]:
     """Where nothing was measured: by platform."""
-    if case.platform == "tpu" and why_not("pallas_tpu", case) is None:
+    if key.platform == "tpu" and why_not("pallas_tpu", key) is None:
         return "pallas_tpu", "skips what the mask empties"
-    if case.platform == "gpu":
-        if not case.packed and why_not("cudnn", case) is None:
-            return "cudnn", f"{case.dtype} rows of one document on a GPU"
-        if why_not("pallas_gpu", case) is None:
+    if key.platform == "gpu":
+        if not key.packed and why_not("cudnn", key) is None:
+            return "cudnn", f"{key.dtype} rows of one document on a GPU"
+        if why_not("pallas_gpu", key) is None:
             return "pallas_gpu", "skips what the mask empties"
-    return "xla", f"the fused form for {case.platform}" if case.platform == "cpu" else "no kernel can serve here"
+    return "xla", f"the fused form for {key.platform}" if key.platform == "cpu" else "no kernel can serve here"
 
 
-def choose_attention(requested: str, case: ShapeKey) -> tuple[AttentionBackend, str]:
-    """What runs, and the start-up line that says so in a few words; `attention_details` says the rest.
+def choose_attention(requested: str, key: ShapeKey) -> tuple[AttentionBackend, str]:
+    """The backend that runs, and the start-up line that says so in a few words; `attention_details` says the rest.
 
     Args:
         requested: the config's `model.attention`: 'auto' or one of NAMES.
-        case: what it has to serve.
+        key: where it runs, and on what.
 
     Raises:
         UserError: when the one asked for cannot serve, or a table is broken.
     """
     if requested != "auto":
-        lack = why_not(requested, case)
+        lack = why_not(requested, key)
         if lack is not None:
             raise UserError(
-                f"model.attention: {requested!r} cannot serve: {lack}; this is {case.device}; use 'auto' or 'xla'"
+                f"model.attention: {requested!r} cannot serve: {lack}; this is {key.device}; use 'auto' or 'xla'"
             )
-        note = f"; {SLOWER['cudnn']}: right, but slow" if requested == "cudnn" and case.packed else ""
+        note = f"; {SLOWER['cudnn']}: right, but slow" if requested == "cudnn" and key.packed else ""
         return AttentionBackend(requested), f"{requested}: as configured{note}"
-    found = measured(case)
-    if found is None:
-        name, why = _rule(case)
+    measurement = measured(key)
+    if measurement is None:
+        name, why = _rule(key)
         return AttentionBackend(name), f"{name}: {why}"
-    entry, _ = found
-    time = entry.milliseconds[entry.choice.name]
-    return entry.choice, f"{entry.choice}: the fastest measured, {time:.3g} ms at length {entry.length:,}"
+    entry, _ = measurement
+    time = entry.milliseconds[entry.backend.name]
+    return entry.backend, f"{entry.backend}: the fastest measured, {time:.3g} ms at length {entry.length:,}"
 
 
-def attention_details(choice: AttentionBackend, case: ShapeKey) -> str:
-    """One line on what the choice rests on, and why not each of the other implementations."""
-    found = measured(case)
+def attention_details(backend: AttentionBackend, key: ShapeKey) -> str:
+    """One line on what the choice rests on, and on why none of the other backends was chosen."""
+    measurement = measured(key)
     times: Mapping[str, float] = {}
-    if found is None:
-        known = any(key[0] == case.device_kind for _, table in _tables() for key in table)
-        what = f"{case.dtype} {case.shape_class} was not measured" if known else "not measured"
-        basis = f"{what} on this device kind, {case.device_kind}; run {TUNE}"
+    if measurement is None:
+        known = any(row[0] == key.device_kind for _, table in _tables() for row in table)
+        what = f"{key.dtype} {key.shape_class} was not measured" if known else "not measured"
+        basis = f"{what} on this device kind, {key.device_kind}; run {TUNE}"
     else:
-        entry, origin = found
+        entry, origin = measurement
         basis = f"measured: {entry.made}; {origin}"
-        if choice == entry.choice:
+        if backend == entry.backend:
             times = entry.milliseconds
     others = []
     for name in NAMES:
-        if name != choice.name:
-            lack = why_not(name, case)
-            slower = f"{times[name] / times[choice.name]:.1f} times slower" if name in times else SLOWER[name]
+        if name != backend.name:
+            lack = why_not(name, key)
+            slower = f"{times[name] / times[backend.name]:.1f} times slower" if name in times else SLOWER[name]
             others.append(f"{name} ({lack or slower})")
     return f"{basis}; not {', '.join(others)}"

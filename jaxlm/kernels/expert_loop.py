@@ -2,7 +2,7 @@
 
 The same as gathering rows, a grouped product, silu(gate) * up, another grouped product and a weighted sum; but the
 rows of a block stay in the cache from the first step to the last, and gate and up are all that is kept for the backward
-pass. `grouped_matmul` says how blocks lie; its steps one after the other are the plain twin.
+pass. `groups` says how blocks lie; the steps of `grouped_matmul` one after the other are the plain twin.
 
 Shapes: N tokens, I inputs, O outputs, E experts, f neurons of each, k rows of a token at most.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.kernels.grouped_matmul import Groups
+from jaxlm.kernels.groups import Groups
 
 
 @jax.custom_vjp
@@ -93,17 +93,18 @@ def _backward(residuals: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
     def one(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         grad_x, grad_gate_up, grad_down, grad_factors = carry
         owner, mine = groups.owner[index], _part(token, index, size)
-        factor, here = _part(factors, index, size)[:, None], _rows(grad, mine)
+        factor, grad_y = _part(factors, index, size)[:, None], _rows(grad, mine)
         gate, up = jnp.split(_part(hidden, index, size).astype(jnp.float32), 2, axis=1)
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
         h = silu * up
-        # Of h, before the factor: its product with h is the gradient of the factor, and outputs need not be kept.
-        back = _dot(here, _owned(down, groups, index), 1, 1)
+        # The gradient of h before the factor: its product with h is the gradient of the factor, and outputs need not
+        # be kept.
+        back = _dot(grad_y, _owned(down, groups, index), 1, 1)
         grad_factors = _put(grad_factors, (h * back).sum(axis=1), index)
         back = back * factor
         both = jnp.concatenate([back * up * (sigmoid + silu * (1 - sigmoid)), back * silu], axis=1).astype(x.dtype)
-        grad_down = grad_down.at[owner].add(_dot((h * factor).astype(x.dtype), here, 0, 0))
+        grad_down = grad_down.at[owner].add(_dot((h * factor).astype(x.dtype), grad_y, 0, 0))
         grad_gate_up = grad_gate_up.at[owner].add(_dot(_rows(x, mine), both, 0, 0))
         grad_x = _put(grad_x, _dot(both, _owned(gate_up, groups, index), 1, 1), index)
         return grad_x, grad_gate_up, grad_down, grad_factors

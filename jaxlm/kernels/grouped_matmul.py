@@ -1,11 +1,6 @@
 """Matrix products of rows that are sorted into groups, each group with a matrix of its own: the work of a sparse MoE.
 
-Rows lie in a buffer of blocks. A block belongs to one group, and only the first `live` blocks hold rows at all, so the
-work is that of the rows there are, although shapes are static:
-
-    rows of group 0 | padding to a whole block | rows of group 1 | padding | ... | unused blocks
-
-Padding must be zero in whatever is multiplied; results there are zero (or never read).
+How rows lie in their buffer is said in `kernels.groups`.
 """
 
 from __future__ import annotations
@@ -14,44 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.grouped_matmul_tpu import tpu_grouped_matmul
-
-# Most rows of a block. Larger ones make faster products, and more padding: half a block per group on average.
-BLOCK = 256
-
-
-@flax.struct.dataclass
-class Groups:
-    """Which rows belong together.
-
-    Attributes:
-        sizes: [E] int32, rows of each group, padding included: multiples of the block.
-        owner: [blocks] int32, the group of each block (of an unused one: the last).
-        live: int32 scalar, how many blocks are used.
-    """
-
-    sizes: jax.Array
-    owner: jax.Array
-    live: jax.Array
-
-
-def make_groups(counts: jax.Array, rows: int, block: int = BLOCK) -> tuple[Groups, jax.Array, int]:
-    """Groups of `counts` [E] rows each, at most `rows` together.
-
-    Returns:
-        The groups; the row [E] at which each begins; the number of rows of the buffer (a static upper bound).
-    """
-    groups = counts.shape[0]
-    blocks = -(-rows // block) + groups
-    used = -(-counts // block)
-    ends = jnp.cumsum(used)
-    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), groups - 1)
-    starts = (ends - used) * block
-    return Groups(used * block, owner.astype(jnp.int32), ends[-1].astype(jnp.int32)), starts, blocks * block
+from jaxlm.kernels.groups import Groups
 
 
 def reference_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
@@ -100,11 +62,11 @@ def _loop_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, No
 
     def one(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         grad_x, grad_w = carry
-        owner, here = groups.owner[index], _block(grad, index, size)
+        owner, rows = groups.owner[index], _block(grad, index, size)
         matrix = jax.lax.dynamic_index_in_dim(w, owner, keepdims=False)
-        product = _dot(here, matrix, 1, 1).astype(grad_x.dtype)
+        product = _dot(rows, matrix, 1, 1).astype(grad_x.dtype)
         grad_x = jax.lax.dynamic_update_slice_in_dim(grad_x, product, index * size, axis=0)
-        return grad_x, grad_w.at[owner].add(_dot(_block(x, index, size), here, 0, 0))
+        return grad_x, grad_w.at[owner].add(_dot(_block(x, index, size), rows, 0, 0))
 
     grads = jnp.zeros(x.shape, x.dtype), jnp.zeros(w.shape, jnp.float32)
     grad_x, grad_w = jax.lax.fori_loop(0, groups.live, one, grads)

@@ -6,17 +6,16 @@ groups' tables, which are in scalar memory before the kernel starts. Steps for u
 again: nothing is fetched and nothing is computed for them.
 
 XLA's `ragged_dot` is such a kernel too, for the product itself. But it reads the rows once for every 256 columns and
-leaves a float32 result to a second pass, and its gradient for the matrices multiplies every row with all groups.
+leaves a float32 result to a second pass, and its gradient for the matrices multiplies every row with all groups
+(docs/kernels.md, "Grouped matmul").
 
-Of M rows, I inputs, O outputs, E groups, and T tiles of columns: 2 M I O FLOPs in each of the three, and
-T M I + E I O + M O values between chip and memory. With blocks of 256 rows that is work for the matrix units, not for
-memory. Compiled for TPU v5e and v6e (benchmarks/experts_aot.py: 8,192 tokens, 4 of 16 experts each, D 4096, F 11008),
-gate and up take 416 GFLOP in each of the three; XLA's gradient for the matrices takes 6,652.
+M rows, I inputs, O outputs, E groups and T tiles of columns take 2 M I O FLOPs in each of the three products, and move
+T M I + E I O + M O values between chip and memory.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxlm.kernels.grouped_matmul import Groups
+from jaxlm.kernels.groups import Groups
 
 MIB = 2**20
 # The chip's vector memory that a kernel may use: TPU v5p and 7x have 64 MiB, v5e and v6e 128 MiB, older ones 16 MiB.
@@ -60,17 +57,17 @@ def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
 
 
 def _tile(size: int, tiles: int) -> int:
-    """The size of one of so many tiles: all of it, or a multiple of the chip's 128 lanes."""
+    """The size of one of `tiles` tiles: all of it, or a multiple of the chip's 128 lanes."""
     return size if tiles == 1 else pl.cdiv(pl.cdiv(size, tiles), 128) * 128
 
 
 def vector_memory() -> int:
-    """Bytes; of a TPU v5 or later where this process has no TPU and compiles for one."""
+    """Bytes of this process's TPU; of a TPU v5 or later where it has none and compiles for one."""
     return OLD_VMEM if jax.devices()[0].device_kind in OLD else VMEM
 
 
 def for_tiles() -> int:
-    """Of it, what tiles may take: the compiler needs some for itself."""
+    """Bytes that tiles may take: the compiler needs some for itself."""
     return vector_memory() * 4 // 5
 
 
@@ -178,7 +175,7 @@ def visits(groups: Groups, block: int) -> tuple[jax.Array, jax.Array, jax.Array,
 
 
 def _matrix_gradient(x: jax.Array, grad: jax.Array, groups: Groups) -> jax.Array:
-    """x [M, I], grad [M, O] -> [E, I, O] in x's dtype: of each group, the sum over its rows."""
+    """x [M, I], grad [M, O] -> [E, I, O] in x's dtype: for each group, the sum over its rows."""
     (rows, inner), columns, blocks = x.shape, grad.shape[1], groups.owner.shape[0]
     block, count = rows // blocks, groups.sizes.shape[0]
     down, across = matrix_tiles(block, inner, columns, x.dtype.itemsize)

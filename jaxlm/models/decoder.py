@@ -1,31 +1,39 @@
-"""LLaMA and its relatives as pure functions of (params, lora, tokens).
+"""The decoder that a `DecoderSpec` describes, as pure functions of (params, lora, tokens).
 
-Layers are stacked and scanned: every tensor below `layers` has the layer as its first dim.
-Shapes: B batch, T length, D model, H query heads, K kv heads, h head dim, F feed-forward, V vocabulary, L layers.
+`Decoder.embed`, `Decoder.block` and `Decoder.head` are the only places that know the embedding, a layer, and the last
+norm with the output matrix. Three runners go through them: scanned (`Decoder.hidden`, `loss` and the call, here: all
+layers of a stack in one loop, for training), unrolled with caches (`models.unrolled`, for generation) and streamed
+(`models.streamed`, one layer's weights in memory at a time).
+
+Layers are stacked and scanned: where their tensors lie is said in `jaxlm.spec`.
+Shapes: B batch, T length, D model, h head dim, V vocabulary, L layers, P layers of a period.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
-from jaxlm.models.shapes import LlamaConfig
-from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
+from jaxlm.nn.attention import KVCache
 from jaxlm.nn.embedding import look_up
-from jaxlm.nn.experts import MoeMLP
-from jaxlm.nn.experts import modality_ids as find_modalities
-from jaxlm.nn.linear import Linear
+from jaxlm.nn.experts import ExpertsFeedForward
+from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.positions import apply_rope, rope_cos_sin
+from jaxlm.nn.norms import RMSNorm
+from jaxlm.nn.positions import rope_cos_sin
+from jaxlm.nn.routers import modality_ids as ids_of_modalities
+from jaxlm.nn.self_attention import SelfAttention
+from jaxlm.spec import DecoderSpec, LayerSpec, NormSpec
 
 # What the backward pass finds stored; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -35,193 +43,145 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
 }
 
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in float32 (arXiv:1910.07467)."""
-
-    eps: float
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale: Any = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-            (x.shape[-1],),
-            self.param_dtype,
-        )
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * scale.astype(jnp.float32)).astype(self.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
-
-    config: LlamaConfig
-    adapters: Mapping[str, LoraSpec]
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    implementation: str | AttentionBackend
-    quantized: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        layer: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        mask: MaskSpec,
-        deterministic: bool,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """x [B, T, D] -> [B, T, D], and the keys and values: of these tokens, or `cache` with them written to it."""
-        c = self.config
-
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            y = Linear(
-                (c.hidden_size,),
-                (heads, c.head_dim),
-                ("embed",),
-                (axis, "head_dim"),
-                use_bias=c.qkv_bias,
-                adapter=self.adapters.get(name),
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                init_std=c.initializer_range,
-                quantized=self.quantized,
-                name=name,
-            )(x, layer, deterministic)
-            return nn.with_logical_constraint(y, ("batch", "length", axis, None))
-
-        q = checkpoint_name(apply_rope(project("q_proj", c.num_heads, "heads"), cos, sin), "q")
-        k = checkpoint_name(apply_rope(project("k_proj", c.num_kv_heads, "kv_heads"), cos, sin), "k")
-        v = checkpoint_name(project("v_proj", c.num_kv_heads, "kv_heads"), "v")
-        if cache is None:
-            out = attention(q, k, v, mask, self.implementation)
-            cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
-        else:
-            out, cache = cached_attention(q, k, v, cache, c.sliding_window, self.implementation)
-        projected = Linear(
-            (c.num_heads, c.head_dim),
-            (c.hidden_size,),
-            ("heads", "head_dim"),
-            ("embed",),
-            use_bias=c.o_bias,
-            adapter=self.adapters.get("o_proj"),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            init_std=c.initializer_range,
-            quantized=self.quantized,
-            name="o_proj",
-        )(out, layer, deterministic)
-        return projected, cache
-
-
-class MLP(nn.Module):
-    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
-
-    config: LlamaConfig
-    adapters: Mapping[str, LoraSpec]
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-    quantized: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
-        c = self.config
-
-        def linear(name: str, d_in: int, d_out: int, in_axis: str, out_axis: str) -> Linear:
-            return Linear(
-                (d_in,),
-                (d_out,),
-                (in_axis,),
-                (out_axis,),
-                use_bias=c.mlp_bias,
-                adapter=self.adapters.get(name),
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                init_std=c.initializer_range,
-                quantized=self.quantized,
-                name=name,
-            )
-
-        # In this order a TPU's compiler makes the activation part of the gate's product when it is computed again, and
-        # keeps the weights near: LLaMA-2-7B, v5e, 2.01 against 2.12 Gcycles a step.
-        up = linear("up_proj", c.hidden_size, c.intermediate_size, "embed", "mlp")(x, layer, deterministic)
-        gate = linear("gate_proj", c.hidden_size, c.intermediate_size, "embed", "mlp")(x, layer, deterministic)
-        h = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
-        return linear("down_proj", c.intermediate_size, c.hidden_size, "mlp", "embed")(h, layer, deterministic)
+Angles = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, h/2] float32
 
 
 class Block(nn.Module):
     """One pre-norm decoder layer; a scan body: (x, layer, broadcast inputs) -> (x, None).
 
     Attributes:
-        keep_kv: return the layer's keys and values (see `Attention`) in place of None.
-        quantized: weights are int8 (see `Linear`).
-        experts: how an MoE feed-forward computes (see `MoeMLP`).
-        router_noise: see `MoeMLP`.
+        spec: what the layer computes.
+        norm: of its inputs.
+        hidden_size: D.
+        init_std, adapters, dtype, param_dtype: see `WithLinears`.
+        attention: see `SelfAttention.backend`.
+        deterministic: whether nothing is dropped.
+        keep_kv: return the layer's keys and values (see `SelfAttention`) in place of None.
+        experts: how a feed-forward layer of experts computes (see `ExpertsFeedForward`).
+        router_noise: see `ExpertsFeedForward`.
     """
 
-    config: LlamaConfig
+    spec: LayerSpec
+    norm: NormSpec
+    hidden_size: int
+    init_std: float
     adapters: Mapping[str, LoraSpec]
     dtype: DTypeLike
     param_dtype: DTypeLike
-    implementation: str | AttentionBackend
-    deterministic: bool
+    attention: str | AttentionBackend
+    deterministic: bool = True
     keep_kv: bool = False
-    quantized: bool = False
     experts: str = "dense"
     router_noise: float = 0.0
+
+    def setup(self) -> None:
+        shared = (self.hidden_size, self.init_std, self.adapters, self.dtype, self.param_dtype)
+        self.input_layernorm = RMSNorm(self.norm, self.dtype, self.param_dtype)
+        self.self_attn = SelfAttention(*shared, self.spec.attention, self.attention)
+        self.post_attention_layernorm = RMSNorm(self.norm, self.dtype, self.param_dtype)
+        if self.spec.feed_forward.experts is None:
+            self.mlp: Any = FeedForward(*shared, self.spec.feed_forward)
+        else:
+            self.mlp = ExpertsFeedForward(*shared, self.spec.feed_forward, self.experts, self.router_noise)
+
+    def attend(
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        angles: Angles,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        """The first half: x with attention added, what the feed-forward layer sees of it, both [B, T, D]; keys, values.
+
+        Args:
+            x: [B, T, D].
+            layer: index of this layer in the model.
+            segment_ids: [B, T] int32, 0 for padding; None: one segment.
+            cache: of a layer that writes (see `SelfAttention`).
+        """
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        attended, kept = self.self_attn(self.input_layernorm(x), layer, *angles, segment_ids, self.deterministic, cache)
+        x = x + attended
+        return x, self.post_attention_layernorm(x), kept
+
+    def __call__(
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        angles: Angles,
+        segment_ids: jax.Array | None = None,
+        modality: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, T, D] -> [B, T, D], and keys and values or None; arguments as `attend`.
+
+        Args:
+            modality: [B, T] integers, for a layer of experts.
+        """
+        x, normed, kept = self.attend(x, layer, angles, segment_ids, cache)
+        if self.spec.feed_forward.experts is None:
+            x = x + self.mlp(normed, layer, self.deterministic)
+        else:
+            assert modality is not None
+            x = x + self.mlp(normed, layer, self.deterministic, modality)
+        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        return x, kept if self.keep_kv else None
+
+
+class Period(nn.Module):
+    """The P layers of a period, one after the other; a scan body like `Block`, over `layer` [P] and angles of each."""
+
+    blocks: tuple[Callable[..., Any], ...]  # name -> the layer
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        layer: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        mask: MaskSpec,
-        modality: jax.Array | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        c = self.config
-        shared = (c, self.adapters, self.dtype, self.param_dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="input_layernorm")(x)
-        attended, kept = Attention(*shared, self.implementation, self.quantized, name="self_attn")(
-            normed, layer, cos, sin, mask, self.deterministic, cache
-        )
-        x = x + attended
-        normed = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="post_attention_layernorm")(x)
-        if c.moe is None:
-            x = x + MLP(*shared, self.quantized, name="mlp")(normed, layer, self.deterministic)
-        else:
-            assert modality is not None
-            mlp = MoeMLP(*shared, self.quantized, self.experts, self.router_noise, name="mlp")
-            x = x + mlp(normed, layer, self.deterministic, modality)
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        return x, kept if self.keep_kv else None
+        layers: jax.Array,
+        angles: tuple[Angles, ...],
+        segment_ids: jax.Array | None,
+        modality: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
+        for p, block in enumerate(self.blocks):
+            x, _ = block(name=str(p))(x, layers[p], angles[p], segment_ids, modality)
+        return x, None
+
+
+class Tail(nn.Module):
+    """The layers after the last whole period, each a stack of one."""
+
+    blocks: tuple[Callable[..., Any], ...]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        layers: jax.Array,
+        angles: tuple[Angles, ...],
+        segment_ids: jax.Array | None,
+        modality: jax.Array | None,
+    ) -> jax.Array:
+        for p, block in enumerate(self.blocks):
+            x, _ = block(name=str(p))(x, layers[p : p + 1], angles[p], segment_ids, modality)
+        return x
 
 
 class Decoder(nn.Module):
-    """Decoder-only language model.
+    """Decoder-only language model; hashable, so that jitted functions can take it as a static argument.
 
     Attributes:
-        config: the shape.
+        spec: what it computes.
         adapters: LoRA by linear-layer name (see `resolve_lora`); empty for none.
         dtype: compute dtype.
         param_dtype: dtype of the base parameters.
         attention: a key of `attention.IMPLEMENTATIONS`, or what `choose_attention` found.
         remat: a key of REMAT_POLICIES, or 'none'.
-        experts: how an MoE feed-forward computes (see `moe.MoeMLP`).
-        router_noise: see `moe.MoeMLP`.
+        experts: how a feed-forward layer of experts computes (see `ExpertsFeedForward`).
+        router_noise: see `ExpertsFeedForward`.
     """
 
-    config: LlamaConfig
+    spec: DecoderSpec
     adapters: Mapping[str, LoraSpec] = dataclasses.field(default_factory=dict)
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -229,6 +189,78 @@ class Decoder(nn.Module):
     remat: str = "full"
     experts: str = "dense"
     router_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", FrozenDict(self.adapters))  # which has a hash
+        super().__post_init__()
+
+    def setup(self) -> None:
+        s = self.spec
+        init = nn.with_logical_partitioning(nn.initializers.normal(s.initializer_range), ("vocab", "embed"))
+        matrix = ((s.vocab_size, s.hidden_size), init, self.param_dtype)
+        self.embed_tokens = _Matrix(*matrix, "embedding")
+        self.norm = RMSNorm(s.norm, self.dtype, self.param_dtype)
+        if not s.tied_head:
+            self.lm_head = _Matrix(*matrix, "kernel")
+
+    # --- the parts of a decoder ---------------------------------------------------------------------------------------
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """What the first layer sees [B, T, D] of tokens [B, T]."""
+        x = look_up(self.embed_tokens(), input_ids, self.dtype)
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+    @nn.nowrap
+    def block(self, number: int, keep_kv: bool = False) -> Block:
+        """Layer `number`, to be applied to its own parameters, without dropout."""
+        return Block(**self._block_options(self.spec.layer(number), True), keep_kv=keep_kv, parent=None)
+
+    @nn.nowrap
+    def _block_options(self, layer: LayerSpec, deterministic: bool) -> dict[str, Any]:
+        return dict(
+            spec=layer,
+            norm=self.spec.norm,
+            hidden_size=self.spec.hidden_size,
+            init_std=self.spec.initializer_range,
+            adapters=self.adapters,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            attention=self.attention,
+            deterministic=deterministic,
+            experts=self.experts,
+            router_noise=self.router_noise,
+        )
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of what the last layer gives [..., D]."""
+        x, matrix = self._normed(x)
+        return output_logits(x, matrix, self.dtype)
+
+    def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Final hidden states [..., D] and the output matrix [V, D]."""
+        return self.norm(x), self.embed_tokens() if self.spec.tied_head else self.lm_head()
+
+    # --- what the layers are told of the tokens -----------------------------------------------------------------------
+
+    @nn.nowrap
+    def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
+        """For each layer of the period what `rope_cos_sin` gives; computed once where layers agree."""
+        by_rope: dict[Any, Angles] = {}
+        result = []
+        for layer in self.spec.period:
+            key = layer.attention.rope, layer.attention.head_dim
+            if key not in by_rope:
+                by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
+            result.append(by_rope[key])
+        return tuple(result)
+
+    @nn.nowrap
+    def modality(self, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array | None:
+        """[B, T] for a model of experts, by the ranges of token ids in its spec; None for a dense one."""
+        experts = self.spec.experts
+        return None if experts is None else ids_of_modalities(experts, input_ids, segment_ids)
+
+    # --- the scanned runner -------------------------------------------------------------------------------------------
 
     @nn.compact
     def hidden(
@@ -246,49 +278,46 @@ class Decoder(nn.Module):
             positions: [B, T] int32; default 0..T-1.
             segment_ids: [B, T] int32; tokens see only their own segment. None: one segment.
             deterministic: no dropout.
-            modality_ids: [B, T] integers, for a model of experts; None: by the ranges of token ids in its config.
+            modality_ids: [B, T] integers, for a model of experts; None: by the ranges of token ids in its spec.
         """
-        c = self.config
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        embed_init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
-        matrix = ((c.vocab_size, c.hidden_size), embed_init, self.param_dtype)
-        embedding = _Matrix(*matrix, "embedding", name="embed_tokens")()
-        x = look_up(embedding, input_ids, self.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        cos, sin = rope_cos_sin(c, positions)
-        mask = MaskSpec(segment_ids=segment_ids, window=c.sliding_window)
+        x = self.embed(input_ids)
+        angles = self.angles(positions)
+        if self.spec.experts is None:
+            modality_ids = None
+        elif modality_ids is None:
+            modality_ids = self.modality(input_ids, segment_ids)
+        x = self._scan(x, angles, segment_ids, modality_ids, deterministic)
+        return self._normed(x)
+
+    def _scan(
+        self,
+        x: jax.Array,
+        angles: tuple[Angles, ...],
+        segment_ids: jax.Array | None,
+        modality: jax.Array | None,
+        deterministic: bool,
+    ) -> jax.Array:
+        """All layers, one loop over the repetitions of the period."""
         block: Any = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0, "moe": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(
-            c,
-            self.adapters,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
-            deterministic,
-            experts=self.experts,
-            router_noise=self.router_noise,
-            name="layers",
-        )
-        if c.moe is None:
-            modality_ids = None
-        elif modality_ids is None:
-            modality_ids = find_modalities(c.moe, input_ids, segment_ids)
-        x, _ = layers(x, jnp.arange(c.num_layers), cos, sin, mask, modality_ids)
-        x = RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype, name="norm")(x)
-        if c.tie_word_embeddings:
-            return x, embedding
-        head = _Matrix(*matrix, "kernel", name="lm_head")()
-        return x, head
+        options = [self._block_options(layer, deterministic) for layer in self.spec.period]
+        size, layers = len(options), jnp.arange(self.spec.num_layers)
+        if size == 1:
+            scanned = _stacked(block, self.spec.num_layers)
+            x, _ = scanned(**options[0], name="layers")(x, layers, angles[0], segment_ids, modality)
+            return x
+        repeats, rest = divmod(self.spec.num_layers, size)
+        if repeats:
+            blocks = tuple(partial(block, **each) for each in options)
+            rows = layers[: repeats * size].reshape(repeats, size)
+            x, _ = _stacked(Period, repeats)(blocks, name="layers")(x, rows, angles, segment_ids, modality)
+        if rest:
+            single = tuple(partial(_stacked(block, 1), **each) for each in options[:rest])
+            x = Tail(single, name="tail")(x, layers[repeats * size :], angles, segment_ids, modality)
+        return x
 
     def __call__(
         self,
@@ -298,8 +327,8 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits [B, T, V] float32."""
-        x, head = self.hidden(input_ids, positions, segment_ids, deterministic)
-        return output_logits(x, head, self.dtype)
+        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic)
+        return output_logits(x, matrix, self.dtype)
 
     def loss(
         self,
@@ -323,17 +352,29 @@ class Decoder(nn.Module):
         Returns:
             LossOutput with sums over the batch, float32 scalars.
         """
-        x, head = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
+        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
-        return linear_cross_entropy(x, head, labels, shifted, dtype=self.dtype, accuracy=accuracy)
+        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy)
 
 
-def output_logits(x: jax.Array, head: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _stacked(body: Any, length: int) -> Any:
+    """A scan over `length` layers whose tensors lie in a stack."""
+    return nn.scan(
+        body,
+        variable_axes={"params": 0, "lora": 0, "moe": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def output_logits(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Logits [..., V] float32 of hidden states [..., D] by the output matrix [V, D]."""
     flat = x.reshape(-1, x.shape[-1]).astype(dtype)
     dims = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(flat, head.astype(dtype), dims, preferred_element_type=jnp.float32)
+    logits = jax.lax.dot_general(flat, matrix.astype(dtype), dims, preferred_element_type=jnp.float32)
     return logits.reshape(*x.shape[:-1], -1)
 
 
@@ -341,6 +382,18 @@ def abstract_variables(model: Decoder) -> Any:
     """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jax.eval_shape(lambda key, ids: model.init({"params": key}, ids), jax.random.key(0), tokens)
+
+
+def abstract_layer(model: Decoder, number: int) -> Any:
+    """As `abstract_variables`, of one layer by itself: without the dim of the stack."""
+
+    def init(key: jax.Array) -> Any:
+        ids = jnp.zeros((1, 8), jnp.int32)
+        x = jnp.zeros((1, 8, model.spec.hidden_size), model.dtype)
+        angles = model.angles(ids)[number % len(model.spec.period)]
+        return model.block(number).init(key, x, jnp.int32(0), angles, None, model.modality(ids))
+
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 class _Matrix(nn.Module):

@@ -21,8 +21,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.expert_loop import loop_experts
-from jaxlm.kernels.grouped_matmul import BLOCK, Groups, grouped_matmul, make_groups
+from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.groups import BLOCK, Groups, make_groups
 from jaxlm.nn.linear import Parts
+from jaxlm.sharding import EXPERT, TENSOR
 
 
 @flax.struct.dataclass
@@ -75,7 +77,7 @@ def make_dispatch(experts: jax.Array, live: jax.Array, count: int, likely: int) 
         experts: [N, k] int32, in 0 .. count - 1 where live.
         live: [N, k] bool.
         count: E.
-        likely: how many pairs are live, about.
+        likely: about the number of live pairs.
     """
     tokens, k = experts.shape
     flat = jnp.where(live, experts, count).reshape(-1)
@@ -154,8 +156,8 @@ def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> t
             inputs.append(jnp.ones((*x.shape[:-1], 1), x.dtype))
             extra.append(part.bias[None])
         for matrix in extra:
-            mine = by_expert(matrix.astype(x.dtype), experts, 1)
-            both = (mine, jnp.zeros_like(mine)) if before else (jnp.zeros_like(mine), mine)
+            own = by_expert(matrix.astype(x.dtype), experts, 1)
+            both = (own, jnp.zeros_like(own)) if before else (jnp.zeros_like(own), own)
             rows.append(jnp.concatenate(both, axis=-1))
     return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
 
@@ -177,7 +179,7 @@ def run_experts(
     if routing.weights is not None:
         weights = weights * routing.weights
     if count < live.shape[1]:
-        # No token has more pairs than there are experts here: smaller buffers.
+        # No token has more pairs than there are experts on this device: smaller buffers.
         first = jnp.argsort(~live, axis=1, stable=True)[:, :count]
         local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
     moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts))
@@ -216,10 +218,10 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return lambda x, routing, gate_up, down: _unflat(run(_flat(x), _flat(routing), gate_up, down, 0), x)
-    groups = mesh.shape["expert"]
+    groups = mesh.shape[EXPERT]
 
     def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        offset = jax.lax.axis_index(("expert", "tensor")) * gate_up.shape[0]
+        offset = jax.lax.axis_index((EXPERT, TENSOR)) * gate_up.shape[0]
         tokens = _flat(x), _flat(routing)
         if groups == 1:
             out = run(*tokens, gate_up, down, offset)
@@ -228,7 +230,7 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
         return _unflat(_over_tensor(out, mesh), x)
 
     def split(x: jax.Array, *others: Any) -> jax.Array:
-        token, matrix = P(*_token_axes(x, mesh), None), P(("expert", "tensor"), None, None)
+        token, matrix = P(*_token_axes(x, mesh), None), P((EXPERT, TENSOR), None, None)
         specs = (token, token, matrix, matrix)
         return jax.shard_map(local, in_specs=specs, out_specs=token, check_vma=False)(x, *others)
 
@@ -250,18 +252,18 @@ def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def split(h: jax.Array, *others: jax.Array) -> jax.Array:
         tokens = _token_axes(h, mesh)
-        specs = P(*tokens, "tensor", None), P(*tokens, "tensor"), P("tensor", None, None)
+        specs = P(*tokens, TENSOR, None), P(*tokens, TENSOR), P(TENSOR, None, None)
         return jax.shard_map(local, in_specs=specs, out_specs=P(*tokens, None), check_vma=False)(h, *others)
 
     return split
 
 
 def _over_tensor(y: jax.Array, mesh: AbstractMesh) -> jax.Array:
-    return jax.lax.psum(y, "tensor") if mesh.shape["tensor"] > 1 else y
+    return jax.lax.psum(y, TENSOR) if mesh.shape[TENSOR] > 1 else y
 
 
 def best_experts(scores: jax.Array, k: int) -> jax.Array:
-    """The k experts of highest score, of [..., E]: [..., k] int32, the best first; ties go to the lowest index.
+    """The k experts of highest score from [..., E]: [..., k] int32, the best first; ties go to the lowest index.
 
     Each device looks at its own tokens: XLA would gather the scores of all of them on every device for a top-k.
     """
@@ -287,12 +289,12 @@ def _token_axes(x: jax.Array, mesh: AbstractMesh) -> tuple[Any, ...]:
 
 
 def _flat(tree: Any) -> Any:
-    """[B, T, ...] -> [B T, ...], of every leaf."""
+    """[B, T, ...] -> [B T, ...] for every leaf."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 def _unflat(y: jax.Array, like: jax.Array) -> jax.Array:
-    """[B T, ...] -> [B, T, ...], as another has them."""
+    """[B T, ...] -> [B, T, ...] with the B and T of `like`."""
     return y.reshape(*like.shape[:2], *y.shape[1:])
 
 
@@ -319,12 +321,12 @@ def _at_their_devices(
     counts = wanted.sum(axis=0, dtype=jnp.int32)
     arriving = _all_to_all(counts, groups)
 
-    there = exchange(to_experts(x, moves), counts, arriving)
+    arrived = exchange(to_experts(x, moves), counts, arriving)
     experts = _all_to_all(jnp.take(experts, token, axis=0, mode="fill", fill_value=-1), groups)
     weights = routing.weights
     if weights is not None:
         weights = _all_to_all(to_experts(weights, moves), groups)
-    y = run(there, Routing(experts, experts >= 0, weights), gate_up, down, offset)
+    y = run(arrived, Routing(experts, experts >= 0, weights), gate_up, down, offset)
     back = exchange(y, arriving, counts)
     return from_experts(back, wanted.astype(jnp.float32), moves)
 
@@ -332,7 +334,7 @@ def _at_their_devices(
 def _all_to_all(blocks: jax.Array, groups: int) -> jax.Array:
     """[S n, ...]: block s goes to device s along `expert`; what comes from device s is block s."""
     parts = blocks.reshape(groups, -1, *blocks.shape[1:])
-    return jax.lax.all_to_all(parts, "expert", 0, 0).reshape(blocks.shape)
+    return jax.lax.all_to_all(parts, EXPERT, 0, 0).reshape(blocks.shape)
 
 
 @jax.custom_vjp
@@ -357,8 +359,8 @@ def _exchange_ragged(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> 
     groups = sizes.shape[0]
     block = rows.shape[0] // groups
     begins = jnp.arange(groups, dtype=jnp.int32) * block
-    mine = jnp.full(groups, jax.lax.axis_index("expert") * block, jnp.int32)
-    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sizes, mine, arriving, axis_name="expert")
+    mine = jnp.full(groups, jax.lax.axis_index(EXPERT) * block, jnp.int32)
+    return jax.lax.ragged_all_to_all(rows, jnp.zeros_like(rows), begins, sizes, mine, arriving, axis_name=EXPERT)
 
 
 def _exchange_fwd(rows: jax.Array, sizes: jax.Array, arriving: jax.Array) -> tuple[jax.Array, Any]:

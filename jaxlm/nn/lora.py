@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -32,7 +32,7 @@ class LoraSpec:
     scales: tuple[float, ...]  # [L]
     dropout: float
     dora: bool
-    blocks: int = 1  # adapters for so many experts, as one of their ranks together that is zero across them
+    experts: int = 1  # adapters of this number of experts, as one of their ranks together that is zero across them
 
     @property
     def rank(self) -> int:
@@ -52,7 +52,7 @@ def _match(patterns: dict[str, float], module: str) -> float | None:
     return None
 
 
-def as_one_adapter(model: LlamaConfig, lora: LoraConfig) -> LoraConfig:
+def as_one_adapter(model: DecoderSpec, lora: LoraConfig) -> LoraConfig:
     """The same adapter without `per_expert`.
 
     Adapters of E experts are one of E times the rank, whose factor on the neurons' side is zero between the ranks of
@@ -64,13 +64,13 @@ def as_one_adapter(model: LlamaConfig, lora: LoraConfig) -> LoraConfig:
     if not lora.per_expert:
         return lora
     targets = [target for target in lora.targets if target in MLP_LINEARS]
-    if model.moe is None:
+    if model.experts is None:
         raise UserError("lora.per_expert: the model is not divided into experts; `convert moefy` does that")
     if not targets:
         raise UserError(f"lora.per_expert: lora.targets has none of {', '.join(MLP_LINEARS)}")
     if lora.rank_pattern or lora.alpha_pattern:
         raise UserError("lora.per_expert: cannot be had together with rank_pattern or alpha_pattern")
-    experts = model.moe.experts
+    experts = model.experts.num_experts
     alpha = lora.alpha * (math.sqrt(experts) if lora.rslora else experts)
     return dataclasses.replace(
         lora,
@@ -104,7 +104,7 @@ def check_names(lora: LoraConfig) -> None:
                 raise UserError(f"lora.{key}: {pattern!r} is no regular expression: {error}") from None
 
 
-def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] | None = None) -> dict[str, LoraSpec]:
+def resolve_lora(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] | None = None) -> dict[str, LoraSpec]:
     """The adapter of each targeted linear ('q_proj', ...), with PEFT's rank and alpha patterns applied.
 
     Args:
@@ -117,9 +117,9 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
     """
     check_names(lora)
     for module in lora.modules_to_save:
-        if module == "lm_head" and model.tie_word_embeddings:
+        if module == "lm_head" and model.tied_head:
             raise UserError("lora.modules_to_save: lm_head is tied to embed_tokens in this model; name embed_tokens")
-    blocks = model.moe.experts if lora.per_expert and model.moe is not None else 1
+    experts = model.experts.num_experts if lora.per_expert and model.experts is not None else 1
     lora = as_one_adapter(model, lora)
     used: set[str] = set()
     specs = {}
@@ -144,7 +144,7 @@ def resolve_lora(model: LlamaConfig, lora: LoraConfig, layers: tuple[int, ...] |
             ranks.append(rank)
             scales.append(alpha / (math.sqrt(rank) if lora.rslora else rank))
         specs[target] = LoraSpec(
-            tuple(ranks), tuple(scales), lora.dropout, lora.dora, blocks if target in MLP_LINEARS else 1
+            tuple(ranks), tuple(scales), lora.dropout, lora.dora, experts if target in MLP_LINEARS else 1
         )
     unused = sorted((set(lora.rank_pattern) | set(lora.alpha_pattern)) - used)
     if unused:

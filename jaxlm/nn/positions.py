@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.spec import RopeSpec
 
 
 def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
@@ -21,7 +21,7 @@ def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
     return jnp.asarray(theta, jnp.float32) ** exponents
 
 
-def _llama3(inv_freq: jax.Array, rope: RopeConfig) -> jax.Array:
+def _llama3(inv_freq: jax.Array, rope: RopeSpec) -> jax.Array:
     # Long wavelengths are slowed down by `factor`, short ones kept, the band between interpolated.
     assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position_embeddings
     length = rope.original_max_position_embeddings
@@ -33,7 +33,7 @@ def _llama3(inv_freq: jax.Array, rope: RopeConfig) -> jax.Array:
     return jnp.where((wavelength >= high) & (wavelength <= low), between, scaled)
 
 
-def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tuple[jax.Array, float]:
+def _yarn(rope: RopeSpec, head_dim: int, max_position_embeddings: int) -> tuple[jax.Array, float]:
     assert rope.factor
     length = rope.original_max_position_embeddings or max_position_embeddings
     factor = rope.factor
@@ -64,22 +64,24 @@ def _yarn(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tupl
     return (1.0 / (factor * powers)) * (1 - extrapolation) + (1.0 / powers) * extrapolation, attention_factor
 
 
-def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.Array, float]:
+def rope_frequencies(
+    rope: RopeSpec, head_dim: int, max_position_embeddings: int, length: int | jax.Array
+) -> tuple[jax.Array, float]:
     """Inverse frequencies [h/2] in float32, and the factor on cos and sin.
 
     Args:
-        config: the model's shape.
-        length: tokens seen (largest position + 1), a scalar or [..., 1]; only dynamic NTK depends on it, and then
-            the frequencies are [..., h/2].
+        head_dim: h.
+        max_position_embeddings: number of positions that the model was trained for, before any scaling.
+        length: number of tokens seen (largest position + 1), a scalar or [..., 1]; only dynamic NTK depends on it, and
+            then the frequencies are [..., h/2].
     """
-    rope, head_dim = config.rope, config.head_dim
     if rope.rope_type == "yarn":
-        return _yarn(rope, head_dim, config.max_position_embeddings)
+        return _yarn(rope, head_dim, max_position_embeddings)
     theta: float | jax.Array = rope.rope_theta
     if rope.rope_type == "dynamic":
         assert rope.factor
-        longest = jnp.maximum(jnp.asarray(length, jnp.float32), config.max_position_embeddings)
-        stretch = rope.factor * longest / config.max_position_embeddings - (rope.factor - 1)
+        longest = jnp.maximum(jnp.asarray(length, jnp.float32), max_position_embeddings)
+        stretch = rope.factor * longest / max_position_embeddings - (rope.factor - 1)
         theta = theta * stretch ** (head_dim / (head_dim - 2))
     inv_freq = 1.0 / _powers(theta, head_dim)
     if rope.rope_type == "linear":
@@ -91,14 +93,20 @@ def rope_frequencies(config: LlamaConfig, length: int | jax.Array) -> tuple[jax.
 
 
 def rope_cos_sin(
-    config: LlamaConfig, positions: jax.Array, lengths: jax.Array | None = None
+    rope: RopeSpec,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions: jax.Array,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cos and sin, each [B, T, h/2] float32, for positions [B, T].
 
     Args:
-        lengths: [B] tokens seen in each row; None: the largest position of all rows + 1.
+        head_dim, max_position_embeddings: see `rope_frequencies`.
+        lengths: [B] number of tokens seen in each row; None: the largest position of all rows + 1.
     """
-    inv_freq, factor = rope_frequencies(config, jnp.max(positions) + 1 if lengths is None else lengths[:, None, None])
+    length = jnp.max(positions) + 1 if lengths is None else lengths[:, None, None]
+    inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
@@ -134,7 +142,8 @@ def rotate_by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """The same with the halves swapped by a product with a matrix of 0, 1 and -1, which is exact.
 
-    On a TPU, halves of the 128 lanes cost a pass over memory in float32; the matrix unit swaps them on the way.
+    On a TPU, halves of the 128 lanes cost a pass over memory in float32; the matrix unit swaps them on the way
+    (docs/kernels.md, "Shapes of products").
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)

@@ -1,1 +1,1 @@
-"""What a run will need and how fast it may be, before anyone pays for the devices: the parts of `jaxlm.plan`."""
+"""What a run will need and how fast it may be, before it has devices: the parts of `jaxlm plan`."""

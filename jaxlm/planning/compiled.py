@@ -1,7 +1,8 @@
-"""The very train step, compiled for devices that need not be here, in a process of its own.
+"""The train step of a run, compiled for devices that this machine need not have, in a process of its own.
 
-Its own, because the compiler of another kind of device wants another environment, and may end the process.
-As a program (`python -m jaxlm.planning.compiled`) this is that process: a job as JSON in, what was found as JSON out.
+A process of its own, because the compiler of another kind of device needs another environment, and may end the process.
+This module is also that process (`python -m jaxlm.planning.compiled`): it reads a job as JSON and writes its figures as
+JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxlm.config.files import dump_yaml, load_run_yaml
 from jaxlm.devices.chips import SHARE, Topology, parse_topology
 from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # compilers for other devices are loaded by name
@@ -34,7 +35,7 @@ ENVIRONMENT = {
 _INVOLUNTARY = "nvoluntary full rematerialization"
 _NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED|Ran out of memory")
 
-# A Hopper GPU as XLA describes one to itself (`xla/tools/hlo_opt/gpu_specs`); memory by chip.
+# A Hopper GPU as XLA describes it to itself (`xla/tools/hlo_opt/gpu_specs`); memory by chip.
 _GPU = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -52,17 +53,17 @@ device_description_str: "{kind}"
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of a train step; bytes are of one device.
+    """What the compiler reports about a train step; bytes are per device.
 
     Attributes:
-        arguments: state, frozen base and batch; the new state takes their place.
-        temporaries: the room beside them.
-        peak: most that is in use at once, arguments among it.
-        seconds: that compiling took.
-        options: what the compiler was told (see `parallel.compiler_options`).
-        involuntary: how often the partitioner says that it gathers a whole tensor for want of a better way.
+        arguments: bytes of state, frozen base and batch; the new state takes their place.
+        temporaries: bytes beside them.
+        peak: largest number of bytes in use at once, arguments included.
+        seconds: time that compiling took.
+        options: options that were given to the compiler (see `devices.compiler_options`).
+        involuntary: number of times that the partitioner reports to gather a whole tensor because it has no better way.
         program: products, collectives and cycles of a step.
-        refused: the compiler's words when the step does not fit; the figures above are then 0 and program None.
+        refused: the compiler's message when the step does not fit; the figures above are then 0, and program is None.
     """
 
     arguments: int
@@ -76,46 +77,44 @@ class CompiledStep:
 
     @property
     def memory(self) -> int:
-        """Bytes that the step takes of a device."""
+        """Bytes that the step needs on a device."""
         return max(self.peak, self.arguments)
 
 
 def can_compile(topology: Topology) -> str | None:
-    """What is missing to compile for these devices, in words; None: nothing."""
+    """Says what is missing to compile for these devices; None if nothing is."""
     chip = topology.chip
     if chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed; on x86-64 Linux: pip install 'jax[tpu]' (it needs no TPU)"
     if chip.name == "v4":
-        return (
-            "libtpu describes v4 as two devices a chip, not as a v4 shows itself; v5e, v5p and v6e can be compiled for"
-        )
+        return "libtpu describes a v4 chip as two devices, a real v4 is one; jaxlm can compile for v5e, v5p and v6e"
     if chip.platform == "gpu":
         if chip.name not in ("h100", "h200"):
-            return f"there is no description of {chip.name} for XLA here; h100 and h200 can be compiled for"
+            return f"jaxlm has no description of {chip.name} for XLA; it can compile for h100 and h200"
         if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
             return "JAX's CUDA plug-in is not installed: pip install 'jax[cuda12]' (it needs no GPU)"
     return None
 
 
 def compile_step(
-    config: RunConfig, shape: LlamaConfig, topology: Topology, *, quick: bool = False, text: str | None = None
+    config: RunConfig, shape: DecoderSpec, topology: Topology, *, quick: bool = False, text: str | None = None
 ) -> CompiledStep:
     """Compiles the train step of a run for a topology; takes seconds for small models, minutes for large ones.
 
     Args:
-        config: the run. Only what shapes the step counts; no file that it names is opened.
-        shape: of the model, experts resolved.
-        quick: let a TPU's compiler try less: memory stays nearly the same, cycles do not.
-        text: a file for the compiled program.
+        config: the run. Only keys that shape the step matter; no file that it names is opened.
+        shape: the model, experts resolved.
+        quick: less effort of a TPU's compiler: memory stays nearly the same, cycles do not.
+        text: a file to write the compiled program to.
 
     Raises:
-        UserError: when nothing here can compile for it, settings do not fit the devices, or the compiler fails.
+        UserError: when no compiler is installed for it, settings do not fit the devices, or the compiler fails.
     """
     lack = can_compile(topology)
     if lack is not None:
         raise UserError(f"--compile: {topology}: {lack}")
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
+        out = Path(folder) / "figures.json"
         job = {
             "config": dump_yaml(config),
             "shape": shape.to_dict(),
@@ -132,12 +131,12 @@ def compile_step(
         if not out.is_file():
             last = "\n".join(done.stderr.strip().splitlines()[-8:])
             raise UserError(f"--compile: {topology}: the compiler ended with status {done.returncode}:\n{last}")
-        found = json.loads(out.read_text(encoding="utf-8"))
-    if "user_error" in found:
-        raise UserError(found["user_error"])
-    program = found.pop("program")
+        figures = json.loads(out.read_text(encoding="utf-8"))
+    if "user_error" in figures:
+        raise UserError(figures["user_error"])
+    program = figures.pop("program")
     return CompiledStep(
-        **found,
+        **figures,
         involuntary=done.stderr.count(_INVOLUNTARY),
         program=None if program is None else Program.from_dict(program),
     )
@@ -163,10 +162,10 @@ def topology_devices(topology: Topology) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.slice, **bounds).devices)
     config = _GPU.format(bandwidth=chip.bandwidth, memory=chip.memory / SHARE, kind=chip.device_kind)
     hosts, gpus = topology.shape
-    found = topologies.get_topology_desc(
+    description = topologies.get_topology_desc(
         platform="cuda", topology_name=chip.name, target_config=config, topology=f"1x{hosts}x{gpus}"
     )
-    return list(found.devices)
+    return list(description.devices)
 
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +175,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     from jaxlm.training.setup import set_up
 
     config = load_run_yaml(job["config"], "the job")
-    shape = LlamaConfig.from_dict(job["shape"])
+    shape = DecoderSpec.from_dict(job["shape"])
     topology = parse_topology(job["topology"])
     try:
         devices = topology_devices(topology)
@@ -222,19 +221,19 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _room(message: str) -> str:
-    """The first lines of a refusal: how much was asked for, and how much there is."""
+    """The first lines of a refusal, which have the bytes asked for and the bytes of the device."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:2])[:500]
 
 
 def main() -> int:
-    """Reads a job from stdin, writes what was found to the file that it names."""
+    """Reads a job from stdin, and writes its figures to the file that it names."""
     job = json.load(sys.stdin)
     try:
-        found = _compile(job)
+        figures = _compile(job)
     except UserError as error:
-        found = {"user_error": str(error)}
-    Path(job["out"]).write_text(json.dumps(found), encoding="utf-8")
+        figures = {"user_error": str(error)}
+    Path(job["out"]).write_text(json.dumps(figures), encoding="utf-8")
     return 0
 
 

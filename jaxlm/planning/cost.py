@@ -1,4 +1,4 @@
-"""FLOPs, bytes over links and through memory of a train step, and the time that these bound: a roofline."""
+"""FLOPs of a train step, its bytes over links and through memory, and the time that these bound: a roofline."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxlm.devices.chips import Chip
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.planning.memory import Memory
+from jaxlm.sharding import DATA, EXPERT, SEQUENCE, TENSOR
 from jaxlm.training.report import flops_per_token
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
@@ -24,16 +25,16 @@ FORMULA = (
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of a step, on one device unless said.
+    """The cost of a step.
 
     Attributes:
-        tokens: of a step, over all devices.
-        model_flops: of a step, over all devices: 6 N a token (4 N where the base is frozen) and causal attention,
-            halved; as in `training.report.flops_per_token`.
-        hardware_flops: that a device really computes: what is recomputed counts too.
-        link_bytes: that a device gets from others of its slice.
-        memory_bytes: that go through its memory.
-        network_bytes: that it gets from other slices.
+        tokens: number of tokens, over all devices.
+        model_flops: FLOPs over all devices: 6 N a token (4 N where the base is frozen) and causal attention, halved; as
+            in `training.report.flops_per_token`.
+        hardware_flops: FLOPs that one device computes, recomputation included.
+        link_bytes: bytes that one device receives from others of its slice.
+        memory_bytes: bytes that go through the memory of one device.
+        network_bytes: bytes that one device receives from other slices.
     """
 
     tokens: int
@@ -49,8 +50,8 @@ class Time:
     """Seconds of a step by what bounds it.
 
     Attributes:
-        compute, links, memory, network: each alone.
-        mfu: (at most, at least): when all overlap, when nothing does.
+        compute, links, memory, network: seconds of each alone.
+        mfu: (upper bound, lower bound): when all overlap, when nothing does.
         tokens_per_second: likewise, over all devices.
     """
 
@@ -71,7 +72,13 @@ class Time:
 
 
 def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, slices: int = 1) -> Cost:
-    """Of the train step of a run; arguments as of `memory.estimate_memory`, what that gave, and in how many slices."""
+    """Estimates the cost of a run's train step.
+
+    Args:
+        setup, initializer: of the run, as for `memory.estimate_memory`.
+        memory: what that estimated.
+        slices: number of TPU slices that the devices are in.
+    """
     config, c, mesh = setup.config, setup.model.config, setup.mesh
     length, rows = config.data.sequence_length, setup.micro_batch
     tokens = config.train.global_batch_size * length
@@ -83,16 +90,16 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     per_layer = count(initializer.params["layers"]) / c.num_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
-    attention = 2 * c.num_heads * c.head_dim * length
+    attention = 2 * c.attention.num_heads * c.attention.head_dim * length
     scores_again = 0.5 * attention * c.num_layers
     again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
 
-    micro_tokens = rows * length // mesh.shape["sequence"]
+    micro_tokens = rows * length // mesh.shape[SEQUENCE]
     itemsize = jnp.dtype(setup.model.dtype).itemsize
-    tensor, fsdp = mesh.shape["tensor"], shard_axes_size(mesh)
-    replicas = mesh.shape["data"] // slices
-    weights = count(initializer.params) / tensor / mesh.shape["expert"]
+    tensor, fsdp = mesh.shape[TENSOR], shard_axes_size(mesh)
+    replicas = mesh.shape[DATA] // slices
+    weights = count(initializer.params) / tensor / mesh.shape[EXPERT]
     trained_shard = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     passes = 2 * setup.accumulation  # forward, backward
     links = passes * itemsize * weights * (1 - 1 / fsdp)
@@ -104,17 +111,17 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
         # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
         sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
         links += setup.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
-    sequence = mesh.shape["sequence"]
+    sequence = mesh.shape[SEQUENCE]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
-        width = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim / tensor
+        width = (2 * c.attention.num_heads + 2 * c.attention.num_kv_heads) * c.attention.head_dim / tensor
         times = setup.accumulation * c.num_layers * (2 + recomputed[1])
         links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights
     # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
-    layer_io = (11 * c.hidden_size + 3 * c.intermediate_size / tensor) * itemsize
+    layer_io = (11 * c.hidden_size + 3 * c.feed_forward.size / tensor) * itemsize
     through += setup.accumulation * (
         micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
     )
@@ -124,11 +131,11 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
 def _recomputed(setup: TrainSetup) -> tuple[float, float]:
     """The shares of a layer's products, and of its attention, that the backward pass computes again."""
     c = setup.model.config
-    d, h = c.hidden_size, c.head_dim
-    qkv, out = d * h * (c.num_heads + 2 * c.num_kv_heads), d * h * c.num_heads
-    mlp = d * c.intermediate_size
+    d, h = c.hidden_size, c.attention.head_dim
+    qkv, out = d * h * (c.attention.num_heads + 2 * c.attention.num_kv_heads), d * h * c.attention.num_heads
+    mlp = d * c.feed_forward.size
     everything = qkv + out + 3 * mlp
-    # Nothing reads the outcome of the last product, so no compiler forms it again.
+    # The backward pass does not read the result of the last product, so no compiler forms it again.
     return {
         "full": (1 - mlp / everything, 1.0),
         "qkv": ((out + 2 * mlp) / everything, 1.0),

@@ -1,8 +1,8 @@
-"""Bytes of one device, by kind, without a compiler: what lies there all the time, and what the step needs beside it.
+"""Memory of one device, by kind, without a compiler: what is always there, and what a step needs besides.
 
-What lies there follows exactly from shapes and shardings. What the forward pass keeps for the backward pass is asked of
-JAX itself (`jax.vjp` of the loss under `jax.eval_shape`), so any model, adapter or remat policy is right by itself.
-What else is alive at the worst moment follows by rules, one a phase; see `Memory`.
+Parameters and optimizer state follow exactly from shapes and shardings. The size of what the forward pass keeps for the
+backward pass comes from JAX itself (`jax.vjp` of the loss under `jax.eval_shape`), so that any model, adapter or remat
+policy is covered. The rest of the peak follows from rules, one for each phase; see `Memory`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import LoraSpec, resolve_lora
-from jaxlm.sharding import SHARD_AXES
+from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
-# Rules fitted to what libtpu 0.0.42 says of 21 small steps and LLaMA-2-7B's (tests/planning/test_memory.py has some):
-# of all that a layer would keep without recomputing, so much is alive at once while it is differentiated;
+# Rules fitted to what libtpu 0.0.42 reports for 21 small steps and LLaMA-2-7B's (see tests/planning/test_memory.py):
+# share of what a layer would keep without recomputation that is alive at once while the layer is differentiated;
 LAYER_SHARE = 0.5
-# so many layers' weights are gathered at once, and where they train so many more are a gradient on its way back;
+# number of layers whose weights are gathered at once, and, where they train, whose gradient is on its way back;
 GATHERED_LAYERS, GATHERED_GRADIENTS = 2, 1
-# hidden states [B, T, D] alive beside a chunk's logits: the last layer's, their norm, gradients.
+# number of hidden states [B, T, D] alive beside a chunk's logits: the last layer's, their norm, gradients.
 LOSS_STATES = 7
 
 
@@ -40,11 +40,11 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        parameters: all of the model, trained or not, and adapters.
-        optimizer: its state.
-        gradients: of what trains; float32 sums of micro-steps beside one micro-step's.
+        parameters: of the whole model, trained or not, and its adapters.
+        optimizer: the optimizer's state.
+        gradients: of what trains; the float32 sums over micro-steps beside one micro-step's.
         activations: kept from the forward pass for the backward pass.
-        layer: of one layer while it is computed again and differentiated.
+        layer: what one layer needs while it is recomputed and differentiated.
         loss: the output matrix as gathered, its gradient, logits of a chunk, hidden states.
         gathered: weights of other devices while layers use them, and a layer's gradient before it is sent back.
         embedding: the table's gradient before it is sent back, and on its way.
@@ -61,11 +61,11 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """What lies there all the time."""
+        """Bytes that are in use all the time."""
         return self.parameters + self.optimizer
 
     def phases(self) -> dict[str, dict[str, int]]:
-        """What is alive at once at each of the moments that can be the worst, by kind."""
+        """Bytes in use at once, by kind, in each phase that can be the peak."""
         kinds = {
             "loss": ("activations", "loss"),
             "backward": ("gradients", "activations", "layer", "gathered"),
@@ -78,7 +78,7 @@ class Memory:
 
     @property
     def worst(self) -> str:
-        """The phase with most."""
+        """The phase with the largest sum."""
         phases = self.phases()
         return max(phases, key=lambda phase: sum(phases[phase].values()))
 
@@ -89,15 +89,15 @@ class Memory:
 
 
 def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
-    """Of the train step of a run.
+    """Estimates the memory of a run's train step.
 
     Args:
         setup: of the run; made for a topology, it needs no devices.
         initializer: of the run.
     """
     model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
-    length, lora = setup.config.data.sequence_length // mesh.shape["sequence"], initializer.lora
-    shape = local_shape(model.config, mesh.shape["tensor"])
+    length, lora = setup.config.data.sequence_length // mesh.shape[SEQUENCE], initializer.lora
+    shape = local_shape(model.config, mesh.shape[TENSOR])
     frozen = 0 if lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     # A micro-step's gradients have the parameters' dtype, their sum over micro-steps is float32.
@@ -111,7 +111,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
-    layer_weights = itemsize * count(initializer.params["layers"]) // shape.num_layers // mesh.shape["tensor"]
+    layer_weights = itemsize * count(initializer.params["layers"]) // shape.num_layers // mesh.shape[TENSOR]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(
@@ -127,13 +127,13 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
 
 
 def _parts_by_stage(mesh: Any) -> list[int]:
-    """Into how many parts a sum is cut after each mesh axis of `SHARD_AXES` (see `kernels.scatter`)."""
+    """Number of parts that a sum is cut into after each mesh axis of `SHARD_AXES` (see `kernels.scatter`)."""
     sizes = [mesh.shape[axis] for axis in SHARD_AXES if mesh.shape[axis] > 1]
     return [math.prod(sizes[: at + 1]) for at in range(len(sizes))]
 
 
 def resident_bytes(initializer: Initializer) -> int:
-    """What lies on a device all the time: parameters and the optimizer's state."""
+    """Bytes of a device that are in use all the time: parameters and the optimizer's state."""
     frozen = 0 if initializer.lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     return frozen + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
@@ -144,33 +144,31 @@ def _shard_count(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def local_shape(shape: LlamaConfig, tensor: int) -> LlamaConfig:
+def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
     """The model that one device of a tensor axis computes: its heads, neurons and rows of the vocabulary."""
     if tensor == 1:
         return shape
-    moe = shape.moe
+    moe = shape.experts
     if moe is not None:
-        share = max(1, moe.experts // tensor)
-        moe = dataclasses.replace(moe, experts=share, top_k=tuple(min(k, share) for k in moe.top_k), shared=0)
-    return dataclasses.replace(
-        shape,
-        num_heads=max(1, shape.num_heads // tensor),
-        num_kv_heads=max(1, shape.num_kv_heads // tensor),
-        intermediate_size=shape.intermediate_size // tensor,
-        vocab_size=-(-shape.vocab_size // tensor),
-        moe=moe,
+        share = max(1, moe.num_experts // tensor)
+        moe = dataclasses.replace(moe, num_experts=share, top_k=tuple(min(k, share) for k in moe.top_k), shared=0)
+    attention = shape.attention
+    local = shape.with_attention(
+        num_heads=max(1, attention.num_heads // tensor), num_kv_heads=max(1, attention.num_kv_heads // tensor)
     )
+    local = local.with_feed_forward(size=shape.feed_forward.size // tensor, experts=moe)
+    return dataclasses.replace(local, vocab_size=-(-shape.vocab_size // tensor))
 
 
-def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
-    """Bytes a row that the layers' forward passes keep for their backward passes.
+def kept_bytes(shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
+    """Bytes per row that the layers' forward passes keep for their backward passes.
 
-    Found by asking JAX for the arrays that `jax.vjp` of the loss keeps: those stacked over layers, of two sizes of
-    batch; what does not grow with it are weights.
+    They are the arrays that `jax.vjp` of the loss keeps and that are stacked over layers, for two batch sizes; what
+    does not grow with the batch are weights.
 
     Args:
-        shape: of the model on one device.
-        model: where dtypes, attention and experts' computation stand.
+        shape: the model on one device.
+        model: the model that names dtypes, attention and the experts' computation.
     """
     adapters = tuple(resolve_lora(shape, lora).items()) if lora else ()
     settings = model.dtype, model.param_dtype, model.attention, remat, model.experts, model.router_noise
@@ -179,9 +177,9 @@ def kept_bytes(shape: LlamaConfig, lora: LoraConfig | None, model: Decoder, leng
 
 @cache
 def _kept_bytes(
-    shape: LlamaConfig, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], length: int
+    shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], length: int
 ) -> int:
-    # Two batches whose number of rows is not the number of layers, by which stacked arrays are known.
+    # Two batches whose number of rows is not the number of layers, which marks stacked arrays.
     few, many = [rows for rows in (1, 2, 3, 4) if rows != shape.num_layers][:2]
     local = Decoder(shape, dict(adapters), *settings)
 
@@ -195,7 +193,7 @@ def _kept_bytes(
 
 
 @cache
-def _variables(shape: LlamaConfig, adapters: tuple[tuple[str, LoraSpec], ...], dtypes: tuple[Any, Any]) -> Any:
+def _variables(shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], dtypes: tuple[Any, Any]) -> Any:
     return nn.unbox(abstract_variables(Decoder(shape, dict(adapters), *dtypes)))
 
 

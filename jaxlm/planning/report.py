@@ -1,4 +1,4 @@
-"""All that a plan says, in one object."""
+"""The plan of a run as one object."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from jaxlm.config import RunConfig
 from jaxlm.devices.chips import Topology
 from jaxlm.devices.mesh import axis_sizes
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.planning.compiled import CompiledStep, compile_step
 from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.planning.suggest import Suggestion, suggest
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import set_up
 from jaxlm.training.state import count
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts; bytes and FLOPs as their classes say.
+    """What is known about a run before it starts; the classes of the fields give the units.
 
     Attributes:
-        devices: how many, along which axes of the mesh.
-        parameters, trained: how many there are.
-        micro_batch, accumulation: rows of a device group at a time, and how often.
-        attention: which runs, and why.
+        devices: number of devices along each axis of the mesh.
+        parameters, trained: number of parameters of the model, and of those that train.
+        micro_batch, accumulation: rows of a device group at a time, and the number of micro-steps.
+        attention: the attention backend, and why.
         fits: by the compiler if asked, else by the estimate; None: the devices' memory is not known.
     """
 
@@ -62,7 +62,7 @@ class Plan:
 def plan(
     config: RunConfig,
     topology: Topology,
-    shape: LlamaConfig,
+    shape: DecoderSpec,
     *,
     compile: bool = False,
     console: Console | None = None,

@@ -1,4 +1,4 @@
-"""A plan on the terminal: what is reckoned, bars of what lies in memory, and what else could be tried."""
+"""A plan on the terminal: its figures, bars of what takes memory, and other settings to try."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MEANING = {
 
 
 def show(plan: Plan, config: RunConfig, console: Console) -> None:
-    """Everything but what --json has beyond it."""
+    """Prints the plan; --json has more figures."""
     chip, cost, time = plan.topology.chip, plan.cost, plan.time
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.devices.items() if size > 1) or "one device"
     rows, length = config.train.global_batch_size, config.data.sequence_length
@@ -94,7 +94,7 @@ def _memory(plan: Plan, console: Console) -> None:
     )
     known = plan.fits is not None
     whole = plan.topology.chip.memory if known else plan.memory.peak
-    # One that is over its memory has bars by its own size, not beyond the terminal.
+    # Where the plan exceeds the memory, the bars are relative to the plan, or they would leave the terminal.
     whole = max(whole, plan.memory.peak)
     for name, size in worst.items():
         if size:
@@ -110,30 +110,30 @@ _MOMENT = {
 }
 
 
-def _compiled(plan: Plan, found: CompiledStep, console: Console) -> None:
-    console.print(f"the compiler, after {found.seconds:.0f} s", style="bold", highlight=False)
+def _compiled(plan: Plan, step: CompiledStep, console: Console) -> None:
+    console.print(f"the compiler, after {step.seconds:.0f} s", style="bold", highlight=False)
     pairs = []
-    if found.options:
-        pairs.append(("options", ", ".join(f"{key}={value}" for key, value in found.options.items())))
-    if found.refused is not None:
-        print_pairs(console, [*pairs, ("refuses", found.refused)])
+    if step.options:
+        pairs.append(("options", ", ".join(f"{key}={value}" for key, value in step.options.items())))
+    if step.refused is not None:
+        print_pairs(console, [*pairs, ("refuses", step.refused)])
         return
-    program = found.program
+    program = step.program
     assert program is not None
-    if plan.fits is None:  # XLA for CPUs does not tell its peak
+    if plan.fits is None:  # XLA for CPUs does not report its peak
         pairs.append(
-            ("memory", f"arguments {human_bytes(found.arguments)}, beside them {human_bytes(found.temporaries)}")
+            ("memory", f"arguments {human_bytes(step.arguments)}, beside them {human_bytes(step.temporaries)}")
         )
     else:
         pairs.append(
             (
                 "memory",
-                f"{human_bytes(found.memory)} at its peak ({plan.memory.peak / found.memory - 1:+.0%} estimated)",
+                f"{human_bytes(step.memory)} at its peak ({plan.memory.peak / step.memory - 1:+.0%} estimated)",
             )
         )
-    for one in program.collectives:
-        how = "overlaps" if one.overlaps else "waited for"
-        pairs.append((one.kind, f"{one.bytes / 1e9:.3g} GB in {one.count}, {how}"))
+    for collective in program.collectives:
+        how = "overlaps" if collective.overlaps else "waited for"
+        pairs.append((collective.kind, f"{collective.bytes / 1e9:.3g} GB in {collective.count}, {how}"))
     if program.kernels:
         pairs.append(("kernels", ", ".join(f"{count} x {name}" for name, count in program.kernels.items())))
     chip = plan.topology.chip
@@ -142,9 +142,9 @@ def _compiled(plan: Plan, found: CompiledStep, console: Console) -> None:
         text = f"{program.cycles / 1e9:.3g} Gcycles = {seconds:.3g} s, without kernels and what is waited for"
         waited = program.collective_bytes(False) / chip.link
         pairs.append(("cycles", f"{text}; waiting at full speed of the links {waited:.3g} s"))
-    if found.involuntary:
+    if step.involuntary:
         pairs.append(
-            ("beware", f"{found.involuntary} times the partitioner gathers whole tensors for want of a better way")
+            ("warning", f"{step.involuntary} times the partitioner gathers whole tensors because it has no better way")
         )
     print_pairs(console, pairs)
 
@@ -154,8 +154,8 @@ def _verdict(plan: Plan, console: Console) -> None:
         console.print("whether it fits depends on this machine's memory, which a plan does not know", highlight=False)
         return
     room = plan.topology.chip.memory
-    told = plan.compiled is not None and plan.compiled.refused is None
-    needed = plan.compiled.memory if plan.compiled is not None and told else plan.memory.peak
+    compiled = plan.compiled is not None and plan.compiled.refused is None
+    needed = plan.compiled.memory if plan.compiled is not None and compiled else plan.memory.peak
     if plan.fits and plan.compiled is None and plan.memory.peak > MARGIN * room:
         console.print("fits narrowly; the estimate misses by up to a tenth: ask --compile", style="yellow")
     elif plan.fits:
@@ -163,13 +163,16 @@ def _verdict(plan: Plan, console: Console) -> None:
     else:
         over = "" if needed <= room else f", by {human_bytes(needed - room)} a device"
         console.print(f"does not fit{over}", style="bold red", highlight=False)
-    for number, one in enumerate(plan.suggestions):
+    for number, suggestion in enumerate(plan.suggestions):
         head = ("faster" if plan.fits else "try") if number == 0 else "or"
-        speed = "" if one.time is None else f", {one.time.shortest:.3g} to {one.time.longest:.3g} s a step"
-        console.print(f"{head:7}{one}  ({human_bytes(one.bytes)}{speed})", highlight=False, soft_wrap=True)
+        time, speed = suggestion.time, ""
+        if time is not None:
+            speed = f", {time.shortest:.3g} to {time.longest:.3g} s a step"
+        size = human_bytes(suggestion.bytes)
+        console.print(f"{head:7}{suggestion}  ({size}{speed})", highlight=False, soft_wrap=True)
     if not plan.fits and not plan.suggestions:
         console.print(
-            "no remat, micro batch or mesh here makes it fit: more devices, model.param_dtype: bfloat16 with lora, a "
+            "no remat, micro-batch or mesh makes it fit: try more devices, model.param_dtype: bfloat16 with lora, a "
             "smaller sequence_length, or optimizer.name: adafactor",
             highlight=False,
         )

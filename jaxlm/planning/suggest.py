@@ -8,12 +8,12 @@ from jaxlm.config import MeshConfig, RunConfig, flatten, to_dict
 from jaxlm.devices.chips import Topology
 from jaxlm.devices.mesh import rows_axis_size
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.planning.cost import Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import estimate_memory, resident_bytes
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import TrainSetup, batch_split, set_up
 
-# What is recomputed, from least to most.
+# Policies from the least to the most recomputation.
 REMAT = ("none", "dots", "qkv_out", "qkv", "full")
 # The estimate misses by up to a tenth.
 MARGIN = 0.9
@@ -24,9 +24,9 @@ class Suggestion:
     """Settings for the command line.
 
     Attributes:
-        changes: key -> value, of those that differ.
-        bytes: of a device, estimated.
-        time: of a step; None where the chip's peak is not known.
+        changes: key -> value, of the keys that differ.
+        bytes: estimated memory of a device.
+        time: estimated time of a step; None where the chip's peak is not known.
     """
 
     changes: dict[str, str]
@@ -38,21 +38,21 @@ class Suggestion:
 
 
 def suggest(
-    config: RunConfig, shape: LlamaConfig, topology: Topology, now: Time | None, fits: bool, most: int = 3
+    config: RunConfig, shape: DecoderSpec, topology: Topology, now: Time | None, fits: bool, most: int = 3
 ) -> list[Suggestion]:
     """Settings near these that leave a tenth of the memory free.
 
-    Changed are model.remat, train.micro_batch_size (the rows of a step stay), and the mesh's data, fsdp and tensor.
+    It changes model.remat, train.micro_batch_size (the rows of a step stay), and the mesh's data, fsdp and tensor.
 
     Args:
-        now: of the settings as they are.
-        fits: whether they fit. If so, only faster ones are found, the fastest first; if not, those with fewest changes
-            first, and of these the fastest.
+        now: time of a step with the present settings.
+        fits: whether the present settings fit. If so, only faster settings are returned, the fastest first; if not,
+            those with fewest changes first, and of these the fastest.
     """
-    found: list[Suggestion] = []
+    suggestions: list[Suggestion] = []
     room = MARGIN * topology.chip.memory
     for mesh in _meshes(config, shape, topology) if not fits else [config.mesh]:
-        if found:
+        if suggestions:
             break  # another mesh is a greater change, and each takes seconds to look at
         try:
             setup = set_up(dataclasses.replace(config, mesh=mesh), shape, topology)
@@ -73,22 +73,22 @@ def suggest(
                 changes = _changes(config, changed.config)
                 faster = time is not None and now is not None and time.longest < 0.98 * now.longest
                 if changes and memory.peak <= room and (faster or not fits):
-                    found.append(Suggestion(changes, memory.peak, time))
+                    suggestions.append(Suggestion(changes, memory.peak, time))
 
     def rank(suggestion: Suggestion) -> tuple[float, float]:
         # On a device of unknown speed, the one that recomputes least comes first.
         cost = suggestion.time.longest if suggestion.time else suggestion.bytes
         return (0 if fits else len(suggestion.changes)), cost
 
-    found.sort(key=rank)
-    return found[:most]
+    suggestions.sort(key=rank)
+    return suggestions[:most]
 
 
-def _meshes(config: RunConfig, shape: LlamaConfig, topology: Topology) -> list[MeshConfig]:
+def _meshes(config: RunConfig, shape: DecoderSpec, topology: Topology) -> list[MeshConfig]:
     whole = dataclasses.replace(config.mesh, data=topology.slices, fsdp=-1)
     meshes = [config.mesh, whole]
     for tensor in (2, 4, 8):
-        if topology.count % tensor == 0 and shape.moe is None and tensor != config.mesh.tensor:
+        if topology.count % tensor == 0 and shape.experts is None and tensor != config.mesh.tensor:
             meshes.append(dataclasses.replace(whole, tensor=tensor))
     return meshes
 
@@ -98,7 +98,7 @@ def _rows(now: int) -> list[int]:
 
 
 def _changed(setup: TrainSetup, remat: str, rows: int) -> TrainSetup | None:
-    """Other settings on the same mesh; None where they come to something else than they say."""
+    """Other settings on the same mesh; None where the micro-batch that results is not the one asked for."""
     config = dataclasses.replace(
         setup.config,
         model=dataclasses.replace(setup.config.model, remat=remat),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Settings that are allowed and yet hardly ever meant: what is said about them at the start and the end of a run."""
+"""Warnings about settings that are allowed and hardly ever meant, for the start and the end of a run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import OptimizerConfig
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import ATTENTION_LINEARS, LoraSpec
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import Schedule, warmup_steps
 
-FAR = 0.5  # of the peak: a run that never comes so far has not trained as it was asked to
+FAR = 0.5  # share of the peak; a run whose rate stays below it has not trained as its settings say
 
 
 def schedule_warnings(config: OptimizerConfig, schedule: Schedule, total: int) -> list[str]:
-    """Of a warm-up that takes most of the run.
+    """Warns of a warm-up that takes most of the run.
 
     Args:
-        schedule: of the run's learning rate.
-        total: steps of the run.
+        schedule: the run's learning rate by step.
+        total: number of steps of the run.
     """
     warmup = warmup_steps(config, total)
     if warmup <= 1 or 2 * warmup <= total:
@@ -39,40 +39,42 @@ def highest_rate(schedule: Schedule, total: int) -> float:
     return float(np.max(np.asarray(schedule(jnp.arange(max(1, total))))))
 
 
-def rank_warnings(model: LlamaConfig, adapters: Mapping[str, LoraSpec]) -> list[str]:
-    """Of adapters with more rank than the matrix they adapt can have."""
-    found = []
+def rank_warnings(model: DecoderSpec, adapters: Mapping[str, LoraSpec]) -> list[str]:
+    """Warns of adapters with more rank than the matrix that they adapt can have."""
+    warnings = []
     for target, spec in adapters.items():
-        heads = model.num_kv_heads if target in ("k_proj", "v_proj") else model.num_heads
-        inner = heads * model.head_dim if target in ATTENTION_LINEARS else model.intermediate_size // spec.blocks
-        rank, limit = spec.rank // spec.blocks, min(model.hidden_size, inner)
+        heads = model.attention.num_kv_heads if target in ("k_proj", "v_proj") else model.attention.num_heads
+        inner = (
+            heads * model.attention.head_dim if target in ATTENTION_LINEARS else model.feed_forward.size // spec.experts
+        )
+        rank, limit = spec.rank // spec.experts, min(model.hidden_size, inner)
         if rank > limit:
-            found.append(
+            warnings.append(
                 f"lora.rank: {rank} of {target} exceeds the smaller side of a matrix of {model.hidden_size} x {inner}: "
                 f"above {limit} it adds parameters and no freedom"
             )
-    return found
+    return warnings
 
 
 def final_warnings(config: OptimizerConfig, schedule: Schedule, total: int, all_gradients_zero: bool) -> list[str]:
-    """What to know of a run that is done.
+    """Warns, after the last step, of a run that cannot have trained.
 
     Args:
-        all_gradients_zero: no step had a gradient other than 0.
+        all_gradients_zero: whether every gradient was 0.
     """
-    found = []
+    warnings = []
     highest = highest_rate(schedule, total)
     if highest < FAR * config.learning_rate:
-        found.append(
+        warnings.append(
             f"the learning rate never came above {highest:.3g}, {highest / config.learning_rate:.0%} of "
             f"optimizer.learning_rate {config.learning_rate:g}: the run of {total} steps ended in "
             "its warm-up, and the model has hardly changed"
         )
     if all_gradients_zero:
-        found.append(
-            "all gradients were 0: nothing has been learnt. Look at what is trained (lora.alpha, lora.targets, "
-            "moe.router) and whether the records have an answer (--preview 1 shows the learnt tokens)"
+        warnings.append(
+            "all gradients were 0: nothing has been trained. Look at what is trained (lora.alpha, lora.targets, "
+            "moe.router) and whether the records have an answer (--preview 1 marks the target tokens)"
         )
     if config.learning_rate == 0:
-        found.append("optimizer.learning_rate is 0: nothing has been learnt")
-    return found
+        warnings.append("optimizer.learning_rate is 0: nothing has been trained")
+    return warnings

@@ -46,7 +46,7 @@ def announce(
 def _facts(
     job: Job, setup: TrainSetup, initializer: Initializer, start: Start, compiled: CompiledSteps, total: int
 ) -> list[tuple[str, str]]:
-    config, moe = job.config, job.model.moe
+    config, moe = job.config, job.model.experts
     parameters, trained = count(initializer.params), count(initializer.trainable)
     weights = config.model.path or f"fresh {config.model.shape}"
     how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
@@ -66,7 +66,7 @@ def _facts(
         facts.append(("", setup.attention_details()))
     if moe is not None and setup.experts is not None:
         uses = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
-        facts.append(("experts", f"{moe.experts}, router {moe.router}, a token uses: {uses}"))
+        facts.append(("experts", f"{moe.num_experts}, router {moe.router}, a token uses: {uses}"))
         facts.append(("", f"{setup.experts[0]}: {setup.experts[1]}"))
     rows, length = config.train.global_batch_size, config.data.sequence_length
     micro = "" if setup.accumulation == 1 else f", in {setup.accumulation} micro-steps"

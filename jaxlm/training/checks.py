@@ -1,4 +1,4 @@
-"""What is wrong with a run and can be said before anything is read: from its configuration, and from what is where."""
+"""Checks of a run that need its configuration and a look at the file system, and read no data and no model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxlm.data.sources import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home, missing
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from jaxlm.nn.lora import check_names
 
-# key -> the module that it needs, and the extra that brings it.
+# key -> the module that it needs, and the extra that installs it.
 OPTIONAL = {"tensorboard": ("tensorboardX", "jaxlm[tensorboard]"), "wandb": ("wandb", "jaxlm[wandb]")}
 VALIDATION = (
     "it must be a number of records (e.g. 2000), a share of them between 0 and 1 (e.g. 0.1), or a list of sources"
@@ -23,7 +23,7 @@ VALIDATION = (
 
 
 def check_config(config: RunConfig) -> None:
-    """Checks what the settings say by themselves.
+    """Checks the settings by themselves.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -45,7 +45,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def check_stage(config: RunConfig, stage: str) -> None:
-    """Checks that what a stage that runs alone starts from, the stage before it, has been run.
+    """Checks that the stage before one that runs alone, from which it starts, has been run.
 
     Raises:
         UserError: it has not.
@@ -60,12 +60,12 @@ def check_stage(config: RunConfig, stage: str) -> None:
 
 
 def check_files(configs: Sequence[RunConfig], first_host: bool) -> None:
-    """Checks that the files of all stages are there, also of those that come later, and on process 0 what reports need.
+    """Checks that the files of all stages exist, also of later ones, and on process 0 the packages that reports need.
 
     Raises:
         UserError: the first thing that is missing.
     """
-    made: set[Path] = set()  # by the stages before
+    made: set[Path] = set()  # output directories of the stages before
     for config in configs:
         for key, (module, extra) in OPTIONAL.items() if first_host else ():
             if getattr(config.train, key) and importlib.util.find_spec(module) is None:
@@ -91,7 +91,7 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
     validation = () if isinstance(config.data.validation, (int, float)) else config.data.validation
     for source in validation:
         if re.fullmatch(r"[\w%,+-]*", source.path) and not Path(source.path).exists():
-            raise UserError(f"data.validation: {source.path!r} is no file or folder here; {VALIDATION}")
+            raise UserError(f"data.validation: {source.path!r} is not a file or folder; {VALIDATION}")
     for source in (*config.data.train, *validation):
         check_source(source)
         _check_template(source)
@@ -102,5 +102,5 @@ def _check_template(source: SourceConfig) -> None:
     known = at_home(name).is_file() if name.endswith(".json") else name in ("auto", *template_names())
     if not known:
         raise UserError(
-            f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give an own file NAME.json"
+            f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give a file NAME.json"
         )

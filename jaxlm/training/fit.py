@@ -1,4 +1,4 @@
-"""Whether a run fits what is here: its devices, its compiler, what it goes on from, the disk. Before data are read."""
+"""Checks, before data are read, that a run fits its devices, compiler, earlier checkpoints and disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxlm.config import RunConfig
 from jaxlm.devices.mesh import check_mesh
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.report import human_bytes
 from jaxlm.training.resume import check_settings
 from jaxlm.training.setup import compile_with, set_up
@@ -25,7 +25,7 @@ from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, RUN_YAML, SMA
 
 
 def check_without_model(configs: Sequence[RunConfig]) -> None:
-    """What no model is needed for: meshes and the compiler's options against the devices, settings against checkpoints.
+    """Checks meshes and compiler options against the devices, and settings against checkpoints; needs no model.
 
     Args:
         configs: all stages.
@@ -36,7 +36,7 @@ def check_without_model(configs: Sequence[RunConfig]) -> None:
     for config in configs:
         check_mesh(config.mesh)
         if config.train.compiler_options:
-            # A program of one addition: the compiler looks at its options first.
+            # A program of one addition: the compiler reads its options first.
             lowered = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), jnp.float32))
             compile_with(lowered, config.train.compiler_options)
         out = Path(config.output_dir)
@@ -57,15 +57,15 @@ def check_without_model(configs: Sequence[RunConfig]) -> None:
             check_settings(files, config, folder)
 
 
-def check_with_model(config: RunConfig, model: LlamaConfig, hosts: Hosts, say: Any) -> None:
-    """What the shape of the model decides: mesh, batch, attention, adapters, and whether the disk has room.
+def check_with_model(config: RunConfig, model: DecoderSpec, hosts: Hosts, say: Any) -> None:
+    """Checks what depends on the shape of the model: mesh, batch, attention, adapters and room on the disk.
 
     Args:
         model: the shape, experts resolved.
-        say: told, on process 0, when the disk will fill up later.
+        say: called with a warning, on process 0, when the disk will fill up later.
 
     Raises:
-        UserError: for what does not fit.
+        UserError: the first thing that does not fit.
     """
     setup = set_up(config, model)
     initializer = setup.initializer(setup.schedule(1))
@@ -79,26 +79,28 @@ def check_with_model(config: RunConfig, model: LlamaConfig, hosts: Hosts, say: A
 
 
 def check_space(output_dir: Path, state: TrainState, keep: int, say: Any) -> None:
-    """Reckons the checkpoints of a run against the free space of its disk.
+    """Compares the size of a run's checkpoints with the free space of its disk.
 
     Args:
         state: shapes and dtypes of what a checkpoint holds.
-        keep: newest checkpoints that stay; the best one stays besides, and a new one is whole before an old one goes.
+        keep: number of newest checkpoints that stay. The best stays too, and a new one is complete before an old one is
+            deleted.
 
     Raises:
-        UserError: when not even one fits. Less room than for all is only said: what is small when it is packed may fit.
+        UserError: when a single checkpoint does not fit. Room for fewer than all is a warning: they may be smaller when
+            compressed.
     """
-    one = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(output_dir).free
-    there = sum(path.stat().st_size for path in (output_dir / CHECKPOINTS).rglob("*") if path.is_file())
-    wanted = (keep + 2) * one - there
-    if free < one:
+    used = sum(path.stat().st_size for path in (output_dir / CHECKPOINTS).rglob("*") if path.is_file())
+    needed = (keep + 2) * size - used
+    if free < size:
         raise UserError(
-            f"output_dir: {output_dir}: a checkpoint of this run takes {human_bytes(one)}, and the disk has "
+            f"output_dir: {output_dir}: a checkpoint of this run takes {human_bytes(size)}, and the disk has "
             f"{human_bytes(free)} free; free space, or choose another output_dir"
         )
-    if free < wanted:
+    if free < needed:
         say(
-            f"warning: checkpoints take {human_bytes(one)} each, {human_bytes((keep + 2) * one)} for train.keep "
-            f"{keep}, the best one and one being written; {output_dir} has {human_bytes(free)} free, and may fill up"
+            f"warning: checkpoints take {human_bytes(size)} each, {human_bytes((keep + 2) * size)} for train.keep "
+            f"{keep}, the best and the one being written; {output_dir} has {human_bytes(free)} free, and may fill up"
         )

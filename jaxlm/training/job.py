@@ -13,11 +13,10 @@ from jaxlm.config import RunConfig
 from jaxlm.data.loader import Data
 from jaxlm.devices.finite import Namer, leaf_name
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import ObjectiveFactory
-from jaxlm.training.resume import BaseModel
-from jaxlm.training.state import Readable
+from jaxlm.weights.leaves import LeafReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Job:
 
     config: RunConfig
     run_yaml: str
-    model: LlamaConfig
-    source: BaseModel | None
-    adapter: Readable | None
+    model: DecoderSpec
+    source: LeafReader | None
+    adapter: LeafReader | None
     data: Data
     files: Mapping[str, bytes]
     verbose: bool = False

@@ -1,10 +1,10 @@
-"""Emergency checkpoints: what each host needs to go on, on its own disk.
+"""Emergency checkpoints: each host keeps on its own disk what it needs to go on.
 
-Shared storage is slow and dear, so that a pod saves there seldom; a crash that leaves the machines alone (another host
-died, the network, a bug) need not cost all steps since then. Every process writes the shards of its own devices, in the
-background, and the newest two copies are kept: when a process dies while it writes, the others have the one before. A
-restart takes them when every process has the same step, whole, for the same devices; else, e.g. with a new machine or
-another mesh, the checkpoint on shared storage.
+Shared storage is slow and expensive, so that a pod saves there seldom. A crash that leaves the machines intact (another
+host died, the network, a bug) need not cost all steps since the last save. Every process writes the shards of its own
+devices in the background and keeps the newest two copies: when a process dies while it writes, all have the copy
+before. A restart uses the copies when every process has the same step, complete, for the same devices; otherwise, e.g.
+with a new machine or another mesh, it uses the checkpoint on shared storage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAME = "local_checkpoints.txt"
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One shard: the path of its leaf, and where it lies in that."""
+    """One shard: the path of its leaf, and its position in the leaf."""
 
     path: str
     start: tuple[int, ...]
@@ -52,11 +52,11 @@ class LocalCheckpoints:
     """The emergency checkpoints of one process.
 
     Args:
-        directory: on this host's own disk.
-        output_dir: of the run. It gets a name for the run, so that runs that share a disk are told apart, and whoever
-            deletes output_dir to begin anew does begin anew.
+        directory: a folder on this host's own disk.
+        output_dir: the run directory. A name for the run is written into it, so that runs that share a disk do not mix,
+            and a run whose output_dir was deleted begins anew.
         hosts: the processes.
-        abstract: the state's shapes and shardings.
+        abstract: shapes and shardings of the state.
     """
 
     def __init__(self, directory: Path, output_dir: Path, hosts: Hosts, abstract: TrainState) -> None:
@@ -67,7 +67,7 @@ class LocalCheckpoints:
         self._layout = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
         self._writer: threading.Thread | None = None
         self._error: OSError | None = None
-        # output_dir is this run's alone; a copy of it, with the name in it, leads here too.
+        # output_dir belongs to this run alone; a copy of it has the same name of the run, and leads to this folder too.
         lock = Lock(
             self._folder.with_name(f"{self._folder.name}.lock"),
             f"train.local_checkpoints: {self._folder}",
@@ -93,11 +93,11 @@ class LocalCheckpoints:
         )
 
     def _too_small(self) -> str | None:
-        """Why the disk has no room for the first copy; what earlier starts left there counts as room."""
+        """Says why the disk has no room for the first copy; None if it has. Earlier copies count as free."""
         needed = sum(part.size for part in self._parts)
-        there = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
+        used = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(self._folder).free
-        if free + there >= needed:
+        if free + used >= needed:
             return None
         return (
             f"train.local_checkpoints: a copy of this process takes {needed / 1e9:.1f} GB, and the disk of "
@@ -105,8 +105,8 @@ class LocalCheckpoints:
         )
 
     def newest(self, after: int) -> int | None:
-        """The newest step that every process has whole; None if there is none after this one."""
-        mine = [step for step in self._steps() if step > after and self._whole(step)]
+        """The newest complete step of every process; None without one after `after`."""
+        mine = [step for step in self._steps() if step > after and self._is_complete(step)]
         everywhere = [set(json.loads(text)) for text in self._hosts.exchange("local checkpoints", json.dumps(mine))]
         return max(set.intersection(*everywhere), default=None)
 
@@ -117,10 +117,10 @@ class LocalCheckpoints:
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
     def _index(self, step: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path(step) / INDEX).read_text(encoding="utf-8"))
-        return found
+        index: dict[str, Any] = json.loads((self.path(step) / INDEX).read_text(encoding="utf-8"))
+        return index
 
-    def _whole(self, step: int) -> bool:
+    def _is_complete(self, step: int) -> bool:
         try:
             index = self._index(step)
             if index["layout"] != self._layout:
@@ -129,16 +129,16 @@ class LocalCheckpoints:
             with (self.path(step) / DATA).open("rb") as file:
                 while piece := file.read(1 << 24):
                     checksum = zlib.crc32(piece, checksum)
-        except (OSError, ValueError, KeyError):  # cut off in the middle, or damaged: it does not count
+        except (OSError, ValueError, KeyError):  # cut off in the middle, or damaged
             return False
         return bool(checksum == index["checksum"])
 
     def files(self, step: int) -> dict[str, bytes]:
-        """The small files that tell with which settings and data the step was reached."""
+        """The small files that record the settings and data of the run."""
         return {name: text.encode() for name, text in self._index(step)["files"].items()}
 
     def save(self, state: TrainState, data_state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """Copies this process's shards to main memory, then writes in the background.
+        """Copies this process's shards to main memory, then writes them in the background.
 
         Raises:
             UserError: when the save before could not be written.
@@ -184,7 +184,7 @@ class LocalCheckpoints:
             raise UserError(self._refused(self._error))
 
     def restore(self, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """State and data-iterator state of a step that `newest` found."""
+        """State and data-iterator state of a step that `newest` returned."""
         data = np.memmap(self.path(step) / DATA, dtype=np.uint8, mode="r")
         offsets, at = {}, 0
         for part in self._parts:
@@ -204,7 +204,7 @@ class LocalCheckpoints:
         return state, self._index(step)["data"]
 
     def clear(self) -> None:
-        """Removes them all: the run is complete on shared storage."""
+        """Removes all copies; the run is complete on shared storage."""
         self.wait()
         shutil.rmtree(self._folder)
 
@@ -219,15 +219,15 @@ def _name_of_run(output_dir: Path, hosts: Hosts) -> str:
 
 
 def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
-    return tuple(one.start or 0 for one in index)
+    return tuple(dim.start or 0 for dim in index)
 
 
 def _parts(abstract: Any) -> Iterator[_Part]:
-    """The shards of this process's devices, each once however many devices have it."""
+    """The shards of this process's devices, each once, also where several devices hold it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        found = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
         shape = leaf.sharding.shard_shape(leaf.shape)
-        for start in sorted({_start(index or ()) for index in found}):
+        for start in sorted({_start(index or ()) for index in indices}):
             yield _Part(jax.tree_util.keystr(path), start, shape, leaf.dtype.name)
 
 
@@ -238,6 +238,6 @@ def _shards(state: Any) -> Iterator[tuple[_Part, np.ndarray]]:
             start = _start(shard.index)
             if start not in seen:
                 seen.add(start)
-                # A copy: the next step writes over what it is given.
+                # A copy, because the next step writes over its arguments.
                 data = np.array(shard.data)
                 yield _Part(jax.tree_util.keystr(path), start, data.shape, leaf.dtype.name), data

@@ -109,7 +109,7 @@ class TrainingRun:
         self.writer = _metrics_writer(job, self.out, start.step) if hosts.process == 0 else None
         flops = flops_per_token(job.model, job.config.data.sequence_length, job.config.lora is None)
         self.report = ProgressReport(terminal, self.total, start.step, flops, hosts.log)
-        self.routing = RoutingReport(job.model.moe)
+        self.routing = RoutingReport(job.model.experts)
         self._skipped = int(start.state.skipped)
         self._unread: tuple[int, Any] | None = None  # metrics of the newest step, still on the devices
         self._rows = batches.iterator()

@@ -1,4 +1,4 @@
-"""What a run tells: progress on the terminal, metrics.jsonl, TensorBoard and W&B when asked, the loss plot."""
+"""Reports of a run: progress on the terminal, metrics.jsonl, TensorBoard and W&B when asked for, the loss plot."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from rich.text import Text
 
 from jaxlm.devices.chips import peak_flops
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
+from jaxlm.weights.names import num_params
 
 
-def flops_per_token(model: LlamaConfig, length: int, full: bool) -> float:
+def flops_per_token(model: DecoderSpec, length: int, full: bool) -> float:
     """FLOPs of one training token: 6 N for full fine-tuning, 4 N for adapters, plus causal attention.
 
     N counts the matrices a token is multiplied with (no embedding look-up); adapters themselves are
     neglected. Attention is 4 L H h T FLOPs a token forward (scores and values) and twice that backward,
     halved because causal. Recomputation does not count (MFU, arXiv:2204.02311 appendix B).
     """
-    matrices = model.num_params() - model.vocab_size * model.hidden_size * (0 if model.tie_word_embeddings else 1)
-    attention = 12 * model.num_layers * model.num_heads * model.head_dim * length / 2
+    matrices = num_params(model) - model.vocab_size * model.hidden_size * (0 if model.tied_head else 1)
+    attention = 12 * model.num_layers * model.attention.num_heads * model.attention.head_dim * length / 2
     return (6 if full else 4) * matrices + attention
 
 
@@ -37,12 +38,12 @@ class MetricsWriter:
     """Appends to output_dir/metrics.jsonl; TensorBoard and W&B beside it when configured.
 
     Args:
-        output_dir: of the run.
-        resumed_step: step the run goes on from; lines of later steps, written by a run that was killed
-            after its last checkpoint, are dropped, so that a step stands once in the file.
+        output_dir: the run directory.
+        resumed_step: step that the run goes on from. Lines of later steps, written by a run that was killed after its
+            last checkpoint, are dropped, so that the file has one line a step.
         tensorboard: also write event files.
         wandb: project name, or None.
-        config: what W&B shows as the run's configuration.
+        config: the run's configuration, for W&B.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class MetricsWriter:
         self.path = output_dir / "metrics.jsonl"
         if self.path.exists():
             # A run that starts over from step 0 evaluates that step again.
-            kept = [line for line in read_metrics(self.path) if 0 < resumed_step >= line["step"]]
+            lines = [line for line in read_metrics(self.path) if 0 < resumed_step >= line["step"]]
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             temporary.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
@@ -120,10 +121,10 @@ class ProgressReport:
     """A bar on a terminal; elsewhere (log files, CI) a plain line now and then.
 
     Args:
-        console: where to; None on all hosts but the first.
-        log: of one of several processes, which gets the plain lines besides.
-        total: steps of the run.
-        start: step it begins at.
+        console: the terminal; None on all hosts but the first.
+        log: this process's log file, which gets the plain lines too; None for a single process.
+        total: number of steps of the run.
+        start: number of steps already done.
         flops: FLOPs per token, for MFU.
     """
 
@@ -182,7 +183,7 @@ class ProgressReport:
                 console.print(text, highlight=False)
 
     def pause(self) -> None:
-        """Leaves out the time until now (evaluation, saving) from the next step's speed."""
+        """Excludes the time until now (evaluation, saving) from the next step's speed."""
         self._clock = time.perf_counter()
 
     def close(self) -> None:
@@ -218,7 +219,7 @@ def plot_losses(metrics: list[dict[str, Any]], target: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     if len(train):
         step, loss, tokens = binned(train)
-        area = 14 * np.minimum(tokens / np.median(tokens), 2)  # a batch of few tokens is no event
+        area = 14 * np.minimum(tokens / np.median(tokens), 2)  # a batch of few tokens is not an outlier
         axes.scatter(step, loss, area, color="tab:blue", alpha=0.3, linewidths=0, label="training, area by tokens")
         axes.plot(step, smoothed(step, loss, tokens), color="tab:blue", linewidth=1.5, label="training, smoothed")
     if valid:
@@ -233,7 +234,7 @@ def plot_losses(metrics: list[dict[str, Any]], target: Path) -> None:
 
 
 def binned(points: NDArray[np.float64], most: int = 1000) -> tuple[NDArray[np.float64], ...]:
-    """(step, loss, tokens) of at most `most` groups of neighbouring points; step and loss are means by tokens.
+    """(step, loss, tokens) of at most `most` groups of neighbouring points; step and loss are means weighted by tokens.
 
     Args:
         points: [n, 3]: step, loss, number of target tokens.
@@ -250,8 +251,8 @@ def binned(points: NDArray[np.float64], most: int = 1000) -> tuple[NDArray[np.fl
 def smoothed(step: NDArray[np.float64], loss: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
     """The loss without its noise: at each point a straight line is fitted to its neighbours (local linear regression).
 
-    Neighbours count by a Gaussian of a 50th of the run and by their tokens. A moving average would lag behind a falling
-    loss, and start at the first value; a straight line through both sides does neither.
+    Neighbours are weighted by a Gaussian whose width is a 50th of the run, and by their tokens. A moving average would
+    lag behind a falling loss, and start at the first value; a straight line through both sides does neither.
 
     Args:
         step, loss, tokens: [n].
@@ -272,7 +273,7 @@ def smoothed(step: NDArray[np.float64], loss: NDArray[np.float64], tokens: NDArr
 
 
 def print_pairs(console: Console, pairs: list[tuple[str, str]]) -> None:
-    """Aligned 'name  value' lines; values are never wrapped, so that paths can be copied."""
+    """Prints aligned 'name  value' lines; values are never wrapped, so that paths can be copied."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         console.print(f"{name:{width}}  {value}", highlight=False, markup=False, soft_wrap=True)

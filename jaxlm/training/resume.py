@@ -25,7 +25,9 @@ from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.loader import BatchSource, Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.version1 import ModelFields, read_model, recorded
+from jaxlm.spec import DecoderSpec, differences
+from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
@@ -74,25 +76,16 @@ PATHS = ("path", "shape", "train_on", "tokens_file")  # keys, by their last word
 BLOCK = 16  # elements along each of the last two dims of a sample
 
 
-class BaseModel(typing.Protocol):
-    """The leaves of a model in files (see `jaxlm.weights.leaves`)."""
-
-    @property
-    def leaves(self) -> Mapping[str, Any]:
-        """By path, with their `shape`."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
-
-
-def base_fingerprint(model: LlamaConfig, source: BaseModel) -> str:
+def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
     """Hash of a base model's shape and of a sample of each of its leaves.
 
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
     one other layer; norms are taken whole. That is little to read of any format, and an adapter merged into the model
     or training of any kind changes some of it. Fields of the shape that have their default value are left out: they may
-    be newer than the hash that this one is compared with.
+    be newer than the hash that this one is compared with. A shape is hashed in the words of model.json's version 1
+    where these suffice.
     """
-    digest = hashlib.sha256(json.dumps(_given(model), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
     for path in sorted(source.leaves):
         for index in _sample(path, tuple(source.leaves[path].shape)):
             piece = np.ascontiguousarray(source.read(path, index))
@@ -102,6 +95,8 @@ def base_fingerprint(model: LlamaConfig, source: BaseModel) -> str:
 
 def _given(config: Any) -> Any:
     """The fields of a dataclass that do not have their default value, as plain values."""
+    if isinstance(config, tuple):
+        return [_given(item) for item in config]
     if not dataclasses.is_dataclass(config):
         return config
     found = {}
@@ -127,7 +122,7 @@ def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         yield tuple(block) if layer is None else (slice(layer, layer + 1), *block)
 
 
-def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: BaseModel) -> str:
+def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: LeafReader) -> str:
     """As version 1: all of the shape, as it was written down then, and the norms."""
     digest = hashlib.sha256(json.dumps(stored_shape, sort_keys=True).encode())
     for leaf in ("norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"):
@@ -148,8 +143,8 @@ class Inputs:
 
     config: RunConfig
     data: Data
-    model: LlamaConfig
-    base: BaseModel | None
+    model: DecoderSpec
+    base: LeafReader | None
 
     @cached_property
     def base_fingerprint(self) -> str | None:
@@ -219,13 +214,9 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         return
     reasons = [text for key, text in changes if key == "model.path"]
     if version == 1:
-        shape = json.loads(files[MODEL_JSON])["model"] if MODEL_JSON in files else inputs.model.to_dict()
-        before = LlamaConfig.from_dict(shape)
-        reasons += [
-            f"its {field.name}: was {old!r}, is {new!r}"
-            for field in dataclasses.fields(before)
-            if (old := getattr(before, field.name)) != (new := getattr(inputs.model, field.name))
-        ]
+        shape = json.loads(files[MODEL_JSON])["model"] if MODEL_JSON in files else recorded(inputs.model)
+        before = read_model(shape, "model.json: model")
+        reasons += [f"its {name}: was {old!r}, is {new!r}" for name, old, new in differences(before, inputs.model)]
         same_base = before == inputs.model and kept.get("base") == _base_fingerprint_1(shape, inputs.base)
     else:
         same_base = kept.get("base") == inputs.base_fingerprint

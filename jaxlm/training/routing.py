@@ -1,4 +1,4 @@
-"""Which experts the tokens of each modality use, as figures and as a picture."""
+"""The experts that the tokens of each modality use, as figures and as a plot."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.models.shapes import MoeConfig
+from jaxlm.spec import ExpertsSpec
 
-WINDOW = 100  # steps that the picture shows
+WINDOW = 100  # steps that the plot shows
 
 
 class RoutingReport:
-    """Collects the routers' decisions; does nothing for a dense model."""
+    """Collects the routers' decisions; does nothing for a dense model.
 
-    def __init__(self, moe: MoeConfig | None) -> None:
+    Args:
+        moe: the experts; None for a dense model.
+    """
+
+    def __init__(self, moe: ExpertsSpec | None) -> None:
         self._moe = moe
         self._steps: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=WINDOW)
 
@@ -44,9 +48,9 @@ class RoutingReport:
                 continue
             share = use[:, number] / tokens[number]
             shares[name] = [round(float(value), 4) for value in share.mean(axis=0)]
-            entropy[name] = round(float(np.mean([_evenness(row, self._moe.experts) for row in share])), 4)
-        wanted = (tokens * np.array(self._moe.top_k)).sum() * len(use)
-        dropped = 0 if self._moe.router == "activation_released" else int(wanted - use.sum())
+            entropy[name] = round(float(np.mean([_evenness(row, self._moe.num_experts) for row in share])), 4)
+        expected = (tokens * np.array(self._moe.top_k)).sum() * len(use)
+        dropped = 0 if self._moe.router == "activation_released" else int(expected - use.sum())
         return {"expert_share": shares, "router_entropy": entropy, "dropped": dropped}
 
     def plot(self, target: Path) -> None:
@@ -81,7 +85,7 @@ class RoutingReport:
 
 
 def _evenness(share: np.ndarray, experts: int) -> float:
-    """Entropy of the use of experts, as a part of the largest there can be."""
+    """Entropy of the use of experts [E], as a share of the largest possible entropy."""
     if experts == 1 or share.sum() == 0:
         return 1.0
     p = share / share.sum()

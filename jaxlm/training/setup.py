@@ -34,11 +34,11 @@ from jaxlm.devices.mesh import (
 from jaxlm.errors import UserError
 from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.attention import kv_head_copies
-from jaxlm.nn.experts import choose_compute
 from jaxlm.nn.lora import resolve_lora
-from jaxlm.sharding import BATCH
+from jaxlm.nn.routers import choose_compute
+from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import Objective, ObjectiveFactory
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
@@ -224,7 +224,7 @@ def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax
 
 def set_up(
     config: RunConfig,
-    shape: LlamaConfig,
+    shape: DecoderSpec,
     devices: Sequence[Any] | Topology | None = None,
     objective: ObjectiveFactory = cross_entropy,
 ) -> TrainSetup:
@@ -238,7 +238,7 @@ def set_up(
     Raises:
         UserError: for settings that do not fit together or these devices.
     """
-    experts_count = shape.moe.experts if shape.moe else None
+    experts_count = shape.experts.num_experts if shape.experts else None
     chip: Any
     if isinstance(devices, Topology):
         chip = devices.chip
@@ -248,12 +248,12 @@ def set_up(
         devices = list(jax.devices() if devices is None else devices)
         chip = devices[0]
         mesh = make_mesh(config.mesh, devices, experts_count)
-    _check_sequence(mesh, config.data.sequence_length, shape.num_heads, shape.num_kv_heads)
-    key = shape_key(shape, config.model.dtype, config.data.sequence_length, config.data.packed, chip)
+    _check_sequence(mesh, config.data.sequence_length, shape.attention.num_heads, shape.attention.num_kv_heads)
+    key = shape_key(shape.attention, config.model.dtype, config.data.sequence_length, config.data.packed, chip)
     backend, why = choose_attention(config.model.attention, key)
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
-    experts = None if shape.moe is None else choose_compute(moe.compute, chip.platform, shape.moe, adapters)
+    experts = None if shape.experts is None else choose_compute(moe.compute, chip.platform, shape.experts, adapters)
     # GPUs' backends cannot all be traced where there is no GPU; XLA's keeps the same arrays.
     traced = "xla" if isinstance(devices, Topology) and chip.platform == "gpu" else backend
     model = Decoder(
@@ -286,7 +286,7 @@ def _check_sequence(mesh: Mesh | AbstractMesh, length: int, heads: int, kv_heads
     Raises:
         UserError: they cannot.
     """
-    size, tensor = mesh.shape["sequence"], mesh.shape["tensor"]
+    size, tensor = mesh.shape[SEQUENCE], mesh.shape[TENSOR]
     if size == 1:
         return
     if length % size:

@@ -1,9 +1,9 @@
-"""The training state: what trains, its optimizer state, and where each leaf lives."""
+"""The training state: what trains, its optimizer state, and the placement of each leaf."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,15 +18,10 @@ from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_sha
 from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
 from jaxlm.nn.lora import SAVEABLE
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
+from jaxlm.weights.leaves import LeafReader
 
 # A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
 WHOLE_IF_UNEVEN = ("vocab",)
-
-
-class Readable(Protocol):
-    """Anything that can hand out slices of named leaves (see `convert`)."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 @flax.struct.dataclass
@@ -37,8 +32,8 @@ class TrainState:
         step: optimizer steps done, int32.
         trainable: {'params': ...} for full fine-tuning, {'lora': ...} for adapters; float32 unless configured.
         opt_state: optax's state of `trainable`.
-        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so no key has to be carried on.
-        skipped: steps that were not taken because loss or gradient was not finite, int32.
+        dropout_key: base key; step t and micro-step a use fold_in(fold_in(key, t), a), so that no key is carried over.
+        skipped: number of steps that were not taken because loss or gradient was not finite, int32.
     """
 
     step: Any
@@ -74,7 +69,7 @@ class Initializer:
     Args:
         model: the model, with its adapters.
         lora: adapter settings, or None for full fine-tuning.
-        mesh: where arrays live.
+        mesh: the devices that hold the arrays.
         make_optimizer: makes the update rule for what trains, by its logical axes.
     """
 
@@ -116,7 +111,7 @@ class Initializer:
             self.state_shardings,
         )
 
-    def load_params(self, source: Readable) -> Any:
+    def load_params(self, source: LeafReader) -> Any:
         """All base parameters, read into their shards and cast to the model's param_dtype."""
         return load_sharded(self.params, self.params_shardings, source.read, stored_chunks(source, self.params))
 
@@ -144,7 +139,7 @@ class Initializer:
         with use_mesh(self.mesh):
             return jax.jit(init, out_shardings=self.trainable_shardings["lora"])(jax.random.key(seed), params)
 
-    def load_lora(self, source: Readable) -> Any:
+    def load_lora(self, source: LeafReader) -> Any:
         """An earlier adapter's weights, into their shards."""
         lora = self.trainable["lora"]
         return load_sharded(lora, self.trainable_shardings["lora"], source.read, stored_chunks(source, lora))
@@ -172,10 +167,10 @@ def _pick(base: Any, like: Any) -> Any:
 
 
 def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Moments lie where their parameters lie; what has another shape (counts, Adafactor's factors) is replicated."""
-    where = jax.tree_util.keystr
+    """Moments are placed as their parameters; leaves of another shape (counts, Adafactor's factors) are replicated."""
+    keystr = jax.tree_util.keystr
     known = {
-        where(path): (leaf.shape, sharding)
+        keystr(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
         )
@@ -184,7 +179,7 @@ def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> A
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         # The path of a moment ends in the path of its parameter.
         for start in range(len(path)):
-            shape, sharding = known.get(where(path[start:]), (None, None))
+            shape, sharding = known.get(keystr(path[start:]), (None, None))
             if shape == leaf.shape:
                 return sharding
         return replicated(mesh)

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a run, whatever it is doing: importing, compiling, stepping, saving.
+"""SIGTERM and Ctrl-C during a run, in any phase: importing, compiling, stepping, saving.
 
 Python runs its signal handlers between two instructions of the main thread, which spends minutes inside a compiler. The
 number of a signal is written to a pipe at once, and a thread reads it there.
@@ -41,16 +41,16 @@ class Stop:
         self._hosts: _Hosts | None = None
         self._output_dir: Path | None = None
         self._stepping, self._finished = False, False
-        self._asked, self._last = False, True
+        self._saving_asked, self._last = False, True
         self._before: dict[signal.Signals, Any] = {}
 
-    # What the run is doing ----------------------------------------------------------------------
+    # Phases of the run --------------------------------------------------------------------------
 
     def starting(self, output_dir: Path, hosts: _Hosts, last: bool = True) -> None:
-        """A run into this directory begins: what it computes before its first step is lost when it ends.
+        """A run into this directory begins; what it computes before its first step is lost when a signal ends it.
 
         Args:
-            last: no other stage follows.
+            last: whether no other stage follows.
         """
         self._stepping, self._finished = False, False
         self._output_dir, self._hosts, self._last = output_dir, hosts, last
@@ -65,17 +65,17 @@ class Stop:
         self._finished = True
 
     def kept(self) -> str:
-        """Which step a next start goes on from, as a sentence."""
+        """A sentence that says from which step the next start goes on."""
         step = None if self._output_dir is None else newest_step(self._output_dir)
         if step is None:
             return f"nothing is saved yet. {AGAIN} begin"
         assert self._output_dir is not None
-        place = self._output_dir / "checkpoints" / str(step)
+        checkpoint = self._output_dir / "checkpoints" / str(step)
         if self._finished:
-            return f"step {step} in {place} is its last." + (
+            return f"step {step} in {checkpoint} is its last." + (
                 "" if self._last else f" {AGAIN} go on with the next stage"
             )
-        return f"step {step} in {place} is kept. {AGAIN} go on from there"
+        return f"step {step} in {checkpoint} is kept. {AGAIN} go on from there"
 
     def status(self, number: int) -> int:
         """Exit status of a run that this signal ended before anything was saved: never 0, which means done."""
@@ -118,20 +118,20 @@ class Stop:
                 self._receive(signal.Signals(received[0]))
 
     def _receive(self, number: signal.Signals) -> None:
-        """In the thread that watches."""
+        """Acts on a signal; runs in the thread that watches."""
         if self._finished:
             self._end(f"{number.name}: the run is complete; {self.kept()}", 0 if self._last else self.status(number))
         elif not self._stepping:
             self._end(f"{number.name} before a step was done: {self.kept()}", self.status(number))
-        elif self._asked and number == signal.SIGINT:
+        elif self._saving_asked and number == signal.SIGINT:
             self._end(f"{number.name} again, without waiting for the save: {self.kept()}", 128 + number)
         else:
-            self._asked = True
+            self._saving_asked = True
             assert self._hosts is not None
             self._hosts.ask_stop(number.name)
 
     def _end(self, text: str, status: int) -> None:
-        """Ends the process from this thread: the main one may not come back from where it is for minutes."""
+        """Ends the process from this thread: the main thread may be inside a compiler for minutes."""
         for child in multiprocessing.active_children():
             child.kill()
         if self._hosts is not None:
@@ -141,10 +141,10 @@ class Stop:
 
 
 class StopAtOnce(Stop):
-    """For work that keeps what it has done as it goes on, and has nothing to do at the end: a signal just ends it.
+    """For work that saves its results as it goes on and has nothing to do at its end: a signal ends it at once.
 
     Args:
-        text: what is said then.
+        text: the message that is printed then.
     """
 
     def __init__(self, text: str) -> None:
@@ -162,7 +162,7 @@ def newest_step(output_dir: Path) -> int | None:
 
 
 def say(text: str) -> None:
-    """On the terminal, whose cursor a progress bar may have hidden."""
+    """Prints on the terminal, whose cursor a progress bar may have hidden."""
     if sys.stderr.isatty():
         text = f"\x1b[?25h\n{text}"
     print(text, file=sys.stderr, flush=True)

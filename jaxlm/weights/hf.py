@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import LlamaConfig, usual_names
+from jaxlm.models.families import family_of, read_config, usual_names, write_config
+from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer.files import find_tokenizer_files
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.files import find_weights, read_tensors
@@ -31,8 +32,6 @@ from jaxlm.weights.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors
 from jaxlm.weights.tensors import Tensor, TensorSpec, same_bytes
-
-_YI_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
 
 
 def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
@@ -81,10 +80,10 @@ def match_tensors(where: Path, tensors: Mapping[str, Tensor], entries: list[Entr
         )
 
 
-def parse_hf_config(where: Path, content: dict[str, Any]) -> LlamaConfig:
+def parse_hf_config(where: Path, content: dict[str, Any]) -> DecoderSpec:
     """The shape that a `config.json` describes; errors name the file."""
     try:
-        return LlamaConfig.from_hf(content)
+        return read_config(content)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
 
@@ -157,8 +156,11 @@ class HfSource(StackedTensors):
         weights = find_weights(path)
         if weights is None:
             raise UserError(f"{path}: has config.json but no weights: {_missing_weights(path)}")
+        renamed = family_of(self.config).renamed
         tensors: dict[str, Tensor] = {
-            _usual_name(name): t for name, t in read_tensors(weights).items() if not re.fullmatch(BUFFERS, name)
+            _usual_name(name, renamed): tensor
+            for name, tensor in read_tensors(weights).items()
+            if not re.fullmatch(BUFFERS, name)
         }
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
         self.prepare(weights, tensors)
@@ -166,7 +168,7 @@ class HfSource(StackedTensors):
         match_tensors(weights, tensors, entries)
         self.add(weights, leaf_shapes(self.config), tensors, entries)
 
-    def parse_config(self, where: Path, content: dict[str, Any]) -> LlamaConfig:
+    def parse_config(self, where: Path, content: dict[str, Any]) -> DecoderSpec:
         """The shape that `config.json` describes."""
         return parse_hf_config(where, content)
 
@@ -179,13 +181,13 @@ class HfSource(StackedTensors):
         drop_tied_head(weights, tensors, "lm_head.weight", "model.embed_tokens.weight", self.config)
 
 
-def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding: str, config: LlamaConfig) -> None:
+def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding: str, config: DecoderSpec) -> None:
     """Takes out the head of a tied model, which some programs store too: old transformers versions, MindFormers.
 
     Raises:
         UserError: when it is not the embedding.
     """
-    if not config.tie_word_embeddings or head not in tensors or embedding not in tensors:
+    if not config.tied_head or head not in tensors or embedding not in tensors:
         return
     if not same_bytes(tensors[head], tensors[embedding]):
         raise UserError(
@@ -195,10 +197,12 @@ def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding
     del tensors[head]
 
 
-def _usual_name(name: str) -> str:
-    """LLaMA's name of a tensor: Yi's first release has its own for two norms."""
-    found = re.fullmatch(r"(model\.layers\.\d+)\.(ln[12])\.weight", name)
-    return f"{found[1]}.{_YI_NORMS[found[2]]}.weight" if found else name
+def _usual_name(name: str, renamed: Mapping[str, str]) -> str:
+    """The name that the family's rows have for a tensor."""
+    for pattern, usual in renamed.items():
+        if found := re.fullmatch(pattern, name):
+            return found.expand(usual)
+    return name
 
 
 def _missing_weights(directory: Path) -> str:
@@ -218,14 +222,14 @@ def hf_config_for(source: ParamSource) -> str:
     dtype = main_dtype(source.leaves)
     original = source.hf_config
     if original is None:
-        values = source.config.to_hf(dtype)
+        values = write_config(source.config, dtype)
     else:
         values = dict(original)
         own = source.path / "jaxlm" / "hf_config.json"
         if parse_hf_config(own if own.is_file() else source.path / "config.json", original) != source.config:
-            written = source.config.to_hf(dtype)
+            written = write_config(source.config, dtype)
             values |= written
-            if LlamaConfig.from_hf(values) != LlamaConfig.from_hf(written):
+            if read_config(values) != read_config(written):
                 values = written  # another key of the original says otherwise
         named = {key for key in ("dtype", "torch_dtype") if key in values}
         for key in named or {"torch_dtype"}:
@@ -252,7 +256,7 @@ def write_dense(source: ParamSource, directory: Path, shard_size: int, advance: 
     """Writes a dense model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
     Args:
-        source: `config.moe` is None.
+        source: `config.experts` is None.
         directory: an existing, empty directory.
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.arithmetic import all_finite, convert_dtype
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.names import Entry, Layout, Shape
@@ -79,7 +79,7 @@ class ParamSource(LeafSource, Protocol):
     """A full model."""
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderSpec:
         """Its shape."""
 
     @property
@@ -146,7 +146,7 @@ class AdapterSource(LeafSource, Protocol):
     """A low-rank adapter; modules saved in full are leaves under 'modules_to_save/'."""
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderSpec:
         """The shape of the base model."""
 
     @property

@@ -1,24 +1,26 @@
-"""One table of parameter names: the path in jaxlm, the names in Hugging Face, Meta and MindSpore, and the layouts.
+"""The names and layouts of a model's tensors in files, from the rows of its family (see `models.families.base.Row`).
 
-A layout is written in the project's letters (D model, H query heads, K key/value heads, h head dim, F feed-forward,
-V vocabulary, E experts). Parentheses join dimensions that the other format stores as one: HF keeps `q_proj` as a matrix
-`(H h) D`, jaxlm as `D H h`. Everything else (shapes, transposes, PEFT's names and factor shapes, coverage) is derived
-from these rows. Rotary dimensions are in HF's rotate-half order in jaxlm, HF and MindSpore, so h is not permuted; Meta
-keeps the two numbers of a pair beside each other, which `rotary` marks. MindSpore's layouts are HF's, and so are Meta's
-once its shards are joined.
+Everything that names or shapes a tensor is derived from these rows: the leaves and their shapes, transposes, the number
+of parameters, which dims of a linear layer are inputs, PEFT's names and factor shapes, coverage. A test holds the rows
+of every family to what its module declares. Rotary dims are in HF's rotate-half order in jaxlm, HF and MindSpore, so h
+is not permuted; Meta keeps the two numbers of a pair beside each other, which `Row.rotary` marks. MindSpore's layouts
+are HF's, and so are Meta's once its shards are joined.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.families import FAMILIES, family_of
+from jaxlm.models.families.base import Row
 from jaxlm.nn.lora import LINEARS, SAVEABLE, LoraSpec, module_parent
+from jaxlm.spec import DecoderSpec, LayerSpec
 
 Shape = tuple[int, ...]
 
@@ -26,95 +28,6 @@ Shape = tuple[int, ...]
 STRIP_ROWS = 64
 
 PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One row: `path` holds the leaf (stacked over layers under 'layers/'); names have '{}' for the layer.
-
-    Args:
-        meta: Meta's name; None where Meta's models have no such tensor.
-        only: field of LlamaConfig that switches the tensor on; '!' negates.
-        meta_split: dimensions of the stored tensor that Meta's model-parallel shards may split; () means every shard
-            holds it whole. Two: LLaMA 1 and 2 split the first one named, LLaMA 3 the second.
-        rotary: whether Meta stores the rows of each head in another order (pairs beside each other instead of halves).
-    """
-
-    path: str
-    hf: str
-    meta: str | None
-    mindspore: str
-    dims: str
-    hf_dims: str
-    only: str = ""
-    meta_split: tuple[int, ...] = ()
-    rotary: bool = False
-
-    def name(self, form: str) -> str | None:
-        """The tensor's name in 'hf', 'meta' or 'mindspore'."""
-        return {"hf": self.hf, "meta": self.meta, "mindspore": self.mindspore}[form]
-
-
-def _linear(name: str, other: str, dims: str, hf_dims: str, bias: str, split: int) -> list[Rule]:
-    # `other` is what both Meta and MindSpore call the layer.
-    parent = module_parent(name)
-    path, hf, ms = f"layers/{parent}/{name}", f"model.layers.{{}}.{parent}.{name}", f"model.layers.{{}}.{other}"
-    out, hf_out = dims.split(" ", 1)[1], hf_dims.rsplit(" ", 1)[0]
-    if name == "o_proj":
-        out, hf_out = "D", "D"
-    meta, rotary = f"layers.{{}}.{other}.weight", name in ("q_proj", "k_proj")
-    return [
-        Rule(f"{path}/kernel", f"{hf}.weight", meta, f"{ms}.weight", dims, hf_dims, "", (split,), rotary),
-        Rule(f"{path}/bias", f"{hf}.bias", None, f"{ms}.bias", out, hf_out, bias, (), rotary),
-    ]
-
-
-def _norm(name: str, other: str) -> Rule:
-    names = f"model.layers.{{}}.{name}.weight", f"layers.{{}}.{other}.weight", f"model.layers.{{}}.{other}.weight"
-    return Rule(f"layers/{name}/scale", *names, "D", "D")
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "embed_tokens/embedding",
-        "model.embed_tokens.weight",
-        "tok_embeddings.weight",
-        "model.tok_embeddings.embedding_weight",
-        "V D",
-        "V D",
-        meta_split=(1, 0),
-    ),
-    _norm("input_layernorm", "attention_norm"),
-    *_linear("q_proj", "attention.wq", "D H h", "(H h) D", "qkv_bias", 0),
-    *_linear("k_proj", "attention.wk", "D K h", "(K h) D", "qkv_bias", 0),
-    *_linear("v_proj", "attention.wv", "D K h", "(K h) D", "qkv_bias", 0),
-    *_linear("o_proj", "attention.wo", "H h D", "D (H h)", "o_bias", 1),
-    _norm("post_attention_layernorm", "ffn_norm"),
-    *_linear("gate_proj", "feed_forward.w1", "D F", "F D", "mlp_bias", 0),
-    *_linear("up_proj", "feed_forward.w3", "D F", "F D", "mlp_bias", 0),
-    *_linear("down_proj", "feed_forward.w2", "F D", "D F", "mlp_bias", 1),
-    # The linear router of a layer divided into experts; the name outside jaxlm is our own.
-    Rule(
-        "layers/mlp/router",
-        "model.layers.{}.mlp.router.weight",
-        None,
-        "model.layers.{}.feed_forward.router.weight",
-        "D E",
-        "E D",
-        only="learned_router",
-    ),
-    Rule("norm/scale", "model.norm.weight", "norm.weight", "model.norm_out.weight", "D", "D"),
-    Rule(
-        "lm_head/kernel",
-        "lm_head.weight",
-        "output.weight",
-        "lm_head.weight",
-        "V D",
-        "V D",
-        only="!tie_word_embeddings",
-        meta_split=(0,),
-    ),
-)
 
 # MindSpore's linear layers that hold several of ours below each other: name, parts, in this order.
 MINDSPORE_JOINED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -145,7 +58,7 @@ class Layout:
 
     @property
     def split(self) -> int:
-        """How many leading dimensions of `view` come last in the leaf: 0 when nothing moves.
+        """Number of leading dimensions of `view` that come last in the leaf: 0 when nothing moves.
 
         Every layout here exchanges two groups of dimensions (inputs and outputs), so it is the transpose of a matrix.
         """
@@ -176,25 +89,12 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the other format: its name, and the leaf and layer it belongs to."""
+    """One tensor of the other format: its name, the leaf, and the index in the leaf's stack; None where nothing is."""
 
     name: str
     path: str
     layer: int | None
     layout: Layout
-
-
-def dim_sizes(config: LlamaConfig) -> dict[str, int]:
-    """Letter -> size."""
-    return {
-        "D": config.hidden_size,
-        "F": config.intermediate_size,
-        "H": config.num_heads,
-        "K": config.num_kv_heads,
-        "h": config.head_dim,
-        "V": config.vocab_size,
-        "E": config.moe.experts if config.moe else 1,
-    }
 
 
 def make_layout(dims: str, stored_dims: str, sizes: Mapping[str, int]) -> Layout:
@@ -220,76 +120,120 @@ def make_layout(dims: str, stored_dims: str, sizes: Mapping[str, int]) -> Layout
     return Layout(tuple(stored), tuple(sizes[letter] for letter in view), perm)
 
 
-def _active(rule: Rule, config: LlamaConfig) -> bool:
-    if not rule.only:
-        return True
-    wanted = not rule.only.startswith("!")
-    return bool(getattr(config, rule.only.lstrip("!"))) == wanted
+def _row_sizes(spec: DecoderSpec, layer: LayerSpec | None) -> dict[str, int]:
+    """Letter -> size, of one layer or of what lies outside of them."""
+    sizes = {"D": spec.hidden_size, "V": spec.vocab_size}
+    if layer is not None:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        sizes |= {"H": attention.num_heads, "K": attention.num_kv_heads, "h": attention.head_dim}
+        sizes |= {"G": attention.num_heads // attention.num_kv_heads, "F": feed_forward.size}
+        sizes["E"] = 1 if feed_forward.experts is None else feed_forward.experts.num_experts
+    return sizes
 
 
-def stored_entries(config: LlamaConfig, form: str) -> list[Entry]:
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf of a model: its row, and the layers that it stacks.
+
+    Args:
+        path: of the leaf, e.g. 'layers/self_attn/q_proj/kernel'.
+        layers: numbers of the layers stacked, in order; None outside of the layers.
+        layout: of each layer's tensor in HF's files.
+    """
+
+    row: Row
+    path: str
+    layers: range | None
+    layout: Layout
+
+    @property
+    def shape(self) -> Shape:
+        """The stack first."""
+        return self.layout.shape if self.layers is None else (len(self.layers), *self.layout.shape)
+
+
+def model_leaves(spec: DecoderSpec) -> Iterator[Leaf]:
+    """Every leaf of a model, in the order of its family's rows and, in a row, of `spec.stacks`."""
+    outside = _row_sizes(spec, None)
+    inside = [(stack, _row_sizes(spec, stack.layer)) for stack in spec.stacks]
+    for row in family_of(spec).rows:
+        if row.in_layer:
+            for stack, sizes in inside:
+                if row.when(stack.layer):
+                    layout = make_layout(row.dims, row.hf_dims, sizes)
+                    yield Leaf(row, f"{stack.path}/{row.path}", stack.numbers, layout)
+        elif row.when(spec):
+            yield Leaf(row, row.path, None, make_layout(row.dims, row.hf_dims, outside))
+
+
+_FORMS = {"hf": "Hugging Face's", "meta": "Meta's", "mindspore": "MindSpore's"}
+
+
+def stored_entries(spec: DecoderSpec, form: str) -> list[Entry]:
     """Every tensor of the model by its name in `form` ('hf', 'meta', 'mindspore'), all laid out as HF does.
 
-    In HF's order: embedding, layer by layer, final norm, head.
+    In HF's order: what comes before the layers, layer by layer, what comes after them.
 
     Raises:
         UserError: when the form has no name for one of the model's tensors.
     """
-    sizes = dim_sizes(config)
-    rules = [(rule, make_layout(rule.dims, rule.hf_dims, sizes)) for rule in RULES if _active(rule, config)]
-    named = []
-    for rule, layout in rules:
-        name = rule.name(form)
-        if name is None:
-            raise UserError(f"the model has {rule.hf.format(0)!r}, for which Meta's format has no place")
-        named.append((rule, name, layout))
-    stacked = [item for item in named if item[0].path.startswith("layers/")]
     entries: list[Entry] = []
-    layers_done = False
-    for rule, name, layout in named:
-        if not rule.path.startswith("layers/"):
-            entries.append(Entry(name, rule.path, None, layout))
-        elif not layers_done:
-            layers_done = True
-            for layer in range(config.num_layers):
-                entries += [Entry(name.format(layer), r.path, layer, lay) for r, name, lay in stacked]
-    return entries
+    by_layer: dict[int, list[Entry]] = {number: [] for number in range(spec.num_layers)}
+    place = None
+    for leaf in model_leaves(spec):
+        name = leaf.row.name(form)
+        if not name:
+            raise UserError(f"the model has {leaf.row.hf.format(0)!r}, for which {_FORMS[form]} format has no place")
+        if leaf.layers is None:
+            entries.append(Entry(name, leaf.path, None, leaf.layout))
+            continue
+        place = len(entries) if place is None else place
+        for index, number in enumerate(leaf.layers):
+            by_layer[number].append(Entry(name.format(number), leaf.path, index, leaf.layout))
+    layers = [entry for number in by_layer for entry in by_layer[number]]
+    return [*entries[:place], *layers, *entries[place:]] if layers else entries
 
 
-def hf_entries(config: LlamaConfig) -> list[Entry]:
+def hf_entries(spec: DecoderSpec) -> list[Entry]:
     """Every tensor of the HF model, in HF's order."""
-    return stored_entries(config, "hf")
+    return stored_entries(spec, "hf")
 
 
-def rule_for(path: str) -> Rule:
-    """The row of a leaf."""
-    return next(rule for rule in RULES if rule.path == path)
+def leaf_shapes(spec: DecoderSpec) -> dict[str, Shape]:
+    """Path -> shape of every parameter of the model, layers stacked first.
+
+    From the rows, and not from `jax.eval_shape` of the module, so that commands that only look at files start at once;
+    a test holds the two to each other.
+    """
+    return {leaf.path: leaf.shape for leaf in model_leaves(spec)}
 
 
-def tensor_name(path: str, layer: int | None) -> str:
-    """A tensor for messages: in Hugging Face's names, which most files have, and in jaxlm's."""
+def num_params(spec: DecoderSpec) -> int:
+    """Number of parameters of the dense model (a trained router is not counted)."""
+    return sum(num_elements(shape) for shape in leaf_shapes(spec.with_experts(None)).values())
+
+
+def rule_for(path: str, family: str = "llama") -> Row:
+    """The row of a leaf of a family whose layers are one stack."""
+    return next(row for row in FAMILIES[family].rows if (f"layers/{row.path}" if row.in_layer else row.path) == path)
+
+
+def tensor_name(path: str, layer: int | None, spec: DecoderSpec | None = None) -> str:
+    """A tensor for messages: in Hugging Face's names, which most files have, and in jaxlm's.
+
+    Args:
+        layer: index in the leaf's stack.
+    """
     own = path if layer is None else f"{path}, layer {layer}"
-    rule = next((rule for rule in RULES if rule.path == path), None)
-    return own if rule is None else f"{rule.hf.format(layer)} ({own})"
-
-
-def leaf_shapes(config: LlamaConfig) -> dict[str, Shape]:
-    """Path -> shape of every parameter of the model, layers stacked first."""
-    sizes = dim_sizes(config)
-    shapes = {}
-    for rule in RULES:
-        if _active(rule, config):
-            shape = make_layout(rule.dims, rule.hf_dims, sizes).shape
-            shapes[rule.path] = (config.num_layers, *shape) if rule.path.startswith("layers/") else shape
-    return shapes
+    rows = FAMILIES["llama"].rows if spec is None else family_of(spec).rows
+    row = next((row for row in rows if (f"layers/{row.path}" if row.in_layer else row.path) == path), None)
+    return own if row is None else f"{row.hf.format(layer)} ({own})"
 
 
 def linear_dims(linear: str) -> tuple[str, str]:
-    """The input and output letters of a linear layer: ('D', 'H h') for q_proj."""
-    rule = next(rule for rule in RULES if rule.path.endswith(f"/{linear}/kernel"))
-    letters = rule.dims.split()
-    split = 2 if linear == "o_proj" else 1
-    return " ".join(letters[:split]), " ".join(letters[split:])
+    """The input and output letters of a linear layer: ('D', 'H h') for q_proj. A stored matrix is [outputs, inputs]."""
+    outputs, inputs = re.findall(r"\([^)]*\)|\S+", rule_for(f"{linear_path(linear)}/kernel").hf_dims)
+    return inputs.strip("()"), outputs.strip("()")
 
 
 def linear_path(linear: str) -> str:
@@ -302,9 +246,9 @@ def linear_module(linear: str, layer: int) -> str:
     return f"model.layers.{layer}.{module_parent(linear)}.{linear}"
 
 
-def adapter_shapes(config: LlamaConfig, specs: Mapping[str, LoraSpec]) -> dict[str, Shape]:
+def adapter_shapes(config: DecoderSpec, specs: Mapping[str, LoraSpec]) -> dict[str, Shape]:
     """Path -> shape of the adapter leaves of `specs` (without modules saved in full)."""
-    sizes = dim_sizes(config)
+    sizes = _row_sizes(config, config.uniform_layer)
     shapes: dict[str, Shape] = {}
     for linear, spec in specs.items():
         inputs, outputs = (tuple(sizes[letter] for letter in dims.split()) for dims in linear_dims(linear))
@@ -316,9 +260,9 @@ def adapter_shapes(config: LlamaConfig, specs: Mapping[str, LoraSpec]) -> dict[s
     return shapes
 
 
-def peft_entries(config: LlamaConfig, specs: Mapping[str, LoraSpec]) -> list[Entry]:
+def peft_entries(config: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry]:
     """Every factor of a PEFT adapter. Layouts have the layer's own rank, which may be below the stacked one."""
-    sizes = dim_sizes(config)
+    sizes = _row_sizes(config, config.uniform_layer)
     entries = []
     for linear in LINEARS:
         if linear not in specs:
@@ -344,7 +288,7 @@ def peft_entries(config: LlamaConfig, specs: Mapping[str, LoraSpec]) -> list[Ent
 
 def saved_module_name(module: str) -> str:
     """HF's tensor name of a module saved in full: 'embed_tokens' -> 'model.embed_tokens.weight'."""
-    return next(rule.hf for rule in RULES if rule.path == SAVEABLE[module])
+    return rule_for(SAVEABLE[module]).hf
 
 
 def num_elements(shape: Shape) -> int:

@@ -36,10 +36,10 @@ def test_fills_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert written.keys() == {64, 128} and written[128].length == 100
     for entry in written.values():
         assert entry.milliseconds.keys() == {"xla", "reference"}
-        assert entry.choice.name == min(entry.milliseconds, key=lambda name: entry.milliseconds[name])
+        assert entry.backend.name == min(entry.milliseconds, key=lambda name: entry.milliseconds[name])
         assert entry.made.startswith(f"jax {jax.__version__}, 20")
     found, line = choose_attention("auto", CASE)
-    assert found == written[64].choice and line.endswith(" ms at length 48")
+    assert found == written[64].backend and line.endswith(" ms at length 48")
     assert attention_details(found, CASE).startswith(f"measured: jax {jax.__version__}")
     # Another case beside it, and the same again.
     assert main([*SMALL, "--lengths", "48", "--single"]) == 0

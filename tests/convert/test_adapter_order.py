@@ -174,4 +174,4 @@ def test_attention_has_no_order(models: Path, tmp_path: Path, run: Callable[...,
         for name in ("one", "hf", "plain"):
             found = open_adapter(tmp_path / name, open_model(models / base))
             assert not isinstance(found, ReorderedAdapter)
-    assert open_adapter(tmp_path / "adapter", open_model(models / "one").config).config.moe is not None
+    assert open_adapter(tmp_path / "adapter", open_model(models / "one").config).config.experts is not None

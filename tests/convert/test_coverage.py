@@ -16,8 +16,8 @@ from convert.analysis.observe import walk
 from convert.analysis.sample import Sample
 from convert.source import open_model
 from convert.transforms.experts import MoefiedSource
-from jaxlm.models.shapes import ROUTERS, MoeConfig
 from jaxlm.nn.experts import experts_of_modalities
+from jaxlm.spec import ROUTERS, ExpertsSpec
 from jaxlm.weights.leaves import ParamSource
 from jaxlm.weights.partition import permutation
 from tests.convert.sampled import SALT, write_sample, write_tokenizer
@@ -28,7 +28,7 @@ T = 9
 KINDS = ("text", "salt")
 
 
-def make_sample(moe: MoeConfig) -> Sample:
+def make_sample(moe: ExpertsSpec) -> Sample:
     """Two chunks of rows: full ones, padded ones, one of two documents, and an empty one."""
     rng = np.random.default_rng(2)
     ids = rng.integers(3, 37, (2, 4, T)).astype(np.int32)
@@ -51,7 +51,7 @@ def make_source(hf_dir: Path, router: str, top_k: tuple[int, ...] = (2, 1), rang
     rng = np.random.default_rng(5)
     order = np.stack([permutation(rng.permutation(np.arange(F) % E)) for _ in range(L)])
     names = (*KINDS[: len(top_k)], "never")[: len(top_k)]
-    return MoefiedSource(open_model(hf_dir), order, MoeConfig(E, router, names, tuple(ranges), top_k))
+    return MoefiedSource(open_model(hf_dir), order, ExpertsSpec(E, router, names, tuple(ranges), top_k))
 
 
 def with_router(source: ParamSource) -> ParamSource:
@@ -71,7 +71,7 @@ def test_what_feed_forward_layers_see(hf_dir: Path) -> None:
     """Their inputs and neurons in transformers' model, document by document."""
     torch = pytest.importorskip("torch")
     source = make_source(hf_dir, "activation")
-    sample = make_sample(source.config.moe)  # type: ignore[arg-type]
+    sample = make_sample(source.config.experts)  # type: ignore[arg-type]
     model = make_hf_model()  # what hf_dir holds
     seen: dict[str, Any] = {}
     for number, layer in enumerate(model.model.layers):
@@ -101,14 +101,14 @@ def activations(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[np.ndarr
     folder = tmp_path_factory.mktemp("model")
     make_hf_model().save_pretrained(folder)
     source = make_source(folder, "activation")
-    return observed(source, make_sample(source.config.moe))  # type: ignore[arg-type]
+    return observed(source, make_sample(source.config.experts))  # type: ignore[arg-type]
 
 
 def plain(
     source: ParamSource, rule: str, sample: Sample, activations: list[tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """The figures token by token, in float64."""
-    moe = source.config.moe
+    moe = source.config.experts
     assert moe is not None
     modality = sample.modality.reshape(-1)
     result = {name: np.zeros((L, len(moe.modalities))) for name in ("chosen", "best", "error", "used")}
@@ -149,7 +149,7 @@ def plain(
 def test_figures(router: str, hf_dir: Path, activations: list[tuple[np.ndarray, np.ndarray]]) -> None:
     source = make_source(hf_dir, router)
     source = with_router(source) if router == "learned" else source
-    sample = make_sample(source.config.moe)  # type: ignore[arg-type]
+    sample = make_sample(source.config.experts)  # type: ignore[arg-type]
     found = measure(source, sample)
     assert found.rule == router and found.present == [0, 1]
     expected = plain(source, router, sample, activations)
@@ -167,7 +167,7 @@ def test_figures(router: str, hf_dir: Path, activations: list[tuple[np.ndarray, 
 @pytest.mark.parametrize("router", ["learned", "modality"])
 def test_all_experts_cover_everything(router: str, hf_dir: Path) -> None:
     source = make_source(hf_dir, router, (E, E))
-    found = measure(source, make_sample(source.config.moe))  # type: ignore[arg-type]
+    found = measure(source, make_sample(source.config.experts))  # type: ignore[arg-type]
     for values in (found.chosen, found.best, found.chance):
         np.testing.assert_allclose(values, 1, rtol=1e-6)
     assert (found.error < 1e-5).all()
@@ -181,15 +181,15 @@ def test_which_rule(hf_dir: Path) -> None:
     routers = np.zeros((L, D, E), np.float32)
     routers[2, 3, 1] = 1e-3
     assert choose_rule(DistilledSource(source, routers)) == "learned"
-    found = measure(source, make_sample(source.config.moe))  # type: ignore[arg-type]
+    found = measure(source, make_sample(source.config.experts))  # type: ignore[arg-type]
     assert found.rule == "activation" and found.to_dict()["rule"] == "activation"
-    expected = measure(make_source(hf_dir, "activation"), make_sample(source.config.moe))  # type: ignore[arg-type]
+    expected = measure(make_source(hf_dir, "activation"), make_sample(source.config.experts))  # type: ignore[arg-type]
     np.testing.assert_array_equal(found.chosen, expected.chosen)
 
 
 def test_report_of_many_layers(tmp_path: Path) -> None:
     """Nothing of a modality that is not there, and no NaN in the file."""
-    moe = MoeConfig(8, "activation", ("text", "a", "b"), ((1, 2), (2, 3)), (4, 2, 1))
+    moe = ExpertsSpec(8, "activation", ("text", "a", "b"), ((1, 2), (2, 3)), (4, 2, 1))
     values = np.random.default_rng(0).uniform(0.2, 0.9, (32, 3))
     values[:, 1] = np.nan
     write_coverage(

@@ -25,7 +25,7 @@ from convert.formats.hf_experts import write_hf
 from convert.formats.meta import MetaSource, write_meta
 from convert.formats.mindspore import MindSporeSource, write_mindspore
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import uniform_decoder
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.hf import HfSource
 from jaxlm.weights.leaves import LeafInfo
@@ -276,7 +276,9 @@ def test_lying_sizes_are_not_allocated(tmp_path: Path) -> None:
 
 # ---- whole models: configurations and indexes
 
-CONFIG = LlamaConfig(6, 4, 6, 2, 2, 1, 2)
+CONFIG = uniform_decoder(
+    "llama", vocab_size=6, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=2
+)
 
 
 class Memory:

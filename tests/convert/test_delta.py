@@ -14,7 +14,7 @@ from convert.commands.combine import FAMILY_NAMES
 from convert.source import open_model
 from convert.transforms.delta import FAMILIES, inv_freq_sum, published_sum, sum_matches
 from convert.transforms.vocab import mean_row
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from tests.convert.tiny import make_hf_model, save_torch
 
 torch = pytest.importorskip("torch")
@@ -279,7 +279,7 @@ def test_models_that_do_not_fit(tmp_path: Path, refused: Callable[..., str]) -> 
     wide = save(make_hf_model(intermediate_size=28), tmp_path / "wide")
     message = refused("apply-delta", base, wide, tmp_path / "out")
     assert str(wide) in message and "mlp" in message and "28" in message and "24" in message
-    assert f"another base than {base} (its intermediate_size is 28, of the base 24)" in message
+    assert f"another base than {base} (its feed_forward.size is 28, of the base 24)" in message
     narrow = save(make_hf_model(hidden_size=8, head_dim=4), tmp_path / "narrow")
     message = refused("apply-delta", base, narrow, tmp_path / "out", "--new-row", "mean")
     assert "(37, 8), expected (37, 16)" in message and "hidden_size is 8, of the base 16" in message

@@ -19,7 +19,7 @@ from convert.source import open_model
 from convert.transforms.experts import MoefiedSource
 from jaxlm.cli.generate import main as generate
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import MoeConfig
+from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import hf_entries
 from tests.convert.sampled import SALT, write_sample, write_tokenizer
@@ -42,7 +42,7 @@ def make_sample(rows: int = 64, length: int = 32, seed: int = 0) -> Sample:
 
 
 def make_source(hf_dir: Path, router: str = "activation") -> ParamSource:
-    moe = MoeConfig(E, router, ("text", "salt"), (SALT,), (2, 1))
+    moe = ExpertsSpec(E, router, ("text", "salt"), (SALT,), (2, 1))
     return MoefiedSource(open_model(hf_dir), np.tile(np.arange(F, dtype=np.int32), (L, 1)), moe)
 
 
@@ -146,7 +146,7 @@ def test_figures(kind_of_teacher: str, hf_dir: Path) -> None:
 
 def walked(source: ParamSource, sample: Sample, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """(x, h) of every layer when each uses the most active experts."""
-    moe = source.config.moe
+    moe = source.config.experts
     assert moe is not None
     k = np.array([*moe.top_k, 0])
 
@@ -188,7 +188,7 @@ def test_slices_and_blocks_of_the_result(hf_dir: Path) -> None:
     source = make_source(hf_dir)
     result = DistilledSource(source, routers)
     assert list(result.leaves) == list(make_source(hf_dir, "learned").leaves)
-    assert result.config.moe == dataclasses.replace(source.config.moe, router="learned")  # type: ignore[type-var]
+    assert result.config.experts == dataclasses.replace(source.config.experts, router="learned")  # type: ignore[type-var]
     index = (slice(1, None), slice(None, None, 2), slice(1, 3))
     np.testing.assert_array_equal(result.read(ROUTER, index), routers[index])
     for entry in hf_entries(result.config):
@@ -221,7 +221,7 @@ def test_command(
     said = run("distil-router", tmp_path / "moe", tmp_path / "out", *options)
     assert "2/4 = 50.0%" in said and "held out" in said and "nan" not in said
     a, b = open_model(tmp_path / "moe"), open_model(tmp_path / "out")
-    assert b.config.moe == dataclasses.replace(a.config.moe, router="learned")  # type: ignore[type-var]
+    assert b.config.experts == dataclasses.replace(a.config.experts, router="learned")  # type: ignore[type-var]
     assert a.leaves.keys() | {ROUTER} == b.leaves.keys()
     for path in b.leaves.keys() - {ROUTER}:
         assert a.leaves[path] == b.leaves[path] and a.read(path, ()).tobytes() == b.read(path, ()).tobytes()

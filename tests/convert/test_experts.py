@@ -17,7 +17,7 @@ from convert.transforms import experts
 from convert.transforms.experts import DenseSource, MoefiedSource
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import ROUTERS, MoeConfig
+from jaxlm.spec import ROUTERS, ExpertsSpec
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import hf_entries
 from jaxlm.weights.partition import assign_balanced, cluster_neurons, load_partition, npy_bytes, permutation, read_npy
@@ -82,7 +82,7 @@ def test_there_and_back(method: str, router: str, hf_dir: Path, tmp_path: Path, 
     said = run("moefy", hf_dir, tmp_path / "moe", "--method", method, "--router", router, *TEXT_TWO, *given)
     assert f"4 of 6 neurons by {method}, router {router}; a token uses: text 2" in said
     moefied = open_model(tmp_path / "moe")
-    assert moefied.config.moe == MoeConfig(E, router, top_k=(2,))
+    assert moefied.config.experts == ExpertsSpec(E, router, top_k=(2,))
     assert ("layers/mlp/router" in moefied.leaves) is (router == "learned")
     kept = np.load(tmp_path / "moe" / "jaxlm" / "partition.npy")
     assert kept.dtype == np.int32 and (np.sort(kept) == np.arange(F)).all()
@@ -120,7 +120,7 @@ def test_slices_and_blocks(hf_dir: Path) -> None:
     """Any slice is the slice of the whole; HF's blocks are those of the whole too, from both kinds of source."""
     dense = open_model(hf_dir)
     order = np.stack([permutation(row) for row in random_owners()])
-    moe = MoefiedSource(dense, order, MoeConfig(E, "learned", top_k=(2,)))
+    moe = MoefiedSource(dense, order, ExpertsSpec(E, "learned", top_k=(2,)))
     cuts = (slice(1, None), slice(None, None, 2), slice(3, 11))
     for source in (moe, DenseSource(moe)):
         for path in source.leaves.keys() & {*experts.NEURON_DIMENSION, experts.ROUTER}:
@@ -173,7 +173,9 @@ def test_patterns_of_scimind(hf_dir: Path, tmp_path: Path, run: Callable[..., st
     run("moefy", hf_dir, tmp_path / "a", "--partition", tmp_path / "patterns", *options)
     run("moefy", hf_dir, tmp_path / "b", "--partition", tmp_path / "owners.npy", "--experts", E, *options)
     assert open_model(tmp_path / "a").config == open_model(tmp_path / "b").config
-    assert open_model(tmp_path / "a").config.moe == MoeConfig(E, "learned", ("text", "smiles"), ((20, 30),), (3, 1))
+    assert open_model(tmp_path / "a").config.experts == ExpertsSpec(
+        E, "learned", ("text", "smiles"), ((20, 30),), (3, 1)
+    )
     assert_same_leaves(open_model(tmp_path / "a"), open_model(tmp_path / "b"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 from convert.formats.hf_experts import FOLDER, HfExperts
 from convert.source import open_model
 from convert.transforms.experts import MoefiedSource
-from jaxlm.models.shapes import ROUTERS, MoeConfig
+from jaxlm.spec import ROUTERS, ExpertsSpec
 from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import LeafInfo
 from jaxlm.weights.native.write import write_model
@@ -43,7 +42,7 @@ def save(source: Any, directory: Path) -> Path:
     return directory
 
 
-def make_moe(hf: Path, out: Path, order: np.ndarray | None, moe: MoeConfig) -> Path:
+def make_moe(hf: Path, out: Path, order: np.ndarray | None, moe: ExpertsSpec) -> Path:
     """A jaxlm directory of experts with a trained router; without an original order when there is none."""
     return save(Trained(open_model(hf), order, moe), out)
 
@@ -62,7 +61,7 @@ def assert_same_model(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_there_and_back(router: str, hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
-    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, router, **MODALITIES))
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, router, **MODALITIES))
     said = run("jax-to-hf", moe, tmp_path / "out")
     assert f"transformers computes all {E} for every token" in said and f"router {router}" in said
     # Every file of the dense model is as it was.
@@ -85,7 +84,7 @@ def test_there_and_back(router: str, hf_dir: Path, tmp_path: Path, run: Callable
 
 def test_transformers_computes_all_experts(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     transformers = pytest.importorskip("transformers")
-    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "modality", top_k=(E,)))
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, "modality", top_k=(E,)))
     run("jax-to-hf", moe, tmp_path / "out")
     found = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     np.testing.assert_array_equal(found, logits(make_hf_model()))
@@ -94,7 +93,7 @@ def test_transformers_computes_all_experts(hf_dir: Path, tmp_path: Path, run: Ca
 
 def test_no_original_order(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     """Experts from the start: neurons stay where they are, and demoefy has nothing to go by."""
-    moe = make_moe(hf_dir, tmp_path / "moe", None, MoeConfig(E, "learned", top_k=(2,)))
+    moe = make_moe(hf_dir, tmp_path / "moe", None, ExpertsSpec(E, "learned", top_k=(2,)))
     assert open_model(moe).partition is None
     run("jax-to-hf", moe, tmp_path / "out")
     assert not (tmp_path / "out" / FOLDER / "partition.npy").exists()
@@ -103,7 +102,7 @@ def test_no_original_order(hf_dir: Path, tmp_path: Path, run: Callable[..., str]
 
 def test_casts_shards_merges_and_runs(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     """Other ways to the same format: another dtype, several files, a merge into a directory of this kind."""
-    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "learned", **MODALITIES))
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, "learned", **MODALITIES))
     run("jax-to-hf", moe, tmp_path / "out", "--dtype", "bfloat16", "--shard-size", "6KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     run("hf-to-jax", tmp_path / "out", tmp_path / "back")
@@ -123,7 +122,7 @@ def test_casts_shards_merges_and_runs(hf_dir: Path, tmp_path: Path, run: Callabl
 def test_verbs_know_what_it_is(
     hf_dir: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
 ) -> None:
-    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "learned", **MODALITIES))
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, "learned", **MODALITIES))
     run("jax-to-hf", moe, tmp_path / "out")
     run("demoefy", tmp_path / "out", tmp_path / "dense")
     assert_same_leaves(open_model(tmp_path / "dense"), open_model(hf_dir))
@@ -132,7 +131,7 @@ def test_verbs_know_what_it_is(
     )
     assert "Hugging Face model already" in refused("jax-to-hf", tmp_path / "out", tmp_path / "x")
     assert "jaxlm/partition.npy" in refused(
-        "demoefy", make_moe(hf_dir, tmp_path / "no", None, MoeConfig(E, "learned", top_k=(2,))), tmp_path / "x"
+        "demoefy", make_moe(hf_dir, tmp_path / "no", None, ExpertsSpec(E, "learned", top_k=(2,))), tmp_path / "x"
     )
 
 
@@ -143,7 +142,7 @@ def test_verbs_know_what_it_is(
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     make_hf_model().save_pretrained(folder / "hf")
-    moe = make_moe(folder / "hf", folder / "moe", make_order(), MoeConfig(E, "learned", **MODALITIES))
+    moe = make_moe(folder / "hf", folder / "moe", make_order(), ExpertsSpec(E, "learned", **MODALITIES))
     from convert.commands.main import main
 
     assert main(["jax-to-hf", str(moe), str(folder / "out")]) == 0
@@ -230,7 +229,7 @@ def test_router_of_no_learned_model(exported: Path, tmp_path: Path, refused: Cal
     assert "router is learned, but there is no router.safetensors" in refused("inspect", tmp_path / "m")
     # Without the folder it is the dense model that transformers sees.
     shutil.rmtree(tmp_path / "m" / FOLDER)
-    assert open_model(tmp_path / "m").config.moe is None
+    assert open_model(tmp_path / "m").config.experts is None
 
 
 def test_trained_further_as_a_dense_model(exported: Path, tmp_path: Path) -> None:
@@ -239,26 +238,26 @@ def test_trained_further_as_a_dense_model(exported: Path, tmp_path: Path) -> Non
     other = make_hf_model(seed=7)
     other.save_pretrained(tmp_path / "m")
     found = open_model(tmp_path / "m")
-    assert found.config.moe is not None
+    assert found.config.experts is not None
     other.save_pretrained(tmp_path / "plain")
-    wanted = MoefiedSource(open_model(tmp_path / "plain"), make_order(), found.config.moe)
+    wanted = MoefiedSource(open_model(tmp_path / "plain"), make_order(), found.config.experts)
     for path in ("layers/mlp/down_proj/kernel", "layers/mlp/up_proj/kernel"):
         np.testing.assert_array_equal(found.read(path, EVERY), wanted.read(path, EVERY))
-    assert dataclasses.replace(found.config, moe=None) == open_model(tmp_path / "plain").config
+    assert found.config.with_experts(None) == open_model(tmp_path / "plain").config
 
 
 # --- what is said of them ---------------------------------------------------------------------------------------------
 
 
 def test_inspect(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:
-    make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "learned", **MODALITIES))
+    make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, "learned", **MODALITIES))
     said = run("inspect", tmp_path / "moe")
     assert (
         "experts: 4 of 6 neurons, router learned; a token uses: text 3 (all other tokens), smiles 1 (tokens 20 to 29)"
         in said
     )
     assert "neurons: moved by convert moefy, the original order is kept (sha256 " in said
-    make_moe(hf_dir, tmp_path / "plain", None, MoeConfig(E, "modality", top_k=(2,), shared=1))
+    make_moe(hf_dir, tmp_path / "plain", None, ExpertsSpec(E, "modality", top_k=(2,), shared=1))
     said = run("inspect", tmp_path / "plain")
     assert "router modality, 1 shared by all; a token uses: text 2 (all tokens)" in said and "as they stand" in said
     assert json.loads(run("inspect", tmp_path / "moe", "--json"))["order"].startswith("moved")
@@ -275,7 +274,7 @@ def test_other_order_is_another_model(
     """Even where every number is the same."""
     from convert.commands.main import main
 
-    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "modality", top_k=(2,)))
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, "modality", top_k=(2,)))
     shutil.copytree(moe, tmp_path / "other")
     (tmp_path / "other/jaxlm/partition.npy").write_bytes(npy_bytes(make_order()[::-1].copy()))
     assert main(["verify", str(moe), str(tmp_path / "other")]) == 1

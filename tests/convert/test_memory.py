@@ -14,13 +14,22 @@ from convert.formats.hf_experts import write_hf
 from convert.formats.meta import write_meta
 from convert.formats.mindspore import write_mindspore
 from convert.source import open_model
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import CastSource, LeafInfo, full_index, index_shape, row_blocks
 from jaxlm.weights.names import Entry, leaf_shapes
 
 # Embedding and head have 48 MB each, a matrix of the layer 12 MB.
-CONFIG = LlamaConfig(24000, 1024, 6144, 1, 8, 8, 128)
+CONFIG = uniform_decoder(
+    "llama",
+    vocab_size=24000,
+    hidden_size=1024,
+    intermediate_size=6144,
+    num_layers=1,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+)
 LIMIT = 10 << 20
 
 
@@ -91,7 +100,17 @@ class Experts:
     def __init__(self) -> None:
         self.path = self.tokenizer_dir = Path("experts")
         self.config, self.hf_config = (
-            LlamaConfig(64, 512, 8192, 5, 8, 8, 64, moe=MoeConfig(8, "learned", top_k=(2,))),
+            uniform_decoder(
+                "llama",
+                vocab_size=64,
+                hidden_size=512,
+                intermediate_size=8192,
+                num_layers=5,
+                num_heads=8,
+                num_kv_heads=8,
+                head_dim=64,
+                experts=ExpertsSpec(8, "learned", top_k=(2,)),
+            ),
             None,
         )
         self.tokenizer_files: list[Path] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from convert.formats.meta import MetaSource, _generation, ffn_params
 from convert.source import open_model
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.spec import RopeSpec, uniform_decoder
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from tests.convert.tiny import logits, make_hf_model
 
@@ -351,13 +350,14 @@ def test_ffn_formula(dim: int, hidden: int, want: dict[str, Any] | None) -> None
         ({}, "float16", ("LLaMA 1", 2048)),
         ({}, "bfloat16", ("LLaMA 2", 4096)),
         ({"num_kv_heads": 2}, "float16", ("LLaMA 2", 4096)),  # 70B, saved again in float16
-        ({"rope": RopeConfig(rope_theta=1e6)}, "bfloat16", ("Code Llama", 16384)),
-        ({"rope": RopeConfig(rope_theta=5e5)}, "bfloat16", ("LLaMA 3", 8192)),
-        ({"rope": RopeConfig(**LLAMA31)}, "bfloat16", ("LLaMA 3.1 and later", 131072)),
+        ({"rope": RopeSpec(rope_theta=1e6)}, "bfloat16", ("Code Llama", 16384)),
+        ({"rope": RopeSpec(rope_theta=5e5)}, "bfloat16", ("LLaMA 3", 8192)),
+        ({"rope": RopeSpec(**LLAMA31)}, "bfloat16", ("LLaMA 3.1 and later", 131072)),
     ],
 )
 def test_generations(values: dict[str, Any], dtype: str, want: tuple[str, int]) -> None:
-    config = dataclasses.replace(LlamaConfig(40, 24, 28, 3, 4, 4, 6), **values)
+    sizes: dict[str, Any] = dict(vocab_size=40, hidden_size=24, intermediate_size=28, num_layers=3)
+    config = uniform_decoder("llama", **{**sizes, "num_heads": 4, "num_kv_heads": 4, "head_dim": 6, **values})
     assert _generation(config, WEIGHT_DTYPES[dtype]) == want
 
 
@@ -366,4 +366,4 @@ def test_rope_factor_that_no_release_has(tmp_path: Path, run: Callable[..., str]
     make_hf_model(**(SIZES | rope)).save_pretrained(tmp_path / "hf")
     run("hf-to-meta", tmp_path / "hf", tmp_path / "meta")
     assert json.loads((tmp_path / "meta" / "params.json").read_text())["rope_scaling_factor"] == 32.0
-    assert MetaSource(tmp_path / "meta").config.rope.factor == 32.0
+    assert MetaSource(tmp_path / "meta").config.attention.rope.factor == 32.0

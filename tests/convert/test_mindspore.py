@@ -18,7 +18,7 @@ import jaxlm.weights.mindspore_ckpt
 from convert.formats.mindspore import MindSporeAdapter, MindSporeSource
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import RopeSpec, uniform_decoder
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import LeafInfo
@@ -361,7 +361,7 @@ def test_safetensors_and_their_folder(tmp_path: Path, run: Callable[..., str]) -
         ({"theta": 5e5, "bos_token_id": 7}, {"rope": {"rope_theta": 5e5}, "bos_token_id": 7}),
         ({"max_position_embedding": 99}, {"max_position_embeddings": 99}),
         ({"intermediate_size": 24}, {}),
-        ({"rms_norm_eps": "1e-5", "eos_token_id": [2, 3]}, {"rms_norm_eps": 1e-5, "eos_token_id": (2, 3)}),
+        ({"rms_norm_eps": "1e-5", "eos_token_id": [2, 3]}, {"norm_eps": 1e-5, "eos_token_id": (2, 3)}),
         (
             {"extend_method": "PI", "scaling_factor": 4.0},
             {"rope": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
@@ -395,12 +395,26 @@ def test_mindformers_yaml(changes: dict[str, Any], want: dict[str, Any], tmp_pat
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "other.yaml").write_text("a: 1")
     config = open_model(path).config
-    expected = LlamaConfig(37, 16, 24, 3, 4, 2, 4, max_position_embeddings=64, rms_norm_eps=1e-6)
-    expected = LlamaConfig.from_dict(expected.to_dict() | {k: v for k, v in want.items() if k != "rope"})
-    assert config.rope.to_hf() == want.get("rope", {}) | {"rope_type": config.rope.rope_type} | (
-        {} if "rope" in want else {"rope_theta": 1e4}
+    rope = want.get("rope", {})
+    want = {key: value for key, value in want.items() if key != "rope"}
+    sizes: dict[str, Any] = dict(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2
     )
-    assert LlamaConfig.from_dict(config.to_dict() | {"rope": expected.to_dict()["rope"]}) == expected
+    assert config == uniform_decoder(
+        **{
+            "family": "llama",
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 4,
+            "max_position_embeddings": 64,
+            "norm_eps": 1e-6,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **sizes,
+            **want,
+        },
+        rope=RopeSpec(**rope),
+    )
 
 
 @pytest.mark.parametrize(
@@ -409,7 +423,7 @@ def test_mindformers_yaml(changes: dict[str, Any], want: dict[str, Any], tmp_pat
         ({"hidden_size": "x"}, "hidden_size is 'x'; expected a positive number"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"num_heads": True}, "num_heads is True"),
-        ({"n_kv_heads": 3}, "is no multiple of"),
+        ({"n_kv_heads": 3}, "is not a multiple of"),
         ({"theta": {"a": 1}}, "theta is of type dict"),
         ({"bos_token_id": "x"}, "bos_token_id is no token id"),
         ({"extend_method": "LLAMA3", "scaling_factor": {"factor": 8.0}}, "low_freq_factor is of type NoneType"),
@@ -427,7 +441,7 @@ def test_configurations_that_do_not_fit(changes: dict[str, Any], words: str, tmp
     values = {"model": {"model_config": YAML["model"]["model_config"] | changes}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     if not words:
-        assert open_model(path).config.head_dim == 2  # nothing in the shapes tells
+        assert open_model(path).config.attention.head_dim == 2  # nothing in the shapes tells
         return
     with pytest.raises(UserError) as error:
         open_model(path)
@@ -458,7 +472,7 @@ def test_what_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "neither a file" in refused("mindspore-to-hf", path, out, "--config", "llama-9")
     assert "'model.layers.0.mlp.experts' has no place" in say(arrays | {"model.layers.0.mlp.experts": np.ones(2)})
     assert "holds no concatenated tensors" in refused("mindspore-to-hf", write(path, arrays), out, "--groups", 2)
-    assert "is for --lora only" in refused("mindspore-to-hf", path, out, "--alpha", 2)
+    assert "is for an adapter only" in refused("mindspore-to-hf", path, out, "--alpha", 2)
     assert "the model has 32 layers, but there are 30" in refused("mindspore-to-hf", path, out, "--config", "llama-7b")
     (tmp_path / "rank_3").mkdir()
     part = write(tmp_path / "rank_3" / "x.ckpt", arrays | {"model.norm_out.weight": np.ones(8, np.float32)})
@@ -532,7 +546,16 @@ def test_lora_files_alone(tmp_path: Path, run: Callable[..., str], refused: Call
 
 
 def test_lora_that_does_not_fit(tmp_path: Path) -> None:
-    config = LlamaConfig(37, 16, 24, 3, 4, 2, 4)
+    config = uniform_decoder(
+        "llama",
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+    )
     a, b = np.ones((2, 16), np.float32), np.ones((16, 2), np.float32)
     stem = "model.layers.{}.attention.{}.mindpet_delta_lora_"
 

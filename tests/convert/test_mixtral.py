@@ -17,7 +17,7 @@ from convert.formats.mixtral import MixtralSource
 from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
+from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.files import read_tensors
 from tests.convert.test_experts import EVERY, TOKENS, E, F, assert_same_leaves, params
 from tests.convert.test_hf_experts import MODALITIES, assert_same_model, make_moe, make_order
@@ -25,7 +25,7 @@ from tests.convert.tiny import BASE, make_adapter, make_hf_model
 
 
 @functools.cache
-def forward(config: LlamaConfig, compute: str) -> Any:
+def forward(config: DecoderSpec, compute: str) -> Any:
     return jax.jit(Decoder(config, dtype="float32", experts=compute).apply)
 
 
@@ -46,9 +46,9 @@ def test_transformers_computes_the_same(k: int, hf_dir: Path, tmp_path: Path, ru
     transformers = pytest.importorskip("transformers")
     # Two modalities with one k are one to Mixtral.
     settings = MODALITIES | {"top_k": (k, k)}
-    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), MoeConfig(E, "learned", **settings))
+    moe = make_moe(hf_dir, tmp_path / "moe", make_order(), ExpertsSpec(E, "learned", **settings))
     said = run("jax-to-hf", moe, tmp_path / "out", "--layout", "mixtral", "--shard-size", "9KB")
-    assert f"computes {k} for every token" in said and ("no power of two" in said) is (k == 3)
+    assert f"computes {k} for every token" in said and ("not a power of two" in said) is (k == 3)
     # Not by PyTorch's grouped product, which takes no experts as narrow as these.
     how = {"experts_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **how).eval()
@@ -78,7 +78,7 @@ def test_transformers_computes_the_same(k: int, hf_dir: Path, tmp_path: Path, ru
 def test_there_and_back(order: bool, architecture: str, dtype: str, tmp_path: Path, run: Callable[..., str]) -> None:
     """The very model, for a k that is a power of two: modalities, order and architecture too."""
     make_hf_model(architecture, dtype).save_pretrained(tmp_path / "hf")
-    config = MoeConfig(E, "learned", **(MODALITIES | {"top_k": (2, 2)}))
+    config = ExpertsSpec(E, "learned", **(MODALITIES | {"top_k": (2, 2)}))
     moe = make_moe(tmp_path / "hf", tmp_path / "moe", make_order() if order else None, config)
     run("jax-to-hf", moe, tmp_path / "out", "--layout", "mixtral")
     assert_same_model(tmp_path / "out", moe)
@@ -99,7 +99,7 @@ def test_there_and_back(order: bool, architecture: str, dtype: str, tmp_path: Pa
 def test_k_that_is_rounded(tmp_path: Path, run: Callable[..., str]) -> None:
     """w2 is k times down_proj rounded once; the way back rounds once more."""
     make_hf_model(dtype="bfloat16").save_pretrained(tmp_path / "hf")
-    moe = make_moe(tmp_path / "hf", tmp_path / "moe", None, MoeConfig(E, "learned", top_k=(3,)))
+    moe = make_moe(tmp_path / "hf", tmp_path / "moe", None, ExpertsSpec(E, "learned", top_k=(3,)))
     run("jax-to-hf", moe, tmp_path / "out", "--layout", "mixtral")
     path = "layers/mlp/down_proj/kernel"
     whole = open_model(moe).read(path, EVERY)
@@ -130,8 +130,8 @@ def make_mixtral(directory: Path, **changes: Any) -> Any:
 def test_a_mixtral_of_transformers(tied: bool, tmp_path: Path, run: Callable[..., str]) -> None:
     model = make_mixtral(tmp_path / "hf", tie_word_embeddings=tied)
     source = open_model(tmp_path / "hf")
-    assert source.config.moe == MoeConfig(4, "learned", top_k=(2,)) and source.config.intermediate_size == 48
-    assert source.partition is None and source.config.rope.rope_theta == 5e5
+    assert source.config.experts == ExpertsSpec(4, "learned", top_k=(2,)) and source.config.feed_forward.size == 48
+    assert source.partition is None and source.config.attention.rope.rope_theta == 5e5
     expected = torch_logits(model)
     np.testing.assert_allclose(jaxlm_logits(tmp_path / "hf", "loop"), expected, atol=2e-5 * np.abs(expected).max())
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
@@ -158,7 +158,7 @@ def test_it_goes_out_as_it_came_in(tmp_path: Path, run: Callable[..., str], refu
     run("make-delta", tmp_path / "hf", tmp_path / "merged", tmp_path / "delta")
     for name in ("merged", "again", "delta"):
         assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == ["MixtralForCausalLM"]
-        assert open_model(tmp_path / name).config.moe.layout == "mixtral"
+        assert open_model(tmp_path / name).config.experts.layout == "mixtral"
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
     run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
@@ -166,7 +166,7 @@ def test_it_goes_out_as_it_came_in(tmp_path: Path, run: Callable[..., str], refu
     np.testing.assert_array_equal(torch_logits(found), torch_logits(model))
     run("jax-to-hf", tmp_path / "jax", tmp_path / "dense", "--layout", "dense")
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
-    assert open_model(tmp_path / "dense").config.moe.layout == "dense"
+    assert open_model(tmp_path / "dense").config.experts.layout == "dense"
     # A run may have changed what Mixtral has a place for: not silently another layout.
     file = tmp_path / "jax" / "jaxlm" / "model.json"
     content = json.loads(file.read_text())
@@ -188,11 +188,11 @@ def test_missing_keys_are_those_of_mixtral(tmp_path: Path) -> None:
     )  # fmt: skip
     file.write_text(json.dumps({key: value for key, value in whole.items() if key not in gone}))
     config, want = open_model(tmp_path / "m").config, transformers.MixtralConfig.from_pretrained(tmp_path / "m")
-    assert config.rms_norm_eps == want.rms_norm_eps == 1e-5
-    assert config.rope.rope_theta == want.rope_parameters["rope_theta"] == 1e6
+    assert config.norm.eps == want.rms_norm_eps == 1e-5
+    assert config.attention.rope.rope_theta == want.rope_parameters["rope_theta"] == 1e6
     assert config.max_position_embeddings == want.max_position_embeddings
-    assert config.sliding_window == want.sliding_window is None
-    assert (config.num_kv_heads, config.moe.experts, config.moe.top_k) == (8, 8, (2,))
+    assert config.attention.window == want.sliding_window is None
+    assert (config.attention.num_kv_heads, config.experts.num_experts, config.experts.top_k) == (8, 8, (2,))
 
 
 def test_a_rope_scaling_that_loses_theta_is_refused(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_rope_scaling_that_loses_theta_is_refused(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=rf"config.json: rope_scaling.* {theta}; .* go on with 1e\+06"):
                 open_model(tmp_path / "m")
         else:
-            assert open_model(tmp_path / "m").config.rope.rope_theta == 1e6
+            assert open_model(tmp_path / "m").config.attention.rope.rope_theta == 1e6
 
 
 # --- what has no place ------------------------------------------------------------------------------------------------
@@ -218,14 +218,14 @@ def test_a_rope_scaling_that_loses_theta_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("moe", "words"),
     [
-        (MoeConfig(E, "activation", top_k=(2,)), ["is activation", "convert distil-router", "leave --layout out"]),
-        (MoeConfig(E, "modality", top_k=(2,)), ["is modality"]),
-        (MoeConfig(E, "learned", top_k=(1,)), ["one expert", "weigh it by 1", "leave --layout out"]),
-        (MoeConfig(E, "learned", **MODALITIES), ["one k", "text 3, smiles 1", "leave --layout out"]),
+        (ExpertsSpec(E, "activation", top_k=(2,)), ["is activation", "convert distil-router", "leave --layout out"]),
+        (ExpertsSpec(E, "modality", top_k=(2,)), ["is modality"]),
+        (ExpertsSpec(E, "learned", top_k=(1,)), ["one expert", "weigh it by 1", "leave --layout out"]),
+        (ExpertsSpec(E, "learned", **MODALITIES), ["one k", "text 3, smiles 1", "leave --layout out"]),
     ],
 )
 def test_other_routers(
-    moe: MoeConfig, words: list[str], hf_dir: Path, tmp_path: Path, refused: Callable[..., str]
+    moe: ExpertsSpec, words: list[str], hf_dir: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     directory = make_moe(hf_dir, tmp_path / "moe", make_order(), moe)
     message = refused("jax-to-hf", directory, tmp_path / "out", "--layout", "mixtral")
@@ -236,7 +236,7 @@ def test_biases_and_dense_models(
     hf_dir: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     make_hf_model("Qwen2").save_pretrained(tmp_path / "qwen")
-    moe = make_moe(tmp_path / "qwen", tmp_path / "moe", None, MoeConfig(E, "learned", top_k=(2,)))
+    moe = make_moe(tmp_path / "qwen", tmp_path / "moe", None, ExpertsSpec(E, "learned", top_k=(2,)))
     assert "no biases" in refused("jax-to-hf", moe, tmp_path / "out", "--layout", "mixtral")
     run("hf-to-jax", hf_dir, tmp_path / "dense")
     assert "is a dense model" in refused("jax-to-hf", tmp_path / "dense", tmp_path / "out", "--layout", "mixtral")
@@ -287,7 +287,7 @@ def test_folder_of_another_model(
     hf_dir: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     for name, k in (("two", 2), ("three", 3)):
-        moe = make_moe(hf_dir, tmp_path / f"moe-{name}", make_order(), MoeConfig(E, "learned", top_k=(k,)))
+        moe = make_moe(hf_dir, tmp_path / f"moe-{name}", make_order(), ExpertsSpec(E, "learned", top_k=(k,)))
         run("jax-to-hf", moe, tmp_path / name, "--layout", "mixtral")
     shutil.rmtree(tmp_path / "two" / "jaxlm_experts")
     assert isinstance(open_model(tmp_path / "two"), MixtralSource)  # without it, one modality and no other order

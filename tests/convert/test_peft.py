@@ -386,8 +386,8 @@ def test_wrong_kind_of_directory(tmp_path: Path, run: Callable[..., str], refuse
             open_model(directory)
     assert "is a jaxlm adapter already" in refused("peft-to-jax", tmp_path / "jax", tmp_path / "o", "--base", base)
     assert "is a PEFT adapter already" in refused("jax-to-peft", adapter, tmp_path / "o")
-    assert "is no adapter" in refused("jax-to-peft", base, tmp_path / "o")
-    assert "is no adapter" in refused("merge", base, base, tmp_path / "o")
+    assert "is not an adapter" in refused("jax-to-peft", base, tmp_path / "o")
+    assert "is not an adapter" in refused("merge", base, base, tmp_path / "o")
     (adapter / "adapter_model.safetensors").unlink()
     assert "neither adapter_model.safetensors nor" in refused("merge", base, adapter, tmp_path / "o")
     with pytest.raises(UserError, match="does not record the shape of its base"):

@@ -17,7 +17,7 @@ from convert.source import open_adapter, open_model
 from convert.transforms import merge
 from convert.transforms.experts import DenseSource, MoefiedSource
 from convert.transforms.merge import MergedSource
-from jaxlm.models.shapes import MoeConfig
+from jaxlm.spec import ExpertsSpec
 from jaxlm.weights import leaves, names, partition, reproducible, tensors
 from jaxlm.weights.leaves import ParamSource, full_index, stored_blocks
 from jaxlm.weights.names import LINEARS, hf_entries
@@ -126,8 +126,8 @@ def test_a_merge_does_not_depend_on_the_order_of_the_neurons(merged: MergedSourc
     """With experts, merged and made dense again, as without."""
     base: ParamSource = merged._base
     config = base.config
-    order = np.stack([np.random.default_rng(i).permutation(config.intermediate_size) for i in range(config.num_layers)])
-    experts = MoefiedSource(base, order.astype(np.int32), MoeConfig(4, "learned", top_k=(2,)))
+    order = np.stack([np.random.default_rng(i).permutation(config.feed_forward.size) for i in range(config.num_layers)])
+    experts = MoefiedSource(base, order.astype(np.int32), ExpertsSpec(4, "learned", top_k=(2,)))
     again = open_adapter(merged._adapter.path, experts)
     dense = DenseSource(MergedSource(experts, again))
     for path in merged.leaves:

@@ -113,7 +113,7 @@ def test_there_and_back(through: str, scimind: Path, tmp_path: Path, run: Callab
     # Other options of the same writer.
     run("jax-to-mindspore", moe, tmp_path / "joined", "--qkv-concat", "--crc", "--dtype", "float16")
     run("mindspore-to-jax", tmp_path / "joined", tmp_path / "dense")
-    assert open_model(tmp_path / "dense").config.moe is None
+    assert open_model(tmp_path / "dense").config.experts is None
 
 
 def test_no_original_order(hf_dir: Path, tmp_path: Path, run: Callable[..., str]) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from convert.commands.command import say_template
+from convert.formats.chat_template import asked_or_name
 from convert.formats.peft import peft_config_for
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import MoeConfig
+from jaxlm.spec import ExpertsSpec
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.weights.hf import hf_config_for
 from tests.convert.test_experts import E
@@ -37,7 +37,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     make_adapter(base, folder / "peft", rank_pattern={"v_proj": 1}, alpha_pattern={"q_proj": 3})
     assert main(["hf-to-jax", str(folder / "hf"), str(folder / "model")]) == 0
     assert main(["peft-to-jax", str(folder / "peft"), str(folder / "adapter"), "--base", str(folder / "hf")]) == 0
-    make_moe(folder / "hf", folder / "experts", make_order(), MoeConfig(E, "learned", **MODALITIES))
+    make_moe(folder / "hf", folder / "experts", make_order(), ExpertsSpec(E, "learned", **MODALITIES))
     for name in ("model", "experts", "adapter"):
         (folder / name / "jaxlm" / "prompt.json").write_text(json.dumps(PROMPT))
     return {name: folder / name for name in ("model", "experts", "adapter")}
@@ -50,7 +50,7 @@ def use(path: Path) -> None:
         peft_config_for(source, path / "adapter_config.json")
     else:
         hf_config_for(source)
-    say_template(source)
+    asked_or_name(source)
 
 
 WRONG: tuple[Any, ...] = (None, "x", -1, 0, 1.5, True, [], ["x"], [-1], {}, {"x": "y"}, 10**400, float("nan"))

@@ -22,14 +22,17 @@ import jaxlm.weights.native.layout
 from convert.formats.hf_experts import write_hf
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.families import write_config
+from jaxlm.models.version1 import recorded
+from jaxlm.spec import uniform_decoder
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import LeafInfo, ParamSource, row_blocks, stored_blocks
-from jaxlm.weights.names import hf_entries, leaf_shapes
+from jaxlm.weights.names import hf_entries, leaf_shapes, num_params
 from jaxlm.weights.native.write import write_model
 from jaxlm.weights.output import output_directory
 
-CONFIG = LlamaConfig(
+CONFIG = uniform_decoder(
+    "llama",
     vocab_size=37,
     hidden_size=16,
     intermediate_size=24,
@@ -100,7 +103,7 @@ def write_checkpoint(directory: Path) -> None:
     content = {
         "format": "jaxlm",
         "version": 1,
-        "model": CONFIG.to_dict(),
+        "model": recorded(CONFIG),
         "lora": None,
         "base": None,
         "dtype": "bfloat16",
@@ -233,10 +236,10 @@ def test_missing_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "reads format 'jaxlm' version 1"),
+        ({"version": 3, "written_by": "jaxlm 9.1"}, "written by jaxlm 9.1; this is jaxlm"),
         ({"format": "x"}, "reads format 'jaxlm' version 1"),
-        ({"model": CONFIG.to_dict() | {"mlp_bias": False}}, "unexpected tensor 'layers/mlp/down_proj/bias'"),
-        ({"model": CONFIG.to_dict() | {"vocab_size": 38}}, "has shape (37, 16), expected (38, 16)"),
+        ({"model": recorded(CONFIG) | {"mlp_bias": False}}, "unexpected tensor 'layers/mlp/down_proj/bias'"),
+        ({"model": recorded(CONFIG) | {"vocab_size": 38}}, "has shape (37, 16), expected (38, 16)"),
     ],
 )
 def test_model_json_must_fit(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -276,13 +279,13 @@ def test_what_is_no_model(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "found w, x, y, z; accepted are" in refused("inspect", tmp_path / "a")
     assert "no such directory or file" in refused("hf-to-jax", tmp_path / "b", tmp_path / "c")
     assert "is a file" in refused("hf-to-jax", tmp_path / "a" / "w", tmp_path / "c")
-    (tmp_path / "a" / "config.json").write_text(json.dumps(CONFIG.to_hf("float32")))
+    (tmp_path / "a" / "config.json").write_text(json.dumps(write_config(CONFIG, "float32")))
     assert "has config.json but no weights" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
     (tmp_path / "a" / "config.json").write_text("{")
     assert "not valid JSON" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
     (tmp_path / "a" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
     assert "'GPT2LMHeadModel' is not supported" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
-    config = CONFIG.to_hf("float32") | {"quantization_config": {"bits": 4}}
+    config = write_config(CONFIG, "float32") | {"quantization_config": {"bits": 4}}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     assert "the model is quantised" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
 
@@ -295,7 +298,7 @@ def test_wrong_direction(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert not is_adapter(tmp_path / "hf") and not is_adapter(tmp_path / "native")
     with pytest.raises(UserError, match="is a full model"):
         open_adapter(tmp_path / "native")
-    with pytest.raises(UserError, match=r"is no adapter: found config\.json"):
+    with pytest.raises(UserError, match=r"is not an adapter: found config\.json"):
         open_adapter(tmp_path / "hf")
 
 
@@ -304,8 +307,9 @@ def test_inspect(tmp_path: Path, run: Callable[..., str]) -> None:
     write_hf_sharded(tmp_path / "hf")
     for directory in ("native", "hf"):
         printed = run("inspect", tmp_path / directory)
-        assert "LlamaForCausalLM: L 3, D 16, F 24, H 4, K 2, h 6, V 37" in printed
-        assert f"{CONFIG.num_params():,} parameters" in printed
+        assert "LlamaForCausalLM: L 3, D 16, V 37, tied False" in printed
+        assert "every layer: F 24, H 4, K 2, h 6, rope" in printed
+        assert f"{num_params(CONFIG):,} parameters" in printed
         assert "3x16x4x6" in printed and "bfloat16" in printed
     file = min((tmp_path / "hf").glob("*.safetensors"))
     assert "model.embed_tokens.weight" in run("inspect", file)

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
@@ -32,7 +32,8 @@ pytestmark = pytest.mark.slow
 
 # Every dim has a size of its own, so that a shape in the compiled program tells what it is.
 L, D, F, V, E, A, B, T = 3, 32, 48, 88, 8, 2, 8, 20
-CONFIG = LlamaConfig(
+CONFIG = uniform_decoder(
+    "llama",
     vocab_size=V,
     hidden_size=D,
     intermediate_size=F,
@@ -42,8 +43,8 @@ CONFIG = LlamaConfig(
     head_dim=6,
     qkv_bias=True,
 )
-EXPERTS = dataclasses.replace(CONFIG, moe=MoeConfig(E, "learned", ("text", "smiles"), ((40, V),), (3, 2)))
-MODELS: dict[str, tuple[LlamaConfig, LoraConfig | None]] = {
+EXPERTS = CONFIG.with_experts(ExpertsSpec(E, "learned", ("text", "smiles"), ((40, V),), (3, 2)))
+MODELS: dict[str, tuple[DecoderSpec, LoraConfig | None]] = {
     "full": (CONFIG, None),
     "uneven": (dataclasses.replace(CONFIG, vocab_size=V + 1), None),
     "lora": (
@@ -86,7 +87,7 @@ def batches(i: int) -> dict[str, np.ndarray]:
 def train(sizes: dict[str, int], kind: str, attention: str = "reference", capture: Any = None) -> Run:
     config, lora = MODELS[kind]
     devices = jax.devices()[: math.prod(sizes.values())]
-    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), devices, E if config.moe else None)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), devices, E if config.experts else None)
     adapters = resolve_lora(config, lora) if lora else {}
     model = Decoder(config, adapters, attention=attention, experts="loop")
     options = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.1)
@@ -126,7 +127,7 @@ def assert_same(run: Run, kind: str) -> None:
             # float32 sums in another order
             np.testing.assert_allclose(value, theirs[name], rtol=1e-4, atol=2e-5, err_msg=name)
     for name in ("expert_use", "modality_tokens"):
-        assert (name in run.metrics[0]) == (MODELS[kind][0].moe is not None)
+        assert (name in run.metrics[0]) == (MODELS[kind][0].experts is not None)
     params, wanted = run.state.trainable, expected.state.trainable
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), params, wanted)
 
@@ -215,7 +216,9 @@ def assert_frugal(run: Run, kind: str) -> None:
                 # layers would undo FSDP.
                 assert one.axes <= set(SHARDED), one
                 limit = (D * V if shape[0] == V // size["tensor"] else 2 * D * F) // size["tensor"]
-                whole_rows = shape[:2] == (rows, T) and size["sequence"] * size["tensor"] > CONFIG.num_kv_heads
+                whole_rows = (
+                    shape[:2] == (rows, T) and size["sequence"] * size["tensor"] > CONFIG.attention.num_kv_heads
+                )
                 assert len(shape) < 4 or whole_rows, one
                 assert numbers <= limit, one
             elif one.kind == "all-reduce" and "tensor" in one.axes:
@@ -224,7 +227,7 @@ def assert_frugal(run: Run, kind: str) -> None:
                 assert numbers <= max(D * V, 2 * D * F) // size["tensor"], one
             elif one.kind == "collective-permute":
                 raise AssertionError(one)
-    if MODELS[kind][0].moe is None:
+    if MODELS[kind][0].experts is None:
         # A part of a row is what the feed-forward layer sees: whole rows are for attention, which has some heads.
         gated, found_products = (tokens, F // size["tensor"]), products(run.text)
         assert gated in found_products

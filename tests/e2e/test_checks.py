@@ -96,7 +96,7 @@ def test_of_a_later_stage_before_the_first(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("jaxlm.cli.train._tokenizer", refuse)
+    monkeypatch.setattr("jaxlm.training.prepare.open_tokenizer", refuse)
     for stage, message in (
         ({"lora": {"targets": ["no_proj"]}}, "lora.targets: 'no_proj'"),
         ({"data": {"train": [{"path": "gone.json"}]}}, "gone.json does not exist"),
@@ -183,7 +183,7 @@ def test_gradients_of_zero_and_ranks_too_large(
         return capsys.readouterr().out
 
     text = said(rank=2, alpha=0.0)
-    assert "warning: all gradients were 0: nothing has been learnt" in text and "lora.rank" not in text
+    assert "warning: all gradients were 0: nothing has been trained" in text and "lora.rank" not in text
     text = said(rank=48, targets=["q_proj", "k_proj", "down_proj"])
     # q_proj is 64 x 64, k_proj 64 x 32, down_proj 128 x 64.
     assert "warning: lora.rank: 48 of k_proj exceeds the smaller side of a matrix of 64 x 32: above 32" in text

@@ -54,7 +54,7 @@ def test_what_prompts_need_is_noted(dated: Path, tmp_path: Path, capsys: pytest.
     noted = json.loads((tmp_path / "run" / "checkpoints" / "1" / "jaxlm" / "prompt.json").read_text())
     assert noted == {"template": "chat", "add_bos": True, "add_eos": True, "stop_ids": [2]}
     assert main([*words[:2], "--data.date", "today"]) == 2
-    assert "data.date: 'today' is no date" in capsys.readouterr().err
+    assert "data.date: 'today' is not a date" in capsys.readouterr().err
 
 
 def test_runs_from_before_go_on(dated: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def test_most_questions_are_answered_right(tmp_path: Path) -> None:
         return done.stdout
 
     said = run("train", "--config", "quickstart")
-    assert "have learnt a little text by heart, mistakes included" in said
+    assert "have learned a little text by heart, mistakes included" in said
     questions = QUICKSTART / "questions.json"
     words = ["--predict_data", str(questions), "--save_file", "answers.json"]
     run("generate", "--model", "out/quickstart/sft", *words)

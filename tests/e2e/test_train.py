@@ -262,7 +262,7 @@ def test_a_model_of_experts_goes_on_and_writes(
     [
         ({"experts": 7, "top_k": {"text": 1}}, "moe.experts: 7 does not divide the 128 neurons"),
         ({"experts": 4, "top_k": {"text": 5}}, "moe.top_k: text: 5"),
-        ({"experts": 4, "top_k": {"text": 2, "smile": 1}}, "'smile' is no modality"),
+        ({"experts": 4, "top_k": {"text": 2, "smile": 1}}, "'smile' is not a modality"),
         ({"experts": 4, "top_k": {"text": 2}, "ranges": {"rare": [300, 330]}}, "say how many experts"),
         ({"experts": 4, "top_k": {"text": 2, "rare": 1}, "ranges": {"rare": [300, 330]}}, "ends at token 330"),
         ({"top_k": {"text": 2}}, "say into how many experts"),

@@ -45,7 +45,7 @@ def test_morgan_is_a_count_fingerprint_of_radius_two() -> None:
 
 
 def test_a_reference_that_is_no_molecule() -> None:
-    with pytest.raises(UserError, match="'C1C' is no SMILES"):
+    with pytest.raises(UserError, match="'C1C' is not a SMILES"):
         molecule_metrics([Pair("C1C", "C")])
 
 

@@ -274,8 +274,8 @@ def test_the_same_on_a_mesh(llama: Any, mesh: MeshConfig, options: dict[str, Any
     assert spread.generate(prompts, decoding) == generator.generate(prompts, decoding)
     with use_mesh(devices):
         _, caches = prefill(spread.decoder, spread.weights, jnp.ones((8, 16), jnp.int32), jnp.full(8, 3, jnp.int32), 16)
-    rows, heads = 8 // (mesh.data * mesh.fsdp), config.num_kv_heads // mesh.tensor
-    assert caches[0][0].sharding.shard_shape(caches[0][0].shape) == (rows, heads, 16, config.head_dim)
+    rows, heads = 8 // (mesh.data * mesh.fsdp), config.attention.num_kv_heads // mesh.tensor
+    assert caches[0][0].sharding.shard_shape(caches[0][0].shape) == (rows, heads, 16, config.attention.head_dim)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.inference.fit import check_tokenizer
-from jaxlm.models.shapes import SHAPES, LlamaConfig
+from jaxlm.models.families import SHAPES
+from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -26,7 +27,7 @@ def made(directory: Path, words: list[str], bos: str = "<s>", eos: str = "</s>")
 
 
 WORDS = [f"w{number}" for number in range(60)]
-CONFIG: LlamaConfig = dataclasses.replace(SHAPES["llama-7b"], vocab_size=64)
+CONFIG: DecoderSpec = dataclasses.replace(SHAPES["llama-7b"], vocab_size=64)
 
 
 def test_its_own_and_a_copy_pass(tmp_path: Path) -> None:

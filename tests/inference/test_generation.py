@@ -16,12 +16,13 @@ from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, load_weights, unstack
 from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.models.decoder import abstract_variables
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.linear import quantize
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import uniform_decoder
 from tests.models.compare import random_tree
 
-CONFIG = LlamaConfig(
+CONFIG = uniform_decoder(
+    "llama",
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,

@@ -25,7 +25,7 @@ from jaxlm.kernels.backend import (
     shape_key,
     write_table,
 )
-from jaxlm.models.shapes import SHAPES
+from jaxlm.models.families import SHAPES
 from jaxlm.nn import attention as attention_module
 from jaxlm.nn.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
 
@@ -191,11 +191,11 @@ def test_tables_there_and_back(no_tables: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no table of tuned kernels"),
-        ("[]", "no table of tuned kernels"),
+        ("{", "not a table of tuned kernels"),
+        ("[]", "not a table of tuned kernels"),
         ('{"format": 2, "entries": []}', "a table of format 2, this jaxlm reads 1; delete it and run python -m jaxlm"),
-        ('{"format": 1, "entries": [{"device_kind": "cpu"}]}', r"no table of tuned kernels \(KeyError\('dtype'\)\)"),
-        ('{"format": 1, "entries": [1]}', "no table of tuned kernels"),
+        ('{"format": 1, "entries": [{"device_kind": "cpu"}]}', r"not a table of tuned kernels \(KeyError\('dtype'\)\)"),
+        ('{"format": 1, "entries": [1]}', "not a table of tuned kernels"),
     ],
 )
 def test_broken_tables(content: str, message: str, no_tables: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_shipped_table_can_be_read() -> None:
 
 
 def test_here() -> None:
-    case = shape_key(SHAPES["llama-2-7b"], "bfloat16", 4096, True)
+    case = shape_key(SHAPES["llama-2-7b"].attention, "bfloat16", 4096, True)
     assert case == ShapeKey("cpu", jax.devices()[0].device_kind, None, "bfloat16", 4096, 128, 32, 32, True, None)
     assert (case.bucket, dataclasses.replace(case, length=4097).bucket, dataclasses.replace(case, length=1).bucket) == (
         4096,

@@ -330,9 +330,18 @@ def test_in_the_model() -> None:
     from jaxlm.config import MeshConfig
     from jaxlm.devices.mesh import make_mesh, use_mesh
     from jaxlm.models.decoder import Decoder
-    from jaxlm.models.shapes import LlamaConfig
+    from jaxlm.spec import uniform_decoder
 
-    config = LlamaConfig(32, 16, 16, 2, 4, 2, 4)
+    config = uniform_decoder(
+        "llama",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+    )
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 32, (4, 19)).astype(np.int32)
     segments = np.repeat([[1, 2, 0]], [7, 9, 3], axis=1).repeat(4, 0).astype(np.int32)

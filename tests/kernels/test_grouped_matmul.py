@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, make_groups
+from jaxlm.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from jaxlm.kernels.groups import make_groups
 
 HERE = [name for name in IMPLEMENTATIONS if name != "pallas_tpu"]  # that one has tests of its own
 I, O = 5, 3

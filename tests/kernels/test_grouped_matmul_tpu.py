@@ -13,7 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.errors import UserError
 from jaxlm.kernels import grouped_matmul_tpu as tpu
-from jaxlm.kernels.grouped_matmul import Groups, grouped_matmul, make_groups
+from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.groups import Groups, make_groups
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 I, O = 136, 264
@@ -109,7 +110,8 @@ def test_tiles_fit(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 AHEAD = """
-from jaxlm.kernels.grouped_matmul import Groups, grouped_matmul
+from jaxlm.kernels.grouped_matmul import grouped_matmul
+from jaxlm.kernels.groups import Groups
 
 def both(x, w, grad, sizes, owner, live):
     return jax.vjp(lambda x, w: grouped_matmul(x, w, Groups(sizes, owner, live), "pallas_tpu"), x, w)[1](grad)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.families import read_config
 from jaxlm.nn.lora import LoraSpec, module_parent
+from jaxlm.spec import DecoderSpec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,7 +28,7 @@ BASE: dict[str, Any] = dict(
 )
 
 
-def build(architecture: str = "LlamaForCausalLM", seed: int = 0, **options: Any) -> tuple[Any, LlamaConfig]:
+def build(architecture: str = "LlamaForCausalLM", seed: int = 0, **options: Any) -> tuple[Any, DecoderSpec]:
     """A random float32 model in which every tensor matters, and its jaxlm config read from HF's own config.json."""
     cls = getattr(transformers, architecture)
     config = cls.config_class(**(BASE | options))
@@ -42,25 +43,27 @@ def build(architecture: str = "LlamaForCausalLM", seed: int = 0, **options: Any)
             elif "norm" in name:
                 tensor.normal_(1.0, 0.2)
     model.eval()
-    return model, LlamaConfig.from_hf({**config.to_dict(), "architectures": [architecture]})
+    return model, read_config({**config.to_dict(), "architectures": [architecture]})
 
 
 def _array(tensor: Any) -> np.ndarray:
     return tensor.detach().float().cpu().numpy()
 
 
-def linear(weight: np.ndarray, name: str, c: LlamaConfig) -> np.ndarray:
+def linear(weight: np.ndarray, name: str, c: DecoderSpec) -> np.ndarray:
     """HF's [out, in] as jaxlm's [*in, *out]."""
-    heads = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+    attention = c.attention
+    heads = {"q_proj": attention.num_heads, "k_proj": attention.num_kv_heads, "v_proj": attention.num_kv_heads}
     if name in heads:
-        return weight.T.reshape(c.hidden_size, heads[name], c.head_dim)
+        return weight.T.reshape(c.hidden_size, heads[name], attention.head_dim)
     if name == "o_proj":
-        return weight.T.reshape(c.num_heads, c.head_dim, c.hidden_size)
+        return weight.T.reshape(attention.num_heads, attention.head_dim, c.hidden_size)
     return weight.T
 
 
-def params(tensors: dict[str, Any], c: LlamaConfig) -> dict[str, Any]:
+def params(tensors: dict[str, Any], c: DecoderSpec) -> dict[str, Any]:
     """HF names -> tensors (weights or gradients) as the tree of the collection `params`."""
+    attention = c.attention
 
     def stack(name: str, layout: Any = lambda a: a) -> np.ndarray:
         return np.stack([layout(_array(tensors[f"model.layers.{i}.{name}"])) for i in range(c.num_layers)])
@@ -74,7 +77,7 @@ def params(tensors: dict[str, Any], c: LlamaConfig) -> dict[str, Any]:
         if f"model.layers.0.{parent}.{name}.bias" in tensors:
             bias = stack(f"{parent}.{name}.bias")
             leaf["bias"] = (
-                bias.reshape(c.num_layers, -1, c.head_dim) if name in ("q_proj", "k_proj", "v_proj") else bias
+                bias.reshape(c.num_layers, -1, attention.head_dim) if name in ("q_proj", "k_proj", "v_proj") else bias
             )
         layers.setdefault(parent, {})[name] = leaf
     tree = {
@@ -82,21 +85,22 @@ def params(tensors: dict[str, Any], c: LlamaConfig) -> dict[str, Any]:
         "layers": layers,
         "norm": {"scale": _array(tensors["model.norm.weight"])},
     }
-    if not c.tie_word_embeddings:
+    if not c.tied_head:
         tree["lm_head"] = {"kernel": _array(tensors["lm_head.weight"])}
     return tree
 
 
-def weights(model: Any, c: LlamaConfig) -> dict[str, Any]:
+def weights(model: Any, c: DecoderSpec) -> dict[str, Any]:
     return params(dict(model.named_parameters()), c)
 
 
-def gradients(model: Any, c: LlamaConfig) -> dict[str, Any]:
+def gradients(model: Any, c: DecoderSpec) -> dict[str, Any]:
     return params({name: p.grad for name, p in model.named_parameters()}, c)
 
 
-def adapter(model: Any, c: LlamaConfig, specs: dict[str, LoraSpec], grad: bool = False) -> dict[str, Any]:
+def adapter(model: Any, c: DecoderSpec, specs: dict[str, LoraSpec], grad: bool = False) -> dict[str, Any]:
     """A PEFT model's factors (or their gradients) as the collection `lora`, zero padded to the common rank."""
+    attention = c.attention
     tree: dict[str, Any] = {}
     layers = model.get_base_model().model.layers
     for name, spec in specs.items():
@@ -111,10 +115,14 @@ def adapter(model: Any, c: LlamaConfig, specs: dict[str, LoraSpec], grad: bool =
             pad = spec.rank - a.shape[0]
             a, b = np.pad(a, ((0, pad), (0, 0))).T, np.pad(b, ((0, 0), (0, pad))).T
             heads_out = name in ("q_proj", "k_proj", "v_proj")
-            parts.setdefault("lora_A", []).append(a.reshape(c.num_heads, c.head_dim, -1) if name == "o_proj" else a)
-            parts.setdefault("lora_B", []).append(b.reshape(spec.rank, -1, c.head_dim) if heads_out else b)
+            parts.setdefault("lora_A", []).append(
+                a.reshape(attention.num_heads, attention.head_dim, -1) if name == "o_proj" else a
+            )
+            parts.setdefault("lora_B", []).append(b.reshape(spec.rank, -1, attention.head_dim) if heads_out else b)
             if spec.dora:
                 magnitude = value(module.lora_magnitude_vector["default"].weight).reshape(-1)
-                parts.setdefault("magnitude", []).append(magnitude.reshape(-1, c.head_dim) if heads_out else magnitude)
+                parts.setdefault("magnitude", []).append(
+                    magnitude.reshape(-1, attention.head_dim) if heads_out else magnitude
+                )
         tree.setdefault(module_parent(name), {})[name] = {key: np.stack(value) for key, value in parts.items()}
     return {"layers": tree}

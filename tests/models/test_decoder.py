@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.spec import uniform_decoder
 from tests.models.compare import assert_trees_close, random_tree
 
-CONFIG = LlamaConfig(
+CONFIG = uniform_decoder(
+    "llama",
     vocab_size=64,
     hidden_size=16,
     intermediate_size=24,
@@ -23,7 +24,7 @@ CONFIG = LlamaConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=6,
-    sliding_window=9,
+    window=9,
     qkv_bias=True,
 )
 RNG = np.random.default_rng(0)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.models import shapes
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig, RopeConfig
+from jaxlm.models.families import SHAPES, load_shape, read_config, write_config
+from jaxlm.spec import DecoderSpec, NormSpec, RopeSpec, flatten
 from tests.models import hf
 
 transformers = pytest.importorskip("transformers")
@@ -25,15 +25,15 @@ SIZES: dict[str, Any] = dict(
 )
 # jaxlm's name of each key of config.json.
 FIELDS = {
-    "num_key_value_heads": "num_kv_heads",
+    "num_key_value_heads": "attention.num_kv_heads",
     "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
+    "rms_norm_eps": "norm.eps",
+    "tie_word_embeddings": "tied_head",
     "initializer_range": "initializer_range",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
-    "sliding_window": "sliding_window",
+    "sliding_window": "attention.window",
 }
 
 
@@ -42,20 +42,21 @@ def theirs(architecture: str, **values: Any) -> Any:
     return transformers.AutoConfig.for_model(KINDS[architecture]).from_dict(json.loads(json.dumps(values)))
 
 
-def ours(architecture: str, **values: Any) -> LlamaConfig:
-    return LlamaConfig.from_hf({"architectures": [architecture], "model_type": KINDS[architecture], **values})
+def ours(architecture: str, **values: Any) -> DecoderSpec:
+    return read_config({"architectures": [architecture], "model_type": KINDS[architecture], **values})
 
 
-def assert_same(found: LlamaConfig, want: Any) -> None:
+def assert_same(found: DecoderSpec, want: Any) -> None:
+    fields = flatten(found)
     for key, name in FIELDS.items():
         value = getattr(want, key, None)
         slides = "sliding_attention" in (getattr(want, "layer_types", None) or ["sliding_attention"])
-        if key == "sliding_window" and not (slides and found.architecture != "LlamaForCausalLM"):
+        if key == "sliding_window" and not (slides and found.family != "llama"):
             value = None
-        assert getattr(found, name) == value, key
+        assert fields[name] == value, key
     expected = {key: value for key, value in want.rope_parameters.items() if key != "type"}
-    given = {key: value for key, value in dataclasses.asdict(found.rope).items() if value is not None}
-    if found.rope.rope_type == "yarn":  # where it is left open, both take max_position_embeddings
+    given = {key: value for key, value in dataclasses.asdict(found.attention.rope).items() if value is not None}
+    if found.attention.rope.rope_type == "yarn":  # where it is left open, both take max_position_embeddings
         given.setdefault("original_max_position_embeddings", found.max_position_embeddings)
     assert given == expected
 
@@ -114,7 +115,7 @@ def test_windows_of_qwen2(more: dict[str, Any], window: int | str | None) -> Non
         with pytest.raises(UserError, match=window):
             ours("Qwen2ForCausalLM", **SIZES, **more)
         return
-    assert ours("Qwen2ForCausalLM", **SIZES, **more).sliding_window == window
+    assert ours("Qwen2ForCausalLM", **SIZES, **more).attention.window == window
     want = theirs("Qwen2ForCausalLM", **SIZES, **more)
     slides = {kind == "sliding_attention" for kind in want.layer_types}
     assert slides == {window is not None}
@@ -152,8 +153,8 @@ def test_both_spellings_of_rope(architecture: str, values: dict[str, Any]) -> No
     found, want = ours(architecture, **SIZES, **values), theirs(architecture, **SIZES, **values)
     want.rope_parameters.pop("partial_rotary_factor", None)
     assert_same(found, want)
-    written = found.to_hf("float32")
-    assert LlamaConfig.from_hf(written) == found
+    written = write_config(found, "float32")
+    assert read_config(written) == found
     assert_same(found, theirs(architecture, **written))
 
 
@@ -191,7 +192,7 @@ def test_logits_with_yarn_switched_on_by_hand() -> None:
     saved["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(json.loads(json.dumps(saved)))).eval()
     other.load_state_dict(model.state_dict())
-    config = LlamaConfig.from_hf(saved)
+    config = read_config(saved)
     tokens = np.arange(24)[None] % config.vocab_size
     with torch.no_grad():
         want = other(torch.tensor(tokens)).logits.numpy()
@@ -202,7 +203,7 @@ def test_logits_with_yarn_switched_on_by_hand() -> None:
 
 
 def test_longest_row_of_yarn() -> None:
-    config = dataclasses.replace(shapes.SHAPES["llama-7b"], rope=RopeConfig("yarn", factor=4.0))
+    config = SHAPES["llama-7b"].with_attention(rope=RopeSpec("yarn", factor=4.0))
     assert config.max_length == 4 * config.max_position_embeddings
 
 
@@ -211,47 +212,64 @@ def test_longest_row_of_yarn() -> None:
 
 @pytest.mark.parametrize("name", ["LLaMAForCausalLM", "YiForCausalLM"])
 def test_other_names_of_llama(name: str) -> None:
-    found = LlamaConfig.from_hf({"architectures": [name], "model_type": "Yi", **SIZES})
-    assert found.architecture == "LlamaForCausalLM"
+    found = read_config({"architectures": [name], "model_type": "Yi", **SIZES})
+    assert found.family == "llama"
     assert found == ours("LlamaForCausalLM", **SIZES)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "Yi"])
 def test_without_architectures_the_model_type_counts(model_type: str) -> None:
-    by_type = {kind: name for name, kind in KINDS.items()} | {"Yi": "LlamaForCausalLM"}
-    assert LlamaConfig.from_hf({"model_type": model_type, **SIZES}).architecture == by_type[model_type]
+    family = "llama" if model_type == "Yi" else model_type
+    assert read_config({"model_type": model_type, **SIZES}).family == family
 
 
-def test_an_architecture_that_is_only_named_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way in and on the way out: it is no Qwen2."""
-    monkeypatch.setitem(shapes.ARCHITECTURES, "NewForCausalLM", "new")
-    for values in ({"architectures": ["NewForCausalLM"]}, {"model_type": "new"}):
-        with pytest.raises(UserError, match=r"'NewForCausalLM'.*to_hf"):
-            LlamaConfig.from_hf({**values, **SIZES})
-    with pytest.raises(UserError, match=r"'NewForCausalLM'.*to_hf"):
-        dataclasses.replace(shapes.SHAPES["llama-7b"], architecture="NewForCausalLM").to_hf("float32")
+@pytest.mark.parametrize("architecture", KINDS)
+@pytest.mark.parametrize(
+    "values",
+    [{"final_logit_softcapping": 30.0}, {"embedding_multiplier": 12}, {"use_qk_norm": True}, {"num_local_experts": 8}],
+)
+def test_a_key_that_changes_numbers_and_is_not_read_is_refused_by_name(
+    architecture: str, values: dict[str, Any]
+) -> None:
+    (key,) = values
+    with pytest.raises(UserError, match=f"{key} is .* with which {architecture} is not supported"):
+        ours(architecture, **SIZES, **values)
+    assert ours(architecture, **SIZES, **{key: None}) == ours(architecture, **SIZES)
+    assert ours(architecture, **SIZES, embedding_multiplier=1.0) == ours(architecture, **SIZES)
+
+
+def test_an_unknown_architecture_is_refused_by_name() -> None:
+    for values in ({"architectures": ["NewForCausalLM"]}, {"model_type": "NewForCausalLM"}):
+        with pytest.raises(UserError, match="'NewForCausalLM' is not supported; supported: LlamaForCausalLM"):
+            read_config({**values, **SIZES})
+    with pytest.raises(UserError, match="family is 'new'; known: llama"):
+        write_config(dataclasses.replace(SHAPES["llama-7b"], family="new"), "float32")
 
 
 @pytest.mark.parametrize(
-    ("architecture", "change"),
+    ("architecture", "attention", "feed_forward"),
     [
-        ("LlamaForCausalLM", {"qkv_bias": True}),
-        ("LlamaForCausalLM", {"sliding_window": 5}),
-        ("MistralForCausalLM", {"qkv_bias": True, "o_bias": True}),
-        ("MistralForCausalLM", {"mlp_bias": True}),
-        ("Qwen2ForCausalLM", {"qkv_bias": False}),
-        ("Qwen2ForCausalLM", {"qkv_bias": True, "o_bias": True}),
+        ("LlamaForCausalLM", {"qkv_bias": True}, {}),
+        ("LlamaForCausalLM", {"window": 5}, {}),
+        ("LlamaForCausalLM", {"qk_norm": NormSpec()}, {}),
+        ("MistralForCausalLM", {"qkv_bias": True, "o_bias": True}, {}),
+        ("MistralForCausalLM", {}, {"bias": True}),
+        ("Qwen2ForCausalLM", {"qkv_bias": False}, {}),
+        ("Qwen2ForCausalLM", {"qkv_bias": True, "o_bias": True}, {}),
     ],
 )
-def test_what_an_architecture_has_no_key_for_is_not_written(architecture: str, change: dict[str, Any]) -> None:
+def test_what_an_architecture_has_no_key_for_is_not_written(
+    architecture: str, attention: dict[str, Any], feed_forward: dict[str, Any]
+) -> None:
     """A config.json that leaves it out would be that of another model."""
-    config = dataclasses.replace(shapes.SHAPES["llama-7b"], architecture=architecture, **change)
+    spec = dataclasses.replace(SHAPES["llama-7b"], family=KINDS[architecture])
+    spec = spec.with_attention(**attention).with_feed_forward(**feed_forward)
     with pytest.raises(UserError, match=f"{architecture} has no place for"):
-        config.to_hf("float32")
+        write_config(spec, "float32")
 
 
-@pytest.mark.parametrize("name", shapes.SHAPES)
-def test_known_shapes_come_back(name: str, tmp_path: Path) -> None:
-    config = shapes.SHAPES[name]
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf("bfloat16")))
-    assert shapes.load_shape(str(tmp_path / "config.json")) == config
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_come_back(name: str, tmp_path: Path) -> None:
+    config = SHAPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(write_config(config, "bfloat16")))
+    assert load_shape(str(tmp_path / "config.json")) == config

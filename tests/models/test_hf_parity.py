@@ -108,7 +108,7 @@ def test_rope_tables(case: str) -> None:
     x = hf.torch.zeros(1, 5, 4)
     cos, sin = torch_model.model.rotary_emb(x, hf.torch.from_numpy(positions))
     found = rope_cos_sin(config, jnp.asarray(positions))
-    half = config.head_dim // 2
+    half = config.attention.head_dim // 2
     # At position 255 one unit in the last place of a frequency is 1.5e-5 radians.
     np.testing.assert_allclose(found[0], cos.numpy()[..., :half], rtol=0, atol=4e-5)
     np.testing.assert_allclose(found[1], sin.numpy()[..., :half], rtol=0, atol=4e-5)

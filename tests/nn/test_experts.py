@@ -15,7 +15,6 @@ from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.dispatch import make_dispatch
 from jaxlm.nn.experts import (
     PADDING,
@@ -27,9 +26,11 @@ from jaxlm.nn.experts import (
     route_learned,
 )
 from jaxlm.nn.lora import as_one_adapter, resolve_lora
+from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from tests.models.compare import assert_trees_close, random_tree
 
-DENSE = LlamaConfig(
+DENSE = uniform_decoder(
+    "llama",
     vocab_size=64,
     hidden_size=16,
     intermediate_size=48,
@@ -43,9 +44,9 @@ NAMES, RANGES = ("text", "smiles", "protein"), ((40, 50), (50, 60))
 
 def moe_config(
     router: str = "learned", top_k: tuple[int, ...] = (5, 2, 3), experts: int = 8, **more: Any
-) -> LlamaConfig:
-    moe = MoeConfig(experts, router, NAMES, RANGES, top_k, **more)
-    return dataclasses.replace(DENSE, moe=moe)
+) -> DecoderSpec:
+    moe = ExpertsSpec(experts, router, NAMES, RANGES, top_k, **more)
+    return DENSE.with_experts(moe)
 
 
 def variables_of(model: Decoder, seed: int = 0) -> Any:
@@ -72,7 +73,7 @@ def loss_and_grads(model: Decoder, variables: Any, segments: Any = None) -> Any:
 
 
 def test_modalities_of_tokens() -> None:
-    moe = moe_config().moe
+    moe = moe_config().experts
     assert moe is not None
     ids = np.array([[0, 39, 40, 49, 50, 59, 60]])
     np.testing.assert_array_equal(modality_ids(moe, ids), [[0, 0, 1, 1, 2, 2, 0]])
@@ -82,7 +83,7 @@ def test_modalities_of_tokens() -> None:
 
 def test_each_token_uses_its_modalitys_number_of_experts() -> None:
     """Intended routing: exactly k, the best ones, and the lowest index among equals."""
-    moe = moe_config("activation").moe
+    moe = moe_config("activation").experts
     assert moe is not None
     scores = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
     scores[0] = 1.0
@@ -93,8 +94,8 @@ def test_each_token_uses_its_modalitys_number_of_experts() -> None:
     np.testing.assert_array_equal(np.flatnonzero(mask[1]), np.sort(np.argsort(-scores[1])[:2]))
 
 
-def scimind() -> MoeConfig:
-    return MoeConfig(16, "activation_released", ("text", "smiles"), ((40, 50),), (14, 2))
+def scimind() -> ExpertsSpec:
+    return ExpertsSpec(16, "activation_released", ("text", "smiles"), ((40, 50),), (14, 2))
 
 
 def test_released_routing_is_what_the_published_code_does() -> None:
@@ -115,12 +116,12 @@ def test_released_routing_is_what_the_published_code_does() -> None:
 
 
 def test_the_hard_map() -> None:
-    moe = MoeConfig(8, "modality", NAMES, RANGES, (4, 2, 3), shared=1)
+    moe = ExpertsSpec(8, "modality", NAMES, RANGES, (4, 2, 3), shared=1)
     np.testing.assert_array_equal(experts_of_modalities(moe), [[0, 1, 2, 3], [0, 4, 0, 0], [0, 5, 6, 0]])
 
 
 def test_a_learned_router_that_does_not_discriminate_is_the_plain_sum() -> None:
-    moe = moe_config().moe
+    moe = moe_config().experts
     assert moe is not None
     modality = jnp.array([0, 1, 2, PADDING])
     weights = np.asarray(route_learned(moe, jnp.zeros((4, 8)), None, modality).mask(8))
@@ -143,7 +144,7 @@ def test_one_expert_is_weighted_as_in_the_switch_transformer() -> None:
     chosen, share, _ = theirs(torch.tensor(x))
     (chosen * share * torch.tensor(task)).sum().backward()
 
-    moe = moe_config(top_k=(1, 1, 1)).moe
+    moe = moe_config(top_k=(1, 1, 1)).experts
     assert moe is not None
 
     def mask(router: Any) -> Any:
@@ -157,7 +158,7 @@ def test_one_expert_is_weighted_as_in_the_switch_transformer() -> None:
 
 def test_tokens_of_each_modality_are_weighted_by_their_own_k() -> None:
     """Three experts, one, and padding beside each other; logits for which a softmax of its own would overflow."""
-    moe = moe_config(top_k=(3, 1, 2)).moe
+    moe = moe_config(top_k=(3, 1, 2)).experts
     assert moe is not None
     logits = np.random.default_rng(4).normal(0, 40, (4, 8)).astype(np.float32)
     found = np.asarray(route_learned(moe, jnp.asarray(logits), None, jnp.array([0, 1, 2, PADDING])).mask(8))
@@ -216,7 +217,7 @@ LORAS = {
 def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     """Values and gradients, with padding, remat, biases and adapters."""
     config = moe_config(router, shared=1 if router == "modality" else 0)
-    config = dataclasses.replace(config, mlp_bias=lora in ("none", "lora"))
+    config = config.with_feed_forward(bias=lora in ("none", "lora"))
     specs = {} if LORAS[lora] is None else resolve_lora(config, LORAS[lora])  # type: ignore[arg-type]
     masked, sparse = (Decoder(config, specs, experts=kind, remat="full") for kind in ("dense", compute))
     variables = variables_of(masked, 3)
@@ -327,7 +328,7 @@ def test_padding_uses_no_expert() -> None:
 def test_the_balance_loss_is_one_when_use_is_even() -> None:
     from jaxlm.nn.experts import router_losses
 
-    moe = MoeConfig(4, "learned", top_k=(1,))
+    moe = ExpertsSpec(4, "learned", top_k=(1,))
     logits = jnp.eye(4) * 50.0
     modality = jnp.zeros(4, jnp.int32)
     even, z = router_losses(moe, logits, route_learned(moe, logits, None, modality), modality)
@@ -343,7 +344,7 @@ def test_router_losses_leave_padding_out(k: int) -> None:
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     from jaxlm.nn.experts import router_losses
 
-    moe = MoeConfig(8, "learned", top_k=(k,))
+    moe = ExpertsSpec(8, "learned", top_k=(k,))
     logits = np.random.default_rng(5).normal(0, 2, (3, 17, 8)).astype(np.float32)
     modality = jnp.where(SEGMENTS > 0, 0, PADDING)
     balance, z = router_losses(moe, logits, route_learned(moe, jnp.asarray(logits), None, modality), modality)
@@ -355,7 +356,7 @@ def test_router_losses_leave_padding_out(k: int) -> None:
 
 
 def test_noise_chooses_experts_while_training_and_never_weighs_them() -> None:
-    moe = moe_config(top_k=(2, 1, 2)).moe
+    moe = moe_config(top_k=(2, 1, 2)).experts
     assert moe is not None
     logits = jnp.asarray(np.random.default_rng(6).normal(size=(2, 8)), jnp.float32)
     noise = jnp.zeros((2, 8)).at[:, 5].set(100.0)
@@ -446,7 +447,7 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
         ({"experts": 7}, "7 does not divide the 48 neurons"),
         ({"router": "softmax"}, "'softmax' is not one of"),
         ({"ranges": ((40, 50), (45, 60))}, "share tokens"),
-        ({"ranges": ((50, 40), (50, 60))}, "are no range"),
+        ({"ranges": ((50, 40), (50, 60))}, "are not a range"),
         ({"ranges": ((40, 50),)}, "1 ranges of tokens for 2 modalities"),
         ({"modalities": ("smiles", "text", "protein")}, "the first is 'text'"),
         ({"shared": 3}, "moe.shared: 3"),
@@ -456,22 +457,22 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
 def test_configurations_that_cannot_be(values: dict[str, Any], message: str) -> None:
     good = {"experts": 8, "router": "modality", "modalities": NAMES, "ranges": RANGES, "top_k": (5, 2, 3)}
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(DENSE, moe=MoeConfig(**(good | values)))
+        DENSE.with_experts(ExpertsSpec(**(good | values)))
 
 
 def test_the_configuration_survives_json() -> None:
     import json
 
     config = moe_config("modality", shared=2)
-    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert DecoderSpec.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_what_computes_and_why() -> None:
     def chosen(router: str, k: int, requested: str = "auto", platform: str = "cpu", **lora: Any) -> str:
         config = moe_config(router, (k, 1, 1))
         specs = resolve_lora(config, LoraConfig(**lora)) if lora else {}
-        assert config.moe is not None
-        return choose_compute(requested, platform, config.moe, specs)[0]
+        assert config.experts is not None
+        return choose_compute(requested, platform, config.experts, specs)[0]
 
     assert chosen("learned", 8) == "loop" and chosen("learned", 8, platform="gpu") == "ragged"
     assert chosen("learned", 8, platform="tpu") == "pallas_tpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +14,13 @@ import pytest
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, with_saved_modules
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LINEARS, LoraSpec, module_parent, resolve_lora
+from jaxlm.spec import uniform_decoder
 from tests.models.compare import random_tree
 
-CONFIG = LlamaConfig(
-    vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6
+CONFIG = uniform_decoder(
+    "llama", vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6
 )
 IDS = np.random.default_rng(0).integers(0, 64, (2, 10)).astype(np.int32)
 
@@ -198,6 +199,6 @@ def test_errors(settings: dict[str, Any], words: str) -> None:
 
 
 def test_tied_head_cannot_be_saved() -> None:
-    tied = LlamaConfig(**{**CONFIG.__dict__, "tie_word_embeddings": True})
+    tied = dataclasses.replace(CONFIG, tied_head=True)
     with pytest.raises(UserError, match="tied"):
         resolve_lora(tied, LoraConfig(modules_to_save=("lm_head",)))

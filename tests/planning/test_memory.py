@@ -9,15 +9,18 @@ import pytest
 
 from jaxlm.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from jaxlm.devices.chips import parse_topology
-from jaxlm.models.shapes import SHAPES, LlamaConfig
+from jaxlm.models.families import SHAPES
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.memory import Memory, estimate_memory
+from jaxlm.spec import DecoderSpec, uniform_decoder
 from jaxlm.training.setup import set_up
+from jaxlm.weights.names import num_params
 from tests.kernels.ahead_of_time import libtpu_goes_with_jax
 
 pytestmark = pytest.mark.slow
 
-SMALL = LlamaConfig(
+SMALL = uniform_decoder(
+    "llama",
     vocab_size=8000,
     hidden_size=512,
     intermediate_size=1408,
@@ -26,14 +29,15 @@ SMALL = LlamaConfig(
     num_kv_heads=4,
     head_dim=128,
 )
-LARGER = dataclasses.replace(
-    SMALL,
+LARGER = uniform_decoder(
+    "llama",
+    vocab_size=32000,
     hidden_size=1024,
     intermediate_size=2816,
+    num_layers=8,
     num_heads=8,
     num_kv_heads=8,
-    num_layers=8,
-    vocab_size=32000,
+    head_dim=128,
 )
 
 
@@ -52,13 +56,13 @@ def run(rows: int, devices: int, *, length: int = 512, steps: int = 1, **setting
     )
 
 
-def estimated(config: RunConfig, shape: LlamaConfig, topology: str) -> Memory:
+def estimated(config: RunConfig, shape: DecoderSpec, topology: str) -> Memory:
     setup = set_up(config, shape, parse_topology(topology))
     return estimate_memory(setup, setup.initializer(setup.schedule(10)))
 
 
 # What libtpu 0.0.42 says of the peak, MiB (JAX 0.10.2): the whole grid, found once, compiles in four minutes.
-GRID: list[tuple[LlamaConfig, str, dict[str, Any], float]] = [
+GRID: list[tuple[DecoderSpec, str, dict[str, Any], float]] = [
     (LARGER, "v5e:2x2", dict(rows=1), 828.0),
     (LARGER, "v5e:2x2", dict(rows=8), 1045.4),
     (LARGER, "v5e:2x2", dict(rows=32), 1575.2),
@@ -82,7 +86,7 @@ GRID: list[tuple[LlamaConfig, str, dict[str, Any], float]] = [
 
 @pytest.mark.parametrize(("shape", "topology", "settings", "measured"), GRID)
 def test_within_a_tenth_of_what_the_compiler_said(
-    shape: LlamaConfig, topology: str, settings: dict[str, Any], measured: float
+    shape: DecoderSpec, topology: str, settings: dict[str, Any], measured: float
 ) -> None:
     config = run(devices=parse_topology(topology).count, **settings)
     assert estimated(config, shape, topology).peak / 2**20 == pytest.approx(measured, rel=0.1)
@@ -128,6 +132,6 @@ def test_what_fits_where_everyone_knows_it() -> None:
     """LLaMA-2-7B in full, float32 and AdamW: 16 bytes a parameter are 100 GiB, so 4 chips of 16 GB cannot have it."""
     shape = SHAPES["llama-2-7b"]
     few = estimated(run(1, 4, length=2048), shape, "v5e:2x2")
-    assert few.resident == pytest.approx(12 * shape.num_params() / 4, rel=0.001)
+    assert few.resident == pytest.approx(12 * num_params(shape) / 4, rel=0.001)
     assert few.peak > 15.75 * 2**30
     assert estimated(run(1, 16, length=2048), shape, "v5e:4x4").peak < 15.75 * 2**30

@@ -16,11 +16,12 @@ from jaxlm.devices.chips import parse_topology, peak_flops
 from jaxlm.devices.compiler_options import compiler_options
 from jaxlm.devices.program import read_program
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import SHAPES
+from jaxlm.models.families import SHAPES, write_config
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.cost import estimate_cost
 from jaxlm.planning.memory import estimate_memory
 from jaxlm.training.setup import set_up
+from jaxlm.weights.names import num_params
 from tests.planning.test_memory import LARGER, SMALL, run
 
 
@@ -32,7 +33,7 @@ def plan_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]
 def small_model(tmp_path: Path) -> Path:
     """A model directory without weights."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(LARGER.to_hf("float32")))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(write_config(LARGER, "float32")))
     return tmp_path / "model"
 
 
@@ -40,9 +41,9 @@ def test_a_model_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     words = ("--model.path", str(small_model(tmp_path)), "--topology", "v5e:4x4", "--train.micro_batch_size", "8")
     status, found = plan_of(capsys, *words)
     assert status == 0 and found["fits"]
-    assert found["parameters"] == found["trained"] == LARGER.num_params()
+    assert found["parameters"] == found["trained"] == num_params(LARGER)
     assert found["devices"]["fsdp"] == 16 and found["micro_batch"] == 8 and found["accumulation"] == 1
-    assert found["memory"]["parameters"] == pytest.approx(4 * LARGER.num_params() / 16, rel=0.01)
+    assert found["memory"]["parameters"] == pytest.approx(4 * num_params(LARGER) / 16, rel=0.01)
     assert found["chip"]["flops"] == 197e12
     assert found["cost"]["tokens"] == 128 * 512
     main(list(words))
@@ -88,7 +89,7 @@ def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.
     status, found = plan_of(capsys, *words)
     assert status == 0
     trained = [stage["trained"] for stage in found]
-    assert trained[0] == found[1]["parameters"] == SHAPES["llama-2-7b"].num_params()
+    assert trained[0] == found[1]["parameters"] == num_params(SHAPES["llama-2-7b"])
     assert trained[2] == 2 * trained[1]
 
 
@@ -113,11 +114,11 @@ def test_flops_of_a_step() -> None:
     setup = set_up(run(2, 16, length=2048), shape, parse_topology("v5e:4x4"))
     initializer = setup.initializer(setup.schedule(10))
     cost = estimate_cost(setup, initializer, estimate_memory(setup, initializer))
-    scores = 2 * shape.num_layers * shape.num_heads * shape.head_dim * 2048 * 4096
+    scores = 2 * shape.num_layers * shape.attention.num_heads * shape.attention.head_dim * 2048 * 4096
     assert cost.hardware_flops - 4.5 * scores == pytest.approx(2.036e14, rel=0.005)
     # Weights in bfloat16, twice; gradients in float32, once. The compiler has 26.4 GB of gathers (its own part of each
     # counted too), and 53.9 GB of all-reduces in place of reduce-scatters.
-    assert cost.link_bytes == pytest.approx((2 * 2 + 4) * shape.num_params() * 15 / 16, rel=0.001)
+    assert cost.link_bytes == pytest.approx((2 * 2 + 4) * num_params(shape) * 15 / 16, rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_flops_of_a_step() -> None:
         (["--topology", "v5e:3x3"], r"no such slice of v5e.* v5e:2x4 \(8 chips\) and v5e:4x4"),
         (["--topology", "gpu:8", "--memory", "much"], "--memory: 'much' is not a number"),
         (["--topology", "v4:4x4x4", "--compile"], "two devices a chip"),
-        (["--topology", "b200:8", "--compile"], "no description of b200"),
+        (["--topology", "b200:8", "--compile"], "has no description of b200"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
     ],
 )

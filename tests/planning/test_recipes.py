@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import load_shape
+from jaxlm.models.families import load_shape
 from jaxlm.training.setup import set_up
 
 _before = dict(os.environ)

@@ -18,16 +18,16 @@ from jaxlm.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, So
 from jaxlm.data.examples import Example, from_list
 from jaxlm.data.loader import Data, Report
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.processes.distributed import Hosts
+from jaxlm.spec import uniform_decoder
 from jaxlm.training.job import Job, Outcome
 from jaxlm.training.loop import train
 from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
 from jaxlm.training.state import model_variables
 from jaxlm.training.stop import Stop
 
-SHAPE = LlamaConfig(
-    vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
+SHAPE = uniform_decoder(
+    "llama", vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from jaxlm.config import OptimizerConfig
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.shapes import MoeConfig
+from jaxlm.spec import ExpertsSpec
 from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
 
 STEPS, PEAK = 40, 3e-3
@@ -350,7 +349,7 @@ def test_what_decays_is_what_the_trainer_decays() -> None:
     expected["layers"]["mlp"]["router"] = np.ones((2, 32, 4), np.float32)
     ones = jax.tree.map(np.ones_like, expected)
     config = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.5)
-    routed = dataclasses.replace(shape, moe=MoeConfig(4, "learned", ("text",), (), (2,)))
+    routed = shape.with_experts(ExpertsSpec(4, "learned", ("text",), (), (2,)))
     axes = parameter_axes(abstract_variables(Decoder(routed))["params"])
     after = train(config, ones, [jax.tree.map(np.zeros_like, ones)], axes)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a < 1, b > 0), after, expected)

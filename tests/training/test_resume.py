@@ -15,13 +15,14 @@ import yaml
 from jaxlm.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, to_dict
 from jaxlm.data.loader import Data, build_data
 from jaxlm.errors import UserError
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.version1 import recorded
+from jaxlm.spec import DecoderSpec, NormSpec, uniform_decoder
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxlm.training import resume
 from jaxlm.training.resume import Inputs, base_fingerprint, check_inputs, check_settings
 
-MODEL = LlamaConfig(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8
+MODEL = uniform_decoder(
+    "llama", vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8
 )
 SHAPES = {
     "embed_tokens/embedding": (40, 32),
@@ -75,7 +76,7 @@ def data_of(config: RunConfig, tokenizer: Tokenizer) -> Data:
     return build_data(config.data, tokenizer, seed=config.train.seed, vocab_size=1000, max_positions=64)
 
 
-def inputs_of(config: RunConfig, tokenizer: Tokenizer, base: Base | None = None, model: LlamaConfig = MODEL) -> Inputs:
+def inputs_of(config: RunConfig, tokenizer: Tokenizer, base: Base | None = None, model: DecoderSpec = MODEL) -> Inputs:
     return Inputs(config, data_of(config, tokenizer), model, base)
 
 
@@ -89,7 +90,7 @@ def written(config: RunConfig, inputs: Inputs) -> dict[str, bytes]:
 def written_by_version_1(config: RunConfig, inputs: Inputs, *absent: str) -> dict[str, bytes]:
     """Those of the first version, worked out as its code did; keys in `absent` did not exist."""
     values = to_dict(config)
-    shape = inputs.model.to_dict()
+    shape = recorded(inputs.model)
     for key in absent:
         section, _, name = key.partition(".")
         del (shape if section == "shape" else values[section])[name]
@@ -126,8 +127,8 @@ def test_a_checkpoint_of_version_1_goes_on(folder: Path, tokenizer: Tokenizer) -
         check(files, changed, inputs)
     with pytest.raises(UserError, match=r"the base model at model.path is not what this run began with"):
         check(files, config, inputs_of(config, tokenizer, Base(1)))
-    grown = dataclasses.replace(MODEL, mlp_bias=True)
-    with pytest.raises(UserError, match=r"base model .* \(its mlp_bias: was False, is True\)"):
+    grown = MODEL.with_feed_forward(bias=True)
+    with pytest.raises(UserError, match=r"base model .* \(its feed_forward\.bias: was False, is True\)"):
         check(files, config, inputs_of(config, tokenizer, Base(), grown))
 
 
@@ -143,7 +144,7 @@ def test_a_key_of_today_is_new_tomorrow(folder: Path, tokenizer: Tokenizer, monk
         shuffle_window: int = 7
 
     @dataclasses.dataclass(frozen=True)
-    class NewModel(LlamaConfig):
+    class NewModel(DecoderSpec):
         logit_cap: float | None = None
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,10 @@ def test_a_key_of_today_is_new_tomorrow(folder: Path, tokenizer: Tokenizer, monk
         data = NewData(train=old.data.train, sequence_length=32, **changes.pop("data", {}))
         config = NewRun(model=old.model, lora=old.lora, data=data, optimizer=NewOptimizer(**changes))
         return config, inputs_of(
-            config, tokenizer, Base(), NewModel(**dataclasses.asdict(MODEL) | {"rope": MODEL.rope})
+            config,
+            tokenizer,
+            Base(),
+            NewModel(**{item.name: getattr(MODEL, item.name) for item in dataclasses.fields(MODEL)}),
         )
 
     old = config_of(folder)
@@ -244,7 +248,7 @@ def test_base_fingerprint_sees_every_leaf(path: str) -> None:
     # As an adapter of rank 1 that is merged, or training, changes a tensor.
     other.arrays[path] += np.float32(1e-3) * np.ones(SHAPES[path], np.float32)
     assert base_fingerprint(MODEL, other) != known
-    assert base_fingerprint(dataclasses.replace(MODEL, rms_norm_eps=1e-6), one) != known
+    assert base_fingerprint(dataclasses.replace(MODEL, norm=NormSpec(1e-6)), one) != known
 
 
 def test_base_fingerprint_reads_little() -> None:

@@ -13,12 +13,14 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import uniform_decoder
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, bytes_per_device, count
+from jaxlm.weights.names import num_params
 
-CONFIG = LlamaConfig(
+CONFIG = uniform_decoder(
+    "llama",
     vocab_size=32,
     hidden_size=16,
     intermediate_size=24,
@@ -46,7 +48,7 @@ def adapted() -> tuple[Initializer, Any, Any]:
 
 def test_parameters_count_and_shards() -> None:
     made = initializer(None, MeshConfig(data=1, fsdp=4, tensor=2))
-    assert count(made.params) == CONFIG.num_params()
+    assert count(made.params) == num_params(CONFIG)
     whole = 4 * count(made.params)
     # All but the norms and the bias of down_proj is split in two or eight.
     assert whole / 8 <= bytes_per_device(made.params, made.params_shardings) < whole / 8 + 4 * 300

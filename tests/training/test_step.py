@@ -16,17 +16,17 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.shapes import LlamaConfig, MoeConfig
 from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights
 from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import make_eval_step, make_train_step, update_by_branch, update_by_select
 from tests.models.compare import assert_trees_close, random_tree
 
-CONFIG = LlamaConfig(
-    vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
+CONFIG = uniform_decoder(
+    "llama", vocab_size=48, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8
 )
 MODEL = Decoder(CONFIG, remat="none")
 AXES = parameter_axes({"params": abstract_variables(MODEL)["params"]})
@@ -345,8 +345,8 @@ def test_a_state_is_updated_or_kept(keep: Any, wanted: bool) -> None:
 @pytest.mark.parametrize("micro_steps", [2, 4])
 def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> None:
     """Micro-steps that are all alike: the same penalties, and gradients, as of all rows at once; with padding."""
-    moe = MoeConfig(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
-    model = Decoder(dataclasses.replace(CONFIG, moe=moe), experts="loop", remat="none")
+    moe = ExpertsSpec(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
+    model = Decoder(CONFIG.with_experts(moe), experts="loop", remat="none")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     start = random_tree(nn.unbox(shapes)["params"], 1)
     rows = {key: np.tile(value[0, :2], (4, 1)) for key, value in batch().items()}

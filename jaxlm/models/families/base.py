@@ -28,8 +28,8 @@ class Row:
         dims: of the leaf, without the stack.
         hf_dims: of the tensor in HF's files.
         when: whether there is such a tensor, given the LayerSpec of a row in a layer, else the DecoderSpec.
-        meta: name in Meta's files; None where Meta's models have no such tensor.
-        mindspore: name in MindFormers' files, whose layouts are HF's.
+        meta: name in Meta's files; empty where Meta's models have no such tensor.
+        mindspore: the same in MindFormers' files, whose layouts are HF's.
         meta_split: dims of the stored tensor that Meta's model-parallel shards may split; () means every shard holds it
             whole. Two: LLaMA 1 and 2 split the first one named, LLaMA 3 the second.
         rotary: whether Meta stores the rows of each head in another order (pairs beside each other instead of halves).
@@ -40,8 +40,8 @@ class Row:
     dims: str
     hf_dims: str
     when: Callable[[Any], bool] = always
-    meta: str | None = None
-    mindspore: str | None = None
+    meta: str = ""
+    mindspore: str = ""
     meta_split: tuple[int, ...] = ()
     rotary: bool = False
 
@@ -50,8 +50,8 @@ class Row:
         """Whether every layer has one."""
         return "{}" in self.hf
 
-    def name(self, form: str) -> str | None:
-        """The tensor's name in 'hf', 'meta' or 'mindspore'."""
+    def name(self, form: str) -> str:
+        """The tensor's name in 'hf', 'meta' or 'mindspore'; empty where that has none."""
         return {"hf": self.hf, "meta": self.meta, "mindspore": self.mindspore}[form]
 
 

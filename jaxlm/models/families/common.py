@@ -125,7 +125,7 @@ def read_decoder(
 
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
     """The keys that LLaMA and its relatives share, for old and new transformers."""
-    layer, rope = spec.uniform_layer, write_rope(spec.uniform_layer.attention.rope)
+    layer, rope = spec.uniform_layer, write_rope(spec.attention.rope)
     return {
         "architectures": [architecture],
         "model_type": spec.family,
@@ -246,7 +246,7 @@ def read_switched_window(config: dict[str, Any]) -> int | None:
 
 def write_switched_window(spec: DecoderSpec) -> dict[str, Any]:
     """The keys that `read_switched_window` reads."""
-    window = spec.uniform_layer.attention.window
+    window = spec.attention.window
     return {
         "use_sliding_window": window is not None,
         "sliding_window": window,

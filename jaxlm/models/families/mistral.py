@@ -14,7 +14,7 @@ def _read(config: dict[str, Any]) -> DecoderSpec:
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    return {"sliding_window": spec.uniform_layer.attention.window}
+    return {"sliding_window": spec.attention.window}
 
 
 FAMILY = Family(

@@ -39,7 +39,7 @@ class CrossEntropy:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        routed = () if self.model.config.moe is None else ("modality_ids",)
+        routed = () if self.model.spec.experts is None else ("modality_ids",)
         return ("input_ids", "loss_mask", "segment_ids", "positions", *routed)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -76,7 +76,7 @@ class CrossEntropy:
             micro["weights"],
             positions=micro["positions"],
             segment_ids=micro["segment_ids"] if self.packed else None,
-            modality_ids=None if self.model.config.moe is None else micro["modality_ids"],
+            modality_ids=None if self.model.spec.experts is None else micro["modality_ids"],
             method="loss",
             mutable=["moe"],
             **options,

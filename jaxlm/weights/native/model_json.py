@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlm import __version__
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import LlamaConfig
+from jaxlm.models.version1 import read_model
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.native.layout import MODEL_JSON, SMALL_FILES
 
-FORMAT, VERSION = "jaxlm", 1
+FORMAT, VERSION = "jaxlm", 2  # 1 described the model in the flat fields of `models.version1`
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class ModelFile:
             empty: not recorded.
     """
 
-    config: LlamaConfig
+    config: DecoderSpec
     dtype: str | None
     lora: LoraConfig | None = None
     layers: tuple[int, ...] | None = None
@@ -45,7 +47,8 @@ class ModelFile:
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": self.config.to_dict()}
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "written_by": f"jaxlm {__version__}"}
+        content["model"] = self.config.to_dict()
         if self.lora is None:
             content |= {"lora": None, "base": None, **self.base}
         else:
@@ -66,6 +69,7 @@ class _Fields:
     format: str
     version: int
     model: dict[str, Any]
+    written_by: str | None = None
     lora: dict[str, Any] | None = None
     base: str | None = None
     base_from_here: str | None = None
@@ -81,19 +85,27 @@ def read_model_json(directory: Path) -> ModelFile:
     """
     where = directory / SMALL_FILES / MODEL_JSON
     content = read_object(where)
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
+    version = content.get("version")
+    if content.get("format") != FORMAT or version not in (1, VERSION):
         raise UserError(
-            f"{where}: format {content.get('format')!r} version {content.get('version')!r}; "
-            f"this jaxlm reads format {FORMAT!r} version {VERSION}"
+            f"{where}: format {content.get('format')!r} version {version!r}, {_writer(content)}; this is jaxlm "
+            f"{__version__}, which reads format {FORMAT!r} version 1 and {VERSION}"
         )
-    values = read_fields(_Fields, content, f"{where}:")
-    config = LlamaConfig.from_dict(values["model"], f"{where}: model")
+    try:
+        values = read_fields(_Fields, content, f"{where}:")
+        config = (read_model if version == 1 else DecoderSpec.from_dict)(values["model"], f"{where}: model")
+    except UserError as error:
+        raise UserError(f"{error}; {_writer(content)}, this is jaxlm {__version__}") from None
     base = {key: values[key] for key in ("base", "base_from_here") if values.get(key) is not None}
     lora = values.get("lora")
     if lora is None:
         return ModelFile(config, values.get("dtype"), base=base)
     layers = _layers(content.get("layers"), config, where)
     return ModelFile(config, values.get("dtype"), lora_from_dict(lora, where), layers, base)
+
+
+def _writer(content: dict[str, Any]) -> str:
+    return f"written by {content['written_by']}" if "written_by" in content else "it does not say what wrote it"
 
 
 def lora_from_dict(values: Any, where: Path) -> LoraConfig:
@@ -108,7 +120,7 @@ def lora_from_dict(values: Any, where: Path) -> LoraConfig:
     return lora
 
 
-def _layers(values: Any, config: LlamaConfig, where: Path) -> tuple[int, ...] | None:
+def _layers(values: Any, config: DecoderSpec, where: Path) -> tuple[int, ...] | None:
     if values is None:
         return None
     numbers = values if isinstance(values, list) else [values]

@@ -13,8 +13,8 @@ import tensorstore as ts
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.shapes import LlamaConfig
 from jaxlm.nn.lora import SAVEABLE, resolve_lora
+from jaxlm.spec import DecoderSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import AdapterSource, Index, LeafInfo, check_leaves, full_index, index_shape
 from jaxlm.weights.names import Shape, adapter_shapes, leaf_shapes
@@ -112,9 +112,9 @@ class _Native:
             UserError: when it does not fit the model.
         """
         file = self.path / SMALL_FILES / PARTITION_FILE
-        if self.config.moe is None or not file.is_file():
+        if self.config.experts is None or not file.is_file():
             return None
-        return load_partition(file, self.config.num_layers, self.config.intermediate_size)
+        return load_partition(file, self.config.num_layers, self.config.feed_forward.size)
 
     def _optional_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / SMALL_FILES / name
@@ -176,7 +176,7 @@ def _check_adapter(adapter: AdapterSource, where: Path) -> None:
     check_leaves(where, {name: leaf.shape for name, leaf in adapter.leaves.items()}, expected)
 
 
-def saved_shapes(config: LlamaConfig, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
+def saved_shapes(config: DecoderSpec, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
     """Shapes of the modules saved in full. Embedding and head may have other rows (added tokens) than the base."""
     shapes = {}
     for module in lora.modules_to_save:

@@ -47,7 +47,7 @@ def _write_small(directory: Path, source: ParamSource | AdapterSource, file: Mod
     folder = directory / SMALL_FILES
     folder.mkdir()
     (folder / MODEL_JSON).write_bytes(file.to_bytes())
-    partition = None if file.config.moe is None else source.partition
+    partition = None if file.config.experts is None else source.partition
     if partition is not None:
         (folder / PARTITION_FILE).write_bytes(npy_bytes(partition))
     copy_files(source.tokenizer_files, folder / TOKENIZER)

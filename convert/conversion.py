@@ -1,0 +1,391 @@
+"""One conversion as a function: open a model or adapter of any format, write it in another.
+
+`convert.convert` is the public interface; the verbs of the command are made of the same pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from convert.formats.chat_template import Asked, asked_or_name, write_asked
+from convert.formats.hf_experts import hf_layout, write_hf
+from convert.formats.meta import MetaSource, write_meta
+from convert.formats.mindspore import DEFAULT_ALPHA, MindSporeSource, check_experts, find_config, write_mindspore
+from convert.formats.mixtral import check_mixtral
+from convert.formats.peft import write_peft
+from convert.formats.tiktoken import is_tiktoken, write_tokenizer_json
+from convert.source import FORMATS, adapter_format, format_of, is_adapter, open_adapter, open_model
+from jaxlm.errors import UserError
+from jaxlm.spec import DecoderSpec
+from jaxlm.weights.leaves import AdapterSource, CastSource, LeafSource, ParamSource, total_bytes
+from jaxlm.weights.manifest import Hasher
+from jaxlm.weights.native import write as native
+from jaxlm.weights.native.layout import SMALL_FILES, TOKENIZER
+from jaxlm.weights.output import output_directory, parse_size
+
+Format = Literal["hf", "jax", "meta", "mindspore", "peft"]
+Progress = Callable[[int], None]
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model or adapter that is to be written in another format.
+
+    Args:
+        model: the source, unless it is an adapter.
+        adapter: the source, if it is an adapter.
+        format: that it is stored in.
+        assumed: what the source's format does not say and is taken for granted, in words.
+    """
+
+    model: ParamSource | None
+    adapter: AdapterSource | None = None
+    format: str = ""
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> LeafSource:
+        source = self.model or self.adapter
+        assert source is not None
+        return source
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a model is written; every field is for one format.
+
+    Args:
+        shard_size: hf: bytes of tensors in a file.
+        layout: hf: of a model of experts, 'dense' or 'mixtral'; None: the one that it came in.
+        shards: meta: number of files.
+        joined: mindspore: wq, wk, wv are joined in w_qkv, and w1, w3 in w_gate_hidden.
+        crc: mindspore: the file ends with its CRC-32.
+        base: jax, peft: the path of an adapter's base, to be recorded.
+    """
+
+    shard_size: int = parse_size(SHARD_SIZE)
+    layout: str | None = None
+    shards: int = 1
+    joined: bool = False
+    crc: bool = False
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote.
+
+    Args:
+        path: the directory, which has a manifest of its files.
+        format: one of `Format`.
+        files: bytes of every file but the manifest, by its name in the directory.
+        assumed: what the source's format does not say and was taken for granted, in words.
+        notes: what the result lacks, in words.
+        asked: how the model was asked in training, if it records that; see `convert.formats.chat_template`.
+    """
+
+    path: Path
+    format: str
+    files: Mapping[str, int]
+    assumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    asked: Asked | None = field(default=None, repr=False)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Format | None = None,
+    *,
+    source_format: Format | None = None,
+    adapter: bool | None = None,
+    dtype: str = "keep",
+    base: str | Path | None = None,
+    config: str | Path | None = None,
+    groups: int = 1,
+    alpha: float | None = None,
+    max_positions: int | None = None,
+    shard_size: str | int = SHARD_SIZE,
+    layout: Literal["dense", "mixtral"] | None = None,
+    shards: int = 1,
+    joined: bool = False,
+    crc: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes a model or adapter in another format, tensor by tensor, in little memory whatever its size.
+
+    Args:
+        source: a model or adapter of any format, see `convert.source.open_model`.
+        destination: the directory to create; it appears when it is complete.
+        to: the format of the result; None: Hugging Face (of an adapter: PEFT) for what is jaxlm's own, else jaxlm's.
+        source_format: refuses a source of any other format; None: the files tell.
+        adapter: whether the low-rank factors are taken, of a MindSpore file that has both; None: the files tell.
+        dtype: of the written weights: 'float32', 'bfloat16', 'float16'; 'keep': as they are stored.
+        base: of an adapter: the model that it belongs to, in any format; needed unless the adapter is jaxlm's own.
+        config: of a MindSpore model: its shape by name, a config.json or MindFormers' YAML; None: the one beside it.
+        groups: of a MindSpore model: how often wq, wk, wv alternate in w_qkv.
+        alpha: of a MindSpore adapter: lora_alpha, which it does not record; None: 16, as MindFormers' configurations.
+        max_positions: of Meta's checkpoint: the longest row in tokens; None: as published.
+        shard_size: to hf: the largest weight file, as '5GB' or a number of bytes.
+        layout: to hf, of a model of experts: 'dense', or 'mixtral'; None: the one that it came in.
+        shards: to meta: number of files, the model-parallel size to run with.
+        joined: to mindspore: writes w_qkv and w_gate_hidden.
+        crc: to mindspore: ends the file with its CRC-32.
+        progress: called with the numbers of bytes that were written.
+
+    Raises:
+        UserError: the source is none of the formats, is damaged, or is not `source_format`; it has the format `to`
+            already; that format has no place for it; the destination exists or cannot be written.
+    """
+    opened = open_source(
+        source,
+        source_format,
+        to,
+        adapter=adapter,
+        dtype=dtype,
+        base=base,
+        config=config,
+        groups=groups,
+        alpha=alpha,
+        max_positions=max_positions,
+    )
+    size = shard_size if isinstance(shard_size, int) else parse_size(shard_size)
+    options = WriteOptions(size, layout, shards, joined, crc, None if base is None else str(base))
+    return write(to or default_format(opened), opened, destination, options, progress)
+
+
+def default_format(opened: Opened) -> str:
+    """The format that a model or adapter is written in where none is named."""
+    if opened.format != "jax":
+        return "jax"
+    return "hf" if opened.adapter is None else "peft"
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_source(
+    path: str | Path,
+    form: str | None = None,
+    to: str | None = None,
+    *,
+    adapter: bool | None = None,
+    dtype: str = "keep",
+    base: str | Path | None = None,
+    config: str | Path | None = None,
+    groups: int = 1,
+    alpha: float | None = None,
+    max_positions: int | None = None,
+) -> Opened:
+    """Opens what is to be converted; arguments as those of `convert`."""
+    if is_adapter(path) if adapter is None else adapter:
+        if dtype != "keep" or groups != 1:
+            raise UserError("--dtype and --groups: are not for adapters; factors stay as they are stored")
+        return _open_adapter(path, form, to, base, config, alpha)
+    for name, value in (("alpha", alpha), ("base", base)):
+        if value is not None:
+            raise UserError(f"--{name}: is for an adapter only (the factors in a MindSpore file: --lora)")
+    return _open_model(path, form, to, dtype, config, groups, max_positions)
+
+
+def _open_model(
+    path: str | Path,
+    form: str | None,
+    to: str | None,
+    dtype: str,
+    config: str | Path | None,
+    groups: int,
+    max_positions: int | None,
+) -> Opened:
+    for name, number in (("groups", groups), ("max-positions", max_positions)):
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number}: must be at least 1")
+    source = open_model(path, config, groups, max_positions)
+    found = format_of(source)
+    _check_format(path, found, FORMATS[found].called, form, to)
+    assumed: list[str] = source.assumed if isinstance(source, (MetaSource, MindSporeSource)) else []
+    if isinstance(source, MindSporeSource) and groups != 1 and not source.joined:
+        raise UserError(f"--groups {groups}: {path} holds no concatenated tensors")
+    return Opened(with_dtype(source, dtype), format=found, assumed=tuple(assumed))
+
+
+def _open_adapter(
+    path: str | Path,
+    form: str | None,
+    to: str | None,
+    base: str | Path | None,
+    config: str | Path | None,
+    alpha: float | None,
+) -> Opened:
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"--alpha {alpha:g}: must be positive")
+    found = adapter_format(path)
+    if is_adapter(path):
+        _check_format(path, found, f"a {FORMATS[found].title} adapter", form, to)
+    model: ParamSource | DecoderSpec | None = None
+    if base is not None:
+        model = open_model(base, config)
+    elif found == "mindspore":
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        model = find_config(folder, config, {})[0]
+    assumed: tuple[str, ...] = ()
+    if found == "mindspore" and alpha is None:
+        assumed = (f"lora_alpha {DEFAULT_ALPHA:g}, as MindFormers' configurations (another: --alpha A)",)
+    adapter = open_adapter(path, model, DEFAULT_ALPHA if alpha is None else alpha)
+    return Opened(None, adapter, found, assumed)
+
+
+def _check_format(path: str | Path, found: str, called: str, form: str | None, to: str | None) -> None:
+    """Refuses a source that has the format `to` already, or another one than `form`."""
+    if found == to:
+        raise UserError(f"{path}: is {called} already")
+    if form is not None and found != form:
+        verb = "" if to is None else f": use convert {found}-to-{to}"
+        raise UserError(f"{path}: is {called}, not {FORMATS[form].called}{verb}")
+
+
+def with_dtype(source: ParamSource, dtype: str) -> ParamSource:
+    """The source as it is ('keep'), or read in another dtype."""
+    return source if dtype == "keep" else CastSource(source, dtype)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(
+    form: str,
+    opened: Opened | ParamSource,
+    destination: str | Path,
+    options: WriteOptions | None = None,
+    progress: Progress | None = None,
+) -> Converted:
+    """Writes a model or adapter as a new directory, with a manifest.
+
+    Args:
+        form: one of `Format`.
+        progress: called with the numbers of bytes that were written.
+
+    Raises:
+        UserError: the format has no place for it, or the destination cannot be written.
+    """
+    options = options or WriteOptions()
+    opened = opened if isinstance(opened, Opened) else Opened(opened)
+    source, model, adapter = opened.source, opened.model, opened.adapter
+    if model is not None:
+        _check_model(form, model, options)
+    elif form not in ("jax", "peft"):
+        raise UserError(f"{source.path}: is an adapter, which has no form in {form}; merge it into its base first")
+    elif form == "jax" and options.base is None:
+        raise UserError(f"{source.path}: needs --base BASE, which a jaxlm adapter records")
+    asked = None if form == "jax" else asked_or_name(source)
+    with new_directory(source, destination, progress) as output:
+        notes = _write_adapter(form, adapter, output, options) if adapter else ()
+        if model is not None:
+            notes = _write_model(form, model, output, options, opened.format == "meta")
+        if asked is not None and form in ("hf", "peft"):
+            write_asked(asked, output.directory)
+    return Converted(Path(destination), form, output.files, opened.assumed, notes, asked)
+
+
+class Output:
+    """A directory that is being written: the `advance` of its writers, which has finished parts of files hashed.
+
+    Attributes:
+        directory: where to write; it has another name until it is complete.
+        files: bytes of every file but the manifest, when it is.
+    """
+
+    def __init__(self, directory: Path, hasher: Hasher, progress: Progress | None) -> None:
+        self.directory = directory
+        self.files: dict[str, int] = {}
+        self._hasher, self._progress = hasher, progress
+
+    def __call__(self, nbytes: int) -> None:
+        if self._progress is not None:
+            self._progress(nbytes)
+
+    def final(self, path: Path, end: int | None) -> None:
+        """See `jaxlm.weights.output.Watcher`."""
+        self._hasher.final(path, end)
+
+
+@contextlib.contextmanager
+def new_directory(source: LeafSource, destination: str | Path, progress: Progress | None = None) -> Iterator[Output]:
+    """A directory with a manifest, which takes its name when it is complete; there must be room for `source`."""
+    keep_freed_memory()
+    with output_directory(destination, total_bytes(source.leaves)) as directory, Hasher(directory) as hasher:
+        output = Output(directory, hasher, progress)
+        yield output
+        output.files = hasher.finish()
+
+
+def keep_freed_memory() -> None:
+    """Has blocks of up to 31 MiB allocated from memory that was freed before, instead of fresh pages for each.
+
+    The C library (glibc) takes the size of the largest piece that was given back to the system as the size from which
+    pieces come from the system, so one is given back. A third of the processor time of a conversion is saved.
+    """
+    piece = np.empty(31 << 20, np.uint8)
+    del piece
+
+
+def _check_model(form: str, source: ParamSource, options: WriteOptions) -> None:
+    """Refuses a model that a format has no place for, before anything is written."""
+    if form == "peft":
+        raise UserError(f"{source.path}: is a full model, and PEFT's format is for adapters; write it as hf")
+    if form == "hf" and hf_layout(source, options.layout) == "mixtral":
+        check_mixtral(source)
+    if form == "mindspore":
+        check_experts(source)
+    if form == "meta" and options.shards < 1:
+        raise UserError(f"--shards {options.shards}: must be at least 1")
+
+
+def _write_adapter(form: str, adapter: AdapterSource, output: Output, options: WriteOptions) -> tuple[str, ...]:
+    if form == "peft":
+        write_peft(adapter, output.directory, output)
+    else:
+        assert options.base is not None
+        native.write_adapter(adapter, output.directory, options.base, output)
+    return ()
+
+
+def _write_model(
+    form: str, source: ParamSource, output: Output, options: WriteOptions, from_meta: bool
+) -> tuple[str, ...]:
+    """Writes a model; returns what its user should know."""
+    directory = output.directory
+    if form == "hf":
+        write_hf(source, directory, options.shard_size, output, options.layout)
+        return _add_tokenizer_json(source, directory) if from_meta else ()
+    if form == "jax":
+        native.write_model(source, directory, output)
+        return _add_tokenizer_json(source, directory / SMALL_FILES / TOKENIZER) if from_meta else ()
+    if form == "meta":
+        write_meta(source, directory, options.shards, output)
+        if any(file.name == "tokenizer.model" for file in source.tokenizer_files):
+            return ()
+        return (f"{source.path} has no tokenizer.model, which Meta's code reads; copy it from Meta's release",)
+    assert form == "mindspore", form
+    write_mindspore(source, directory, output, joined=options.joined, crc=options.crc)
+    return ()
+
+
+def _add_tokenizer_json(source: ParamSource, directory: Path) -> tuple[str, ...]:
+    """What Hugging Face needs to read LLaMA 3's tokenizer; LLaMA 1's and 2's it reads as they are."""
+    model = directory / "tokenizer.model"
+    if not model.is_file():
+        return (f"no tokenizer.model in {source.path} or above it; the result has no tokenizer",)
+    if is_tiktoken(model) and not (directory / "tokenizer.json").exists():
+        write_tokenizer_json(
+            model, directory, source.config.vocab_size, source.config.attention.rope.rope_type == "llama3"
+        )
+    return ()

@@ -1,0 +1,89 @@
+"""Greedy answers to a few prompts from a model as training has it: layers in stacks, on the mesh of the run.
+
+A layer is copied out of its stack when it is used, so a look at the model takes no more memory than a layer and the
+caches; a generator keeps its layers apart, which a run that fills its devices has no room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.devices.mesh import use_mesh
+from jaxlm.inference.model import layer_at, layer_places
+from jaxlm.inference.rows import bucket, divisible, fetch
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.unrolled import extend, prefill
+from jaxlm.sharding import RULES
+
+
+class _Layers:
+    """The layers of a collection one after the other, each a copy that lives as long as it is used."""
+
+    def __init__(self, collection: Any, model: Decoder) -> None:
+        self._stacks = {name: collection[name] for name in ("layers", "tail") if name in collection}
+        self._places = layer_places(model.spec)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (_copied(self._stacks, path, np.int32(index)) for path, index in self._places)
+
+
+_copied = jax.jit(layer_at, static_argnums=1)
+
+
+def greedy_answers(
+    model: Decoder,
+    variables: Any,
+    mesh: Mesh,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    stop_ids: Sequence[int],
+) -> list[list[int]]:
+    """New tokens for each prompt, without the stop token.
+
+    Args:
+        model: the model; texts of at most its spec's max_length tokens are generated.
+        variables: what `Decoder.apply` takes.
+        mesh: where the variables are.
+        prompts: token ids, each at least one and fewer than max_length.
+        max_tokens: most tokens of an answer.
+        stop_ids: tokens that end an answer.
+    """
+    rows = divisible(len(prompts), mesh)
+    lengths = np.array([*map(len, prompts), *[1] * (rows - len(prompts))], np.int32)
+    limits = np.minimum(lengths + max_tokens, model.spec.max_length)
+    tokens = np.zeros((rows, bucket(int(lengths.max()))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    params = variables["params"]
+    weights = {
+        "params": {**params, "layers": _Layers(params, model)},
+        "lora": _Layers(variables.get("lora", {}), model),
+    }
+    answers: list[list[int]] = [[] for _ in range(rows)]
+    running = lengths < limits
+    running[len(prompts) :] = False
+    # One new token cannot be divided over the mesh axis `sequence`.
+    rules = [("length", None) if name == "length" else (name, axes) for name, axes in RULES]
+    with use_mesh(mesh), nn.logical_axis_rules(rules):
+        slots = max(tokens.shape[1], bucket(int(limits.max())))
+        logits, caches = prefill(model, weights, jnp.asarray(tokens), jnp.asarray(lengths), slots)
+        while True:
+            best = fetch(jnp.argmax(logits, axis=-1), mesh).astype(np.int32)
+            running &= ~np.isin(best, list(stop_ids))
+            for row in np.flatnonzero(running).tolist():
+                answers[row].append(int(best[row]))
+            starts = np.minimum(lengths, slots - 1)
+            lengths = lengths + running
+            running &= lengths < limits
+            if not running.any():
+                return answers[: len(prompts)]
+            logits, caches = extend(
+                model, weights, caches, jnp.asarray(best[:, None]), jnp.asarray(starts), jnp.ones(rows, jnp.int32)
+            )

@@ -1,0 +1,251 @@
+"""The unrolled runner: a decoder layer by layer, with a cache of keys and values for each, for generation.
+
+Training stacks the layers and scans over them. A decoding loop that did so would copy every layer's weights out of the
+stack at every token, so here they are separate arrays, and the loop is unrolled over layers.
+
+Shapes: R rows, T new tokens, S slots of a cache, K kv heads, h head dim, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxlm.models.decoder import Angles, Decoder
+from jaxlm.nn.attention import KVCache
+from jaxlm.spec import DecoderSpec
+
+# For each layer: keys and values [R, K, S, h].
+Caches = list[tuple[jax.Array, jax.Array]]
+# {"params": {…, "layers": [one layer's parameters, …]}, "lora": [one layer's factors, or {}, …]}
+Weights = dict[str, Any]
+
+
+# --- reading a prompt -------------------------------------------------------------------------------------------------
+# Layer by layer through one compiled program: it compiles in a fraction of the time that all layers in one would take,
+# and a prompt is so much work that starting a program per layer costs nothing.
+
+
+def prefill(
+    decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array, slots: int
+) -> tuple[jax.Array, Caches]:
+    """Reads prompts.
+
+    Args:
+        tokens: [R, T] int32, each row padded at its end.
+        lengths: [R] int32, at least 1.
+        slots: S of the caches, at least T.
+
+    Returns:
+        Logits [R, V] float32 after each row's last token, and the caches.
+    """
+    params = weights["params"]
+    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    caches: Caches = []
+    for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
+        p = number % len(angles)
+        x, kv = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, slots)
+        caches.append(kv)
+    return _finish(decoder, _head_params(params), x, lengths - 1), caches
+
+
+def extend(
+    decoder: Decoder, weights: Weights, caches: Caches, tokens: jax.Array, starts: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, Caches]:
+    """Reads more tokens behind those that the caches hold.
+
+    Args:
+        caches: given up to this function.
+        tokens: [R, T] int32, the new tokens, each row padded at its end.
+        starts: [R] int32, number of tokens that each row has already.
+        lengths: [R] int32, number of new tokens, at least 1.
+
+    Returns:
+        As `prefill`.
+    """
+    params = weights["params"]
+    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, starts, starts + lengths)
+    places = _places(tokens, starts)
+    result: Caches = []
+    for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
+        p = number % len(angles)
+        x, kv = _extend_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number])
+        result.append(kv)
+    return _finish(decoder, _head_params(params), x, lengths - 1), result
+
+
+def last_layer(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What the last layer gives of texts, [R, T, D]; arguments as those of `prefill`."""
+    params = weights["params"]
+    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
+        p = number % len(angles)
+        x, _ = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, tokens.shape[1])
+    return x
+
+
+def logits_of(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of what the last layer gives [..., D]."""
+    return _jitted_head(decoder, _head_params(weights["params"]), x)
+
+
+def hidden_states(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array:
+    """The final hidden states [..., D] of what the last layer gives: behind the last norm."""
+    return _last_norm(decoder, _head_params(weights["params"]), x)
+
+
+def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in ("norm", "lm_head" if "lm_head" in params else "embed_tokens")}
+
+
+def _places(tokens: jax.Array, starts: jax.Array | None) -> jax.Array:
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return places if starts is None else places + starts[:, None]
+
+
+def _embed(decoder: Decoder, embed_tokens: Any, tokens: jax.Array) -> jax.Array:
+    return cast(jax.Array, decoder.apply({"params": {"embed_tokens": embed_tokens}}, tokens, method="embed"))
+
+
+def _head(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
+    return cast(jax.Array, decoder.apply({"params": head}, x, method="head"))
+
+
+_jitted_head = jax.jit(_head, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _last_norm(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
+    return cast(jax.Array, decoder.apply({"params": head}, x, method=lambda module, x: module.norm(x)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(
+    decoder: Decoder, embed_tokens: Any, tokens: jax.Array, starts: jax.Array | None, lengths: jax.Array
+) -> tuple[jax.Array, tuple[Angles, ...], jax.Array | None]:
+    places = _places(tokens, starts)
+    present = (places < lengths[:, None]).astype(jnp.int32)  # 0 in the padding, which uses no expert
+    x = _embed(decoder, embed_tokens, tokens)
+    return x, decoder.angles(places, lengths), decoder.modality(tokens, present)
+
+
+def _run_layer(
+    decoder: Decoder,
+    period_index: int,
+    layer: Any,
+    lora: Any,
+    number: jax.Array | int,
+    x: jax.Array,
+    angles: Angles,
+    modality: jax.Array | None,
+    cache: KVCache | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    variables = {"params": layer, "lora": lora} if lora else {"params": layer}
+    block = decoder.block(period_index, keep_kv=True)
+    x, kept = cast(tuple[jax.Array, KVCache], block.apply(variables, x, number, angles, None, modality, cache))
+    return x, (kept.k, kept.v)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=5)
+def _prefill_layer(
+    decoder: Decoder,
+    period_index: int,
+    layer: Any,
+    lora: Any,
+    number: jax.Array,
+    x: jax.Array,
+    angles: Angles,
+    modality: jax.Array | None,
+    slots: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # No mask for the padding: it stands behind the text, and nothing looks ahead.
+    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality)
+    return x, _with_slots(kv, slots)
+
+
+def _cached_layer(
+    decoder: Decoder,
+    period_index: int,
+    layer: Any,
+    lora: Any,
+    number: jax.Array | int,
+    x: jax.Array,
+    angles: Angles,
+    modality: jax.Array | None,
+    places: jax.Array,
+    kv: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, KVCache(*kv, places))
+
+
+_extend_layer = jax.jit(_cached_layer, static_argnums=(0, 1), donate_argnums=(5, 9))
+# Inside a compiled loop: traced once instead of once per layer. The compiler puts it in line.
+_inner_layer = jax.jit(_cached_layer, static_argnums=(0, 1))
+
+
+@partial(jax.jit, static_argnums=0)
+def _finish(decoder: Decoder, head: Any, x: jax.Array, last: jax.Array) -> jax.Array:
+    return _head(decoder, head, jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+
+
+# --- one token --------------------------------------------------------------------------------------------------------
+
+
+def next_logits(
+    decoder: Decoder, weights: Weights, caches: Caches, token: jax.Array, place: jax.Array
+) -> tuple[jax.Array, Caches]:
+    """One step: the logits [R, V] after `token` [R], which stands at `place` [R]; and the caches with it.
+
+    A pure function of arrays, for the inside of a loop.
+    """
+    params, tokens, places = weights["params"], token[:, None], place[:, None]
+    x = _embed(decoder, params["embed_tokens"], tokens)
+    angles, modality = decoder.angles(places, place + 1), decoder.modality(tokens)
+    result: Caches = []
+    for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
+        p = number % len(angles)
+        x, kv = _inner_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number])
+        result.append(kv)
+    return _head(decoder, _head_params(params), x[:, 0]), result
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def grow(caches: Caches, slots: int) -> Caches:
+    """The caches with room for `slots` tokens; layer by layer, so that only one is held twice."""
+    return [_grow_layer(kv, slots) for kv in caches]
+
+
+@partial(jax.jit, static_argnums=1)
+def _grow_layer(kv: tuple[jax.Array, jax.Array], slots: int) -> tuple[jax.Array, jax.Array]:
+    return _with_slots(kv, slots)
+
+
+def _with_slots(kv: Sequence[jax.Array], slots: int) -> tuple[jax.Array, jax.Array]:
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))) for x in kv)
+    axes = ("batch", "kv_heads", None, None)
+    return nn.with_logical_constraint(k, axes), nn.with_logical_constraint(v, axes)
+
+
+@partial(jax.jit, static_argnums=1)
+def _repeat_layer(kv: tuple[jax.Array, jax.Array], times: int) -> tuple[jax.Array, jax.Array]:
+    k, v = (jnp.repeat(x, times, axis=0) for x in kv)
+    return k, v
+
+
+def repeat_rows(caches: Caches, times: int) -> Caches:
+    """Each row `times` times, one after the other: several samples or beams of a prompt."""
+    return caches if times == 1 else [_repeat_layer(kv, times) for kv in caches]
+
+
+def cache_bytes(spec: DecoderSpec, rows: int, slots: int, dtype: DTypeLike) -> int:
+    """Bytes of all caches."""
+    values = sum(2 * layer.attention.num_kv_heads * layer.attention.head_dim for layer in spec.layers())
+    return rows * slots * values * jnp.dtype(dtype).itemsize

@@ -1,0 +1,31 @@
+"""The feed-forward layer in which every token uses all neurons."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from jaxlm.nn.linear import WithLinears
+from jaxlm.spec import FeedForwardSpec
+
+
+class FeedForward(WithLinears):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202).
+
+    Attributes:
+        spec: number of neurons and biases.
+    """
+
+    spec: FeedForwardSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]; `layer` is this layer's index."""
+        d, f = {"embed": self.hidden_size}, {"mlp": self.spec.size}
+        # In this order a TPU's compiler makes the activation part of the gate's product when it is computed again, and
+        # keeps the weights near (docs/kernels.md, "Shapes of products").
+        up = self._linear("up_proj", d, f, self.spec.bias)(x, layer, deterministic)
+        gate = self._linear("gate_proj", d, f, self.spec.bias)(x, layer, deterministic)
+        h = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        out: jax.Array = self._linear("down_proj", f, d, self.spec.bias)(h, layer, deterministic)
+        return out

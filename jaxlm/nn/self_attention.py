@@ -1,0 +1,71 @@
+"""Grouped-query self-attention as a layer: projections, norms, positions, attention, and a cache of keys and values."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.kernels.backend import AttentionBackend
+from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
+from jaxlm.nn.linear import WithLinears
+from jaxlm.nn.norms import RMSNorm
+from jaxlm.nn.positions import apply_rope
+from jaxlm.spec import AttentionSpec
+
+
+class SelfAttention(WithLinears):
+    """Causal grouped-query self-attention.
+
+    Attributes:
+        spec: heads, biases, norms and window.
+        backend: a key of `attention.IMPLEMENTATIONS`, or what `kernels.backend.choose_attention` found.
+    """
+
+    spec: AttentionSpec
+    backend: str | AttentionBackend
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        segment_ids: jax.Array | None,
+        deterministic: bool,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """x [B, T, D] -> [B, T, D], and the keys and values: of these tokens, or `cache` with them written to it.
+
+        Args:
+            layer: index of this layer.
+            cos, sin: [B, T, h/2] float32 (see `rope_cos_sin`).
+            segment_ids: [B, T] int32, 0 for padding; None: one segment.
+            deterministic: whether nothing is dropped.
+        """
+        s = self.spec
+
+        def project(name: str, num_heads: int, axis: str) -> jax.Array:
+            outputs = {axis: num_heads, "head_dim": s.head_dim}
+            linear = self._linear(name, {"embed": self.hidden_size}, outputs, s.qkv_bias)
+            return nn.with_logical_constraint(linear(x, layer, deterministic), ("batch", "length", axis, None))
+
+        def normed(name: str, heads: jax.Array) -> jax.Array:
+            if s.qk_norm is None:
+                return heads
+            return RMSNorm(s.qk_norm, self.dtype, self.param_dtype, name=name)(heads)
+
+        q = normed("q_norm", project("q_proj", s.num_heads, "heads"))
+        q = checkpoint_name(apply_rope(q, cos, sin), "q")
+        k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
+        k = checkpoint_name(apply_rope(k, cos, sin), "k")
+        v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
+        if cache is None:
+            out = attention(q, k, v, MaskSpec(segment_ids, window=s.window), self.backend)
+            cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
+        else:
+            out, cache = cached_attention(q, k, v, cache, s.window, self.backend)
+        inputs = {"heads": s.num_heads, "head_dim": s.head_dim}
+        projected = self._linear("o_proj", inputs, {"embed": self.hidden_size}, s.o_bias)(out, layer, deterministic)
+        return projected, cache
