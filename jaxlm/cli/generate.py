@@ -225,14 +225,14 @@ def _announce(
     from jaxlm.devices.mesh import axis_sizes
     from jaxlm.inference.model import weight_bytes
     from jaxlm.kernels.backend import attention_details
+    from jaxlm.units import disk_size
     from jaxlm.weights.names import num_params
-    from jaxlm.weights.output import human
 
     files, config = placed.files, placed.files.merged.config
     how = "merged" if placed.merge else "on the fly"
     lora = "" if files.adapter is None else f" + {files.adapter.path} ({how})"
     axes = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(placed.mesh).items() if size > 1) or "1 device"
-    size = human(weight_bytes(generator.weights))
+    size = disk_size(weight_bytes(generator.weights))
     console.print(f"model      {files.base.path}{lora}", markup=False)
     console.print(
         f"           {num_params(config):,} parameters, {size} in {placed.kept_in}, on {jax.default_backend()} "
