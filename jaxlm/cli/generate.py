@@ -19,6 +19,7 @@ from jaxlm.errors import UserError, exit_status
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxlm.inference.batch import FilePrompt, Result
     from jaxlm.inference.generator import Generator
     from jaxlm.inference.loading import Placement, PromptSettings
     from jaxlm.inference.prompts import Prompter
@@ -152,15 +153,15 @@ def _take(path: Path, overwrite: bool, hosts: Hosts) -> None:
 
 
 def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
-    items = None
+    prompts = None
     if config.predict_data is not None:
-        from jaxlm.inference.batch import read_items
+        from jaxlm.inference.batch import read_prompts
 
-        items = read_items(Path(config.predict_data))
+        prompts = read_prompts(Path(config.predict_data))
     generator, prompter, facts = _load(config, hosts, console)
     options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
-    if items is not None:
-        return _batch(config, options, generator, prompter, facts, items, hosts, console)
+    if prompts is not None:
+        return _batch(config, options, generator, prompter, facts, prompts, hosts, console)
     if config.interactive:
         _chat(options, generator, prompter, console)
     else:
@@ -317,7 +318,7 @@ def _batch(
     generator: Generator,
     prompter: Prompter,
     facts: dict[str, Any],
-    items: Sequence[Any],
+    prompts: Sequence[FilePrompt],
     hosts: Hosts,
     console: Console,
 ) -> int:
@@ -335,11 +336,11 @@ def _batch(
     done = json.loads(hosts.exchange("answered", json.dumps([] if file is None else list(file.results)))[0])
     journal = Answers(dict.fromkeys(done, Result())) if file is None else file
     if journal.results:
-        console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)
+        console.print(f"going on: {len(journal.results)} of {len(prompts)} prompts were answered before", markup=False)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
     started, written = time.perf_counter(), 0
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(items), completed=len(journal.results), speed="")
+        task = progress.add_task("", total=len(prompts), completed=len(journal.results), speed="")
 
         def advance(prompts: int, tokens: int) -> None:
             nonlocal written
@@ -347,15 +348,15 @@ def _batch(
             speed = f"{written / (time.perf_counter() - started):.1f} tokens/s"
             progress.update(task, advance=prompts, speed=speed)
 
-        answer_all(items, generator, prompter, options, config.batch_size, journal, advance)
+        answer_all(prompts, generator, prompter, options, config.batch_size, journal, advance)
     if file is None:
         return 0  # process 0 tells
-    write_results(save_file, items, file.results)
+    write_results(save_file, prompts, file.results)
     file.close(remove=True)
     return _report(save_file, file.results, console)
 
 
-def _report(save_file: Path, results: dict[int, Any], console: Console) -> int:
+def _report(save_file: Path, results: dict[int, Result], console: Console) -> int:
     failed = [results[number] for number in sorted(results) if results[number].error is not None]
     endings = [finish for result in results.values() for finish in result.finish]
     console.print(f"{len(results) - len(failed)} answered; wrote {save_file}", markup=False)
