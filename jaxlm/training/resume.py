@@ -109,7 +109,7 @@ def _given(config: Any) -> Any:
 
 def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     """The places of a leaf that its fingerprint is made of."""
-    stacked = path.startswith("layers/")
+    stacked = path.startswith(("layers/", "tail/"))
     dims = shape[1:] if stacked else shape
     name = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
     block = []

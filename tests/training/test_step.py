@@ -16,8 +16,8 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.routers import modality_ids
 from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights
 from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
@@ -384,3 +384,26 @@ def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> 
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max() + 1e-5)
         assert np.abs(expected).max() > 1e-2
         np.testing.assert_allclose(figures["loss"], once["loss"], rtol=1e-6)
+
+
+def test_routers_of_a_period_are_reported_by_layer() -> None:
+    """Dense and expert layers in turn, and one left over: as many penalties and counts as layers of experts."""
+    moe = ExpertsSpec(4, "learned", ("text",), (), (2,))
+    dense, routed = CONFIG.uniform_layer, CONFIG.with_experts(moe).uniform_layer
+    spec = dataclasses.replace(CONFIG, num_layers=7, period=(routed, dense, routed))
+    model = Decoder(spec, experts="loop", remat="none")
+    params = random_tree(nn.unbox(abstract_variables(model))["params"], 1)
+    rows = {key: value[0] for key, value in batch().items()}
+    rows["weights"] = target_weights(jnp.asarray(rows["loss_mask"])[None], "tokens", 1)[0]
+    rows["modality_ids"] = np.zeros_like(rows["input_ids"])
+    objective = CrossEntropy(model, moe=MoeRunConfig(balance_loss=1.0, z_loss=0.0))
+    share = objective.loss({"params": params}, {}, rows, jax.random.key(0), 1)
+    inputs = [rows[name] for name in ("input_ids", "positions", "segment_ids")]
+    _, notes = model.apply({"params": params}, *inputs, mutable=["moe"])
+    first, third, last = (notes["moe"][part][p]["mlp"] for part, p in (("layers", "0"), ("layers", "2"), ("tail", "0")))
+    use = [first["used"][0], third["used"][0], first["used"][1], third["used"][1], last["used"][0]]
+    np.testing.assert_allclose(share.figures["expert_use"], np.stack(use), rtol=1e-5)
+    assert len(np.unique(np.stack(use), axis=0)) > 1
+    balance = np.mean(np.concatenate([each["balance_loss"] for each in (first, third, last)]))
+    np.testing.assert_allclose(share.figures["router_balance"], balance, rtol=1e-5)
+    np.testing.assert_allclose(share.total - share.loss, balance, rtol=1e-4)
