@@ -9,19 +9,18 @@ import hashlib
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.config import Decoding
-from jaxlm.data.sources import Record, csv_delimiter, records_within
+from jaxlm.data.entries import Entry, read_entries
+from jaxlm.data.records import Record
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.text import answer_text, cut_at_stop
-from jaxlm.jsontext import parse
 
 KINDS = (".json", ".jsonl", ".csv", ".txt")
 MARK = "jaxlm answers"  # in the first line of a journal
@@ -54,27 +53,29 @@ class Result:
 
 
 def read_items(path: Path) -> list[Item]:
-    """The prompts of a file. A line that is broken becomes an item with an error; the others are not lost.
+    """The prompts of a file. A prompt that is broken becomes an item with an error; the others are not lost.
 
     Raises:
         UserError: for a file that is missing, of unknown kind, empty, or broken as a whole.
     """
-    if path.suffix.lower() not in KINDS:
+    kind = path.suffix.lower()
+    if kind not in KINDS:
         raise UserError(f"predict_data: {path}: the ending must be one of {', '.join(KINDS)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"predict_data: {path} does not exist (paths are relative to the working directory)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"predict_data: {path} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
-    read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}[path.suffix.lower()]
-    items = list(read(path, text)) if text.strip() else []
+    if not path.is_file():
+        raise UserError(f"predict_data: {path} does not exist (paths are relative to the working directory)")
+    if kind == ".txt":
+        items = _read_txt(path)
+    else:
+        items = [_item(entry) for entry in read_entries(path, kind[1:], key="predict_data", strict=False)]
     if not items:
         raise UserError(f"predict_data: {path} holds no prompt")
     return items
 
 
-def _item(name: str, value: Any) -> Item:
+def _item(entry: Entry) -> Item:
+    name, value = entry.name, entry.value
+    if entry.problem is not None:
+        return Item(name, error=entry.problem)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -86,55 +87,18 @@ def _item(name: str, value: Any) -> Item:
     return Item(name, error=f"a prompt must be a text or a record with named fields, found {type(value).__name__}")
 
 
-def _read_json(path: Path, text: str) -> Iterator[Item]:
+def _read_txt(path: Path) -> list[Item]:
+    """A prompt a line, blank ones too, which a model may be asked; MindFormers' \\n stands for a line break."""
     try:
-        values = parse(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"predict_data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits, brackets without end
-        raise UserError(f"predict_data: {path}: JSON that cannot be read: {error}") from None
-    if isinstance(values, dict) and (within := records_within(path, values)) != [values]:
-        values = within
-    if not isinstance(values, list):
-        raise UserError(f"predict_data: {path} must hold an array of texts or records, found {type(values).__name__}")
-    for number, value in enumerate(values, 1):
-        yield _item(f"{path}:{number}", value)
-
-
-def _read_jsonl(path: Path, text: str) -> Iterator[Item]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield _item(f"{path}:{number}", parse(line))
-        except ValueError as error:  # also JSONDecodeError
-            yield Item(f"{path}:{number}", error=f"broken JSON: {getattr(error, 'msg', error)}")
-
-
-def _read_csv(path: Path, text: str) -> Iterator[Item]:
-    csv.field_size_limit(2**31 - 1)
-    header, _, rest = text.partition("\n")
-    delimiter = csv_delimiter(header)
-    if named := re.fullmatch(r"sep=(.)\s*", header):  # Excel's own first line
-        text, delimiter = rest, named.group(1)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    names = rows.fieldnames or ()
-    for column in names:
-        if list(names).count(column) > 1:
-            raise UserError(f"predict_data: {path}: two columns are named {column!r}; rename one")
-    for row in rows:
-        name = f"{path}:{rows.line_num}"
-        if None in row or None in row.values():
-            yield Item(name, error=f"the row does not have the header's {len(names)} columns")
-        else:
-            yield Item(name, fields=dict(row))
-
-
-def _read_txt(path: Path, text: str) -> Iterator[Item]:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"predict_data: {path} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
     # Not splitlines: it also breaks at characters that stand in the middle of texts.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        # MindFormers' convention: the two characters \n stand for a line break.
-        yield Item(f"{path}:{number}", question=line.removesuffix("\r").replace("\\n", "\n"))
+    lines = text.removesuffix("\n").split("\n") if text.strip() else []
+    return [
+        Item(f"{path}:{number}", question=line.removesuffix("\r").replace("\\n", "\n"))
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 class Answers:
