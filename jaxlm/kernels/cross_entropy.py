@@ -26,8 +26,8 @@ from jax.typing import DTypeLike
 
 from jaxlm.kernels.scatter import split_axes, sum_scattered_columns
 
-# A chunk has so many logits on a device (64 MiB in float32), but enough tokens to keep the matrix products large; more
-# when the head trains, as each chunk reads and writes all of its gradient (v5e, D 4096, V 32000: cycles fall by 16 %).
+# Most logits of a chunk on a device (64 MiB in float32), and the tokens that keep its matrix products large: more of
+# them when the head trains, as each chunk reads and writes all of its gradient (docs/kernels.md).
 CHUNK_LOGITS = 2**24
 MIN_CHUNK_TOKENS = 512
 MIN_CHUNK_TOKENS_HEAD = 2048
@@ -92,7 +92,7 @@ class _Task:
 
 
 def _axes(x: Any, head: Any) -> _Axes:
-    """As the mesh and the logical-axis rules at hand have it; where rows do not divide evenly they stay whole."""
+    """As the current mesh and logical-axis rules say; rows that do not divide evenly stay whole."""
     rows, length = split_axes(x.shape[:2], ("batch", "length"))
     # The vocabulary is filled up until it divides: any size will do.
     vocab, embed = split_axes((0, head.shape[1]), ("vocab", "embed"))
@@ -101,7 +101,7 @@ def _axes(x: Any, head: Any) -> _Axes:
 
 
 def chunk_count(batch: int, length: int, vocab: int, grad_head: bool) -> int:
-    """How many chunks [B, T] tokens are cut into, along T; all sizes are those of one device."""
+    """The number of chunks that [B, T] tokens are cut into, along T; all sizes are those of one device."""
     tokens = max(MIN_CHUNK_TOKENS_HEAD if grad_head else MIN_CHUNK_TOKENS, CHUNK_LOGITS // vocab)
     wanted = min(length, max(1, batch * length // tokens))
     # A few more chunks are cheaper than padding the row, which copies x and its gradient.
@@ -129,7 +129,7 @@ def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
 def _walk_local(
     x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, task: _Task
 ) -> tuple[LossOutput, jax.Array | None, jax.Array | None]:
-    """`_walk` of one device: its tokens [b, t], its part of the head [v, d]."""
+    """`_walk` on one device: its tokens [b, t], its part of the head [v, d]."""
     axes = task.axes
     matrix = head.astype(task.dtype)
     if axes.embed:

@@ -1,16 +1,13 @@
 """Attention of a few new tokens to a long cache of keys and values, on TPU in Pallas.
 
 The plain twin is in `nn.attention`, which computes with all slots of a cache and hides those that a query may not
-see. Here a row's blocks of slots are fetched from the first that a query of it can see to the last: of a cache that
-has room for 4,096 tokens and holds 500, an eighth. Softmax is by blocks, as in FlashAttention (arXiv:2205.14135).
+see. Here a row's blocks of slots are fetched from the first that a query of it can see to the last. Softmax is by
+blocks, as in FlashAttention (arXiv:2205.14135).
 
-All query heads of a kv head and all new tokens are one tile, and several kv heads one step, as a step costs a third of
-a microsecond whatever it does. A row's blocks are not divided over cores: where there are two (TPU v4, v5p), they take
-different rows.
-
-For each slot that is seen, 4 T H h FLOPs and 2 K h values: with one new token 2 H / K FLOPs for a value, when a chip
-can do hundreds in the time that the value takes to come. What counts is that memory is never idle: a step of 8 heads
-of 128 and 512 slots moves 2 MiB, 3,800 cycles of a TPU v5e, and computes in 990 instruction words.
+All query heads of a kv head and all new tokens are one tile, and several kv heads one step, as a step has a price
+whatever it does. A row's blocks are not divided over cores: where there are two (TPU v4, v5p), they take different
+rows. Each slot that is seen takes 4 T H h FLOPs and 2 K h values, so memory sets the time, and must never be idle
+(docs/kernels.md, "Decode attention").
 
 Shapes: B rows, T new tokens, S slots, H query and K kv heads of h, G = H / K, R = G T.
 """
@@ -29,13 +26,13 @@ from jax.experimental.pallas import tpu as pltpu
 MAX_TOKENS = 8
 # Slots of a block: half a block more than needed is fetched on average.
 BLOCK = 512
-# Of a step's keys, and of its values. Each is there twice, so that the next step's are fetched during this one.
+# Bytes of a step's keys, and of its values. Each is there twice, so that the next step's are fetched during this one.
 STEP_BYTES = 2**20
 NEGATIVE = -1e30
 
 
 def heads_per_step(kv_heads: int, slots: int, dim: int, itemsize: int) -> int:
-    """The most kv heads that divide all of them and are no more than STEP_BYTES; at least one."""
+    """The largest divisor of the number of kv heads whose heads take at most STEP_BYTES; at least 1."""
     lanes = pl.cdiv(dim, 128) * 128  # what a head takes on the chip
     most = max(1, STEP_BYTES // (slots * lanes * itemsize))
     return max(count for count in range(1, kv_heads + 1) if kv_heads % count == 0 and count <= most)

@@ -1,8 +1,8 @@
-"""Sums over devices of which each keeps a part: what FSDP does with gradients, in the form that networks are fast at.
+"""Sums over devices, of which each device keeps a part: what FSDP does with gradients, as networks do it fast.
 
 Left to itself the partitioner makes an all-reduce over all devices of it and drops most of the result. So does a TPU's
-compiler with a reduce-scatter over more than one dim of the torus, or with parts that are no leading dim. One mesh axis
-after the other, each a line of the torus (see `parallel.mesh`), sends half the bytes, and no device holds the sum.
+compiler with a reduce-scatter over more than one dim of the torus, or with parts that are not a leading dim. One mesh
+axis after the other, each a line of the torus (see `devices.mesh`), sends half the bytes, and no device holds the sum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 
 def split_axes(shape: Sequence[int], logical: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """For each dim the mesh axes that it is split over, by the mesh and the logical-axis rules at hand.
+    """For each dim the mesh axes that it is split over, by the current mesh and logical-axis rules.
 
     Axes of one device are left out. () for a dim that is whole, or that does not divide evenly; all () without a mesh
     and inside `jax.shard_map`.
@@ -24,12 +24,12 @@ def split_axes(shape: Sequence[int], logical: tuple[str, ...]) -> list[tuple[str
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return [()] * len(logical)
-    found = []
+    split = []
     for size, axes in zip(shape, nn.logical_to_mesh_axes(logical) or (None,) * len(logical), strict=True):
         names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         names = tuple(name for name in names if mesh.shape[name] > 1)
-        found.append(names if size % math.prod(mesh.shape[name] for name in names) == 0 else ())
-    return found
+        split.append(names if size % math.prod(mesh.shape[name] for name in names) == 0 else ())
+    return split
 
 
 def sum_scattered(x: jax.Array, axes: Sequence[str]) -> jax.Array:

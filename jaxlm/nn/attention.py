@@ -1,7 +1,9 @@
-"""Attention behind one function: `attention(q, k, v, mask, implementation)`.
+"""Attention behind one function: `attention(q, k, v, mask, backend)`.
 
-The mask is a spec (causal, window, segment ids), not an array: an implementation decides how
-to honour it. Each fast one is tested against `reference`, values and gradients.
+The mask is a spec (causal, window, segment ids), not an array: a backend decides how to honour it. Each fast one is
+tested against `reference`, values and gradients.
+
+Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim, G = H / K.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
-from jaxlm.kernels.flash_attention import Backend, flash_attention
+from jaxlm.kernels.flash_attention import Backend as Device
+from jaxlm.kernels.flash_attention import flash_attention
 from jaxlm.sharding import SEQUENCE, TENSOR
 
-# Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled
-# in the program: at T = 512 the 110 M benchmark's step compiles in 7.0 s with 128, 5.5 s with 256, 5.0 s with 512.
+# Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled in
+# the program, which takes longer to compile (docs/kernels.md, "XLA's form in blocks").
 QUERY_BLOCK = 256
 # Blocks are unrolled in the program; more of them cost compile time and save little.
 MAX_BLOCKS = 16
@@ -85,9 +88,8 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) -> jax.Array:
     """Attention over blocks of queries, each with the keys it can reach; arguments as `reference_attention`.
 
-    Own gradient, as in FlashAttention (arXiv:2205.14135): only the output and the log-normalisers are kept, weights
-    are formed again. On a CPU that takes 0.7 of the time of differentiating `jax.nn.dot_product_attention` block by
-    block (T 512, 12 heads of 64, forward and backward).
+    The gradient is its own, as in FlashAttention (arXiv:2205.14135): only the output and the log-normalisers are kept,
+    weights are formed again (docs/kernels.md, "XLA's form in blocks").
     """
     return _blockwise(q, k, v, mask.segment_ids, mask.causal, mask.window)
 
@@ -132,11 +134,11 @@ def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
 
     A NaN that some queries of a block see still reaches all of them: telling those apart would take a second product.
     """
-    here = x[:, :, cols]
+    keys = x[:, :, cols]
     if mask.segment_ids is None:
-        return here  # such keys are not among `cols`
+        return keys  # such keys are not among `cols`
     same = mask.segment_ids[:, rows, None] == mask.segment_ids[:, None, cols]
-    return jnp.where(same.any(axis=1)[:, None, :, None], here, jnp.zeros((), x.dtype))
+    return jnp.where(same.any(axis=1)[:, None, :, None], keys, jnp.zeros((), x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -178,13 +180,13 @@ def _blockwise_bwd(causal: bool, window: int | None, residuals: Any, grad: jax.A
     grad_v = jnp.zeros(v_heads.shape, jnp.float32)
     for rows, cols in _blocks(q.shape[1], causal, window):
         weights = jnp.exp(_scores(q_heads, k_heads, mask, rows, cols) - lse[:, :, :, rows])
-        here = grad_heads[:, :, :, rows]
-        grad_weights = _einsum("bkgqd,bksd->bkgqs", here, _seen(v_heads, mask, rows, cols))
+        grad_rows = grad_heads[:, :, :, rows]
+        grad_weights = _einsum("bkgqd,bksd->bkgqs", grad_rows, _seen(v_heads, mask, rows, cols))
         grad_scores = weights * (grad_weights - delta[:, :, :, rows]) / math.sqrt(q.shape[-1])
         grad_scores, weights = grad_scores.astype(dtype), weights.astype(dtype)
         grad_q.append(_einsum("bkgqs,bksd->bkgqd", grad_scores, _seen(k_heads, mask, rows, cols)))
         grad_k = grad_k.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", grad_scores, q_heads[:, :, :, rows]))
-        grad_v = grad_v.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", weights, here))
+        grad_v = grad_v.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", weights, grad_rows))
     return (
         _ungrouped(jnp.concatenate(grad_q, axis=3)).astype(q.dtype),
         grad_k.swapaxes(1, 2).astype(k.dtype),
@@ -215,13 +217,13 @@ def pallas_attention(
     k: jax.Array,
     v: jax.Array,
     mask: MaskSpec,
-    backend: Backend = "tpu",
+    backend: Device = "tpu",
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> jax.Array:
-    """The Pallas kernel for `backend` (`kernels.flash_attention`); rows and heads stay where the mesh has them.
+    """The Pallas kernel for a kind of device (`kernels.flash_attention`); rows and heads stay where the mesh has them.
 
-    Other than in the plain form, padding (segment 0) sees nothing and its output is 0.
+    Padding (segment 0) sees nothing and its output is 0, unlike in the plain form.
     """
     rows = heads = None
     mesh = jax.sharding.get_abstract_mesh()
@@ -257,34 +259,32 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 _NAME_THEIR_OUTPUT = ("xla", "pallas_tpu", "pallas_gpu")
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, implementation: str | AttentionBackend
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend: str | AttentionBackend) -> jax.Array:
     """Softmax attention; scores and softmax in float32.
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h]; scaled by 1/sqrt(h).
         mask: who sees whom.
-        implementation: a key of IMPLEMENTATIONS, or such a one with its blocks (see `kernels.backend`).
+        backend: a key of IMPLEMENTATIONS, or one with its blocks (see `kernels.backend`).
 
     Returns:
         [B, T, H, h].
     """
-    choice = AttentionBackend(implementation) if isinstance(implementation, str) else implementation
+    chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and mesh.shape.get(SEQUENCE, 1) > 1
     if split:
         q, k, v, mask = _whole_rows(
             q, k, v, mask, kv_head_copies(k.shape[2], mesh.shape[SEQUENCE] * mesh.shape[TENSOR])
         )
-    blocks = {} if choice.block_q is None else dict(block_q=choice.block_q, block_k=choice.block_k)
-    out = IMPLEMENTATIONS[choice.name](q, k, v, mask, **blocks)
-    out = out if choice.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
+    blocks = {} if chosen.block_q is None else dict(block_q=chosen.block_q, block_k=chosen.block_k)
+    out = IMPLEMENTATIONS[chosen.name](q, k, v, mask, **blocks)
+    out = out if chosen.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
     return _to(_PARTS, _to(_WHOLE, out)) if split else out
 
 
 def kv_head_copies(kv_heads: int, devices: int) -> int:
-    """How often each kv head has to be there for so many devices to have the same number of whole ones."""
+    """The number of copies of each kv head with which all devices have the same number of whole heads."""
     return devices // math.gcd(kv_heads, devices)
 
 
@@ -306,7 +306,7 @@ def _whole_rows(
     and go around in a ring instead; with causal masks the devices at the end of a row would do most of the work.
 
     Args:
-        copies: of each kv head, where there are fewer than devices.
+        copies: number of copies of each kv head, where there are fewer heads than devices.
     """
     # Both sides of each move are named: XLA else moves what the tensor is made of (halves under RoPE), or gathers where
     # gradients come back.
@@ -336,21 +336,21 @@ class KVCache:
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, implementation: str | AttentionBackend
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, backend: str | AttentionBackend
 ) -> tuple[jax.Array, KVCache]:
     """Attention of a few new tokens to a cache, into which their keys and values are written first.
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h], all at `cache.places`; a place beyond the last slot is not written.
-        window: a query sees so many slots up to its own place; None: all of them.
-        implementation: 'pallas_tpu' reads only the slots that are seen, for up to MAX_TOKENS new tokens; all others,
-            and more new tokens, compute with all slots.
+        window: number of slots that a query sees, up to its own place; None: all of them.
+        backend: 'pallas_tpu' reads only the slots that are seen, for up to MAX_TOKENS new tokens; all others, and more
+            new tokens, compute with all slots.
 
     Returns:
         [B, T, H, h] in q's dtype (scores and softmax in float32), and the new cache.
     """
     assert cache.places is not None
-    name = implementation if isinstance(implementation, str) else implementation.name
+    name = backend if isinstance(backend, str) else backend.name
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(
         _cached_attention, window=window, kernel=name == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
     )

@@ -77,7 +77,7 @@ def make_dispatch(experts: jax.Array, live: jax.Array, count: int, likely: int) 
         experts: [N, k] int32, in 0 .. count - 1 where live.
         live: [N, k] bool.
         count: E.
-        likely: how many pairs are live, about.
+        likely: about the number of live pairs.
     """
     tokens, k = experts.shape
     flat = jnp.where(live, experts, count).reshape(-1)
@@ -156,8 +156,8 @@ def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> t
             inputs.append(jnp.ones((*x.shape[:-1], 1), x.dtype))
             extra.append(part.bias[None])
         for matrix in extra:
-            mine = by_expert(matrix.astype(x.dtype), experts, 1)
-            both = (mine, jnp.zeros_like(mine)) if before else (jnp.zeros_like(mine), mine)
+            own = by_expert(matrix.astype(x.dtype), experts, 1)
+            both = (own, jnp.zeros_like(own)) if before else (jnp.zeros_like(own), own)
             rows.append(jnp.concatenate(both, axis=-1))
     return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
 
@@ -179,7 +179,7 @@ def run_experts(
     if routing.weights is not None:
         weights = weights * routing.weights
     if count < live.shape[1]:
-        # No token has more pairs than there are experts here: smaller buffers.
+        # No token has more pairs than there are experts on this device: smaller buffers.
         first = jnp.argsort(~live, axis=1, stable=True)[:, :count]
         local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
     moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts))
@@ -263,7 +263,7 @@ def _over_tensor(y: jax.Array, mesh: AbstractMesh) -> jax.Array:
 
 
 def best_experts(scores: jax.Array, k: int) -> jax.Array:
-    """The k experts of highest score, of [..., E]: [..., k] int32, the best first; ties go to the lowest index.
+    """The k experts of highest score from [..., E]: [..., k] int32, the best first; ties go to the lowest index.
 
     Each device looks at its own tokens: XLA would gather the scores of all of them on every device for a top-k.
     """
@@ -289,12 +289,12 @@ def _token_axes(x: jax.Array, mesh: AbstractMesh) -> tuple[Any, ...]:
 
 
 def _flat(tree: Any) -> Any:
-    """[B, T, ...] -> [B T, ...], of every leaf."""
+    """[B, T, ...] -> [B T, ...] for every leaf."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 def _unflat(y: jax.Array, like: jax.Array) -> jax.Array:
-    """[B T, ...] -> [B, T, ...], as another has them."""
+    """[B T, ...] -> [B, T, ...] with the B and T of `like`."""
     return y.reshape(*like.shape[:2], *y.shape[1:])
 
 
@@ -321,12 +321,12 @@ def _at_their_devices(
     counts = wanted.sum(axis=0, dtype=jnp.int32)
     arriving = _all_to_all(counts, groups)
 
-    there = exchange(to_experts(x, moves), counts, arriving)
+    arrived = exchange(to_experts(x, moves), counts, arriving)
     experts = _all_to_all(jnp.take(experts, token, axis=0, mode="fill", fill_value=-1), groups)
     weights = routing.weights
     if weights is not None:
         weights = _all_to_all(to_experts(weights, moves), groups)
-    y = run(there, Routing(experts, experts >= 0, weights), gate_up, down, offset)
+    y = run(arrived, Routing(experts, experts >= 0, weights), gate_up, down, offset)
     back = exchange(y, arriving, counts)
     return from_experts(back, wanted.astype(jnp.float32), moves)
 

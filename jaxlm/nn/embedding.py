@@ -40,16 +40,16 @@ def _bwd(dtype: DTypeLike, residuals: tuple[jax.Array, jax.Array], grad: jax.Arr
         if vocab:
             rows //= jax.lax.axis_size(vocab)
             ids = ids - jax.lax.axis_index(vocab) * rows
-        found = sum_scattered_columns(_sum_by_id(ids, grad, rows), embed)
+        gradient = sum_scattered_columns(_sum_by_id(ids, grad, rows), embed)
         others = tuple(name for name in token_axes if name not in embed)
-        return jax.lax.psum(found, others) if others else found
+        return jax.lax.psum(gradient, others) if others else gradient
 
     run = jax.shard_map(local, in_specs=(P(*tokens), P(*tokens)), out_specs=P(vocab, embed), check_vma=False)
     return run(ids, grad).astype(embedding.dtype), None
 
 
 def _sum_by_id(ids: jax.Array, grad: jax.Array, rows: int) -> jax.Array:
-    """[rows, D] float32: the sum of grad [B, T, D] over the tokens of each id; ids that have no row do not count."""
+    """[rows, D] float32: grad [B, T, D] summed over the tokens of each id; ids that have no row do not count."""
     ids = jnp.where(ids < 0, rows, ids)  # a negative one would count from the end
     table = jnp.zeros((rows, grad.shape[-1]), jnp.float32)
     return table.at[ids].add(grad.astype(jnp.float32), mode="drop")

@@ -142,7 +142,8 @@ def rotate_by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """The same with the halves swapped by a product with a matrix of 0, 1 and -1, which is exact.
 
-    On a TPU, halves of the 128 lanes cost a pass over memory in float32; the matrix unit swaps them on the way.
+    On a TPU, halves of the 128 lanes cost a pass over memory in float32; the matrix unit swaps them on the way
+    (docs/kernels.md, "Shapes of products").
     """
     half = x.shape[-1] // 2
     swap = np.zeros((2 * half, 2 * half), np.float32)

@@ -22,7 +22,8 @@ import numpy as np
 import yaml
 
 from jaxlm.config import RunConfig, to_dict
-from jaxlm.data.loader import BatchSource, Data
+from jaxlm.data.batches import BatchSource
+from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.version1 import ModelFields, read_model, recorded
@@ -61,7 +62,7 @@ FREE = (
     "output_dir",
     "stages",
 )
-# Keys whose whole effect is on the tokens and on what of them is learnt, which are compared themselves.
+# Keys whose whole effect is on the tokens and on what of them is trained, which are compared themselves.
 IN_TOKENS = (
     "data.train",
     "data.validation",
