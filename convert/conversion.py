@@ -59,6 +59,19 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """How a source is read; see the arguments of `convert`, whose names these are."""
+
+    adapter: bool | None = None
+    dtype: str = "keep"
+    base: str | Path | None = None
+    config: str | Path | None = None
+    groups: int = 1
+    alpha: float | None = None
+    max_positions: int | None = None
+
+
+@dataclass(frozen=True)
 class WriteOptions:
     """How a model is written; every field is for one format.
 
@@ -145,18 +158,8 @@ def convert(
         UserError: the source is none of the formats, is damaged, or is not `source_format`; it has the format `to`
             already; that format has no place for it; the destination exists or cannot be written.
     """
-    opened = open_source(
-        source,
-        source_format,
-        to,
-        adapter=adapter,
-        dtype=dtype,
-        base=base,
-        config=config,
-        groups=groups,
-        alpha=alpha,
-        max_positions=max_positions,
-    )
+    reading = ReadOptions(adapter, dtype, base, config, groups, alpha, max_positions)
+    opened = open_source(source, source_format, to, reading)
     size = shard_size if isinstance(shard_size, int) else parse_size(shard_size)
     options = WriteOptions(size, layout, shards, joined, crc, None if base is None else str(base))
     return write(to or default_format(opened), opened, destination, options, progress)
@@ -172,70 +175,54 @@ def default_format(opened: Opened) -> str:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def open_source(
-    path: str | Path,
-    form: str | None = None,
-    to: str | None = None,
-    *,
-    adapter: bool | None = None,
-    dtype: str = "keep",
-    base: str | Path | None = None,
-    config: str | Path | None = None,
-    groups: int = 1,
-    alpha: float | None = None,
-    max_positions: int | None = None,
-) -> Opened:
-    """Opens what is to be converted; arguments as those of `convert`."""
-    if is_adapter(path) if adapter is None else adapter:
-        if dtype != "keep" or groups != 1:
-            raise UserError("--dtype and --groups: are not for adapters; factors stay as they are stored")
-        return _open_adapter(path, form, to, base, config, alpha)
-    for name, value in (("alpha", alpha), ("base", base)):
+def open_source(path: str | Path, form: str | None, to: str | None, options: ReadOptions) -> Opened:
+    """Opens what is to be converted.
+
+    Args:
+        form: the format that it must have; None: any.
+        to: the format that it is to be written in; None: not known yet.
+
+    Raises:
+        UserError: see `convert`.
+    """
+    if is_adapter(path) if options.adapter is None else options.adapter:
+        return _open_adapter(path, form, to, options)
+    for name, value in (("alpha", options.alpha), ("base", options.base)):
         if value is not None:
             raise UserError(f"--{name}: is for an adapter only (the factors in a MindSpore file: --lora)")
-    return _open_model(path, form, to, dtype, config, groups, max_positions)
+    return _open_model(path, form, to, options)
 
 
-def _open_model(
-    path: str | Path,
-    form: str | None,
-    to: str | None,
-    dtype: str,
-    config: str | Path | None,
-    groups: int,
-    max_positions: int | None,
-) -> Opened:
-    for name, number in (("groups", groups), ("max-positions", max_positions)):
+def _open_model(path: str | Path, form: str | None, to: str | None, options: ReadOptions) -> Opened:
+    groups = options.groups
+    for name, number in (("groups", groups), ("max-positions", options.max_positions)):
         if number is not None and number < 1:
             raise UserError(f"--{name} {number}: must be at least 1")
-    source = open_model(path, config, groups, max_positions)
+    source = open_model(path, options.config, groups, options.max_positions)
     found = format_of(source)
     _check_format(path, found, FORMATS[found].called, form, to)
     assumed: list[str] = source.assumed if isinstance(source, (MetaSource, MindSporeSource)) else []
     if isinstance(source, MindSporeSource) and groups != 1 and not source.joined:
         raise UserError(f"--groups {groups}: {path} holds no concatenated tensors")
-    return Opened(with_dtype(source, dtype), format=found, assumed=tuple(assumed))
+    model = source if options.dtype == "keep" else CastSource(source, options.dtype)
+    return Opened(model, format=found, assumed=tuple(assumed))
 
 
-def _open_adapter(
-    path: str | Path,
-    form: str | None,
-    to: str | None,
-    base: str | Path | None,
-    config: str | Path | None,
-    alpha: float | None,
-) -> Opened:
+def _open_adapter(path: str | Path, form: str | None, to: str | None, options: ReadOptions) -> Opened:
+    alpha = options.alpha
+    if options.dtype != "keep" or options.groups != 1:
+        raise UserError("--dtype and --groups: are not for adapters; factors stay as they are stored")
     if alpha is not None and not 0 < alpha < math.inf:
         raise UserError(f"--alpha {alpha:g}: must be positive")
     found = adapter_format(path)
     if is_adapter(path):
         _check_format(path, found, f"a {FORMATS[found].title} adapter", form, to)
     model: ParamSource | DecoderSpec | None = None
-    if base is not None:
-        model = open_model(base, config)
+    if options.base is not None:
+        model = open_model(options.base, options.config)
     elif found == "mindspore":
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        model = find_config(folder, config, {})[0]
+        model = find_config(folder, options.config, {})[0]
     assumed: tuple[str, ...] = ()
     if found == "mindspore" and alpha is None:
         assumed = (f"lora_alpha {DEFAULT_ALPHA:g}, as MindFormers' configurations (another: --alpha A)",)
@@ -250,11 +237,6 @@ def _check_format(path: str | Path, found: str, called: str, form: str | None, t
     if form is not None and found != form:
         verb = "" if to is None else f": use convert {found}-to-{to}"
         raise UserError(f"{path}: is {called}, not {FORMATS[form].called}{verb}")
-
-
-def with_dtype(source: ParamSource, dtype: str) -> ParamSource:
-    """The source as it is ('keep'), or read in another dtype."""
-    return source if dtype == "keep" else CastSource(source, dtype)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

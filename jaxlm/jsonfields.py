@@ -41,16 +41,16 @@ def read_fields(cls: type[Any], values: Any, where: str) -> dict[str, Any]:
                 f"{_named(where, name)}: no such field; {hint} (a newer jaxlm may have written it; then use that one)"
             )
     hints = typing.get_type_hints(cls)
-    found = {}
-    for name, item in fields.items():
+    fields_read = {}
+    for name, field in fields.items():
         if name not in values:
-            if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise UserError(f"{_named(where, name)}: is missing; copy the file again")
             continue
         if not fits(values[name], hints[name], f"{_named(where, name)}"):
             raise UserError(f"{_named(where, name)} is {_shown(values[name])}; expected {described(hints[name])}")
-        found[name] = _tuples(values[name])
-    return found
+        fields_read[name] = _tuples(values[name])
+    return fields_read
 
 
 def build(cls: type[T], values: Any, where: str) -> T:

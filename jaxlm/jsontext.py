@@ -11,7 +11,7 @@ from jaxlm.errors import UserError
 
 
 def parse(text: str) -> Any:
-    """The value that a JSON text holds; NaN, which is no JSON but is written by pandas and others, is null.
+    """The value that a JSON text holds; NaN, which pandas and others write though it is not JSON, is null.
 
     Raises:
         ValueError: (json.JSONDecodeError where there is a place) for broken JSON, a name that stands twice in an
@@ -72,12 +72,12 @@ def _readable(error: ValueError) -> ValueError:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice!r} stands twice in one object; rename or remove one")
-    return found
+    return values
 
 
 _DECODER = json.JSONDecoder(

@@ -37,7 +37,7 @@ class Lock:
         path: the file; its folder is made, and removed again if nothing else was put into it.
         what: what is locked, as messages name it, e.g. 'output_dir: /data/run'.
         way_out: what else the user can do, e.g. 'choose another output_dir'.
-        say: told when a holder on another host is watched for a sign of life.
+        say: called when a holder on another host is watched for a sign of life.
     """
 
     def __init__(self, path: Path, what: str, way_out: str, say: Callable[[str], None] | None = None) -> None:

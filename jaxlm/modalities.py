@@ -23,7 +23,7 @@ from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import parse
 
 MODALITIES_FILE = "modalities.json"
-PADDING = -1  # modality id of what is no token; 0 is text, 1, 2, ... are those with tokens of their own
+PADDING = -1  # modality id where there is no token; 0 is text, 1, 2, ... are those with tokens of their own
 
 # All elements, as far as they have a name; inside brackets any may stand (OpenSMILES 1.0, section 3).
 _ELEMENT_NAMES = (
@@ -75,7 +75,7 @@ class Modality:
         pieces: what the tokens stand for, in the order of ids.
         pattern: regular expression whose matches are the pieces of a text; None: every character is one.
         tags: what opens and closes a run of pieces in a text.
-        tag_tokens: the tags are tokens too. Without them an empty run, or two with nothing between, cannot be told.
+        tag_tokens: the tags are tokens too. Without them an empty run, or two with nothing between, cannot be read.
         strip: white space beside a run is dropped, as SciMind's tokenizer does; the text does not come back exactly.
         fallback: 'error', or 'text': what has a piece that is not known is read as plain text.
         first: id of the first piece; the others follow. The tags stand before them: first - 2 and first - 1.
@@ -190,7 +190,7 @@ def _check_pattern(pattern: str, where: str) -> None:
     try:
         empty = re.compile(pattern, re.DOTALL).match("")
     except re.error as error:
-        raise UserError(f"{where}: pattern {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{where}: pattern {pattern!r} is not a regular expression: {error}") from None
     if empty is not None:
         raise UserError(f"{where}: pattern {pattern!r} also matches nothing at all; every piece has a character")
 
@@ -333,7 +333,7 @@ class Modalities:
                 unknown = piece if place[0] == at else text[at : place[0]]
                 raise TextError(
                     number,
-                    f"{unknown!r} at character {at} is no token of the modality {modality.name}: "
+                    f"{unknown!r} at character {at} is not a token of the modality {modality.name}: "
                     f"{_around(text, opening.start(), closing.end())}; correct it, or let "
                     "all from tag to tag be read as plain text (fallback: text, of the modality)",
                 )

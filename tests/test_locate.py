@@ -88,7 +88,7 @@ def test_an_unknown_home_is_refused_by_key(home: Path) -> None:
 
 def test_a_file_whose_name_begins_with_a_tilde(home: Path) -> None:
     """What the message above says to type is read as such, however many times it is expanded."""
-    from jaxlm.data.sources import check_source
+    from jaxlm.data.records import check_source
 
     assert at_home("./~no-such-user/x") == Path("~no-such-user/x")
     assert at_home("~/x") == home / "x"

@@ -120,7 +120,7 @@ def test_any_text_comes_back_or_is_refused(tokenizer: Tokenizer, parts: list[str
 
 
 def test_offsets_cover_the_text(tokenizer: Tokenizer) -> None:
-    """Every character of a molecule is covered by its token, so that an answer is learnt from its first to its last."""
+    """Every character of a molecule is covered by its token, so that an answer is trained from first to last."""
     text = "is <smiles>CCl</smiles> so"
     encoding = tokenizer.encode(text)
     by_piece = {text[begin:end] for begin, end in encoding.offsets}
@@ -254,7 +254,7 @@ def test_a_file_of_another_tokenizer(base: Path, tmp_path: Path) -> None:
         ({"name": "x"}, "has no tokens"),
         ({"name": "x", "tokens": ("A", "A")}, "'A' is there twice"),
         ({"name": "x", "tokens": ("AB",)}, "'AB' has several characters"),
-        ({"name": "x", "tokens": ("A",), "pattern": "("}, "no regular expression"),
+        ({"name": "x", "tokens": ("A",), "pattern": "("}, "not a regular expression"),
         ({"name": "x", "tokens": ("A",), "pattern": "A*"}, "matches nothing"),
         ({"name": "x", "tokens": ("A",), "delimiters": ("", "|")}, "delimiters"),
         ({"name": "x", "tokens": ("A",), "tags": ("<x>", "<x>")}, "two different"),

@@ -141,7 +141,7 @@ def test_old_files_beside_a_sentencepiece_model(tmp_path: Path, where: str) -> N
 
 
 def test_offsets_keep_white_space(tmp_path: Path) -> None:
-    """With trim_offsets the library's own offsets leave white space out, which then would not be learnt."""
+    """With trim_offsets the library's own offsets leave white space out, which then would not be trained."""
     byte_level(tmp_path, ("<|end|>",))
     text = "def f():\n    return  1\n\n"
     encoding = load_tokenizer(tmp_path).encode(text)

@@ -152,7 +152,7 @@ def held_out(rows: np.ndarray, seed: int) -> np.ndarray:
     if len(full) < 2:
         raise UserError(
             f"--sample: {(rows >= 0).sum()} tokens are one row of {rows.shape[1]}, and some are held out to see what "
-            "was learnt; give more data, or a larger --sample-tokens"
+            "was trained; give more data, or a larger --sample-tokens"
         )
     drawn = np.random.default_rng(seed).permutation(full)[: -(-len(full) // HELD_OUT)]
     found: np.ndarray = np.sort(drawn)

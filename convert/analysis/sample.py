@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.config import DataConfig, SourceConfig
+from jaxlm.data.batches import BatchSource
 from jaxlm.data.examples import Examples, build_examples, from_list
-from jaxlm.data.loader import BatchSource
 from jaxlm.data.packing import plan_rows
 from jaxlm.errors import UserError
 from jaxlm.nn.routers import modality_ids

@@ -68,9 +68,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _print_description(found: Description) -> None:
-    from jaxlm.weights.output import human
+    from jaxlm.units import disk_size
 
-    print(f"{found.path}: {found.format} {found.kind}, {found.parameters:,} parameters, {human(found.nbytes)}")
+    print(f"{found.path}: {found.format} {found.kind}, {found.parameters:,} parameters, {disk_size(found.nbytes)}")
     c = found.config
     if found.kind == "model":
         _print_decoder(c)
@@ -87,12 +87,11 @@ def _print_description(found: Description) -> None:
         print("tensors: under jaxlm's names and shapes, layers stacked, whatever the files call them")
     width = max((len(name) for name, *_ in found.tensors), default=0)
     for name, shape, dtype, nbytes in found.tensors:
-        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {human(nbytes):>9}")
-    print(f"{len(found.tensors)} tensors, {human(found.nbytes)}")
+        print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {disk_size(nbytes):>9}")
+    print(f"{len(found.tensors)} tensors, {disk_size(found.nbytes)}")
     if found.manifest is not None:
-        print(
-            f"manifest: {found.manifest['files']} files, {human(found.manifest['bytes'])}; check: convert verify PATH"
-        )
+        size = disk_size(found.manifest["bytes"])
+        print(f"manifest: {found.manifest['files']} files, {size}; check: convert verify PATH")
     if found.checksum is not None:
         print(f"sum of all numbers: {found.checksum['sum']:.4f}")
         if "with_rotary_buffers" in found.checksum:

@@ -128,15 +128,15 @@ def _tensor_sizes(source: LeafSource) -> list[int]:
 
 
 def _say_written(destination: str, files: Mapping[str, int], seconds: float) -> None:
+    from jaxlm.units import disk_size
     from jaxlm.weights.manifest import MANIFEST
-    from jaxlm.weights.output import human
 
     nbytes = sum(files.values())
     rows = {
         "written": destination,
-        "files": f"{len(files)}, {human(nbytes)}, sha256 of each in {MANIFEST}",
-        "time": f"{seconds:.1f} s, {human(nbytes / max(seconds, 1e-9))}/s",
-        "peak memory": human(_peak_memory()),
+        "files": f"{len(files)}, {disk_size(nbytes)}, sha256 of each in {MANIFEST}",
+        "time": f"{seconds:.1f} s, {disk_size(nbytes / max(seconds, 1e-9))}/s",
+        "peak memory": disk_size(_peak_memory()),
     }
     for name, value in rows.items():
         print(f"{name:12} {value}")
@@ -156,11 +156,11 @@ def _peak_memory() -> int:
 def _say_model(source: ParamSource, written: Converted, destination: str, options: WriteOptions) -> None:
     """What the result is, what to do with it, and what its format has no place for."""
     from jaxlm.models.families import family_of
+    from jaxlm.units import disk_size
     from jaxlm.weights.leaves import main_dtype, total_bytes
     from jaxlm.weights.names import num_params
-    from jaxlm.weights.output import human
 
-    size, dtype = human(total_bytes(source.leaves)), main_dtype(source.leaves)
+    size, dtype = disk_size(total_bytes(source.leaves)), main_dtype(source.leaves)
     length = source.config.max_position_embeddings
     following = {
         "hf": f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})",
@@ -181,10 +181,10 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
 def _say_adapter(adapter: AdapterSource, written: Converted, destination: str, options: WriteOptions) -> None:
     """What the result is, and what to do with it."""
     from convert.analysis.describe import describe_lora
+    from jaxlm.units import disk_size
     from jaxlm.weights.leaves import main_dtype, total_bytes
-    from jaxlm.weights.output import human
 
-    size, dtype = human(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
+    size, dtype = disk_size(total_bytes(adapter.leaves)), main_dtype(adapter.leaves)
     following = f"PeftModel.from_pretrained(base, {json.dumps(destination, ensure_ascii=False)})"
     if written.format == "jax":
         following = f"convert merge {shlex.quote(options.base or 'BASE')} {shlex.quote(destination)} OUT"

@@ -108,7 +108,7 @@ def _add_meta_source(verb: argparse.ArgumentParser) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     """Runs the verb `A-to-B`, whose source must be of format A."""
-    from convert.conversion import WriteOptions, open_source
+    from convert.conversion import ReadOptions, WriteOptions, open_source
     from jaxlm.weights.output import parse_size
 
     given = vars(options)
@@ -120,7 +120,7 @@ def _convert(options: argparse.Namespace) -> None:
     reading = ("dtype", "base", "config", "groups", "alpha", "max_positions")
     how = {name: given[name] for name in reading if name in given}
     to = "peft" if adapter and to == "hf" else to
-    opened = open_source(options.source, form, to, adapter=adapter, **how)
+    opened = open_source(options.source, form, to, ReadOptions(adapter, **how))
     writing = WriteOptions(
         parse_size(shard_size or SHARD_SIZE),
         given.get("layout"),

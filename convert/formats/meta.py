@@ -34,7 +34,7 @@ from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, Shape, leaf_shapes, rule_for, stored_entries
 from jaxlm.weights.output import Advance, Watcher
-from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, same_bytes
+from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, WrappedTensor, same_bytes
 from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
 from jaxlm.weights.torch_zip import read_torch_zip
 
@@ -55,31 +55,14 @@ _LLAMA3_VOCAB = 128256
 
 
 @dataclass(frozen=True)
-class PairedHeads(Tensor):
+class PairedHeads(WrappedTensor):
     """Rows of heads in HF's order, read from a tensor in Meta's.
 
     Args:
         head_dim: rows of one head.
     """
 
-    tensor: Tensor
     head_dim: int
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.tensor.name
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        return self.tensor.file
-
-    @property
-    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return self.tensor.shape
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         first, last = start // self.head_dim, -(-stop // self.head_dim)

@@ -35,7 +35,7 @@ from jaxlm.weights.leaves import ParamSource, cast, main_dtype, stored_blocks
 from jaxlm.weights.names import Entry, Shape, hf_entries, transposed
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors
-from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, TensorSpec
+from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, TensorSpec, WrappedTensor
 
 ARCHITECTURE, KIND = "MixtralForCausalLM", "mixtral"
 # What a key that is not in a config.json means; source: transformers' MixtralConfig.
@@ -144,32 +144,18 @@ class MixtralSource(HfSource):
                 )
             parts.append(tensor)
         if ".down_proj." in name:
-            return _Divided(name, JoinedColumns(name, tuple(parts)), k)
+            return _Divided(JoinedColumns(name, tuple(parts)), k)
         return JoinedRows(name, tuple((tensor, 0, shape[0]) for tensor in parts))
 
 
 @dataclass(frozen=True)
-class _Divided(Tensor):
+class _Divided(WrappedTensor):
     """A tensor over a whole number, in its own dtype."""
 
-    name: str
-    whole: Tensor
     divisor: int
 
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        return self.whole.file
-
-    @property
-    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
-        return self.whole.dtype
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return self.whole.shape
-
     def rows(self, start: int, stop: int) -> np.ndarray:
-        found = self.whole.rows(start, stop)
+        found = self.tensor.rows(start, stop)
         return (found.astype(np.float32) / np.float32(self.divisor)).astype(found.dtype)
 
 

@@ -30,7 +30,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "data
 # JAX's own parts for accelerators: each must be of the very release of JAX.
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
 DISK_BYTES = 64 << 20
-# Below these a run is possible, but hardly what one wants.
+# Below these a run is possible, but slow or soon out of room.
 LEAST_DISK = 20 << 30
 LEAST_SPEED = 100e6
 # Clocks further apart make logs and the ages of files misleading, and certificates and tokens fail.
@@ -92,8 +92,8 @@ def _run(options: argparse.Namespace) -> int:
     return int(any(finding.serious for finding in findings))
 
 
-def _from_all(hosts: Hosts, found: Sequence[Finding]) -> tuple[list[list[Finding]], list[str]]:
-    mine = json.dumps({"name": platform.node(), "findings": [asdict(finding) for finding in found]})
+def _from_all(hosts: Hosts, own: Sequence[Finding]) -> tuple[list[list[Finding]], list[str]]:
+    mine = json.dumps({"name": platform.node(), "findings": [asdict(finding) for finding in own]})
     texts = [json.loads(text) for text in hosts.exchange("findings", mine)]
     names = [text["name"] for text in texts]
     if len(set(names)) < len(names):
@@ -101,22 +101,24 @@ def _from_all(hosts: Hosts, found: Sequence[Finding]) -> tuple[list[list[Finding
     return [[Finding(**finding) for finding in text["findings"]] for text in texts], names
 
 
-def together(found: Sequence[Sequence[Finding]], names: Sequence[str]) -> Iterator[Finding]:
+def together(by_host: Sequence[Sequence[Finding]], names: Sequence[str]) -> Iterator[Finding]:
     """The findings of several hosts as one report; what they must have in common and have not is serious.
 
     Args:
-        found: by host.
+        by_host: the findings of each host.
         names: of the hosts.
     """
-    for what in dict.fromkeys(finding.what for one in found for finding in one):
+    for what in dict.fromkeys(finding.what for findings in by_host for finding in findings):
         groups: dict[Finding | None, list[str]] = {}
-        for name, one in zip(names, found, strict=True):
-            groups.setdefault(next((finding for finding in one if finding.what == what), None), []).append(name)
+        for name, findings in zip(names, by_host, strict=True):
+            groups.setdefault(next((finding for finding in findings if finding.what == what), None), []).append(name)
         known = {finding: where for finding, where in groups.items() if finding is not None}
         if len(groups) == 1:
             yield from known
         elif what in COMMON:
-            value = "; ".join(f"{one.value if one else 'none'} on {', '.join(where)}" for one, where in groups.items())
+            value = "; ".join(
+                f"{finding.value if finding else 'none'} on {', '.join(where)}" for finding, where in groups.items()
+            )
             yield Finding(what, value, "must be the same on all hosts", serious=True)
         else:
             well = [(finding, where) for finding, where in known.items() if not finding.advice]
@@ -231,7 +233,7 @@ def _available_memory() -> int | None:
 
 
 def check_clocks(hosts: Hosts) -> Finding:
-    """How many hosts there are, and how far apart their clocks."""
+    """The number of hosts, and how far apart their clocks are."""
     if hosts.processes == 1:
         return Finding("hosts", "1")
     hosts.barrier("clocks")  # all leave it within milliseconds
@@ -264,10 +266,10 @@ def check_devices() -> Iterator[Finding]:
     yield from _attention()
 
 
-def missing_accelerator(found: str, exists: Callable[[str], bool], shown: str) -> Finding:
+def missing_accelerator(platform_name: str, exists: Callable[[str], bool], shown: str) -> Finding:
     """The devices, with what to do when the machine has an accelerator that JAX does not see."""
     for files, name, extra in ((GPU_FILES, "an NVIDIA GPU", "gpu"), (TPU_FILES, "a TPU", "tpu")):
-        if found == "cpu" and any(exists(path) for path in files):
+        if platform_name == "cpu" and any(exists(path) for path in files):
             advice = f"the machine has {name}, which JAX does not use: pip install 'jaxlm[{extra}]'"
             return Finding("devices", shown, f"{advice}, and look whether JAX_PLATFORMS is set", serious=True)
     return Finding("devices", shown)
@@ -295,7 +297,6 @@ def _compute(device: Any, started: float) -> Finding:
 
 def _attention() -> Iterator[Finding]:
     """What `attention: auto` takes, for a model like LLaMA-2-7B."""
-    from jaxlm.errors import UserError
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
     from jaxlm.models.families import SHAPES
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig, MeshConfig
 from jaxlm.errors import UserError, exit_status
-from jaxlm.jsontext import parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,7 +101,7 @@ def _run(config: EvaluateConfig) -> int:
 def read_pairs(
     path: Path, task: str, reference: str | None = None, prediction: str | None = None
 ) -> tuple[list[Pair], int]:
-    """The right answers and the model's, and how many there are none of: empty ones, of records with an error.
+    """The right answers beside the model's, and the number of records with an error in place of an answer.
 
     Args:
         path: .json, .jsonl, .csv or .tsv / .txt (the benchmark's table, columns divided by tabs).
@@ -122,15 +120,15 @@ def read_pairs(
             ("prediction", prediction, PREDICTIONS),
         ):
             names = usual if given is None else (given,)
-            found = next((row[name] for name in names if isinstance(row.get(name), str)), None)
-            if found is None and option == "prediction" and row.get("error"):
-                found, missing = "", missing + 1
-            if found is None:
+            text = next((row[name] for name in names if isinstance(row.get(name), str)), None)
+            if text is None and option == "prediction" and row.get("error"):
+                text, missing = "", missing + 1
+            if text is None:
                 raise UserError(
                     f"{path}: record {number} has no text in {' or '.join(names)}; columns found: "
                     f"{', '.join(map(str, row)) or 'none'}. Name the column: --{option} NAME"
                 )
-            texts.append(_molecule(found) if task == "text2smiles" else found)
+            texts.append(_molecule(text) if task == "text2smiles" else text)
         pairs.append(Pair(*texts))
     if not pairs:
         raise UserError(f"{path} holds no answer")
@@ -139,32 +137,24 @@ def read_pairs(
 
 def _molecule(text: str) -> str:
     """What stands between the first tags, if there are any; else the text."""
-    found = re.search(r"<(\w+)>(.*?)</\1>", text, re.DOTALL)
-    return (found.group(2) if found else text).strip()
+    tagged = re.search(r"<(\w+)>(.*?)</\1>", text, re.DOTALL)
+    return (tagged.group(2) if tagged else text).strip()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    from jaxlm.data.sources import csv_delimiter, refuse_twins
+    from jaxlm.data.entries import read_entries
 
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix in (".csv", ".tsv", ".txt"):
-            csv.field_size_limit(1 << 30)
-            header = text.partition("\n")[0]
-            delimiter = csv_delimiter(header) if path.suffix == ".csv" else "\t"
-            table = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
-            refuse_twins(path, table.fieldnames or ())
-            rows: Any = list(table)
-        elif path.suffix == ".jsonl":
-            rows = [parse(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = parse(text)
-    except FileNotFoundError:
-        raise UserError(f"predictions: {path} does not exist") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"predictions: {path} cannot be read ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"predictions: {path} must hold a list of records")
+    if not path.is_file():
+        raise UserError(f"predictions: {path} does not exist")
+    ending = path.suffix.lower()
+    kind = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}.get(ending, "json")
+    delimiter = "\t" if ending in (".tsv", ".txt") else None
+    rows = []
+    for entry in read_entries(path, kind, key="predictions", delimiter=delimiter, strict=False):
+        problem = entry.problem if isinstance(entry.value, dict) or entry.problem else "is not a record"
+        if problem is not None:
+            raise UserError(f"predictions: {entry.name}: {problem}; {path} must hold a list of records")
+        rows.append(entry.value)
     return rows
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import Decoding, GenerateConfig
@@ -19,13 +19,14 @@ from jaxlm.errors import UserError, exit_status
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxlm.inference.batch import FilePrompt, Result
     from jaxlm.inference.generator import Generator
+    from jaxlm.inference.loading import Placement, PromptSettings
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
-    from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
-    "Writes with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
+    "Generates with a model: the answer to one prompt, a conversation, or the answers to a file of prompts. "
     "Takes a Hugging Face directory, a converted one, a run directory or checkpoint, alone or with a LoRA adapter."
 )
 # What the systems that jaxlm follows call these keys.
@@ -55,7 +56,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
 
 
 def _check_config(config: GenerateConfig) -> None:
-    """What can be known without the model."""
+    """Checks what can be known without the model."""
     from jaxlm.inference.options import check_decoding
 
     check_decoding(config)
@@ -67,9 +68,8 @@ def _check_config(config: GenerateConfig) -> None:
         "--predict_data": config.predict_data is not None,
     }
     if sum(modes.values()) != 1:
-        given = [name for name, is_given in modes.items() if is_given]
-        found = f"found {' and '.join(given)}" if given else "found none"
-        raise UserError(f"what to do: give one of {', '.join(modes)}; {found}")
+        given = " and ".join(name for name, is_given in modes.items() if is_given) or "none"
+        raise UserError(f"what to do: give one of {', '.join(modes)}; found {given}")
     if (config.predict_data is None) != (config.save_file is None):
         raise UserError(
             "predict_data and save_file go together: prompts are read from the one, answers go to the other"
@@ -135,33 +135,33 @@ def _run(config: GenerateConfig) -> int:
 
 
 def _take(path: Path, overwrite: bool, hosts: Hosts) -> None:
-    """Has a save_file to itself before the model is read, which takes its time; process 0 for all."""
+    """Locks a save_file before the model is read, which takes its time; process 0 does so for all."""
     from jaxlm.lock import Lock
 
-    place = path.resolve()
-    lock = Lock(place.with_name(f".{place.name}.lock"), f"save_file: {path}", "name another save_file")
+    resolved = path.resolve()
+    lock = Lock(resolved.with_name(f".{resolved.name}.lock"), f"save_file: {path}", "name another save_file")
     problem = None
     if hosts.process == 0:
         try:
             hosts.take(lock)
             _check_save_file(path, overwrite)  # another run may have written it by now
         except OSError as error:
-            problem = f"save_file: {path}: {error.filename or place.parent}: cannot write there ({error.strerror})"
+            problem = f"save_file: {path}: {error.filename or resolved.parent}: cannot write there ({error.strerror})"
         except UserError as error:
             problem = str(error)
     hosts.check("save_file is free", problem)
 
 
 def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
-    items = None
+    prompts = None
     if config.predict_data is not None:
-        from jaxlm.inference.batch import read_items
+        from jaxlm.inference.batch import read_prompts
 
-        items = read_items(Path(config.predict_data))
+        prompts = read_prompts(Path(config.predict_data))
     generator, prompter, facts = _load(config, hosts, console)
     options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
-    if items is not None:
-        return _batch(config, options, generator, prompter, facts, items, hosts, console)
+    if prompts is not None:
+        return _batch(config, options, generator, prompter, facts, prompts, hosts, console)
     if config.interactive:
         _chat(options, generator, prompter, console)
     else:
@@ -170,167 +170,87 @@ def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
 
 
 def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
-    """The model on its devices, and what says which model it is."""
-    import jax
-
+    """The model on its devices, how to ask it, and the facts that identify both in the journal of a file."""
     from convert.source import open_with_adapter
     from convert.transforms.merge import MergedSource
-    from jaxlm.devices.finite import check_finite
-    from jaxlm.devices.mesh import axis_sizes, make_mesh
-    from jaxlm.inference.fit import check_tokenizer
-    from jaxlm.inference.generator import Generator
-    from jaxlm.inference.model import load_weights, weight_bytes
-    from jaxlm.inference.prompts import Prompter
-    from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
-    from jaxlm.models.decoder import Decoder
-    from jaxlm.nn.lora import resolve_lora
-    from jaxlm.nn.routers import choose_compute
-    from jaxlm.nn.weight_types import Int8Weight
-    from jaxlm.tokenizer import load_tokenizer
+    from jaxlm.inference.loading import ModelFiles, placement, prompt_settings, same_place
+    from jaxlm.inference.options import check_stop_ids
     from jaxlm.training.resume import base_fingerprint
-    from jaxlm.weights.names import num_params, tensor_name
-    from jaxlm.weights.native.prompt_json import trained_prompt
 
-    named = open_with_adapter(config.model.path, config.model.adapter)
-    path, source, adapter = named.path, cast(Any, named.base), named.adapter
-    whole = source if adapter is None else MergedSource(source, adapter)
-    if adapter is not None and adapter.base and not _same_place(adapter.base, path):
+    opened = open_with_adapter(config.model.path, config.model.adapter)
+    base, adapter = opened.base, opened.adapter
+    files = ModelFiles(base, adapter, base if adapter is None else MergedSource(base, adapter))
+    if adapter is not None and adapter.base and not same_place(adapter.base, opened.path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
-    tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
-    own = _own_tokenizer(whole) if config.tokenizer else None
-    for problem in check_tokenizer(tokenizer, whole.config, own, "tokenizer" if config.tokenizer else ""):
+    prompts = prompt_settings(files, config.tokenizer, config.template, config.add_bos)
+    for problem in prompts.warnings:
         console.print(f"warning    {problem}", markup=False)
-    trained = trained_prompt(source.path if adapter is None else adapter.path)
-    template, why, add_bos = _template(config, trained, tokenizer)
-    prompter = Prompter(template, tokenizer, config.columns, add_bos, config.system, trained.add_eos)
-
-    platform = jax.default_backend()
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-    # Prompts have any length; the longest ones are what takes time.
-    case = shape_key(source.config.attention, dtype, source.config.max_length, False)
-    attention, reason = choose_attention(config.model.attention, case)
+    prompter = prompts.prompter(config.columns, config.system)
+    check_stop_ids(config, files.merged.config.vocab_size)
+    model = config.model
+    placed = placement(files, model.dtype, model.int8, model.merge_adapter, model.attention, config.mesh)
     # Hosts have tables of their own; with different programs they would wait for each other for ever.
-    hosts.agree("attention", {"model.attention": attention.name})
+    hosts.agree("attention", {"model.attention": placed.attention.name})
     if hosts.processes > 1:
-        hosts.agree("model", {"hash of the norms": base_fingerprint(source.config, source)})
-    if adapter is None and config.model.merge_adapter:
-        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
-    merge = config.model.merge_adapter
-    on_the_fly = adapter if not merge else None
-    specs: Any = {} if on_the_fly is None else resolve_lora(source.config, on_the_fly.lora, on_the_fly.layers)
-    moe = whole.config.experts
-    experts, experts_why = ("dense", "") if moe is None else choose_compute("auto", platform, moe, specs)
-    for index in config.stop_ids:
-        if index >= whole.config.vocab_size:
-            raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {whole.config.vocab_size - 1}")
-    decoder = Decoder(whole.config, specs, dtype, dtype, attention, experts=experts)
-    weight_type = Int8Weight if config.model.int8 else None
-    shape_of = config.mesh or _auto_mesh(whole.config, jax.device_count())
-    if shape_of.sequence != 1:
-        raise UserError(
-            f"mesh.sequence: {shape_of.sequence}: one new token at a time is no row to divide; set it to 1, and "
-            "data or tensor higher"
-        )
-    mesh = make_mesh(shape_of, experts=None if moe is None else moe.num_experts)
+        hosts.agree("model", {"hash of the norms": base_fingerprint(base.config, base)})
     started = time.perf_counter()
     with console.status("loading"):
-        weights = load_weights(decoder, mesh, whole if merge else source, on_the_fly, weight_type)
-        where = str(source.path) if adapter is None else f"{source.path} with {adapter.path}"
-        check_finite(weights, mesh, f"model: {where}", "the file is damaged, or of a run that diverged", tensor_name)
-    stops = sorted({*_stop_ids(whole, tokenizer), *trained.stop_ids})
-
-    from jaxlm.weights.output import human
-
-    lora = "" if adapter is None else f" + {adapter.path} ({'merged' if merge else 'on the fly'})"
-    kept = f"{dtype}, linear layers in int8" if config.model.int8 else dtype
-    shape = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(mesh).items() if size > 1) or "1 device"
-    console.print(f"model      {source.path}{lora}", markup=False)
-    console.print(
-        f"           {num_params(whole.config):,} parameters, {human(weight_bytes(weights))} in {kept}, on {platform} "
-        f"({shape}), loaded in {time.perf_counter() - started:.1f} s; context {whole.config.max_length:,} tokens",
-        markup=False,
-    )
-    console.print(f"template   {template}: {why}; {prompter.beginning}", markup=False)
-    writing = (
-        "a kernel that reads the slots in use" if attention.name == "pallas_tpu" else "plain, over all of the cache"
-    )
-    console.print(f"attention  {reason}; while writing: {writing}", markup=False)
-    if config.verbose:
-        console.print(f"           {attention_details(attention, case)}", markup=False)
-    if moe is not None:
-        console.print(f"experts    {moe.num_experts}, router {moe.router}; {experts}: {experts_why}", markup=False)
-    if not stops:
-        console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
+        generator = placed.place(prompts)
+    _announce(placed, prompts, prompter, generator, time.perf_counter() - started, config.verbose, console)
     facts = {
-        "model": str(source.path),
+        "model": str(base.path),
         "adapter": None if adapter is None else str(adapter.path),
-        "dtype": kept,
-        "merge_adapter": merge,
-        "template": template,
+        "dtype": placed.kept_in,
+        "merge_adapter": placed.merge,
+        "template": prompts.template,
         "columns": config.columns,
         "system": config.system,
-        "add_bos": add_bos,
-        "tokenizer": str(tokenizer.path),
+        "add_bos": prompts.add_bos,
+        "tokenizer": str(prompts.tokenizer.path),
     }
-    return Generator(decoder, weights, mesh, stops), prompter, facts
+    return generator, prompter, facts
 
 
-def _own_tokenizer(source: Any) -> Any:
-    """The tokenizer that came with a model, to compare another with; None where there is none to be read."""
-    from jaxlm.tokenizer import load_tokenizer
+def _announce(
+    placed: Placement,
+    prompts: PromptSettings,
+    prompter: Prompter,
+    generator: Generator,
+    seconds: float,
+    verbose: bool,
+    console: Console,
+) -> None:
+    """The start-up lines: which model, where it lies, how it is asked and how it computes."""
+    import jax
 
-    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
-        return None
-    try:
-        return load_tokenizer(source.tokenizer_dir)
-    except UserError:  # that may be why another was named
-        return None
+    from jaxlm.devices.mesh import axis_sizes
+    from jaxlm.inference.model import weight_bytes
+    from jaxlm.kernels.backend import attention_details
+    from jaxlm.units import disk_size
+    from jaxlm.weights.names import num_params
 
-
-def _same_place(recorded: str, path: str) -> bool:
-    """Whether a recorded base is this one; a name of the hub and a local copy of it count as the same."""
-    return Path(recorded).resolve() == Path(path).resolve() or Path(recorded).name == Path(path).name
-
-
-def _template(config: GenerateConfig, trained: PromptFile, tokenizer: Any) -> tuple[str, str, bool | None]:
-    """The template's name, why it is that one, and whether bos comes first (None: as the tokenizer has it)."""
-    add_bos = trained.add_bos if config.add_bos is None else config.add_bos
-    if config.template != "auto":
-        return config.template, "as asked for", add_bos
-    if trained.template is not None:
-        return trained.template, "the one it was trained with", add_bos
-    if tokenizer.chat_template is not None:
-        return "chat", "the tokenizer's chat template", add_bos
-    return "text", "the prompt as it is; --template alpaca and others ask a question", add_bos
-
-
-def _stop_ids(source: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: of config.json, generation_config.json and the tokenizer."""
-    from jaxlm.jsontext import read_object
-
-    found: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
-    for file in source.tokenizer_files:
-        if file.name == "generation_config.json":
-            own = read_object(file).get("eos_token_id")
-            ids = own if isinstance(own, list) else [own]
-            if not all(index is None or type(index) is int for index in ids):
-                raise UserError(f"{file}: eos_token_id is {own!r}; it must be a token id or a list of them")
-            found.append(ids)
-    flat = [index for item in found for index in (item if isinstance(item, (list, tuple)) else [item])]
-    return sorted({index for index in flat if index is not None})
-
-
-def _auto_mesh(shape: Any, devices: int) -> Any:
-    """Heads over as many devices as divide them, the rest see different prompts."""
-    import math
-
-    from jaxlm.config import MeshConfig
-
-    blocks = shape.feed_forward.size if shape.experts is None else shape.experts.num_experts
-    tensor = math.gcd(devices, shape.attention.num_kv_heads, blocks)
-    return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
+    files, config = placed.files, placed.files.merged.config
+    how = "merged" if placed.merge else "on the fly"
+    lora = "" if files.adapter is None else f" + {files.adapter.path} ({how})"
+    axes = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(placed.mesh).items() if size > 1) or "1 device"
+    size = disk_size(weight_bytes(generator.weights))
+    console.print(f"model      {files.base.path}{lora}", markup=False)
+    console.print(
+        f"           {num_params(config):,} parameters, {size} in {placed.kept_in}, on {jax.default_backend()} "
+        f"({axes}), loaded in {seconds:.1f} s; context {config.max_length:,} tokens",
+        markup=False,
+    )
+    console.print(f"template   {prompts.template}: {prompts.reason}; {prompter.beginning}", markup=False)
+    kernel = placed.attention.name == "pallas_tpu"
+    while_generating = "a kernel that reads the slots in use" if kernel else "plain, over all of the cache"
+    console.print(f"attention  {placed.attention_reason}; while writing: {while_generating}", markup=False)
+    if verbose:
+        console.print(f"           {attention_details(placed.attention, placed.shape)}", markup=False)
+    if config.experts is not None:
+        kind = f"{config.experts.num_experts}, router {config.experts.router}"
+        console.print(f"experts    {kind}; {placed.decoder.experts}: {placed.experts_reason}", markup=False)
+    if not generator.stop_ids:
+        console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
 
 
 def _single(
@@ -398,7 +318,7 @@ def _batch(
     generator: Generator,
     prompter: Prompter,
     facts: dict[str, Any],
-    items: Sequence[Any],
+    prompts: Sequence[FilePrompt],
     hosts: Hosts,
     console: Console,
 ) -> int:
@@ -416,11 +336,11 @@ def _batch(
     done = json.loads(hosts.exchange("answered", json.dumps([] if file is None else list(file.results)))[0])
     journal = Answers(dict.fromkeys(done, Result())) if file is None else file
     if journal.results:
-        console.print(f"going on: {len(journal.results)} of {len(items)} prompts were answered before", markup=False)
+        console.print(f"going on: {len(journal.results)} of {len(prompts)} prompts were answered before", markup=False)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
     started, written = time.perf_counter(), 0
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(items), completed=len(journal.results), speed="")
+        task = progress.add_task("", total=len(prompts), completed=len(journal.results), speed="")
 
         def advance(prompts: int, tokens: int) -> None:
             nonlocal written
@@ -428,15 +348,15 @@ def _batch(
             speed = f"{written / (time.perf_counter() - started):.1f} tokens/s"
             progress.update(task, advance=prompts, speed=speed)
 
-        answer_all(items, generator, prompter, options, config.batch_size, journal, advance)
+        answer_all(prompts, generator, prompter, options, config.batch_size, journal, advance)
     if file is None:
         return 0  # process 0 tells
-    write_results(save_file, items, file.results)
+    write_results(save_file, prompts, file.results)
     file.close(remove=True)
     return _report(save_file, file.results, console)
 
 
-def _report(save_file: Path, results: dict[int, Any], console: Console) -> int:
+def _report(save_file: Path, results: dict[int, Result], console: Console) -> int:
     failed = [results[number] for number in sorted(results) if results[number].error is not None]
     endings = [finish for result in results.values() for finish in result.finish]
     console.print(f"{len(results) - len(failed)} answered; wrote {save_file}", markup=False)

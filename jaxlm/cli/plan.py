@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Says of a run, before it starts and without its devices: parameters, FLOPs, bytes of each device, whether it "
-    "fits, how fast it can be, and which settings near these would fit or be faster. Of the model only its shape is "
+    "fits, how fast it can be, and which settings near these would fit or be faster. Only the model's shape is "
     "needed: model.path with a config.json, or model.shape, which counts when both are given."
 )
 FLAGS = {
@@ -77,9 +77,9 @@ def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:
                 console.rule(f"stage {number + 1} of {len(configs)}: {Path(config.output_dir).name}")
             show(plans[-1], config, console)
     if "json" in flags:
-        found = [one.to_dict() for one in plans]
-        print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
-    return int(any(one.fits is False for one in plans))
+        dicts = [plan.to_dict() for plan in plans]
+        print(json.dumps(dicts[0] if len(dicts) == 1 else dicts, indent=1))
+    return int(any(plan.fits is False for plan in plans))
 
 
 def model_shape(config: RunConfig) -> DecoderSpec:
@@ -111,7 +111,7 @@ def model_shape(config: RunConfig) -> DecoderSpec:
         else:
             shape = open_model(path).config
     if config.moe is not None and shape.experts is None:
-        # Which ids they will have does not matter here, only how many modalities there are.
+        # Only the number of modalities matters here, not the ids that they will have.
         modalities = resolve(config.tokenizer.modalities, 0)
         ranges = {modality.name: modality.range for modality in modalities}
     fresh = config.model.shape is not None

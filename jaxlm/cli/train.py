@@ -28,10 +28,10 @@ DESCRIPTION = (
 )
 # Named as in `jax.distributed.initialize`, and as launchers of other systems have them.
 ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")}
-# Parameters below which a model is no source of knowledge, whatever it was trained on.
+# Below this number of parameters a model knows next to nothing, whatever it was trained on.
 SMALL_MODEL = 50e6
 FLAGS = {
-    "preview": Flag("show so many rows (3 without a number) as text, trained tokens marked, then exit", int, 3),
+    "preview": Flag("show a number of rows (default: 3) as text, trained tokens marked, then exit", int, 3),
     "verbose": Flag("say at start-up also what choices rest on"),
 }
 

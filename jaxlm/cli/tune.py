@@ -114,20 +114,19 @@ def cases(options: argparse.Namespace, others: Sequence[str]) -> list[ShapeKey]:
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
                 raise UserError(f"--{name}: {number} must be at least 1")
-    found: list[ShapeKey] = []
+    keys: list[ShapeKey] = []
     attention = None
     for config in configs:
         path = config.model.path
         if attention is None or (path is not None and Path(path).exists()) or config.model.shape is not None:
-            attention = _attention(
-                config, options
-            )  # else a stage that starts from what the one before will have written
+            # Else a stage starts from what the one before it will have written.
+            attention = _attention(config, options)
         packed = config.data.packing_mode == "first_fit" if options.packed is None else options.packed
         for length in options.lengths or [config.data.sequence_length]:
-            case = shape_key(attention, options.dtype or config.model.dtype, length, packed)
-            if case not in found:
-                found.append(case)
-    return found
+            key = shape_key(attention, options.dtype or config.model.dtype, length, packed)
+            if key not in keys:
+                keys.append(key)
+    return keys
 
 
 def _attention(config: RunConfig, options: argparse.Namespace) -> AttentionSpec:
@@ -153,16 +152,16 @@ def _attention(config: RunConfig, options: argparse.Namespace) -> AttentionSpec:
 
 def candidates(case: ShapeKey) -> list[Candidate]:
     """All implementations, with all blocks that a row is long enough for."""
-    found = []
+    trials = []
     for name in NAMES:
         lack = why_not(name, case)
         if lack is not None:
-            found.append(Candidate(AttentionBackend(name), problem=lack))
+            trials.append(Candidate(AttentionBackend(name), problem=lack))
             continue
         sizes = [size for size in BLOCKS.get(name, ()) if size < 2 * case.length]
-        found.append(Candidate(AttentionBackend(name)))
-        found += [Candidate(AttentionBackend(name, *blocks)) for blocks in itertools.product(sizes, sizes)]
-    return found
+        trials.append(Candidate(AttentionBackend(name)))
+        trials += [Candidate(AttentionBackend(name, *blocks)) for blocks in itertools.product(sizes, sizes)]
+    return trials
 
 
 def tensors(case: ShapeKey, rows: int, heads: int, kv_heads: int) -> tuple[Any, ...]:
@@ -215,72 +214,72 @@ def check(case: ShapeKey, choice: AttentionBackend) -> str:
     return ""
 
 
-def measure(case: ShapeKey, rows: int, rounds: int, tell: Callable[[str], None]) -> list[Candidate]:
-    """Checks and times all candidates: in each round all of them in turn, from another one on.
+def measure(case: ShapeKey, rows: int, rounds: int, say: Callable[[str], None]) -> list[Candidate]:
+    """Checks and times all candidates: in each round all of them in turn, starting with another one each time.
 
     Args:
         tell: is told what is under way.
     """
     import jax
 
-    found = candidates(case)
+    trials = candidates(case)
     arguments = tensors(case, rows, case.heads, case.kv_heads)
-    for one in found:
-        if one.problem:
+    for trial in trials:
+        if trial.problem:
             continue
-        tell(f"{one.choice}: compiling and checking")
+        say(f"{trial.choice}: compiling and checking")
         try:
-            one.problem = check(case, one.choice)
-            run = passes(case, one.choice)
+            trial.problem = check(case, trial.choice)
+            run = passes(case, trial.choice)
             jax.block_until_ready(run(*arguments))
-            one.run = partial(run, *arguments)
+            trial.run = partial(run, *arguments)
         except (jax.errors.JaxRuntimeError, UserError, NotImplementedError, ValueError) as error:
             # Blocks that do not fit on the chip, scores that do not fit in memory: it is out, and the table says why.
-            one.problem = str(error).strip().splitlines()[0][:200]
-    running = [one for one in found if not one.problem and one.run is not None]
-    repeats = {id(one): 0 for one in running}
+            trial.problem = str(error).strip().splitlines()[0][:200]
+    running = [trial for trial in trials if not trial.problem and trial.run is not None]
+    repeats = {id(trial): 0 for trial in running}
     for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
-        for one in running[number % len(running) :] + running[: number % len(running)]:
-            assert one.run is not None
-            times = repeats[id(one)] or 1
+        say(f"round {number + 1} of {rounds}")
+        for trial in running[number % len(running) :] + running[: number % len(running)]:
+            assert trial.run is not None
+            times = repeats[id(trial)] or 1
             started = time.perf_counter()
             for _ in range(times):
-                result = one.run()
+                result = trial.run()
             jax.block_until_ready(result)
             seconds = (time.perf_counter() - started) / times
-            if repeats[id(one)]:
-                one.seconds.append(seconds)
+            if repeats[id(trial)]:
+                trial.seconds.append(seconds)
             else:  # the first round tells how often it has to be run
-                repeats[id(one)] = max(1, round(LEAST_SAMPLE / seconds))
-    return found
+                repeats[id(trial)] = max(1, round(LEAST_SAMPLE / seconds))
+    return trials
 
 
-def fastest(found: Sequence[Candidate]) -> tuple[Candidate, dict[str, float]]:
+def fastest(trials: Sequence[Candidate]) -> tuple[Candidate, dict[str, float]]:
     """The winner, and milliseconds of each implementation with its best blocks.
 
     Rounds are pairs: what slows the machine for a while slows all. So times are the median of one, and the medians of
     the others' ratios to it.
     """
-    timed = [one for one in found if one.seconds]
+    timed = [trial for trial in trials if trial.seconds]
     if not timed:
         raise UserError("no implementation could be timed; the table says why")
     base = _base(timed)
     unit = statistics.median(base.seconds) * 1e3
-    times = {id(one): unit * _ratio(one, base) for one in timed}
+    times = {id(trial): unit * _ratio(trial, base) for trial in timed}
     best: dict[str, float] = {}
-    for one in timed:
-        best[one.choice.name] = min(times[id(one)], best.get(one.choice.name, float("inf")))
-    return min(timed, key=lambda one: times[id(one)]), best
+    for trial in timed:
+        best[trial.choice.name] = min(times[id(trial)], best.get(trial.choice.name, float("inf")))
+    return min(timed, key=lambda trial: times[id(trial)]), best
 
 
 def _base(timed: Sequence[Candidate]) -> Candidate:
     """What the others are compared with: XLA's form, or whatever could be timed."""
-    return next((one for one in timed if one.choice.name == "xla"), timed[0])
+    return next((trial for trial in timed if trial.choice.name == "xla"), timed[0])
 
 
-def _ratio(one: Candidate, base: Candidate) -> float:
-    return statistics.median(a / b for a, b in zip(one.seconds, base.seconds, strict=True))
+def _ratio(trial: Candidate, base: Candidate) -> float:
+    return statistics.median(a / b for a, b in zip(trial.seconds, base.seconds, strict=True))
 
 
 def _tune(case: ShapeKey, options: argparse.Namespace) -> None:
@@ -297,9 +296,9 @@ def _tune(case: ShapeKey, options: argparse.Namespace) -> None:
     )
     # The first round counts only for finding out how long a pass takes.
     with console.status("starting") as status:
-        found = measure(case, options.rows, options.rounds + 1, status.update)
-    _print(console, found)
-    winner, times = fastest(found)
+        trials = measure(case, options.rows, options.rounds + 1, status.update)
+    _print(console, trials)
+    winner, times = fastest(trials)
     made = f"jax {jax.__version__}, {datetime.date.today().isoformat()}"
     path = user_table()
     if options.dry_run:
@@ -312,21 +311,21 @@ def _tune(case: ShapeKey, options: argparse.Namespace) -> None:
     console.print(f"fastest: {winner.choice}; 'attention: auto' takes it from now on, from {path}", highlight=False)
 
 
-def _print(console: Console, found: Sequence[Candidate]) -> None:
+def _print(console: Console, trials: Sequence[Candidate]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    timed = [one for one in found if one.seconds]
+    timed = [trial for trial in trials if trial.seconds]
     base = _base(timed) if timed else None
     table = Table("implementation", "blocks", "ms", "" if base is None else f"of {base.choice.name}", "")
-    order = sorted(timed, key=lambda one: _ratio(one, _base(timed)))
-    for one in [*order, *(one for one in found if one not in order)]:
-        blocks = "" if one.choice.block_q is None else f"{one.choice.block_q} x {one.choice.block_k}"
+    order = sorted(timed, key=lambda trial: _ratio(trial, _base(timed)))
+    for trial in [*order, *(trial for trial in trials if trial not in order)]:
+        blocks = "" if trial.choice.block_q is None else f"{trial.choice.block_q} x {trial.choice.block_k}"
         figures = "", ""
-        if one.seconds:
-            ratio = "" if base is None else f"{_ratio(one, base):.2f}"
-            figures = f"{statistics.median(one.seconds) * 1e3:.3g}", ratio
-        table.add_row(one.choice.name, blocks, *figures, Text(one.problem))
+        if trial.seconds:
+            ratio = "" if base is None else f"{_ratio(trial, base):.2f}"
+            figures = f"{statistics.median(trial.seconds) * 1e3:.3g}", ratio
+        table.add_row(trial.choice.name, blocks, *figures, Text(trial.problem))
     console.print(table)
 
 

@@ -22,7 +22,7 @@ class SourceConfig:
             output: answer}.
         split: split of an HF datasets directory that has several.
         documents: for text files, whether a document is a line or a whole file.
-        limit: use only the first so many records.
+        limit: use only this number of records, the first ones.
     """
 
     path: ReadPath
@@ -50,8 +50,8 @@ class DataConfig:
         add_bos: begin each record with the tokenizer's bos token; null: if the tokenizer itself does so. A chat
             template has its own.
         add_eos: end each answer and each document with the tokenizer's eos token, and learn it; null: if it has one.
-        allow_no_end: train also when nothing that ends an answer is learnt.
-        date: day and time (2026-11-27 12:00) that chat templates are told which ask for it; null: when the run was
+        allow_no_end: train also when nothing that ends an answer is trained.
+        date: day and time (2026-11-27 12:00) for chat templates that ask for it; null: when the run was
             first started.
         drop_unknown: leave out records with a token that the tokenizer does not know, as SciMind does.
         too_long: what to do with a record longer than a row: truncate, split into pieces, drop (each reported) or

@@ -23,13 +23,13 @@ class Decoding:
         repetition_penalty: divide the score of every token that stands in the text already; 1 is off.
         no_repeat_ngram_size: let no n-gram of this size occur twice; 0 is off.
         num_beams: beam search over this many beams; 1 is off.
-        length_penalty: of beam search: scores are divided by length to this power; above 0 favours longer answers.
-        early_stopping: of beam search: true ends when num_beams answers are complete, false when a better one is
+        length_penalty: for beam search: scores are divided by length to this power; above 0 favours longer answers.
+        early_stopping: for beam search: true ends when num_beams answers are complete, false when a better one is
             unlikely, never when none is possible.
         samples: answers per prompt: drawn ones, or the best beams.
         stop: texts that end an answer; they are left out of it.
         stop_ids: token ids that end an answer, beside the model's own.
-        seed: of what is drawn; the same seed gives the same text, whatever the batch.
+        seed: for what is drawn; the same seed gives the same text, whatever the batch.
     """
 
     max_new_tokens: int = 256
@@ -57,7 +57,7 @@ class InferenceModelConfig:
             run brings its base along.
         adapter: LoRA adapter to apply on the fly: a PEFT directory, a converted one, or a LoRA run.
         merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
-        dtype: of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
+        dtype: dtype of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
         int8: keep the linear layers in int8, with a factor per output; half the memory of bfloat16.
         attention: which implementation reads prompts, as in training.
     """

@@ -48,7 +48,7 @@ class LoraConfig:
         rslora: rank-stabilised scaling.
         dora: weight-decomposed adapters (DoRA).
         modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens.
-        per_expert: of a model of experts: gate_proj, up_proj and down_proj have an adapter of this rank for each
+        per_expert: in a model of experts, gate_proj, up_proj and down_proj have an adapter of this rank for each
             expert, not one for all.
         init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a
             fresh optimizer.
@@ -72,12 +72,13 @@ class MoeRunConfig:
     """The feed-forward layer divided into experts. What is not given is as the model has it.
 
     Args:
-        experts: into how many equal blocks the neurons are divided.
+        experts: the number of equal blocks that the neurons are divided into.
         router: which experts a token uses: activation (those whose neurons respond most), activation_released (as
             SciMind's published code has it), learned (a trained linear router), modality (a fixed set for each).
-        top_k: experts that a token uses, by modality, e.g. {text: 14, smiles: 2}; text is every token of no other.
+        top_k: the number of experts that a token uses, by modality, e.g. {text: 14, smiles: 2}; text is every token of
+            no other.
         ranges: the token ids [first, last + 1] of each modality but text, e.g. {smiles: [32000, 32066]}.
-        shared: router modality: the first so many experts serve every modality.
+        shared: router modality: the number of experts, from the first, that serve every modality.
         balance_loss: weight of the learned router's load-balance loss.
         z_loss: weight of the learned router's z loss.
         noise: standard deviation of noise on the learned router's logits while training.

@@ -55,7 +55,7 @@ class TrainConfig:
         steps: optimizer steps.
         global_batch_size: rows per optimizer step, over all devices and hosts.
         micro_batch_size: most rows per device at a time; the rest is gradient accumulation.
-        seed: of initialisation, data order, split and dropout.
+        seed: seed of initialisation, data order, split and dropout.
         loss_normalisation: tokens weighs every target token of the global batch alike; mean_of_means
             averages the means of micro-batches, as alpaca-lora, K2 and KnowLM do.
         eval_every: steps between evaluations on the validation data, and one before the first step; 0 evaluates only at
@@ -75,8 +75,8 @@ class TrainConfig:
         wandb: also log to this Weights & Biases project.
         compilation_cache: directory of compiled programs; null means the user's cache directory; none
             (as text) keeps nothing.
-        compiler_options: of XLA, by name, e.g. {xla_tpu_scoped_vmem_limit_kib: 65536}; added to those that jaxlm sets
-            by device (devices/compiler_options.py).
+        compiler_options: XLA's options by name, e.g. {xla_tpu_scoped_vmem_limit_kib: 65536}; added to those that
+            jaxlm sets by device (devices/compiler_options.py).
     """
 
     epochs: float = 1.0
@@ -126,8 +126,8 @@ class DistributedConfig:
 
     Args:
         coordinator: HOST:PORT of process 0, as all hosts reach it; null: $JAX_COORDINATOR_ADDRESS, or the cluster's.
-        num_processes: how many there are; null: $JAX_NUM_PROCESSES, or the cluster's number.
-        process_id: which this is, from 0; null: $JAX_PROCESS_ID, or the cluster's number.
+        num_processes: the number of processes; null: $JAX_NUM_PROCESSES, or the cluster's number.
+        process_id: the number of this process, from 0; null: $JAX_PROCESS_ID, or the cluster's number.
         timeout: seconds to wait for the others at start-up and at barriers.
         heartbeat: seconds without a sign of life after which a host counts as dead.
         interrupted_status: exit status when a signal ended the run, everything saved. A cluster that takes 0 for a

@@ -1,4 +1,4 @@
-"""The tokenizer's own chat template, and what of its text is learnt."""
+"""The tokenizer's own chat template, and what of its text is trained."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jaxlm.data.messages import (
     refuse_without_answer,
     without_answer,
 )
+from jaxlm.data.records import Record
 from jaxlm.data.rendering import Rendered, Segment, Span
-from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import MARK_BEGIN, MARK_END, ChatError, Tokenizer
 
@@ -60,7 +60,7 @@ class _Habits:
 class ChatTemplate:
     """The tokenizer's own chat template.
 
-    What is learnt: {% generation %} blocks where the template has them, else what the assistant's messages say, tool
+    What is trained: {% generation %} blocks where the template has them, else what the assistant's messages say, tool
     calls included; and the end of each turn, without which a model would not learn to stop. Where the template leaves
     the end off the last message, the one that it writes between turns follows, or else eos.
     """
@@ -86,23 +86,23 @@ class ChatTemplate:
             spans.append(Span(text[at : answer.begin], False))
             at = answer.end
             said, end = text[answer.begin : at], ""
-            if answer.ended and (found := self._special_at_the_end(said)):
-                said, end = said[: -len(found)], found
-            elif found := self._end_behind(text, at):
-                end, at = found, at + len(found)
+            if answer.ended and (special := self._special_at_the_end(said)):
+                said, end = said[: -len(special)], special
+            elif behind := self._end_behind(text, at):
+                end, at = behind, at + len(behind)
             spans += [Span(said, answer.message.trained), Span(end, answer.message.trained, True)]
             ends.append(end)
         last, rest, eos = messages[-1], text[at:], False
-        learnt = last.role == "assistant" and last.trained
+        trained = last.role == "assistant" and last.trained
         if last.role == "assistant" and not self._has_special(ends[-1]):
-            # The end is missing. What stands before the one that is added is learnt too: nothing is left to guess.
+            # The end is missing. What stands before the one that is added is trained too: nothing is left to guess.
             added = self._habits.special or next((end for end in reversed(ends) if self._has_special(end)), "")
             eos = not added
             if added and not rest.strip():  # as between turns: the end first
-                spans += [Span(added, learnt, True), Span(rest, False)]
+                spans += [Span(added, trained, True), Span(rest, False)]
             else:
                 words = "" if ends[-1] else self._habits.words
-                spans += [Span(words + rest, learnt), Span(added or self._end_but_eos, learnt, True)]
+                spans += [Span(words + rest, trained), Span(added or self._end_but_eos, trained, True)]
         else:
             spans.append(Span(rest, False))
         spans = [span for span in spans if span.text]
@@ -119,7 +119,7 @@ class ChatTemplate:
         return Rendered((Segment((Span(text, False),), False),), True, True)
 
     def _refuse_lost_calls(self, record: Record, messages: Sequence[Message]) -> None:
-        """A template that knows no tools would write "None" for a content that is not there, to be learnt."""
+        """A template that knows no tools would write "None" for a content that is not there, to be trained."""
         if self._mentions("tool_calls"):
             return
         for number, message in enumerate(messages, 1):
@@ -170,16 +170,16 @@ class ChatTemplate:
 
     def _special_at_the_end(self, text: str) -> str:
         """The special token at the end of a text and white space beside it, or nothing."""
-        found = re.search(rf"(?:{self._special})\s*\Z", text) if self._special else None
-        return found.group() if found else ""
+        match = re.search(rf"(?:{self._special})\s*\Z", text) if self._special else None
+        return match.group() if match else ""
 
     def _end_behind(self, text: str, at: int) -> str:
         """What ends the turn whose answer ends at a place: the template's own words, or the next special token."""
         words = self._habits.last or self._habits.words
         if words and text.startswith(words, at):
             return words
-        found = self._turn_end.match(text, at)
-        return found.group() if found else ""
+        match = self._turn_end.match(text, at)
+        return match.group() if match else ""
 
     @property
     def _end_but_eos(self) -> str:
@@ -194,8 +194,8 @@ class ChatTemplate:
         try:
             text, answers = self._located(_TALK[:2], _PROBE, None)
             rest = text[answers[-1].end :]
-            found = re.search(self._special, rest) if self._special else None
-            last = rest[: found.end()] if found else rest.rstrip()
+            match = re.search(self._special, rest) if self._special else None
+            last = rest[: match.end()] if match else rest.rstrip()
             text, answers = self._located(_TALK, _PROBE, None)
             asked = self.tokenizer.render_chat([_plain(_TALK[0])])
             opened = self.tokenizer.render_chat([_plain(_TALK[0])], add_generation_prompt=True)
@@ -226,9 +226,9 @@ class ChatTemplate:
         if MARK_BEGIN in text:
             return self._blocks(text, said, record)
         beside = [k for k, m in enumerate(messages) if m.role == "assistant" and self._writes_beside(m)]
-        found = {k: place for k in beside if (place := self._turn(messages, k, text, tools, record)) is not None}
-        found |= self._marked(messages, text, tools, found.keys(), record)
-        return text, [found[k] for k in sorted(found)]
+        places = {k: place for k in beside if (place := self._turn(messages, k, text, tools, record)) is not None}
+        places |= self._marked(messages, text, tools, places.keys(), record)
+        return text, [places[k] for k in sorted(places)]
 
     def _rendered(self, messages: Sequence[Message], tools: list[Any] | None, **options: bool) -> str:
         return self.tokenizer.render_chat([_plain(m) for m in messages], keep_marks=True, tools=tools, **options)
@@ -246,7 +246,7 @@ class ChatTemplate:
         blocks = len(parts) // 2
         if blocks != len(said) and not all(message.trained for message in said):
             raise UserError(
-                f"data: {record.name}: some messages are not to be learnt, but the chat template of "
+                f"data: {record.name}: some messages are not to be trained, but the chat template of "
                 f"{self.tokenizer.path} has {blocks} generation blocks for {len(said)} messages of the assistant: it "
                 "is unclear which; take the weights out, or mend the template"
             )
@@ -280,7 +280,7 @@ class ChatTemplate:
             if text[begin : end - len(ending)].strip():
                 return _Answer(begin, end, message, True)
         if message.content.strip():
-            return None  # then its content alone is learnt
+            return None  # then its content alone is trained
         raise UserError(
             f"data: {record.name}: the chat template of {self.tokenizer.path} does not write the tool_calls of message "
             f"{number + 1}, or changes with what follows, so it is unclear what to learn; put {{% generation %}} … "
@@ -308,9 +308,9 @@ class ChatTemplate:
             for k, message in enumerate(messages):
                 content = message.content.strip() if trim else message.content
                 if k in wanted:
-                    thought, found, said = ("", "", content) if whole else content.rpartition(THOUGHT)
-                    gap = said[: len(said) - len(said.lstrip())] if found else ""
-                    content = f"{thought}{found}{gap}{MARK_BEGIN}{said[len(gap) :]}{MARK_END}"
+                    thought, mark, said = ("", "", content) if whole else content.rpartition(THOUGHT)
+                    gap = said[: len(said) - len(said.lstrip())] if mark else ""
+                    content = f"{thought}{mark}{gap}{MARK_BEGIN}{said[len(gap) :]}{MARK_END}"
                 marked[k] = dataclasses.replace(message, content=content)
             text = self._rendered(marked, tools)
             parts = re.split(MARKS, text)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 
@@ -26,7 +26,7 @@ ROLES = {
 # What a tool answered; only a chat template has a place for it.
 TOOL_ROLES = {"tool": "tool", "function": "tool", "observation": "tool"}
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
-# Keys of a message that are read here: names of its role, of its text, and whether it is learnt.
+# Keys of a message that are read here: names of its role, of its text, and whether it is trained.
 ROLE_KEYS, TEXT_KEYS, WEIGHT_KEYS = ("role", "from"), ("content", "value"), ("weight", "train", "training")
 # What str() writes as a person would.
 _WRITTEN_OUT = (int, float, decimal.Decimal, datetime.date, datetime.time)
@@ -39,7 +39,7 @@ class Message:
     Args:
         role: system, user, assistant or tool.
         content: its text.
-        trained: an assistant's message is learnt.
+        trained: an assistant's message is trained.
         extra: what else it holds (tool_calls, name, ...), for chat templates.
     """
 
@@ -67,7 +67,7 @@ def text_field(record: Record, name: str, columns: Mapping[str, str], template: 
         default: stands for null, and for an absent column that `columns` does not name.
 
     Raises:
-        UserError: for a field that is missing, null without a default, or no text.
+        UserError: for a field that is missing, null without a default, or not a text.
     """
     column = columns.get(name, name)
     if column not in record.data and (default is None or name in columns):
@@ -96,8 +96,8 @@ def written_out(record: Record, value: Any, where: str, way_out: str = "") -> st
     if isinstance(value, str):
         return checked(record, value)
     if isinstance(value, bool) or not isinstance(value, _WRITTEN_OUT) or not _finite(value):
-        found = repr(value) if isinstance(value, (bool, float)) else "null" if value is None else _kind(value)
-        raise UserError(f"data: {record.name} has {found} in {where}, where a text is needed; write it out{way_out}")
+        kind = repr(value) if isinstance(value, (bool, float)) else "null" if value is None else _kind(value)
+        raise UserError(f"data: {record.name} has {kind} in {where}, where a text is needed; write it out{way_out}")
     return str(value)
 
 
@@ -132,7 +132,7 @@ def read_messages(record: Record, columns: Mapping[str, str], template: str, too
     Read from `messages` (role, content), `conversations` or SciMind's `conversation` (from, value), or from Alpaca's
     columns: instruction and input, with an empty line between, are the question; `history`, a list of [question,
     answer], comes before. A column `system` is the system message. An assistant's message with `weight: 0` or
-    `train: false` is not learnt.
+    `train: false` is not trained.
 
     Args:
         record: the record.
@@ -141,7 +141,7 @@ def read_messages(record: Record, columns: Mapping[str, str], template: str, too
         tools: take also what tools answer, and messages that call them.
 
     Raises:
-        UserError: for what is no conversation.
+        UserError: for what is not a conversation.
     """
     name = messages_column(record, columns)
     if name is None and columns.get("instruction", "instruction") in record.data:
@@ -169,9 +169,9 @@ def _refuse_column(record: Record, columns: Mapping[str, str], turns: Any) -> No
     if column is None:
         return
     if is_empty(turns):
-        found = "is null" if turns is None else "is empty"
+        state = "is null" if turns is None else "is empty"
         raise UserError(
-            f"data: {record.name}: its column {column!r} {found}, so there is nothing to learn from it; fill it in, or "
+            f"data: {record.name}: its column {column!r} {state}, so there is nothing to learn from it; fill it in, or "
             "leave the record out"
         )
     raise UserError(
@@ -257,26 +257,26 @@ def _with_calls(record: Record, number: int, fields: Mapping[str, Any]) -> Mappi
 
     These are ShareGPT's role function_call, whose value is JSON, and OpenAI's first key function_call.
     """
-    found: Any = None
-    kept = dict(fields)
+    called: Any = None
+    message = dict(fields)
     if any(fields.get(key) == "function_call" for key in ROLE_KEYS):
         text = next((fields[key] for key in TEXT_KEYS if isinstance(fields.get(key), str)), "")
         try:
-            found = parse(text)
+            called = parse(text)
         except ValueError:
-            found = text
-        kept = {key: value for key, value in fields.items() if key not in (*ROLE_KEYS, *TEXT_KEYS)} | {"role": "gpt"}
+            called = text
+        message = {key: value for key, value in fields.items() if key not in (*ROLE_KEYS, *TEXT_KEYS)} | {"role": "gpt"}
     elif not is_empty(fields.get("function_call")):
-        found = kept.pop("function_call")
+        called = message.pop("function_call")
     else:
         return fields
-    calls = found if isinstance(found, list) else [found]
+    calls = called if isinstance(called, list) else [called]
     if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
         raise UserError(
             f'data: {record.name}: message {number} must call a function as {{"name": …, "arguments": …}}, found '
-            f"{found!r:.60}"
+            f"{called!r:.60}"
         )
-    return kept | {"tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}
+    return message | {"tool_calls": [{"type": "function", "function": dict(call)} for call in calls]}
 
 
 def _joined_parts(record: Record, number: int, parts: Sequence[Any]) -> str:
@@ -286,7 +286,7 @@ def _joined_parts(record: Record, number: int, parts: Sequence[Any]) -> str:
         text = part.get("text") if isinstance(part, Mapping) else None
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise UserError(f"data: {record.name}: message {number} has a part of type {kind!r}; only text is learnt")
+            raise UserError(f"data: {record.name}: message {number} has a part of type {kind!r}; only text is trained")
         texts.append(text)
     return "".join(texts)
 
@@ -294,8 +294,8 @@ def _joined_parts(record: Record, number: int, parts: Sequence[Any]) -> str:
 def _flag(record: Record, number: int, key: str, value: Any) -> bool:
     if value not in (0, 1):
         raise UserError(
-            f"data: {record.name}: {key} of message {number} is {value!r}; it must be 1 (or true: learnt) or 0 (or "
-            "false: not learnt)"
+            f"data: {record.name}: {key} of message {number} is {value!r}; it must be 1 (or true: trained) or 0 (or "
+            "false: not trained)"
         )
     return bool(value)
 
@@ -350,10 +350,10 @@ def refuse_without_answer(record: Record, messages: list[Message], columns: Mapp
 
 def unused(record: Record, used: frozenset[str]) -> list[str]:
     """What holds something in the record and is not in `used`: columns, and keys of messages as `messages[].name`."""
-    found = [name for name, value in record.data.items() if name not in used and not is_empty(value)]
+    names = [name for name, value in record.data.items() if name not in used and not is_empty(value)]
     for name in used & record.data.keys():
         turns = record.data[name]
         if isinstance(turns, list) and turns and f"{name}[].{ROLE_KEYS[0]}" in used:
             keys = {key for turn in turns if isinstance(turn, Mapping) for key, v in turn.items() if not is_empty(v)}
-            found += [f"{name}[].{key}" for key in sorted(keys) if f"{name}[].{key}" not in used]
-    return [str(name) for name in found]
+            names += [f"{name}[].{key}" for key in sorted(keys) if f"{name}[].{key}" not in used]
+    return [str(name) for name in names]

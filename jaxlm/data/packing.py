@@ -130,3 +130,26 @@ def group_texts(offsets: NDArray[np.int64], order: NDArray[np.int64], block: int
         pieces += len(begins)
     empty = [np.zeros(0, np.int64)]
     return Plan(np.concatenate(starts or empty), np.concatenate(lengths or empty), np.concatenate(rows), True)
+
+
+def epoch_order(source: NDArray[np.int32], weights: Sequence[float], seed: int, epoch: int) -> NDArray[np.int64]:
+    """Indices of the examples seen in an epoch, in source order.
+
+    A weight of 2.5 means every example twice, and half of them, drawn anew each epoch, once more.
+
+    Args:
+        source: int32 [examples], which source each example came from.
+        weights: by source.
+        seed: the drawing is a function of seed, epoch and source only.
+        epoch: see seed.
+    """
+    parts = [np.zeros(0, np.int64)]
+    for number, weight in enumerate(weights):
+        members = np.flatnonzero(source == number)
+        whole = int(weight)
+        parts += [members] * whole
+        extra = round((weight - whole) * len(members))
+        if extra:
+            random = np.random.default_rng([seed, epoch, number, 1])
+            parts.append(np.sort(random.choice(members, extra, replace=False)))
+    return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""A batch as text, to see before training what is learnt and what is not."""
+"""A batch as text, to see before training what is trained and what is not."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def preview(
     shown: int = 0,
     most: int | None = None,
 ) -> int:
-    """Prints the rows of a batch as text: ⟦what is learnt⟧ stands in brackets and in colour.
+    """Prints the rows of a batch as text: ⟦what is trained⟧ stands in brackets and in colour.
 
     Args:
         batch: input_ids, loss_mask and segment_ids of shape [A, B, T] or [B, T].
         tokenizer: turns ids into text; special tokens are written out.
         console: where to print.
         shown: rows of earlier batches that were printed.
-        most: stop at so many rows, those counted; None: print all. Then rows that are only padding are left out.
+        most: stop at this number of rows, those counted; None: print all. Then rows that are only padding are left out.
 
     Returns:
-        How many rows of this batch were printed.
+        The number of rows of this batch that were printed.
     """
     ids, mask, segments = (np.asarray(batch[name]) for name in ("input_ids", "loss_mask", "segment_ids"))
     length = ids.shape[-1]
     rows = zip(*(array.reshape(-1, length) for array in (ids, mask, segments)), strict=True)
     if shown == 0:
-        console.print(f"{OPEN}learnt{CLOSE} and not learnt", style="dim", highlight=False)
+        console.print(f"{OPEN}trained{CLOSE} and not trained", style="dim", highlight=False)
     number = shown
     for row_ids, row_mask, row_segments in rows:
         used = row_segments > 0
@@ -55,14 +55,14 @@ def preview(
         documents = int(row_segments.max())
         console.rule(
             f"row {number}: {documents} document{'s' * (documents != 1)}, {int(used.sum())} tokens, "
-            f"{int(row_mask.sum())} learnt, {int((~used).sum())} padding",
+            f"{int(row_mask.sum())} trained, {int((~used).sum())} padding",
             align="left",
         )
         for segment in range(1, documents + 1):
-            here = row_segments == segment
+            in_segment = row_segments == segment
             if documents > 1:
-                console.print(f"-- document {segment} ({int(here.sum())} tokens)", style="dim", highlight=False)
-            console.print(_document(row_ids[here], row_mask[here], tokenizer), soft_wrap=True)
+                console.print(f"-- document {segment} ({int(in_segment.sum())} tokens)", style="dim", highlight=False)
+            console.print(_document(row_ids[in_segment], row_mask[in_segment], tokenizer), soft_wrap=True)
     return number - shown
 
 

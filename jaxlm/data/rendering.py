@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Rendered:
         segments: in order.
         has_bos: bos is in the text already, or must not be there: none is to be added. A chat template has the say.
         special_tokens: passed to Tokenizer.encode: whether special tokens written in the text count as such.
-        answers: what is learnt of it as answers, without their ends; empty for a plain document.
+        answers: what is trained of it as answers, without their ends; empty for a plain document.
         lost: roles of messages whose text is not in it as they say it.
     """
 

@@ -1,4 +1,4 @@
-"""How a record becomes text, and which characters of it are learnt: templates by name.
+"""How a record becomes text, and which characters of it are trained: templates by name.
 
 Templates are JSON files beside this module, of three kinds, and a user's own file may be any:
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from jaxlm.data.chat import ChatTemplate
 from jaxlm.data.messages import (
+    CONVERSATION_COLUMNS,
     Message,
     columns_read,
     is_empty,
@@ -30,8 +31,8 @@ from jaxlm.data.messages import (
     text_field,
     without_answer,
 )
+from jaxlm.data.records import Record
 from jaxlm.data.rendering import Rendered, Segment, Span, Template
-from jaxlm.data.sources import Record
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 from jaxlm.locate import at_home
@@ -42,7 +43,7 @@ DIRECTORY = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class TextTemplate:
-    """Plain documents: all of the text is learnt, and one eos ends it."""
+    """Plain documents: all of the text is trained, and one eos ends it."""
 
     columns: Mapping[str, str]
     name: str = "text"
@@ -144,7 +145,7 @@ class ConversationTemplate:
             if expected == "user":
                 spans.append(Span(f"{self.user}: {message.content}{self.separator}", False))
             else:
-                # The space is learnt with the answer's first word: tokenizers make one token of the two.
+                # The space is trained with the answer's first word: tokenizers make one token of the two.
                 spans += [Span(f"{self.assistant}:", False), Span(f" {message.content}", message.trained)]
                 segments.append(Segment(tuple(spans), True))
                 spans = []
@@ -206,7 +207,7 @@ def _placeholders(text: str) -> tuple[str, ...]:
     names = []
     for _, name, form, conversion in Formatter().parse(text):
         if name is not None and (not name.isidentifier() or form or conversion):
-            raise ValueError(f"{{{name}}} is no name of a column")
+            raise ValueError(f"{{{name}}} is not the name of a column")
         if name is not None:
             names.append(name)
     return tuple(dict.fromkeys(names))
@@ -291,16 +292,18 @@ def _task(
 ) -> TaskTemplate:
     for key in ("question", "answer"):
         try:
-            found = _placeholders(fields[key])
+            names = _placeholders(fields[key])
         except ValueError as error:
             raise UserError(
                 f"template {path}: {key} may contain {{NAME}} for a column, other braces doubled: {error}"
             ) from None
-        if not found:
+        if not names:
             raise UserError(f"template {path}: {key} must contain the name of a column in braces")
     inner = load_template(fields["frame"], tokenizer)
     if not isinstance(inner, (ConversationTemplate, ChatTemplate)):
-        raise UserError(f"template {path}: frame {fields['frame']!r} is no conversation; choose scimind or chat, say")
+        raise UserError(
+            f"template {path}: frame {fields['frame']!r} is not a conversation; choose e.g. scimind or chat"
+        )
     return TaskTemplate(columns, name, fields["question"], fields["answer"], inner)
 
 
@@ -342,18 +345,18 @@ def explain_choice(
     holding = {column for record in records for column, value in record.data.items() if not is_empty(value)}
     # Records may be empty where a template is to say so; then the columns alone decide.
     there = {name for name, column in named.items() if column in holding}
-    found = [name for name in ("messages", "conversations", "conversation") if name in holding]
-    if not there & {"text", "instruction", "messages"} and not found:
+    chats = [name for name in CONVERSATION_COLUMNS if name in holding]
+    if not there & {"text", "instruction", "messages"} and not chats:
         holding = {column for record in records for column in record.data}
         there = {name for name, column in named.items() if column in holding}
-        found = [name for name in ("messages", "conversations", "conversation") if name in holding]
+        chats = [name for name in CONVERSATION_COLUMNS if name in holding]
     chat = "chat" if tokenizer.chat_template is not None else "vicuna_v1.1"
     own = "the tokenizer has a chat template" if chat == "chat" else "the tokenizer has no chat template"
     beside = f"; column {named['text']!r} is not used" if "text" in there else ""
-    if "messages" in there or "conversations" in found:
+    if "messages" in there or "conversations" in chats:
         column = named["messages"] if "messages" in there else "conversations"
         return chat, f"column {column!r}, and {own}{beside}"
-    if "conversation" in found:
+    if "conversation" in chats:
         return "scimind", f"column 'conversation'{beside}"
     if "instruction" in there and ("output" in there or "text" not in there):
         both = f"columns {named['instruction']!r} and {named['output']!r}"

@@ -18,9 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data.examples import Example, Examples, encode_rendered, from_list
-from jaxlm.data.loader import Data, Report
-from jaxlm.data.sources import read_records
+from jaxlm.data.encoding import Example, encode_rendered
+from jaxlm.data.examples import Examples, from_list
+from jaxlm.data.loader import Data
+from jaxlm.data.records import read_records
+from jaxlm.data.report import Report
 from jaxlm.data.templates import choose_template, load_template
 from jaxlm.devices.mesh import put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.errors import UserError

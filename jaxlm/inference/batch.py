@@ -1,4 +1,4 @@
-"""Answering a file of prompts: what was answered is kept at once, and a run that was killed goes on where it was."""
+"""Answering a file of prompts: answers are kept at once, and a run that was killed goes on where it was."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ import hashlib
 import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from jaxlm.config import Decoding
-from jaxlm.data.sources import Record, csv_delimiter, records_within
+from jaxlm.data.entries import Entry, read_entries
+from jaxlm.data.records import Record
 from jaxlm.errors import UserError
+from jaxlm.inference.answering import complete
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
-from jaxlm.inference.text import answer_text, cut_at_stop
-from jaxlm.jsontext import parse
 
 KINDS = (".json", ".jsonl", ".csv", ".txt")
 MARK = "jaxlm answers"  # in the first line of a journal
 
 
 @dataclass(frozen=True)
-class Item:
+class FilePrompt:
     """One prompt of a file.
 
     Args:
         name: "file:number", for messages; lines where prompts are lines, else counting from 1.
         question: a prompt that is a text.
         fields: a prompt that is a record.
-        error: why there is neither.
+        error: why the prompt is neither.
     """
 
     name: str
@@ -46,102 +45,69 @@ class Item:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a prompt: its answers, or why there are none."""
+    """The outcome of a prompt: its answers with the reasons for their ends, or an error."""
 
     answers: tuple[str, ...] = ()
     finish: tuple[str, ...] = ()
     error: str | None = None
 
 
-def read_items(path: Path) -> list[Item]:
-    """The prompts of a file. A line that is broken becomes an item with an error; the others are not lost.
+def read_prompts(path: Path) -> list[FilePrompt]:
+    """The prompts of a file. A broken prompt becomes one with an error; the others are not lost.
 
     Raises:
         UserError: for a file that is missing, of unknown kind, empty, or broken as a whole.
     """
-    if path.suffix.lower() not in KINDS:
+    kind = path.suffix.lower()
+    if kind not in KINDS:
         raise UserError(f"predict_data: {path}: the ending must be one of {', '.join(KINDS)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"predict_data: {path} does not exist (paths are relative to the working directory)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"predict_data: {path} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
-    read = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}[path.suffix.lower()]
-    items = list(read(path, text)) if text.strip() else []
-    if not items:
+    if not path.is_file():
+        raise UserError(f"predict_data: {path} does not exist (paths are relative to the working directory)")
+    if kind == ".txt":
+        prompts = _read_txt(path)
+    else:
+        prompts = [_prompt(entry) for entry in read_entries(path, kind[1:], key="predict_data", strict=False)]
+    if not prompts:
         raise UserError(f"predict_data: {path} holds no prompt")
-    return items
+    return prompts
 
 
-def _item(name: str, value: Any) -> Item:
+def _prompt(entry: Entry) -> FilePrompt:
+    name, value = entry.name, entry.value
+    if entry.problem is not None:
+        return FilePrompt(name, error=entry.problem)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return Item(name, error="holds an incomplete Unicode character (a lone surrogate)")
+        return FilePrompt(name, error="holds an incomplete Unicode character (a lone surrogate)")
     if isinstance(value, str):
-        return Item(name, question=value)
+        return FilePrompt(name, question=value)
     if isinstance(value, dict):
-        return Item(name, fields=value)
-    return Item(name, error=f"a prompt must be a text or a record with named fields, found {type(value).__name__}")
+        return FilePrompt(name, fields=value)
+    return FilePrompt(
+        name, error=f"a prompt must be a text or a record with named fields, found {type(value).__name__}"
+    )
 
 
-def _read_json(path: Path, text: str) -> Iterator[Item]:
+def _read_txt(path: Path) -> list[FilePrompt]:
+    """A prompt a line, blank ones too, which a model may be asked; MindFormers' \\n stands for a line break."""
     try:
-        values = parse(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"predict_data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits, brackets without end
-        raise UserError(f"predict_data: {path}: JSON that cannot be read: {error}") from None
-    if isinstance(values, dict) and (within := records_within(path, values)) != [values]:
-        values = within
-    if not isinstance(values, list):
-        raise UserError(f"predict_data: {path} must hold an array of texts or records, found {type(values).__name__}")
-    for number, value in enumerate(values, 1):
-        yield _item(f"{path}:{number}", value)
-
-
-def _read_jsonl(path: Path, text: str) -> Iterator[Item]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield _item(f"{path}:{number}", parse(line))
-        except ValueError as error:  # also JSONDecodeError
-            yield Item(f"{path}:{number}", error=f"broken JSON: {getattr(error, 'msg', error)}")
-
-
-def _read_csv(path: Path, text: str) -> Iterator[Item]:
-    csv.field_size_limit(2**31 - 1)
-    header, _, rest = text.partition("\n")
-    delimiter = csv_delimiter(header)
-    if named := re.fullmatch(r"sep=(.)\s*", header):  # Excel's own first line
-        text, delimiter = rest, named.group(1)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    names = rows.fieldnames or ()
-    for column in names:
-        if list(names).count(column) > 1:
-            raise UserError(f"predict_data: {path}: two columns are named {column!r}; rename one")
-    for row in rows:
-        name = f"{path}:{rows.line_num}"
-        if None in row or None in row.values():
-            yield Item(name, error=f"the row does not have the header's {len(names)} columns")
-        else:
-            yield Item(name, fields=dict(row))
-
-
-def _read_txt(path: Path, text: str) -> Iterator[Item]:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"predict_data: {path} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
     # Not splitlines: it also breaks at characters that stand in the middle of texts.
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        # MindFormers' convention: the two characters \n stand for a line break.
-        yield Item(f"{path}:{number}", question=line.removesuffix("\r").replace("\\n", "\n"))
+    lines = text.removesuffix("\n").split("\n") if text.strip() else []
+    return [
+        FilePrompt(f"{path}:{number}", question=line.removesuffix("\r").replace("\\n", "\n"))
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 class Answers:
-    """Answers as they come, kept in memory: what a process has that writes no file.
+    """Answers as they come, kept in memory: for a process that writes no file.
 
     Attributes:
-        results: what became of each prompt that is done, by its number.
+        results: the outcome of each prompt that is done, by its number.
     """
 
     def __init__(self, results: dict[int, Result]) -> None:
@@ -161,7 +127,7 @@ class Journal(Answers):
         discard: begin anew when it was begun with other settings.
 
     Raises:
-        UserError: when it was begun with other settings, another run is writing it, or it is no journal.
+        UserError: it was begun with other settings, another run is writing it, or it is not a journal.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], discard: bool = False) -> None:
@@ -230,14 +196,14 @@ class Journal(Answers):
         )
 
     def close(self, remove: bool = False) -> None:
-        """Lets others have it; `remove` it first when the final file is written."""
+        """Gives up the lock; `remove`: the final file is written, and the journal goes."""
         if remove:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
 
 def settings_of(path: Path, options: Decoding, model: dict[str, Any]) -> dict[str, Any]:
-    """What decides the answers to a file: its contents, the decoding options, and what `model` says of the rest."""
+    """The settings that decide the answers to a file: its contents, the decoding options, and the facts of `model`."""
     values = {"predict_data (sha256)": hashlib.sha256(path.read_bytes()).hexdigest(), **model}
     # Through JSON, as it will be read back: tuples become lists.
     result: dict[str, Any] = json.loads(json.dumps(values | dataclasses.asdict(options)))
@@ -245,7 +211,7 @@ def settings_of(path: Path, options: Decoding, model: dict[str, Any]) -> dict[st
 
 
 def answer_all(
-    items: Sequence[Item],
+    prompts: Sequence[FilePrompt],
     generator: Generator,
     prompter: Prompter,
     options: Decoding,
@@ -253,63 +219,43 @@ def answer_all(
     journal: Answers,
     advance: Callable[[int, int], None],
 ) -> None:
-    """Answers what the journal does not hold yet.
-
-    Prompts of like length are answered together, the longest first: little padding, and memory that does not suffice is
-    noticed at once.
+    """Answers the prompts that the journal does not hold yet, in the batches of `complete`.
 
     Args:
         advance: called with the numbers of prompts and tokens done.
     """
-    prompts: dict[int, list[int]] = {}
+    ids_of: dict[int, list[int]] = {}
     refused: dict[int, Result] = {}
-    for number, item in enumerate(items):
+    for number, prompt in enumerate(prompts):
         if number in journal.results:
             continue
         try:
-            if item.error is not None:
-                raise UserError(f"{item.name}: {item.error}")
-            if item.fields is not None:
-                ids = prompter.record(Record(item.name, item.fields))
+            if prompt.error is not None:
+                raise UserError(f"{prompt.name}: {prompt.error}")
+            if prompt.fields is not None:
+                ids = prompter.record(Record(prompt.name, prompt.fields))
             else:
-                ids = prompter.question(item.question or "", None, item.name)
-            generator.check_prompt(ids, item.name)
-            prompts[number] = ids
+                ids = prompter.question(prompt.question or "", None, prompt.name)
+            generator.check_prompt(ids, prompt.name)
+            ids_of[number] = ids
         except UserError as error:
             refused[number] = Result(error=str(error))
     if refused:
         journal.add(refused)
         advance(len(refused), 0)
-    order = sorted(prompts, key=lambda number: (-len(prompts[number]), number))
-    full = min(batch_size, len(order))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        batch = [prompts[number] for number in numbers]
-        session = generator.start(batch, options, numbers, rows=full)
-        for _ in session.steps():
-            if options.stop and options.num_beams == 1:
-                for row, answers in enumerate(session.answers()):
-                    for sample, answer in enumerate(answers):
-                        text = answer_text(prompter.tokenizer, batch[row], answer.ids)
-                        if not answer.complete and cut_at_stop(text, options.stop)[1]:
-                            session.stop(row, sample)
-        results, tokens = {}, 0
-        for number, answers in zip(numbers, session.answers(), strict=True):
-            texts, finish = [], []
-            for answer in answers:
-                text = answer_text(prompter.tokenizer, prompts[number], answer.ids)
-                text, stopped = cut_at_stop(text, options.stop)
-                texts.append(text if prompter.is_text else text.strip())
-                finish.append("stop" if stopped else answer.finish)
-                tokens += len(answer.ids)
-            results[number] = Result(tuple(texts), tuple(finish))
+    strip = not prompter.is_text
+    for batch in complete(generator, prompter.tokenizer, ids_of, options, batch_size, strip):
+        results = {
+            number: Result(tuple(each.text for each in completions), tuple(each.finish for each in completions))
+            for number, completions in batch.items()
+        }
         journal.add(results)
-        advance(len(results), tokens)
+        advance(len(results), sum(len(each.ids) for completions in batch.values() for each in completions))
 
 
-def write_results(path: Path, items: Sequence[Item], results: dict[int, Result]) -> None:
+def write_results(path: Path, prompts: Sequence[FilePrompt], results: dict[int, Result]) -> None:
     """The final file, in the order of the prompts; its kind goes by its ending."""
-    rows = [_row(item, results[number]) for number, item in enumerate(items)]
+    rows = [_row(prompt, results[number]) for number, prompt in enumerate(prompts)]
     kind = path.suffix.lower()
     if kind == ".json":
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
@@ -318,7 +264,7 @@ def write_results(path: Path, items: Sequence[Item], results: dict[int, Result])
     elif kind == ".csv":
         text = _csv(rows)
     else:
-        text = "".join(_line(results[number]) + "\n" for number in range(len(items)))
+        text = "".join(_line(results[number]) + "\n" for number in range(len(prompts)))
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
@@ -327,9 +273,9 @@ def write_results(path: Path, items: Sequence[Item], results: dict[int, Result])
     temporary.replace(path)
 
 
-def _row(item: Item, result: Result) -> dict[str, Any]:
-    row: dict[str, Any] = {"question": item.question} if item.fields is None else dict(item.fields)
-    if item.error is not None:
+def _row(prompt: FilePrompt, result: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {"question": prompt.question} if prompt.fields is None else dict(prompt.fields)
+    if prompt.error is not None:
         row = {}
     if result.error is not None:
         return row | {"error": result.error}

@@ -22,6 +22,7 @@ from jaxlm.config import Decoding
 from jaxlm.devices.mesh import use_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.decode import State, admit, append, new_state, step
+from jaxlm.inference.options import check_decoding, check_stop_ids
 from jaxlm.inference.rows import CacheRows, DeviceModel, bucket, divisible, fetch
 from jaxlm.inference.sampling import Method, Settings, row_keys
 
@@ -139,10 +140,12 @@ class Engine:
             For each request the slots of its samples.
 
         Raises:
-            UserError: for a prompt that the model cannot answer.
+            UserError: for a prompt or a setting that the model cannot answer with.
             ValueError: fewer rows are free than the requests need.
         """
         for request in requests:
+            check_decoding(request.options)
+            check_stop_ids(request.options, self._spec.vocab_size)
             self._model.check_prompt(request.prompt)
             if request.options.num_beams > 1:
                 raise UserError("num_beams: a beam search has rows of its own; use Generator.start")

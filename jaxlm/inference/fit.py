@@ -20,12 +20,12 @@ def check_tokenizer(tokenizer: Tokenizer, config: DecoderSpec, own: Tokenizer | 
         key: what names the tokenizer, for errors.
 
     Returns:
-        what speaks against it, for warnings.
+        Warnings: what speaks against it.
 
     Raises:
-        UserError: when it is another model's: more tokens than the model has rows, or other tokens under its ids.
+        UserError: it is another model's: more tokens than the model has rows, or other tokens under its ids.
     """
-    rows, found = config.vocab_size, []
+    rows, warnings = config.vocab_size, []
     instead = f"; leave {key} out: the model has its own, {own.path}" if own is not None else ""
     if own is not None or key:
         if tokenizer.vocab_size > rows:
@@ -34,7 +34,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: DecoderSpec, own: Tokenizer | 
                 f"is the tokenizer of another model, or has tokens that this model was not given{instead}"
             )
     elif tokenizer.vocab_size > rows:
-        found.append(
+        warnings.append(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding {rows:,} rows; a prompt with "
             "one of the others is refused"
         )
@@ -47,7 +47,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: DecoderSpec, own: Tokenizer | 
             words = f"token {at} is {tokenizer.token(at)!r} there and {own.token(at)!r} in the model's own, {own.path}"
             if len(other) > _OTHER * len(sample):
                 raise UserError(f"{key}: {tokenizer.path} is the tokenizer of another model: {words}{instead}")
-            found.append(f"{tokenizer.path} differs from the model's own tokenizer: {words}")
+            warnings.append(f"{tokenizer.path} differs from the model's own tokenizer: {words}")
     ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
     pairs = (("bos", tokenizer.bos_id, (config.bos_token_id,)), ("eos", tokenizer.eos_id, ends))
     wrong = [
@@ -56,5 +56,5 @@ def check_tokenizer(tokenizer: Tokenizer, config: DecoderSpec, own: Tokenizer | 
         if index is not None and None not in known and index not in known
     ]
     if len(wrong) == len(pairs):
-        found.append(f"the tokenizer {tokenizer.path} may be another model's: its {'; its '.join(wrong)}")
-    return found
+        warnings.append(f"the tokenizer {tokenizer.path} may be another model's: its {'; its '.join(wrong)}")
+    return warnings

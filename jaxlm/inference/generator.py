@@ -35,7 +35,7 @@ class Generator(DeviceModel):
 
         Args:
             prompts: token ids.
-            options: checked again here.
+            options: how to answer all of them.
             numbers: of each prompt, which with the seed decide what is drawn for it; default 0, 1, ...
             flush: tokens between two looks.
             rows: compute at least this many prompts, so that batches of different sizes share their programs.

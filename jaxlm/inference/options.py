@@ -47,3 +47,10 @@ def check_decoding(options: Decoding) -> None:
         )
     if options.samples > 1 and options.num_beams == 1 and options.temperature == 0:
         raise UserError(f"samples: {options.samples} equal answers at temperature 0; set a temperature above 0")
+
+
+def check_stop_ids(options: Decoding, vocab_size: int) -> None:
+    """Raises UserError for a stop id that the model does not have."""
+    for index in options.stop_ids:
+        if index >= vocab_size:
+            raise UserError(f"stop_ids: {index}: the model has the tokens 0 to {vocab_size - 1}")

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlm.data.chat import ChatTemplate
-from jaxlm.data.examples import prompt_ids
+from jaxlm.data.encoding import prompt_ids
 from jaxlm.data.messages import read_messages
+from jaxlm.data.records import Record
 from jaxlm.data.rendering import Template
-from jaxlm.data.sources import Record
 from jaxlm.data.templates import ConversationTemplate, TaskTemplate, load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer

@@ -80,6 +80,26 @@ def extend(
     return _finish(decoder, _head_params(params), x, lengths - 1), result
 
 
+def last_layer(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """What the last layer gives of texts, [R, T, D]; arguments as those of `prefill`."""
+    params = weights["params"]
+    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
+        p = number % len(angles)
+        x, _ = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, tokens.shape[1])
+    return x
+
+
+def logits_of(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of what the last layer gives [..., D]."""
+    return _jitted_head(decoder, _head_params(weights["params"]), x)
+
+
+def hidden_states(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array:
+    """The final hidden states [..., D] of what the last layer gives: behind the last norm."""
+    return _last_norm(decoder, _head_params(weights["params"]), x)
+
+
 def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in ("norm", "lm_head" if "lm_head" in params else "embed_tokens")}
 
@@ -95,6 +115,14 @@ def _embed(decoder: Decoder, embed_tokens: Any, tokens: jax.Array) -> jax.Array:
 
 def _head(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
     return cast(jax.Array, decoder.apply({"params": head}, x, method="head"))
+
+
+_jitted_head = jax.jit(_head, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _last_norm(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
+    return cast(jax.Array, decoder.apply({"params": head}, x, method=lambda module, x: module.norm(x)))
 
 
 @partial(jax.jit, static_argnums=0)

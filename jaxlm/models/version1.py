@@ -34,8 +34,8 @@ class ExpertsFields:
     @classmethod
     def of(cls, experts: ExpertsSpec) -> ExpertsFields:
         """The fields of a division into experts."""
-        values = {item.name: getattr(experts, item.name) for item in dataclasses.fields(experts)}
-        return cls(values.pop("num_experts"), **values)
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "experts"]
+        return cls(experts.num_experts, **{name: getattr(experts, name) for name in names})
 
     def spec(self) -> ExpertsSpec:
         """The division that they describe."""

@@ -19,12 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxlm.config import RunConfig
 from jaxlm.config.files import dump_yaml, load_run_yaml
 from jaxlm.devices.chips import SHARE, Topology, parse_topology
+from jaxlm.devices.compiler_options import least_effort
 from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError
 from jaxlm.spec import DecoderSpec
+from jaxlm.training.setup import set_up
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # compilers for other devices are loaded by name
@@ -144,8 +148,6 @@ def compile_step(
 
 def topology_devices(topology: Topology) -> list[Any]:
     """Devices to compile for, in a process with `ENVIRONMENT` in which JAX has not started."""
-    import jax
-
     chip = topology.chip
     if chip.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.count)
@@ -169,11 +171,6 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
-    import jax
-
-    from jaxlm.devices.compiler_options import least_effort
-    from jaxlm.training.setup import set_up
-
     config = load_run_yaml(job["config"], "the job")
     shape = DecoderSpec.from_dict(job["shape"])
     topology = parse_topology(job["topology"])

@@ -10,7 +10,8 @@ from jaxlm.planning.compiled import CompiledStep, can_compile
 from jaxlm.planning.cost import FORMULA
 from jaxlm.planning.report import Plan
 from jaxlm.planning.suggest import MARGIN
-from jaxlm.training.report import human_bytes, print_pairs
+from jaxlm.training.report import print_pairs
+from jaxlm.units import memory_size
 
 WIDTH = 40
 _COLOURS = {
@@ -98,9 +99,9 @@ def _memory(plan: Plan, console: Console) -> None:
     whole = max(whole, plan.memory.peak)
     for name, size in worst.items():
         if size:
-            _bar(console, name, size / whole, human_bytes(size), _COLOURS[name], _MEANING[name])
-    of = f" of {human_bytes(plan.topology.chip.memory)}" if known else ""
-    console.print(f"{'together':12}{human_bytes(plan.memory.peak):>12}{of}", style="bold", highlight=False)
+            _bar(console, name, size / whole, memory_size(size), _COLOURS[name], _MEANING[name])
+    of = f" of {memory_size(plan.topology.chip.memory)}" if known else ""
+    console.print(f"{'together':12}{memory_size(plan.memory.peak):>12}{of}", style="bold", highlight=False)
 
 
 _MOMENT = {
@@ -122,13 +123,13 @@ def _compiled(plan: Plan, step: CompiledStep, console: Console) -> None:
     assert program is not None
     if plan.fits is None:  # XLA for CPUs does not report its peak
         pairs.append(
-            ("memory", f"arguments {human_bytes(step.arguments)}, beside them {human_bytes(step.temporaries)}")
+            ("memory", f"arguments {memory_size(step.arguments)}, beside them {memory_size(step.temporaries)}")
         )
     else:
         pairs.append(
             (
                 "memory",
-                f"{human_bytes(step.memory)} at its peak ({plan.memory.peak / step.memory - 1:+.0%} estimated)",
+                f"{memory_size(step.memory)} at its peak ({plan.memory.peak / step.memory - 1:+.0%} estimated)",
             )
         )
     for collective in program.collectives:
@@ -161,14 +162,14 @@ def _verdict(plan: Plan, console: Console) -> None:
     elif plan.fits:
         console.print(f"fits: {1 - needed / room:.0%} of the memory stay free", style="green", highlight=False)
     else:
-        over = "" if needed <= room else f", by {human_bytes(needed - room)} a device"
+        over = "" if needed <= room else f", by {memory_size(needed - room)} a device"
         console.print(f"does not fit{over}", style="bold red", highlight=False)
     for number, suggestion in enumerate(plan.suggestions):
         head = ("faster" if plan.fits else "try") if number == 0 else "or"
         time, speed = suggestion.time, ""
         if time is not None:
             speed = f", {time.shortest:.3g} to {time.longest:.3g} s a step"
-        size = human_bytes(suggestion.bytes)
+        size = memory_size(suggestion.bytes)
         console.print(f"{head:7}{suggestion}  ({size}{speed})", highlight=False, soft_wrap=True)
     if not plan.fits and not plan.suggestions:
         console.print(

@@ -73,10 +73,10 @@ def _add_to_fast(file: Path, ids: dict[str, int], special: bool) -> None:
     model = tokenizers.Tokenizer.from_file(str(file))
     model.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False) for token in ids])
     for token, index in ids.items():
-        found = model.token_to_id(token)
-        if found != index:
+        there = model.token_to_id(token)
+        if there != index:
             raise UserError(
-                f"{file.name}: the new token {token!r} would get id {found} there instead of {index}: "
+                f"{file.name}: the new token {token!r} would get id {there} there instead of {index}: "
                 "its ids have a gap, or its files do not belong together"
             )
     model.save(str(file))

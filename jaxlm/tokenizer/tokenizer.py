@@ -35,7 +35,7 @@ class Tokenizer:
         adds_why: which file says so.
         opening: the ids that "bos" stands for: what the post-processor puts in front, else bos_id.
         chat_template: the Jinja source, or None.
-        date: what a chat template that asks for the date is told; None: the present.
+        date: the date for chat templates that ask for it; None: the present.
         modalities: those with tokens of their own, `<smiles>CCO</smiles>` in texts; see `jaxlm.modalities`.
     """
 

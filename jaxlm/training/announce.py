@@ -13,12 +13,13 @@ from jaxlm.devices.mesh import axis_sizes
 from jaxlm.training.advice import rank_warnings, schedule_warnings
 from jaxlm.training.job import Job
 from jaxlm.training.optimizer import Schedule, make_schedule
-from jaxlm.training.report import human_bytes, print_pairs
+from jaxlm.training.report import print_pairs
 from jaxlm.training.resume import length_before
 from jaxlm.training.setup import CompiledSteps, TrainSetup
 from jaxlm.training.start import Start
 from jaxlm.training.state import Initializer, bytes_per_device, count
 from jaxlm.training.stop import Stop
+from jaxlm.units import memory_size
 
 
 def announce(
@@ -52,14 +53,14 @@ def _facts(
     how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
     devices = jax.devices()
     axes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes(setup.mesh).items() if size > 1) or "one device"
-    needs = "" if compiled.memory is None else f"{human_bytes(compiled.memory)} by the compiler's count; "
+    needs = "" if compiled.memory is None else f"{memory_size(compiled.memory)} by the compiler's count; "
     train_bytes = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     opt_bytes = bytes_per_device(initializer.opt_state, initializer.opt_shardings)
     facts = [
         ("model", f"{weights}: {parameters:,} parameters, {job.model.num_layers} layers"),
         ("trained", f"{trained:,} ({trained / parameters:.2%}): {how}"),
         ("devices", f"{len(devices)} {devices[0].device_kind}, {axes}"),
-        ("memory per device", f"{needs}trained {human_bytes(train_bytes)}, optimizer {human_bytes(opt_bytes)}"),
+        ("memory per device", f"{needs}trained {memory_size(train_bytes)}, optimizer {memory_size(opt_bytes)}"),
         ("attention", setup.attention[1]),
     ]
     if job.verbose:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.config import RunConfig, SourceConfig
-from jaxlm.data.sources import check_source
+from jaxlm.data.records import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home, missing

@@ -16,11 +16,11 @@ from jaxlm.devices.mesh import check_mesh
 from jaxlm.errors import UserError
 from jaxlm.processes.distributed import Hosts
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.report import human_bytes
 from jaxlm.training.resume import check_settings
 from jaxlm.training.setup import compile_with, set_up
 from jaxlm.training.state import TrainState
 from jaxlm.training.stop import newest_step
+from jaxlm.units import memory_size
 from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, RUN_YAML, SMALL_FILES
 
 
@@ -96,11 +96,11 @@ def check_space(output_dir: Path, state: TrainState, keep: int, say: Any) -> Non
     needed = (keep + 2) * size - used
     if free < size:
         raise UserError(
-            f"output_dir: {output_dir}: a checkpoint of this run takes {human_bytes(size)}, and the disk has "
-            f"{human_bytes(free)} free; free space, or choose another output_dir"
+            f"output_dir: {output_dir}: a checkpoint of this run takes {memory_size(size)}, and the disk has "
+            f"{memory_size(free)} free; free space, or choose another output_dir"
         )
     if free < needed:
         say(
-            f"warning: checkpoints take {human_bytes(size)} each, {human_bytes((keep + 2) * size)} for train.keep "
-            f"{keep}, the best and the one being written; {output_dir} has {human_bytes(free)} free, and may fill up"
+            f"warning: checkpoints take {memory_size(size)} each, {memory_size((keep + 2) * size)} for train.keep "
+            f"{keep}, the best and the one being written; {output_dir} has {memory_size(free)} free, and may fill up"
         )

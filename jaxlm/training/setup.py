@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from rich.console import Console
 
 from jaxlm.config import MoeRunConfig, RunConfig
-from jaxlm.data.loader import BATCH_DTYPES
+from jaxlm.data.batches import BATCH_DTYPES
 from jaxlm.devices.chips import Topology
 from jaxlm.devices.compiler_options import compiler_options
 from jaxlm.devices.mesh import (

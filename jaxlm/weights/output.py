@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxlm.errors import UserError
 from jaxlm.lock import Lock
+from jaxlm.units import disk_size
 
 Advance = Callable[[int], None]
 """Called with a number of bytes that were written."""
@@ -62,7 +63,7 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
             _remove_leftovers(final)
             free = shutil.disk_usage(final.parent).free
             if free < needed:
-                raise UserError(f"{final}: needs {human(needed)}, but the disk has only {human(free)} free")
+                raise UserError(f"{final}: needs {disk_size(needed)}, but the disk has only {disk_size(free)} free")
             temporary.mkdir()
             try:
                 with _locked(temporary):
@@ -151,15 +152,6 @@ def _sync_tree(directory: Path) -> None:
         for name in files:
             _sync(Path(folder) / name)
         _sync(Path(folder))
-
-
-def human(nbytes: float) -> str:
-    """'1.5 GB' (decimal units, as disks are sold)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def parse_size(text: str) -> int:

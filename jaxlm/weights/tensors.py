@@ -144,6 +144,29 @@ class StoredTensor(Tensor):
 
 
 @dataclass(frozen=True)
+class WrappedTensor(Tensor):
+    """A tensor with another one's name, place, shape and dtype, whose elements are computed from its rows."""
+
+    tensor: Tensor
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.tensor.name
+
+    @property
+    def file(self) -> Path:  # type: ignore[override]
+        return self.tensor.file
+
+    @property
+    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]
+        return self.tensor.shape
+
+
+@dataclass(frozen=True)
 class JoinedRows(Tensor):
     """Rows of several tensors, one below the other.
 

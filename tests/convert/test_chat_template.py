@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from convert.formats.chat_template import to_jinja
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 from jaxlm.data.templates import DIRECTORY, ConversationTemplate, Rendered, for_questions, load_template
 from jaxlm.inference.prompts import Prompter
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -82,8 +82,8 @@ def test_every_template_asks_the_same(name: str, bos: bool, directory: Path) -> 
                 asked = template.render_prompt(Record("r", {"messages": messages}))
                 assert rendered_by(directory, jinja, messages, True) == text_of(asked, bos)
             whole = conversation(question, answer, answer, question, system=answer)
-            learnt = template.render(Record("r", {"messages": whole}))
-            assert rendered_by(directory, jinja, whole, False) == text_of(learnt, bos)
+            trained = template.render(Record("r", {"messages": whole}))
+            assert rendered_by(directory, jinja, whole, False) == text_of(trained, bos)
             continue
         for extra in ("", answer):
             record = {"instruction": question, "input": extra, "output": answer}
@@ -91,8 +91,8 @@ def test_every_template_asks_the_same(name: str, bos: bool, directory: Path) -> 
             asked = template.render_prompt(Record("r", record))
             assert rendered_by(directory, jinja, [user], True) == text_of(asked, bos)
             both = [user, {"role": "assistant", "content": answer}]
-            learnt = template.render(Record("r", record))
-            assert rendered_by(directory, jinja, both, False) == text_of(learnt, bos)
+            trained = template.render(Record("r", record))
+            assert rendered_by(directory, jinja, both, False) == text_of(trained, bos)
 
 
 @pytest.mark.parametrize(

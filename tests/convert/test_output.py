@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
+from jaxlm.units import disk_size, memory_size
 from jaxlm.weights.manifest import check_manifest
-from jaxlm.weights.output import _locked, human, output_directory, parse_size
+from jaxlm.weights.output import _locked, output_directory, parse_size
 from tests.convert.test_source import write_hf_sharded, write_native
 
 
@@ -220,14 +221,21 @@ def test_sizes() -> None:
     for bad in ("", "GB", "5XB", "-1GB", "0", "nan", "inf"):
         with pytest.raises(UserError, match="--shard-size"):
             parse_size(bad)
-    assert [human(n) for n in (0, 999, 1000, 2.4e9, 1e13)] == ["0 B", "999 B", "1.0 kB", "2.4 GB", "10.0 TB"]
+    assert [disk_size(n) for n in (0, 999, 1000, 2.4e9, 1e13)] == ["0 B", "999 B", "1.0 kB", "2.4 GB", "10.0 TB"]
+    assert [memory_size(n) for n in (0, 1023, 1024, 2.4e9, 2**54)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "2.2 GiB",
+        "16384.0 TiB",
+    ]
 
 
 def test_help_is_fast_and_complete() -> None:
     """No heavy import before a command is known."""
     code = (
         "import sys, convert.commands.main\n"
-        "convert.commands.main._parser().format_help()\n"
+        "convert.commands.main._parser('convert')[0].format_help()\n"
         "print([m for m in ('numpy', 'jax', 'tensorstore', 'rich', 'torch') if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

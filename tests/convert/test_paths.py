@@ -49,7 +49,7 @@ def test_text_is_no_path(home: Path, run: Callable[..., str]) -> None:
         (["extend-vocab", "~/a", "~/b", "--tokens", "~/new.txt"], "tokens", str(home / "new.txt")),
         (["extend-vocab", "./~nobody-here/a", "~/b", "--tokens", "x,"], "source", "./~nobody-here/a"),
     ):
-        options = _parser().parse_args(words)
+        options = _parser("convert")[0].parse_args(words)
         _expand(options)
         assert getattr(options, name) == want
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data.examples import build_examples, split_off
-from jaxlm.data.sources import Record, read_records
+from jaxlm.data.examples import build_examples
+from jaxlm.data.records import Record, read_records
+from jaxlm.data.split import split_off
 from jaxlm.data.templates import explain_choice, load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -146,7 +147,7 @@ def test_parquet_of_bytes_and_nan(tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = list(read_records(SourceConfig(path=str(file))))
     assert records[0].data == {"text": "Größe", "n": None, "talk": [{"role": "user", "content": "q"}]}
     pq.write_table(pa.table({"text": [b"x", b"\xff\x00"]}), file)
-    with pytest.raises(UserError, match=r"a\.parquet:2: column 'text' holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match=r"a\.parquet:2: column 'text' holds bytes that are not UTF-8"):
         list(read_records(SourceConfig(path=str(file))))
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), file)
     with pytest.raises(UserError, match="two columns of the name 'text'"):

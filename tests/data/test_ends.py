@@ -1,4 +1,4 @@
-"""What is learnt of a conversation: every answer, and the end of every turn once; whatever the template leaves off."""
+"""What is trained of a conversation: every answer, and the end of every turn once; whatever the template leaves off."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data import build_data
-from jaxlm.data.examples import Example, encode_rendered, resolve_ends
-from jaxlm.data.sources import Record
+from jaxlm.data.encoding import Example, encode_rendered, resolve_ends
+from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -114,8 +114,8 @@ def example_of(template: str, tokenizer: Tokenizer, data: dict[str, Any]) -> Exa
     return example
 
 
-def learnt(example: Example, tokenizer: Tokenizer) -> list[str]:
-    """The text of each run of learnt tokens."""
+def trained(example: Example, tokenizer: Tokenizer) -> list[str]:
+    """The text of each run of trained tokens."""
     ids, mask = example.input_ids.tolist(), example.loss_mask
     borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
     runs = []
@@ -135,16 +135,16 @@ def test_every_turn_is_ended_once(tmp_path: Path, name: str) -> None:
     template, middle, last = CHATS[name]
     tokenizer = bytes_with(tmp_path, template)
     example = example_of("chat", tokenizer, messages(TALK))
-    assert learnt(example, tokenizer) == ["a rock" + middle, "assistant" + last]
+    assert trained(example, tokenizer) == ["a rock" + middle, "assistant" + last]
     assert len(example.ends) == (2 if "<|" in middle else 1)
-    assert learnt(example_of("chat", tokenizer, messages(TALK[:2])), tokenizer) == ["a rock" + last]
+    assert trained(example_of("chat", tokenizer, messages(TALK[:2])), tokenizer) == ["a rock" + last]
     # A conversation that ends with a question has nothing behind it.
     asked = example_of("chat", tokenizer, messages(TALK[:3]))
-    assert learnt(asked, tokenizer) == ["a rock" + middle]
+    assert trained(asked, tokenizer) == ["a rock" + middle]
     # An answer that speaks of the end does not take its place.
     said = example_of("chat", tokenizer, messages([TALK[0], ("assistant", "it ends with <|eos|>")]))
     if not name.startswith("block"):
-        assert learnt(said, tokenizer) == ["it ends with <|eos|>" + last]
+        assert trained(said, tokenizer) == ["it ends with <|eos|>" + last]
 
 
 def test_the_end_is_the_one_that_generation_config_names(tmp_path: Path) -> None:
@@ -152,16 +152,16 @@ def test_the_end_is_the_one_that_generation_config_names(tmp_path: Path) -> None
     template = LOOP + "{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}{{ m.content }}{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_end|>{% endif %}"
     tokenizer = bytes_with(tmp_path, template)
-    assert learnt(example_of("chat", tokenizer, messages(TALK[:2])), tokenizer) == ["a rock<|eos|>"]
+    assert trained(example_of("chat", tokenizer, messages(TALK[:2])), tokenizer) == ["a rock<|eos|>"]
     index = tokenizer.id_of("<|im_start|>")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, index]}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.end_ids == (1, index)
     for turns in (TALK, TALK[:2]):
-        assert learnt(example_of("chat", tokenizer, messages(turns)), tokenizer)[-1].endswith("<|im_start|>")
+        assert trained(example_of("chat", tokenizer, messages(turns)), tokenizer)[-1].endswith("<|im_start|>")
     # No eos_token at all: what generation_config.json names.
     no_eos = bytes_with(tmp_path, CHATS["none"][0], eos_token=None)
-    assert learnt(example_of("chat", no_eos, messages(TALK[:2])), no_eos) == ["a rock\n<|eos|>"]
+    assert trained(example_of("chat", no_eos, messages(TALK[:2])), no_eos) == ["a rock\n<|eos|>"]
 
 
 def test_a_message_that_is_not_to_be_learnt(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_message_that_is_not_to_be_learnt(tmp_path: Path) -> None:
         data["messages"][3][key] = not value
         for template, end in (("chat", "<|im_end|>"), ("vicuna_v1.1", "<|eos|>")):
             example = example_of(template, tokenizer, data)
-            assert [text.strip() for text in learnt(example, tokenizer)] == [f"assistant{end}"]
+            assert [text.strip() for text in trained(example, tokenizer)] == [f"assistant{end}"]
             assert len(example.ends) == 1
     data["messages"][1]["weight"] = 0.5
     with pytest.raises(UserError, match=r"f:1: weight of message 2 is 0.5; it must be 1"):
@@ -204,7 +204,7 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
     written = '<call>{"name": "weigh", "arguments": {"what": "rock"}}</call><|im_end|>'
     for shape in (tools, json.dumps(tools)):
         example = example_of("chat", tokenizer, {"messages": turns, "tools": shape})
-        assert learnt(example, tokenizer) == [written, "3 kg<|im_end|>"]
+        assert trained(example, tokenizer) == [written, "3 kg<|im_end|>"]
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         text = theirs.apply_chat_template(turns, tools=tools, tokenize=False)
         assert tokenizer.decode(example.input_ids, skip_special=False) == text
@@ -217,7 +217,7 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
     ]
     first = {"role": "assistant", "content": None, "function_call": call["function"]}
     for talk in (sharegpt, [turns[0], first, *turns[2:]]):
-        assert learnt(example_of("chat", tokenizer, {"messages": talk}), tokenizer) == [written, "3 kg<|im_end|>"]
+        assert trained(example_of("chat", tokenizer, {"messages": talk}), tokenizer) == [written, "3 kg<|im_end|>"]
     sharegpt[1]["value"] = "weigh(rock)"
     with pytest.raises(UserError, match=r"message 2 must call a function as .*found 'weigh\(rock\)'"):
         example_of("chat", tokenizer, {"messages": sharegpt})
@@ -240,7 +240,7 @@ def test_tool_calls_behind_an_opening_that_is_not_kept(tmp_path: Path, opening: 
     tokenizer = bytes_with(tmp_path, template)
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "weigh"}]}]
     example = example_of("chat", tokenizer, {"messages": turns})
-    assert learnt(example, tokenizer) == ["<tool>weigh</tool><|im_end|>"]
+    assert trained(example, tokenizer) == ["<tool>weigh</tool><|im_end|>"]
 
 
 THINKING = (
@@ -259,9 +259,9 @@ def test_thoughts(tmp_path: Path, opening: str) -> None:
     turns = [("user", "q1"), ("assistant", "<think>\nhm\n</think>\n\none"), ("user", "q2")]
     turns.append(("assistant", "<think>\nwell\n</think>\n\ntwo"))
     last = turns[-1][1].removeprefix(opening) + "<|im_end|>"
-    assert learnt(example_of("chat", tokenizer, messages(turns)), tokenizer) == ["one<|im_end|>", last]
+    assert trained(example_of("chat", tokenizer, messages(turns)), tokenizer) == ["one<|im_end|>", last]
     plain = messages([("user", "q1"), ("assistant", "one")])
-    assert learnt(example_of("chat", tokenizer, plain), tokenizer) == ["one<|im_end|>"]
+    assert trained(example_of("chat", tokenizer, plain), tokenizer) == ["one<|im_end|>"]
 
 
 def run(path: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], template: str, **options: Any) -> Any:
@@ -274,7 +274,7 @@ def run(path: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], templat
 def test_a_run_that_learns_no_end_is_refused(tmp_path: Path) -> None:
     tokenizer = bytes_with(tmp_path)
     records = [{"instruction": "what", "output": "rock"}]
-    with pytest.raises(UserError, match=r"nothing that ends an answer is learnt.*\(data.add_eos is false\)"):
+    with pytest.raises(UserError, match=r"nothing that ends an answer is trained.*\(data.add_eos is false\)"):
         run(tmp_path, tokenizer, records, "alpaca_short", add_eos=False)
     assert run(tmp_path, tokenizer, records, "alpaca_short", add_eos=False, allow_no_end=True).report.train[0].ends == 0
     assert run(tmp_path, tokenizer, [{"text": "rock is"}], "text", add_eos=False).report.train[0].ends == 0
@@ -427,14 +427,14 @@ def test_what_is_learnt_is_the_answer_and_its_end(
         data = {"instruction": question, "output": answers[0]}
     example = example_of(name, tokenizer, data)
     eos = tokenizer.token(tokenizer.eos_id or 0)
-    # The others have no such tokens: there the template's words are learnt, and eos.
+    # The others have no such tokens: there the template's words are trained, and eos.
     end = eos if name != "chat" else "<|im_end|>" if kind in ("bytes", "composed") else f"<|im_end|>{eos}"
-    lead = " " if name in ("vicuna_v1.1", "scimind") else ""  # learnt with the first word of the answer
-    runs = learnt(example, tokenizer)
+    lead = " " if name in ("vicuna_v1.1", "scimind") else ""  # trained with the first word of the answer
+    runs = trained(example, tokenizer)
     assert len(example.ends) == (1 if name == "chat" and end.endswith(eos) else len(answers))
     text = "".join(runs)
     assert text.endswith(f"{lead}{answers[-1]}{end}")
-    # A token across the border belongs to the answer; nothing else of the prompt is learnt.
+    # A token across the border belongs to the answer; nothing else of the prompt is trained.
     middle = end.removesuffix(eos) or eos
     surplus = len(text) - sum(len(f"{lead}{answer}{middle}") for answer in answers)
     assert 0 <= surplus <= 8 * len(answers)

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data.examples import Examples, build_examples, encode_rendered, epoch_order, prompt_ids, split_off
-from jaxlm.data.sources import Record, read_records
+from jaxlm.data.encoding import encode_rendered, prompt_ids
+from jaxlm.data.examples import Examples, build_examples
+from jaxlm.data.packing import epoch_order
+from jaxlm.data.records import Record, read_records
+from jaxlm.data.split import split_off
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -231,11 +234,11 @@ def numbered(count: int) -> Examples:
 
 def test_weights() -> None:
     examples = numbered(10)
-    order = epoch_order(examples, (2.5, 0.25), seed=1, epoch=0)
+    order = epoch_order(examples.source, (2.5, 0.25), seed=1, epoch=0)
     counts = np.bincount(order, minlength=14)
     assert counts[:10].min() == 2 and counts[:10].sum() == 25 and counts[10:].sum() == 1
-    assert epoch_order(examples, (2.5, 0.25), 1, 0).tolist() == order.tolist()
-    assert epoch_order(examples, (2.5, 0.25), 1, 1).tolist() != order.tolist()
+    assert epoch_order(examples.source, (2.5, 0.25), 1, 0).tolist() == order.tolist()
+    assert epoch_order(examples.source, (2.5, 0.25), 1, 1).tolist() != order.tolist()
 
 
 def test_split() -> None:

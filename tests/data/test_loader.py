@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data import Batches, Data, build_data, loader
-from jaxlm.data.loader import BATCH_DTYPES
+from jaxlm.data.batches import BATCH_DTYPES
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 

@@ -24,9 +24,9 @@ def test_preview(tokenizer: Tokenizer, tmp_path: Path) -> None:
     batch = data.train_batches(2)[0]
     preview(batch, tokenizer, Console(file=out, width=90))
     text = out.getvalue()
-    used, learnt = int((batch["segment_ids"] > 0).sum()), int(batch["loss_mask"].sum())
-    assert f"row 1: 2 documents, {used} tokens, {learnt} learnt, {128 - used} padding" in text
-    assert "row 2: 0 documents, 0 tokens, 0 learnt, 128 padding" in text
+    used, trained = int((batch["segment_ids"] > 0).sum()), int(batch["loss_mask"].sum())
+    assert f"row 1: 2 documents, {used} tokens, {trained} trained, {128 - used} padding" in text
+    assert "row 2: 0 documents, 0 tokens, 0 trained, 128 padding" in text
     assert "<s>### Instruction:\nwhat [bold]\n\n### Response:\n⟦rock 石英</s>⟧" in text
     assert "### Response:\n⟦melt</s>⟧" in text
     assert text.count("-- document") == 2

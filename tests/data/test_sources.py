@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxlm.config import SourceConfig
-from jaxlm.data.sources import Record, read_records
+from jaxlm.data.records import Record, read_records
 from jaxlm.errors import UserError
 
 RECORDS: list[dict[str, Any]] = [
@@ -96,7 +96,7 @@ BROKEN = {
     "d.json": ("", "d.json holds no records"),
     "e.json": ("[]", "e.json holds no records"),
     "f.jsonl": ('{"a": 1}\n{"a": \n', r"f\.jsonl:2: broken JSON"),
-    "g.csv": ("a,b\n1,2\n1,2,3\n", "g.csv: the record ending at line 3 does not have the header's 2 columns"),
+    "g.csv": ("a,b\n1,2\n1,2,3\n", "g.csv:2: the record ending at line 3 does not have the header's 2 columns"),
     "h.csv": ("a,b\n1\n", "ending at line 2"),
     "i.csv": ('a,b\n1,"2', "i.csv: line .: broken CSV: unexpected end of data"),
     "j.csv": ("a,b\n", "j.csv holds no records"),

@@ -10,8 +10,8 @@ import pytest
 
 from jaxlm.config import DataConfig, ModalityConfig, SourceConfig
 from jaxlm.data import build_data
-from jaxlm.data.examples import prompt_ids
-from jaxlm.data.sources import Record
+from jaxlm.data.encoding import prompt_ids
+from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.inference.prompts import Prompter
@@ -67,7 +67,7 @@ def test_own_task(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ({"question": "{0}", "answer": "{b}", "frame": "scimind"}, "question may contain"),
         ({"question": "{a", "answer": "{b}", "frame": "scimind"}, "question may contain"),
         ({"question": "a", "answer": "{b}", "frame": "scimind"}, "question must contain"),
-        ({"question": "{a}", "answer": "{b}", "frame": "alpaca"}, "frame 'alpaca' is no conversation"),
+        ({"question": "{a}", "answer": "{b}", "frame": "alpaca"}, "frame 'alpaca' is not a conversation"),
         ({"question": "{a}", "answer": "{b}", "frame": "none"}, "'none' is unknown"),
         ({"question": "{a}", "answer": "{b}"}, "answer, frame, question"),
     ):
@@ -99,7 +99,7 @@ def test_batches_know_the_modalities(molecular: Tokenizer, tmp_path: Path) -> No
 
 
 def test_scimind_loss_rule(molecular: Tokenizer, tmp_path: Path) -> None:
-    """Everything of a conversation is learnt but bos; a record with an unknown token is not learnt at all."""
+    """Everything of a conversation is trained but bos; a record with an unknown token is not trained at all."""
     talk = [{"from": "human", "value": "what is basalt"}, {"from": "gpt", "value": "rock"}]
     odd = [{"from": "human", "value": "what is basalt"}, {"from": "gpt", "value": "rock ﬀ"}]
     (tmp_path / "talk.json").write_text(json.dumps([{"id": 1, "conversation": talk}, {"id": 2, "conversation": odd}]))
@@ -123,7 +123,7 @@ def test_scimind_loss_rule(molecular: Tokenizer, tmp_path: Path) -> None:
 def test_errors_name_the_record(molecular: Tokenizer, tmp_path: Path) -> None:
     source = written(tmp_path / "r.json", RECORD, RECORD, {"molecule": "C*C", "caption": "?"}, RECORD)
     config = DataConfig(train=(source,), sequence_length=100)
-    with pytest.raises(UserError, match=r"r\.json.*3.*'\*' at character \d+ is no token of the modality smiles"):
+    with pytest.raises(UserError, match=r"r\.json.*3.*'\*' at character \d+ is not a token of the modality smiles"):
         build_data(config, molecular, seed=0, vocab_size=molecular.vocab_size, max_positions=200)
     bad = Record("question 7", {"molecule": "C*", "caption": ""})
     with pytest.raises(UserError, match=r"question 7: '\*' at character"):

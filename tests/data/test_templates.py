@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.data.sources import Record
+from jaxlm.data.records import Record
 from jaxlm.data.templates import Rendered, choose_template, load_template, template_names
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer

@@ -123,7 +123,7 @@ def test_before_the_data_are_read(
     words = ["--config", str(lora), "--lora.rank", "2", "--train.steps", "1", "--output_dir"]
     assert main([*words, str(tmp_path / "adapter")]) == 0
     assert main([*words, str(tmp_path / "run")]) == 0
-    monkeypatch.setattr("jaxlm.data.loader.build_data", refuse)
+    monkeypatch.setattr("jaxlm.training.prepare.build_data", refuse)
     assert "mesh.tensor: 8 does not divide" in message(mesh={"data": 1, "tensor": 8}, output_dir="x", lora={"rank": 2})
     batch = {"train": {"global_batch_size": 12}}
     assert "global_batch_size: 12 rows cannot" in message("--output_dir", str(tmp_path / "new"), **batch)

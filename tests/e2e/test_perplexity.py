@@ -104,7 +104,7 @@ RECORDS = [
 
 def test_answers_in_the_template_of_the_training(models: Path, tmp_path: Path, capsys: Any) -> None:
     """Only they are scored, with their ends; an empty answer is an end. train_on_inputs scores the prompts too."""
-    from jaxlm.data.sources import Record
+    from jaxlm.data.records import Record
     from jaxlm.data.templates import load_template
 
     model, tokenizer = hf(models)

@@ -1,4 +1,4 @@
-"""The README's first command, and what its model has learnt. Minutes long: with JAXLM_SLOW_TESTS=1."""
+"""The README's first command, and what its model has learned. Minutes long: with JAXLM_SLOW_TESTS=1."""
 
 from __future__ import annotations
 

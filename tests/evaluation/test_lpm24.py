@@ -98,7 +98,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--task", "text2smiles"], '[{"molecule": "C"}]', "record 1 has no text in prediction or answer or output"),
         (["--task", "text2smiles"], "[]", "holds no answer"),
         (["--task", "text2smiles"], "[1]", "must hold a list of records"),
-        (["--task", "text2smiles"], "[", "cannot be read"),
+        (["--task", "text2smiles"], "[", "broken JSON: Expecting value"),
         (["--task", "captions"], "[]", "expected one of smiles2text, text2smiles"),
         (
             ["--task", "smiles2text", "--metric_tokenizer", "/none"],

@@ -14,7 +14,7 @@ import pytest
 from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
-from jaxlm.inference.batch import Item, Journal, Result, answer_all, read_items, write_results
+from jaxlm.inference.batch import FilePrompt, Journal, Result, answer_all, read_prompts, write_results
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import load_weights
 from jaxlm.inference.prompts import Prompter
@@ -52,19 +52,19 @@ def write(path: Path, content: str) -> Path:
 
 
 def test_every_kind_of_file(tmp_path: Path) -> None:
-    k2 = read_items(write(tmp_path / "a.json", '["one", "two\\nlines"]'))
-    assert [item.question for item in k2] == ["one", "two\nlines"]
-    records = read_items(write(tmp_path / "b.jsonl", '{"instruction": "one"}\n\n"two"\n'))
+    k2 = read_prompts(write(tmp_path / "a.json", '["one", "two\\nlines"]'))
+    assert [prompt.question for prompt in k2] == ["one", "two\nlines"]
+    records = read_prompts(write(tmp_path / "b.jsonl", '{"instruction": "one"}\n\n"two"\n'))
     assert (records[0].fields, records[1].question) == ({"instruction": "one"}, "two")
-    assert [item.name[-1] for item in records] == ["1", "3"]
-    table = read_items(write(tmp_path / "c.csv", 'question,input\n"a, b",x\nc,\n'))
-    assert [item.fields for item in table] == [{"question": "a, b", "input": "x"}, {"question": "c", "input": ""}]
-    wide = read_items(write(tmp_path / "w.csv", "question\n" + "x" * 200_000 + "\n"))
+    assert [prompt.name[-1] for prompt in records] == ["1", "3"]
+    table = read_prompts(write(tmp_path / "c.csv", 'question,input\n"a, b",x\nc,\n'))
+    assert [prompt.fields for prompt in table] == [{"question": "a, b", "input": "x"}, {"question": "c", "input": ""}]
+    wide = read_prompts(write(tmp_path / "w.csv", "question\n" + "x" * 200_000 + "\n"))
     assert wide[0].fields == {"question": "x" * 200_000}
-    odd = read_items(write(tmp_path / "o.txt", "one\u2028still one\x0c\r\ntwo"))
-    assert [item.question for item in odd] == ["one\u2028still one\x0c", "two"]
-    scimind = read_items(write(tmp_path / "d.txt", "one\\ntwo\nthree\n"))
-    assert [item.question for item in scimind] == ["one\ntwo", "three"]
+    odd = read_prompts(write(tmp_path / "o.txt", "one\u2028still one\x0c\r\ntwo"))
+    assert [prompt.question for prompt in odd] == ["one\u2028still one\x0c", "two"]
+    scimind = read_prompts(write(tmp_path / "d.txt", "one\\ntwo\nthree\n"))
+    assert [prompt.question for prompt in scimind] == ["one\ntwo", "three"]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
 def test_a_broken_prompt_does_not_lose_the_others(
     tmp_path: Path, name: str, content: str, message: str, generator: Generator, tokenizer: Tokenizer
 ) -> None:
-    items = read_items(write(tmp_path / name, content))
+    prompts = read_prompts(write(tmp_path / name, content))
     journal = Journal(tmp_path / "journal", {})
-    answer_all(items, generator, Prompter("alpaca_short", tokenizer), Decoding(max_new_tokens=3), 8, journal, _ignore)
+    answer_all(prompts, generator, Prompter("alpaca_short", tokenizer), Decoding(max_new_tokens=3), 8, journal, _ignore)
     assert [result.error is None for _, result in sorted(journal.results.items())] == [True, False, True]
     assert f"{name}:" in str(journal.results[1].error)
     with pytest.raises(AssertionError, match="No match"):
@@ -117,7 +117,7 @@ def test_a_broken_file(tmp_path: Path, name: str, content: str | None, message: 
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
-        read_items(tmp_path / name)
+        read_prompts(tmp_path / name)
 
 
 PROMPTS = [
@@ -131,8 +131,8 @@ PROMPTS = [
 ]
 
 
-def items_of(prompts: list[str]) -> list[Item]:
-    return [Item(f"p:{number}", question=prompt) for number, prompt in enumerate(prompts, 1)]
+def items_of(prompts: list[str]) -> list[FilePrompt]:
+    return [FilePrompt(f"p:{number}", question=prompt) for number, prompt in enumerate(prompts, 1)]
 
 
 OPTIONS = Decoding(max_new_tokens=6, temperature=1.0, seed=1)
@@ -206,15 +206,15 @@ def test_stop_texts_end_answers(tmp_path: Path, generator: Generator, tokenizer:
     """Cut at the stop text, whichever flush it came in."""
     free = Journal(tmp_path / "free", {})
     options = Decoding(max_new_tokens=60, temperature=1.0, seed=2)
-    items = items_of(["rock", "the earth", "more"])
-    answer_all(items, generator, Prompter("text", tokenizer), options, 8, free, _ignore)
+    prompts = items_of(["rock", "the earth", "more"])
+    answer_all(prompts, generator, Prompter("text", tokenizer), options, 8, free, _ignore)
     texts = [free.results[number].answers[0] for number in range(3)]
     import dataclasses
 
     stop = next(char for char in texts[0][5:] if char.strip() and char not in texts[0][:3])
     held = Journal(tmp_path / "held", {})
     answer_all(
-        items, generator, Prompter("text", tokenizer), dataclasses.replace(options, stop=(stop,)), 8, held, _ignore
+        prompts, generator, Prompter("text", tokenizer), dataclasses.replace(options, stop=(stop,)), 8, held, _ignore
     )
     for number, text in enumerate(texts):
         found = held.results[number]
@@ -223,26 +223,26 @@ def test_stop_texts_end_answers(tmp_path: Path, generator: Generator, tokenizer:
 
 
 def test_results_in_every_kind_of_file(tmp_path: Path) -> None:
-    items = [
-        Item("p:1", question="one"),
-        Item("p:2", fields={"instruction": "two", "answer": "right"}),
-        Item("p:3", error="broken"),
+    prompts = [
+        FilePrompt("p:1", question="one"),
+        FilePrompt("p:2", fields={"instruction": "two", "answer": "right"}),
+        FilePrompt("p:3", error="broken"),
     ]
     results = {0: Result(("a\nb \\C=C",), ("stop",)), 1: Result(("c",), ("length",)), 2: Result(error="p:3: broken")}
-    write_results(tmp_path / "o.json", items, results)
+    write_results(tmp_path / "o.json", prompts, results)
     assert json.loads((tmp_path / "o.json").read_text()) == [
         {"question": "one", "answer": "a\nb \\C=C"},
         {"instruction": "two", "answer": "right", "prediction": "c"},
         {"error": "p:3: broken"},
     ]
-    write_results(tmp_path / "o.jsonl", items, results)
+    write_results(tmp_path / "o.jsonl", prompts, results)
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 3
-    write_results(tmp_path / "o.csv", items, results)
+    write_results(tmp_path / "o.csv", prompts, results)
     with (tmp_path / "o.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["answer"] == "a\nb \\C=C" and rows[1]["prediction"] == "c" and rows[2]["error"] == "p:3: broken"
-    write_results(tmp_path / "o.txt", items, results)
+    write_results(tmp_path / "o.txt", prompts, results)
     assert (tmp_path / "o.txt").read_text() == "a\\nb \\C=C\nc\n[error] p:3: broken\n"
     several = {0: Result(("a", "b"), ("stop", "stop"))}
-    write_results(tmp_path / "s.json", items[:1], several)
+    write_results(tmp_path / "s.json", prompts[:1], several)
     assert json.loads((tmp_path / "s.json").read_text()) == [{"question": "one", "answers": ["a", "b"]}]

@@ -172,6 +172,25 @@ def test_a_kept_row_is_given_to_another_prompt_when_no_other_is_free(model: Gene
         engine.release(slot)
 
 
+def test_a_kept_text_is_forgotten_when_its_row_is_taken(model: Generator, alone: list[Answer]) -> None:
+    engine = Engine(model, 2, keep=True)
+    ((first,),) = engine.admit([REQUESTS[0]])
+    finish(engine)
+    engine.release(first)
+    both = [slot for (slot,) in engine.admit([REQUESTS[2], REQUESTS[5]])]
+    numbers = dict(zip(both, (2, 5), strict=True))
+    (kept,) = (slot for slot in both if slot.row == first.row)
+    (given_up,) = (slot for slot in both if slot is not kept)
+    engine.step(2)
+    engine.release(given_up)
+    prompt = [*PROMPTS[0], *first.ids, 50]
+    ((again,),) = engine.admit([Request(prompt, Decoding(max_new_tokens=8))])
+    assert again.row == given_up.row
+    finish(engine)
+    assert again.answer == model.generate([prompt], Decoding(max_new_tokens=8))[0][0]
+    assert kept.answer == alone[numbers[kept]]
+
+
 def test_admission_on_a_mesh(alone: list[Answer]) -> None:
     """Rows over the data axis, heads over the tensor axis, prompts admitted while others go on."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
@@ -190,6 +209,10 @@ def test_what_an_engine_refuses(model: Generator) -> None:
     engine = Engine(model, 2)
     with pytest.raises(UserError, match="num_beams"):
         engine.admit([Request([5], Decoding(num_beams=2))])
+    with pytest.raises(UserError, match="temperature: -1"):
+        engine.admit([Request([5], Decoding(temperature=-1.0))])
+    with pytest.raises(UserError, match="stop_ids: 96"):
+        engine.admit([Request([5], Decoding(stop_ids=(96,)))])
     with pytest.raises(UserError, match="the prompt is empty"):
         engine.admit([Request([], Decoding())])
     with pytest.raises(ValueError, match="3 rows are needed, 2 of 2 are free"):

@@ -1,7 +1,8 @@
-"""Finding one's place, roll call, barriers and agreement: threads and small processes, no model."""
+"""Clusters, roll call, control channel, barriers and agreement: threads and small processes, no model."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import re
@@ -19,8 +20,9 @@ import pytest
 
 from jaxlm.config import DistributedConfig
 from jaxlm.errors import UserError
-from jaxlm.processes.distributed import find_cluster, find_place
-from jaxlm.processes.links import Links, Place, call_roll
+from jaxlm.processes.cluster import find_cluster, find_process
+from jaxlm.processes.control_channel import ControlChannel
+from jaxlm.processes.roll_call import Process, Roll, call_roll
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +33,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# Where am I ------------------------------------------------------------------------------------
+# Which process is this -------------------------------------------------------------------------
 
 SLURM = {
     "SLURM_JOB_ID": "4100",
@@ -67,24 +69,24 @@ def test_clusters(environ: dict[str, str], tpu: bool, cluster: str | None) -> No
     assert find_cluster(environ, tpu) == cluster
 
 
-def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_process_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     given = DistributedConfig(coordinator="a:1", num_processes=2, process_id=1)
-    assert find_place(given, {}) == Place("a:1", 2, 1)
+    assert find_process(given, {}) == Process("a:1", 2, 1)
     variables = {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "0"}
-    assert find_place(DistributedConfig(), variables) == Place("b:2", 3, 0)
-    assert find_place(given, variables) == Place("a:1", 2, 1)
-    assert find_place(DistributedConfig(), {}) is None
-    assert find_place(DistributedConfig(num_processes=1), {}) is None
-    assert find_place(DistributedConfig(coordinator="a:1"), MPI) == Place("a:1", 2, 1)
+    assert find_process(DistributedConfig(), variables) == Process("b:2", 3, 0)
+    assert find_process(given, variables) == Process("a:1", 2, 1)
+    assert find_process(DistributedConfig(), {}) is None
+    assert find_process(DistributedConfig(num_processes=1), {}) is None
+    assert find_process(DistributedConfig(coordinator="a:1"), MPI) == Process("a:1", 2, 1)
     for name, value in SLURM.items():  # JAX itself reads Slurm's variables, from the environment
         monkeypatch.setenv(name, value)
-    assert find_place(DistributedConfig(), SLURM) == Place(f"gpu07:{4100 % 4096 + 65535 - 4095}", 4, 3)
+    assert find_process(DistributedConfig(), SLURM) == Process(f"gpu07:{4100 % 4096 + 65535 - 4095}", 4, 3)
 
 
 @pytest.mark.parametrize(
     ("config", "environ", "words"),
     [
-        (dict(coordinator="a:1"), {}, r"--num_processes, --process_id missing \(no cluster found"),
+        (dict(coordinator="a:1"), {}, r"--num_processes, --process_id missing \(no cluster that sets it"),
         (dict(num_processes=2, process_id=0), {}, r"--coordinator missing"),
         (dict(coordinator="a:1", num_processes=2, process_id=2), {}, r"process_id: 2 of 2 processes; .* from 0 to 1"),
         (dict(coordinator="a:1", num_processes=2, process_id=-1), {}, r"process_id: -1"),
@@ -92,35 +94,71 @@ def test_place(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, MPI, r"Open MPI.*--coordinator"),
     ],
 )
-def test_place_errors(config: dict[str, Any], environ: dict[str, str], words: str) -> None:
+def test_numbers_that_do_not_fit(config: dict[str, Any], environ: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        find_place(DistributedConfig(**config), environ)
+        find_process(DistributedConfig(**config), environ)
 
 
 @pytest.mark.parametrize("address", ["host", "host:", ":80", "host:http", "host:99999"])
 def test_address(address: str) -> None:
     with pytest.raises(UserError, match=r"must be HOST:PORT"):
-        Place(address, 2, 0).address()
+        Process(address, 2, 0).address()
 
 
-# Roll call and links: threads stand for processes ----------------------------------------------
+# Roll call and control channel: threads stand for processes -------------------------------------
 
 
-def together(port: int, ids: list[int], processes: int, timeout: float = 20) -> dict[int, Links | UserError]:
-    found: dict[int, Links | UserError] = {}
+class Memory:
+    """The coordination service as a dict, for threads."""
 
-    def one(at: int, process: int) -> None:
+    def __init__(self, count: int) -> None:
+        self.stored: dict[str, str] = {}
+        self.changed = threading.Condition()
+        self.barriers: collections.defaultdict[str, threading.Barrier] = collections.defaultdict(
+            lambda: threading.Barrier(count)
+        )
+
+    def put(self, key: str, value: str) -> bool:
+        with self.changed:
+            new = self.stored.setdefault(key, value) is value
+            self.changed.notify_all()
+            return new
+
+    def wait(self, key: str) -> str:
+        with self.changed:
+            self.changed.wait_for(lambda: key in self.stored)
+            return self.stored[key]
+
+    def values(self, key: str) -> dict[int, str]:
+        with self.changed:
+            found = {k.rpartition("/"): text for k, text in self.stored.items()}
+            return {int(number): text for (parent, _, number), text in found.items() if parent == key}
+
+    def barrier(self, name: str, seconds: float) -> bool:
+        with self.changed:
+            barrier = self.barriers[name]
         try:
-            found[at] = call_roll(Place(f"localhost:{port}", processes, process), timeout, 10, lambda text: None)
-        except UserError as error:
-            found[at] = error
+            barrier.wait(seconds)
+        except threading.BrokenBarrierError:
+            return False
+        return True
 
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(ids)]
+
+def together(port: int, ids: list[int], count: int, timeout: float = 20) -> dict[int, Roll | UserError]:
+    results: dict[int, Roll | UserError] = {}
+
+    def call(at: int, index: int) -> None:
+        try:
+            results[at] = call_roll(Process(f"localhost:{port}", count, index), timeout, 10, lambda text: None)
+        except UserError as error:
+            results[at] = error
+
+    threads = [threading.Thread(target=call, args=pair) for pair in enumerate(ids)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return results
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -130,30 +168,31 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def vanish(link: Links) -> None:
-    """What the kernel does when a process ends; its own thread, which lives on here, is to say nothing of it."""
-    link._closing = True
-    for line in list(link._lines.values()):
+def vanish(channel: ControlChannel) -> None:
+    """Does what the kernel does when a process ends; its threads, which live on here, are to say nothing."""
+    channel._leaving = True
+    for connection in list(channel._roll.connections.values()):
         with contextlib.suppress(OSError):
-            line.socket.shutdown(socket.SHUT_RDWR)
+            connection.socket.shutdown(socket.SHUT_RDWR)
 
 
-def linked(count: int) -> tuple[list[Links], dict[int, str]]:
-    found = together(free_port(), list(range(count)), count)
-    links = [link for _, link in sorted(found.items()) if isinstance(link, Links)]
-    assert len(links) == count, found
+def connected(count: int, timeout: float = 20) -> tuple[list[ControlChannel], dict[int, str]]:
+    """A channel for each process, and, once they end, why by process."""
+    rolls, service = together(free_port(), list(range(count)), count), Memory(count)
+    channels = [ControlChannel(roll, service, timeout) for _, roll in sorted(rolls.items()) if isinstance(roll, Roll)]
+    assert len(channels) == count, rolls
     ends: dict[int, str] = {}
-    for number, link in enumerate(links):
-        link.watch(lambda why, number=number: (ends.__setitem__(number, why), vanish(links[number]))[0])
-    return links, ends
+    for number, channel in enumerate(channels):
+        channel.watch(lambda why, number=number: (ends.__setitem__(number, why), vanish(channels[number]))[0])
+    return channels, ends
 
 
 def test_all_stop_at_the_same_call_wherever_they_are() -> None:
-    links, ends = linked(4)
+    channels, ends = connected(4)
     calls = [0] * 4
 
     def loop(number: int) -> None:
-        while not links[number].due():
+        while not channels[number].due():
             calls[number] += 1
             time.sleep(0.001 * (number + 1) ** 2)
 
@@ -161,38 +200,50 @@ def test_all_stop_at_the_same_call_wherever_they_are() -> None:
     for thread in threads:
         thread.start()
     time.sleep(0.2)
-    links[2].ask_stop("SIGTERM")
-    links[1].ask_stop("SIGINT")  # a second one changes nothing
+    channels[2].ask_stop("SIGTERM")
+    channels[1].ask_stop("SIGINT")  # a second one changes nothing
     # The slow ones come to the same call later, as they would when steps keep them together.
     for thread in threads:
         thread.join(20)
     assert len(set(calls)) == 1 and calls[0] > 5
-    assert {link.stopped_by for link in links} == {f"SIGTERM on process 2 ({socket.gethostname()})"} or {
-        link.stopped_by for link in links
-    } == {f"SIGINT on process 1 ({socket.gethostname()})"}
-    assert all(link.due() for link in links)
-    closing = [threading.Thread(target=link.close) for link in links]
+    assert {channel.stopped_by for channel in channels} == {f"SIGTERM on process 2 ({socket.gethostname()})"}
+    assert all(channel.due() for channel in channels)
+    closing = [threading.Thread(target=channel.close) for channel in channels]
+    started = time.monotonic()
     for thread in closing:
         thread.start()
     for thread in closing:
         thread.join()
-    assert not ends
+    assert not ends and time.monotonic() - started < 5, "nobody waits for a time-out"
+    assert not any(thread.is_alive() for channel in channels for thread in (*channel._threads, channel._connections))
+
+
+def test_a_process_that_does_not_answer_to_a_stop_ends_the_others() -> None:
+    channels, ends = connected(3, timeout=0.5)
+    service = channels[0]._coordination
+    assert isinstance(service, Memory)
+    service.barriers["jaxlm/stop/counted"] = threading.Barrier(4)  # one never comes
+    channels[0].ask_stop("SIGTERM")
+    wait_for(lambda: len(ends) >= 2)
+    expected = f"not all processes answered to SIGTERM on process 0 ({socket.gethostname()}) within 0.5 s"
+    assert expected in ends.values()
 
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_an_error_is_told_to_all_others(failing: int) -> None:
-    links, ends = linked(3)
-    links[failing].fail("KeyError: 'granite'")
-    vanish(links[failing])
+    channels, ends = connected(3)
+    channels[failing].fail("KeyError: 'granite'", status=7)
+    vanish(channels[failing])
     wait_for(lambda: len(ends) == 2)
     host = socket.gethostname()
     assert ends == {n: f"process {failing} ({host}) failed: KeyError: 'granite'" for n in range(3) if n != failing}
+    assert {channels[n].end_status for n in ends} == {7}
 
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_closed_connection_is_a_death(dead: int) -> None:
-    links, ends = linked(3)
-    vanish(links[dead])
+    channels, ends = connected(3)
+    vanish(channels[dead])
     wait_for(lambda: len([n for n in ends if n != dead]) == 2)
     assert {ends[n] for n in range(3) if n != dead} == {f"process {dead} ({socket.gethostname()}) died"}
 
@@ -212,7 +263,7 @@ def test_wrong_numbers() -> None:
     with pytest.raises(UserError, match=r"came as process 1 of 3, process 0 is one of 2"):
         thread = threading.Thread(target=lambda: together(port, [1], 3, timeout=5))
         thread.start()
-        call_roll(Place(f"localhost:{port}", 2, 0), 5, 10, lambda text: None)
+        call_roll(Process(f"localhost:{port}", 2, 0), 5, 10, lambda text: None)
     thread.join()
 
 
@@ -229,18 +280,18 @@ def test_strangers_at_the_port_do_not_matter() -> None:
     thread.start()
     said: list[str] = []
     with pytest.raises(UserError, match="process 1 of 2 did not come"):
-        call_roll(Place(f"localhost:{port}", 2, 0), 1.5, 10, said.append)
+        call_roll(Process(f"localhost:{port}", 2, 0), 1.5, 10, said.append)
     thread.join()
 
 
 def test_coordinator_cannot_be_reached() -> None:
     port = free_port()
     with pytest.raises(UserError, match=rf"process 1 of 2 could not reach localhost:{port} within 1 s \(refused"):
-        call_roll(Place(f"localhost:{port}", 2, 1), 1, 10, print)
+        call_roll(Process(f"localhost:{port}", 2, 1), 1, 10, print)
     with pytest.raises(UserError, match=r"the name 'no.such.host.invalid' is not known here"):
-        call_roll(Place("no.such.host.invalid:80", 2, 1), 1, 10, print)
+        call_roll(Process("no.such.host.invalid:80", 2, 1), 1, 10, print)
     with socket.create_server(("", port)), pytest.raises(UserError, match=rf"cannot listen on port {port}"):
-        call_roll(Place(f"localhost:{port}", 2, 0), 1, 10, print)
+        call_roll(Process(f"localhost:{port}", 2, 0), 1, 10, print)
 
 
 # Real processes with JAX's coordination service, but no model ----------------------------------

@@ -15,8 +15,10 @@ import yaml
 from rich.console import Console
 
 from jaxlm.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, TrainConfig, to_dict
-from jaxlm.data.examples import Example, from_list
-from jaxlm.data.loader import Data, Report
+from jaxlm.data.encoding import Example
+from jaxlm.data.examples import from_list
+from jaxlm.data.loader import Data
+from jaxlm.data.report import Report
 from jaxlm.models.decoder import Decoder
 from jaxlm.processes.distributed import Hosts
 from jaxlm.spec import uniform_decoder

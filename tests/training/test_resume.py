@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,22 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxlm.config import DataConfig, LoraConfig, ModelConfig, OptimizerConfig, RunConfig, SourceConfig, to_dict
+from jaxlm.config import (
+    DataConfig,
+    LoraConfig,
+    ModalityConfig,
+    ModelConfig,
+    MoeRunConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    to_dict,
+)
 from jaxlm.data.loader import Data, build_data
 from jaxlm.errors import UserError
 from jaxlm.models.version1 import recorded
-from jaxlm.spec import DecoderSpec, NormSpec, uniform_decoder
+from jaxlm.spec import DecoderSpec, ExpertsSpec, NormSpec, uniform_decoder
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxlm.training import resume
 from jaxlm.training.resume import Inputs, base_fingerprint, check_inputs, check_settings
@@ -177,6 +193,87 @@ def test_a_key_of_today_is_new_tomorrow(folder: Path, tokenizer: Tokenizer, monk
     check(default, old, inputs_of(old, tokenizer, Base()))
     with pytest.raises(UserError, match=r"optimizer.gamma: was 0.25, which this version does not know"):
         check(special, old, inputs_of(old, tokenizer, Base()))
+
+
+def test_a_new_field_in_any_recorded_dataclass_stops_no_run(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every dataclass of the run's configuration and of the model's spec grows by a field at once."""
+    experts = ExpertsSpec(4, "learned", ("text", "salt"), ((30, 40),), (2, 1))
+    model = MODEL.with_feed_forward(experts=experts)
+    old = config_of(
+        folder,
+        moe=MoeRunConfig(experts=4),
+        tokenizer=TokenizerConfig(modalities=(ModalityConfig(preset="smiles"),)),
+        data={"validation": (SourceConfig(path=str(folder / "data.json")),)},
+    )
+    files = written(old, inputs_of(old, tokenizer, Base(), model))
+    config, spec = Grown(7), Grown(None)
+    new, new_model = config.value(old), spec.value(model)
+    monkeypatch.setattr(resume, "RunConfig", config.type(RunConfig))
+    check(files, new, inputs_of(new, tokenizer, Base(), new_model))
+    recorded_classes = {cls.__name__ for cls in (*config.classes, *spec.classes)}
+    assert recorded_classes >= {"RunConfig", "SourceConfig", "ModalityConfig", "LoraConfig", "MoeRunConfig"}
+    assert recorded_classes >= {"DecoderSpec", "LayerSpec", "AttentionSpec", "RopeSpec", "ExpertsSpec", "NormSpec"}
+    # The comparison does see the fields: one that is set is named, wherever it is.
+    values = to_dict(new)
+    for keys in (["optimizer"], ["lora"], ["moe"], ["tokenizer"], ["tokenizer", "modalities", 0]):
+        changed = copy.deepcopy(values)
+        section = changed
+        for key in keys:
+            section = section[key]
+        assert section["made_up"] == 7
+        section["made_up"] = 8
+        other = files | {"run.yaml": yaml.safe_dump(changed).encode()}
+        with pytest.raises(UserError, match=rf"{keys[0]}.*made_up: was 8, is 7"):
+            check_settings(other, new, CHECKPOINT)
+
+
+class Grown:
+    """Makes subclasses of dataclasses that have one field more, `made_up`, at every level."""
+
+    def __init__(self, default: int | None) -> None:
+        self.default = default
+        self.classes: dict[type, type] = {}
+
+    def type(self, cls: Any) -> Any:
+        if cls not in self.classes:
+            hints, fields = typing.get_type_hints(cls), []
+            for field in dataclasses.fields(cls):
+                options: dict[str, Any] = {"compare": field.compare}
+                if field.default_factory is not dataclasses.MISSING:
+                    factory: Any = field.default_factory
+                    options["default_factory"] = self.type(factory) if dataclasses.is_dataclass(factory) else factory
+                elif field.default is not dataclasses.MISSING:
+                    options["default"] = self.value(field.default)
+                fields.append((field.name, self._hint(hints[field.name]), dataclasses.field(**options)))
+            made_up = ("made_up", int | None, dataclasses.field(default=self.default))
+            names = [field.name for field in dataclasses.fields(cls)]
+
+            def equal(mine: Any, other: Any) -> bool:  # as if the field had been added to the class itself
+                return isinstance(other, cls) and all(getattr(mine, name) == getattr(other, name) for name in names)
+
+            namespace = {"__eq__": equal, "__hash__": cls.__hash__}
+            self.classes[cls] = dataclasses.make_dataclass(
+                cls.__name__, [*fields, made_up], bases=(cls,), namespace=namespace, frozen=True, kw_only=True, eq=False
+            )
+        return self.classes[cls]
+
+    def value(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self.value, value))
+        if not dataclasses.is_dataclass(value):
+            return value
+        values = {field.name: self.value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return self.type(type(value))(**values)
+
+    def _hint(self, hint: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return self.type(hint)
+        inner = tuple(map(self._hint, typing.get_args(hint)))
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            return functools.reduce(operator.or_, inner)
+        return tuple[inner] if typing.get_origin(hint) is tuple else hint
 
 
 def hints_with(names: dict[str, Any]) -> Any:

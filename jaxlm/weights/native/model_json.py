@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxlm import __version__
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import read_object
 from jaxlm.models.version1 import read_model
 from jaxlm.spec import DecoderSpec
+from jaxlm.version import __version__
 from jaxlm.weights.native.layout import MODEL_JSON, SMALL_FILES
 
 FORMAT, VERSION = "jaxlm", 2  # 1 described the model in the flat fields of `models.version1`

@@ -1,0 +1,56 @@
+"""The public functions of `import jaxlm`; docs/python_api.md shows them at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from convert.source import open_with_adapter
+from convert.transforms.merge import MergedSource
+from jaxlm.config import MeshConfig
+from jaxlm.inference.loaded import LoadedModel
+from jaxlm.inference.loading import ModelFiles, placement, prompt_settings
+
+
+def load(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    int8: bool = False,
+    merge_adapter: bool = False,
+    attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto",
+    mesh: MeshConfig | None = None,
+    tokenizer: str | Path | None = None,
+    template: str = "auto",
+    system: str | None = None,
+) -> LoadedModel:
+    """Loads a model onto the devices of this process.
+
+    Args:
+        path: a Hugging Face directory, a converted one, a run directory or one of its checkpoints. An adapter that
+            records its base may stand alone.
+        adapter: a LoRA adapter on the model: a PEFT directory, a converted one, or a LoRA run.
+        dtype: of weights and compute; auto: bfloat16 on GPU and TPU, float32 on a CPU.
+        int8: keep the linear layers in int8, with a factor per output: half the memory of bfloat16.
+        merge_adapter: fold the adapter into the weights while reading them; the same text up to rounding, faster.
+        attention: implementation that reads prompts.
+        mesh: the devices, e.g. `MeshConfig(data=2, fsdp=1, tensor=4)`; None: as many as the heads allow along tensor,
+            the rest along data.
+        tokenizer: a directory or SentencePiece .model file; None: the model's own.
+        template: how `generate` turns a question into a prompt: a template's name or JSON file, chat for the
+            tokenizer's chat template, text for the prompt as it is; auto: the one of its training, else chat, else
+            text.
+        system: the system message of templates for conversations.
+
+    Raises:
+        UserError: the model, adapter or tokenizer cannot be read or do not fit each other, or the mesh does not fit
+            the devices. The message names what to change.
+    """
+    opened = open_with_adapter(str(path), None if adapter is None else str(adapter))
+    merged = opened.base if opened.adapter is None else MergedSource(opened.base, opened.adapter)
+    files = ModelFiles(opened.base, opened.adapter, merged)
+    prompts = prompt_settings(files, None if tokenizer is None else str(tokenizer), template)
+    prompter = prompts.prompter(system=system)
+    placed = placement(files, dtype, int8, merge_adapter, attention, mesh)
+    return LoadedModel(placed.place(prompts), prompter)

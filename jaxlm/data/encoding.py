@@ -1,0 +1,195 @@
+"""Rendered records to token ids and loss masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlm.config import DataConfig
+from jaxlm.data.records import Record
+from jaxlm.data.rendering import Rendered, Segment, Template
+from jaxlm.errors import UserError
+from jaxlm.modalities import TextError
+from jaxlm.tokenizer import Encoding, Tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record.
+
+    Args:
+        input_ids: int32 [n].
+        loss_mask: bool [n]: True where the token is a target to learn.
+        ends: places of the special tokens that end an answer.
+    """
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    ends: tuple[int, ...] = ()
+
+
+def encode_rendered(
+    items: Sequence[Rendered],
+    tokenizer: Tokenizer,
+    *,
+    add_bos: bool,
+    add_eos: bool,
+    train_on_inputs: bool,
+    running: bool = False,
+) -> list[Example]:
+    """Tokens and masks of rendered records, not truncated; the first token of each is masked.
+
+    A token is a target when it covers at least one trained character, so a token across the border between prompt and
+    answer is trained. `running`: the records become one running text, where the first token of one is trained like the
+    others if all of them are (as HF's run_clm learns every document's bos).
+
+    Raises:
+        UserError: bos or eos is asked for and the tokenizer has none.
+        TextError: a record with what the tokenizer cannot read; its number is the record's place in `items`.
+    """
+    segments = [segment for item in items for segment in item.segments]
+    special = {item.special_tokens for item in items}
+    if len(special) > 1:
+        raise AssertionError("records of one call must come from one template")
+    # Behind an eos a segment goes on; it does not begin a text.
+    continued = [
+        number > 0 and add_eos and item.segments[number - 1].eos
+        for item in items
+        for number in range(len(item.segments))
+    ]
+    try:
+        texts = [segment.text for segment in segments]
+        encodings = iter(tokenizer.encode_batch(texts, next(iter(special), None), continued))
+    except TextError as error:
+        owners = [number for number, item in enumerate(items) for _ in item.segments]
+        raise TextError(owners[error.number], str(error)) from None
+    return [_join(item, encodings, tokenizer, add_bos, add_eos, train_on_inputs, running) for item in items]
+
+
+def _join(
+    item: Rendered,
+    encodings: Iterator[Encoding],
+    tokenizer: Tokenizer,
+    add_bos: bool,
+    add_eos: bool,
+    whole: bool,
+    running: bool,
+) -> Example:
+    ids: list[int] = []
+    masks: list[NDArray[np.bool_]] = []
+    ends: list[int] = []
+    if add_bos and not item.has_bos:
+        opening = tokenizer.opening or (_required(tokenizer, "bos"),)
+        ids += opening
+        masks.append(np.zeros(len(opening), np.bool_))
+    for segment in item.segments:
+        encoding = next(encodings)
+        own = _mask(segment, encoding)
+        # Words that a template ends turns with are trained too, but no token stops a generation there.
+        stopping = (place for place in _ends(segment, encoding) if tokenizer.is_end(encoding.ids[place]))
+        ends += [len(ids) + place for place in stopping]
+        ids += encoding.ids
+        masks.append(np.ones(len(encoding.ids), np.bool_) if whole else own)
+        if not segment.eos:
+            continue
+        trained = segment.spans[-1].trained
+        # As alpaca-lora: an answer that brings its own eos gets no second one.
+        brought = bool(ids) and ids[-1] == tokenizer.eos_id
+        if add_eos and not brought:
+            ids.append(_required(tokenizer, "eos"))
+            masks.append(np.array([whole or trained]))
+        if trained and (add_eos or brought):
+            ends.append(len(ids) - 1)
+    mask = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
+    mask[:1] = running and mask[1:].all()
+    return Example(np.array(ids, np.int32), mask, tuple(dict.fromkeys(ends)))
+
+
+def _required(tokenizer: Tokenizer, name: str) -> int:
+    index: int | None = getattr(tokenizer, f"{name}_id")
+    if index is None:
+        raise UserError(
+            f"data.add_{name} is true, but the tokenizer of {tokenizer.path} has no {name} token; "
+            f"set {name}_token in its tokenizer_config.json, or data.add_{name}: false"
+        )
+    return index
+
+
+def _mask(segment: Segment, encoding: Encoding) -> NDArray[np.bool_]:
+    """bool [tokens]: which of a segment's tokens are trained."""
+    if all(span.trained for span in segment.spans):
+        return np.ones(len(encoding.ids), np.bool_)  # also tokens that stand for no character, like a leading "▁"
+    lengths = [len(span.text) for span in segment.spans]
+    characters = np.repeat([span.trained for span in segment.spans], lengths)
+    trained_before = np.concatenate([[0], np.cumsum(characters)])
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    # A token that stands for no character (the space that SentencePiece puts in front, half of a letter that
+    # normalisation takes apart) goes with those beside it.
+    empty = offsets[:, 0] == offsets[:, 1]
+    begin = np.where(empty, np.maximum(offsets[:, 0] - 1, 0), offsets[:, 0])
+    end = np.where(empty, np.minimum(offsets[:, 1] + 1, len(characters)), offsets[:, 1])
+    result: NDArray[np.bool_] = trained_before[end] > trained_before[begin]
+    return result
+
+
+def _ends(segment: Segment, encoding: Encoding) -> list[int]:
+    """Places of the tokens with which the segment's trained ends of answers end."""
+    places, at = [], 0
+    for span in segment.spans:
+        begin, at = at, at + len(span.text)
+        if span.end and span.trained and span.text:
+            covering = [k for k, (a, b) in enumerate(encoding.offsets) if a < at and b > begin]
+            places += covering[-1:]
+    return places
+
+
+def resolve_ends(config: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, str]:
+    """The configuration with add_bos and add_eos decided, and a line that says how and why.
+
+    bos goes in front of a record where the tokenizer itself puts it. eos ends every answer and every document whatever
+    the tokenizer does: that rule of a tokenizer is about any text, prompts too, and without eos a model would not learn
+    to stop, nor where documents end.
+    """
+    bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
+    eos = tokenizer.eos_id is not None if config.add_eos is None else config.add_eos
+    first = "no bos first" if not bos else f"bos {''.join(map(tokenizer.token, tokenizer.opening))} first"
+    first += f" ({tokenizer.adds_why if config.add_bos is None else 'data.add_bos'})"
+    last = f"eos {tokenizer.token(tokenizer.eos_id)} ends" if eos and tokenizer.eos_id is not None else "no eos ends"
+    why = "data.add_eos" if config.add_eos is not None else "" if eos else "the tokenizer has none"
+    line = (
+        f"each record: {first}; {last} answers and documents{f' ({why})' if why else ''}; a chat template has its own"
+    )
+    return dataclasses.replace(config, add_bos=bos, add_eos=eos), line
+
+
+def prompt_ids(
+    template: Template,
+    record: Record,
+    tokenizer: Tokenizer,
+    add_bos: bool | None = None,
+    add_eos: bool | None = None,
+) -> list[int]:
+    """Token ids of everything before the record's last answer, for inference.
+
+    Args:
+        template: the template.
+        record: the record.
+        tokenizer: the tokenizer.
+        add_bos: begin with bos unless the template does; None: if the tokenizer itself does.
+        add_eos: earlier answers end with eos; None: if the tokenizer has one.
+
+    Raises:
+        UserError: for what the template or the tokenizer cannot read.
+    """
+    rendered = template.render_prompt(record)
+    bos = tokenizer.adds_bos if add_bos is None else add_bos
+    eos = tokenizer.eos_id is not None if add_eos is None else add_eos
+    try:
+        example = encode_rendered([rendered], tokenizer, add_bos=bos, add_eos=eos, train_on_inputs=False)[0]
+    except TextError as error:
+        raise UserError(f"{record.name}: {error}") from None
+    return [int(index) for index in example.input_ids]

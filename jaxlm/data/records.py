@@ -1,0 +1,185 @@
+"""Reading the records of a source: one dict per record, with a name for error messages.
+
+A source is a file, a folder or a pattern of files that `data.entries` reads, or a directory written by Hugging Face
+`datasets` (save_to_disk).
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.config import SourceConfig
+from jaxlm.data.compressed import inner_ending
+from jaxlm.data.entries import Entry, read_entries
+from jaxlm.errors import UserError
+from jaxlm.locate import at_home
+
+FORMATS = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record. `name` is "file:number", the number counting records from 1, or lines where records are lines."""
+
+    name: str
+    data: dict[str, Any]
+
+
+def read_records(source: SourceConfig) -> Iterator[Record]:
+    """The records of a source in order, at most `source.limit`.
+
+    Raises:
+        UserError: nothing found, an empty file, broken content (with the place), an unknown format.
+    """
+    _check_limit(source)
+    return itertools.islice(_all_records(source), None if source.limit is None else min(source.limit, sys.maxsize))
+
+
+def check_source(source: SourceConfig) -> None:
+    """Checks what can be said of a source without reading it.
+
+    Raises:
+        UserError: nothing is there, of an unknown kind, or not readable.
+    """
+    _check_limit(source)
+    for file in _files(source):
+        _format(file, source)
+        with file.open("rb"):  # OSError names it
+            pass
+
+
+def _check_limit(source: SourceConfig) -> None:
+    if source.limit is not None and source.limit < 1:
+        raise UserError(f"data: limit of {source.path} is {source.limit}; it must be at least 1")
+
+
+def _all_records(source: SourceConfig) -> Iterator[Record]:
+    if _is_hf(source):
+        yield from _read_hf(source)
+    for file in _files(source):
+        is_empty = True
+        kind = _format(file, source)
+        for entry in read_entries(file, kind, key="data", documents=source.documents):
+            is_empty = False
+            yield _record(entry, is_binary=kind == "parquet")
+        if is_empty:
+            raise UserError(f"data: {file} holds no records; remove it from the sources")
+
+
+def _record(entry: Entry, is_binary: bool) -> Record:
+    if entry.problem is not None:
+        raise UserError(f"data: {entry.name}: {entry.problem}")
+    if not isinstance(entry.value, dict):
+        kind = type(entry.value).__name__
+        raise UserError(f"data: {entry.name}: a record must be an object with named fields, found {kind}")
+    return _plain_record(entry.name, entry.value) if is_binary else Record(entry.name, entry.value)
+
+
+def _plain_record(name: str, value: dict[str, Any]) -> Record:
+    """A record of a binary format: bytes as the UTF-8 text that they are, NaN as null."""
+    return Record(name, {column: _plain(name, column, inner) for column, inner in value.items()})
+
+
+def _plain(name: str, column: str, value: Any) -> Any:
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"data: {name}: column {column!r} holds bytes that are not UTF-8 text; leave the column out, or write "
+                "it as text"
+            ) from None
+    if isinstance(value, Mapping):
+        return {key: _plain(name, column, inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, column, inner) for inner in value]
+    return value
+
+
+def _is_hf(source: SourceConfig) -> bool:
+    """Whether a source is a directory of `datasets`.
+
+    Raises:
+        UserError: it should be one by its format, and is not.
+    """
+    root = at_home(source.path)
+    is_there = (root / "state.json").is_file() or (root / "dataset_dict.json").is_file()
+    if source.format == "hf" and not is_there:
+        raise UserError(f"data: {source.path} is not a directory written by datasets' save_to_disk")
+    return is_there and source.format in ("hf", "auto")
+
+
+def _files(source: SourceConfig) -> list[Path]:
+    """The files of a source, in order; none for a directory of `datasets`."""
+    if _is_hf(source):
+        return []
+    if source.split is not None:
+        raise UserError(
+            f"data: split is {source.split!r}, but {source.path} is not a directory written by datasets' save_to_disk"
+        )
+    root = at_home(source.path)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        names = glob.glob(str(root), recursive=True)  # noqa: PTH207 (absolute patterns)
+        files = sorted(path for path in map(Path, names) if path.is_file())
+        if not files:
+            raise UserError(f"data: {source.path} does not exist (paths are relative to the working directory)")
+        return files
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if source.format == "auto":
+        files = [path for path in files if inner_ending(path) in FORMATS]
+    if not files:
+        raise UserError(f"data: the folder {source.path} holds no file of a known kind: {', '.join(sorted(FORMATS))}")
+    return files
+
+
+def _format(file: Path, source: SourceConfig) -> str:
+    if source.format != "auto":
+        return source.format
+    kind = FORMATS.get(inner_ending(file))
+    if kind is None:
+        raise UserError(
+            f"data: {file}: the ending {inner_ending(file) or file.suffix!r} is unknown; "
+            "set format to one of json, jsonl, csv, parquet, text, hf"
+        )
+    return kind
+
+
+def _read_hf(source: SourceConfig) -> Iterator[Record]:
+    import datasets  # takes a second, and only these sources need it
+
+    try:
+        loaded = datasets.load_from_disk(str(at_home(source.path)))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise UserError(f"data: {source.path} cannot be read as a data set: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if source.split not in loaded:
+            given = "is missing" if source.split is None else f"is {source.split!r}"
+            raise UserError(f"data: split of {source.path} {given}; it has {', '.join(sorted(loaded))}")
+        loaded = loaded[source.split]
+    elif source.split is not None:
+        raise UserError(f"data: split is {source.split!r}, but {source.path} holds one data set without splits")
+    if len(loaded) == 0:
+        raise UserError(f"data: {source.path} holds no records; remove it from the sources")
+    for number, value in enumerate(loaded, 1):
+        yield _plain_record(f"{source.path}:{number}", dict(value))

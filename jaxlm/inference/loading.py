@@ -1,0 +1,225 @@
+"""From opened files to a model on its devices: how it computes, where it lies, and how it is asked.
+
+Nothing here opens a path of a model: `convert.source` does, and hands over what can be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlm.config import MeshConfig
+from jaxlm.devices.finite import check_finite
+from jaxlm.devices.mesh import make_mesh
+from jaxlm.errors import UserError
+from jaxlm.inference.fit import check_tokenizer
+from jaxlm.inference.generator import Generator
+from jaxlm.inference.model import load_weights
+from jaxlm.inference.prompts import Prompter
+from jaxlm.jsontext import read_object
+from jaxlm.kernels.backend import AttentionBackend, ShapeKey, choose_attention, shape_key
+from jaxlm.models.decoder import Decoder
+from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.routers import choose_compute
+from jaxlm.nn.weight_types import Int8Weight, StoredWeight
+from jaxlm.spec import DecoderSpec
+from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.weights.leaves import AdapterSource, ParamSource
+from jaxlm.weights.names import tensor_name
+from jaxlm.weights.native.prompt_json import PromptFile, trained_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model that was opened, and perhaps an adapter on it.
+
+    Args:
+        base: the model without the adapter.
+        adapter: the adapter.
+        merged: the model with the adapter folded in; `base` where there is none.
+    """
+
+    base: ParamSource
+    adapter: AdapterSource | None
+    merged: ParamSource
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return str(self.base.path) if self.adapter is None else f"{self.base.path} with {self.adapter.path}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSettings:
+    """How a model is asked: the tokenizer, the template and why it is that one.
+
+    Args:
+        trained: what the model's own files say of its training.
+        warnings: what speaks against the tokenizer.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    reason: str
+    add_bos: bool | None
+    trained: PromptFile
+    warnings: list[str]
+
+    def prompter(self, columns: Mapping[str, str] | None = None, system: str | None = None) -> Prompter:
+        return Prompter(self.template, self.tokenizer, columns, self.add_bos, system, self.trained.add_eos)
+
+
+def prompt_settings(
+    files: ModelFiles, tokenizer: str | None = None, template: str = "auto", add_bos: bool | None = None
+) -> PromptSettings:
+    """How to ask a model.
+
+    Args:
+        tokenizer: path of another tokenizer than the model's own.
+        template: a name or file; auto: the one of its training, else the tokenizer's chat template, else plain text.
+        add_bos: begin with bos; None: as in training, else as the tokenizer does.
+
+    Raises:
+        UserError: the tokenizer is another model's, or cannot be read.
+    """
+    loaded = load_tokenizer(tokenizer or files.merged.tokenizer_dir)
+    own = _own_tokenizer(files.merged) if tokenizer else None
+    warnings = check_tokenizer(loaded, files.merged.config, own, "tokenizer" if tokenizer else "")
+    trained = trained_prompt(files.base.path if files.adapter is None else files.adapter.path)
+    name, reason = _template(template, trained, loaded)
+    return PromptSettings(loaded, name, reason, trained.add_bos if add_bos is None else add_bos, trained, warnings)
+
+
+def _own_tokenizer(source: ParamSource) -> Tokenizer | None:
+    """The tokenizer that came with a model, to compare another with; None where there is none to be read."""
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
+        return None
+    try:
+        return load_tokenizer(source.tokenizer_dir)
+    except UserError:  # that may be why another was named
+        return None
+
+
+def _template(asked: str, trained: PromptFile, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The template's name, and why it is that one."""
+    if asked != "auto":
+        return asked, "as asked for"
+    if trained.template is not None:
+        return trained.template, "the one it was trained with"
+    if tokenizer.chat_template is not None:
+        return "chat", "the tokenizer's chat template"
+    return "text", "the prompt as it is; --template alpaca and others ask a question"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a model computes and where; `place` reads its weights.
+
+    Args:
+        weight_type: what the linear layers' kernels are stored as; None: arrays.
+        merge: the adapter is folded into the weights while they are read.
+        shape: what the choice of the attention rests on.
+        attention_reason, experts_reason: why these implementations; empty without experts.
+    """
+
+    files: ModelFiles
+    decoder: Decoder
+    weight_type: type[StoredWeight] | None
+    mesh: Mesh
+    merge: bool
+    attention: AttentionBackend
+    shape: ShapeKey
+    attention_reason: str
+    experts_reason: str
+
+    @property
+    def kept_in(self) -> str:
+        """The dtype of the weights, in words."""
+        return f"{self.decoder.dtype}{', linear layers in int8' if self.weight_type is Int8Weight else ''}"
+
+    def place(self, prompts: PromptSettings) -> Generator:
+        """Reads the weights onto the devices.
+
+        Raises:
+            UserError: they hold numbers that are not finite.
+        """
+        files, on_the_fly = self.files, None if self.merge else self.files.adapter
+        model = files.merged if self.merge else files.base
+        weights = load_weights(self.decoder, self.mesh, model, on_the_fly, self.weight_type)
+        cause = "the file is damaged, or of a run that diverged"
+        check_finite(weights, self.mesh, f"model: {files.where}", cause, tensor_name)
+        stop_ids = {*_stop_ids(files.merged, prompts.tokenizer), *prompts.trained.stop_ids}
+        return Generator(self.decoder, weights, self.mesh, sorted(stop_ids))
+
+
+def placement(
+    files: ModelFiles,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    int8: bool = False,
+    merge: bool = False,
+    attention: str = "auto",
+    mesh: MeshConfig | None = None,
+) -> Placement:
+    """Chooses how a model computes on the devices that are here.
+
+    Args:
+        dtype: of weights and compute; auto: bfloat16 on GPU and TPU, float32 on a CPU.
+        int8: keep the linear layers in int8.
+        merge: fold the adapter into the weights; else it is applied on the fly.
+        attention: implementation that reads prompts.
+        mesh: the devices; None: as many as the heads allow along tensor, the rest along data.
+
+    Raises:
+        UserError: for a mesh or an adapter that cannot be used so.
+    """
+    platform, spec = jax.default_backend(), files.merged.config
+    compute = dtype if dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    # Prompts have any length; the longest ones are what takes time.
+    shape = shape_key(spec.attention, compute, spec.max_length, False)
+    backend, reason = choose_attention(attention, shape)
+    if files.adapter is None and merge:
+        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
+    adapter = None if merge else files.adapter
+    specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
+    experts, why = ("dense", "") if spec.experts is None else choose_compute("auto", platform, spec.experts, specs)
+    decoder = Decoder(spec, specs, compute, compute, backend, experts=experts)
+    axes = mesh or auto_mesh(spec, jax.device_count())
+    if axes.sequence != 1:
+        raise UserError(
+            f"mesh.sequence: {axes.sequence}: one new token at a time is not a row to divide; set it to 1, and "
+            "data or tensor higher"
+        )
+    devices = make_mesh(axes, experts=None if spec.experts is None else spec.experts.num_experts)
+    return Placement(files, decoder, Int8Weight if int8 else None, devices, merge, backend, shape, reason, why)
+
+
+def auto_mesh(spec: DecoderSpec, devices: int) -> MeshConfig:
+    """Heads over as many devices as divide them, the rest see different prompts."""
+    blocks = spec.feed_forward.size if spec.experts is None else spec.experts.num_experts
+    tensor = math.gcd(devices, spec.attention.num_kv_heads, blocks)
+    return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
+
+
+def _stop_ids(source: ParamSource, tokenizer: Tokenizer) -> list[int]:
+    """Ids that end an answer: those of config.json, generation_config.json and the tokenizer."""
+    named: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
+    for file in source.tokenizer_files:
+        if file.name == "generation_config.json":
+            own = read_object(file).get("eos_token_id")
+            ids = own if isinstance(own, list) else [own]
+            if not all(index is None or type(index) is int for index in ids):
+                raise UserError(f"{file}: eos_token_id is {own!r}; it must be a token id or a list of them")
+            named.append(ids)
+    flat = [index for value in named for index in (value if isinstance(value, (list, tuple)) else [value])]
+    return sorted({index for index in flat if index is not None})
+
+
+def same_place(recorded: str, path: str | Path) -> bool:
+    """Whether a recorded base is this one; a name of the hub and a local copy of it count as the same."""
+    return Path(recorded).resolve() == Path(path).resolve() or Path(recorded).name == Path(path).name
