@@ -444,7 +444,7 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
         ({"top_k": (9, 2, 3)}, "moe.top_k: text: 9; there are 8 experts"),
         ({"top_k": (5, 0, 3)}, "moe.top_k: smiles: 0"),
         ({"top_k": (5, 2)}, "2 numbers for the modalities text, smiles, protein"),
-        ({"experts": 7}, "7 does not divide the 48 neurons"),
+        ({"num_experts": 7}, "7 does not divide the 48 neurons"),
         ({"router": "softmax"}, "'softmax' is not one of"),
         ({"ranges": ((40, 50), (45, 60))}, "share tokens"),
         ({"ranges": ((50, 40), (50, 60))}, "are not a range"),
@@ -455,7 +455,7 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
     ids=str,
 )
 def test_configurations_that_cannot_be(values: dict[str, Any], message: str) -> None:
-    good = {"experts": 8, "router": "modality", "modalities": NAMES, "ranges": RANGES, "top_k": (5, 2, 3)}
+    good = {"num_experts": 8, "router": "modality", "modalities": NAMES, "ranges": RANGES, "top_k": (5, 2, 3)}
     with pytest.raises(UserError, match=message):
         DENSE.with_experts(ExpertsSpec(**(good | values)))
 
