@@ -98,7 +98,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
     length, lora = setup.config.data.sequence_length // mesh.shape[SEQUENCE], initializer.lora
     shape = local_shape(model.spec, mesh.shape[TENSOR])
-    frozen = 0 if lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
+    frozen = _frozen_bytes(setup, initializer)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     # A micro-step's gradients have the parameters' dtype, their sum over micro-steps is float32.
     summed = 4 * _shard_count(initializer.trainable, initializer.trainable_shardings) if setup.accumulation > 1 else 0
@@ -132,11 +132,17 @@ def _parts_by_stage(mesh: Any) -> list[int]:
     return [math.prod(sizes[: at + 1]) for at in range(len(sizes))]
 
 
-def resident_bytes(initializer: Initializer) -> int:
+def _frozen_bytes(setup: TrainSetup, initializer: Initializer) -> int:
+    """Bytes of the trees that the objective reads and nothing trains."""
+    return len(setup.objective.frozen) * bytes_per_device(initializer.params, initializer.params_shardings)
+
+
+def resident_bytes(setup: TrainSetup, initializer: Initializer) -> int:
     """Bytes of a device that are in use all the time: parameters and the optimizer's state."""
-    frozen = 0 if initializer.lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
-    return frozen + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
+    return (
+        _frozen_bytes(setup, initializer) + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
+    )
 
 
 def _shard_count(tree: Any, shardings: Any) -> int:

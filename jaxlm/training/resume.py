@@ -83,7 +83,7 @@ def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
     one other layer; norms are taken whole. It takes little reading of any format, and a merged adapter or training of
     any kind changes some of it. Fields of the spec that have their default value are left out: they may be newer than
-    the hash that this one is compared with. A spec is hashed in the words of model.json's version 1 where these suffice.
+    the hash that this one is compared with. A spec is hashed in the words of model.json's version 1 if these suffice.
     """
     digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
     for path in sorted(source.leaves):
