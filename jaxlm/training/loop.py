@@ -69,6 +69,7 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
             announce(place, job, setup, initializer, start, compiled, schedule, batches)
 
     run = TrainingRun(job, setup, compiled, start, history, batches, hosts, terminal)
+    del start  # its state belongs to the first step
     stop.stepping()
     run.run()
     return _finish(run, stop, final_warnings(config.optimizer, schedule, run.total, not run.any_gradient))
