@@ -27,7 +27,7 @@ from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.version1 import ModelFields, read_model, recorded
-from jaxlm.spec import DecoderSpec, differences
+from jaxlm.spec import DecoderSpec, differences, is_stacked
 from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
@@ -83,7 +83,7 @@ def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
     one other layer; norms are taken whole. It takes little reading of any format, and a merged adapter or training of
     any kind changes some of it. Fields of the spec that have their default value are left out: they may be newer than
-    the hash that this one is compared with. A spec is hashed in the words of model.json's version 1 where these suffice.
+    the hash that this one is compared with. A spec is hashed in the words of model.json's version 1 if these suffice.
     """
     digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
     for path in sorted(source.leaves):
@@ -109,7 +109,7 @@ def _given(config: Any) -> Any:
 
 def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     """The slices of a leaf that its fingerprint is made of."""
-    stacked = path.startswith(("layers/", "tail/"))
+    stacked = is_stacked(path)
     dims = shape[1:] if stacked else shape
     name = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
     block = []
