@@ -97,7 +97,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     """
     model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
     length, lora = setup.config.data.sequence_length // mesh.shape[SEQUENCE], initializer.lora
-    shape = local_shape(model.config, mesh.shape[TENSOR])
+    shape = local_shape(model.spec, mesh.shape[TENSOR])
     frozen = 0 if lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     # A micro-step's gradients have the parameters' dtype, their sum over micro-steps is float32.
@@ -198,7 +198,7 @@ def _variables(shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], d
 
 
 def _kept(model: Decoder, rows: int, length: int) -> Any:
-    variables = _variables(model.config, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
+    variables = _variables(model.spec, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
     part = "lora" if "lora" in variables else "params"
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)

@@ -16,7 +16,7 @@ from convert.analysis.observe import walk
 from convert.analysis.sample import Sample
 from convert.source import open_model
 from convert.transforms.experts import MoefiedSource
-from jaxlm.nn.experts import experts_of_modalities
+from jaxlm.nn.routers import experts_of_modalities
 from jaxlm.spec import ROUTERS, ExpertsSpec
 from jaxlm.weights.leaves import ParamSource
 from jaxlm.weights.partition import permutation

@@ -107,8 +107,9 @@ def test_rope_tables(case: str) -> None:
     positions = np.array([[0, 1, 5, 100, 255]])
     x = hf.torch.zeros(1, 5, 4)
     cos, sin = torch_model.model.rotary_emb(x, hf.torch.from_numpy(positions))
-    found = rope_cos_sin(config, jnp.asarray(positions))
-    half = config.attention.head_dim // 2
+    rope, head_dim = config.attention.rope, config.attention.head_dim
+    found = rope_cos_sin(rope, head_dim, config.max_position_embeddings, jnp.asarray(positions))
+    half = head_dim // 2
     # At position 255 one unit in the last place of a frequency is 1.5e-5 radians.
     np.testing.assert_allclose(found[0], cos.numpy()[..., :half], rtol=0, atol=4e-5)
     np.testing.assert_allclose(found[1], sin.numpy()[..., :half], rtol=0, atol=4e-5)

@@ -16,7 +16,8 @@ from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.dispatch import make_dispatch
-from jaxlm.nn.experts import (
+from jaxlm.nn.lora import as_one_adapter, resolve_lora
+from jaxlm.nn.routers import (
     PADDING,
     choose_compute,
     experts_of_modalities,
@@ -25,7 +26,6 @@ from jaxlm.nn.experts import (
     route_by_scores,
     route_learned,
 )
-from jaxlm.nn.lora import as_one_adapter, resolve_lora
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from tests.models.compare import assert_trees_close, random_tree
 
@@ -326,7 +326,7 @@ def test_padding_uses_no_expert() -> None:
 
 
 def test_the_balance_loss_is_one_when_use_is_even() -> None:
-    from jaxlm.nn.experts import router_losses
+    from jaxlm.nn.routers import router_losses
 
     moe = ExpertsSpec(4, "learned", top_k=(1,))
     logits = jnp.eye(4) * 50.0
@@ -342,7 +342,7 @@ def test_router_losses_leave_padding_out(k: int) -> None:
     """The balance loss is Mixtral's in transformers, over k (even use: 1 here, k there); the z loss by its formula."""
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    from jaxlm.nn.experts import router_losses
+    from jaxlm.nn.routers import router_losses
 
     moe = ExpertsSpec(8, "learned", top_k=(k,))
     logits = np.random.default_rng(5).normal(0, 2, (3, 17, 8)).astype(np.float32)
