@@ -70,7 +70,7 @@ def train(config: DecoderSpec, seed: int, steps: int) -> dict[str, Any]:
 
     def loss(params: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
         found, notes = model.apply({"params": params}, ids, weights / weights.sum(), method="loss", mutable=["moe"])
-        penalty, figures = router_figures(notes, LOSSES, 1)
+        penalty, figures = router_figures(notes, config, LOSSES, 1)
         return found.loss + penalty, (found.loss, figures)
 
     @jax.jit

@@ -98,7 +98,7 @@ def _located(value: Any, hint: Any, key: str, folder: Path | None) -> Any:
             path = expand_user(value)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        return path if kind == WRITTEN or folder is None else _found(path, folder)
+        return path if kind == WRITTEN or folder is None else _beside(path, folder)
     if isinstance(value, list):
         return [_located(item, hint, key, folder) for item in value]
     section = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
@@ -112,15 +112,15 @@ def _located(value: Any, hint: Any, key: str, folder: Path | None) -> Any:
     return value
 
 
-def _found(path: str, folder: Path) -> str:
+def _beside(path: str, folder: Path) -> str:
     """`path`, or the same below `folder` when only that is there; patterns like *.json too."""
 
-    def there(candidate: Path) -> bool:
+    def exists(candidate: Path) -> bool:
         pattern = any(sign in candidate.name for sign in "*?[")
         return candidate.exists() or (pattern and any(candidate.parent.glob(candidate.name)))
 
-    beside = folder / path
-    return str(beside) if not there(Path(path)) and there(beside) else path
+    candidate = folder / path
+    return str(candidate) if not exists(Path(path)) and exists(candidate) else path
 
 
 def _parts(hint: Any) -> Iterator[Any]:
@@ -142,7 +142,7 @@ _HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*
 
 
 def missing(path: str | Path) -> str:
-    """What to say of a model, adapter or tokenizer that is not there: of a hub's name also how to get it."""
+    """What to say about a model, adapter or tokenizer that is not there; for a name on the hub also how to get it."""
     text = f"{path}: no such directory or file (relative paths are looked for in {Path.cwd()})"
     hub = _HUB_ID.fullmatch(str(path))
     if hub is None or Path(hub["owner"]).exists():

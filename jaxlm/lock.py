@@ -267,12 +267,12 @@ def _alive(holder: dict[str, Any]) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     """What a lock file says; {} for one that says nothing, None when there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _beat_of(path: Path) -> int | None:

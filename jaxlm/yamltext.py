@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 
-class StandsTwice(yaml.MarkedYAMLError):
-    """A key stands twice in one mapping."""
+class DuplicateKeyError(yaml.MarkedYAMLError):
+    """One mapping has the same key twice."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -17,15 +17,15 @@ class _Loader(yaml.SafeLoader):
         for at, (key, _) in enumerate(node.value):
             if len(names) == len(node.value) and key.value in names[:at]:
                 problem = f"the key {key.value!r} stands twice; put the two together, or remove one"
-                raise StandsTwice(problem=problem, problem_mark=key.start_mark)
+                raise DuplicateKeyError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(text: str) -> Any:
-    """What `yaml.safe_load` gives, but a key given twice is refused, of which that takes the last.
+    """What `yaml.safe_load` gives, but a key given twice is refused, where safe_load takes the last one.
 
     Raises:
-        StandsTwice: for such a key.
+        DuplicateKeyError: for such a key.
         yaml.YAMLError, ValueError, RecursionError: as safe_load raises them.
     """
     return _Loader(text).get_single_data()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from jaxlm.errors import UserError, exit_status
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jaxlm.evaluation.lpm24 import Pair
     from jaxlm.evaluation.perplexity import Perplexity, Settings, Texts
     from jaxlm.tokenizer import Tokenizer
     from jaxlm.weights.native.prompt_json import PromptFile
@@ -36,9 +34,6 @@ ALIASES = {
     "dtype": "model.dtype",
 }
 CONTEXT = 2048  # tokens of a row at most, unless more are asked for
-# Task -> columns in which the right answer, and the model's, are looked for.
-REFERENCES = {"smiles2text": ("caption", "ground truth"), "text2smiles": ("molecule", "ground truth")}
-PREDICTIONS = ("prediction", "answer", "output")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.evaluate") -> int:
@@ -59,6 +54,7 @@ def _run(config: EvaluateConfig) -> int:
     from rich.table import Table
 
     from jaxlm.evaluation import lpm24
+    from jaxlm.evaluation.pairs import REFERENCES, read_pairs
 
     if config.task is None or config.predictions is None:
         raise UserError(
@@ -96,66 +92,6 @@ def _run(config: EvaluateConfig) -> int:
         }
         Path(config.save_file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def read_pairs(
-    path: Path, task: str, reference: str | None = None, prediction: str | None = None
-) -> tuple[list[Pair], int]:
-    """The right answers beside the model's, and the number of records with an error in place of an answer.
-
-    Args:
-        path: .json, .jsonl, .csv or .tsv / .txt (the benchmark's table, columns divided by tabs).
-        reference, prediction: columns; None: the first there is of the usual ones.
-
-    Raises:
-        UserError: for a broken file, or a record without one of the two.
-    """
-    from jaxlm.evaluation.lpm24 import Pair
-
-    pairs, missing = [], 0
-    for number, row in enumerate(_rows(path), 1):
-        texts = []
-        for option, given, usual in (
-            ("reference", reference, REFERENCES[task]),
-            ("prediction", prediction, PREDICTIONS),
-        ):
-            names = usual if given is None else (given,)
-            text = next((row[name] for name in names if isinstance(row.get(name), str)), None)
-            if text is None and option == "prediction" and row.get("error"):
-                text, missing = "", missing + 1
-            if text is None:
-                raise UserError(
-                    f"{path}: record {number} has no text in {' or '.join(names)}; columns found: "
-                    f"{', '.join(map(str, row)) or 'none'}. Name the column: --{option} NAME"
-                )
-            texts.append(_molecule(text) if task == "text2smiles" else text)
-        pairs.append(Pair(*texts))
-    if not pairs:
-        raise UserError(f"{path} holds no answer")
-    return pairs, missing
-
-
-def _molecule(text: str) -> str:
-    """What stands between the first tags, if there are any; else the text."""
-    tagged = re.search(r"<(\w+)>(.*?)</\1>", text, re.DOTALL)
-    return (tagged.group(2) if tagged else text).strip()
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    from jaxlm.data.entries import read_entries
-
-    if not path.is_file():
-        raise UserError(f"predictions: {path} does not exist")
-    ending = path.suffix.lower()
-    kind = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}.get(ending, "json")
-    delimiter = "\t" if ending in (".tsv", ".txt") else None
-    rows = []
-    for entry in read_entries(path, kind, key="predictions", delimiter=delimiter, strict=False):
-        problem = entry.problem if isinstance(entry.value, dict) or entry.problem else "is not a record"
-        if problem is not None:
-            raise UserError(f"predictions: {entry.name}: {problem}; {path} must hold a list of records")
-        rows.append(entry.value)
-    return rows
 
 
 # --- perplexity -------------------------------------------------------------------------------------------------------

@@ -7,10 +7,15 @@ from pathlib import Path
 
 
 def use_compilation_cache(setting: str | None) -> None:
-    """Compiled programs are kept between runs, so that the second start of a run is quick."""
+    """Compiled programs are kept between runs, so that the second start of a run is quick.
+
+    Args:
+        setting: a directory; "none" keeps nothing; None means $JAX_COMPILATION_CACHE_DIR, which JAX reads itself,
+            else the user's cache directory.
+    """
     import jax
 
-    if setting == "none":
+    if setting == "none" or (setting is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = Path(setting) if setting else home / "jaxlm" / "xla"

@@ -14,7 +14,7 @@ from jaxlm.config.reading import check_keys, number_in_text, unfold_paths
 from jaxlm.config.schema import alternatives, element_of, has_path, is_within_list, type_of
 from jaxlm.errors import UserError
 from jaxlm.locate import locate_paths
-from jaxlm.yamltext import StandsTwice, read_yaml
+from jaxlm.yamltext import DuplicateKeyError, read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _parsed(key: str, word: str | None, kind: Any, before: Any) -> Any:
 def _loaded(key: str, word: str) -> Any:
     try:
         return read_yaml(word)
-    except StandsTwice as error:
+    except DuplicateKeyError as error:
         raise UserError(f"--{key}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError):  # also numbers of thousands of digits, brackets without end
         raise UserError(f"--{key}: {word!r:.80} is not a valid value") from None

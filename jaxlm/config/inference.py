@@ -93,7 +93,8 @@ class GenerateConfig(Decoding):
         batch_size: prompts answered together.
         mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
         distributed: several processes.
-        compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
+        compilation_cache: directory of compiled programs; null means $JAX_COMPILATION_CACHE_DIR or the user's cache
+            directory; none keeps nothing.
         verbose: say at start-up also what choices rest on.
     """
 
@@ -140,7 +141,8 @@ class EvaluateConfig:
         add_eos: perplexity: score the end of each text too; null: of answers, not of plain texts.
         batch_size: perplexity: rows of a device at a time.
         mesh: perplexity: the devices; absent: rows and parameters over all of them.
-        compilation_cache: directory of compiled programs; null means the user's cache directory; none keeps nothing.
+        compilation_cache: directory of compiled programs; null means $JAX_COMPILATION_CACHE_DIR or the user's cache
+            directory; none keeps nothing.
     """
 
     task: Literal["smiles2text", "text2smiles", "perplexity"] | None = None

@@ -73,8 +73,8 @@ class TrainConfig:
         sample_tokens: length of those answers.
         tensorboard: also write TensorBoard events to output_dir/tensorboard.
         wandb: also log to this Weights & Biases project.
-        compilation_cache: directory of compiled programs; null means the user's cache directory; none
-            (as text) keeps nothing.
+        compilation_cache: directory of compiled programs; null means $JAX_COMPILATION_CACHE_DIR or the user's cache
+            directory; none (as text) keeps nothing.
         compiler_options: XLA's options by name, e.g. {xla_tpu_scoped_vmem_limit_kib: 65536}; added to those that
             jaxlm sets by device (devices/compiler_options.py).
     """

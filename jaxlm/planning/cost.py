@@ -79,7 +79,7 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
         memory: what that estimated.
         slices: number of TPU slices that the devices are in.
     """
-    config, c, mesh = setup.config, setup.model.config, setup.mesh
+    config, c, mesh = setup.config, setup.model.spec, setup.mesh
     length, rows = config.data.sequence_length, setup.micro_batch
     tokens = config.train.global_batch_size * length
     devices = math.prod(mesh.shape.values())
@@ -130,7 +130,7 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
 
 def _recomputed(setup: TrainSetup) -> tuple[float, float]:
     """The shares of a layer's products, and of its attention, that the backward pass computes again."""
-    c = setup.model.config
+    c = setup.model.spec
     d, h = c.hidden_size, c.attention.head_dim
     qkv, out = d * h * (c.attention.num_heads + 2 * c.attention.num_kv_heads), d * h * c.attention.num_heads
     mlp = d * c.feed_forward.size

@@ -97,8 +97,8 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     """
     model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
     length, lora = setup.config.data.sequence_length // mesh.shape[SEQUENCE], initializer.lora
-    shape = local_shape(model.config, mesh.shape[TENSOR])
-    frozen = 0 if lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
+    shape = local_shape(model.spec, mesh.shape[TENSOR])
+    frozen = _frozen_bytes(setup, initializer)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     # A micro-step's gradients have the parameters' dtype, their sum over micro-steps is float32.
     summed = 4 * _shard_count(initializer.trainable, initializer.trainable_shardings) if setup.accumulation > 1 else 0
@@ -132,11 +132,17 @@ def _parts_by_stage(mesh: Any) -> list[int]:
     return [math.prod(sizes[: at + 1]) for at in range(len(sizes))]
 
 
-def resident_bytes(initializer: Initializer) -> int:
+def _frozen_bytes(setup: TrainSetup, initializer: Initializer) -> int:
+    """Bytes of the trees that the objective reads and nothing trains."""
+    return len(setup.objective.frozen) * bytes_per_device(initializer.params, initializer.params_shardings)
+
+
+def resident_bytes(setup: TrainSetup, initializer: Initializer) -> int:
     """Bytes of a device that are in use all the time: parameters and the optimizer's state."""
-    frozen = 0 if initializer.lora is None else bytes_per_device(initializer.params, initializer.params_shardings)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
-    return frozen + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
+    return (
+        _frozen_bytes(setup, initializer) + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
+    )
 
 
 def _shard_count(tree: Any, shardings: Any) -> int:
@@ -198,7 +204,7 @@ def _variables(shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], d
 
 
 def _kept(model: Decoder, rows: int, length: int) -> Any:
-    variables = _variables(model.config, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
+    variables = _variables(model.spec, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
     part = "lora" if "lora" in variables else "params"
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)

@@ -59,7 +59,7 @@ def suggest(
             initializer = setup.initializer(setup.schedule(1000))
         except UserError:
             continue  # the mesh does not go with this model or batch
-        if resident_bytes(initializer) > room:
+        if resident_bytes(setup, initializer) > room:
             continue
         for remat in REMAT:
             for rows in _rows(config.train.micro_batch_size):

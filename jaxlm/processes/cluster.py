@@ -13,13 +13,13 @@ from jaxlm.processes.roll_call import Process
 
 def on_tpu_vm() -> bool:
     """Whether JAX has found TPU chips on this machine, and is to use them."""
-    from jax._src import cloud_tpu_init  # what `import jax` has found out; it has no public name
+    from jax._src import cloud_tpu_init  # what `import jax` has detected; it has no public name
 
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm) and not only_cpu()
 
 
 def only_cpu() -> bool:
-    """Whether JAX is told to use the CPU (JAX_PLATFORMS)."""
+    """Whether the configuration limits JAX to the CPU (JAX_PLATFORMS)."""
     return (getattr(jax.config, "jax_platforms", None) or "").split(",")[0] == "cpu"
 
 

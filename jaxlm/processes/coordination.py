@@ -27,7 +27,7 @@ class Coordination(Protocol):
         """process -> value, of the keys 'KEY/0', 'KEY/1', … that have one."""
 
     def barrier(self, name: str, seconds: float) -> bool:
-        """Waits until all processes are here; False when some have not come in time. Each name serves once."""
+        """Waits until all processes have come here; False when some have not come in time. Each name serves once."""
 
 
 class JaxCoordination:

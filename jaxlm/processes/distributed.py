@@ -46,7 +46,7 @@ def start(config: DistributedConfig, say: Callable[[str], None]) -> Hosts:
 
     Args:
         config: the `distributed` section.
-        say: told, on process 0, whom it is waiting for.
+        say: called, on process 0, with a line that names the processes that it waits for.
 
     Raises:
         UserError: for a process that is missing, an address that cannot be reached, numbers that do not fit.
@@ -167,7 +167,7 @@ class Hosts:
     # Agreement ----------------------------------------------------------------------------------
 
     def barrier(self, name: str) -> None:
-        """Waits until all processes are here.
+        """Waits until all processes have come here.
 
         Raises:
             UserError: after the time-out, naming the barrier and who has not come.
@@ -402,5 +402,5 @@ def run_settings(config: RunConfig | GenerateConfig) -> dict[str, Any]:
 def _numbered(value: Any) -> Any:
     """Lists as {'0': …}, so that a difference names the entry."""
     if isinstance(value, list):
-        value = {str(number): item for number, item in enumerate(value)}
-    return {key: _numbered(item) for key, item in value.items()} if isinstance(value, dict) else value
+        value = {str(number): entry for number, entry in enumerate(value)}
+    return {key: _numbered(entry) for key, entry in value.items()} if isinstance(value, dict) else value

@@ -46,9 +46,9 @@ class SmallFiles:
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
             folder = Path(directory)
-            found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-            found.pop(COMMITTED, None)  # Orbax's own
-            self.files = {name: path.read_bytes() for name, path in found.items()}
+            paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+            paths.pop(COMMITTED, None)  # Orbax's own
+            self.files = {name: path.read_bytes() for name, path in paths.items()}
 
         return read()
 
@@ -72,7 +72,7 @@ class Checkpoints:
 
     Args:
         directory: made if missing; leftovers of interrupted saves in it are removed.
-        keep: newest steps to keep, besides the one with the lowest validation loss.
+        keep: number of newest steps to keep, besides the one with the lowest validation loss.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -165,7 +165,7 @@ class Checkpoints:
             UserError: for a checkpoint that cannot be read, naming it.
         """
         try:
-            found = self._checkpointer.load_checkpointables(
+            stored = self._checkpointer.load_checkpointables(
                 step, {ARRAYS: abstract.trainable, TRAIN: _train_part(abstract)}
             )
         except (ValueError, KeyError, OSError) as error:
@@ -180,7 +180,7 @@ class Checkpoints:
                 f"{self.path(step)}: this checkpoint cannot be read ({str(error).splitlines()[0][:300]}); "
                 f"to go on from an earlier one, delete or move it away"
             ) from error
-        state = abstract.replace(trainable=found[ARRAYS], **found[TRAIN])  # type: ignore[attr-defined]
+        state = abstract.replace(trainable=stored[ARRAYS], **stored[TRAIN])  # type: ignore[attr-defined]
         return state, json.loads(self.files(step)[DATA_STATE])
 
     def _model_is_readable(self, step: int, abstract: TrainState) -> bool:

@@ -30,7 +30,7 @@ def flops_per_token(model: DecoderSpec, length: int, full: bool) -> float:
     halved because causal. Recomputation does not count (MFU, arXiv:2204.02311 appendix B).
     """
     matrices = num_params(model) - model.vocab_size * model.hidden_size * (0 if model.tied_head else 1)
-    attention = 12 * model.num_layers * model.attention.num_heads * model.attention.head_dim * length / 2
+    attention = 12 * sum(layer.attention.num_heads * layer.attention.head_dim for layer in model.layers()) * length / 2
     return (6 if full else 4) * matrices + attention
 
 

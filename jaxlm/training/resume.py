@@ -1,8 +1,8 @@
-"""Whether a run may go on from a checkpoint: the settings that make the numbers must not have changed.
+"""Whether a run may go on from a checkpoint: the settings that decide its numbers must not have changed.
 
-Settings are compared key by key as today's dataclasses have them, with defaults where a checkpoint was written before
-a key existed. Where the inputs themselves are kept as hashes (tokens, base weights), these decide, and not how a file
-that gives the same was named. Hashes have a version; those of older versions are worked out as they were then.
+Settings are compared key by key through today's dataclasses, with defaults where a checkpoint was written before a key
+existed. Where a checkpoint has hashes of the inputs themselves (tokens, base weights), these decide, and not the name
+of a file with the same content. Hashes have a version; those of older versions are computed as they were then.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
 VERSION = 2  # of fingerprints.json; 1 had no `version`
 
-# Keys that may differ: where and how long it runs and what it tells, not what is computed from which data.
+# Keys that may differ: they decide where and how long a run computes and what it reports, not what it computes.
 FREE = (
     "mesh",
     "model.attention",
@@ -62,7 +62,7 @@ FREE = (
     "output_dir",
     "stages",
 )
-# Keys whose whole effect is on the tokens and on what of them is trained, which are compared themselves.
+# Keys whose whole effect is on the tokens and the targets among them, which are compared themselves.
 IN_TOKENS = (
     "data.train",
     "data.validation",
@@ -81,10 +81,9 @@ def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
     """Hash of a base model's shape and of a sample of each of its leaves.
 
     A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
-    one other layer; norms are taken whole. That is little to read of any format, and an adapter merged into the model
-    or training of any kind changes some of it. Fields of the shape that have their default value are left out: they may
-    be newer than the hash that this one is compared with. A shape is hashed in the words of model.json's version 1
-    where these suffice.
+    one other layer; norms are taken whole. It takes little reading of any format, and a merged adapter or training of
+    any kind changes some of it. Fields of the spec that have their default value are left out: they may be newer than
+    the hash that this one is compared with. A spec is hashed in the words of model.json's version 1 if these suffice.
     """
     digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
     for path in sorted(source.leaves):
@@ -97,20 +96,20 @@ def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
 def _given(config: Any) -> Any:
     """The fields of a dataclass that do not have their default value, as plain values."""
     if isinstance(config, tuple):
-        return [_given(item) for item in config]
+        return [_given(entry) for entry in config]
     if not dataclasses.is_dataclass(config):
         return config
-    found = {}
+    given = {}
     for field in dataclasses.fields(config):
         factory, value = field.default_factory, getattr(config, field.name)
         if value != (field.default if factory is dataclasses.MISSING else factory()):
-            found[field.name] = _given(value)
-    return found
+            given[field.name] = _given(value)
+    return given
 
 
 def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """The places of a leaf that its fingerprint is made of."""
-    stacked = path.startswith("layers/")
+    """The slices of a leaf that its fingerprint is made of."""
+    stacked = path.startswith(("layers/", "tail/"))
     dims = shape[1:] if stacked else shape
     name = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
     block = []
@@ -124,7 +123,7 @@ def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
 
 
 def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: LeafReader) -> str:
-    """As version 1: all of the shape, as it was written down then, and the norms."""
+    """As version 1: the whole shape, as it was recorded then, and the norms."""
     digest = hashlib.sha256(json.dumps(stored_shape, sort_keys=True).encode())
     for leaf in ("norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"):
         digest.update(source.read(leaf, ()).tobytes())
@@ -138,8 +137,8 @@ class Inputs:
     Args:
         config: its settings.
         data: its rows.
-        model: the shape of the model.
-        base: where the frozen base is read from; None for a run that trains all.
+        model: its decoder.
+        base: reader of the frozen base; None for a run that trains all parameters.
     """
 
     config: RunConfig
@@ -153,12 +152,12 @@ class Inputs:
 
     def to_json(self) -> bytes:
         """fingerprints.json of a checkpoint of this run."""
-        found: dict[str, Any] = {"version": VERSION, "data": self.data.fingerprint}
+        prints: dict[str, Any] = {"version": VERSION, "data": self.data.fingerprint}
         if self.base is not None:
-            found["base"] = self.base_fingerprint
-        # Those that a version without the key may not pass over.
-        found["given"] = [key for key, _, default in _walk(to_dict(self.config), RunConfig, "") if not default]
-        return json.dumps(found).encode()
+            prints["base"] = self.base_fingerprint
+        # The keys that a version without them must not ignore.
+        prints["given"] = [key for key, _, default in _walk(to_dict(self.config), RunConfig, "") if not default]
+        return json.dumps(prints).encode()
 
 
 def check_settings(files: Mapping[str, bytes], config: RunConfig, checkpoint: Path) -> None:
@@ -167,7 +166,7 @@ def check_settings(files: Mapping[str, bytes], config: RunConfig, checkpoint: Pa
     Args:
         files: small files of the checkpoint, at least run.yaml and fingerprints.json.
         config: the run that wants to go on.
-        checkpoint: for the message.
+        checkpoint: its path, for the message.
 
     Raises:
         UserError: naming each changed key with both values.
@@ -194,20 +193,20 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
     Args:
         files: as in `check_settings`; model.json for a checkpoint of version 1.
         inputs: of the run that wants to go on.
-        checkpoint: for the message.
+        checkpoint: its path, for the message.
 
     Raises:
-        UserError: they are others; it names the settings that may be why.
+        UserError: they differ; it names the settings that may be the reason.
     """
-    kept = json.loads(files[FINGERPRINTS])
+    prints = json.loads(files[FINGERPRINTS])
     stored = yaml.safe_load(files[RUN_YAML])
-    version = kept.get("version", 1)
+    version = prints.get("version", 1)
     if version > VERSION:
         raise UserError(f"{checkpoint}: was written by a newer jaxlm; update this one, or choose another output_dir")
     if version == 1:
-        same_data = kept["data"] == inputs.data.fingerprint_1(stored["data"], stored["train"]["seed"])
+        same_data = prints["data"] == inputs.data.fingerprint_1(stored["data"], stored["train"]["seed"])
     else:
-        same_data = kept["data"] == inputs.data.fingerprint
+        same_data = prints["data"] == inputs.data.fingerprint
     changes = list(_changes(files, inputs.config))
     if not same_data:
         raise _other("the training data are", [text for key, text in changes if _is_below(key, IN_TOKENS)], checkpoint)
@@ -218,9 +217,9 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         shape = json.loads(files[MODEL_JSON])["model"] if MODEL_JSON in files else recorded(inputs.model)
         before = read_model(shape, "model.json: model")
         reasons += [f"its {name}: was {old!r}, is {new!r}" for name, old, new in differences(before, inputs.model)]
-        same_base = before == inputs.model and kept.get("base") == _base_fingerprint_1(shape, inputs.base)
+        same_base = before == inputs.model and prints.get("base") == _base_fingerprint_1(shape, inputs.base)
     else:
-        same_base = kept.get("base") == inputs.base_fingerprint
+        same_base = prints.get("base") == inputs.base_fingerprint
     if not same_base:
         raise _other("the base model at model.path is", reasons, checkpoint)
 
@@ -256,7 +255,7 @@ def _changes(files: Mapping[str, bytes], config: RunConfig) -> Iterator[tuple[st
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if key not in now and "[" not in key and now.keys().isdisjoint(_parents(key)):
-            # This version has no such key: it does what an older one did where it was not set.
+            # This version has no such key: it computes what a version before the key did where it was not set.
             if key in given if given is not None else old not in (None, False, 0, "", [], {}):
                 yield key, f"{key}: was {old!r}, which this version does not know"
         elif old != new and not (key.rpartition(".")[2] in PATHS and _same_place(old, new)):
@@ -269,7 +268,7 @@ def _parents(key: str) -> set[str]:
 
 
 def _same_place(old: Any, new: Any) -> bool:
-    """Whether two ways of writing a path, or several, mean the same from where this process runs."""
+    """Whether two ways to write a path, or several, mean the same in this working directory."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(map(_same_place, old, new))
     if not isinstance(old, str) or not isinstance(new, str):
@@ -293,11 +292,11 @@ def _walk(values: Mapping[str, Any], cls: type, prefix: str) -> Iterator[tuple[s
         if section is not None and isinstance(value, Mapping):
             yield from _walk(value, section, f"{name}.")
         elif section is not None and isinstance(value, (list, tuple)):
-            for number, item in enumerate(value):
-                yield from _walk(item, section, f"{name}[{number}].")
+            for number, entry in enumerate(value):
+                yield from _walk(entry, section, f"{name}[{number}].")
             if "weight" in _names(section):
-                # They decide how often a record is seen, and not which tokens there are.
-                weights = [item.get("weight", 1.0) for item in value]
+                # Weights decide how often a record is used, and not its tokens.
+                weights = [entry.get("weight", 1.0) for entry in value]
                 yield f"{name}.weights", weights, set(weights) <= {1.0}
         else:
             yield name, _plain(value), _plain(value) == _plain(default)
@@ -325,4 +324,5 @@ def _section(hint: Any) -> type | None:
     """The dataclass in `X`, `X | None`, `tuple[X, ...]` or `int | tuple[X, ...]`."""
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint)
-    return next((found for inner in typing.get_args(hint) if (found := _section(inner)) is not None), None)
+    sections = (_section(inner) for inner in typing.get_args(hint))
+    return next((section for section in sections if section is not None), None)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.cli.evaluate import main, read_pairs
+from jaxlm.cli.evaluate import main
 from jaxlm.errors import UserError
 from jaxlm.evaluation.lpm24 import Pair, caption_metrics, molecule_metrics, word_tokens
+from jaxlm.evaluation.pairs import read_pairs
 
 pytest.importorskip("rdkit")
 

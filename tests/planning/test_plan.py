@@ -144,7 +144,7 @@ def test_flops_of_a_step() -> None:
         (["--topology", "v5e:8x8", "--mesh.sequence", "64"], "64 times mesh.tensor 1 does not divide.* 32 heads"),
         (["--topology", "v5e:3x3"], r"no such slice of v5e.* v5e:2x4 \(8 chips\) and v5e:4x4"),
         (["--topology", "gpu:8", "--memory", "much"], "--memory: 'much' is not a number"),
-        (["--topology", "v4:4x4x4", "--compile"], "two devices a chip"),
+        (["--topology", "v4:4x4x4", "--compile"], "a v4 chip as two devices"),
         (["--topology", "b200:8", "--compile"], "has no description of b200"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
     ],

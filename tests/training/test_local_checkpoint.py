@@ -77,7 +77,7 @@ def test_comes_back_bit_for_bit_and_the_newest_two_are_kept(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damage", ["short", "flipped", "no index", "half an index", "unfinished"])
-def test_what_is_not_whole_does_not_count(damage: str, tmp_path: Path) -> None:
+def test_an_incomplete_copy_is_not_used(damage: str, tmp_path: Path) -> None:
     local = filled(tmp_path, 3, 6)
     data, index = local.path(6) / "shards.bin", local.path(6) / "index.json"
     if damage == "short":

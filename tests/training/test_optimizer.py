@@ -36,7 +36,7 @@ def ours(steps: int = STEPS, **options: Any) -> np.ndarray:
         ("cosine_with_min_lr", dict(schedule="cosine", end_ratio=0.1), dict(min_lr_rate=0.1)),
     ],
 )
-def test_schedules_against_transformers(name: str, options: Any, kwargs: Any, warmup: int) -> None:
+def test_schedules_are_those_of_transformers(name: str, options: Any, kwargs: Any, warmup: int) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
@@ -51,13 +51,13 @@ def test_schedules_against_transformers(name: str, options: Any, kwargs: Any, wa
     np.testing.assert_allclose(ours(STEPS + 1, warmup_steps=warmup, **options), expected, rtol=1e-5, atol=PEAK * 1e-6)
 
 
-def test_deepspeed_log_warmup() -> None:
+def test_log_warmup_is_deepspeeds() -> None:
     expected = [PEAK * (math.log(t + 1) / math.log(10) if t < 10 else 1.0) for t in range(STEPS)]
     np.testing.assert_allclose(ours(schedule="log_warmup", warmup_steps=10), expected, rtol=1e-5)
     np.testing.assert_allclose(ours(schedule="log_warmup"), PEAK, rtol=1e-6)
 
 
-def test_warmup_ratio_and_end() -> None:
+def test_warmup_ratio_rounds_up_and_rates_stay_at_their_end() -> None:
     # HF rounds up: 0.11 * 40 = 4.4 -> 5 steps.
     np.testing.assert_array_equal(ours(schedule="linear", warmup_ratio=0.11), ours(schedule="linear", warmup_steps=5))
     for name in ("linear", "cosine", "polynomial"):
@@ -75,7 +75,7 @@ def test_warmup_ratio_and_end() -> None:
         (dict(warmup_steps=-3), r"optimizer.warmup_steps: -3"),
     ],
 )
-def test_warmup_errors(options: Any, words: str) -> None:
+def test_a_warmup_that_is_not_possible_is_refused(options: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_schedule(OptimizerConfig(**options), STEPS)
 
@@ -149,7 +149,7 @@ def train(config: OptimizerConfig, params: Any, grads: list[Any], axes: Any = No
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
-def test_adamw_against_torch(decay: Any) -> None:
+def test_adamw_is_that_of_torch(decay: Any) -> None:
     torch = pytest.importorskip("torch")
     config = OptimizerConfig(
         learning_rate=1e-2, schedule="constant", weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-5, decay=decay
@@ -247,7 +247,7 @@ def in_torch(tree: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ADAFACTOR)
-def test_adafactor_against_transformers(kind: str) -> None:
+def test_adafactor_is_that_of_transformers(kind: str) -> None:
     """Update by update what transformers' Trainer runs: gradients grow and shrink, so that clipping is at work."""
     torch = pytest.importorskip("torch")
     adafactor = pytest.importorskip("transformers").Adafactor

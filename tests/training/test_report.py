@@ -28,7 +28,7 @@ def test_a_falling_loss_is_followed() -> None:
     assert np.abs(np.diff(found)).mean() < np.abs(np.diff(noisy)).mean()
 
 
-def test_a_last_batch_of_few_tokens_is_no_event() -> None:
+def test_a_last_batch_of_few_tokens_is_not_an_outlier() -> None:
     step = np.arange(100, dtype=np.float64)
     loss, tokens = np.full(100, 2.0), np.full(100, 2048.0)
     loss[-1], tokens[-1] = 6.0, 10.0

@@ -16,8 +16,8 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.nn.experts import modality_ids
 from jaxlm.nn.lora import resolve_lora
+from jaxlm.nn.routers import modality_ids
 from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights
 from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
@@ -124,7 +124,7 @@ def test_mean_of_means_is_alpaca_loras_rule() -> None:
     assert_trees_close(gradient(new), expected, 2e-5)
 
 
-def test_weights_of_groups() -> None:
+def test_target_weights_sum_to_one_over_groups_with_targets() -> None:
     mask = jnp.asarray(batch(2)["loss_mask"])
     tokens = target_weights(mask, "tokens", 1)
     np.testing.assert_allclose(tokens.sum(), 1.0, rtol=1e-6)
@@ -136,7 +136,7 @@ def test_weights_of_groups() -> None:
     assert not np.any(empty) and not np.any(target_weights(jnp.zeros_like(mask), "tokens", 2))
 
 
-def test_batch_without_targets() -> None:
+def test_a_batch_without_targets_changes_nothing() -> None:
     empty = batch()
     empty["loss_mask"] = np.zeros_like(empty["loss_mask"])
     new, metrics = sgd_step()(state(), {}, empty)
@@ -144,7 +144,7 @@ def test_batch_without_targets() -> None:
     jax.tree.map(np.testing.assert_array_equal, new.trainable["params"], params())
 
 
-def test_clip_against_torch() -> None:
+def test_gradients_are_clipped_as_torch_clips_them() -> None:
     """One limit between the norms of two batches: the one is clipped, the other left alone."""
     torch = pytest.importorskip("torch")
     runs = [sgd_step()(state(), {}, batch(seed=seed)) for seed in (0, 1)]
@@ -217,7 +217,7 @@ def test_padded_rows_need_no_segments() -> None:
     assert abs(other["loss"] - right["loss"]) > 1e-3
 
 
-def test_donation() -> None:
+def test_the_step_takes_the_memory_of_the_old_state() -> None:
     optimizer, _, step = adamw_step()
     old = state(optimizer=optimizer)
     new, _ = step(old, {}, batch())
@@ -265,7 +265,7 @@ def test_dropout_differs_between_steps_and_micro_steps() -> None:
     assert len({losses[0], losses[1], losses[2], losses[3]}) == 4
 
 
-def test_evaluation_counts() -> None:
+def test_evaluation_sums_losses_targets_and_hits() -> None:
     step = jax.jit(make_eval_step(CrossEntropy(MODEL)))
     out = step({"params": params()}, {}, batch())
     mask = batch()["loss_mask"][0].astype(np.float32)
@@ -276,7 +276,7 @@ def test_evaluation_counts() -> None:
     assert 0 <= out["correct"] <= out["target_tokens"]
 
 
-def test_five_steps_against_pytorch() -> None:
+def test_five_steps_equal_those_of_pytorch() -> None:
     """The whole step: packed rows, clipping, warm-up, AdamW with a decay mask; PyTorch sees each document alone."""
     hf = pytest.importorskip("tests.models.hf")
     torch = hf.torch
@@ -384,3 +384,26 @@ def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> 
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max() + 1e-5)
         assert np.abs(expected).max() > 1e-2
         np.testing.assert_allclose(figures["loss"], once["loss"], rtol=1e-6)
+
+
+def test_routers_of_a_period_are_reported_by_layer() -> None:
+    """Dense and expert layers in turn, and one left over: as many penalties and counts as layers of experts."""
+    moe = ExpertsSpec(4, "learned", ("text",), (), (2,))
+    dense, routed = CONFIG.uniform_layer, CONFIG.with_experts(moe).uniform_layer
+    spec = dataclasses.replace(CONFIG, num_layers=7, period=(routed, dense, routed))
+    model = Decoder(spec, experts="loop", remat="none")
+    params = random_tree(nn.unbox(abstract_variables(model))["params"], 1)
+    rows = {key: value[0] for key, value in batch().items()}
+    rows["weights"] = target_weights(jnp.asarray(rows["loss_mask"])[None], "tokens", 1)[0]
+    rows["modality_ids"] = np.zeros_like(rows["input_ids"])
+    objective = CrossEntropy(model, moe=MoeRunConfig(balance_loss=1.0, z_loss=0.0))
+    share = objective.loss({"params": params}, {}, rows, jax.random.key(0), 1)
+    inputs = [rows[name] for name in ("input_ids", "positions", "segment_ids")]
+    _, notes = model.apply({"params": params}, *inputs, mutable=["moe"])
+    first, third, last = (notes["moe"][part][p]["mlp"] for part, p in (("layers", "0"), ("layers", "2"), ("tail", "0")))
+    use = [first["used"][0], third["used"][0], first["used"][1], third["used"][1], last["used"][0]]
+    np.testing.assert_allclose(share.figures["expert_use"], np.stack(use), rtol=1e-5)
+    assert len(np.unique(np.stack(use), axis=0)) > 1
+    balance = np.mean(np.concatenate([each["balance_loss"] for each in (first, third, last)]))
+    np.testing.assert_allclose(share.figures["router_balance"], balance, rtol=1e-5)
+    np.testing.assert_allclose(share.total - share.loss, balance, rtol=1e-4)

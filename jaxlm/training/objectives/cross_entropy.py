@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.kernels.cross_entropy import LossOutput
 from jaxlm.models.decoder import Decoder
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
 from jaxlm.training.state import model_variables
 
@@ -47,7 +49,7 @@ class CrossEntropy:
 
     def loss(self, trainable: Any, frozen: Any, micro: Batch, key: jax.Array, micro_steps: int) -> MicroLoss:
         output, router_notes = self._apply(trainable, frozen, micro, deterministic=False, rngs={"dropout": key})
-        penalty, figures = router_figures(router_notes, self.moe, micro_steps)
+        penalty, figures = router_figures(router_notes, self.model.spec, self.moe, micro_steps)
         counts = {"target_tokens": (micro["weights"] > 0).sum(), "tokens": (micro["segment_ids"] > 0).sum()}
         return MicroLoss(output.loss + penalty, output.loss, counts | figures)
 
@@ -115,24 +117,27 @@ def target_weights(loss_mask: jax.Array, normalisation: str, group_rows: int) ->
     return (grouped / jnp.maximum(counts, 1.0) / groups).reshape(a, b, t)
 
 
-def router_figures(notes: Any, config: MoeRunConfig, micro_steps: int) -> tuple[jax.Array | float, Metrics]:
+def router_figures(
+    notes: Any, spec: DecoderSpec, config: MoeRunConfig, micro_steps: int
+) -> tuple[jax.Array | float, Metrics]:
     """The routers' weighted losses, and figures to be summed over the micro-batches of a step.
 
     The losses are means over tokens, so that each micro-batch counts alike.
 
     Args:
         notes: the collection `moe` of an application of the model, or {}.
+        spec: of the model.
         config: factors of the losses.
         micro_steps: number of micro-batches of the step.
 
     Returns:
         What is added to the loss, and figures: router_balance and router_z (means over layers); expert_use
-        [L, modalities, E] and modality_tokens [modalities], the tokens that used each expert and those there were.
-        Nothing for a dense model.
+        [L, modalities, E] (the L layers of experts) and modality_tokens [modalities], the numbers of tokens that used
+        each expert, and of all tokens. Nothing for a dense model.
     """
     if "moe" not in notes:
         return 0.0, {}
-    routed = notes["moe"]["layers"]["mlp"]
+    routed = _by_layer(notes["moe"], spec)
     figures = {"expert_use": routed["used"], "modality_tokens": routed["tokens"][0]}
     penalty: jax.Array | float = 0.0
     if "balance_loss" in routed:
@@ -140,3 +145,13 @@ def router_figures(notes: Any, config: MoeRunConfig, micro_steps: int) -> tuple[
         figures |= {"router_balance": balance, "router_z": z}
         penalty = config.balance_loss * balance + config.z_loss * z
     return penalty, figures
+
+
+def _by_layer(notes: Any, spec: DecoderSpec) -> dict[str, jax.Array]:
+    """The notes of all layers of experts, stacked in the order of the layers."""
+    stacks = [stack for stack in spec.stacks if stack.layer.feed_forward.experts is not None]
+    parts = [functools.reduce(lambda tree, key: tree[key], stack.path.split("/"), notes)["mlp"] for stack in stacks]
+    if len(parts) == 1:
+        return dict(parts[0])
+    order = np.argsort([number for stack in stacks for number in stack.numbers])
+    return jax.tree.map(lambda *each: jnp.concatenate(each)[order], *parts)
