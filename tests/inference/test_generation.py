@@ -14,10 +14,10 @@ from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import Decoder, load_weights, unstack
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder as Llama
 from jaxlm.models.decoder import abstract_variables
 from jaxlm.nn.linear import quantize
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import uniform_decoder
 from tests.models.compare import random_tree
 

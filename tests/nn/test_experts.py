@@ -14,6 +14,7 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
+from jaxlm.models.adapters import as_one_adapter, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.dispatch import make_dispatch
 from jaxlm.nn.experts import (
@@ -25,7 +26,6 @@ from jaxlm.nn.experts import (
     route_by_scores,
     route_learned,
 )
-from jaxlm.nn.lora import as_one_adapter, resolve_lora
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from tests.models.compare import assert_trees_close, random_tree
 
