@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -59,13 +60,20 @@ def show(text: str) -> None:
 
 
 def _is_output_closed() -> bool:
-    """Whether it is our own output that nobody reads any more; then what is flushed at the end goes nowhere."""
+    """Whether it is our own output that nobody reads any more; then what is flushed at the end goes nowhere.
+
+    The system is asked, because a write that failed may have left nothing to flush.
+    """
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-        return True
-    return False
+        output = sys.stdout.fileno()
+    except OSError:  # not a file of the system's: a notebook's, or a test's
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    _discard_output()
+    return True
 
 
 def _discard_output() -> None:

@@ -234,6 +234,11 @@ class Stack:
     numbers: range
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a leaf belongs to a `Stack`, so that its first dim is the layer."""
+    return path.startswith(("layers/", "tail/"))
+
+
 @dataclass(frozen=True)
 class DecoderSpec:
     """A decoder-only language model.

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.spec import AttentionSpec, DecoderSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, NormSpec, RopeSpec
+from jaxlm.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    NormSpec,
+    RopeSpec,
+    is_stacked,
+)
 
 LOCAL = LayerSpec(AttentionSpec(4, 2, 8, window=16, qk_norm=NormSpec(1e-6)), FeedForwardSpec(48))
 GLOBAL = LayerSpec(
@@ -33,6 +42,8 @@ def test_stacks_hold_every_layer_once_with_its_description(layers: int) -> None:
     found = {number: stack.layer for stack in made.stacks for number in stack.numbers}
     assert [found[number] for number in range(layers)] == list(made.layers())
     assert sum(len(stack.numbers) for stack in made.stacks) == layers
+    assert all(is_stacked(f"{stack.path}/self_attn/q_proj/kernel") for stack in made.stacks)
+    assert not any(map(is_stacked, ("embed_tokens/embedding", "norm/scale", "modules_to_save/norm/scale")))
 
 
 def test_layers_after_the_last_whole_period_lie_in_the_tail() -> None:

@@ -120,9 +120,11 @@ def progress_bar(description: str, source: LeafSource) -> Iterator[Callable[[int
 
 def _tensor_sizes(source: LeafSource) -> list[int]:
     """Bytes of every tensor, layers apart."""
+    from jaxlm.spec import is_stacked
+
     sizes = []
     for path, leaf in source.leaves.items():
-        count = leaf.shape[0] if path.startswith("layers/") else 1
+        count = leaf.shape[0] if is_stacked(path) else 1
         sizes += [leaf.nbytes // max(1, count)] * count
     return sizes
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import MeshConfig
 from jaxlm.errors import UserError
 from jaxlm.sharding import AXES, BATCH, EXPERT, FSDP, FSDP_AXES, MESH_AXES, ROW_AXES, RULES, SHARD_AXES, TENSOR
+from jaxlm.spec import is_stacked
 
 # Read at a time of a leaf that is given out to shards.
 PIECE_BYTES = 256 << 20
@@ -262,7 +263,7 @@ def stored_chunks(source: Any, abstract: Any) -> dict[str, tuple[int, ...]]:
     leaves = getattr(source, "leaves", {})
     found = {}
     for path, leaf in flat.items():
-        by_rows = path.startswith(("layers/", "embed_tokens/", "lm_head/"))
+        by_rows = is_stacked(path) or path.startswith(("embed_tokens/", "lm_head/"))
         own = getattr(leaves.get(path), "chunk", None)
         found[path] = own or ((1, *leaf.shape[1:]) if by_rows else leaf.shape)
     return found

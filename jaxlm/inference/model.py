@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,15 +19,7 @@ from jaxlm.models.unrolled import Weights
 from jaxlm.nn.weight_types import StoredWeight, with_stored_weights
 from jaxlm.sharding import ROW_AXES, TENSOR
 from jaxlm.spec import DecoderSpec
-
-
-class Readable(Protocol):
-    """A model or adapter whose leaves can be read by slices (see `jaxlm.weights.leaves`)."""
-
-    @property
-    def leaves(self) -> Mapping[str, Any]: ...
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray: ...
+from jaxlm.weights.leaves import LeafReader
 
 
 def abstract_weights(decoder: Decoder, weight_type: type[StoredWeight] | None = None) -> Weights:
@@ -56,8 +48,8 @@ def abstract_weights(decoder: Decoder, weight_type: type[StoredWeight] | None = 
 def load_weights(
     decoder: Decoder,
     mesh: Mesh,
-    model: Readable,
-    adapter: Readable | None = None,
+    model: LeafReader,
+    adapter: LeafReader | None = None,
     weight_type: type[StoredWeight] | None = None,
 ) -> Weights:
     """Reads a model, layer by layer, into the shards of `mesh`, cast to the decoder's `param_dtype` or stored smaller.
@@ -95,7 +87,7 @@ def layer_places(spec: DecoderSpec) -> list[tuple[str, int]]:
     return [places[number] for number in range(spec.num_layers)]
 
 
-def _load_layer(boxed: Any, mesh: Mesh, source: Readable, stack: str, index: int) -> Any:
+def _load_layer(boxed: Any, mesh: Mesh, source: LeafReader, stack: str, index: int) -> Any:
     """One layer's leaves, each read as a whole: it is cut into shards in memory.
 
     Args:

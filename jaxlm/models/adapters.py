@@ -71,13 +71,13 @@ def check_names(lora: LoraConfig) -> None:
     """Whether an adapter names layers and modules that there are; needs no model.
 
     Raises:
-        UserError: for an unknown target or module, or a pattern that is no regular expression.
+        UserError: for an unknown target or module, or a pattern that is not a regular expression.
     """
     for target in lora.targets:
         if target not in LINEARS:
             near = difflib.get_close_matches(target, LINEARS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"lora.targets: {target!r} is no linear layer of the model ({', '.join(LINEARS)}){hint}")
+            raise UserError(f"lora.targets: {target!r} is not a linear layer of the model ({', '.join(LINEARS)}){hint}")
     if not lora.targets:
         raise UserError("lora.targets is empty: name at least one linear layer, e.g. [q_proj, v_proj]")
     for module in lora.modules_to_save:
@@ -88,7 +88,7 @@ def check_names(lora: LoraConfig) -> None:
             try:
                 re.compile(rf"(.*\.)?({pattern})")
             except re.error as error:
-                raise UserError(f"lora.{key}: {pattern!r} is no regular expression: {error}") from None
+                raise UserError(f"lora.{key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def resolve_lora(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] | None = None) -> dict[str, LoraSpec]:

@@ -62,7 +62,8 @@ def _context() -> ocp.Context:
 
 def _storage(path: Any, value: Any) -> Any:
     """No chunk spans two layers: what reads a model layer by layer would read such a chunk for each of them."""
-    if "['layers']" not in jax.tree_util.keystr(path) or getattr(value, "ndim", 0) < 2:
+    stacked = any(f"['{stack}']" in jax.tree_util.keystr(path) for stack in ("layers", "tail"))
+    if not stacked or getattr(value, "ndim", 0) < 2:
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
 

@@ -27,7 +27,7 @@ from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.models.version1 import ModelFields, read_model, recorded
-from jaxlm.spec import DecoderSpec, differences
+from jaxlm.spec import DecoderSpec, differences, is_stacked
 from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
@@ -109,7 +109,7 @@ def _given(config: Any) -> Any:
 
 def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     """The slices of a leaf that its fingerprint is made of."""
-    stacked = path.startswith(("layers/", "tail/"))
+    stacked = is_stacked(path)
     dims = shape[1:] if stacked else shape
     name = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
     block = []

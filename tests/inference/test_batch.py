@@ -16,7 +16,7 @@ from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.batch import FilePrompt, Journal, Result, answer_all, read_prompts, write_results
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, load_weights
+from jaxlm.inference.model import load_weights
 from jaxlm.inference.prompts import Prompter
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.inference.test_generation import CONFIG, TreeSource
@@ -36,12 +36,11 @@ def generator() -> Generator:
 
     import flax.linen as nn
 
-    from jaxlm.models.decoder import Decoder as Llama
-    from jaxlm.models.decoder import abstract_variables
+    from jaxlm.models.decoder import Decoder, abstract_variables
     from tests.models.compare import random_tree
 
     config = dataclasses.replace(CONFIG, vocab_size=290)
-    tree = random_tree(nn.unbox(abstract_variables(Llama(config)))["params"], 0)
+    tree = random_tree(nn.unbox(abstract_variables(Decoder(config)))["params"], 0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     decoder = Decoder(config)
     return Generator(decoder, load_weights(decoder, mesh, TreeSource(tree)), mesh, [2])

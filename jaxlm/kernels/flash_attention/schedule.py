@@ -74,7 +74,7 @@ class Schedule:
         row, q, k: row of the batch, block of queries, block of keys.
         flags: bits, see above.
         done_row, done_q: the block of queries that is the next to see its last pair, at this step or later.
-        steps: how many there are, an int or an int32 scalar; what lies behind in the lists is not visited.
+        steps: their number, an int or an int32 scalar; what lies behind in the lists is not visited.
     """
 
     row: Any

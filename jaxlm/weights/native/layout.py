@@ -54,11 +54,6 @@ def find_native(path: Path) -> Path | None:
     return max(complete, key=lambda step: int(step.name))
 
 
-def is_stacked(path: str) -> bool:
-    """Whether the first dim of a leaf is the layer."""
-    return path.startswith("layers/")
-
-
 def chunk_shape(shape: Shape, itemsize: int, stacked: bool) -> Shape:
     """At most one layer, and at most CHUNK_BYTES, cut along the first dim inside the layer."""
     inner = shape[1:] if stacked else shape

@@ -14,6 +14,7 @@ import tensorstore as ts
 
 from jaxlm.errors import UserError
 from jaxlm.locate import record_base
+from jaxlm.spec import is_stacked
 from jaxlm.weights.hf import copy_files
 from jaxlm.weights.leaves import AdapterSource, Index, LeafInfo, LeafSource, ParamSource, main_dtype
 from jaxlm.weights.names import Shape
@@ -60,7 +61,7 @@ def _write_tree(source: LeafSource, directory: Path, collection: str, advance: A
     model.mkdir()
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
     chunks = {
-        path: layout.chunk_shape(leaf.shape, leaf.dtype.itemsize, layout.is_stacked(path))
+        path: layout.chunk_shape(leaf.shape, leaf.dtype.itemsize, is_stacked(path))
         for path, leaf in source.leaves.items()
     }
     # Writes run behind reads, up to twice CHUNK_BYTES.
@@ -86,7 +87,7 @@ def _write_tree(source: LeafSource, directory: Path, collection: str, advance: A
 def _chunks(source: LeafSource, path: str, chunk: Shape) -> Iterator[tuple[Index, np.ndarray]]:
     """A leaf in pieces that cover whole chunks, with their place."""
     shape = source.leaves[path].shape
-    stacked = layout.is_stacked(path)
+    stacked = is_stacked(path)
     rows, count = (chunk[1], shape[1]) if stacked else (chunk[0], shape[0])
     for layer in range(shape[0] if stacked else 1):
         prefix: Index = (slice(layer, layer + 1),) if stacked else ()
