@@ -183,6 +183,17 @@ def test_save_copies_the_files(directory: Path, tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
 
+def test_save_copies_whatever_belongs_to_a_tokenizer(directory: Path, tmp_path: Path) -> None:
+    """Also what only other libraries read, and nothing else of a model's directory."""
+    model = tmp_path / "model"
+    load_tokenizer(directory).save(model)
+    for name in ("tekken.json", "qwen.tiktoken", "chat_template.json", "config.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    load_tokenizer(model).save(tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert names == {path.name for path in model.iterdir()} - {"config.json", "model.safetensors"}
+
+
 def test_training_repeats_and_fits_small_texts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("granite\n基岩石英长石云母辉石橄榄石\n", encoding="utf-8")
     for name in ("one", "two"):

@@ -135,7 +135,7 @@ def test_sources_that_are_not_there_or_unknown_are_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "txt"])
-def test_compressed_files_are_read(tmp_path: Path, kind: str, ending: str) -> None:
+def test_compressed_files_are_read_and_broken_ones_refused(tmp_path: Path, kind: str, ending: str) -> None:
     import bz2
     import gzip
     import lzma
