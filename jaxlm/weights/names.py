@@ -276,8 +276,10 @@ def tensor_name(spec: DecoderSpec, path: str, index: int | None) -> str:
         index: in the leaf's stack.
     """
     leaf = next((leaf for leaf in model_leaves(spec) if leaf.path == path), None)
-    if leaf is None or leaf.layers is None or index is None:
-        return path if leaf is None else f"{leaf.row.hf} ({path})"
+    if leaf is None:
+        return path if index is None else f"{path}, layer {index}"
+    if leaf.layers is None or index is None:
+        return f"{leaf.row.hf} ({path})"
     return f"{leaf.row.hf.format(leaf.layers[index])} ({path}, layer {leaf.layers[index]})"
 
 
