@@ -37,13 +37,16 @@ def jax_side(batch: int, dtype: str, cache_directory: str) -> Callable[[int], fl
     from jaxlm.config import Decoding, MeshConfig
     from jaxlm.devices.mesh import make_mesh
     from jaxlm.inference.generator import Generator
-    from jaxlm.inference.model import Decoder, load_weights
+    from jaxlm.inference.model import load_weights
+    from jaxlm.models.decoder import Decoder
     from jaxlm.models.families import read_config
+    from jaxlm.nn.weight_types import Int8Weight
 
     config = read_config({"architectures": ["LlamaForCausalLM"], **SHAPE})
-    decoder = Decoder(config, dtype=dtype.removesuffix("-int8"), quantized=dtype.endswith("-int8"))
+    weight_type, dtype = Int8Weight if dtype.endswith("-int8") else None, dtype.removesuffix("-int8")
+    decoder = Decoder(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(MeshConfig())
-    generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config)), mesh, [])
+    generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config), None, weight_type), mesh, [])
     prompts = np.random.default_rng(0).integers(3, 32000, (batch, PROMPT)).tolist()
 
     def generate(new: int) -> float:

@@ -21,10 +21,11 @@ from flax import traverse_util
 from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, cache_bytes, load_weights, weight_bytes
-from jaxlm.models.decoder import Decoder as Llama
-from jaxlm.models.decoder import abstract_variables
+from jaxlm.inference.model import load_weights, weight_bytes
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.families import load_shape
+from jaxlm.models.unrolled import cache_bytes
+from jaxlm.nn.weight_types import Int8Weight
 
 PROMPT, NEW = 128, 256
 
@@ -35,7 +36,7 @@ class RandomModel:
     leaves: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
-        tree = nn.unbox(abstract_variables(Llama(config))["params"])
+        tree = nn.unbox(abstract_variables(Decoder(config))["params"])
         self.shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         self.made: dict[str, np.ndarray] = {}
 
@@ -72,9 +73,9 @@ def main() -> None:
     config = load_shape(arguments.shape)
     print(f"{jax.devices()[0].device_kind}, {arguments.shape}, bfloat16, prompt {PROMPT}, {NEW} new tokens")
     for int8 in (False, True) if arguments.int8 else (False,):
-        decoder = Decoder(config, dtype="bfloat16", quantized=int8)
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config)), mesh, [])
+        decoder = Decoder(config, dtype="bfloat16", param_dtype="bfloat16")
+        mesh, weight_type = make_mesh(MeshConfig(), jax.devices()[:1]), Int8Weight if int8 else None
+        generator = Generator(decoder, load_weights(decoder, mesh, RandomModel(config), None, weight_type), mesh, [])
         embedding = generator.weights["params"]["embed_tokens"]["embedding"].nbytes
         # The table is looked up, not read, unless it is the output matrix too.
         needed = weight_bytes(generator.weights) - (0 if config.tied_head else embedding)

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.models.decoder import MLP
-from jaxlm.nn.experts import MoeMLP
+from jaxlm.nn.experts import ExpertsFeedForward
+from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 
 
@@ -28,8 +28,8 @@ def layer(config: DecoderSpec, dtype: Any, tokens: int, compute: str | None) -> 
     """A function that runs forward and backward once, compiled; and the seconds that took."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, config.hidden_size)), dtype)
     modality = jnp.zeros((1, tokens), jnp.int32)
-    common = (config, {}, dtype, dtype)
-    module: nn.Module = MLP(*common) if compute is None else MoeMLP(*common, compute=compute)
+    common = (config.hidden_size, config.initializer_range, {}, dtype, dtype, config.feed_forward)
+    module: nn.Module = FeedForward(*common) if compute is None else ExpertsFeedForward(*common, compute=compute)
     rest = (jnp.int32(0), True) if compute is None else (jnp.int32(0), True, modality)
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, *rest)["params"])
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import SequenceKey
 
 from jaxlm.devices.mesh import replicated
 from jaxlm.errors import UserError
@@ -25,7 +26,7 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
     """Checks a tree of weights; integers are passed over.
 
     Args:
-        tree: arrays on `mesh`; those below 'layers/' have the layer as first dim, or its number as the next key.
+        tree: arrays on `mesh`; those below 'layers' and 'tail' have the layer as first dim, or lie in lists by layer.
         where: they come from, for the message: 'model.path: models/base'.
         way_out: what the user can do.
         name: how the message names a tensor.
@@ -34,35 +35,29 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
         UserError: some are NaN or infinite: which tensor of which layer, and how many values.
     """
     everywhere = replicated(mesh)
-    counts: dict[str, jax.Array] = {}
+    counts: dict[tuple[str, int | None, bool], jax.Array] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            path = jax.tree_util.keystr(keys, simple=True, separator="/").removeprefix("params/")
-            counts[path] = _counter(everywhere, _stacked(path))(leaf)
-    found = [
-        (path, at, int(number))
-        for path, values in zip(counts, jax.device_get(list(counts.values())), strict=True)
-        for at, number in enumerate(np.atleast_1d(values))
+            layer = next((key.idx for key in keys if isinstance(key, SequenceKey)), None)
+            names = [jax.tree_util.keystr((key,), simple=True) for key in keys if not isinstance(key, SequenceKey)]
+            stacked = layer is None and not {"layers", "tail"}.isdisjoint(names)
+            path = "/".join(names).removeprefix("params/")
+            counts[path, layer, stacked] = _counter(everywhere, stacked)(leaf)
+    broken = [
+        (path, index if stacked else layer, int(number))
+        for (path, layer, stacked), values in zip(counts, jax.device_get(list(counts.values())), strict=True)
+        for index, number in enumerate(np.atleast_1d(values))
         if number
     ]
-    if not found:
+    if not broken:
         return
-    path, at, number = found[0]
-    layer: int | None = at if _stacked(path) else None
-    if layer is None and "layers" in (parts := path.split("/")):
-        layer = int(parts.pop(parts.index("layers") + 1))
-        path = "/".join(parts)
+    path, layer, number = broken[0]
     tensor = name(path, layer)
-    more = f", and in {len(found) - 1} more tensors" if len(found) > 1 else ""
+    more = f", and in {len(broken) - 1} more tensors" if len(broken) > 1 else ""
     raise UserError(
         f"{where}: {tensor} holds {number:,} value{'s that are' if number > 1 else ' that is'} not finite (NaN or "
         f"infinity){more}; {way_out}"
     )
-
-
-def _stacked(path: str) -> bool:
-    parts = path.split("/")
-    return "layers" in parts and not parts[parts.index("layers") + 1].isdigit()
 
 
 @cache

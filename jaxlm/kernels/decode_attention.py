@@ -47,7 +47,7 @@ def tpu_decode_attention(
         q: [B, T, H, h], T at most MAX_TOKENS; scaled by 1/sqrt(h).
         keys, values: [B, K, S, h], those of the new tokens included; may hold anything where no query looks.
         places: [B, T] int32, the slot of each new token: it sees those up to its own. Beyond S: it sees all.
-        window: it sees only so many slots up to its own; None: all.
+        window: number of slots that a query sees, up to its own; None: all.
 
     Returns:
         [B, T, H, h] in q's dtype.
@@ -100,7 +100,7 @@ def tpu_decode_attention(
                 visible &= place - slot < window
             scores = jnp.where(visible, scores, NEGATIVE)
             largest = jnp.maximum(top[...], jnp.max(scores, axis=2, keepdims=True))
-            # Of a token that sees none of the blocks so far every score is the largest, and every weight 1. What comes
+            # For a token that sees none of the blocks so far every score is the largest, and every weight 1. What comes
             # of that is shrunk to 0 in the block where it sees its own slot.
             weights = jnp.exp(scores - largest)
             shrink = jnp.exp(top[...] - largest)

@@ -79,7 +79,7 @@ def _parameters(semantics: tuple[Any, ...]) -> pltpu.CompilerParams:
 
 
 def column_tiles(block: int, inner: int, columns: int, itemsize: int) -> int:
-    """Into how many tiles the columns of a matrix [inner, columns] are divided.
+    """The number of tiles that the columns of a matrix [inner, columns] are divided into.
 
     Raises:
         UserError: when not even 128 columns fit on the chip.
@@ -141,7 +141,7 @@ def _product(x: jax.Array, w: jax.Array, groups: Groups, transposed: bool) -> ja
 
 
 def matrix_tiles(block: int, inner: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Into how many tiles (rows, columns) the matrices [inner, columns] are divided: what re-reads least and fits."""
+    """The numbers of tiles (rows, columns) of the matrices [inner, columns]: what fits and is read again least."""
     best, least = (pl.cdiv(inner, 128), pl.cdiv(columns, 128)), float("inf")
     for across in range(1, pl.cdiv(columns, 128) + 1):
         for down in range(1, pl.cdiv(inner, 128) + 1):

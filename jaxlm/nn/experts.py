@@ -193,7 +193,7 @@ class ExpertsFeedForward(WithLinears):
             self.sow("moe", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
     def _count(self, used: jax.Array, modality: jax.Array) -> None:
-        """Notes how many tokens of each modality used each expert [modalities, E], and how many there were."""
+        """Notes the number of tokens of each modality that used each expert [modalities, E], and of all its tokens."""
         experts = self.experts
         if not self.is_mutable_collection("moe") or self.is_initializing():
             return

@@ -1,0 +1,1 @@
+"""Training: what is minimised, the step, the loop in phases, checkpoints and reports."""

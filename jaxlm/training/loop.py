@@ -44,7 +44,7 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
     config = job.config
     history = open_history(job, hosts)
     setup = set_up(config, job.model, objective=job.objective)
-    # Hosts have tables of their own; with different programs they would wait for each other for ever.
+    # Each host has its own table of measured kernels; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": setup.attention[0]})
     batches = job.data.train_batches(
         config.train.global_batch_size,
@@ -64,11 +64,12 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
     compiled = compile_steps(
         setup, initializer, schedule, start.state, start.frozen, job.data.validation is not None, terminal
     )
-    for place in (terminal, hosts.log):
-        if place is not None:
-            announce(place, job, setup, initializer, start, compiled, schedule, batches)
+    for output in (terminal, hosts.log):
+        if output is not None:
+            announce(output, job, setup, initializer, start, compiled, schedule, batches)
 
     run = TrainingRun(job, setup, compiled, start, history, batches, hosts, terminal)
+    del start  # its state belongs to the first step
     stop.stepping()
     run.run()
     return _finish(run, stop, final_warnings(config.optimizer, schedule, run.total, not run.any_gradient))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -19,8 +18,9 @@ from convert.source import open_model
 from jaxlm.config import MeshConfig, OptimizerConfig
 from jaxlm.devices import mesh as meshes
 from jaxlm.devices.mesh import make_mesh
-from jaxlm.inference.model import Decoder, load_weights
-from jaxlm.models.decoder import Decoder as Llama
+from jaxlm.inference.model import load_weights
+from jaxlm.models.decoder import Decoder
+from jaxlm.nn.weight_types import Int8Weight
 from jaxlm.training.checkpoint import _context
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -67,7 +67,7 @@ def weight_bytes(source: Any) -> int:
 
 def initializer(config: Any, mesh: MeshConfig) -> Initializer:
     optimizer = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
-    return Initializer(Llama(config, {}), None, make_mesh(mesh), optimizer)
+    return Initializer(Decoder(config, {}), None, make_mesh(mesh), optimizer)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -85,8 +85,8 @@ def test_training(mesh: MeshConfig, piece: int, hf: Path, counted: list[int], mo
 def test_decoding(int8: bool, hf: Path, counted: list[int]) -> None:
     source = open_model(hf)
     counted.clear()
-    decoder = Decoder(source.config, (), jnp.float32, "xla", int8, "auto")
-    load_weights(decoder, make_mesh(MeshConfig(tensor=8)), source)
+    decoder = Decoder(source.config)
+    load_weights(decoder, make_mesh(MeshConfig(tensor=8)), source, None, Int8Weight if int8 else None)
     assert sum(counted) <= 1.05 * weight_bytes(source)
 
 

@@ -16,7 +16,7 @@ from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.batch import FilePrompt, Journal, Result, answer_all, read_prompts, write_results
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, load_weights
+from jaxlm.inference.model import load_weights
 from jaxlm.inference.prompts import Prompter
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from tests.inference.test_generation import CONFIG, TreeSource
@@ -36,12 +36,11 @@ def generator() -> Generator:
 
     import flax.linen as nn
 
-    from jaxlm.models.decoder import Decoder as Llama
-    from jaxlm.models.decoder import abstract_variables
+    from jaxlm.models.decoder import Decoder, abstract_variables
     from tests.models.compare import random_tree
 
     config = dataclasses.replace(CONFIG, vocab_size=290)
-    tree = random_tree(nn.unbox(abstract_variables(Llama(config)))["params"], 0)
+    tree = random_tree(nn.unbox(abstract_variables(Decoder(config)))["params"], 0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     decoder = Decoder(config)
     return Generator(decoder, load_weights(decoder, mesh, TreeSource(tree)), mesh, [2])
@@ -107,10 +106,10 @@ def _ignore(prompts: int, tokens: int) -> None:
     ("name", "content", "message"),
     [
         ("a.xml", "x", "ending must be one of"),
-        ("a.json", '{"a": 1}', "must hold an array"),
+        ("a.json", '"a"', "must hold an array"),
         ("a.json", "[1,", "broken JSON"),
         ("a.txt", "", "holds no prompt"),
-        ("a.csv", "a,a\n1,2\n", "two columns are named 'a'"),
+        ("a.csv", "a,a\n1,2\n", "two columns of the name 'a'"),
         ("missing.txt", None, "does not exist"),
     ],
 )

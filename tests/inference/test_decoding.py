@@ -13,9 +13,10 @@ from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, extend, grow, next_logits, prefill, unstack
+from jaxlm.inference.model import unstack
 from jaxlm.inference.rows import FIRST_SLOTS, bucket
-from jaxlm.models.decoder import Decoder as Llama
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.unrolled import extend, grow, next_logits, prefill
 from tests.models import hf
 
 torch = pytest.importorskip("torch")
@@ -117,6 +118,7 @@ def test_all_beams_are_returned(llama: Any) -> None:
         ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
         ("MistralForCausalLM", {"sliding_window": 7}),
         ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {"head_dim": 10}),
         (
             "LlamaForCausalLM",
             {
@@ -154,7 +156,7 @@ def test_cached_logits_equal_the_full_forward() -> None:
     decoder = Decoder(config)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 96, n) for n in (12, 20, 7)]
-    full = [np.asarray(Llama(config).apply({"params": weights}, row[None]))[0] for row in rows]
+    full = [np.asarray(Decoder(config).apply({"params": weights}, row[None]))[0] for row in rows]
     first = np.array([5, 11, 1], np.int32)
     tokens = np.zeros((3, 16), np.int32)
     for row, (ids, length) in enumerate(zip(rows, first, strict=True)):

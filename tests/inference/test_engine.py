@@ -14,7 +14,8 @@ from jaxlm.errors import UserError
 from jaxlm.inference import rows
 from jaxlm.inference.engine import Answer, Engine, Request, Slot
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, load_weights
+from jaxlm.inference.model import load_weights
+from jaxlm.models.decoder import Decoder
 from tests.inference.test_generation import CONFIG, TreeSource, generator, params
 
 # Every way of drawing, both penalties, stop ids and limits of a row's own.

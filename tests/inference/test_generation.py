@@ -13,11 +13,10 @@ from jaxlm.config import Decoding, LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import Decoder, load_weights, unstack
-from jaxlm.models.decoder import Decoder as Llama
-from jaxlm.models.decoder import abstract_variables
-from jaxlm.nn.linear import quantize
-from jaxlm.nn.lora import resolve_lora
+from jaxlm.inference.model import load_weights, unstack
+from jaxlm.models.adapters import resolve_lora
+from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.spec import uniform_decoder
 from tests.models.compare import random_tree
 
@@ -55,13 +54,15 @@ def one_device() -> Any:
 def params(seed: int = 0) -> Any:
     import flax.linen as nn
 
-    return random_tree(nn.unbox(abstract_variables(Llama(CONFIG)))["params"], seed)
+    return random_tree(nn.unbox(abstract_variables(Decoder(CONFIG)))["params"], seed)
 
 
-def generator(decoder: Decoder, tree: Any, adapter: Any = None) -> Generator:
+def generator(
+    decoder: Decoder, tree: Any, adapter: Any = None, weight_type: type[StoredWeight] | None = None
+) -> Generator:
     mesh = one_device()
     source = None if adapter is None else TreeSource(adapter)
-    return Generator(decoder, load_weights(decoder, mesh, TreeSource(tree), source), mesh, [2])
+    return Generator(decoder, load_weights(decoder, mesh, TreeSource(tree), source, weight_type), mesh, [2])
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_an_adapter_on_the_fly_is_the_merged_model(lora: LoraConfig) -> None:
 
     specs = resolve_lora(CONFIG, lora)
     base = params(1)
-    shapes = nn.unbox(abstract_variables(Llama(CONFIG, specs)))["lora"]
+    shapes = nn.unbox(abstract_variables(Decoder(CONFIG, specs)))["lora"]
     factors = random_tree(shapes, 2, 0.2)
     for name, spec in specs.items():
         parent = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
@@ -124,12 +125,12 @@ def test_an_adapter_on_the_fly_is_the_merged_model(lora: LoraConfig) -> None:
             leaf["lora_A"][layer][..., rank:] = 0
         if lora.dora:
             leaf["magnitude"] = np.abs(leaf["magnitude"]) + 1.0
-    decoder = Decoder(CONFIG, tuple(specs.items()))
+    decoder = Decoder(CONFIG, specs)
     found = generator(decoder, base, factors)
     decoding = Decoding(max_new_tokens=8)
     answers = found.generate(PROMPTS, decoding)
     # Every token must be the best one that the training model sees after those before it.
-    forward = jax.jit(Llama(CONFIG, specs).apply)
+    forward = jax.jit(Decoder(CONFIG, specs).apply)
     rows = np.zeros((len(PROMPTS), 32), np.int32)
     for row, (prompt, (answer,)) in enumerate(zip(PROMPTS, answers, strict=True)):
         rows[row, : len(prompt) + len(answer.ids)] = [*prompt, *answer.ids]
@@ -160,11 +161,11 @@ def test_modules_saved_in_full_take_the_place_of_the_bases(plain: Generator) -> 
     specs = resolve_lora(CONFIG, lora)
     import flax.linen as nn
 
-    factors = random_tree(nn.unbox(abstract_variables(Llama(CONFIG, specs)))["lora"], 3)
+    factors = random_tree(nn.unbox(abstract_variables(Decoder(CONFIG, specs)))["lora"], 3)
     factors["layers"]["self_attn"]["q_proj"]["lora_B"][:] = 0
     head = np.random.default_rng(4).normal(0, 0.3, (CONFIG.vocab_size, CONFIG.hidden_size)).astype(np.float32)
     adapter = {**factors, "modules_to_save": {"lm_head": {"kernel": head}}}
-    found = generator(Decoder(CONFIG, tuple(specs.items())), params(), adapter)
+    found = generator(Decoder(CONFIG, specs), params(), adapter)
     base = params()
     base["lm_head"]["kernel"] = head
     decoding = Decoding(max_new_tokens=6)
@@ -183,33 +184,34 @@ def test_int8_is_the_model_with_rounded_weights() -> None:
         for name in names:
             kernel = rounded["layers"][parent][name]["kernel"]
             for layer in range(CONFIG.num_layers):
-                q, factor = quantize(kernel[layer], 2 if name == "o_proj" else 1)
+                stored = Int8Weight.of_array(kernel[layer], 2 if name == "o_proj" else 1)
+                q, factor = stored.values, stored.factors
                 assert q.dtype == np.int8 and np.abs(q).max() == 127
                 np.testing.assert_allclose(q * factor, kernel[layer], atol=factor.max() / 2 + 1e-7)
                 kernel[layer] = q * factor
-    small = generator(Decoder(CONFIG, quantized=True), tree)
+    small = generator(Decoder(CONFIG), tree, weight_type=Int8Weight)
     decoding = Decoding(max_new_tokens=10)
     assert small.generate(PROMPTS, decoding) == generator(Decoder(CONFIG), rounded).generate(PROMPTS, decoding)
     kernel = small.weights["params"]["layers"][1]["self_attn"]["o_proj"]["kernel"]
-    assert kernel.dtype == jnp.int8
+    assert isinstance(kernel, Int8Weight) and kernel.values.dtype == jnp.int8
 
 
 def test_int8_with_an_adapter_and_on_a_mesh() -> None:
     import flax.linen as nn
 
     specs = resolve_lora(CONFIG, LoraConfig(rank=4, targets=("q_proj", "down_proj"), dora=True))
-    factors = random_tree(nn.unbox(abstract_variables(Llama(CONFIG, specs)))["lora"], 6, 0.2)
-    decoder = Decoder(CONFIG, tuple(specs.items()), quantized=True)
-    expected = generator(decoder, params(6), factors).generate(PROMPTS, SAMPLING)
+    factors = random_tree(nn.unbox(abstract_variables(Decoder(CONFIG, specs)))["lora"], 6, 0.2)
+    decoder = Decoder(CONFIG, specs)
+    expected = generator(decoder, params(6), factors, Int8Weight).generate(PROMPTS, SAMPLING)
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
-    spread = load_weights(decoder, mesh, TreeSource(params(6)), TreeSource(factors))
+    spread = load_weights(decoder, mesh, TreeSource(params(6)), TreeSource(factors), Int8Weight)
     assert Generator(decoder, spread, mesh, [2]).generate(PROMPTS, SAMPLING) == expected
 
 
 def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16() -> None:
-    from jaxlm.inference.model import prefill
+    from jaxlm.models.unrolled import prefill
 
-    decoder = Decoder(CONFIG, dtype="bfloat16")
+    decoder = Decoder(CONFIG, dtype="bfloat16", param_dtype="bfloat16")
     found = generator(decoder, params())
     assert all(answer.complete for row in found.generate(PROMPTS, SAMPLING) for answer in row)
     logits, caches = prefill(decoder, found.weights, jnp.ones((1, 16), jnp.int32), jnp.array([4]), 16)

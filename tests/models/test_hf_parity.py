@@ -68,6 +68,20 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         24,
         dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     ),
+    # Heads of 10 do not fill D.
+    "qwen3": ("Qwen3ForCausalLM", 2, 24, dict(head_dim=10)),
+    "qwen3-biases-tied": (
+        "Qwen3ForCausalLM",
+        2,
+        24,
+        dict(head_dim=12, attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
+    ),
+    "qwen3-window": (
+        "Qwen3ForCausalLM",
+        2,
+        24,
+        dict(head_dim=10, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    ),
 }
 
 
@@ -107,8 +121,9 @@ def test_rope_tables(case: str) -> None:
     positions = np.array([[0, 1, 5, 100, 255]])
     x = hf.torch.zeros(1, 5, 4)
     cos, sin = torch_model.model.rotary_emb(x, hf.torch.from_numpy(positions))
-    found = rope_cos_sin(config, jnp.asarray(positions))
-    half = config.attention.head_dim // 2
+    rope, head_dim = config.attention.rope, config.attention.head_dim
+    found = rope_cos_sin(rope, head_dim, config.max_position_embeddings, jnp.asarray(positions))
+    half = head_dim // 2
     # At position 255 one unit in the last place of a frequency is 1.5e-5 radians.
     np.testing.assert_allclose(found[0], cos.numpy()[..., :half], rtol=0, atol=4e-5)
     np.testing.assert_allclose(found[1], sin.numpy()[..., :half], rtol=0, atol=4e-5)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.inference.model import abstract_weights, extend, next_logits, prefill, unstack
+from jaxlm.inference.model import abstract_weights, unstack
 from jaxlm.models import streamed
 from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.models.unrolled import extend, next_logits, prefill
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import (
     AttentionSpec,

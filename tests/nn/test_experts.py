@@ -14,9 +14,10 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
+from jaxlm.models.adapters import as_one_adapter, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.dispatch import make_dispatch
-from jaxlm.nn.experts import (
+from jaxlm.nn.routers import (
     PADDING,
     choose_compute,
     experts_of_modalities,
@@ -25,7 +26,6 @@ from jaxlm.nn.experts import (
     route_by_scores,
     route_learned,
 )
-from jaxlm.nn.lora import as_one_adapter, resolve_lora
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from tests.models.compare import assert_trees_close, random_tree
 
@@ -326,7 +326,7 @@ def test_padding_uses_no_expert() -> None:
 
 
 def test_the_balance_loss_is_one_when_use_is_even() -> None:
-    from jaxlm.nn.experts import router_losses
+    from jaxlm.nn.routers import router_losses
 
     moe = ExpertsSpec(4, "learned", top_k=(1,))
     logits = jnp.eye(4) * 50.0
@@ -342,7 +342,7 @@ def test_router_losses_leave_padding_out(k: int) -> None:
     """The balance loss is Mixtral's in transformers, over k (even use: 1 here, k there); the z loss by its formula."""
     torch = pytest.importorskip("torch")
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    from jaxlm.nn.experts import router_losses
+    from jaxlm.nn.routers import router_losses
 
     moe = ExpertsSpec(8, "learned", top_k=(k,))
     logits = np.random.default_rng(5).normal(0, 2, (3, 17, 8)).astype(np.float32)
@@ -444,7 +444,7 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
         ({"top_k": (9, 2, 3)}, "moe.top_k: text: 9; there are 8 experts"),
         ({"top_k": (5, 0, 3)}, "moe.top_k: smiles: 0"),
         ({"top_k": (5, 2)}, "2 numbers for the modalities text, smiles, protein"),
-        ({"experts": 7}, "7 does not divide the 48 neurons"),
+        ({"num_experts": 7}, "7 does not divide the 48 neurons"),
         ({"router": "softmax"}, "'softmax' is not one of"),
         ({"ranges": ((40, 50), (45, 60))}, "share tokens"),
         ({"ranges": ((50, 40), (50, 60))}, "are not a range"),
@@ -455,7 +455,7 @@ def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
     ids=str,
 )
 def test_configurations_that_cannot_be(values: dict[str, Any], message: str) -> None:
-    good = {"experts": 8, "router": "modality", "modalities": NAMES, "ranges": RANGES, "top_k": (5, 2, 3)}
+    good = {"num_experts": 8, "router": "modality", "modalities": NAMES, "ranges": RANGES, "top_k": (5, 2, 3)}
     with pytest.raises(UserError, match=message):
         DENSE.with_experts(ExpertsSpec(**(good | values)))
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxlm.nn import linear
-from jaxlm.nn.linear import Linear, quantize
+from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.weight_types import Int8Weight
 
 ROWS, INPUTS, OUTPUTS, RANK = 4096, 48, 12, 3
 # Magnitude over norm by output: steps far below bfloat16's (2 ** -7 above 1), and some large ones.
@@ -32,8 +33,8 @@ def adapted(quantized: bool = False) -> tuple[dict[str, Any], np.ndarray, np.nda
     params: dict[str, Any] = {"kernel": kernel}
     weight = kernel.astype(np.float64)
     if quantized:
-        params["kernel"], params["kernel_scale"] = quantize(kernel, 1)
-        weight = params["kernel"].astype(np.float64) * params["kernel_scale"]
+        params["kernel"] = Int8Weight.of_array(kernel, 1)
+        weight = params["kernel"].values.astype(np.float64) * params["kernel"].factors
     weight = weight + a.astype(np.float64) @ b
     magnitude = np.linalg.norm(weight, axis=0) * RATIOS
     lora = {"lora_A": a, "lora_B": b, "magnitude": magnitude.astype(np.float32)}
@@ -56,9 +57,9 @@ class NothingDropped:
         return x if deterministic else x * 1
 
 
-def layer(dropout: float = 0.0, quantized: bool = False) -> Linear:
+def layer(dropout: float = 0.0) -> Linear:
     spec = LoraSpec((RANK,), (1.0,), dropout, dora=True)
-    return Linear((INPUTS,), (OUTPUTS,), ("embed",), ("mlp",), adapter=spec, dtype=jnp.bfloat16, quantized=quantized)
+    return Linear((INPUTS,), (OUTPUTS,), ("embed",), ("mlp",), adapter=spec, dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("form", ["inference", "training", "training with dropout", "int8"])
@@ -66,7 +67,7 @@ def test_dora_in_bfloat16_is_dora(form: str, monkeypatch: pytest.MonkeyPatch) ->
     """Every output has the gain that its magnitude says, in each form; int8 against what int8 stands for."""
     monkeypatch.setattr(linear.nn, "Dropout", NothingDropped)
     variables, x, expected = adapted(quantized=form == "int8")
-    module = layer(0.1 if form == "training with dropout" else 0.0, form == "int8")
+    module = layer(0.1 if form == "training with dropout" else 0.0)
     deterministic = form in ("inference", "int8")
     found = jax.jit(lambda v, x: module.apply(v, x, jnp.int32(0), deterministic=deterministic))(variables, x)
     assert found.dtype == jnp.bfloat16
@@ -120,11 +121,12 @@ def test_dora_in_bfloat16_has_pefts_gains() -> None:
 def test_int8_is_rounded_once() -> None:
     """A product of int8 and bfloat16 against float64: the error is that of one rounding to bfloat16, not of two."""
     rng = np.random.default_rng(1)
-    kernel, factor = quantize(rng.normal(0, 0.1, (2, 32, 96)).astype(np.float32), 2)
+    kernel = Int8Weight.of_array(rng.normal(0, 0.1, (2, 32, 96)).astype(np.float32), 2)
+    factor = kernel.factors
     x = bfloat16(rng.normal(size=(512, 2, 32)))
-    exact = np.einsum("nhi,hio->no", x.astype(np.float64), kernel.astype(np.float64)) * factor
-    module = Linear((2, 32), (96,), ("heads", "head"), ("embed",), dtype=jnp.bfloat16, quantized=True)
-    variables = {"params": {"kernel": kernel, "kernel_scale": factor}}
+    exact = np.einsum("nhi,hio->no", x.astype(np.float64), kernel.values.astype(np.float64)) * factor
+    module = Linear((2, 32), (96,), ("heads", "head"), ("embed",), dtype=jnp.bfloat16)
+    variables = {"params": {"kernel": kernel}}
     found = np.asarray(jax.jit(module.apply)(variables, x, jnp.int32(0)), np.float64)
 
     def error(y: np.ndarray) -> float:

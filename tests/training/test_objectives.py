@@ -75,7 +75,7 @@ def run(out: Path, steps: int) -> tuple[Outcome, list[dict[str, Any]]]:
         model=ModelConfig(shape="made up", dtype="float32"),
         data=data_config,
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
-        train=TrainConfig(steps=steps, global_batch_size=8, micro_batch_size=1, eval_every=3, save_every=0),
+        train=TrainConfig(steps=steps, global_batch_size=16, micro_batch_size=1, eval_every=3, save_every=0),
         output_dir=str(out),
     )
     data = Data(data_config, 0, examples, examples, Report((), ()), "hash", ())

@@ -28,7 +28,7 @@ Backend = Literal["tpu", "gpu"]
 
 # Rows of a block of queries and of keys.
 BLOCK = 512
-# Lengths are padded to whole registers of so many lanes; blocks at the end of a row may still be ragged.
+# Lengths are padded to whole registers of this number of lanes; blocks at the end of a row may still be ragged.
 LANES = 128
 
 

@@ -59,7 +59,7 @@ class Spec:
         return -(-self.q_length // self.block_q), -(-self.kv_length // self.block_k)
 
     def visible_pairs(self) -> int:
-        """How many (query, key) pairs of one row and head causality and the window leave."""
+        """The number of (query, key) pairs of one row and head that causality and the window leave."""
         rows = np.arange(self.q_length)
         last = np.minimum(rows, self.kv_length - 1) if self.causal else np.full_like(rows, self.kv_length - 1)
         first = np.zeros_like(rows) if self.window is None else np.maximum(rows - self.window + 1, 0)
@@ -74,7 +74,7 @@ class Schedule:
         row, q, k: row of the batch, block of queries, block of keys.
         flags: bits, see above.
         done_row, done_q: the block of queries that is the next to see its last pair, at this step or later.
-        steps: how many there are, an int or an int32 scalar; what lies behind in the lists is not visited.
+        steps: their number, an int or an int32 scalar; what lies behind in the lists is not visited.
     """
 
     row: Any

@@ -31,7 +31,7 @@ from jaxlm.kernels.flash_attention.schedule import (
     make_schedule,
 )
 
-# On-chip memory for the dq of all queries. Of the 64 MiB (v5p, 7x) or 128 MiB (v5e, v6e) there are.
+# On-chip memory for the dq of all queries, from the 64 MiB (v5p, 7x) or 128 MiB (v5e, v6e) of the chip.
 DQ_BYTES = 24 * 2**20
 
 
@@ -93,7 +93,7 @@ def _kernel(
 
 
 def _head_parts(groups: int, rows: int, dim: int) -> int:
-    """In how many parts the query heads of a kv head are worked on, so that their dq fits."""
+    """The number of parts in which the query heads of a kv head are worked on, so that their dq fits."""
     one = 4 * rows * -(-dim // 128) * 128
     if one > DQ_BYTES:
         raise UserError(
