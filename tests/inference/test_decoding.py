@@ -138,7 +138,7 @@ def test_all_beams_are_returned(llama: Any) -> None:
             },
         ),
     ],
-    ids=["tied-mqa", "biases", "window", "qwen2", "dynamic-rope", "yarn"],
+    ids=["tied-mqa", "biases", "window", "qwen2", "qwen3", "dynamic-rope", "yarn"],
 )
 def test_relatives(architecture: str, options: dict[str, Any]) -> None:
     """Prompts of different length side by side, past a window and past the original context."""
