@@ -35,7 +35,7 @@ from jaxlm.weights.tensors import JoinedRows, Tensor, TensorSpec, same_bytes
 
 
 def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
-    """The leaf that the tensors of all layers make; refused when they differ in dtype or are no weights."""
+    """The leaf that the tensors of all layers make; refuses dtypes that differ or are not those of weights."""
     first = next(iter(tensors.values()))
     for tensor in tensors.values():
         if tensor.dtype not in WEIGHT_DTYPES.values():
