@@ -28,8 +28,8 @@ import numpy as np
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
 
 from jaxlm.config import LoraConfig  # noqa: E402
+from jaxlm.models.adapters import resolve_lora  # noqa: E402
 from jaxlm.models.families import load_shape, write_config  # noqa: E402
-from jaxlm.nn.lora import resolve_lora  # noqa: E402
 from jaxlm.spec import DecoderSpec  # noqa: E402
 from jaxlm.weights.dtypes import WEIGHT_DTYPES  # noqa: E402
 from jaxlm.weights.names import hf_entries, peft_entries  # noqa: E402

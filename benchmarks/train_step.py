@@ -15,8 +15,8 @@ import numpy as np
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.kernels.backend import choose_attention, shape_key
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule

@@ -30,7 +30,7 @@ def exit_status(command: Callable[[], int | None], *, prefix: str = "error", int
 
     Returns:
         the command's own status; 2 after a mistake in the input, or a file that cannot be read or written; 130 after
-        Ctrl-C. A reader that takes only the beginning of the output, as `| head` does, is no mistake: 0.
+        Ctrl-C. A reader that takes only the beginning of the output, as `| head` does, is not a mistake: 0.
     """
     try:
         status = command() or 0

@@ -56,7 +56,7 @@ def tokenizer(kind: Path, request: pytest.FixtureRequest, tmp_path_factory: pyte
     return extended(kind, tmp_path_factory.mktemp("extended") / "out", entries)
 
 
-def test_scimind_ids() -> None:
+def test_presets_have_scimind_ids() -> None:
     """COMPAT's table: 66 characters from 32000 on, G A C T U from 32066, 27 amino acids and signs to 32097."""
     smiles, nucleic, protein = resolve(SCIMIND, 32000)
     assert (smiles.range, nucleic.range, protein.range) == ((32000, 32066), (32066, 32071), (32071, 32098))
@@ -65,7 +65,7 @@ def test_scimind_ids() -> None:
     assert protein.spelled()[0] == "<|L|>" and protein.spelled()[-2:] == ["<|.|>", "<|-|>"]
 
 
-def test_pieces_are_tokens(tokenizer: Tokenizer) -> None:
+def test_every_piece_is_a_token(tokenizer: Tokenizer) -> None:
     first, tagged = tokenizer.modalities[0].first, tokenizer.modalities[0].tag_tokens
     found = tokenizer.encode("the molecule <smiles>CCl</smiles> is").ids
     pieces = [first, first, first + PRESETS["smiles"].tokens.index("l")]
@@ -88,7 +88,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+def test_texts_come_back_as_they_were(tokenizer: Tokenizer, text: str) -> None:
     encoding = tokenizer.encode(text)
     assert tokenizer.decode(encoding.ids) == text
     assert len(encoding.ids) == len(encoding.offsets)
@@ -141,7 +141,7 @@ def test_offsets_cover_the_text(tokenizer: Tokenizer) -> None:
         ("<nucleic>GAX</nucleic>", ["'X' at character 11", "nucleic"]),
     ],
 )
-def test_refused(tokenizer: Tokenizer, text: str, wanted: list[str]) -> None:
+def test_texts_that_cannot_be_read_are_refused(tokenizer: Tokenizer, text: str, wanted: list[str]) -> None:
     with pytest.raises(TextError) as caught:
         tokenizer.encode_batch(["fine", text])
     assert caught.value.number == 1
@@ -159,7 +159,7 @@ def test_what_cannot_come_back_is_refused_without_tag_tokens(tokenizer: Tokenize
 
 
 @pytest.mark.parametrize("tag_tokens", [False, True])
-def test_fallback_text(kind: Path, tmp_path: Path, tag_tokens: bool) -> None:
+def test_unknown_pieces_may_be_read_as_plain_text(kind: Path, tmp_path: Path, tag_tokens: bool) -> None:
     entry = ModalityConfig(preset="smiles", fallback="text", tag_tokens=tag_tokens)
     tokenizer = extended(kind, tmp_path / "out", [entry])
     text = "known <smiles>CC</smiles>, unknown <smiles>C*C</smiles>."
@@ -169,7 +169,7 @@ def test_fallback_text(kind: Path, tmp_path: Path, tag_tokens: bool) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_strip_is_scimind(base: Path, tmp_path: Path) -> None:
+def test_stripping_gives_scimind_ids(base: Path, tmp_path: Path) -> None:
     """White space beside a molecule is dropped, and each text between is encoded by itself."""
     tokenizer = extended(base, tmp_path / "out", [ModalityConfig(preset="smiles", strip=True)])
     plain = load_tokenizer(base)
@@ -180,7 +180,7 @@ def test_strip_is_scimind(base: Path, tmp_path: Path) -> None:
         tokenizer.encode("<smiles>C</smiles> <smiles>C</smiles>")
 
 
-def test_real_molecules(base: Path, tmp_path: Path) -> None:
+def test_real_molecules_come_back(base: Path, tmp_path: Path) -> None:
     """SciMind's 66 characters spell the published molecules; so do atoms, in fewer tokens."""
     file = SAMPLES / "lpm24_smiles_3000.txt"
     if not file.is_file():
@@ -211,7 +211,7 @@ def test_atoms_are_tokens() -> None:
     assert pieces("c1[se]cc1.[Na+]") == ["c", "1", "[", "se", "]", "c", "c", "1", ".", "[", "Na", "+", "]"]
 
 
-def test_decoding_what_is_not_whole(tokenizer: Tokenizer) -> None:
+def test_runs_that_are_not_whole_are_decoded(tokenizer: Tokenizer) -> None:
     modality = tokenizer.modalities[0]
     run = [modality.first, modality.first]
     if modality.tag_tokens:
@@ -233,7 +233,7 @@ def test_transformers_reads_the_pieces(base: Path, tmp_path: Path) -> None:
     assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text).ids
 
 
-def test_a_file_of_another_tokenizer(base: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> None:
     extended(base, tmp_path / "out", SCIMIND)
     content = json.loads((tmp_path / "out" / "modalities.json").read_text())
     content["modalities"][0]["first"] += 1
@@ -261,13 +261,13 @@ def test_a_file_of_another_tokenizer(base: Path, tmp_path: Path) -> None:
         ({"name": "x", "tokens_file": "/none/such"}, "tokens_file /none/such"),
     ],
 )
-def test_bad_modalities(entry: dict[str, object], wanted: str) -> None:
+def test_bad_modalities_are_refused(entry: dict[str, object], wanted: str) -> None:
     with pytest.raises(UserError, match="modalit") as caught:
         resolve([ModalityConfig(**entry)], 10)  # type: ignore[arg-type]
     assert wanted in str(caught.value)
 
 
-def test_two_of_a_kind() -> None:
+def test_two_modalities_of_one_name_are_refused() -> None:
     with pytest.raises(UserError, match="the name 'smiles'"):
         resolve([ModalityConfig(preset="smiles"), ModalityConfig(preset="smiles_atoms")], 0)
     with pytest.raises(UserError, match="two of them have the token"):

@@ -94,7 +94,7 @@ def test_llama_matches_sentencepiece_and_transformers(tmp_path: Path) -> None:
         assert ours == theirs(text, add_special_tokens=False).input_ids
 
 
-def test_special_tokens_in_a_text(directory: Path) -> None:
+def test_special_tokens_in_a_text_count_where_the_format_says_so(directory: Path) -> None:
     plain, fast = load_tokenizer(directory / "tokenizer.model"), load_tokenizer(directory / "tokenizer.json")
     assert 2 not in plain.encode("rock</s>rock").ids
     assert 2 in fast.encode("rock</s>rock").ids
@@ -108,7 +108,7 @@ def test_special_tokens_in_a_text(directory: Path) -> None:
     assert 2 in fast.encode("rock</s>rock").ids  # the choice of one call does not stay
 
 
-def test_tokens_added_beside_the_model_file(directory: Path, tmp_path: Path) -> None:
+def test_tokens_added_beside_the_model_file_are_recognised(directory: Path, tmp_path: Path) -> None:
     shutil.copyfile(directory / "tokenizer.model", tmp_path / "tokenizer.model")
     size = load_tokenizer(tmp_path).vocab_size
     (tmp_path / "added_tokens.json").write_text(json.dumps({"{|C|}": size, "[PAD]": size + 1}))
@@ -145,7 +145,7 @@ TEMPLATE = """{{ bos_token }}
 
 
 @pytest.mark.parametrize("prompt", [False, True])
-def test_chat_template_as_transformers(directory: Path, tmp_path: Path, prompt: bool) -> None:
+def test_chat_templates_render_as_in_transformers(directory: Path, tmp_path: Path, prompt: bool) -> None:
     transformers = pytest.importorskip("transformers")
     mine = chat(directory, tmp_path, TEMPLATE)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -165,12 +165,12 @@ def test_chat_template_as_transformers(directory: Path, tmp_path: Path, prompt: 
         ("{% for %}", "not valid Jinja"),
     ],
 )
-def test_chat_template_refusals(directory: Path, tmp_path: Path, template: str, message: str) -> None:
+def test_chat_templates_may_refuse(directory: Path, tmp_path: Path, template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         chat(directory, tmp_path, template).render_chat(MESSAGES)
 
 
-def test_no_chat_template(directory: Path) -> None:
+def test_a_tokenizer_without_a_chat_template_says_so(directory: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(directory).render_chat(MESSAGES)
 
@@ -181,6 +181,17 @@ def test_save_copies_the_files(directory: Path, tmp_path: Path) -> None:
     assert names == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     for name in names:
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_save_copies_whatever_belongs_to_a_tokenizer(directory: Path, tmp_path: Path) -> None:
+    """Also what only other libraries read, and nothing else of a model's directory."""
+    model = tmp_path / "model"
+    load_tokenizer(directory).save(model)
+    for name in ("tekken.json", "qwen.tiktoken", "chat_template.json", "config.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    load_tokenizer(model).save(tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert names == {path.name for path in model.iterdir()} - {"config.json", "model.safetensors"}
 
 
 def test_training_repeats_and_fits_small_texts(tmp_path: Path) -> None:
@@ -195,7 +206,7 @@ def test_training_repeats_and_fits_small_texts(tmp_path: Path) -> None:
     assert small.decode(small.encode("云母 granite").ids) == "云母 granite"
 
 
-def test_bad_files(tmp_path: Path) -> None:
+def test_broken_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="does not exist"):

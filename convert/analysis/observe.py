@@ -97,4 +97,5 @@ def walk(
     states = embedded(spec, source.read, chunks)
     with Progress(console=Console(stderr=True)) as progress:
         layers = run_layers(spec, source.read, chunks, states, step)
-        yield from progress.track(layers, total=spec.num_layers, description=description)
+        for number, params, found in progress.track(layers, total=spec.num_layers, description=description):
+            yield number, params["mlp"], found

@@ -24,8 +24,8 @@ from convert.transforms.experts import DenseSource
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import SHAPES
-from jaxlm.nn.lora import LINEARS, resolve_lora
+from jaxlm.models.adapters import LINEARS, resolve_lora
+from jaxlm.models.families import SHAPES, family_of
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.hf import (
@@ -182,7 +182,7 @@ def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple
     rows = {entry.path: entry.layout.stored[0] for entry in stored_entries(config, "mindspore")}
     for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
         for joined, linears in MINDSPORE_JOINED:
-            paths = [f"{linear_path(linear)}/{leaf}" for linear in linears]
+            paths = [f"{linear_path(config, linear)}/{leaf}" for linear in linears]
             if not all(path in rows for path in paths):
                 continue
             for path in paths:
@@ -365,8 +365,8 @@ class MindSporeAdapter(StackedTensors):
         self.tokenizer_files = find_tokenizer_files(directory)
         where = files[0]
         linears = {
-            rule_for(f"{linear_path(linear)}/kernel").mindspore.format(layer).removesuffix(".weight"): (linear, layer)
-            for linear in LINEARS
+            row.mindspore.format(layer).removesuffix(".weight"): (linear, layer)
+            for linear, row in family_of(config).linears.items()
             for layer in range(config.num_layers)
         }
         factors: dict[tuple[str, int, str], StoredTensor] = {}

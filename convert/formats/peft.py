@@ -14,7 +14,8 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import described, fits
 from jaxlm.jsontext import read_object
-from jaxlm.nn.lora import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
+from jaxlm.models.adapters import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
+from jaxlm.models.families import family_of
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.files import read_tensors
@@ -27,7 +28,6 @@ from jaxlm.weights.names import (
     Shape,
     adapter_shapes,
     leaf_shapes,
-    linear_module,
     peft_entries,
     saved_module_name,
 )
@@ -197,7 +197,9 @@ def _targets(
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = list(LINEARS)
     modules = {
-        (linear, layer): linear_module(linear, layer) for linear in LINEARS for layer in range(config.num_layers)
+        (linear, layer): row.hf_module.format(layer)
+        for linear, row in family_of(config).linears.items()
+        for layer in range(config.num_layers)
     }
     if isinstance(wanted, list):
         for name in wanted:

@@ -12,19 +12,18 @@ import numpy as np
 
 from convert.transforms.experts import read_reordered
 from jaxlm.errors import UserError
-from jaxlm.nn.lora import MLP_LINEARS, as_one_adapter, resolve_lora
+from jaxlm.models.adapters import FEED_FORWARD_LINEARS, as_one_adapter, resolve_lora
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import AdapterSource, Index, ParamSource
-from jaxlm.weights.names import linear_path
 from jaxlm.weights.partition import inverse
 
-# Leaf of an adapter -> which of its dimensions is that of the neurons; 0 is the layer.
-NEURON_DIMENSION = {
-    f"{linear_path('gate_proj')}/lora_B": 2,
-    f"{linear_path('up_proj')}/lora_B": 2,
-    f"{linear_path('gate_proj')}/magnitude": 1,
-    f"{linear_path('up_proj')}/magnitude": 1,
-    f"{linear_path('down_proj')}/lora_A": 1,
+# What of an adapter has neurons: (linear layer, factor) -> which dim of the leaf is theirs; 0 is the layer.
+NEURON_DIMS = {
+    ("gate_proj", "lora_B"): 2,
+    ("up_proj", "lora_B"): 2,
+    ("gate_proj", "magnitude"): 1,
+    ("up_proj", "magnitude"): 1,
+    ("down_proj", "lora_A"): 1,
 }
 
 
@@ -55,15 +54,17 @@ class ReorderedAdapter:
         self.prompt_files = adapter.prompt_files
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        if path not in NEURON_DIMENSION:
+        *_, linear, factor = path.split("/")
+        dim = NEURON_DIMS.get((linear, factor))
+        if dim is None:
             return self._adapter.read(path, index)
-        return read_reordered(self._adapter, path, index, NEURON_DIMENSION[path], self._order)
+        return read_reordered(self._adapter, path, index, dim, self._order)
 
 
 def moved_linears(adapter: AdapterSource) -> list[str]:
     """Those of gate, up and down that it changes."""
     specs = resolve_lora(adapter.config, adapter.lora, adapter.layers)
-    return [linear for linear in MLP_LINEARS if linear in specs]
+    return [linear for linear in FEED_FORWARD_LINEARS if linear in specs]
 
 
 def in_original_order(adapter: AdapterSource) -> AdapterSource:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.nn.lora import SAVEABLE, LoraSpec, resolve_lora
+from jaxlm.models.adapters import SAVEABLE, resolve_lora
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.arithmetic import all_finite
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
@@ -31,7 +32,7 @@ from jaxlm.weights.leaves import (
     row_blocks,
     stored_blocks,
 )
-from jaxlm.weights.names import Entry, linear_dims, linear_path
+from jaxlm.weights.names import Entry, linear_path, num_input_dims
 from jaxlm.weights.reproducible import low_rank_product, norms
 
 # float32 working space beside the layer itself.
@@ -54,7 +55,7 @@ class MergedSource(DerivedSource):
         self._base = base
         self._adapter = adapter
         specs = resolve_lora(base.config, adapter.lora, adapter.layers)
-        self._linears = {f"{linear_path(linear)}/kernel": (linear, spec) for linear, spec in specs.items()}
+        self._linears = {f"{linear_path(base.config, linear)}/kernel": (linear, spec) for linear, spec in specs.items()}
         self._saved = {SAVEABLE[name]: f"modules_to_save/{SAVEABLE[name]}" for name in adapter.lora.modules_to_save}
         leaves = {}
         for path, leaf in base.leaves.items():
@@ -124,7 +125,7 @@ class MergedSource(DerivedSource):
     def _merged_blocks(self, entry: Entry, linear: str, spec: LoraSpec, layer: int) -> Iterator[np.ndarray]:
         """Rows of outputs of one layer's merged matrix in float32."""
         rank, here = spec.ranks[layer], slice(layer, layer + 1)
-        every = tuple(slice(None) for _ in linear_dims(linear)[0].split())
+        every = (slice(None),) * num_input_dims(self._base.config, linear)
         a = self._factor(linear, layer, "lora_A", (here, *every, slice(0, rank)))
         b = self._factor(linear, layer, "lora_B", (here, slice(0, rank)))
         to_inputs, to_outputs = np.ascontiguousarray(a.reshape(-1, rank).T), b.reshape(rank, -1).T
@@ -143,7 +144,7 @@ class MergedSource(DerivedSource):
 
     def _factor(self, linear: str, layer: int, name: str, index: Index) -> np.ndarray:
         """A part of the adapter in float32."""
-        found = self._adapter.read(f"{linear_path(linear)}/{name}", index).astype(np.float32)
+        found = self._adapter.read(f"{linear_path(self._base.config, linear)}/{name}", index).astype(np.float32)
         if not all_finite(found):
             raise UserError(
                 f"{self._adapter.path}: {name} of {linear}, layer {layer}, holds infinities or NaNs; nothing can be "
@@ -176,7 +177,7 @@ class MergedSource(DerivedSource):
         """Fills `out` with a slice of one layer's merged kernel; `base` is the same slice of the base's."""
         if base.size == 0:
             return
-        num_inputs = len(linear_dims(linear)[0].split())
+        num_inputs = num_input_dims(self._base.config, linear)
         inputs, outputs = index[:num_inputs], index[num_inputs:]
         here, rank = slice(layer, layer + 1), slice(0, spec.ranks[layer])
         b = self._factor(linear, layer, "lora_B", (here, rank, *outputs)).reshape(spec.ranks[layer], -1)

@@ -166,8 +166,8 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.devices.mesh import make_mesh
     from jaxlm.evaluation import perplexity
     from jaxlm.kernels.backend import choose_attention, shape_key
+    from jaxlm.models.adapters import resolve_lora
     from jaxlm.models.decoder import Decoder
-    from jaxlm.nn.lora import resolve_lora
     from jaxlm.nn.routers import choose_compute
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.training.setup import DTYPES

@@ -207,7 +207,8 @@ def _read_csv(file: Path, stream: IO[str], key: str, delimiter: str | None, stri
             else:
                 yield Entry(name, dict(row))
     except csv.Error as error:
-        raise UserError(f"{key}: {file}: line {rows.line_num + lead}: broken CSV: {error}") from None
+        # DictReader keeps the number of the last good line, its reader that of this one.
+        raise UserError(f"{key}: {file}: line {rows.reader.line_num + lead}: broken CSV: {error}") from None
 
 
 def _delimiter(header: str) -> str:

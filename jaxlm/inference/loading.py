@@ -24,8 +24,8 @@ from jaxlm.inference.model import load_weights
 from jaxlm.inference.prompts import Prompter
 from jaxlm.jsontext import read_object
 from jaxlm.kernels.backend import AttentionBackend, ShapeKey, choose_attention, shape_key
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.nn.routers import choose_compute
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.spec import DecoderSpec

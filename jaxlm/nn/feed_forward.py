@@ -8,6 +8,8 @@ import jax
 from jaxlm.nn.linear import WithLinears
 from jaxlm.spec import FeedForwardSpec
 
+LINEARS = ("gate_proj", "up_proj", "down_proj")  # the names that it, and the layer of experts, give to their linears
+
 
 class FeedForward(WithLinears):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202).

@@ -26,7 +26,8 @@ import numpy as np
 from jaxlm.errors import UserError
 from jaxlm.modalities import PADDING
 from jaxlm.nn.dispatch import Routing, best_experts
-from jaxlm.nn.lora import MLP_LINEARS, LoraSpec
+from jaxlm.nn.feed_forward import LINEARS
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import ExpertsSpec
 
 
@@ -126,7 +127,7 @@ def choose_compute(
     """
     scored = experts.router.startswith("activation")
     # With a router that scores activations only the down projection can skip anything.
-    touched = [adapters[name] for name in (("down_proj",) if scored else MLP_LINEARS) if name in adapters]
+    touched = [adapters[name] for name in (("down_proj",) if scored else LINEARS) if name in adapters]
     why_dense = ""
     if any(spec.dora for spec in touched):
         why_dense = "DoRA scales whole columns of the weights"

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.kernels.cross_entropy import chunk_count
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.nn.lora import LoraSpec, resolve_lora
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import TrainSetup

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import OptimizerConfig
-from jaxlm.nn.lora import ATTENTION_LINEARS, LoraSpec
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import Schedule, warmup_steps
+from jaxlm.weights.names import adapter_shapes
 
 FAR = 0.5  # share of the peak; a run whose rate stays below it has not trained as its settings say
 
@@ -43,10 +45,10 @@ def rank_warnings(model: DecoderSpec, adapters: Mapping[str, LoraSpec]) -> list[
     """Warns of adapters with more rank than the matrix that they adapt can have."""
     warnings = []
     for target, spec in adapters.items():
-        heads = model.attention.num_kv_heads if target in ("k_proj", "v_proj") else model.attention.num_heads
-        inner = (
-            heads * model.attention.head_dim if target in ATTENTION_LINEARS else model.feed_forward.size // spec.experts
-        )
+        sizes = {path.rpartition("/")[2]: shape for path, shape in adapter_shapes(model, {target: spec}).items()}
+        # One side of every matrix is D; the other is divided among experts with adapters of their own.
+        matrix = math.prod(sizes["lora_A"][1:-1]) * math.prod(sizes["lora_B"][2:])
+        inner = matrix // model.hidden_size // spec.experts
         rank, limit = spec.rank // spec.experts, min(model.hidden_size, inner)
         if rank > limit:
             warnings.append(

@@ -12,8 +12,8 @@ from jaxlm.data.records import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home, missing
+from jaxlm.models.adapters import check_names
 from jaxlm.models.families import load_shape
-from jaxlm.nn.lora import check_names
 
 # key -> the module that it needs, and the extra that installs it.
 OPTIONAL = {"tensorboard": ("tensorboardX", "jaxlm[tensorboard]"), "wandb": ("wandb", "jaxlm[wandb]")}

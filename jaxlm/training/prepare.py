@@ -19,9 +19,9 @@ from jaxlm.data.loader import Data, build_data
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
 from jaxlm.errors import UserError
+from jaxlm.models.adapters import SAVEABLE
 from jaxlm.models.families import load_shape
 from jaxlm.models.resolve import resolve_experts
-from jaxlm.nn.lora import SAVEABLE
 from jaxlm.processes.distributed import Hosts
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.fit import check_with_model

@@ -33,9 +33,9 @@ from jaxlm.devices.mesh import (
 )
 from jaxlm.errors import UserError
 from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import kv_head_copies
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.nn.routers import choose_compute
 from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
 from jaxlm.spec import DecoderSpec

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
+from jaxlm.models.adapters import SAVEABLE
 from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
-from jaxlm.nn.lora import SAVEABLE
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 from jaxlm.weights.leaves import LeafReader
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.models.adapters import SAVEABLE
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.families.base import Row
-from jaxlm.nn.lora import LINEARS, SAVEABLE, LoraSpec, module_parent
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec, LayerSpec
 
 Shape = tuple[int, ...]
@@ -230,60 +231,63 @@ def tensor_name(path: str, layer: int | None, spec: DecoderSpec | None = None) -
     return own if row is None else f"{row.hf.format(layer)} ({own})"
 
 
-def linear_dims(linear: str) -> tuple[str, str]:
+def _linear_letters(row: Row) -> tuple[str, str]:
     """The input and output letters of a linear layer: ('D', 'H h') for q_proj. A stored matrix is [outputs, inputs]."""
-    outputs, inputs = re.findall(r"\([^)]*\)|\S+", rule_for(f"{linear_path(linear)}/kernel").hf_dims)
+    outputs, inputs = re.findall(r"\([^)]*\)|\S+", row.hf_dims)
     return inputs.strip("()"), outputs.strip("()")
 
 
-def linear_path(linear: str) -> str:
-    """'layers/self_attn/q_proj'."""
-    return f"layers/{module_parent(linear)}/{linear}"
+def num_input_dims(spec: DecoderSpec, linear: str) -> int:
+    """Number of leading dims of a linear layer's kernel (without the stack) that are contracted: 2 for o_proj."""
+    return len(_linear_letters(family_of(spec).linears[linear])[0].split())
 
 
-def linear_module(linear: str, layer: int) -> str:
-    """HF's module name: 'model.layers.0.self_attn.q_proj'."""
-    return f"model.layers.{layer}.{module_parent(linear)}.{linear}"
+def linear_path(spec: DecoderSpec, linear: str) -> str:
+    """'layers/self_attn/q_proj', of a model whose layers are one stack."""
+    assert spec.uniform_layer
+    (stack,) = spec.stacks
+    return f"{stack.path}/{family_of(spec).linears[linear].path.removesuffix('/kernel')}"
 
 
-def adapter_shapes(config: DecoderSpec, specs: Mapping[str, LoraSpec]) -> dict[str, Shape]:
-    """Path -> shape of the adapter leaves of `specs` (without modules saved in full)."""
-    sizes = _row_sizes(config, config.uniform_layer)
-    shapes: dict[str, Shape] = {}
-    for linear, spec in specs.items():
-        inputs, outputs = (tuple(sizes[letter] for letter in dims.split()) for dims in linear_dims(linear))
-        path = linear_path(linear)
-        shapes[f"{path}/lora_A"] = (config.num_layers, *inputs, spec.rank)
-        shapes[f"{path}/lora_B"] = (config.num_layers, spec.rank, *outputs)
-        if spec.dora:
-            shapes[f"{path}/magnitude"] = (config.num_layers, *outputs)
-    return shapes
-
-
-def peft_entries(config: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry]:
-    """Every factor of a PEFT adapter. Layouts have the layer's own rank, which may be below the stacked one."""
-    sizes = _row_sizes(config, config.uniform_layer)
-    entries = []
-    for linear in LINEARS:
+def adapter_leaves(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> Iterator[Leaf]:
+    """The adapter leaves of `specs`, layouts of the largest rank; without modules saved in full."""
+    for linear, row in family_of(spec).linears.items():
         if linear not in specs:
             continue
-        spec = specs[linear]
-        inputs, outputs = linear_dims(linear)
-        path = linear_path(linear)
-        for layer, rank in enumerate(spec.ranks):
-            if rank == 0:
-                continue
-            with_rank = sizes | {"R": rank}
-            stem = f"{PEFT_PREFIX}{linear_module(linear, layer)}"
-            factors = [
-                (f"{stem}.lora_A.weight", "lora_A", f"{inputs} R", f"R ({inputs})"),
-                (f"{stem}.lora_B.weight", "lora_B", f"R {outputs}", f"({outputs}) R"),
-            ]
-            if spec.dora:
-                factors.append((f"{stem}.lora_magnitude_vector", "magnitude", outputs, f"({outputs})"))
-            for name, factor, dims, stored_dims in factors:
-                entries.append(Entry(name, f"{path}/{factor}", layer, make_layout(dims, stored_dims, with_rank)))
-    return entries
+        inputs, outputs = _linear_letters(row)
+        factors = [
+            ("lora_A", "lora_A.weight", f"{inputs} R", f"R ({inputs})"),
+            ("lora_B", "lora_B.weight", f"R {outputs}", f"({outputs}) R"),
+        ]
+        if specs[linear].dora:
+            factors.append(("magnitude", "lora_magnitude_vector", outputs, f"({outputs})"))
+        for stack in spec.stacks:
+            sizes = _row_sizes(spec, stack.layer) | {"R": specs[linear].rank}
+            for factor, name, dims, stored_dims in factors:
+                path = f"{row.path.removesuffix('kernel')}{factor}"
+                own = Row(path, f"{PEFT_PREFIX}{row.hf_module}.{name}", dims, stored_dims)
+                yield Leaf(own, f"{stack.path}/{path}", stack.numbers, make_layout(dims, stored_dims, sizes))
+
+
+def adapter_shapes(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> dict[str, Shape]:
+    """Path -> shape of the adapter leaves of `specs` (without modules saved in full)."""
+    return {leaf.path: leaf.shape for leaf in adapter_leaves(spec, specs)}
+
+
+def peft_entries(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry]:
+    """Every factor of a PEFT adapter. Layouts have the layer's own rank, which may be below the stacked one."""
+    entries: list[tuple[str, int, Entry]] = []
+    for leaf in adapter_leaves(spec, specs):
+        assert leaf.layers is not None
+        linear = leaf.path.split("/")[-2]
+        for index, number in enumerate(leaf.layers):
+            rank = specs[linear].ranks[number]
+            if rank > 0:
+                sizes = _row_sizes(spec, spec.layer(number)) | {"R": rank}
+                layout = make_layout(leaf.row.dims, leaf.row.hf_dims, sizes)
+                entries.append((linear, number, Entry(leaf.row.hf.format(number), leaf.path, index, layout)))
+    order = list(family_of(spec).linears)
+    return [entry for _, _, entry in sorted(entries, key=lambda found: (order.index(found[0]), found[1]))]
 
 
 def saved_module_name(module: str) -> str:

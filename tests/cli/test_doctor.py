@@ -26,7 +26,7 @@ from jaxlm.processes.distributed import Hosts
 GOOD = {**dict.fromkeys(PACKAGES, "1.0"), "jax": "0.11.2", "jaxlib": "0.11.2"}
 
 
-def test_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dir", str(tmp_path), "--json"]) == 0
     found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert {"python", "jax, jaxlib", "disk", "memory", "devices", "computes", "attention, packed rows"} <= found.keys()
@@ -46,12 +46,14 @@ def test_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"jax-cuda12-plugin": "0.10.2"}, (3, 12), "jax-cuda12-plugin", "pip install jax-cuda12-plugin==0.11.2"),
     ],
 )
-def test_versions(changes: dict[str, str | None], python: tuple[int, int], what: str, advice: str) -> None:
+def test_versions_that_do_not_fit_come_with_advice(
+    changes: dict[str, str | None], python: tuple[int, int], what: str, advice: str
+) -> None:
     wrong = [finding for finding in check_versions(GOOD | changes, python) if finding.serious]
     assert [finding.what for finding in wrong] == [what] and advice in wrong[0].advice
 
 
-def test_versions_that_go_together() -> None:
+def test_versions_that_go_together_need_no_advice() -> None:
     wanted = wanted_libtpu()
     assert wanted is not None and wanted.endswith(".")
     good = list(check_versions(GOOD | {"jax-cuda13-plugin": "0.11.2", "libtpu": wanted + "1"}, (3, 12)))
@@ -61,14 +63,14 @@ def test_versions_that_go_together() -> None:
     assert not any(finding.serious for finding in old)
 
 
-def test_an_accelerator_that_is_not_used() -> None:
+def test_an_accelerator_that_is_not_used_is_named() -> None:
     assert missing_accelerator("cpu", lambda path: path == "/dev/nvidia0", "1 x cpu").serious
     assert "jaxlm[tpu]" in missing_accelerator("cpu", lambda path: path == "/dev/accel0", "").advice
     assert not missing_accelerator("gpu", lambda path: True, "").advice
     assert not missing_accelerator("cpu", lambda path: False, "").advice
 
 
-def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_written_is_serious(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -77,12 +79,12 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
     assert found.serious and "Permission denied" in found.advice
 
 
-def test_libtpu_of_another_jax() -> None:
+def test_libtpu_of_another_jax_is_named() -> None:
     (found,) = [one for one in check_versions(GOOD | {"libtpu": "0.0.1"}, (3, 12)) if one.what == "libtpu"]
     assert "pip install 'jax[tpu]==0.11.2'" in found.advice
 
 
-def test_hosts_in_one_report() -> None:
+def test_what_hosts_must_share_and_do_not_is_serious() -> None:
     same, old = Finding("jax, jaxlib", "0.11.2 and 0.11.2"), Finding("jax, jaxlib", "0.10.2 and 0.10.2")
     quick, quicker = Finding("disk", "200 GB free"), Finding("disk", "300 GB free")
     full = Finding("disk", "1 GB free", "make room")
@@ -97,7 +99,7 @@ def test_hosts_in_one_report() -> None:
     assert libtpu.serious and libtpu.value == "0.0.42 on a; none on b"
 
 
-def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = Hosts()
     assert check_clocks(hosts).value == "1"
     hosts.processes = 3
@@ -110,7 +112,7 @@ def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("process 1 is behind process 0" in found.advice) == advised
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes_make_one_report(tmp_path: Path) -> None:
     launcher = Path(__file__).parents[2] / "launch" / "local.py"
     command = [sys.executable, str(launcher), "--module", "jaxlm.doctor", "--", "--dir", str(tmp_path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

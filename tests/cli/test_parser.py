@@ -36,7 +36,7 @@ def paths(*words: str) -> list[str]:
     return [source.path for source in data_of(*words).train]
 
 
-def test_sources_as_words() -> None:
+def test_sources_may_be_words() -> None:
     assert paths("--data.train", "my.json") == ["my.json"]
     assert paths("--data.train", "a.json", "b,c.json", "--model.shape", "x") == ["a.json", "b,c.json"]
     assert paths("--data.train", "a.json", "--data.train=b.json") == ["a.json", "b.json"]
@@ -48,7 +48,7 @@ def test_sources_as_words() -> None:
     assert parsed("--lora.targets", "q_proj", "v_proj")[0].lora.targets == ("q_proj", "v_proj")  # type: ignore[union-attr]
 
 
-def test_sources_in_a_file(tmp_path: Path) -> None:
+def test_sources_in_a_file_may_be_paths(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     for train in ("my.json", "[my.json]", "{path: my.json}", "[{path: my.json}]"):
         file.write_text(f"model: some/where\ndata: {{train: {train}, validation: held.json}}\n")
@@ -61,26 +61,26 @@ def test_sources_in_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("word", "value"), [("2000", 2000), ("0.1", 0.1), ("0", 0)])
-def test_validation_as_number_or_share(tmp_path: Path, word: str, value: float) -> None:
+def test_validation_may_be_a_number_or_a_share(tmp_path: Path, word: str, value: float) -> None:
     found = data_of("--data.validation", word).validation
     assert found == value and type(found) is type(value)
     (tmp_path / "a.yaml").write_text(f"data: {{validation: {word}}}\n")
     assert data_of("--config", str(tmp_path / "a.yaml")).validation == value
 
 
-def test_validation_as_sources() -> None:
+def test_validation_may_be_sources() -> None:
     validation = data_of("--data.validation", "a.json", "b.json").validation
     assert isinstance(validation, tuple) and [source.path for source in validation] == ["a.json", "b.json"]
 
 
 @pytest.mark.parametrize(("word", "value"), [("1e-1", 0.1), (".5", 0.5), ("'0.1'", 0.1), ("'20'", 20)])
-def test_validation_as_yaml_takes_for_a_text(tmp_path: Path, word: str, value: float) -> None:
+def test_validation_may_be_a_number_that_yaml_takes_for_a_text(tmp_path: Path, word: str, value: float) -> None:
     (tmp_path / "a.yaml").write_text(f"data: {{validation: {word}}}\n")
     assert data_of("--config", str(tmp_path / "a.yaml")).validation == value
     assert data_of("--data.validation", word.strip("'")).validation == value
 
 
-def test_keys_of_all_sources(tmp_path: Path) -> None:
+def test_a_key_may_be_set_for_all_sources(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("data: {train: [{path: a.json, weight: 2.0}, b.json]}\n")
     templates = ("--data.train.template", "chat", "--data.train.columns", "{messages: turns}")
@@ -113,8 +113,8 @@ KEYS = [
 ]
 
 
-def test_null_and_nothing(tmp_path: Path) -> None:
-    """Of every key: null where it is no value, and an empty word, are refused by the key's name."""
+def test_null_and_empty_words_are_refused_by_key(tmp_path: Path) -> None:
+    """For every key: null where it is not a value, and an empty word, are refused by the key's name."""
     assert len(KEYS) > 60
     file = tmp_path / "a.yaml"
     for key, hint in KEYS:
@@ -135,7 +135,7 @@ def test_null_and_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "key", ["model.path", "model.shape", "lora.init_from", "tokenizer.train_on", "data.train", "output_dir"]
 )
-def test_an_empty_path(key: str) -> None:
+def test_an_empty_path_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=rf"{re.escape(key)}.*: the path is empty; give one"):
         parsed(f"--{key}", "")
 
@@ -149,13 +149,13 @@ def test_an_empty_path(key: str) -> None:
         (("--train.steps", "9" * 20), r"train\.steps: 9+ must be between 1"),
     ],
 )
-def test_what_no_run_can_have(words: tuple[str, ...], message: str) -> None:
+def test_values_out_of_range_are_refused_by_key(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parsed(*words)
 
 
 @pytest.mark.parametrize("value", ["5%", "none", "true", "nan", "-1", "1.5", "1.0"])
-def test_no_number_of_validation_records(value: str, tmp_path: Path) -> None:
+def test_what_is_not_a_number_of_validation_records_is_refused(value: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     config, _ = parsed("--model", str(tmp_path), "--data.train", str(tmp_path / "a.txt"), f"--data.validation={value}")
     with pytest.raises(UserError, match=r"data\.validation.* must be a number of records .*a share of them"):
@@ -163,7 +163,7 @@ def test_no_number_of_validation_records(value: str, tmp_path: Path) -> None:
         check_files([config], first_host=False)
 
 
-def test_preview_without_a_number() -> None:
+def test_preview_needs_no_number() -> None:
     assert parsed("--preview", "--data.train", "a.json")[1]["preview"] == 3
     assert parsed("--preview", "5")[1]["preview"] == 5
 
@@ -171,7 +171,7 @@ def test_preview_without_a_number() -> None:
 @pytest.mark.parametrize(
     "words", [("train", "--help"), ("evaluate", "--help"), ("train", "--config", "lora", "--print_config")]
 )
-def test_a_reader_that_takes_only_the_beginning(words: tuple[str, ...]) -> None:
+def test_a_reader_may_take_only_the_beginning(words: tuple[str, ...]) -> None:
     """As `| head` does."""
     read, write = os.pipe()
     os.close(read)
@@ -181,7 +181,7 @@ def test_a_reader_that_takes_only_the_beginning(words: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("data: {train: a.json}\ntrain: {epochs: 2}\ndata: {validation: 5}\n")
     with pytest.raises(UserError, match=r"a\.yaml: not valid YAML in line 3, column 1: the key 'data' stands twice"):
@@ -192,7 +192,7 @@ def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     assert data_of("--config", str(file)).validation == 6  # a merge key is none of these
 
 
-def test_a_stage_whose_predecessor_has_not_been_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_alone_needs_the_one_before_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "quickstart", "--stage", "sft", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 2
     assert "--stage sft: it starts from the stage before, and" in (said := capsys.readouterr().err)

@@ -27,7 +27,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "tuned.json"
 
 
-def test_fills_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tuning_fills_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--lengths", "48", "100"]) == 0
     printed = capsys.readouterr().out
     assert "1 x 48 tokens, 4 heads on 2 of 8, float32, packed rows" in printed and "needs a TPU" in printed
@@ -48,7 +48,7 @@ def test_fills_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [path.name for path in table.parent.iterdir()] == ["tuned.json"]
 
 
-def test_cases_of_a_configuration(tmp_path: Path) -> None:
+def test_a_configuration_says_which_shapes_are_tuned(tmp_path: Path) -> None:
     model = tmp_path / "model.json"
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 64}
     sizes = {"hidden_size": 48, "intermediate_size": 64, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -72,7 +72,7 @@ def test_cases_of_a_configuration(tmp_path: Path) -> None:
     ]
 
 
-def test_only_what_is_right_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_right_results_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the wrong one would be by far the fastest."""
     right = attention_module.IMPLEMENTATIONS["xla"]
     assert check(CASE, AttentionBackend("xla")) == ""
@@ -89,7 +89,7 @@ def test_only_what_is_right_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fastest(found)[0].choice == AttentionBackend("reference")
 
 
-def test_what_does_not_fit_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_does_not_fit_in_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> Any:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nand more")
 
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.problem for one in found if one.choice.name == "xla"] == ["RESOURCE_EXHAUSTED: no room"]
 
 
-def test_blocks_that_are_tried() -> None:
+def test_blocks_are_tried_that_a_row_is_long_enough_for() -> None:
     def tried(length: int) -> list[AttentionBackend]:
         case = ShapeKey("tpu", "TPU v5 lite", None, "bfloat16", length, 128, 32, 32, True)
         return [one.choice for one in candidates(case) if one.choice.name == "pallas_tpu" and not one.problem]
@@ -107,7 +107,7 @@ def test_blocks_that_are_tried() -> None:
     assert tried(200) == [AttentionBackend("pallas_tpu"), AttentionBackend("pallas_tpu", 256, 256)]
 
 
-def test_times_by_ratios_of_a_round() -> None:
+def test_times_are_ratios_within_a_round() -> None:
     """A machine that was three times slower in one round."""
     xla = Candidate(AttentionBackend("xla"), seconds=[1.0, 3.0, 1.0])
     slow = Candidate(AttentionBackend("pallas_tpu"), seconds=[2.0, 6.0, 2.0])
@@ -116,7 +116,7 @@ def test_times_by_ratios_of_a_round() -> None:
     assert winner is quick and times == {"xla": 1000.0, "pallas_tpu": 500.0}
 
 
-def test_documents() -> None:
+def test_packed_rows_hold_several_documents() -> None:
     ids = tensors(CASE, 2, 4, 2)[4]
     assert ids.shape == (2, 48) and set(ids[0].tolist()) == set(range(1, 9))
     assert len(set(tensors(ShapeKey("cpu", "cpu", None, "float32", 3, 8, 4, 2, True), 1, 4, 2)[4][0].tolist())) == 3
@@ -133,7 +133,9 @@ def test_documents() -> None:
         (["--model.shape", "llama-9"], "model.shape: 'llama-9' is neither"),
     ],
 )
-def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str], table: Path) -> None:
+def test_mistakes_are_refused_by_flag(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], table: Path
+) -> None:
     assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not table.exists()

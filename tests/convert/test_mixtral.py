@@ -170,7 +170,11 @@ def test_it_goes_out_as_it_came_in(tmp_path: Path, run: Callable[..., str], refu
     # A run may have changed what Mixtral has a place for: not silently another layout.
     file = tmp_path / "jax" / "jaxlm" / "model.json"
     content = json.loads(file.read_text())
-    content["model"]["moe"] |= {"modalities": ["text", "smiles"], "ranges": [[20, 30]], "top_k": [2, 1]}
+    content["model"]["period"][0]["feed_forward"]["experts"] |= {
+        "modalities": ["text", "smiles"],
+        "ranges": [[20, 30]],
+        "top_k": [2, 1],
+    }
     file.write_text(json.dumps(content))
     assert "--layout dense" in refused("jax-to-hf", tmp_path / "jax", tmp_path / "out")
 

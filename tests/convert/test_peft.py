@@ -14,7 +14,8 @@ import pytest
 from convert.source import is_adapter, open_adapter, open_model
 from convert.transforms.merge import MergedSource
 from jaxlm.errors import UserError
-from jaxlm.weights.names import LINEARS, leaf_shapes
+from jaxlm.models.adapters import LINEARS
+from jaxlm.weights.names import leaf_shapes
 from tests.convert.tiny import logits, make_adapter, make_hf_model
 
 torch = pytest.importorskip("torch")

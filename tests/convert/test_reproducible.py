@@ -17,10 +17,11 @@ from convert.source import open_adapter, open_model
 from convert.transforms import merge
 from convert.transforms.experts import DenseSource, MoefiedSource
 from convert.transforms.merge import MergedSource
+from jaxlm.models.adapters import LINEARS
 from jaxlm.spec import ExpertsSpec
 from jaxlm.weights import leaves, names, partition, reproducible, tensors
 from jaxlm.weights.leaves import ParamSource, full_index, stored_blocks
-from jaxlm.weights.names import LINEARS, hf_entries
+from jaxlm.weights.names import hf_entries
 from jaxlm.weights.reproducible import ExactSum, low_rank_product, norms
 from tests.convert.tiny import make_adapter, make_hf_model
 

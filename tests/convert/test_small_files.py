@@ -73,6 +73,8 @@ def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
     return content
 
 
+ATTENTION = ("model", "period", 0, "attention")
+EXPERTS = ("model", "period", 0, "feed_forward", "experts")
 FILES = [
     ("model", "jaxlm/model.json"),
     ("model", "jaxlm/hf_config.json"),
@@ -108,21 +110,21 @@ def test_any_value_is_read_or_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "path", "value", "words"),
     [
-        ("model", ("model", "num_heds"), 4, ["model.num_heds", "no such field", "'num_heads'"]),
-        ("model", ("model", "rope", "foo"), 4, ["model.rope.foo", "no such field"]),
-        ("experts", ("model", "moe", "foo"), 4, ["model.moe.foo", "no such field"]),
+        ("model", ("model", "vocab_sice"), 4, ["model.vocab_sice", "no such field", "'vocab_size'", "jaxlm 0"]),
+        ("model", (*ATTENTION, "rope", "foo"), 4, ["model.period[0].attention.rope.foo", "no such field"]),
+        ("experts", (*EXPERTS, "foo"), 4, ["feed_forward.experts.foo", "no such field"]),
         ("adapter", ("lora", "foo"), 4, ["lora.foo", "no such field"]),
-        ("model", ("foo",), 4, ["foo: no such field", "a newer jaxlm"]),
+        ("model", ("foo",), 4, ["foo: no such field", "a newer jaxlm", "written by jaxlm 0"]),
         ("model", ("model", "num_layers"), "3", ["model.num_layers is '3'", "a whole number"]),
         ("model", ("model", "num_layers"), True, ["model.num_layers is True", "a whole number"]),
-        ("model", ("model", "num_kv_heads"), 0, ["num_kv_heads is 0", "positive"]),
-        ("model", ("model", "rms_norm_eps"), "1e-5", ["model.rms_norm_eps is '1e-5'", "a number"]),
-        ("model", ("model", "tie_word_embeddings"), 0, ["tie_word_embeddings is 0", "true or false"]),
-        ("model", ("model", "architecture"), "GPT2", ["model.architecture is 'GPT2'", "LlamaForCausalLM"]),
-        ("model", ("model", "rope", "rope_type"), "x", ["rope_type 'x'"]),
-        ("model", ("model", "rope"), 3, ["model.rope is 3"]),
-        ("experts", ("model", "moe", "top_k"), [1, 2, 3], ["3 numbers for the modalities"]),
-        ("experts", ("model", "moe", "ranges"), [[1, 2, 3]], ["model.moe.ranges"]),
+        ("model", (*ATTENTION, "num_kv_heads"), 0, ["num_kv_heads is 0", "positive"]),
+        ("model", ("model", "norm", "eps"), "1e-5", ["model.norm.eps is '1e-5'", "a number"]),
+        ("model", ("model", "tied_head"), 0, ["tied_head is 0", "true or false"]),
+        ("model", ("model", "family"), "gpt2", ["model.family is 'gpt2'", "llama"]),
+        ("model", (*ATTENTION, "rope", "rope_type"), "x", ["rope_type 'x'"]),
+        ("model", (*ATTENTION, "rope"), 3, ["attention.rope is 3"]),
+        ("experts", (*EXPERTS, "top_k"), [1, 2, 3], ["3 numbers for the modalities"]),
+        ("experts", (*EXPERTS, "ranges"), [[1, 2, 3]], ["feed_forward.experts.ranges"]),
         ("adapter", ("lora", "rank"), "8", ["lora.rank is '8'", "a whole number"]),
         ("adapter", ("lora", "targets"), "q_proj", ["lora.targets is 'q_proj'", "a list of a text"]),
         ("adapter", ("lora", "rank_pattern"), {"(": 2}, ["lora.rank_pattern", "not a regular expression"]),
@@ -131,7 +133,7 @@ def test_any_value_is_read_or_refused_by_name(
     ],
 )
 def test_model_json(
-    name: str, path: tuple[str, ...], value: Any, words: list[str], directories: dict[str, Path], tmp_path: Path
+    name: str, path: tuple[Any, ...], value: Any, words: list[str], directories: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(directories[name], tmp_path / name)
     where = tmp_path / name / "jaxlm" / "model.json"
@@ -147,10 +149,11 @@ def test_missing_fields(name: str, directories: dict[str, Path], tmp_path: Path)
     shutil.copytree(directories[name], tmp_path / name)
     where = tmp_path / name / "jaxlm" / "model.json"
     good = json.loads(where.read_text())
-    sections = [(key,) for key in good] + [("model", key) for key in good["model"]]
-    sections += [("lora", key) for key in good["lora"] or {}] + [
-        ("model", "moe", key) for key in good["model"]["moe"] or {}
-    ]
+    sections: list[tuple[Any, ...]] = [(key,) for key in good] + [("model", key) for key in good["model"]]
+    sections += [("lora", key) for key in good["lora"] or {}]
+    layer = good["model"]["period"][0]
+    sections += [(*ATTENTION, key) for key in layer["attention"]]
+    sections += [(*EXPERTS, key) for key in layer["feed_forward"]["experts"] or {}]
     for path in sections:
         content = copy.deepcopy(good)
         place = content
@@ -158,7 +161,7 @@ def test_missing_fields(name: str, directories: dict[str, Path], tmp_path: Path)
             place = place[key]
         del place[path[-1]]
         where.write_text(json.dumps(content))
-        needed = path[-1] in ("format", "version", "model", "vocab_size", "head_dim", "experts", "router")
+        needed = path[-1] in ("format", "version", "model", "family", "vocab_size", "head_dim", "num_experts", "router")
         try:
             use(tmp_path / name)
             assert not needed, path

@@ -1,4 +1,4 @@
-"""What of a record is read, what is named as not used, and what is no text."""
+"""What of a record is read, what is named as not used, and what is not a text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def report_of(path: Path, tokenizer: Tokenizer, records: Any, **source: Any) -> 
     return report
 
 
-def test_system_beside_a_conversation(tokenizer: Tokenizer, chat_tokenizer: Tokenizer) -> None:
+def test_a_system_column_is_the_system_message(tokenizer: Tokenizer, chat_tokenizer: Tokenizer) -> None:
     data = {"system": "Be brief.", "conversations": ASKED}
     assert rendered(tokenizer, "vicuna_v1.1", data) == "Be brief. USER: q ASSISTANT: a$"
     assert "system<|end|>\n\nBe brief.<|eot_id|>" in rendered(chat_tokenizer, "chat", data)
@@ -47,7 +47,7 @@ def test_system_beside_a_conversation(tokenizer: Tokenizer, chat_tokenizer: Toke
     assert rendered(tokenizer, "vicuna_v1.1", named, system="sys").startswith("Be brief.")
 
 
-def test_history_and_system_of_alpaca_records(tokenizer: Tokenizer) -> None:
+def test_history_and_system_of_alpaca_records_are_earlier_turns(tokenizer: Tokenizer) -> None:
     data = ALPACA | {"system": "Be brief.", "history": [["q1", "a1"], ["q2", "a2"]]}
     expected = "Be brief. USER: q1 ASSISTANT: a1$USER: q2 ASSISTANT: a2$USER: what ASSISTANT: rock$"
     assert rendered(tokenizer, "vicuna_v1.1", data) == expected
@@ -107,14 +107,14 @@ def test_columns_that_hold_something_and_are_not_used(
         (None, r"its column 'output' is null.*fill it in, or leave the record out"),
     ],
 )
-def test_what_is_no_text(tokenizer: Tokenizer, value: Any, found: str) -> None:
+def test_what_is_not_a_text_is_refused_by_its_column(tokenizer: Tokenizer, value: Any, found: str) -> None:
     data = {"instruction": "what", "output": value}
     for template in ("alpaca", "vicuna_v1.1"):
         with pytest.raises(UserError, match=f"f:1.*{found}"):
             rendered(tokenizer, template, data)
 
 
-def test_what_is_written_out(tokenizer: Tokenizer) -> None:
+def test_numbers_and_dates_are_written_out(tokenizer: Tokenizer) -> None:
     for value, text in ((3, "3"), (2.5, "2.5"), (datetime.date(2026, 1, 2), "2026-01-02")):
         assert rendered(tokenizer, "alpaca_short", {"instruction": "q", "output": value}).endswith(f"{text}$")
 
@@ -128,7 +128,7 @@ def test_a_null_input_is_empty(tokenizer: Tokenizer) -> None:
         rendered(tokenizer, "alpaca_short", data, **columns | {"input": "contxt"})
 
 
-def test_contents_in_parts(tokenizer: Tokenizer) -> None:
+def test_contents_in_parts_are_joined(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "rock"}]
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]
     assert rendered(tokenizer, "scimind", {"messages": talk}) == " [INST]: q [/INST]: a rock$"
@@ -137,7 +137,7 @@ def test_contents_in_parts(tokenizer: Tokenizer) -> None:
         rendered(tokenizer, "scimind", {"messages": talk})
 
 
-def test_parquet_of_bytes_and_nan(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bytes_are_text_and_nan_is_null_in_parquet(tokenizer: Tokenizer, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -157,7 +157,7 @@ def test_parquet_of_bytes_and_nan(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert record.data == {"text": None, "a": [None, 1]}
 
 
-def test_empty_answers_are_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_empty_answers_are_counted_and_warned_of(tokenizer: Tokenizer, tmp_path: Path) -> None:
     empty = [{"instruction": "q", "output": " "}] * 3
     report = report_of(tmp_path, tokenizer, empty, template="alpaca")
     assert report.empty == 3 and "3 records have an empty answer" in report.line()
@@ -180,13 +180,13 @@ def test_a_share_is_split_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
         split_off(examples, 2000, seed=0)
 
 
-def test_a_column_for_which_the_template_has_no_place(tokenizer: Tokenizer) -> None:
+def test_a_column_for_which_the_template_has_no_place_is_named(tokenizer: Tokenizer) -> None:
     for template, field in (("alpaca", "system"), ("text", "history"), ("vicuna_v1.1", "tools")):
         with pytest.raises(UserError, match=f"columns names the field '{field}'; a template's fields are"):
             load_template(template, tokenizer, {field: "x"})
 
 
-def test_a_conversation_as_json_text(tokenizer: Tokenizer) -> None:
+def test_a_conversation_may_be_json_text(tokenizer: Tokenizer) -> None:
     """As CSV has it."""
     data = {"conversations": ASKED}
     assert rendered(tokenizer, "vicuna_v1.1", {"conversations": json.dumps(ASKED)}) == rendered(
@@ -194,7 +194,7 @@ def test_a_conversation_as_json_text(tokenizer: Tokenizer) -> None:
     )
 
 
-def test_a_history_that_says_nothing(tokenizer: Tokenizer) -> None:
+def test_a_history_that_says_nothing_is_left_out(tokenizer: Tokenizer) -> None:
     alone = rendered(tokenizer, "vicuna_v1.1", ALPACA)
     for pair in (["", ""], [None, None], ["", None]):
         assert rendered(tokenizer, "vicuna_v1.1", ALPACA | {"history": [pair]}) == alone
@@ -203,12 +203,12 @@ def test_a_history_that_says_nothing(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("instruction", ["", " ", None])
-def test_auto_where_every_instruction_is_empty(tokenizer: Tokenizer, instruction: str | None) -> None:
+def test_auto_takes_alpaca_where_every_instruction_is_empty(tokenizer: Tokenizer, instruction: str | None) -> None:
     record = Record("f:1", {"instruction": instruction, "output": "rock"})
     assert explain_choice([record], tokenizer)[0] == "alpaca"
 
 
-def test_all_answers_are_not_to_be_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_source_with_no_answer_to_train_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     turns = [ASKED[0], ASKED[1] | {"weight": 0}]
     with pytest.raises(
         UserError, match=r"no record with anything to learn .*weight: 0 or train: false stands on every"
@@ -219,7 +219,7 @@ def test_all_answers_are_not_to_be_learnt(tokenizer: Tokenizer, tmp_path: Path) 
 CALL = {"type": "function", "function": {"name": "weigh", "arguments": {}}}
 
 
-def test_a_chat_template_without_tools(chat_tokenizer: Tokenizer) -> None:
+def test_tool_calls_are_refused_where_the_chat_template_has_no_place_for_them(chat_tokenizer: Tokenizer) -> None:
     """`content | trim` writes None where there is no content: nothing to learn."""
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
     with pytest.raises(UserError, match=r"f:1: message 2 has no text but tool_calls, and the chat template of .* does"):
@@ -233,7 +233,7 @@ def _with_template(tokenizer: Tokenizer, path: Path, template: str) -> Tokenizer
     return load_tokenizer(path)
 
 
-def test_messages_that_the_chat_template_leaves_out(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_messages_that_the_chat_template_leaves_out_are_counted(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
     """As Mistral's, which writes the system message only where a question comes last."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}[{% if loop.last and messages[0].role == 'system' %}"

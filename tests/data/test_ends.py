@@ -164,7 +164,7 @@ def test_the_end_is_the_one_that_generation_config_names(tmp_path: Path) -> None
     assert trained(example_of("chat", no_eos, messages(TALK[:2])), no_eos) == ["a rock\n<|eos|>"]
 
 
-def test_a_message_that_is_not_to_be_learnt(tmp_path: Path) -> None:
+def test_a_message_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     tokenizer = bytes_with(tmp_path, CHATML)
     for key, value in (("weight", 0), ("train", False), ("training", False)):
         data = messages(TALK)
@@ -190,7 +190,7 @@ QWEN = (
 )
 
 
-def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> None:
+def test_tool_calls_are_trained_as_the_template_writes_them(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = bytes_with(tmp_path, QWEN, tokenizer_class="PreTrainedTokenizerFast")
     tools = [{"type": "function", "function": {"name": "weigh", "description": "weighs", "parameters": {}}}]
@@ -229,7 +229,7 @@ def test_tool_calls_are_learnt_as_the_template_writes_them(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("opening", ["<|im_start|>", "<|im_start|>assistant\n"])
-def test_tool_calls_behind_an_opening_that_is_not_kept(tmp_path: Path, opening: str) -> None:
+def test_tool_calls_behind_an_opening_that_is_not_kept_are_trained(tmp_path: Path, opening: str) -> None:
     """DeepSeek's templates ask for a thought, but write none into a turn that calls tools."""
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<|begin|>{{ m.content }}{% else %}OPEN"
@@ -253,7 +253,7 @@ THINKING = (
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
-def test_thoughts(tmp_path: Path, opening: str) -> None:
+def test_thoughts_are_trained_where_the_template_keeps_them(tmp_path: Path, opening: str) -> None:
     """Templates leave the thoughts of earlier turns out, and may open a thought where an answer is asked for."""
     tokenizer = bytes_with(tmp_path, THINKING + ASK.replace("assistant\n", f"assistant\n{opening}"))
     turns = [("user", "q1"), ("assistant", "<think>\nhm\n</think>\n\none"), ("user", "q2")]
@@ -309,7 +309,7 @@ def test_bos_is_put_where_the_tokenizer_puts_it(tmp_path: Path) -> None:
         assert (Prompter("alpaca_short", tokenizer, add_bos=not adds).question("what")[0] == tokenizer.bos_id) != adds
 
 
-def test_the_end_of_a_document_one_token_too_long(tmp_path: Path) -> None:
+def test_the_end_of_a_document_one_token_too_long_is_trained(tmp_path: Path) -> None:
     tokenizer = bytes_with(tmp_path)
     text = "rock" * 63
     length = len(tokenizer.encode(text).ids) + 1
@@ -336,7 +336,7 @@ def test_pieces_with_nothing_to_learn_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_the_space_that_sentencepiece_puts_in_front_of_an_answer_is_learnt(
+def test_the_space_that_sentencepiece_puts_in_front_of_an_answer_is_trained(
     all_tokenizers: dict[str, Tokenizer],
 ) -> None:
     """Behind a special token an answer begins with a piece that stands for no character of it."""
@@ -414,7 +414,7 @@ def all_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokeni
 @given(question=TEXTS, answers=st.lists(TEXTS, min_size=1, max_size=2))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["bytes", "json", "model", "not legacy", "first", "composed"])
-def test_what_is_learnt_is_the_answer_and_its_end(
+def test_what_is_trained_is_the_answer_and_its_end(
     all_tokenizers: dict[str, Tokenizer], kind: str, name: str, question: str, answers: list[str]
 ) -> None:
     tokenizer = all_tokenizers[kind]

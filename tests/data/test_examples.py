@@ -95,18 +95,18 @@ def compare(tokenizer: Tokenizer, records: list[Record], cutoff: int) -> int:
     return compared
 
 
-def test_masks_as_the_seeds(tokenizer: Tokenizer) -> None:
+def test_masks_are_those_of_the_systems_followed(tokenizer: Tokenizer) -> None:
     records = [Record(f"f:{i}", record) for i, record in enumerate(RECORDS)]
     assert compare(tokenizer, records, 2048) == 12
     assert compare(tokenizer, records, 200) == 12
 
 
-def test_masks_as_the_seeds_on_real_records(llama: Tokenizer, samples: Path) -> None:
+def test_masks_are_those_of_the_systems_followed_on_real_records(llama: Tokenizer, samples: Path) -> None:
     records = list(read_records(SourceConfig(path=str(samples / "alpaca_schema_175.json"), limit=60)))
     assert compare(llama, records, 256) > 100
 
 
-def test_a_token_across_the_border_is_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_token_across_the_border_is_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
     template = {"prompt_input": "{instruction}{input} ", "prompt_no_input": "{instruction} ", "response_split": ""}
     (tmp_path / "t.json").write_text(json.dumps(template))
     examples, _ = build(tmp_path, tokenizer, [{"instruction": "what", "output": "rock"}], str(tmp_path / "t.json"))
@@ -156,7 +156,7 @@ def test_an_answer_that_ends_with_eos_gets_no_second(chat_tokenizer: Tokenizer, 
     assert (examples[0].input_ids == chat_tokenizer.eos_id).sum() == 1
 
 
-def test_too_long(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_records_longer_than_a_row_are_cut_split_dropped_or_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     long = [*RECORDS, {"instruction": "what " * 400, "output": "rock"}]
     everything, _ = build(tmp_path, tokenizer, long, sequence_length=4096)
     lengths = everything.lengths.tolist()
@@ -193,21 +193,21 @@ def test_long_texts_are_split_and_lose_nothing(tokenizer: Tokenizer, tmp_path: P
     assert (report.split, report.truncated) == (0, 1)
 
 
-def test_nothing_to_learn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_data_with_nothing_to_train_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no record with anything to learn is left .*6 records dropped because"):
         build(tmp_path, tokenizer, RECORDS, sequence_length=16)
     with pytest.raises(UserError, match="no record with anything to learn"):
         build(tmp_path, tokenizer, [{"instruction": "what", "output": ""}], add_eos=False)
 
 
-def test_token_outside_of_the_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_token_outside_of_the_vocabulary_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps(RECORDS))
     source = SourceConfig(path=str(tmp_path / "data.json"))
     with pytest.raises(UserError, match=r"token id \d+ .* outside of the model's vocabulary of 300"):
         build_examples((source,), DataConfig(), tokenizer, 300)
 
 
-def test_a_tokenizer_without_bos_or_eos(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_bos_or_eos_that_the_tokenizer_lacks_is_refused(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
     chat_tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     bare = load_tokenizer(tmp_path)
@@ -232,7 +232,7 @@ def numbered(count: int) -> Examples:
     )
 
 
-def test_weights() -> None:
+def test_weights_repeat_and_draw_examples() -> None:
     examples = numbered(10)
     order = epoch_order(examples.source, (2.5, 0.25), seed=1, epoch=0)
     counts = np.bincount(order, minlength=14)
@@ -241,7 +241,7 @@ def test_weights() -> None:
     assert epoch_order(examples.source, (2.5, 0.25), 1, 1).tolist() != order.tolist()
 
 
-def test_split() -> None:
+def test_validation_records_are_split_off_whole() -> None:
     rest, held = split_off(numbered(10), 5, seed=3)
     assert sorted([*rest.input_ids, *held.input_ids]) == list(range(14))
     assert len(held) == 5 and held.source.tolist() == [int(i >= 10) for i in held.input_ids]

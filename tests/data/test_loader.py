@@ -38,7 +38,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 @pytest.mark.parametrize("packing", MODES)
-def test_shapes_segments_and_positions(tokenizer: Tokenizer, tmp_path: Path, packing: Any) -> None:
+def test_batches_have_their_shapes_segments_and_positions(tokenizer: Tokenizer, tmp_path: Path, packing: Any) -> None:
     data = make(tokenizer, tmp_path, packing=packing)
     batches = data.train_batches(8, accumulation=2, epochs=1)
     plan = data.train_rows(0)
@@ -85,7 +85,7 @@ def test_accumulation_does_not_change_the_global_batch(tokenizer: Tokenizer, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_iterators(tokenizer: Tokenizer, tmp_path: Path, workers: int) -> None:
+def test_iterators_go_on_from_their_state(tokenizer: Tokenizer, tmp_path: Path, workers: int) -> None:
     data = make(tokenizer, tmp_path, packing="first_fit", workers=workers)
     batches = data.train_batches(4, epochs=2)
     assert len(batches) > 5
@@ -186,7 +186,7 @@ def test_evaluation_sees_every_row_once(tokenizer: Tokenizer, tmp_path: Path, pa
     assert (train.trained_tokens, held.trained_tokens) == (data.train.loss_mask.sum(), data.validation.loss_mask.sum())
 
 
-def test_validation_sources(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_validation_may_be_sources(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "held.jsonl").write_text('{"text": "granite melt"}\n')
     data = make(tokenizer, tmp_path, validation=(SourceConfig(path=str(tmp_path / "held.jsonl")),))
     assert len(data.train) == 60 and data.validation is not None and len(data.validation) == 1
@@ -202,14 +202,14 @@ def test_group_texts_learns_the_bos_of_later_documents(tokenizer: Tokenizer, tmp
     assert (data.train.lengths > 0).all() and data.report.train[0].truncated == 0
 
 
-def test_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_tokens_and_order_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
     one = make(tokenizer, tmp_path).fingerprint
     assert make(tokenizer, tmp_path).fingerprint == make(tokenizer, tmp_path, workers=2).fingerprint == one
     others = [{"seed": 2}, {"count": 61}, {"packing": False}, {"sequence_length": 47}, {"validation": 3}]
     assert len({one, *(make(tokenizer, tmp_path, **other).fingerprint for other in others)}) == 6
 
 
-def test_messages(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_mistakes_are_refused_by_key(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train is empty"):
         make(tokenizer, tmp_path, train=())
     with pytest.raises(UserError, match=r"data\.sequence_length is 65; .* the model's max_position_embeddings, 64"):

@@ -43,7 +43,7 @@ def hf_group_texts(documents: list[list[int]], block: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 2500])
 @pytest.mark.parametrize("block", [7, 64, 3000])
-def test_group_texts_is_run_clm(count: int, block: int) -> None:
+def test_group_texts_makes_the_rows_of_run_clm(count: int, block: int) -> None:
     lengths = np.random.default_rng(count).integers(1, 9, count).tolist()
     offsets = offsets_of(lengths)
     documents = [list(range(offsets[i], offsets[i + 1])) for i in range(count)]
@@ -68,7 +68,7 @@ def test_group_texts_repeats_documents() -> None:
 
 
 @given(st.lists(st.integers(1, 50), max_size=300), st.integers(1, 8))
-def test_first_fit(lengths: list[int], window: int) -> None:
+def test_first_fit_loses_nothing_and_overfills_no_row(lengths: list[int], window: int) -> None:
     rows = first_fit(lengths, 50, window)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(row and sum(lengths[i] for i in row) <= 50 for row in rows)
@@ -119,7 +119,7 @@ def test_first_fit_is_linear_and_tight() -> None:
     assert 1 < most[0] <= WINDOW and most[1] < 1.1 * most[0], most
 
 
-def test_padding_on_real_records(llama: Tokenizer, samples: Path) -> None:
+def test_little_padding_is_left_on_real_records(llama: Tokenizer, samples: Path) -> None:
     source = SourceConfig(path=str(samples / "alpaca_schema_175.json"))
 
     def waste(sequence_length: int, repeats: float) -> tuple[int, float]:

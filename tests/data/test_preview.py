@@ -14,7 +14,7 @@ from jaxlm.data.preview import preview
 from jaxlm.tokenizer import Tokenizer
 
 
-def test_preview(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_trained_tokens_stand_in_brackets(tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = [{"instruction": "what [bold]", "output": "rock 石英"}, {"instruction": "why", "output": "melt"}]
     (tmp_path / "data.json").write_text(json.dumps(records))
     source = SourceConfig(path=str(tmp_path / "data.json"), template="alpaca_short")

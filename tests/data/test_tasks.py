@@ -37,7 +37,7 @@ def written(path: Path, *records: dict[str, str]) -> SourceConfig:
     return SourceConfig(path=str(path), template="smiles2text")
 
 
-def test_templates(tokenizer: Tokenizer) -> None:
+def test_task_templates_ask_in_the_frame_of_a_conversation(tokenizer: Tokenizer) -> None:
     """Both directions, in SciMind's conversation, with the wording of the published text-to-molecule data."""
     record = Record("r", RECORD)
     there, back = (load_template(name, tokenizer) for name in ("text2smiles", "smiles2text"))
@@ -52,7 +52,7 @@ def test_templates(tokenizer: Tokenizer) -> None:
     assert renamed.render_prompt(Record("r", {"SMILES": "CCO"})) == back.render_prompt(record)
 
 
-def test_own_task(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_task_of_ones_own_is_checked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "task.json"
 
     def load(**fields: str) -> str:
@@ -98,7 +98,7 @@ def test_batches_know_the_modalities(molecular: Tokenizer, tmp_path: Path) -> No
     assert other.fingerprint == data.fingerprint
 
 
-def test_scimind_loss_rule(molecular: Tokenizer, tmp_path: Path) -> None:
+def test_everything_but_bos_is_trained_as_scimind_does(molecular: Tokenizer, tmp_path: Path) -> None:
     """Everything of a conversation is trained but bos; a record with an unknown token is not trained at all."""
     talk = [{"from": "human", "value": "what is basalt"}, {"from": "gpt", "value": "rock"}]
     odd = [{"from": "human", "value": "what is basalt"}, {"from": "gpt", "value": "rock ﬀ"}]
@@ -130,7 +130,7 @@ def test_errors_name_the_record(molecular: Tokenizer, tmp_path: Path) -> None:
         prompt_ids(load_template("smiles2text", molecular), bad, molecular)
 
 
-def test_prompts(molecular: Tokenizer) -> None:
+def test_prompts_of_tasks_end_where_the_answer_begins(molecular: Tokenizer) -> None:
     prompter = Prompter("smiles2text", molecular)
     wanted = prompt_ids(load_template("smiles2text", molecular), Record("r", RECORD), molecular)
     assert prompter.record(Record("r", RECORD)) == wanted

@@ -49,7 +49,7 @@ def text_of(rendered: Rendered, trained: bool | None = None) -> str:
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompt_templates(tokenizer: Tokenizer, name: str) -> None:
+def test_prompt_templates_write_these_bytes(tokenizer: Tokenizer, name: str) -> None:
     template = load_template(name, tokenizer)
     for data, prompt in zip((BOTH, ALONE), PROMPTS[name], strict=True):
         record = Record("f:1", data)
@@ -70,7 +70,7 @@ def test_absent_or_null_input_is_no_input(tokenizer: Tokenizer) -> None:
         assert template.render_prompt(Record("f:1", data)).text() == PROMPTS["alpaca"][1]
 
 
-def test_response(tokenizer: Tokenizer) -> None:
+def test_the_answer_is_found_in_the_text(tokenizer: Tokenizer) -> None:
     template = load_template("alpaca", tokenizer)
     assert template.response(PROMPTS["alpaca"][0] + " Done. \n### Response: again") == "Done."
     with pytest.raises(UserError, match="does not contain '### Response:'"):
@@ -91,7 +91,7 @@ OPENAI = [{"role": "user" if role == "human" else "assistant", "content": text} 
 @pytest.mark.parametrize(
     "data", [{"conversations": SHAREGPT}, {"messages": OPENAI}, {"conversation": SHAREGPT}], ids=lambda d: next(iter(d))
 )
-def test_conversation_templates(tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+def test_conversation_templates_write_these_bytes(tokenizer: Tokenizer, data: dict[str, Any]) -> None:
     record = Record("f:1", data)
     vicuna, scimind = load_template("vicuna_v1.1", tokenizer), load_template("scimind", tokenizer)
     rendered = vicuna.render(record)
@@ -111,7 +111,7 @@ def test_conversation_from_alpaca_columns_and_system_text(tokenizer: Tokenizer) 
     assert vicuna.render(Record("f:1", {"messages": messages})).text("$") == "Be brief. USER: q1 ASSISTANT: a1$"
 
 
-def test_auto(tokenizer: Tokenizer, chat_tokenizer: Tokenizer) -> None:
+def test_auto_goes_by_the_columns(tokenizer: Tokenizer, chat_tokenizer: Tokenizer) -> None:
     def chosen(data: dict[str, Any], chat: bool = False, **columns: str) -> str:
         return choose_template(Record("f:1", data), chat_tokenizer if chat else tokenizer, columns)
 
@@ -125,7 +125,7 @@ def test_auto(tokenizer: Tokenizer, chat_tokenizer: Tokenizer) -> None:
         chosen({"question": "", "answer": ""})
 
 
-def test_columns(tokenizer: Tokenizer) -> None:
+def test_columns_may_be_renamed(tokenizer: Tokenizer) -> None:
     columns = {"instruction": "question", "output": "answer"}
     template = load_template("alpaca_short", tokenizer, columns)
     record = Record("f:1", {"question": "q", "answer": 3.5})
@@ -160,19 +160,19 @@ def test_columns(tokenizer: Tokenizer) -> None:
         ({"messages": OPENAI[1:3]}, "take turns, but the role of message 1 is assistant"),
     ],
 )
-def test_bad_conversations(tokenizer: Tokenizer, data: dict[str, Any], message: str) -> None:
+def test_bad_conversations_are_refused(tokenizer: Tokenizer, data: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"f:3.*{message}"):
         load_template("vicuna_v1.1", tokenizer).render(Record("f:3", data))
 
 
-def test_half_a_character(tokenizer: Tokenizer) -> None:
+def test_half_a_character_is_refused(tokenizer: Tokenizer) -> None:
     data = json.loads('{"text": "granite \\ud83d", "messages": [{"role": "user", "content": "\\ud83d"}]}')
     for template in ("text", "vicuna_v1.1"):
         with pytest.raises(UserError, match="f:9 holds an incomplete Unicode character"):
             load_template(template, tokenizer).render(Record("f:9", data))
 
 
-def test_own_template_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_template_files_of_ones_own_are_read_and_checked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
 
     def load(content: Any) -> Any:
@@ -207,7 +207,7 @@ def with_chat_template(original: Tokenizer, directory: Path, source: str) -> Tok
     return load_tokenizer(directory)
 
 
-def test_chat(chat_tokenizer: Tokenizer) -> None:
+def test_chat_is_the_tokenizers_template(chat_tokenizer: Tokenizer) -> None:
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "a"},  # also found in "assistant"
@@ -226,7 +226,7 @@ def test_chat(chat_tokenizer: Tokenizer) -> None:
     assert prompt.text() == f"<|begin|>{user}a<|eot_id|>{head}a<|eot_id|>{user}end<|eot_id|>{head}"
 
 
-def test_chat_generation_blocks(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_generation_blocks_say_what_is_trained(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}"
         "{% generation %}<think>{{ m.content | upper }}{% endgeneration %} <|eot_id|>{% endif %}{% endfor %}"
@@ -237,13 +237,13 @@ def test_chat_generation_blocks(chat_tokenizer: Tokenizer, tmp_path: Path) -> No
     assert text_of(rendered, trained=True) == "<think>A1 <|eot_id|><think>A2 <|eot_id|>"
 
 
-def test_chat_without_an_end_of_turn(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_chat_without_an_end_of_turn_ends_with_eos(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer = with_chat_template(chat_tokenizer, tmp_path, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
     rendered = load_template("chat", tokenizer).render(Record("f:1", {"messages": OPENAI[:2]}))
     assert rendered.text("EOS") == "q1\na1\nEOS"
 
 
-def test_chat_that_changes_answers(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_chat_template_that_cuts_answers_is_refused(chat_tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer = with_chat_template(chat_tokenizer, tmp_path, "{% for m in messages %}{{ m.content|upper }}{% endfor %}")
     assert load_template("chat", tokenizer).render(Record("f:1", {"messages": OPENAI}))  # upper() keeps the marks
     tokenizer = with_chat_template(chat_tokenizer, tmp_path, "{{ messages[0].content }}{{ messages[1].content[:1] }}")

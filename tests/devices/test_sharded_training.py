@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import jaxlm
+from convert.commands.main import main as convert
 from jaxlm.cli.train import main
 from jaxlm.config.reading import build
 from jaxlm.errors import UserError
@@ -56,3 +57,20 @@ def test_a_mistake_is_raised_as_the_command_says_it(config: jaxlm.RunConfig) -> 
         jaxlm.train(dataclasses.replace(config, model=dataclasses.replace(config.model, shape=None)))
     with pytest.raises(UserError, match=r"stages: jaxlm\.train trains one run"):
         jaxlm.train(dataclasses.replace(config, stages=[{"name": "a"}]))
+
+
+def test_the_docs_example_runs(
+    base_config: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build({**base_config, "output_dir": str(tmp_path / "run")}, jaxlm.RunConfig)
+    one_step = dataclasses.replace(model.train, steps=1, eval_every=0)
+    jaxlm.train(dataclasses.replace(model, train=one_step))
+    (tmp_path / "models").mkdir()
+    assert convert(["jax-to-hf", str(tmp_path / "run"), str(tmp_path / "models" / "geo")]) == 0
+    (tmp_path / "records.json").write_text((inputs / "records.json").read_text())
+    text = (Path(__file__).parents[2] / "docs" / "python_api.md").read_text()
+    block = text.partition("tests/e2e/test_python_api.py runs this block")[2].partition("```python\n")[2]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block.partition("```")[0], names)
+    assert names["outcome"].step == 4 and (tmp_path / "out" / "mine" / "loss.png").exists()

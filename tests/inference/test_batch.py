@@ -106,10 +106,10 @@ def _ignore(prompts: int, tokens: int) -> None:
     ("name", "content", "message"),
     [
         ("a.xml", "x", "ending must be one of"),
-        ("a.json", '{"a": 1}', "must hold an array"),
+        ("a.json", '"a"', "must hold an array"),
         ("a.json", "[1,", "broken JSON"),
         ("a.txt", "", "holds no prompt"),
-        ("a.csv", "a,a\n1,2\n", "two columns are named 'a'"),
+        ("a.csv", "a,a\n1,2\n", "two columns of the name 'a'"),
         ("missing.txt", None, "does not exist"),
     ],
 )

@@ -118,6 +118,7 @@ def test_all_beams_are_returned(llama: Any) -> None:
         ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
         ("MistralForCausalLM", {"sliding_window": 7}),
         ("Qwen2ForCausalLM", {}),
+        ("Qwen3ForCausalLM", {"head_dim": 10}),
         (
             "LlamaForCausalLM",
             {

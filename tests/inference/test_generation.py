@@ -14,8 +14,8 @@ from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import load_weights, unstack
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.spec import uniform_decoder
 from tests.models.compare import random_tree

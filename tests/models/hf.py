@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models.families import read_config
-from jaxlm.nn.lora import LoraSpec, module_parent
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 
 torch = pytest.importorskip("torch")
@@ -26,6 +26,11 @@ BASE: dict[str, Any] = dict(
     rms_norm_eps=1e-5,
     initializer_range=0.2,
 )
+
+
+def parent_of(linear: str) -> str:
+    """The module that a linear layer belongs to, in transformers and here."""
+    return "self_attn" if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
 
 
 def build(architecture: str = "LlamaForCausalLM", seed: int = 0, **options: Any) -> tuple[Any, DecoderSpec]:
@@ -72,7 +77,7 @@ def params(tensors: dict[str, Any], c: DecoderSpec) -> dict[str, Any]:
         norm: {"scale": stack(f"{norm}.weight")} for norm in ("input_layernorm", "post_attention_layernorm")
     }
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-        parent = module_parent(name)
+        parent = parent_of(name)
         leaf = {"kernel": stack(f"{parent}.{name}.weight", lambda w, name=name: linear(w, name, c))}
         if f"model.layers.0.{parent}.{name}.bias" in tensors:
             bias = stack(f"{parent}.{name}.bias")
@@ -80,6 +85,9 @@ def params(tensors: dict[str, Any], c: DecoderSpec) -> dict[str, Any]:
                 bias.reshape(c.num_layers, -1, attention.head_dim) if name in ("q_proj", "k_proj", "v_proj") else bias
             )
         layers.setdefault(parent, {})[name] = leaf
+    for name in ("q_norm", "k_norm"):
+        if f"model.layers.0.self_attn.{name}.weight" in tensors:
+            layers["self_attn"][name] = {"scale": stack(f"self_attn.{name}.weight")}
     tree = {
         "embed_tokens": {"embedding": _array(tensors["model.embed_tokens.weight"])},
         "layers": layers,
@@ -106,7 +114,7 @@ def adapter(model: Any, c: DecoderSpec, specs: dict[str, LoraSpec], grad: bool =
     for name, spec in specs.items():
         parts: dict[str, list[np.ndarray]] = {}
         for i in range(c.num_layers):
-            module = getattr(getattr(layers[i], module_parent(name)), name)
+            module = getattr(getattr(layers[i](name)), name)
 
             def value(p: Any) -> np.ndarray:
                 return _array(p.grad if grad else p)
@@ -124,5 +132,5 @@ def adapter(model: Any, c: DecoderSpec, specs: dict[str, LoraSpec], grad: bool =
                 parts.setdefault("magnitude", []).append(
                     magnitude.reshape(-1, attention.head_dim) if heads_out else magnitude
                 )
-        tree.setdefault(module_parent(name), {})[name] = {key: np.stack(value) for key, value in parts.items()}
+        tree.setdefault(parent_of(name), {})[name] = {key: np.stack(value) for key, value in parts.items()}
     return {"layers": tree}

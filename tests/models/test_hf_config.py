@@ -19,7 +19,12 @@ from tests.models import hf
 
 transformers = pytest.importorskip("transformers")
 
-KINDS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
+KINDS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=32
 )
@@ -75,7 +80,7 @@ def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) ->
         eos_token_id=[6, 7],
         pad_token_id=8,
         sliding_window=9,
-        use_sliding_window=architecture == "Qwen2ForCausalLM",
+        use_sliding_window=architecture.startswith("Qwen"),
         max_window_layers=0,
         rope_theta=123.0,
     )
@@ -217,7 +222,7 @@ def test_other_names_of_llama(name: str) -> None:
     assert found == ours("LlamaForCausalLM", **SIZES)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "Yi"])
+@pytest.mark.parametrize("model_type", [*KINDS.values(), "Yi"])
 def test_without_architectures_the_model_type_counts(model_type: str) -> None:
     family = "llama" if model_type == "Yi" else model_type
     assert read_config({"model_type": model_type, **SIZES}).family == family
@@ -256,6 +261,8 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
         ("MistralForCausalLM", {}, {"bias": True}),
         ("Qwen2ForCausalLM", {"qkv_bias": False}, {}),
         ("Qwen2ForCausalLM", {"qkv_bias": True, "o_bias": True}, {}),
+        ("Qwen3ForCausalLM", {"qk_norm": None}, {}),
+        ("Qwen3ForCausalLM", {"qk_norm": NormSpec(1e-3)}, {}),
     ],
 )
 def test_what_an_architecture_has_no_key_for_is_not_written(

@@ -68,6 +68,20 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
         24,
         dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     ),
+    # Heads of 10 do not fill D.
+    "qwen3": ("Qwen3ForCausalLM", 2, 24, dict(head_dim=10)),
+    "qwen3-biases-tied": (
+        "Qwen3ForCausalLM",
+        2,
+        24,
+        dict(head_dim=12, attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
+    ),
+    "qwen3-window": (
+        "Qwen3ForCausalLM",
+        2,
+        24,
+        dict(head_dim=10, use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    ),
 }
 
 

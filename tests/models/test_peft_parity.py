@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxlm.config import LoraConfig
+from jaxlm.models.adapters import LINEARS, resolve_lora
 from jaxlm.models.decoder import Decoder, with_saved_modules
-from jaxlm.nn.lora import LINEARS, module_parent, resolve_lora
 from tests.models import hf
 from tests.models.compare import assert_trees_close
 
@@ -100,7 +100,7 @@ def test_logits_and_gradients(case: str) -> None:
     specs = resolve_lora(config, settings)
     for name, spec in specs.items():
         for i, layer in enumerate(torch_model.get_base_model().model.layers):
-            module = getattr(getattr(layer, module_parent(name)), name)
+            module = getattr(getattr(layer(name)), name)
             assert (spec.ranks[i], spec.scales[i]) == (module.r["default"], pytest.approx(module.scaling["default"]))
     lora = hf.adapter(torch_model, config, specs)
     if settings.modules_to_save:
@@ -130,7 +130,7 @@ def test_logits_and_gradients(case: str) -> None:
     # Padding behind a smaller rank: exactly zero, so that it stays zero under any optimizer.
     for name, spec in specs.items():
         for i, rank in enumerate(spec.ranks):
-            leaf = grads["layers"][module_parent(name)][name]
+            leaf = grads["layers"][hf.parent_of(name)][name]
             assert not np.any(leaf["lora_A"][i][..., rank:])
             assert not np.any(leaf["lora_B"][i][rank:])
             assert np.any(leaf["lora_A"][i][..., rank - 1]) and np.any(leaf["lora_B"][i][rank - 1])

@@ -14,9 +14,9 @@ import pytest
 from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
+from jaxlm.models.adapters import as_one_adapter, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.dispatch import make_dispatch
-from jaxlm.nn.lora import as_one_adapter, resolve_lora
 from jaxlm.nn.routers import (
     PADDING,
     choose_compute,

@@ -13,10 +13,12 @@ import pytest
 
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
+from jaxlm.models.adapters import LINEARS, resolve_lora
 from jaxlm.models.decoder import Decoder, with_saved_modules
 from jaxlm.nn.linear import Linear
-from jaxlm.nn.lora import LINEARS, LoraSpec, module_parent, resolve_lora
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import uniform_decoder
+from tests.models import hf
 from tests.models.compare import random_tree
 
 CONFIG = uniform_decoder(
@@ -45,8 +47,8 @@ def merged(base: Any, lora: Any, specs: dict[str, LoraSpec]) -> Any:
     """W + scale A B, and DoRA's magnitude on top, layer by layer in float64."""
     tree = jax.tree.map(np.array, base)
     for name, spec in specs.items():
-        kernel = tree["layers"][module_parent(name)][name]["kernel"]
-        leaf = lora["layers"][module_parent(name)][name]
+        kernel = tree["layers"][hf.parent_of(name)][name]["kernel"]
+        leaf = lora["layers"][hf.parent_of(name)][name]
         for i in range(CONFIG.num_layers):
             if spec.ranks[i] == 0:
                 continue
@@ -77,7 +79,7 @@ def test_fresh_is_base_and_merged_is_unmerged(dora: bool, base: Any, plain: Any)
 
     noise = random_tree(lora, 2)
     for name, spec in specs.items():
-        leaf = noise["layers"][module_parent(name)][name]
+        leaf = noise["layers"][hf.parent_of(name)][name]
         for i, rank in enumerate(spec.ranks):
             leaf["lora_A"][i][..., rank:] = 0
             leaf["lora_B"][i][rank:] = 0

@@ -12,8 +12,8 @@ import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.spec import uniform_decoder
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, bytes_per_device, count

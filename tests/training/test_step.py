@@ -15,8 +15,8 @@ import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, MoeRunConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh, put_batch
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.nn.lora import resolve_lora
 from jaxlm.nn.routers import modality_ids
 from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights

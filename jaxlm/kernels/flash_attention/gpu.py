@@ -42,7 +42,7 @@ from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 
 
 def stages(dim: int) -> int:
-    """How many blocks of keys and values are on the chip at once."""
+    """The number of blocks of keys and values that are on the chip at once."""
     return 4 if dim <= 64 else 2
 
 

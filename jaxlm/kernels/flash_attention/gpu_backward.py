@@ -43,7 +43,7 @@ STREAMED = 64
 
 
 def _stages(dim: int) -> int:
-    """How many of them are on the chip at once: 64 KiB each, where h is 256, beside 128 KiB that stay."""
+    """The number of them that is on the chip at once: 64 KiB each, where h is 256, beside 128 KiB that stay."""
     return 2 if dim <= 128 else 1
 
 

@@ -59,7 +59,7 @@ class Spec:
         return -(-self.q_length // self.block_q), -(-self.kv_length // self.block_k)
 
     def visible_pairs(self) -> int:
-        """How many (query, key) pairs of one row and head causality and the window leave."""
+        """The number of (query, key) pairs of one row and head that causality and the window leave."""
         rows = np.arange(self.q_length)
         last = np.minimum(rows, self.kv_length - 1) if self.causal else np.full_like(rows, self.kv_length - 1)
         first = np.zeros_like(rows) if self.window is None else np.maximum(rows - self.window + 1, 0)

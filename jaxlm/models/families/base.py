@@ -50,6 +50,16 @@ class Row:
         """Whether every layer has one."""
         return "{}" in self.hf
 
+    @property
+    def linear(self) -> str:
+        """'q_proj' where the row is the matrix of a layer's linear layer, else empty."""
+        return self.path.split("/")[-2] if self.in_layer and self.path.endswith("/kernel") else ""
+
+    @property
+    def hf_module(self) -> str:
+        """HF's name of the module that holds the tensor, which is what PEFT calls a linear layer by."""
+        return self.hf.rpartition(".")[0]
+
     def name(self, form: str) -> str:
         """The tensor's name in 'hf', 'meta' or 'mindspore'; empty where that has none."""
         return {"hf": self.hf, "meta": self.meta, "mindspore": self.mindspore}[form]
@@ -99,3 +109,8 @@ class Family:
     aliases: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> dict[str, Row]:
+        """The matrices of a layer's linear layers by the layer's name."""
+        return {row.linear: row for row in self.rows if row.linear}

@@ -88,14 +88,12 @@ def read_decoder(
     mlp_bias: bool = False,
     window: int | None = None,
     qk_norm: bool = False,
-    head_dim: int | None = None,
 ) -> DecoderSpec:
     """A decoder of layers that are all alike, from the keys that LLaMA and its relatives share.
 
     Args:
         config: checked, with the family's defaults.
-        qk_norm: a norm of q and k, with the eps of the others.
-        head_dim: what a missing or null `head_dim` means; None: D / H.
+        qk_norm: whether q and k have a norm, with the eps of the others.
     """
     num_heads, eos, eps = config["num_attention_heads"], config.get("eos_token_id"), config.get("rms_norm_eps", 1e-6)
     return uniform_decoder(
@@ -106,7 +104,7 @@ def read_decoder(
         num_layers=config["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or head_dim or config["hidden_size"] // num_heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
         max_position_embeddings=config["max_position_embeddings"],
         norm_eps=eps,
         rope=read_rope(config),

@@ -13,6 +13,7 @@ from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import read_fields
 from jaxlm.jsontext import read_object
+from jaxlm.models.families import FAMILIES
 from jaxlm.models.version1 import read_model
 from jaxlm.spec import DecoderSpec
 from jaxlm.version import __version__
@@ -94,6 +95,8 @@ def read_model_json(directory: Path) -> ModelFile:
     try:
         values = read_fields(_Fields, content, f"{where}:")
         config = (read_model if version == 1 else DecoderSpec.from_dict)(values["model"], f"{where}: model")
+        if config.family not in FAMILIES:
+            raise UserError(f"{where}: model.family is {config.family!r}; known: {', '.join(FAMILIES)}")
     except UserError as error:
         raise UserError(f"{error}; {_writer(content)}, this is jaxlm {__version__}") from None
     base = {key: values[key] for key in ("base", "base_from_here") if values.get(key) is not None}

@@ -13,7 +13,7 @@ import tensorstore as ts
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.nn.lora import SAVEABLE, resolve_lora
+from jaxlm.models.adapters import SAVEABLE, resolve_lora
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import AdapterSource, Index, LeafInfo, check_leaves, full_index, index_shape

@@ -43,7 +43,7 @@ def write(path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
-def test_formats(tmp_path: Path, kind: str) -> None:
+def test_all_formats_give_the_same_records(tmp_path: Path, kind: str) -> None:
     file = write(tmp_path, kind)
     records = read(file)
     assert [record.data for record in records] == RECORDS
@@ -53,18 +53,18 @@ def test_formats(tmp_path: Path, kind: str) -> None:
     assert [record.data for record in read(renamed, format=kind)] == RECORDS
 
 
-def test_json_lines_named_json(tmp_path: Path) -> None:
+def test_json_lines_may_be_named_json(tmp_path: Path) -> None:
     write(tmp_path, "jsonl").rename(tmp_path / "lines.json")
     assert [record.data for record in read(tmp_path / "lines.json")] == RECORDS
 
 
-def test_text(tmp_path: Path) -> None:
+def test_a_line_or_a_file_of_text_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one \n\n  two\r\n", encoding="utf-8")
     assert [(r.name[-1], r.data["text"]) for r in read(tmp_path / "a.txt")] == [("1", "one "), ("3", "  two")]
     assert [r.data["text"] for r in read(tmp_path / "a.txt", documents="file")] == ["one \n\n  two\n"]
 
 
-def test_folders_and_globs(tmp_path: Path) -> None:
+def test_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path, "json")
     (tmp_path / "sub" / "b.txt").write_text("deep")
@@ -74,7 +74,7 @@ def test_folders_and_globs(tmp_path: Path) -> None:
     assert len(read(tmp_path / "**" / "*.txt")) == 1
 
 
-def test_datasets_directories(tmp_path: Path) -> None:
+def test_directories_of_datasets_are_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_list(RECORDS)
     one.save_to_disk(tmp_path / "one")
@@ -108,14 +108,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files(tmp_path: Path, name: str) -> None:
+def test_broken_files_are_refused_with_the_place(tmp_path: Path, name: str) -> None:
     content, message = BROKEN[name]
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / name)
 
 
-def test_other_mistakes(tmp_path: Path) -> None:
+def test_sources_that_are_not_there_or_unknown_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.json does not exist"):
         read(tmp_path / "gone.json")
     with pytest.raises(UserError, match="does not exist"):
@@ -135,7 +135,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "bz2", "xz"])
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "txt"])
-def test_compressed_files(tmp_path: Path, kind: str, ending: str) -> None:
+def test_compressed_files_are_read_and_broken_ones_refused(tmp_path: Path, kind: str, ending: str) -> None:
     import bz2
     import gzip
     import lzma
@@ -165,7 +165,7 @@ def test_compressed_files(tmp_path: Path, kind: str, ending: str) -> None:
         read(tmp_path)
 
 
-def test_an_object_around_the_records(tmp_path: Path) -> None:
+def test_records_may_stand_within_an_object(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     for indent in (None, 1):
         file.write_text(json.dumps({"version": "1.0", "data": [{"text": "a"}, {"text": "b"}]}, indent=indent))
@@ -195,7 +195,9 @@ def test_an_object_around_the_records(tmp_path: Path) -> None:
     ],
     ids=["digits", "brackets", "twins"],
 )
-def test_json_that_python_cannot_read(tmp_path: Path, ending: str, value: str, message: str) -> None:
+def test_json_that_python_cannot_read_is_refused_by_record(
+    tmp_path: Path, ending: str, value: str, message: str
+) -> None:
     good, bad = '{"text": "a"}', f'{{"text": {value}}}'
     content = f"[{good},\n{good}, {bad}]" if ending == "json" else f"{good}\n{good}\n{bad}\n"
     (tmp_path / f"a.{ending}").write_text(content)
@@ -203,7 +205,7 @@ def test_json_that_python_cannot_read(tmp_path: Path, ending: str, value: str, m
         read(tmp_path)
 
 
-def test_csv_of_spreadsheets(tmp_path: Path) -> None:
+def test_csv_as_spreadsheets_write_it_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     for text in ("q;a\n1,5;x\n", "sep=;\nq;a\n1,5;x\n", "q\ta\n1,5\tx\n", '"q";"a"\n"1,5";x\n'):
         file.write_text(text)

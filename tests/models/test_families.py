@@ -1,0 +1,173 @@
+"""Every family's file against its module, its names in transformers, and its files there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from convert.commands.main import main
+from jaxlm.config import LoraConfig
+from jaxlm.models import families
+from jaxlm.models.adapters import LINEARS, SAVEABLE, resolve_lora
+from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.models.families import FAMILIES, read_config
+from jaxlm.spec import DecoderSpec, ExpertsSpec
+from jaxlm.weights.names import adapter_leaves, hf_entries, leaf_shapes, model_leaves, num_params, peft_entries
+from tests.convert.tiny import make_adapter, make_hf_model
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=37,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+)
+BIASES = dict(attention_bias=True, mlp_bias=True)
+EXPERTS = ExpertsSpec(4, "learned", top_k=(2,))
+NAMES = {name: family.architecture.removesuffix("ForCausalLM") for name, family in FAMILIES.items()}
+
+
+def small(family: str, **more: Any) -> DecoderSpec:
+    """A small model as its config.json describes it."""
+    return read_config({"architectures": [FAMILIES[family].architecture], **SIZES, **more})
+
+
+def alternating(spec: DecoderSpec) -> DecoderSpec:
+    """Five layers of a period of two: with other heads, neurons and experts in every second one."""
+    (layer,) = spec.period
+    attention = dataclasses.replace(layer.attention, num_kv_heads=4, head_dim=8, window=3)
+    other = dataclasses.replace(layer.feed_forward, size=32, experts=EXPERTS)
+    return dataclasses.replace(spec, num_layers=5, period=(layer, type(layer)(attention, other)))
+
+
+SHAPES = {
+    "plain": lambda family: small(family),
+    "biases": lambda family: small(family, **BIASES),
+    "tied": lambda family: small(family, tie_word_embeddings=True),
+    "experts": lambda family: small(family).with_experts(EXPERTS),
+    "alternating": lambda family: alternating(small(family)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_are_what_the_module_declares(family: str, shape: str) -> None:
+    """Paths and shapes of every parameter and of every adapter leaf, and which dims of a kernel are its inputs."""
+    spec = SHAPES[shape](family)
+    lora = LoraConfig(rank=3, targets=LINEARS, dora=True)
+    specs = resolve_lora(spec, lora)
+    boxed = abstract_variables(Decoder(spec, specs))
+    declared = {
+        name: {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+        for name, tree in nn.unbox(boxed).items()
+    }
+    assert leaf_shapes(spec) == declared["params"]
+    assert {leaf.path: leaf.shape for leaf in adapter_leaves(spec, specs)} == declared["lora"]
+    assert {path for path in declared["params"] if not path.startswith(("layers/", "tail/"))} <= {*SAVEABLE.values()}
+    if spec.experts is None:
+        assert num_params(spec) == sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(boxed["params"])))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_a_period_are_stored_under_their_own_numbers(family: str) -> None:
+    spec = alternating(small(family))
+    places = {entry.name: (entry.path, entry.layer) for entry in hf_entries(spec)}
+    kernels = [places[f"model.layers.{number}.mlp.up_proj.weight"] for number in range(5)]
+    assert kernels == [
+        ("layers/0/mlp/up_proj/kernel", 0),
+        ("layers/1/mlp/up_proj/kernel", 0),
+        ("layers/0/mlp/up_proj/kernel", 1),
+        ("layers/1/mlp/up_proj/kernel", 1),
+        ("tail/0/mlp/up_proj/kernel", 0),
+    ]
+    assert places["model.layers.3.mlp.router.weight"] == ("layers/1/mlp/router", 1)
+    assert "model.layers.2.mlp.router.weight" not in places
+    names = [entry.name for entry in hf_entries(spec)]
+    numbers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
+    assert numbers == sorted(numbers) and names[0] == "model.embed_tokens.weight" and names[-1] == "lm_head.weight"
+    specs = resolve_lora(spec, LoraConfig(rank=2, targets=("q_proj",), rank_pattern={"layers.4.self_attn.q_proj": 1}))
+    factors = {entry.name: (entry.path, entry.layer, entry.layout.stored) for entry in peft_entries(spec, specs)}
+    stem = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
+    assert factors[stem.format(3)] == ("layers/1/self_attn/q_proj/lora_A", 1, (2, 16))
+    assert factors[stem.format(4)] == ("tail/0/self_attn/q_proj/lora_A", 0, (1, 16))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("more", [{}, BIASES, {"tie_word_embeddings": True}], ids=["plain", "biases", "tied"])
+def test_names_are_those_of_transformers(family: str, more: dict[str, Any]) -> None:
+    """Names and shapes of every tensor, and of every linear layer that PEFT finds."""
+    torch = pytest.importorskip("torch")
+    model = make_hf_model(
+        NAMES[family], **{key.replace("num_hidden", "num_hidden"): v for key, v in SIZES.items()}, **more
+    )
+    spec = read_config({"architectures": [FAMILIES[family].architecture], **model.config.to_dict()})
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    assert {entry.name: entry.layout.stored for entry in hf_entries(spec)} == theirs
+    modules = {name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = FAMILIES[family].linears
+    assert {f"model.{name}" for name in modules} == {
+        row.hf_module.format(layer) for row in linears.values() for layer in range(spec.num_layers)
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None:
+    """config.json as transformers reads it, and every tensor; an adapter by PEFT too."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from safetensors.numpy import load_file
+
+    model = make_hf_model(NAMES[family], "bfloat16", **SIZES)
+    model.save_pretrained(tmp_path / "hf")
+    make_adapter(model, tmp_path / "peft", target_modules=list(LINEARS))
+
+    def run(*words: object) -> None:
+        assert main([str(word) for word in words]) == 0
+
+    run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").is_file()
+    theirs, ours = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "back"))
+    assert type(ours) is type(theirs) and ours.config.to_diff_dict().keys() == theirs.config.to_diff_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.equal(ours.state_dict()[name]), name
+    run("peft-to-jax", tmp_path / "peft", tmp_path / "adapter", "--base", tmp_path / "hf")
+    run("jax-to-peft", tmp_path / "adapter", tmp_path / "peft-back")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "peft-back"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_json_there_and_back(family: str) -> None:
+    for make in SHAPES.values():
+        spec = make(family)
+        assert DecoderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_family_is_a_small_file() -> None:
+    files = sorted(Path(families.__file__).parent.glob("*.py"))
+    assert {file.stem for file in files} >= {*FAMILIES}
+    for family in FAMILIES:
+        text = (Path(families.__file__).parent / f"{family}.py").read_text()
+        assert len(text.splitlines()) <= 150, family
+        others = {NAMES[name] for name in FAMILIES} - {NAMES[family]}
+        assert not any(f'"{other}ForCausalLM"' in text for other in others), family
+    assert all(name == family.name for name, family in FAMILIES.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_leaf_of_a_published_shape_has_a_row(family: str) -> None:
+    for spec in FAMILIES[family].shapes.values():
+        assert spec.family == family
+        assert sum(1 for _ in model_leaves(spec)) == len(leaf_shapes(spec))
