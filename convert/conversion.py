@@ -77,7 +77,7 @@ class WriteOptions:
 
     Args:
         shard_size: hf: bytes of tensors in a file.
-        layout: hf: of a model of experts, 'dense' or 'mixtral'; None: the one that it came in.
+        layout: hf: how a model of experts is laid out, 'dense' or 'mixtral'; None: as it came.
         shards: meta: number of files.
         joined: mindspore: wq, wk, wv are joined in w_qkv, and w1, w3 in w_gate_hidden.
         crc: mindspore: the file ends with its CRC-32.
@@ -138,24 +138,24 @@ def convert(
     Args:
         source: a model or adapter of any format, see `convert.source.open_model`.
         destination: the directory to create; it appears when it is complete.
-        to: the format of the result; None: Hugging Face (of an adapter: PEFT) for what is jaxlm's own, else jaxlm's.
+        to: the format of the result; None: Hugging Face's (an adapter: PEFT's) for what is jaxlm's own, else jaxlm's.
         source_format: refuses a source of any other format; None: the files tell.
         adapter: whether the low-rank factors are taken, of a MindSpore file that has both; None: the files tell.
-        dtype: of the written weights: 'float32', 'bfloat16', 'float16'; 'keep': as they are stored.
-        base: of an adapter: the model that it belongs to, in any format; needed unless the adapter is jaxlm's own.
-        config: of a MindSpore model: its shape by name, a config.json or MindFormers' YAML; None: the one beside it.
-        groups: of a MindSpore model: how often wq, wk, wv alternate in w_qkv.
-        alpha: of a MindSpore adapter: lora_alpha, which it does not record; None: 16, as MindFormers' configurations.
-        max_positions: of Meta's checkpoint: the longest row in tokens; None: as published.
+        dtype: what weights are written in: 'float32', 'bfloat16', 'float16'; 'keep': as they are stored.
+        base: the model that an adapter belongs to, in any format; needed unless the adapter is jaxlm's own.
+        config: the shape of a MindSpore model, by name, a config.json or MindFormers' YAML; None: the one beside it.
+        groups: number of times that wq, wk, wv alternate in the w_qkv of a MindSpore model.
+        alpha: lora_alpha, which a MindSpore adapter does not record; None: 16, as MindFormers' configurations.
+        max_positions: the longest row of Meta's model in tokens, which its files do not say; None: as published.
         shard_size: to hf: the largest weight file, as '5GB' or a number of bytes.
-        layout: to hf, of a model of experts: 'dense', or 'mixtral'; None: the one that it came in.
+        layout: to hf: how a model of experts is laid out, 'dense' or 'mixtral'; None: as it came.
         shards: to meta: number of files, the model-parallel size to run with.
         joined: to mindspore: writes w_qkv and w_gate_hidden.
         crc: to mindspore: ends the file with its CRC-32.
         progress: called with the numbers of bytes that were written.
 
     Raises:
-        UserError: the source is none of the formats, is damaged, or is not `source_format`; it has the format `to`
+        UserError: the source has none of the formats, is damaged, or is not `source_format`; it has the format `to`
             already; that format has no place for it; the destination exists or cannot be written.
     """
     reading = ReadOptions(adapter, dtype, base, config, groups, alpha, max_positions)

@@ -96,15 +96,14 @@ def _is_mindspore(path: Path) -> bool:
     files = _mindspore_files(path)
     if not path.is_dir():
         return bool(files)
-    weights = find_weights(path)
     parts = sorted(path.glob("model-*-of-*.safetensors")) + sorted(path.glob("pytorch_model-*-of-*.bin"))
-    found = weights or (parts[0] if parts else None)
-    if found is None or (files and looks_like_mindspore(read_files(files, check=False))):
+    weights = find_weights(path) or (parts[0] if parts else None)
+    if weights is None or (files and looks_like_mindspore(read_files(files, check=False))):
         return bool(files)
     if (path / "config.json").is_file():
         return False
     raise UserError(
-        f"{path}: has weights ({found.name}) but no config.json, which says the model's shape; copy or download that "
+        f"{path}: has weights ({weights.name}) but no config.json, which says the model's shape; copy or download that "
         "file too, from where the weights are from"
     )
 
@@ -127,7 +126,7 @@ def _is_hf(directory: Path) -> bool:
 
 
 def _found(path: Path) -> str:
-    names = sorted(item.name for item in path.iterdir())
+    names = sorted(entry.name for entry in path.iterdir())
     listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"found {listing}" if names else "the directory is empty"
 
@@ -205,8 +204,8 @@ def open_with_adapter(path: str | None, adapter: str | None) -> Named:
     """Opens a model and the adapter on it; an adapter that is named as the model brings its base along.
 
     Args:
-        path: of the model; of an adapter, when `adapter` is None; None: the base that `adapter` records.
-        adapter: of an adapter, or None.
+        path: where the model lies, or an adapter, when `adapter` is None; None: the base that `adapter` records.
+        adapter: where an adapter lies; None: none, unless `path` is one.
 
     Raises:
         UserError: either cannot be opened, or the two do not fit.

@@ -8,6 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from jaxlm.errors import UserError
@@ -82,6 +83,23 @@ def _built(value: Any, kind: Any, where: str) -> Any:
     if isinstance(value, tuple) and dataclasses.is_dataclass(parts[0] if parts else None):
         return tuple(_built(inner, parts[0], f"{where}[{number}]") for number, inner in enumerate(value))
     return value
+
+
+def check_format(content: Mapping[str, Any], name: str, version: int, where: Path) -> None:
+    """Refuses a file of another format, or of a newer version than this jaxlm reads."""
+    if content.get("format") != name:
+        raise UserError(f"{where}: its format is {_shown(content.get('format'))}; expected {name!r}")
+    check_version({"version": content.get("version")}, version, where)
+
+
+def check_version(content: Mapping[str, Any], version: int, where: Path) -> None:
+    """Refuses a file of a newer version than this jaxlm reads; a file that does not say its version has the first."""
+    own = content.get("version", 1)
+    if type(own) is not int or not 1 <= own <= version:
+        raise UserError(
+            f"{where}: its version is {_shown(own)}; this jaxlm reads versions up to {version}: use a newer one, or "
+            "copy the file again"
+        )
 
 
 def fits(value: Any, kind: Any, where: str) -> bool:

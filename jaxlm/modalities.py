@@ -19,10 +19,11 @@ from pathlib import Path
 
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import read_fields
+from jaxlm.jsonfields import check_version, read_fields
 from jaxlm.jsontext import parse
 
 MODALITIES_FILE = "modalities.json"
+VERSION = 1  # of that file
 PADDING = -1  # modality id where there is no token; 0 is text, 1, 2, ... are those with tokens of their own
 
 # All elements, as far as they have a name; inside brackets any may stand (OpenSMILES 1.0, section 3).
@@ -207,7 +208,7 @@ def _lines(name: str | None, where: str) -> tuple[str, ...]:
 
 def save(modalities: Sequence[Modality], directory: Path) -> None:
     """Writes modalities.json."""
-    content = {"modalities": [dataclasses.asdict(modality) for modality in modalities]}
+    content = {"version": VERSION, "modalities": [dataclasses.asdict(modality) for modality in modalities]}
     text = json.dumps(content, indent=1, ensure_ascii=False)
     (directory / MODALITIES_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -223,6 +224,7 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
     """
     try:
         content = parse(path.read_text(encoding="utf-8"))
+        check_version(content, VERSION, path)
         listed = list(content["modalities"])
         entries = [Modality(**read_fields(Modality, entry, f"{path}: {n}")) for n, entry in enumerate(listed)]
         for modality in entries:

@@ -240,6 +240,11 @@ def test_a_file_of_another_tokenizer_is_refused(base: Path, tmp_path: Path) -> N
     (tmp_path / "out" / "modalities.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"'\{\|C\|\}' of smiles should have id 375, the tokenizer"):
         load_tokenizer(tmp_path / "out")
+    assert content["version"] == 1
+    content["version"] = 2
+    (tmp_path / "out" / "modalities.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"modalities\.json: its version is 2; this jaxlm reads versions up to 1"):
+        load_tokenizer(tmp_path / "out")
     (tmp_path / "out" / "modalities.json").write_text('{"modalities": [{}]}')
     with pytest.raises(UserError, match=r"modalities\.json"):
         load_tokenizer(tmp_path / "out")

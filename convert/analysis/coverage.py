@@ -25,6 +25,7 @@ from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.leaves import ParamSource
 
 _TINY = 1e-30
+VERSION = 1  # of coverage.json
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Coverage:
     Args:
         moe: the model's experts.
         rule: what chose the experts.
-        tokens: of each modality.
+        tokens: number of tokens of each modality.
         used: experts that a token used, mean over layers, [modalities].
         chosen: share of |h| in the experts that the rule chooses.
         best: share of |h| in as many experts, those with most of it: no rule can have more.
-        error: of the output, in relation to the dense layer's.
+        error: the output's, in relation to the dense layer's.
     """
 
     moe: ExpertsSpec
@@ -61,16 +62,21 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: by modality, lists over layers; a modality without tokens is null."""
-        found: dict[str, Any] = dict.fromkeys(self.moe.modalities)
+        by_modality: dict[str, Any] = dict.fromkeys(self.moe.modalities)
         for number in self.present:
             values = {"chosen": self.chosen, "best": self.best, "error": self.error}
-            found[self.moe.modalities[number]] = {
+            by_modality[self.moe.modalities[number]] = {
                 "tokens": self.tokens[number],
                 "k": self.moe.top_k[number],
                 "chance": round(float(self.chance[number]), 6),
                 **{name: [round(float(value), 6) for value in array[:, number]] for name, array in values.items()},
             }
-        return {"experts": self.moe.num_experts, "router": self.moe.router, "rule": self.rule, "modalities": found}
+        return {
+            "experts": self.moe.num_experts,
+            "router": self.moe.router,
+            "rule": self.rule,
+            "modalities": by_modality,
+        }
 
 
 def choose_rule(source: ParamSource) -> str:
@@ -124,7 +130,7 @@ def measure(source: ParamSource, sample: Sample) -> Coverage:
 
 
 def _figures(weights: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each token: experts used, and the shares of |h| in these and in as many of the best; sizes [N, E] is |h|."""
+    """For each token: experts used, and the shares of |h| in these and in as many of the best; sizes [N, E] is |h|."""
     used = weights > 0
     count = used.sum(axis=1)
     total = jnp.maximum(sizes.sum(axis=1), _TINY)
@@ -146,7 +152,7 @@ def describe_rule(coverage: Coverage) -> str:
 
 def write_coverage(coverage: Coverage, directory: Path, about: dict[str, Any]) -> None:
     """Writes coverage.json, with `about` at its beginning, and coverage.png into a directory."""
-    text = json.dumps(about | coverage.to_dict(), indent=1, ensure_ascii=False)
+    text = json.dumps({"version": VERSION} | about | coverage.to_dict(), indent=1, ensure_ascii=False)
     (directory / "coverage.json").write_text(text + "\n", encoding="utf-8")
     _plot(coverage, directory / "coverage.png")
 

@@ -30,12 +30,12 @@ class Description:
 
     Args:
         kind: 'model', 'adapter' or 'file'.
-        summary: of an adapter, in words.
+        summary: what an adapter is, in words.
         tensors: name, shape, dtype and bytes of each; layers are stacked, except in a bare file.
-        config: of the model, or of the adapter.
+        config: the model's or the adapter's.
         tokenizer: kind, vocab_size, ids and chat template; None without one.
         manifest: number of files in manifest.json and their bytes; None without one.
-        order: of a model of experts or its adapter, that of the neurons.
+        order: how the neurons of a model of experts, or its adapter, are ordered; None: dense.
         checksum: sum of all numbers, and the same with the rotary buffers that old transformers versions stored.
     """
 
@@ -67,7 +67,7 @@ def describe(path: Path, base: Path | None, config: str | None, checksum: bool) 
         config: MindSpore only: shape by name, or a file with it.
 
     Raises:
-        UserError: when it is none of the known formats, or is broken.
+        UserError: it has none of the known formats, or is broken.
     """
     if path.is_file() and path.suffix in (".safetensors", ".bin", ".pth", ".json"):
         return _describe_file(path, "file", checksum)
@@ -83,15 +83,15 @@ def _describe_file(path: Path, kind: str, checksum: bool) -> Description:
     tensors = read_tensors(path)
     rows = [(name, tensor.shape, tensor.dtype.name, tensor.nbytes) for name, tensor in tensors.items()]
     elements = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors.values())
-    found = Description(str(path), kind, path.suffix[1:], rows, elements, sum(row[3] for row in rows))
+    description = Description(str(path), kind, path.suffix[1:], rows, elements, sum(row[3] for row in rows))
     if kind == "adapter":
-        found.format, found.path = "PEFT", str(path.parent)
-        found.config = read_object(path.parent / "adapter_config.json")
-        found.tokenizer = _tokenizer(path.parent)
-        found.manifest = _manifest(path.parent)
+        description.format, description.path = "PEFT", str(path.parent)
+        description.config = read_object(path.parent / "adapter_config.json")
+        description.tokenizer = _tokenizer(path.parent)
+        description.manifest = _manifest(path.parent)
     if checksum:
-        found.checksum = {"sum": sum_of(block for tensor in tensors.values() for block in _blocks(tensor))}
-    return found
+        description.checksum = {"sum": sum_of(block for tensor in tensors.values() for block in _blocks(tensor))}
+    return description
 
 
 def _blocks(tensor: Tensor) -> Iterator[np.ndarray]:
@@ -102,24 +102,24 @@ def _blocks(tensor: Tensor) -> Iterator[np.ndarray]:
 
 
 def _describe_adapter(adapter: AdapterSource, checksum: bool) -> Description:
-    found = _leaves(adapter, "adapter")
-    found.summary = describe_lora(adapter)
-    found.config = dataclasses.asdict(adapter.lora) | {"base": adapter.base, "layers": adapter.layers}
-    found.order = _order(adapter)
+    description = _leaves(adapter, "adapter")
+    description.summary = describe_lora(adapter)
+    description.config = dataclasses.asdict(adapter.lora) | {"base": adapter.base, "layers": adapter.layers}
+    description.order = _order(adapter)
     if checksum:
-        found.checksum = {"sum": sum_of(block for spec in peft_tensors(adapter) for block in spec.blocks)}
-    return found
+        description.checksum = {"sum": sum_of(block for spec in peft_tensors(adapter) for block in spec.blocks)}
+    return description
 
 
 def _describe_model(model: ParamSource, checksum: bool) -> Description:
-    found = _leaves(model, "model")
-    found.config = model.config.to_dict()
-    found.order = _order(model)
-    found.tokenizer = _tokenizer(model.tokenizer_dir) if model.tokenizer_files else None
+    description = _leaves(model, "model")
+    description.config = model.config.to_dict()
+    description.order = _order(model)
+    description.tokenizer = _tokenizer(model.tokenizer_dir) if model.tokenizer_files else None
     if checksum:
         total = sum_of(block for spec in hf_tensors(model) for block in spec.blocks)
-        found.checksum = {"sum": total, "with_rotary_buffers": total + inv_freq_sum(model.config)}
-    return found
+        description.checksum = {"sum": total, "with_rotary_buffers": total + inv_freq_sum(model.config)}
+    return description
 
 
 def _order(source: ParamSource | AdapterSource) -> str | None:
@@ -134,11 +134,11 @@ def _order(source: ParamSource | AdapterSource) -> str | None:
 def _leaves(source: LeafSource, kind: str) -> Description:
     rows = [(name, leaf.shape, leaf.dtype.name, leaf.nbytes) for name, leaf in source.leaves.items()]
     elements = sum(leaf.nbytes // leaf.dtype.itemsize for leaf in source.leaves.values())
-    found = Description(
+    description = Description(
         str(source.path), kind, FORMATS[format_of(source)].title, rows, elements, total_bytes(source.leaves)
     )
-    found.manifest = _manifest(source.path)
-    return found
+    description.manifest = _manifest(source.path)
+    return description
 
 
 def _manifest(directory: Path) -> dict[str, int] | None:

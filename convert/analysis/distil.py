@@ -1,10 +1,9 @@
 """A learned router that chooses the experts which their activations would choose.
 
-Teacher: of each token the k experts whose neurons' activations, h = silu(gate) * up, sum highest (as the router by
-activation) or whose |h| does, in the model that does so in every layer. A layer's matrix W [D, E] is fitted so that
-softmax(x W) is even over these experts and nothing elsewhere, by cross-entropy: a convex problem. The teacher's scores
-are sums of products and no linear function of x, so it is reached only in part; how far is measured on rows that were
-held out.
+The teacher chooses for each token the k experts whose neurons' activations, h = silu(gate) * up, sum highest (as the
+router by activation) or whose |h| does, in every layer. A layer's W [D, E] is fitted so that softmax(x W) is even
+over these experts and nothing elsewhere, by cross-entropy: a convex problem. The teacher's scores are sums of products,
+not a linear function of x, so it is reached only in part; rows that were held out tell how far.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from jaxlm.weights.leaves import DerivedSource, Index, LeafInfo, ParamSource, fu
 from jaxlm.weights.names import Entry, leaf_shapes
 
 TEACHERS = ("activation", "magnitude")
-# One row of so many is held out.
+# One row in this number is held out.
 HELD_OUT = 8
 # Half of it times the sum of squares of W is added to the loss; a tenth or ten times as much changes little.
 PENALTY = 3e-3
@@ -49,7 +48,7 @@ class Distilled:
         tokens: held out, of each modality.
         before: recall of the teacher's experts by the router that the model had; by the first k if it had none.
         after: recall by the new router.
-        error: of the layer's output, in relation to that with the teacher's experts.
+        error: the layer's output beside the one with the teacher's experts.
         losses: [L, 2], cross-entropy on the training rows before the first step and after the last.
     """
 
@@ -98,7 +97,7 @@ def distil(source: ParamSource, sample: Sample, steps: int, seed: int, teacher: 
 
     Args:
         source: `config.experts` is not None.
-        steps: of L-BFGS on the whole sample.
+        steps: number of steps of L-BFGS on the whole sample.
         seed: which rows are held out; the same gives the same.
         teacher: activation takes the experts with the largest sums of h, magnitude those with the largest of |h|.
 
@@ -155,8 +154,8 @@ def held_out(rows: np.ndarray, seed: int) -> np.ndarray:
             "was trained; give more data, or a larger --sample-tokens"
         )
     drawn = np.random.default_rng(seed).permutation(full)[: -(-len(full) // HELD_OUT)]
-    found: np.ndarray = np.sort(drawn)
-    return found
+    test: np.ndarray = np.sort(drawn)
+    return test
 
 
 @partial(jax.jit, static_argnums=2)
@@ -169,7 +168,7 @@ def fit_router(x: jax.Array, chosen: jax.Array, steps: int) -> tuple[jax.Array, 
     Args:
         x: [N, D] float32.
         chosen: [N, E] float32, 1 for a token's experts; all 0 for one that is left out.
-        steps: of L-BFGS.
+        steps: number of steps of L-BFGS.
 
     Returns:
         W; and the mean cross-entropy [2] with W = 0, and at the end.

@@ -35,7 +35,7 @@ class Sample:
         segment_ids: [chunks, ROWS, T] int32, 0 where there is no token.
         positions: [chunks, ROWS, T] int32.
         modality: [chunks, ROWS, T] int32, -1 where there is no token.
-        tokens: of each modality, by modality id.
+        tokens: number of tokens of each modality, by modality id.
         files: where they come from.
     """
 
@@ -91,7 +91,7 @@ def read_sample(
 
 
 def _first(file: Any, tokens: int, data: Any, tokenizer: Any, vocab_size: int) -> Examples:
-    """The first records of a file, so many that they have `tokens` tokens if there are."""
+    """The first records of a file that have `tokens` tokens together, or all of them."""
     limit = _RECORDS
     while True:
         examples, (report,) = build_examples([dataclasses.replace(file, limit=limit)], data, tokenizer, vocab_size)

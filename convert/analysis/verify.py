@@ -102,10 +102,10 @@ def compare_models(first: ParamSource, second: ParamSource, advance: Callable[[i
 def compare_adapters(first: AdapterSource, second: AdapterSource, advance: Callable[[int], None]) -> Report:
     """Compares two low-rank adapters, their ranks and scales too."""
     report = _compare(peft_tensors(first), peft_tensors(second), advance)
-    for item in dataclasses.fields(first.lora):
-        values = getattr(first.lora, item.name), getattr(second.lora, item.name)
+    for option in dataclasses.fields(first.lora):
+        values = getattr(first.lora, option.name), getattr(second.lora, option.name)
         if values[0] != values[1]:
-            (report.notes if item.name == "dropout" else report.config)[item.name] = values
+            (report.notes if option.name == "dropout" else report.config)[option.name] = values
     if first.layers != second.layers:
         report.config["layers"] = first.layers, second.layers
     return report
@@ -131,11 +131,11 @@ def _compare(first: list[TensorSpec], second: list[TensorSpec], advance: Callabl
         if other.shape != spec.shape:
             report.shapes[spec.name] = spec.shape, other.shape
             continue
-        found = Difference(spec.name, spec.shape, (spec.dtype.name, other.dtype.name))
+        difference = Difference(spec.name, spec.shape, (spec.dtype.name, other.dtype.name))
         for a, b in _pairs(spec.blocks, other.blocks):
-            compare_blocks(a, b, found)
+            compare_blocks(a, b, difference)
             advance(a.nbytes)
-        report.tensors.append(found)
+        report.tensors.append(difference)
     return report
 
 
@@ -145,7 +145,7 @@ def _pairs(first: Iterable[np.ndarray], second: Iterable[np.ndarray]) -> Iterato
         yield a, b
 
 
-def compare_blocks(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
+def compare_blocks(first: np.ndarray, second: np.ndarray, difference: Difference) -> None:
     """Adds the differences between two blocks of numbers to `found`."""
     if first.dtype == second.dtype:
         bits = np.dtype(f"u{first.dtype.itemsize}")
@@ -155,12 +155,12 @@ def compare_blocks(first: np.ndarray, second: np.ndarray, found: Difference) -> 
     count = int(np.count_nonzero(unequal))
     if not count:
         return
-    found.different += count
+    difference.different += count
     if 2 * count < first.size:
         first, second = first[unequal], second[unequal]
     first, second = first.reshape(-1), second.reshape(-1)
     for start in range(0, first.size, _STEP):
-        _measure(first[start : start + _STEP], second[start : start + _STEP], found)
+        _measure(first[start : start + _STEP], second[start : start + _STEP], difference)
 
 
 def coarser(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
@@ -168,7 +168,7 @@ def coarser(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
     return min(first, second, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
 
 
-def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
+def _measure(first: np.ndarray, second: np.ndarray, difference: Difference) -> None:
     narrow = coarser(first.dtype, second.dtype)
     # float32 holds what 16-bit numbers differ by to more than their own digits.
     wide: Any = np.float64 if first.dtype == second.dtype == np.float32 else np.float32
@@ -182,9 +182,9 @@ def _measure(first: np.ndarray, second: np.ndarray, found: Difference) -> None:
         larger = np.maximum(np.maximum(np.abs(a), np.abs(b)), np.finfo(wide).tiny)
         relative = absolute / larger
         ulps = np.abs(_ordered(first.astype(narrow, copy=False)) - _ordered(second.astype(narrow, copy=False)))
-    found.max_ulp = max(found.max_ulp, int(ulps.max()))
-    found.max_abs = max(found.max_abs, float(absolute.max()))
-    found.max_rel = max(found.max_rel, float(np.nan_to_num(relative.max(), nan=np.inf, posinf=np.inf)))
+    difference.max_ulp = max(difference.max_ulp, int(ulps.max()))
+    difference.max_abs = max(difference.max_abs, float(absolute.max()))
+    difference.max_rel = max(difference.max_rel, float(np.nan_to_num(relative.max(), nan=np.inf, posinf=np.inf)))
 
 
 def _ordered(numbers: np.ndarray) -> np.ndarray:

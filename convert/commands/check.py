@@ -60,42 +60,43 @@ def _inspect(options: argparse.Namespace) -> None:
     from convert.analysis.describe import describe
 
     base = None if options.base is None else Path(options.base)
-    found = describe(Path(options.source), base, options.config, options.checksum)
+    description = describe(Path(options.source), base, options.config, options.checksum)
     if options.json:
-        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        print(json.dumps(description.to_dict(), indent=1, ensure_ascii=False))
     else:
-        _print_description(found)
+        _print_description(description)
 
 
-def _print_description(found: Description) -> None:
+def _print_description(description: Description) -> None:
     from jaxlm.units import disk_size
 
-    print(f"{found.path}: {found.format} {found.kind}, {found.parameters:,} parameters, {disk_size(found.nbytes)}")
-    c = found.config
-    if found.kind == "model":
+    size = f"{description.parameters:,} parameters, {disk_size(description.nbytes)}"
+    print(f"{description.path}: {description.format} {description.kind}, {size}")
+    c = description.config
+    if description.kind == "model":
         _print_decoder(c)
-    elif found.kind == "adapter":
-        print(found.summary, end="; " if found.summary else "")
+    elif description.kind == "adapter":
+        print(description.summary, end="; " if description.summary else "")
         print(
             "configuration: " + ", ".join(f"{key} {value}" for key, value in c.items() if value not in (None, {}, []))
         )
-    if found.order is not None:
-        print(f"neurons: {found.order}")
-    if found.tokenizer is not None:
-        print("tokenizer: " + ", ".join(f"{key} {_words(value)}" for key, value in found.tokenizer.items()))
-    if found.format != "jaxlm" and (found.kind == "model" or found.summary):
+    if description.order is not None:
+        print(f"neurons: {description.order}")
+    if description.tokenizer is not None:
+        print("tokenizer: " + ", ".join(f"{key} {_words(value)}" for key, value in description.tokenizer.items()))
+    if description.format != "jaxlm" and (description.kind == "model" or description.summary):
         print("tensors: under jaxlm's names and shapes, layers stacked, whatever the files call them")
-    width = max((len(name) for name, *_ in found.tensors), default=0)
-    for name, shape, dtype, nbytes in found.tensors:
+    width = max((len(name) for name, *_ in description.tensors), default=0)
+    for name, shape, dtype, nbytes in description.tensors:
         print(f"{name:{width}}  {'x'.join(map(str, shape)) or 'scalar':>20}  {dtype:9} {disk_size(nbytes):>9}")
-    print(f"{len(found.tensors)} tensors, {disk_size(found.nbytes)}")
-    if found.manifest is not None:
-        size = disk_size(found.manifest["bytes"])
-        print(f"manifest: {found.manifest['files']} files, {size}; check: convert verify PATH")
-    if found.checksum is not None:
-        print(f"sum of all numbers: {found.checksum['sum']:.4f}")
-        if "with_rotary_buffers" in found.checksum:
-            value = found.checksum["with_rotary_buffers"]
+    print(f"{len(description.tensors)} tensors, {disk_size(description.nbytes)}")
+    if description.manifest is not None:
+        size = disk_size(description.manifest["bytes"])
+        print(f"manifest: {description.manifest['files']} files, {size}; check: convert verify PATH")
+    if description.checksum is not None:
+        print(f"sum of all numbers: {description.checksum['sum']:.4f}")
+        if "with_rotary_buffers" in description.checksum:
+            value = description.checksum["with_rotary_buffers"]
             print(f"with the rotary buffers of old transformers versions: {value:.4f}")
 
 
@@ -121,7 +122,7 @@ def _print_decoder(config: dict[str, Any]) -> None:
 
 
 def _print_experts(feed_forward: FeedForwardSpec) -> None:
-    """Of a layer: the number of experts, who chooses, and the number that a token of each modality uses."""
+    """Prints the number of experts in a layer, who chooses, and the number that a token of each modality uses."""
     moe = feed_forward.experts
     assert moe is not None
     used = []
@@ -159,17 +160,17 @@ def _verify(options: argparse.Namespace) -> int:
 def _verify_manifest(directory: Path, as_json: bool) -> int:
     from jaxlm.weights.manifest import check_manifest, files_not_listed
 
-    found = list(check_manifest(directory))
-    bad = {name: problem for name, problem in found if problem is not None}
+    checked = list(check_manifest(directory))
+    bad = {name: problem for name, problem in checked if problem is not None}
     added = files_not_listed(directory)
     if as_json:
-        print(json.dumps({"files": len(found), "bad": bad, "not_in_manifest": added}, indent=1, ensure_ascii=False))
+        print(json.dumps({"files": len(checked), "bad": bad, "not_in_manifest": added}, indent=1, ensure_ascii=False))
         return 1 if bad else 0
     for name, problem in bad.items():
         print(f"{directory / name}: {problem}")
     for name in added:
         print(f"{directory / name}: is not in the manifest; it was added later")
-    print(f"{directory}: {len(found) - len(bad)} of {len(found)} files are as they were written")
+    print(f"{directory}: {len(checked) - len(bad)} of {len(checked)} files are as they were written")
     return 1 if bad else 0
 
 
@@ -224,13 +225,13 @@ def _compare_logits(first: ParamSource, second: ParamSource, prompts: list[str] 
         tokenizer = load_tokenizer(first.tokenizer_dir)
         begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         rows = [np.array([[*begin, *tokenizer.encode(text).ids]], np.int32) for text in prompts]
-    found = []
+    pairs = []
     for row in rows:
         if row.size == 0 or row.max() >= size:
             raise UserError("--prompt: is empty, or has tokens that one of the models does not have")
-        found.append((logits(first, row), logits(second, row)))
-    width = min(pair[0].shape[-1] for pair in found)
-    both = [np.concatenate([pair[i].reshape(-1, pair[i].shape[-1]) for pair in found]) for i in (0, 1)]
+        pairs.append((logits(first, row), logits(second, row)))
+    width = min(pair[0].shape[-1] for pair in pairs)
+    both = [np.concatenate([pair[i].reshape(-1, pair[i].shape[-1]) for pair in pairs]) for i in (0, 1)]
     assert width > 0
     return agreement(both[0], both[1])
 

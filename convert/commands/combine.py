@@ -174,8 +174,8 @@ def _config_of_base(base: ParamSource, other: Path) -> Path | None:
     """The base's config.json for a delta in MindSpore's format, which has no shape, unless one lies beside that."""
     folder = other if other.is_dir() else other.parent
     beside = (folder / "config.json").is_file() or any(folder.glob("*.y*ml"))
-    found = base.path / "config.json"
-    return found if found.is_file() and not beside else None
+    config = base.path / "config.json"
+    return config if config.is_file() and not beside else None
 
 
 def _expected_sum(options: argparse.Namespace, result: DeltaSource) -> float | None:
@@ -195,12 +195,12 @@ def _say_sum(source: SummedSource, expected: float) -> None:
     from convert.transforms.delta import inv_freq_sum, sum_matches
 
     with_buffers = source.total + inv_freq_sum(source.config)
-    found = f"{source.total:.4f} ({with_buffers:.4f} with the rotary buffers of old transformers versions)"
+    sums = f"{source.total:.4f} ({with_buffers:.4f} with the rotary buffers of old transformers versions)"
     if sum_matches(source.total, expected, source.config):
-        print(f"{'sum':12} {found}, as expected")
+        print(f"{'sum':12} {sums}, as expected")
         return
     print(
-        f"warning: the sum of all numbers is {found}; expected was {expected:.4f}. Most likely the base is not the one "
+        f"warning: the sum of all numbers is {sums}; expected was {expected:.4f}. Most likely the base is not the one "
         "that the delta was made with (another conversion, or converted again by another version); compare it with "
         "`convert inspect --checksum`",
         file=sys.stderr,

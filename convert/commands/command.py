@@ -105,7 +105,7 @@ def progress_bar(description: str, source: LeafSource) -> Iterator[Callable[[int
         TimeRemainingColumn(),
     )
     sizes = _tensor_sizes(source)
-    # Tensors come one after the other, so the bytes tell how many are done.
+    # Tensors come one after the other, so the bytes tell the number that are done.
     ends, done = list(itertools.accumulate(sizes)), 0
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=sum(sizes), tensors=0, all_tensors=len(sizes))

@@ -25,7 +25,7 @@ def add_expert_verbs(verbs: Any) -> None:
     verb = add_verb(verbs, "moefy", _moefy, "divide the feed-forward layers of a dense model into experts")
     verb.add_argument("source", metavar="MODEL", help="a dense model of any format")
     verb.add_argument("destination", metavar="OUT", help="jaxlm directory to create")
-    verb.add_argument("--experts", type=int, metavar="E", help="how many; must divide the neurons of a layer")
+    verb.add_argument("--experts", type=int, metavar="E", help="number of experts; must divide the neurons of a layer")
     verb.add_argument(
         "--method",
         choices=METHODS,
@@ -89,7 +89,7 @@ def _moefy(options: argparse.Namespace) -> None:
     experts = options.experts
     if experts is None:
         if partition is None:
-            raise UserError("--experts: say into how many experts the feed-forward layers are divided")
+            raise UserError("--experts: give the number of experts that the feed-forward layers are divided into")
         experts = int(read_owners(partition, source.config.num_layers, source.config.feed_forward.size).max()) + 1
     moe = moe_config(source.config, experts, options.router, top_k, ranges or _modalities(source), options.shared)
     sample = None

@@ -99,11 +99,11 @@ def report_coverage(source: ParamSource, sample: Sample, directory: Path) -> Non
     from jaxlm.weights.output import output_directory
 
     assert source.config.experts is not None
-    found = measure(source, sample)
-    say_coverage(found)
+    coverage = measure(source, sample)
+    say_coverage(coverage)
     about = {"model": str(source.path), "sample": list(sample.files)}
     with output_directory(directory, 1 << 20) as folder:
-        write_coverage(found, folder, about)
+        write_coverage(coverage, folder, about)
     say_sample(sample, source.config.experts)
     print(f"{'coverage':12} {directory}/coverage.json, {directory}/coverage.png")
 
@@ -193,4 +193,4 @@ def say_distilled(result: Distilled) -> None:
     _add_layers(table, columns)
     _print_table(table)
     held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True))
-    print(f"{'held out':12} tokens of {held}; error: of the output, beside that with the experts by {result.teacher}")
+    print(f"{'held out':12} tokens of {held}; error: the output beside that with the experts by {result.teacher}")

@@ -19,7 +19,7 @@ def add_sample_options(verb: argparse.ArgumentParser, tokens: int, required: boo
     """Adds --sample and what goes with it to a verb.
 
     Args:
-        tokens: how many by default.
+        tokens: the default number of them.
         purpose: what the sample is for, for --help.
     """
     verb.add_argument(
@@ -44,7 +44,7 @@ def add_sample_options(verb: argparse.ArgumentParser, tokens: int, required: boo
         "--sample-tokens",
         type=int,
         metavar="N",
-        help=f"use the first records with so many tokens, as many of each file (default: {tokens})",
+        help=f"use the first records with N tokens in all, each file its share (default: {tokens})",
     )
     verb.set_defaults(default_sample_tokens=tokens)
 
@@ -74,21 +74,21 @@ def sample_of(options: argparse.Namespace, source: ParamSource, moe: ExpertsSpec
 
 def pairs(option: str, arguments: Sequence[str]) -> dict[str, str]:
     """The values by name of 'a=1,b=2', given once or several times."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for part in (part for argument in arguments for part in argument.split(",")):
         name, equals, value = part.partition("=")
         if not name.strip() or not equals:
             raise UserError(f"{option} {part}: expected NAME=VALUE, several with commas")
-        if name.strip() in found:
+        if name.strip() in values:
             raise UserError(f"{option} {part}: {name.strip()!r} is there twice; give each modality once")
-        found[name.strip()] = value.strip()
-    return found
+        values[name.strip()] = value.strip()
+    return values
 
 
 def say_sample(sample: Sample, moe: ExpertsSpec) -> None:
     """How many tokens of each modality there are; and which have none, as nothing is known of them."""
-    found = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, sample.tokens, strict=True) if count)
-    print(f"{'sample':12} {', '.join(str(Path(file)) for file in sample.files)}: tokens of {found}")
+    counts = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, sample.tokens, strict=True) if count)
+    print(f"{'sample':12} {', '.join(str(Path(file)) for file in sample.files)}: tokens of {counts}")
     absent = [name for name, count in zip(moe.modalities, sample.tokens, strict=True) if not count]
     if absent:
         print(f"{'absent':12} {', '.join(absent)}: the sample has no such token; give more --sample files")

@@ -29,7 +29,7 @@ class Asked:
     """How a model was asked in training.
 
     Args:
-        name: of the template, or the user's own file.
+        name: the template's, or the user's own file.
         jinja: the chat template; None where there is none to write, or it cannot be expressed.
         own: the template is the chat template that the tokenizer has already.
         stops: ids that end an answer.
@@ -47,7 +47,7 @@ def find_asked(source: LeafSource) -> Asked | None:
     """What a model or adapter records of it; None when it records nothing.
 
     Raises:
-        UserError: for a prompt.json that says nothing that can be read, or a template file that is none.
+        UserError: prompt.json cannot be read, or the template file that it names is not a template.
     """
     files = {file.name: file for file in source.prompt_files}
     if "prompt.json" not in files:
@@ -73,7 +73,7 @@ def to_jinja(template: Template, tokenizer: Tokenizer, add_bos: bool) -> str | N
     """The chat template; None for a template that has no messages (text, chat), or that Jinja's few means cannot say.
 
     Args:
-        tokenizer: of which bos and eos are written.
+        tokenizer: whose bos and eos are written.
         add_bos: bos comes first.
     """
     bos = _token(tokenizer, tokenizer.bos_id) if add_bos else None

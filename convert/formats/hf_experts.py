@@ -24,7 +24,7 @@ import numpy as np
 from convert.formats.mixtral import MixtralSource, is_mixtral, write_mixtral
 from convert.transforms.experts import ROUTER, DenseSource, MoefiedSource
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import build
+from jaxlm.jsonfields import build, check_format
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.version1 import ExpertsFields
@@ -40,7 +40,7 @@ from jaxlm.weights.tensors import TensorSpec
 FOLDER = "jaxlm_experts"
 EXPERTS_FILE = "experts.json"
 ROUTER_FILE = "router.safetensors"
-_FORMAT = "jaxlm-experts"
+FORMAT, VERSION = "jaxlm-experts", 1
 
 
 class HfExperts(MoefiedSource):
@@ -75,9 +75,9 @@ def open_hf(path: Path) -> ParamSource:
     source = MixtralSource(path) if mixtral else HfSource(path)
     if not folder.is_dir():
         return source
-    found = _read_folder(folder, source.config)
+    beside = _read_folder(folder, source.config)
     if isinstance(source, MixtralSource):
-        own, other = source.config.experts, found.moe
+        own, other = source.config.experts, beside.moe
         assert own is not None
         if (own.num_experts, own.router, set(own.top_k)) != (other.num_experts, other.router, set(other.top_k)):
             raise UserError(
@@ -85,12 +85,12 @@ def open_hf(path: Path) -> ParamSource:
                 f"{sorted(set(other.top_k))}; config.json has {own.num_experts}, learned, {own.top_k[0]}. It belongs "
                 f"to another model: copy the folder that was written with this one, or remove it"
             )
-        family = found.family or source.config.family
+        family = beside.family or source.config.family
         # The layout that it has now, whatever the experts were made of.
         moe = dataclasses.replace(other, layout="mixtral")
         config = dataclasses.replace(source.config.with_experts(moe), family=family)
-        return MixtralExperts(source, config, found.partition)
-    return HfExperts(source, found.partition, found.moe, found.router)
+        return MixtralExperts(source, config, beside.partition)
+    return HfExperts(source, beside.partition, beside.moe, beside.router)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -108,11 +108,7 @@ def _read_folder(folder: Path, dense: DecoderSpec) -> _Folder:
     """Args: dense: the shape that config.json gives, experts or not."""
     where = folder / EXPERTS_FILE
     content = read_object(where)
-    if content.get("format") != _FORMAT or content.get("version") != 1:
-        raise UserError(
-            f"{where}: format {content.get('format')!r} version {content.get('version')!r}; this jaxlm reads "
-            f"{_FORMAT!r} version 1"
-        )
+    check_format(content, FORMAT, VERSION, where)
     moe = _moe(where, content.get("moe"))
     try:
         config = dense.with_experts(moe)
@@ -158,7 +154,7 @@ def _moe(where: Path, values: Any) -> ExpertsSpec:
         raise UserError(f"{where}: moe must have {', '.join(sorted(known))}; it is {values!r}")
 
     def numbers(value: Any) -> bool:
-        return isinstance(value, list) and all(type(item) is int and abs(item) < 1 << 31 for item in value)
+        return isinstance(value, list) and all(type(number) is int and abs(number) < 1 << 31 for number in value)
 
     good = {
         "experts": numbers([values["experts"]]),
@@ -171,7 +167,7 @@ def _moe(where: Path, values: Any) -> ExpertsSpec:
     }
     for key, fits in good.items():
         if not fits:
-            raise UserError(f"{where}: moe.{key} is {values[key]!r}, which is no value of its kind")
+            raise UserError(f"{where}: moe.{key} is {values[key]!r}, which is not a value of its kind")
     try:
         return build(ExpertsFields, values, "moe").spec()
     except UserError as error:
@@ -191,9 +187,9 @@ def _read_router(file: Path, config: DecoderSpec) -> StackedTensors:
     tensors = read_safetensors(file)
     entries = _router_entries(config)
     match_tensors(file, tensors, entries)
-    found = StackedTensors()
-    found.add(file, {ROUTER: leaf_shapes(config)[ROUTER]}, tensors, entries)
-    return found
+    router = StackedTensors()
+    router.add(file, {ROUTER: leaf_shapes(config)[ROUTER]}, tensors, entries)
+    return router
 
 
 def _sha256(file: Path) -> str:
@@ -219,7 +215,7 @@ def write_hf(
         directory: an existing, empty directory.
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.
-        layout: of a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
+        layout: for a model of experts: 'dense', its neurons in their original order and the experts in files beside it;
             or 'mixtral'; None: the one that it came in.
 
     Raises:
@@ -248,7 +244,7 @@ def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral
     folder.mkdir()
     values = dataclasses.asdict(ExpertsFields.of(moe))
     del values["layout"]  # the directory shows it
-    content: dict[str, Any] = {"format": _FORMAT, "version": 1, "moe": values}
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "moe": values}
     if mixtral:
         content["architecture"] = family_of(source.config).architecture
     if partition is not None:

@@ -84,13 +84,13 @@ def find_shards(directory: Path) -> list[Path]:
     Raises:
         UserError: when one of the row is missing.
     """
-    found = {int(m[1]): path for path in directory.iterdir() if (m := _FILE.fullmatch(path.name)) and path.is_file()}
-    for number in range(max(found, default=-1) + 1):
-        if number not in found:
+    shards = {int(m[1]): path for path in directory.iterdir() if (m := _FILE.fullmatch(path.name)) and path.is_file()}
+    for number in range(max(shards, default=-1) + 1):
+        if number not in shards:
             raise UserError(
                 f"{directory}: consolidated.{number:02d}.pth is missing between the shards; all of them are needed"
             )
-    return [found[number] for number in sorted(found)]
+    return [shards[number] for number in sorted(shards)]
 
 
 class MetaSource(StackedTensors):
@@ -209,7 +209,9 @@ def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]],
         total = 0
         for shard, file in zip(shards, files, strict=True):
             if name not in shard or len(shard[name].shape) != 2:
-                raise UserError(f"{file}: tensor {name!r} is missing or no matrix; that is no shard of a LLaMA model")
+                raise UserError(
+                    f"{file}: tensor {name!r} is missing or is not a matrix; that is not a shard of a LLaMA model"
+                )
             total += shard[name].shape[0]
         found.append(total)
     vocab, hidden = found

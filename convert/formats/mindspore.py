@@ -36,6 +36,7 @@ from jaxlm.weights.hf import (
     hf_config_for,
     match_tensors,
     parse_hf_config,
+    split_fused,
 )
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
@@ -52,7 +53,7 @@ from jaxlm.weights.names import (
 from jaxlm.weights.output import Advance
 from jaxlm.weights.partition import write_patterns
 from jaxlm.weights.safetensors import read_safetensors
-from jaxlm.weights.tensors import JoinedRows, StoredTensor, Tensor
+from jaxlm.weights.tensors import StoredTensor, Tensor
 
 FILE_NAME = "model.ckpt"
 PATTERNS = "patterns"  # the folder of a model of experts
@@ -85,10 +86,10 @@ def find_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path] if path.suffix in (".ckpt", ".safetensors") else []
-    ranks = sorted(item.name for item in path.iterdir() if item.is_dir() and _RANK_FOLDER.fullmatch(item.name))
+    ranks = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _RANK_FOLDER.fullmatch(entry.name))
     if ranks:
         raise UserError(f"{path}: holds one part per rank ({ranks[0]}, …), not a whole model; {MERGE_RANKS}")
-    files = sorted(item for item in path.iterdir() if item.is_file() and "strategy" not in item.name)
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and "strategy" not in entry.name)
     checkpoints = [file for file in files if file.suffix == ".ckpt" and is_ckpt(file)]
     if len(checkpoints) > 1:
         names = ", ".join(file.name for file in checkpoints[:4])
@@ -156,25 +157,25 @@ class MindSporeSource(StackedTensors):
             )
         self.config, self.hf_config = find_config(directory, config, tensors)
         check_num_layers(files[0], self.config.num_layers, len(tensors))
-        found: dict[str, Tensor] = dict(tensors)
+        split: dict[str, Tensor] = dict(tensors)
         #: Whether tensors were concatenated, so that `groups` mattered.
-        self.joined = _split_joined(files[0], found, self.config, groups)
+        self.joined = _split_joined(files[0], split, self.config, groups)
         #: What the format does not say and was taken for granted, in words.
         self.assumed: list[str] = []
         if self.joined:
             how = "whole, one below the other" if groups == 1 else f"interleaved in {groups} groups"
             self.assumed.append(f"wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)")
         head, embedding = (rule_for(path).mindspore for path in ("lm_head/kernel", "embed_tokens/embedding"))
-        drop_tied_head(files[0], found, head, embedding, self.config)
+        drop_tied_head(files[0], split, head, embedding, self.config)
         entries = stored_entries(self.config, "mindspore")
         try:
-            match_tensors(files[0], found, entries)
+            match_tensors(files[0], split, entries)
         except UserError as error:
             rank = next((part for part in path.absolute().parts if _RANK_FOLDER.fullmatch(part)), None)
             if rank is None:
                 raise
             raise UserError(f"{error}; {rank} holds the part of one rank: {MERGE_RANKS}") from None
-        self.add(files[0], leaf_shapes(self.config), found, entries)
+        self.add(files[0], leaf_shapes(self.config), split, entries)
 
 
 def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
@@ -195,26 +196,8 @@ def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple
 
 def _split_joined(where: Path, tensors: dict[str, Tensor], config: DecoderSpec, groups: int) -> bool:
     """Replaces concatenated tensors by their parts; whether there were any."""
-    found = False
-    for name, parts in _joined_parts(config, groups):
-        if name not in tensors:
-            continue
-        found = True
-        whole = tensors.pop(name)
-        stride = sum(rows for _, rows in parts)
-        if not whole.shape or whole.shape[0] != stride * groups:
-            raise UserError(
-                f"{where}: tensor {name!r} has shape {list(whole.shape)}, "
-                f"the configuration expects {stride * groups} rows"
-            )
-        start = 0
-        for part, rows in parts:
-            if part in tensors:
-                raise UserError(f"{where}: holds {part!r} both by itself and in {name!r}")
-            begins = [start + group * stride for group in range(groups)]
-            tensors[part] = JoinedRows(part, tuple((whole, begin, begin + rows) for begin in begins))
-            start += rows
-    return found
+    joined = [split_fused(where, tensors, name, parts, groups) for name, parts in _joined_parts(config, groups)]
+    return any(joined)
 
 
 # ---- the configuration
@@ -238,15 +221,17 @@ def find_config(
                 f"{', '.join(SHAPES)}"
             )
     else:
-        found = [directory / "config.json"] if (directory / "config.json").is_file() else []
-        found = found or [path for path in sorted(directory.glob("*.y*ml")) if _model_section(path) is not None]
-        if len(found) != 1:
-            there = "are several configurations" if found else "is no config.json or MindFormers YAML"
+        candidates = [directory / "config.json"] if (directory / "config.json").is_file() else []
+        candidates = candidates or [
+            path for path in sorted(directory.glob("*.y*ml")) if _model_section(path) is not None
+        ]
+        if len(candidates) != 1:
+            there = "are several configurations" if candidates else "is no config.json or MindFormers YAML"
             raise UserError(
                 f"{directory}: MindSpore's checkpoints do not say the model's shape, and there {there} beside it; put "
                 f"one there, or give the verb --config FILE or a known shape: {', '.join(SHAPES)}"
             )
-        (file,) = found
+        (file,) = candidates
     if file.suffix == ".json":
         content = read_object(file)
         return parse_hf_config(file, content), content
@@ -293,7 +278,7 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
         value = section.get(key, default)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if any(item is not None and type(item) is not int for item in ids):
-            raise UserError(f"model.model_config.{key} is no token id")
+            raise UserError(f"model.model_config.{key} is not a token id")
         return tuple(ids) if isinstance(value, list) else value
 
     hidden, heads = number("hidden_size", 4096), number("num_heads", 32)

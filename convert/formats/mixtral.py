@@ -155,8 +155,8 @@ class _Divided(WrappedTensor):
     divisor: int
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        found = self.tensor.rows(start, stop)
-        return (found.astype(np.float32) / np.float32(self.divisor)).astype(found.dtype)
+        block = self.tensor.rows(start, stop)
+        return (block.astype(np.float32) / np.float32(self.divisor)).astype(block.dtype)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -241,9 +241,9 @@ def _pieces(source: ParamSource, entry: Entry, down: bool, size: int, k: int) ->
     assert entry.layer is not None
     leaf = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]  # down [F, D], the others [D, F]
     for start in range(0, source.config.feed_forward.size, size):
-        here = slice(start, start + size)
-        found = transposed(leaf[here] if down else leaf[:, here])
-        yield cast(found.astype(np.float32) * np.float32(k), found.dtype, entry.name) if down else found
+        neurons = slice(start, start + size)
+        matrix = transposed(leaf[neurons] if down else leaf[:, neurons])
+        yield cast(matrix.astype(np.float32) * np.float32(k), matrix.dtype, entry.name) if down else matrix
 
 
 class _Next:

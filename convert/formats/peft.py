@@ -173,7 +173,7 @@ def check_types(values: dict[str, Any], where: Path) -> None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{where}: {key}: {pattern!r} is no regular expression ({error})") from None
+                raise UserError(f"{where}: {key}: {pattern!r} is not a regular expression ({error})") from None
 
 
 def _matches(wanted: Any, module: str, where: Path) -> bool:
@@ -205,24 +205,24 @@ def _targets(
         for name in wanted:
             if not any(_matches([name], module, where) for module in modules.values()):
                 raise UserError(
-                    f"{where}: target_modules names {name!r}, which is no linear layer of the base model's "
+                    f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
                     f"{config.num_layers} layers ({', '.join(LINEARS)})"
                 )
     for layer in only or []:
         if type(layer) is not int or not 0 <= layer < config.num_layers:
             raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {config.num_layers} layers")
-    found = {
+    targeted = {
         key
         for key, module in modules.items()
         if _matches(wanted, module, where)
         and not _matches(excluded, module, where)
         and (only is None or key[1] in only)
     }
-    targets = tuple(linear for linear in LINEARS if any(key[0] == linear for key in found))
-    layers = tuple(sorted({layer for _, layer in found}))
-    if not found:
+    targets = tuple(linear for linear in LINEARS if any(key[0] == linear for key in targeted))
+    layers = tuple(sorted({layer for _, layer in targeted}))
+    if not targeted:
         raise UserError(f"{where}: target_modules {wanted!r} match no linear layer of the base model")
-    if len(found) != len(targets) * len(layers):
+    if len(targeted) != len(targets) * len(layers):
         raise UserError(
             f"{where}: target_modules {wanted!r} pick different layers for different linear layers; "
             "that is not supported: use the same layers for all"

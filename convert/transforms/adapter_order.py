@@ -32,8 +32,8 @@ class ReorderedAdapter:
 
     Args:
         order: [L, F], the neuron of `adapter` at each place.
-        config: of the base that it is for.
-        partition: of that base; None for a dense one.
+        config: the spec of the base that it is for.
+        partition: the order of that base; None for a dense one.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ def in_order_of(adapter: AdapterSource, base: ParamSource | DecoderSpec) -> Adap
     if order is None and wanted is None:
         return adapter
     original = np.tile(np.arange(config.feed_forward.size, dtype=np.int32), (config.num_layers, 1))
-    order, target = (original if found is None else found for found in (order, wanted))
+    order, target = (original if known is None else known for known in (order, wanted))
     if np.array_equal(order, target):
         return adapter
     return ReorderedAdapter(adapter, np.take_along_axis(inverse(order), target, axis=1), config, wanted)

@@ -43,7 +43,7 @@ class Family:
     """How a family of published deltas is calculated.
 
     Args:
-        dtype: of the arithmetic and of what is written.
+        dtype: what is calculated and written in.
         new_row: what the base's row of an added token is, 'zero' or 'mean'; None where no token is added.
         side: whether tokenizer and configuration come with the 'base' or with the 'delta'.
         shape: name of the shape of the published model.
@@ -70,7 +70,7 @@ class DeltaSource(DerivedSource):
     """base + other, or other - base, tensor by tensor.
 
     Args:
-        base: of the same shapes and dtypes as `other`.
+        base: has the same shapes and dtypes as `other`.
         other: the delta to add, or the tuned model to take the difference of.
         side: the one of the two that configuration and tokenizer come from.
     """
@@ -106,9 +106,9 @@ class SummedSource(DerivedSource):
         return self._sum.total
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        found = self._source.read(path, index)
-        self._sum.add(found)
-        return found
+        values = self._source.read(path, index)
+        self._sum.add(values)
+        return values
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
         for block in stored_blocks(self._source, entry):
@@ -144,11 +144,11 @@ def sum_matches(total: float, expected: float, config: DecoderSpec) -> bool:
 
 def published_sum(family: str, config: DecoderSpec) -> float | None:
     """The sum that the authors of a family give for a model of this shape in float32; None when they give none."""
-    found = FAMILIES[family]
-    if found.shape is None:
+    published = FAMILIES[family]
+    if published.shape is None:
         return None
-    shape = dataclasses.replace(load_shape(found.shape), vocab_size=config.vocab_size)
-    return found.total if leaf_shapes(shape) == leaf_shapes(config) else None
+    shape = dataclasses.replace(load_shape(published.shape), vocab_size=config.vocab_size)
+    return published.total if leaf_shapes(shape) == leaf_shapes(config) else None
 
 
 def match_rows(base: ParamSource, other: ParamSource, family: str | None, new_row: str | None) -> ParamSource:
@@ -202,7 +202,7 @@ def find_tokenizer(choice: str | None, base: ParamSource, other: ParamSource, si
             it has none, from the other one.
 
     Raises:
-        UserError: when there is no tokenizer where one was asked for.
+        UserError: the place that was asked for has no tokenizer.
     """
 
     def of(source: ParamSource) -> list[Path]:
@@ -212,13 +212,13 @@ def find_tokenizer(choice: str | None, base: ParamSource, other: ParamSource, si
         return of(side) or of(base if side is other else other)
     if choice in ("base", "delta", "tuned"):
         source = base if choice == "base" else other
-        where, found = source.path, of(source)
+        where, files = source.path, of(source)
     else:
         where = Path(choice)
-        found = [file for file in find_tokenizer_files(where) if file.name != _GENERATION] if where.is_dir() else []
-    if not found:
+        files = [file for file in find_tokenizer_files(where) if file.name != _GENERATION] if where.is_dir() else []
+    if not files:
         raise UserError(f"--tokenizer {choice}: {where} holds no tokenizer files")
-    return found
+    return files
 
 
 def delta_source(
@@ -252,12 +252,12 @@ _SIZES = ("hidden_size", "size", "num_layers", "num_heads", "num_kv_heads", "hea
 def check_shapes(base: ParamSource, other: ParamSource) -> None:
     """Refuses a pair of models that differ in more than the rows of embedding and head."""
 
-    found = {path: leaf.shape for path, leaf in other.leaves.items()}
+    shapes = {path: leaf.shape for path, leaf in other.leaves.items()}
     expected: dict[str, Shape] = {path: leaf.shape for path, leaf in base.leaves.items()}
-    for path in vocabulary_leaves(base) & found.keys():
-        expected[path] = (found[path][0], *expected[path][1:])
+    for path in vocabulary_leaves(base) & shapes.keys():
+        expected[path] = (shapes[path][0], *expected[path][1:])
     try:
-        check_leaves(other.path, found, expected)
+        check_leaves(other.path, shapes, expected)
     except UserError as error:
         sizes = [
             f"{name} is {value}, of the base {own}"
@@ -275,5 +275,5 @@ def check_shapes(base: ParamSource, other: ParamSource) -> None:
 
 
 def _wider(first: np.dtype[Any], second: np.dtype[Any]) -> np.dtype[Any]:
-    # As torch promotes: of float16 and bfloat16 neither holds the other's numbers.
+    # As torch promotes: neither of float16 and bfloat16 holds the other's numbers.
     return first if first == second else np.dtype(np.float32)

@@ -227,9 +227,9 @@ def make_order(source: ParamSource, experts: int, method: str, partition: Path |
     if method == "partition":
         assert partition is not None
         owners = read_owners(partition, layers, neurons)
-        found = int(owners.max()) + 1
-        if found != experts:
-            raise UserError(f"--experts {experts}: the partition {partition} has {found}; leave --experts out")
+        held = int(owners.max()) + 1
+        if held != experts:
+            raise UserError(f"--experts {experts}: the partition {partition} has {held}; leave --experts out")
         return np.stack([permutation(row) for row in owners])
     with Progress(console=Console(stderr=True)) as progress:
         every = progress.track(range(layers), description="clustering")

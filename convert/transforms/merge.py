@@ -44,7 +44,7 @@ class MergedSource(DerivedSource):
 
     Args:
         adapter: opened with the base's configuration, so that its shapes were checked against it.
-        dtype: of the result; None means that of the base, tensor by tensor.
+        dtype: the result's; None: the base's, tensor by tensor.
 
     Raises:
         UserError: when the adapter's saved embedding and head do not have the same number of rows.

@@ -67,8 +67,8 @@ class GrownSource(DerivedSource):
             if start >= stop:
                 continue
             if number == 1:
-                here = slice(start - self._first, stop - self._first, wanted.step)
-                parts.append(self._rows[path][here, columns])
+                new = slice(start - self._first, stop - self._first, wanted.step)
+                parts.append(self._rows[path][new, columns])
             else:
                 parts.append(self._source.read(path, (slice(start, stop, wanted.step), columns)))
         return np.concatenate(parts) if parts else self._rows[path][:0, columns]
@@ -209,7 +209,7 @@ def read_tokens(argument: str) -> list[str]:
     """New tokens: the lines of a UTF-8 file, or a list with commas.
 
     Raises:
-        UserError: when there is none, or one is there twice, or what looks like a file is not there.
+        UserError: the list is empty, names a token twice, or looks like a file that is missing.
     """
     path = Path(argument)
     try:
@@ -247,12 +247,14 @@ def read_modalities(arguments: Sequence[str]) -> list[ModalityConfig]:
     entries: list[ModalityConfig] = []
     for argument in arguments:
         if Path(argument).suffix in (".yaml", ".yml", ".json"):
-            found = read_section(argument, TokenizerConfig).modalities
-            if not found:
+            listed = read_section(argument, TokenizerConfig).modalities
+            if not listed:
                 raise UserError(f"--modality {argument}: has no list `modalities`")
-            entries += found
+            entries += listed
         elif argument in PRESETS:
             entries.append(ModalityConfig(preset=argument))
         else:
-            raise UserError(f"--modality {argument}: is none of {', '.join(PRESETS)}, and no .yaml or .json file")
+            raise UserError(
+                f"--modality {argument}: is neither a preset ({', '.join(PRESETS)}) nor a .yaml or .json file"
+            )
     return entries

@@ -31,6 +31,7 @@ from jaxlm.training.state import TrainState
 
 KEEP = 2
 INDEX, DATA = "index.json", "shards.bin"
+VERSION = 1  # of the index and the order of the shards
 NAME = "local_checkpoints.txt"
 
 
@@ -123,7 +124,7 @@ class LocalCheckpoints:
     def _is_complete(self, step: int) -> bool:
         try:
             index = self._index(step)
-            if index["layout"] != self._layout:
+            if index.get("version", 1) != VERSION or index["layout"] != self._layout:
                 return False
             checksum = 0
             with (self.path(step) / DATA).open("rb") as file:
@@ -146,6 +147,7 @@ class LocalCheckpoints:
         self.wait()
         shards = {(part.path, part.start): data for part, data in _shards(state)}
         index = {
+            "version": VERSION,
             "layout": self._layout,
             "data": data_state,
             "files": {name: files[name].decode() for name in ("run.yaml", "fingerprints.json")},

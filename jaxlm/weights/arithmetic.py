@@ -28,7 +28,7 @@ def combine(first: np.ndarray, second: np.ndarray, subtract: bool, name: str) ->
     """first + second or first - second, rounded once to their common dtype, as torch does on a CPU.
 
     Args:
-        name: of the tensor, for the error.
+        name: the tensor's, for the error.
 
     Raises:
         UserError: when a number of the result is not finite.
@@ -74,7 +74,7 @@ def use_xla() -> bool:
     """Whether XLA may calculate here: not in a process that uses JAX for something else, maybe on other devices."""
     if "jax" in sys.modules:
         return False
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nobody here has asked for an accelerator, so none is taken
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator is not needed for this, so none is taken
     return True
 
 

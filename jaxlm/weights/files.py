@@ -38,7 +38,7 @@ def shard_path(directory: Path, name: Any, index: Path) -> Path:
 
 
 def find_weights(directory: Path, stem: str = "model", torch_stem: str = "pytorch_model") -> Path | None:
-    """The file to read weights from: safetensors before torch, like transformers. None when there is none."""
+    """The file to read weights from: safetensors before torch, like transformers; None: the directory has neither."""
     for name in (
         f"{stem}.safetensors",
         f"{stem}.safetensors.index.json",
@@ -68,13 +68,13 @@ def _read_index(index: Path) -> dict[str, StoredTensor]:
     shards = {name: shard_path(index.parent, name, index) for name in weight_map.values() if isinstance(name, str)}
     tensors: dict[str, StoredTensor] = {}
     for file_name, path in sorted(shards.items()):
-        found = read_tensors(path)
+        held = read_tensors(path)
         listed = {name for name, file in weight_map.items() if file == file_name}
-        for name in sorted(listed - found.keys()):
+        for name in sorted(listed - held.keys()):
             raise UserError(f"{index}: says that {file_name} holds {name!r}; it does not")
-        for name in sorted(found.keys() - listed):
+        for name in sorted(held.keys() - listed):
             raise UserError(f"{path}: holds tensor {name!r}, which {index.name} does not list there")
-        tensors.update(found)
+        tensors.update(held)
     for name in sorted(weight_map.keys() - tensors.keys()):
         shard_path(index.parent, weight_map[name], index)
     return tensors

@@ -16,11 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.jsonfields import check_format
 from jaxlm.jsontext import read_object
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 64 << 20
-_FORMAT = "jaxlm-manifest"
+FORMAT, VERSION = "jaxlm-manifest", 1
 # Read at a time; hashlib lets other threads run meanwhile.
 _READ_BYTES = 1 << 20
 
@@ -88,7 +89,7 @@ class Hasher:
             names[path]: {"bytes": self._sizes[path], "sha256": [piece.result() for piece in self._pieces[path]]}
             for path in files
         }
-        content = {"format": _FORMAT, "version": 1, "piece_bytes": PIECE_BYTES, "files": entries}
+        content = {"format": FORMAT, "version": VERSION, "piece_bytes": PIECE_BYTES, "files": entries}
         (self._directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return {names[path]: self._sizes[path] for path in files}
 
@@ -101,7 +102,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The content of manifest.json, checked.
 
     Raises:
-        UserError: when there is none, it is no manifest, or it names a file outside the directory.
+        UserError: it is missing, is not a manifest, or names a file outside the directory.
     """
     where = directory / MANIFEST
     if not directory.is_dir():
@@ -113,8 +114,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     content = read_object(where)
     piece_bytes, files = content.get("piece_bytes"), content.get("files")
-    if content.get("format") != _FORMAT or content.get("version") != 1:
-        raise UserError(f"{where}: format {content.get('format')!r} version {content.get('version')!r} is not known")
+    check_format(content, FORMAT, VERSION, where)
     if type(piece_bytes) is not int or piece_bytes < 1 or not isinstance(files, dict):
         raise UserError(f"{where}: 'piece_bytes' or 'files' is missing; copy the file again")
     for name, entry in files.items():
@@ -150,8 +150,8 @@ def check_manifest(directory: Path) -> Iterator[tuple[str, str | None]]:
                 yield name, f"has {size} bytes, {entry['bytes']} were written"
                 continue
             count = len(entry["sha256"])
-            found = pool.map(_piece_digest, [path] * count, range(count), [piece_bytes] * count, [False] * count)
-            bad = [piece for piece, (a, b) in enumerate(zip(found, entry["sha256"], strict=True)) if a != b]
+            digests = pool.map(_piece_digest, [path] * count, range(count), [piece_bytes] * count, [False] * count)
+            bad = [piece for piece, (a, b) in enumerate(zip(digests, entry["sha256"], strict=True)) if a != b]
             yield name, _describe_pieces(bad, piece_bytes, size) if bad else None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

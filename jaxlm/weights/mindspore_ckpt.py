@@ -129,7 +129,7 @@ class _Wire:
         try:
             return self.take(length, end).decode("utf-8")
         except UnicodeDecodeError:
-            raise _Damaged("it holds a name that is no text") from None
+            raise _Damaged("it holds a name that is not text") from None
 
 
 def is_ckpt(path: Path) -> bool:
@@ -160,12 +160,12 @@ def read_ckpt(path: Path, check: bool = True) -> dict[str, StoredTensor]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except _Damaged as error:
-        raise UserError(f"{path}: no MindSpore checkpoint, or damaged: {error}; {_AGAIN}") from None
-    found = {}
+        raise UserError(f"{path}: is not a MindSpore checkpoint, or is damaged: {error}; {_AGAIN}") from None
+    tensors = {}
     for value in values.values():
         if value.kind != "str":
-            found[value.name] = _located(path, value)
-    return found
+            tensors[value.name] = _located(path, value)
+    return tensors
 
 
 def _read_values(wire: _Wire, check: bool) -> dict[str, _Value]:

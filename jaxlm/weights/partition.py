@@ -46,16 +46,16 @@ def read_npy(path: Path) -> np.ndarray:
         with path.open("rb") as file:
             start = file.read(_HEADER_BYTES)
         size = path.stat().st_size
-        found = _HEADER.match(start)
-        if found is None:
-            raise UserError(f"{path}: is no .npy file of numbers, as numpy.save writes them; save it again")
-        shape = tuple(int(part) for part in found["shape"].replace(b",", b" ").split())
-        dtype = np.dtype(found["dtype"].decode())
-        if size != found.end() + math.prod(shape) * dtype.itemsize:
+        header = _HEADER.match(start)
+        if header is None:
+            raise UserError(f"{path}: is not a .npy file of numbers as numpy.save writes them; save it again")
+        shape = tuple(int(part) for part in header["shape"].replace(b",", b" ").split())
+        dtype = np.dtype(header["dtype"].decode())
+        if size != header.end() + math.prod(shape) * dtype.itemsize:
             raise UserError(f"{path}: has {size} bytes, which is not what its header says; copy it again")
-        flat = np.fromfile(path, np.uint8, offset=found.end())
+        flat = np.fromfile(path, np.uint8, offset=header.end())
         values = flat != 0 if dtype.kind == "b" else flat.view(dtype)
-        return values.reshape(shape, order="F" if found["fortran"] == b"True" else "C")
+        return values.reshape(shape, order="F" if header["fortran"] == b"True" else "C")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -75,13 +75,13 @@ def load_partition(path: Path, layers: int, neurons: int) -> np.ndarray:
     Raises:
         UserError: when it is of another size, or a row holds a neuron twice.
     """
-    found = read_npy(path)
-    if found.dtype != np.int32 or found.shape != (layers, neurons):
+    partition = read_npy(path)
+    if partition.dtype != np.int32 or partition.shape != (layers, neurons):
         raise UserError(
-            f"{path}: is {found.dtype} {list(found.shape)}, the model needs int32 [{layers}, {neurons}]; "
+            f"{path}: is {partition.dtype} {list(partition.shape)}, the model needs int32 [{layers}, {neurons}]; "
             "it belongs to another model: copy the one that `convert moefy` wrote"
         )
-    for layer, row in enumerate(found):
+    for layer, row in enumerate(partition):
         inside = row[(row >= 0) & (row < neurons)]
         if len(inside) < neurons:
             bad = row[(row < 0) | (row >= neurons)][0]
@@ -91,7 +91,7 @@ def load_partition(path: Path, layers: int, neurons: int) -> np.ndarray:
             raise UserError(
                 f"{path}: layer {layer} has neuron {counts.argmax()} twice and misses {counts.argmin()}; copy it again"
             )
-    return found
+    return partition
 
 
 def permutation(owners: np.ndarray) -> np.ndarray:

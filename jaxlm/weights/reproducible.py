@@ -19,7 +19,7 @@ STRIP_ELEMENTS = 64 << 10
 # Whole numbers up to this are added exactly in float64, in any order.
 EXACT_BITS = 53
 # `ExactSum`: its grid, the digits that are added up on their own, numbers at a time, and the largest of them: the sums
-# of so many stay below 2^53.
+# of that number stay below 2^53.
 _SUM_BITS, _LOW_BITS, _SUM_ELEMENTS, _LARGEST = 44, 24, 256 << 10, 32768.0
 
 

@@ -60,17 +60,17 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     header: dict[str, Any] = {}
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        names = dict(pairs)
+        if len(names) != len(pairs):
             raise ValueError("a name occurs twice")
-        return found
+        return names
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the safetensors header is not valid JSON ({error}){again}") from None
     if not isinstance(header, dict):
-        raise UserError(f"{path}: the safetensors header is no JSON object{again}")
+        raise UserError(f"{path}: the safetensors header is not a JSON object{again}")
     header.pop("__metadata__", None)
     data_start = 8 + length
     tensors = {name: _safetensors_entry(path, name, entry, data_start, size) for name, entry in header.items()}

@@ -75,7 +75,7 @@ class StoredTensor(Tensor):
     """A tensor inside one file: where its bytes are and how they are laid out.
 
     Args:
-        offset: of the first element, in bytes.
+        offset: where the first element is, in bytes.
         strides: in elements, for torch's views of a storage; None means C order.
         pieces: (offset, bytes) of its parts in order, when they do not follow each other; C order only.
     """
@@ -190,15 +190,15 @@ class JoinedRows(Tensor):
         return (sum(stop - start for _, start, stop in self.parts), *self.parts[0][0].shape[1:])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        found = []
+        blocks = []
         for tensor, first, end in self.parts:
             size = end - first
             if start < size and stop > 0:
-                found.append(tensor.rows(first + max(start, 0), first + min(stop, size)))
+                blocks.append(tensor.rows(first + max(start, 0), first + min(stop, size)))
             start, stop = start - size, stop - size
-        if len(found) == 1:
-            return found[0]
-        return np.concatenate(found) if found else np.empty((0, *self.shape[1:]), self.dtype)
+        if len(blocks) == 1:
+            return blocks[0]
+        return np.concatenate(blocks) if blocks else np.empty((0, *self.shape[1:]), self.dtype)
 
 
 @dataclass(frozen=True)

@@ -249,19 +249,19 @@ def _run(program: bytes) -> Any:
         elif name in ("SETITEM", "SETITEMS"):
             pairs = pop_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
             if not isinstance(stack[-1], dict):
-                raise _Refused("it sets items of something that is no dict")
+                raise _Refused("it sets items of something that is not a dict")
             stack[-1].update(_items(zip(pairs[::2], pairs[1::2], strict=True)))
         elif name in ("APPEND", "APPENDS"):
             values = pop_mark() if name == "APPENDS" else [stack.pop()]
             if not isinstance(stack[-1], list):
-                raise _Refused("it appends to something that is no list")
+                raise _Refused("it appends to something that is not a list")
             stack[-1].extend(values)
         elif name == "GLOBAL":
             stack.append(_known_global(str(argument)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
             if not isinstance(attribute, str) or not isinstance(module, str):
-                raise _Refused("it names a class by something that is no text")
+                raise _Refused("it names a class by something that is not text")
             stack.append(_known_global(f"{module} {attribute}"))
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
@@ -302,17 +302,17 @@ def _storage(value: Any) -> _Storage:
         raise _Refused("it describes a storage in an unknown way")
     kind, storage, key, _, numel = value
     if not isinstance(kind, str) or kind != "storage" or not isinstance(storage, _Global):
-        raise _Refused("it holds an object that is no storage")
+        raise _Refused("it holds an object that is not a storage")
     if storage.name not in STORAGES:
         raise _Refused(f"it holds an object of the class {storage.name.replace(' ', '.')}")
     if not isinstance(key, str) or not key.isdigit() or type(numel) is not int:
-        raise _Refused("it names a storage by something that is no number")
+        raise _Refused("it names a storage by something that is not a number")
     return _Storage(STORAGES[storage.name], key, numel)
 
 
 def _reduce(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-        raise _Refused("it calls something that is no known function")
+        raise _Refused("it calls something that is not a known function")
     if function.name == ORDERED_DICT:
         if len(arguments) > 1 or (arguments and not isinstance(arguments[0], (list, tuple))):
             raise _Refused("it builds an OrderedDict in an unknown way")
@@ -323,7 +323,7 @@ def _reduce(function: Any, arguments: Any) -> Any:
         if not good or max(len(shape), len(strides)) > MAX_DIMS:
             raise _Refused("it describes a tensor in an unknown way")
         if any(type(number) is not int for number in (offset, *shape, *strides)):
-            raise _Refused("it describes a tensor by something that is no number")
+            raise _Refused("it describes a tensor by something that is not a number")
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
     if function.name == REBUILD_PARAMETER:
         if not arguments or not isinstance(arguments[0], _Tensor):

@@ -254,7 +254,7 @@ def test_methods_and_routers_are_all_offered() -> None:
     [
         (["--experts", 5, "--top-k", "text=2"], ["--experts 5", "24 neurons", "3, 4, 6"]),
         (["--experts", 0, "--top-k", "text=2"], ["--experts 0", "24 neurons"]),
-        (["--top-k", "text=2"], ["--experts", "how many"]),
+        (["--top-k", "text=2"], ["--experts", "give the number"]),
         (["--experts", 4, "--top-k", "text=5"], ["--top-k", "text: 5", "1 to 4"]),
         (["--experts", 4, "--top-k", "text=0"], ["--top-k", "text: 0", "1 to 4"]),
         (["--experts", 4, "--top-k", "text=2,smiles=1"], ["--top-k", "'smiles'", "--range"]),
@@ -376,7 +376,7 @@ CLAIMS_TERABYTES = npy_bytes(np.zeros((1, 1), np.int32)).replace(b"(1, 1), }" + 
         (npy_bytes(np.tile(np.arange(1, F + 1, dtype=np.int32), (L, 1))), "neuron 24"),
         (npy_bytes(np.tile(np.arange(F, dtype=np.int32), (L, 1)))[:-4], "not what its header says"),
         (CLAIMS_TERABYTES, "not what its header says"),
-        (b"PK\x03\x04", "no .npy file"),
+        (b"PK\x03\x04", "not a .npy file"),
     ],
 )
 def test_damaged_partition_of_a_model(content: bytes, words: str, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ TWICE[1, 3] = 4
     [
         (lambda f: (f / "experts.json").unlink(), ["experts.json", "no such file"]),
         (replace("experts.json", b"{"), ["experts.json", "JSON"]),
-        (edit("experts.json", version=2), ["experts.json", "version 2"]),
+        (edit("experts.json", version=2), ["experts.json", "its version is 2"]),
         (edit("experts.json", moe=[1]), ["experts.json", "moe must have experts"]),
         (edit("experts.json", moe__unheard="of"), ["experts.json", "moe must have experts", "unheard"]),
         (edit("experts.json", moe__experts=5), ["experts.json", "5 does not divide", "another model"]),

@@ -86,8 +86,8 @@ def test_what_has_changed(tmp_path: Path, run: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(format="x"), "is not known"),
-        (lambda c: c.update(version=2), "is not known"),
+        (lambda c: c.update(format="x"), "its format is 'x'; expected 'jaxlm-manifest'"),
+        (lambda c: c.update(version=2), "its version is 2; this jaxlm reads versions up to 1"),
         (lambda c: c.update(piece_bytes=0), "piece_bytes"),
         (lambda c: c.update(piece_bytes=1 << 70), "not one digest"),
         (lambda c: c.update(files=[]), "files"),

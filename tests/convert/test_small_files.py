@@ -187,6 +187,9 @@ def test_as_a_user_sees_it(directories: dict[str, Path], tmp_path: Path, refused
     )
     message = refused("jax-to-hf", tmp_path / "model", tmp_path / "out")
     assert "prompt.json: template is 3" in message
+    (tmp_path / "model" / "jaxlm" / "prompt.json").write_text('{"template": "alpaca", "version": 2}')
+    message = refused("jax-to-hf", tmp_path / "model", tmp_path / "out")
+    assert "prompt.json: its version is 2; this jaxlm reads versions up to 1" in message
 
 
 MODALITY = {

@@ -80,7 +80,7 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
         ({"a": entry(["x"], 0, 8)}, b"12345678", "shape ['x']"),  # type: ignore[list-item]
         (b"{not json", b"", "not valid JSON"),
         (b'{"a": 1, "a": 2}', b"", "occurs twice"),
-        (b"[1, 2]", b"", "no JSON object"),
+        (b"[1, 2]", b"", "not a JSON object"),
     ],
 )
 def test_bad_headers(header: Any, data: bytes, words: str, tmp_path: Path) -> None:

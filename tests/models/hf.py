@@ -114,7 +114,7 @@ def adapter(model: Any, c: DecoderSpec, specs: dict[str, LoraSpec], grad: bool =
     for name, spec in specs.items():
         parts: dict[str, list[np.ndarray]] = {}
         for i in range(c.num_layers):
-            module = getattr(getattr(layers[i](name)), name)
+            module = getattr(getattr(layers[i], parent_of(name)), name)
 
             def value(p: Any) -> np.ndarray:
                 return _array(p.grad if grad else p)

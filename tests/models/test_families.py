@@ -107,9 +107,7 @@ def test_layers_of_a_period_are_stored_under_their_own_numbers(family: str) -> N
 def test_names_are_those_of_transformers(family: str, more: dict[str, Any]) -> None:
     """Names and shapes of every tensor, and of every linear layer that PEFT finds."""
     torch = pytest.importorskip("torch")
-    model = make_hf_model(
-        NAMES[family], **{key.replace("num_hidden", "num_hidden"): v for key, v in SIZES.items()}, **more
-    )
+    model = make_hf_model(NAMES[family], **SIZES, **more)
     spec = read_config({"architectures": [FAMILIES[family].architecture], **model.config.to_dict()})
     theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     assert {entry.name: entry.layout.stored for entry in hf_entries(spec)} == theirs

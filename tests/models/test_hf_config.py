@@ -13,18 +13,13 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.families import SHAPES, load_shape, read_config, write_config
+from jaxlm.models.families import FAMILIES, SHAPES, load_shape, read_config, write_config
 from jaxlm.spec import DecoderSpec, NormSpec, RopeSpec, flatten
 from tests.models import hf
 
 transformers = pytest.importorskip("transformers")
 
-KINDS = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+KINDS = {family.architecture: name for name, family in FAMILIES.items()}
 SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=32
 )

@@ -100,7 +100,7 @@ def test_logits_and_gradients(case: str) -> None:
     specs = resolve_lora(config, settings)
     for name, spec in specs.items():
         for i, layer in enumerate(torch_model.get_base_model().model.layers):
-            module = getattr(getattr(layer(name)), name)
+            module = getattr(getattr(layer, hf.parent_of(name)), name)
             assert (spec.ranks[i], spec.scales[i]) == (module.r["default"], pytest.approx(module.scaling["default"]))
     lora = hf.adapter(torch_model, config, specs)
     if settings.modules_to_save:

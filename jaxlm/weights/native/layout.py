@@ -91,8 +91,8 @@ def write_metadata(
 
     Args:
         collection: 'params' or 'lora'.
-        shapes: of the leaves, by path.
-        chunks: of the leaves' chunks.
+        shapes: the leaves', by path.
+        chunks: the shapes of the leaves' chunks, by path.
         times: when writing began and when it ended, in nanoseconds since 1970.
     """
     tree, arrays = {}, []

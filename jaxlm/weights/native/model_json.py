@@ -27,10 +27,10 @@ class ModelFile:
     """What model.json says.
 
     Args:
-        config: the shape; of an adapter: its base's.
+        config: the decoder; an adapter has its base's.
         dtype: that most bytes are stored in; None: not recorded.
-        lora: of an adapter: ranks, scales and targets; None: a full model.
-        layers: of an adapter: the layers that carry it; None: all.
+        lora: an adapter's ranks, scales and targets; None: a full model.
+        layers: the layers that carry an adapter; None: all.
         base: the base of an adapter, or what a trained model began with, as `jaxlm.locate.record_base` records it;
             empty: not recorded.
     """

@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from jaxlm.jsonfields import read_fields
+from jaxlm.jsonfields import check_version, read_fields
 from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home
 from jaxlm.weights.native.layout import SMALL_FILES
 
+VERSION = 1
 PROMPT_JSON, TEMPLATE_JSON = PROMPT_FILES = ("prompt.json", "template.json")
 
 
@@ -23,12 +24,14 @@ class PromptFile:
         add_bos: whether bos comes first; None: as the tokenizer has it.
         add_eos: whether eos ends an answer; None: not recorded.
         stop_ids: tokens that ended the answers.
+        version: of the file's format; files before version 1 had no such field.
     """
 
     template: str | None = None
     add_bos: bool | None = None
     add_eos: bool | None = None
     stop_ids: tuple[int, ...] = ()
+    version: int = VERSION
 
     def files(self) -> dict[str, bytes]:
         """What is written: prompt.json and, where the template is a file, a copy of that, by name."""
@@ -39,8 +42,10 @@ class PromptFile:
 
 
 def read_prompt_json(file: Path) -> PromptFile:
-    """prompt.json; UserError for an unknown field or a value that does not fit."""
-    return PromptFile(**read_fields(PromptFile, read_object(file), f"{file}:"))
+    """prompt.json; UserError for a newer version, an unknown field or a value that does not fit."""
+    content = read_object(file)
+    check_version(content, VERSION, file)
+    return PromptFile(**read_fields(PromptFile, content, f"{file}:"))
 
 
 def trained_prompt(directory: Path) -> PromptFile:

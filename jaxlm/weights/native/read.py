@@ -59,7 +59,9 @@ class _Arrays:
         }
         for path, leaf in self.leaves.items():
             if leaf.dtype not in WEIGHT_DTYPES.values():
-                raise UserError(f"{self._directory}: array {path!r} has dtype {leaf.dtype}; that is no weight")
+                raise UserError(
+                    f"{self._directory}: array {path!r} has dtype {leaf.dtype}; which is not a dtype of weights"
+                )
 
     def _open(self, name: str) -> Any:
         base = f"file://{self._directory.absolute()}/"
@@ -78,10 +80,10 @@ class _Arrays:
         if 0 in index_shape(full):
             return np.empty(index_shape(full), self.leaves[path].dtype)
         try:
-            found = self._stores[path][full].read(order="C").result()
+            values = self._stores[path][full].read(order="C").result()
         except ValueError as error:
             raise UserError(f"{self._directory}: {path!r} cannot be read ({brief(error)}); copy it again") from None
-        return np.asarray(found)
+        return np.asarray(values)
 
 
 def brief(error: ValueError) -> str:
@@ -127,9 +129,9 @@ class NativeSource(_Native):
     def __init__(self, path: Path, content: ModelFile) -> None:
         super().__init__(path, content, "params")
         self.hf_config = self._optional_json(HF_CONFIG)
-        found = {name: leaf.shape for name, leaf in self.leaves.items()}
+        shapes = {name: leaf.shape for name, leaf in self.leaves.items()}
         with _as_recorded(path):
-            check_leaves(path / ARRAYS, found, leaf_shapes(self.config))
+            check_leaves(path / ARRAYS, shapes, leaf_shapes(self.config))
 
 
 class NativeAdapter(_Native):
@@ -165,8 +167,8 @@ def check_adapter_leaves(adapter: AdapterSource, where: Path) -> None:
 
 def of_another_base(base: str | None) -> str:
     """Why an adapter does not fit, and what would: the base that it records."""
-    found = "it does not say which" if not base else f"it records {base!r}"
-    return f"the adapter seems to belong to another base than the one given: {found}"
+    recorded = "it does not say which" if not base else f"it records {base!r}"
+    return f"the adapter seems to belong to another base than the one given: {recorded}"
 
 
 def _check_adapter(adapter: AdapterSource, where: Path) -> None:
