@@ -36,6 +36,7 @@ from jaxlm.weights.hf import (
     hf_config_for,
     match_tensors,
     parse_hf_config,
+    split_fused,
 )
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
@@ -52,7 +53,7 @@ from jaxlm.weights.names import (
 from jaxlm.weights.output import Advance
 from jaxlm.weights.partition import write_patterns
 from jaxlm.weights.safetensors import read_safetensors
-from jaxlm.weights.tensors import JoinedRows, StoredTensor, Tensor
+from jaxlm.weights.tensors import StoredTensor, Tensor
 
 FILE_NAME = "model.ckpt"
 PATTERNS = "patterns"  # the folder of a model of experts
@@ -195,26 +196,9 @@ def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple
 
 def _split_joined(where: Path, tensors: dict[str, Tensor], config: DecoderSpec, groups: int) -> bool:
     """Replaces concatenated tensors by their parts; whether there were any."""
-    joined_any = False
-    for name, parts in _joined_parts(config, groups):
-        if name not in tensors:
-            continue
-        joined_any = True
-        whole = tensors.pop(name)
-        stride = sum(rows for _, rows in parts)
-        if not whole.shape or whole.shape[0] != stride * groups:
-            raise UserError(
-                f"{where}: tensor {name!r} has shape {list(whole.shape)}, "
-                f"the configuration expects {stride * groups} rows"
-            )
-        start = 0
-        for part, rows in parts:
-            if part in tensors:
-                raise UserError(f"{where}: holds {part!r} both by itself and in {name!r}")
-            begins = [start + group * stride for group in range(groups)]
-            tensors[part] = JoinedRows(part, tuple((whole, begin, begin + rows) for begin in begins))
-            start += rows
-    return joined_any
+    joined = _joined_parts(config, groups)
+    there = [split_fused(where, tensors, name, parts, groups) for name, parts in joined]
+    return any(there)
 
 
 # ---- the configuration

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ class Placement:
         model = files.merged if self.merge else files.base
         weights = load_weights(self.decoder, self.mesh, model, on_the_fly, self.weight_type)
         cause = "the file is damaged, or of a run that diverged"
-        check_finite(weights, self.mesh, f"model: {files.where}", cause, tensor_name)
+        check_finite(weights, self.mesh, f"model: {files.where}", cause, partial(tensor_name, model.config))
         stop_ids = {*_stop_ids(files.merged, prompts.tokenizer), *prompts.trained.stop_ids}
         return Generator(self.decoder, weights, self.mesh, sorted(stop_ids))
 

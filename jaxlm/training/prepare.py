@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def prepare(
         data=data,
         files=files | _prompt_files(data, tokenizer),
         verbose=verbose,
-        tensor_name=tensor_name,
+        tensor_name=partial(tensor_name, model),
     )
     return Prepared(job, tokenizer, prompts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from jaxlm.weights.leaves import (
     row_blocks,
     stored_blocks,
 )
-from jaxlm.weights.names import BUFFERS, Entry, Layout, Shape, hf_entries, leaf_shapes
+from jaxlm.weights.names import BUFFERS, Entry, FusedEntry, Layout, Shape, fused_entries, hf_entries, leaf_shapes
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors
-from jaxlm.weights.tensors import Tensor, TensorSpec, same_bytes
+from jaxlm.weights.tensors import JoinedRows, Tensor, TensorSpec, same_bytes
 
 
 def stack_leaf(where: Path, path: str, shape: Shape, tensors: dict[int | None, Tensor]) -> LeafInfo:
@@ -163,6 +163,10 @@ class HfSource(StackedTensors):
             if not re.fullmatch(BUFFERS, name)
         }
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
+        for fused in fused_entries(self.config):
+            parts = [(part.name, rows) for part, rows in zip(fused.parts, fused.rows, strict=True)]
+            if not split_fused(weights, tensors, fused.name, parts, fused.repeats):
+                raise UserError(f"{weights}: tensor {fused.name!r} is missing")
         self.prepare(weights, tensors)
         entries = hf_entries(self.config)
         match_tensors(weights, tensors, entries)
@@ -179,6 +183,35 @@ class HfSource(StackedTensors):
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Gives the tensors found the names and shapes of `hf_entries`."""
         drop_tied_head(weights, tensors, "lm_head.weight", "model.embed_tokens.weight", self.config)
+
+
+def split_fused(
+    where: Path, tensors: dict[str, Tensor], name: str, parts: Sequence[tuple[str, int]], repeats: int
+) -> bool:
+    """Replaces a tensor that holds several by them; whether it is there.
+
+    Args:
+        parts: the name of each, and its number of rows in one group.
+        repeats: number of groups of rows, each of which has rows of all parts in turn.
+
+    Raises:
+        UserError: the tensor has another number of rows, or a part is there by itself too.
+    """
+    if name not in tensors:
+        return False
+    whole, stride = tensors.pop(name), sum(rows for _, rows in parts)
+    if not whole.shape or whole.shape[0] != stride * repeats:
+        raise UserError(
+            f"{where}: tensor {name!r} has shape {list(whole.shape)}, the configuration expects {stride * repeats} rows"
+        )
+    start = 0
+    for part, rows in parts:
+        if part in tensors:
+            raise UserError(f"{where}: holds {part!r} both by itself and in {name!r}")
+        begins = [start + group * stride for group in range(repeats)]
+        tensors[part] = JoinedRows(part, tuple((whole, begin, begin + rows) for begin in begins))
+        start += rows
+    return True
 
 
 def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding: str, config: DecoderSpec) -> None:
@@ -246,10 +279,32 @@ def copy_files(files: list[Path], directory: Path) -> None:
 
 def hf_tensors(source: ParamSource) -> list[TensorSpec]:
     """The tensors of a model as HF names and lays them out, to be read once, in this order."""
-    return [
-        TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, stored_blocks(source, entry))
-        for entry in hf_entries(source.config)
-    ]
+    fused = {part.name: whole for whole in fused_entries(source.config) for part in whole.parts}
+    tensors = []
+    for entry in hf_entries(source.config):
+        dtype, whole = source.leaves[entry.path].dtype, fused.get(entry.name)
+        if whole is None:
+            tensors.append(TensorSpec(entry.name, entry.layout.stored, dtype, stored_blocks(source, entry)))
+        elif entry.name == whole.parts[0].name:
+            tensors.append(TensorSpec(whole.name, whole.stored, dtype, _fused_blocks(source, whole)))
+    return tensors
+
+
+def _fused_blocks(source: ParamSource, whole: FusedEntry) -> Iterator[np.ndarray]:
+    """The rows of a tensor that holds several, in its order."""
+    if whole.repeats == 1:
+        for part in whole.parts:
+            yield from stored_blocks(source, part)
+        return
+    for group in range(whole.repeats):
+        for part, rows in zip(whole.parts, whole.rows, strict=True):
+            layout, units = part.layout, rows // part.layout.row_unit
+            index = [slice(0, size) for size in layout.shape]
+            index[layout.inverse[0]] = slice(group * units, (group + 1) * units)
+            assert part.layer is not None
+            leaf = source.read(part.path, (slice(part.layer, part.layer + 1), *index))[0]
+            few = Layout((rows, *layout.stored[1:]), (units, *layout.view[1:]), layout.perm)
+            yield few.to_stored(np.ascontiguousarray(leaf))
 
 
 def write_dense(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:

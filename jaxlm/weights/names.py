@@ -9,6 +9,7 @@ are HF's, and so are Meta's once its shards are joined.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -200,6 +201,55 @@ def hf_entries(spec: DecoderSpec) -> list[Entry]:
     return stored_entries(spec, "hf")
 
 
+@dataclass(frozen=True)
+class FusedEntry:
+    """One stored tensor that holds the tensors of several entries, in `repeats` groups of rows of each in turn.
+
+    Args:
+        parts: the entries, by the names that they would have by themselves.
+        rows: number of rows of each in one group.
+    """
+
+    name: str
+    parts: tuple[Entry, ...]
+    rows: tuple[int, ...]
+    repeats: int
+
+    @property
+    def stored(self) -> Shape:
+        """The tensor's shape."""
+        return (self.repeats * sum(self.rows), *self.parts[0].layout.stored[1:])
+
+
+def _fused_rows(dims: str, sizes: Mapping[str, int]) -> tuple[int, tuple[int, ...]]:
+    """(repeats, rows of each part) of the first group of `dims`: 'H h + K h', '(H (1 + 1 + 1) h)'."""
+
+    def product(text: str) -> int:
+        return math.prod(int(word) if word.isdigit() else sizes[word] for word in text.split())
+
+    match = re.match(r"\(([^()]*)\(([^()]*)\)([^()]*)\)|\(([^()]*)\)", dims)
+    assert match, dims
+    outer, terms, inner = (match[1], match[2], match[3]) if match[2] else ("", match[4], "")
+    return product(outer), tuple(product(term) * product(inner) for term in terms.split("+"))
+
+
+def fused_entries(spec: DecoderSpec) -> list[FusedEntry]:
+    """The tensors of the HF model that hold several leaves, layer by layer."""
+    by_place = {(leaf.row.path, number): leaf for leaf in model_leaves(spec) for number in leaf.layers or ()}
+    found = []
+    for number, fused in itertools.product(range(spec.num_layers), family_of(spec).fused):
+        leaves = [by_place[path, number] for path in fused.paths if (path, number) in by_place]
+        if len(leaves) == len(fused.paths):
+            repeats, rows = _fused_rows(fused.dims, _row_sizes(spec, spec.layer(number)))
+            entries = (
+                Entry(leaf.row.hf.format(number), leaf.path, leaf.layers.index(number), leaf.layout)
+                for leaf in leaves
+                if leaf.layers is not None
+            )
+            found.append(FusedEntry(fused.hf.format(number), tuple(entries), rows, repeats))
+    return found
+
+
 def leaf_shapes(spec: DecoderSpec) -> dict[str, Shape]:
     """Path -> shape of every parameter of the model, layers stacked first.
 
@@ -219,16 +269,18 @@ def rule_for(path: str, family: str = "llama") -> Row:
     return next(row for row in FAMILIES[family].rows if (f"layers/{row.path}" if row.in_layer else row.path) == path)
 
 
-def tensor_name(path: str, layer: int | None, spec: DecoderSpec | None = None) -> str:
+def tensor_name(spec: DecoderSpec, path: str, index: int | None) -> str:
     """A tensor for messages: in Hugging Face's names, which most files have, and in jaxlm's.
 
     Args:
-        layer: index in the leaf's stack.
+        index: in the leaf's stack.
     """
-    own = path if layer is None else f"{path}, layer {layer}"
-    rows = FAMILIES["llama"].rows if spec is None else family_of(spec).rows
-    row = next((row for row in rows if (f"layers/{row.path}" if row.in_layer else row.path) == path), None)
-    return own if row is None else f"{row.hf.format(layer)} ({own})"
+    leaf = next((leaf for leaf in model_leaves(spec) if leaf.path == path), None)
+    if leaf is None:
+        return path if index is None else f"{path}, layer {index}"
+    if leaf.layers is None or index is None:
+        return f"{leaf.row.hf} ({path})"
+    return f"{leaf.row.hf.format(leaf.layers[index])} ({path}, layer {leaf.layers[index]})"
 
 
 def _linear_letters(row: Row) -> tuple[str, str]:

@@ -15,12 +15,13 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import LINEARS, resolve_lora
 from jaxlm.models.decoder import Decoder, with_saved_modules
+from jaxlm.models.families import FAMILIES
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import uniform_decoder
-from tests.models import hf
 from tests.models.compare import random_tree
 
+PARENT = {name: row.path.split("/")[0] for name, row in FAMILIES["llama"].linears.items()}
 CONFIG = uniform_decoder(
     "llama", vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6
 )
@@ -47,8 +48,8 @@ def merged(base: Any, lora: Any, specs: dict[str, LoraSpec]) -> Any:
     """W + scale A B, and DoRA's magnitude on top, layer by layer in float64."""
     tree = jax.tree.map(np.array, base)
     for name, spec in specs.items():
-        kernel = tree["layers"][hf.parent_of(name)][name]["kernel"]
-        leaf = lora["layers"][hf.parent_of(name)][name]
+        kernel = tree["layers"][PARENT[name]][name]["kernel"]
+        leaf = lora["layers"][PARENT[name]][name]
         for i in range(CONFIG.num_layers):
             if spec.ranks[i] == 0:
                 continue
@@ -79,7 +80,7 @@ def test_fresh_is_base_and_merged_is_unmerged(dora: bool, base: Any, plain: Any)
 
     noise = random_tree(lora, 2)
     for name, spec in specs.items():
-        leaf = noise["layers"][hf.parent_of(name)][name]
+        leaf = noise["layers"][PARENT[name]][name]
         for i, rank in enumerate(spec.ranks):
             leaf["lora_A"][i][..., rank:] = 0
             leaf["lora_B"][i][rank:] = 0
