@@ -313,6 +313,8 @@ class DecoderSpec:
         _check_positive(self, sizes, zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
+        if len(self.period) > 1 and len(set(self.period)) == 1:
+            raise UserError("config: period repeats one description; write it once, as where weights lie depends on it")
         if len({layer.feed_forward.experts for layer in self.period} - {None}) > 1:
             raise UserError("config: layers are divided into experts in different ways; they must share one division")
 
@@ -450,10 +452,10 @@ def uniform_decoder(
 
 def differences(first: DecoderSpec, second: DecoderSpec) -> Iterator[tuple[str, Any, Any]]:
     """(field, first, second) of everything that two decoders do not have in common."""
-    one, other = (flatten(spec) for spec in (first, second))
-    for name in [*one, *(name for name in other if name not in one)]:
-        if one.get(name) != other.get(name) and not name.endswith("experts.layout"):
-            yield name, one.get(name), other.get(name)
+    left, right = flatten(first), flatten(second)
+    for name in dict.fromkeys([*left, *right]):
+        if left.get(name) != right.get(name) and not name.endswith("experts.layout"):
+            yield name, left.get(name), right.get(name)
 
 
 def flatten(spec: DecoderSpec) -> dict[str, Any]:
@@ -462,14 +464,14 @@ def flatten(spec: DecoderSpec) -> dict[str, Any]:
 
 
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            fields |= _flat(value, f"{prefix}{key}.")
         elif key == "period":
             # Without its number where there is one description only.
             for number, layer in enumerate(value):
-                found |= _flat(layer, f"{prefix}{key}[{number}]." if len(value) > 1 else prefix)
+                fields |= _flat(layer, f"{prefix}{key}[{number}]." if len(value) > 1 else prefix)
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            fields[f"{prefix}{key}"] = value
+    return fields

@@ -74,6 +74,7 @@ def test_json_there_and_back() -> None:
         (lambda v: v["period"][2]["feed_forward"]["experts"].update(num_experts=5), "does not divide the 48 neurons"),
         (lambda v: v.update(vocab_size=0), "vocab_size is 0; expected a positive number"),
         (lambda v: v.update(period=[]), "period is empty"),
+        (lambda v: v.update(period=v["period"][:1] * 2), "period repeats one description"),
     ],
 )
 def test_json_that_describes_no_decoder_is_refused_by_field(change: Any, message: str) -> None:

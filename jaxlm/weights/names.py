@@ -236,18 +236,18 @@ def _fused_rows(dims: str, sizes: Mapping[str, int]) -> tuple[int, tuple[int, ..
 def fused_entries(spec: DecoderSpec) -> list[FusedEntry]:
     """The tensors of the HF model that hold several leaves, layer by layer."""
     by_place = {(leaf.row.path, number): leaf for leaf in model_leaves(spec) for number in leaf.layers or ()}
-    found = []
+    entries = []
     for number, fused in itertools.product(range(spec.num_layers), family_of(spec).fused):
         leaves = [by_place[path, number] for path in fused.paths if (path, number) in by_place]
         if len(leaves) == len(fused.paths):
             repeats, rows = _fused_rows(fused.dims, _row_sizes(spec, spec.layer(number)))
-            entries = (
+            parts = (
                 Entry(leaf.row.hf.format(number), leaf.path, leaf.layers.index(number), leaf.layout)
                 for leaf in leaves
                 if leaf.layers is not None
             )
-            found.append(FusedEntry(fused.hf.format(number), tuple(entries), rows, repeats))
-    return found
+            entries.append(FusedEntry(fused.hf.format(number), tuple(parts), rows, repeats))
+    return entries
 
 
 def leaf_shapes(spec: DecoderSpec) -> dict[str, Shape]:
@@ -339,7 +339,7 @@ def peft_entries(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry
                 layout = make_layout(leaf.row.dims, leaf.row.hf_dims, sizes)
                 entries.append((linear, number, Entry(leaf.row.hf.format(number), leaf.path, index, layout)))
     order = list(family_of(spec).linears)
-    return [entry for _, _, entry in sorted(entries, key=lambda found: (order.index(found[0]), found[1]))]
+    return [entry for _, _, entry in sorted(entries, key=lambda item: (order.index(item[0]), item[1]))]
 
 
 def saved_module_name(module: str) -> str:
