@@ -81,7 +81,7 @@ def _built(value: Any, kind: Any, where: str) -> Any:
         section = next((part for part in parts if dataclasses.is_dataclass(part)), None)
         return value if section is None else _built(value, section, where)
     if isinstance(value, tuple) and dataclasses.is_dataclass(parts[0] if parts else None):
-        return tuple(_built(item, parts[0], f"{where}[{number}]") for number, item in enumerate(value))
+        return tuple(_built(inner, parts[0], f"{where}[{number}]") for number, inner in enumerate(value))
     return value
 
 
@@ -121,7 +121,7 @@ def fits(value: Any, kind: Any, where: str) -> bool:
         pairs = enumerate(zip(value, kinds, strict=False))
         return len(value) == len(kinds) and all(fits(v, k, f"{where}[{number}]") for number, (v, k) in pairs)
     if origin in (dict, Mapping):
-        return isinstance(value, dict) and all(fits(item, parts[1], where) for item in value.values())
+        return isinstance(value, dict) and all(fits(inner, parts[1], where) for inner in value.values())
     if dataclasses.is_dataclass(kind):
         read_fields(typing.cast(type[Any], kind), value, where)
         return True
@@ -138,12 +138,12 @@ def _named(where: str, name: str) -> str:
 
 
 def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    return {item.name: item for item in dataclasses.fields(cls)}
+    return {field.name: field for field in dataclasses.fields(cls)}
 
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return tuple(_tuples(item) for item in value)
+        return tuple(_tuples(inner) for inner in value)
     return value
 
 

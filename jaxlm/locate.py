@@ -100,14 +100,14 @@ def _located(value: Any, hint: Any, key: str, folder: Path | None) -> Any:
             raise UserError(f"{key}: {error}") from None
         return path if kind == WRITTEN or folder is None else _beside(path, folder)
     if isinstance(value, list):
-        return [_located(item, hint, key, folder) for item in value]
+        return [_located(inner, hint, key, folder) for inner in value]
     section = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
     if isinstance(value, dict) and section is not None:
         hints = typing.get_type_hints(section, include_extras=True)
         prefix = f"{key}." if key else ""
         return {
-            name: _located(item, hints[name], f"{prefix}{name}", folder) if name in hints else item
-            for name, item in value.items()
+            name: _located(inner, hints[name], f"{prefix}{name}", folder) if name in hints else inner
+            for name, inner in value.items()
         }
     return value
 

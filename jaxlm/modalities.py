@@ -225,8 +225,8 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
         check_version(content, VERSION, path)
-        items = list(content["modalities"])
-        entries = [Modality(**read_fields(Modality, item, f"{path}: {n}")) for n, item in enumerate(items)]
+        listed = list(content["modalities"])
+        entries = [Modality(**read_fields(Modality, entry, f"{path}: {n}")) for n, entry in enumerate(listed)]
         for modality in entries:
             re.compile(modality.pattern or "")
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:

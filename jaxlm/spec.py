@@ -27,7 +27,9 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ROUTERS = ("activation", "activation_released", "learned", "modality")
 LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
-ACTIVATIONS = ("silu",)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+NORMS = ("rms", "layer")
+PARALLEL = ("own_norm", "shared_norm")
 
 
 def _check_positive(spec: Any, names: tuple[str, ...], zero: tuple[str, ...] = ()) -> None:
@@ -40,15 +42,23 @@ def _check_positive(spec: Any, names: tuple[str, ...], zero: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class NormSpec:
-    """RMSNorm (arXiv:1910.07467): x / rms(x) * scale, in float32.
+    """A norm over the last dim, in float32.
 
     Args:
-        eps: added to the mean square.
+        eps: added to the mean square, or to the variance.
+        kind: rms: x / rms(x) * scale (arXiv:1910.07467); layer: (x - mean(x)) / std(x) * scale (arXiv:1607.06450).
+        offset: added to the scale that is stored: 1 where a checkpoint has weights around 0, as Gemma's.
+        bias: whether a bias is added.
     """
 
     eps: float = 1e-5
+    kind: str = "rms"
+    offset: float = 0.0
+    bias: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in NORMS:
+            raise UserError(f"config: norm.kind {self.kind!r} is not one of {', '.join(NORMS)}")
         if not 0 < self.eps < 1 << 31:
             raise UserError(f"config: norm.eps is {self.eps!r}; expected a positive number")
 
@@ -100,6 +110,8 @@ class AttentionSpec:
         o_bias: whether the output projection has a bias.
         qk_norm: a norm over the head dim of q and of k, before the positions; None for none.
         window: each token sees the last `window` tokens, itself among them; None for all.
+        rotary_dim: number of dims of a head that positions turn, the first ones; None for all h.
+        rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
     """
 
     num_heads: int
@@ -110,9 +122,15 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: NormSpec | None = None
     window: int | None = None
+    rotary_dim: int | None = None
+    rotary_interleaved: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("num_heads", "num_kv_heads", "head_dim", "window"))
+        _check_positive(self, ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim"))
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
+            raise UserError(
+                f"config: rotary_dim {self.rotary_dim} is not an even number up to head_dim {self.head_dim}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"config: num_attention_heads {self.num_heads} is not a multiple of "
@@ -185,21 +203,25 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class FeedForwardSpec:
-    """down(activation(gate(x)) * up(x)), with F neurons.
+    """down(activation(gate(x)) * up(x)), with F neurons; or down(activation(up(x))).
 
     Args:
         size: F.
-        activation: 'silu'.
+        activation: one of ACTIVATIONS; gelu_tanh is the approximation by tanh.
         bias: whether its linear layers have a bias.
         experts: the F neurons divided into experts; None for a dense layer.
+        gated: whether there is a gate.
     """
 
     size: int
     activation: str = "silu"
     bias: bool = False
     experts: ExpertsSpec | None = None
+    gated: bool = True
 
     def __post_init__(self) -> None:
+        if self.experts is not None and not (self.gated and self.activation == "silu"):
+            raise UserError("config: a feed-forward layer divided into experts has a gate and the activation 'silu'")
         if not 0 < self.size < 1 << 31:
             raise UserError(f"config: intermediate_size is {self.size!r}; expected a positive number")
         if self.activation not in ACTIVATIONS:
@@ -213,10 +235,22 @@ class FeedForwardSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: attention, then feed-forward, each behind a norm of its input."""
+    """One decoder layer: attention and feed-forward, each of a norm of the hidden states and added to them.
+
+    Args:
+        output_norms: whether there is a norm of each one's output too, before it is added (Gemma 2).
+        parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
+            attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
+    """
 
     attention: AttentionSpec
     feed_forward: FeedForwardSpec
+    output_norms: bool = False
+    parallel: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.parallel not in (None, *PARALLEL):
+            raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
 
 
 @dataclass(frozen=True)
@@ -251,6 +285,8 @@ class DecoderSpec:
         period: descriptions of consecutive layers, repeated until there are L layers.
         norm: of every layer, and of the last hidden states.
         tied_head: the embedding is the output matrix too.
+        embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
+        embedding_norm: whether there is a norm behind the embedding.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
         bos_token_id, eos_token_id, pad_token_id: what the checkpoint says of its special tokens.
@@ -263,6 +299,8 @@ class DecoderSpec:
     period: tuple[LayerSpec, ...]
     norm: NormSpec = NormSpec()
     tied_head: bool = False
+    embedding_scale: float | None = None
+    embedding_norm: bool = False
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None

@@ -174,6 +174,9 @@ def test_messages_name_the_file_that_set_a_value(home: Path) -> None:
     with pytest.raises(UserError, match=r"expected a number, found 'many' \[train.epochs is set in bad.yaml\]"):
         Path("bad.yaml").write_text("train: {epochs: many}\n")
         run("--config", "bad.yaml")
+    with pytest.raises(UserError, match=r"found 'heavy' \[data.train.weight is set in bad.yaml\]"):
+        Path("bad.yaml").write_text("data: {train: [{path: x.json, weight: heavy}]}\n")
+        run("--config", "bad.yaml")
 
 
 def test_a_base_is_found_where_it_was_and_where_it_went(home: Path) -> None:

@@ -91,7 +91,8 @@ def walk(
         flat = normed.reshape(-1, normed.shape[-1])
         modality = cast(jax.Array, tokens.modality).reshape(-1)
         out, found = run(params["mlp"], Observed(flat, hidden(params["mlp"], flat), modality))
-        return middle + out.reshape(x.shape), found
+        after = cast(jax.Array, block.apply(variables, middle, out.reshape(x.shape), method="add_feed_forward"))
+        return after, found
 
     spec = source.config
     states = embedded(spec, source.read, chunks)

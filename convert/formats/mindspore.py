@@ -196,9 +196,8 @@ def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple
 
 def _split_joined(where: Path, tensors: dict[str, Tensor], config: DecoderSpec, groups: int) -> bool:
     """Replaces concatenated tensors by their parts; whether there were any."""
-    joined = _joined_parts(config, groups)
-    there = [split_fused(where, tensors, name, parts, groups) for name, parts in joined]
-    return any(there)
+    joined = [split_fused(where, tensors, name, parts, groups) for name, parts in _joined_parts(config, groups)]
+    return any(joined)
 
 
 # ---- the configuration

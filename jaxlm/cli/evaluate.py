@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxlm.cli.parser import parse_config
-from jaxlm.config import EvaluateConfig, MeshConfig
+from jaxlm.config import EvaluateConfig
 from jaxlm.errors import UserError, exit_status
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _perplexity(config: EvaluateConfig) -> int:
     if config.data is None:
         raise UserError("data: name a file of texts or instructions, e.g. --data heldout.jsonl")
     if config.predictions is not None:
-        raise UserError("predictions: perplexity looks at no answers; the texts are --data")
+        raise UserError("predictions: are not for perplexity; its texts are --data")
     if config.model.int8:
         raise UserError("model.int8: perplexity is measured with the weights as they are; leave it out")
     if config.batch_size < 1:
@@ -157,21 +157,13 @@ def _show(figures: Perplexity, texts: Texts, facts: dict[str, Any]) -> None:
 
 def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts, dict[str, Any]]:
     """Loads the model and runs it over the texts; also what says which model and data these are."""
-    import jax
-    import optax
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from convert.source import open_with_adapter
     from convert.transforms.merge import MergedSource
-    from jaxlm.devices.mesh import make_mesh
     from jaxlm.evaluation import perplexity
-    from jaxlm.kernels.backend import choose_attention, shape_key
-    from jaxlm.models.adapters import resolve_lora
-    from jaxlm.models.decoder import Decoder
-    from jaxlm.nn.routers import choose_compute
+    from jaxlm.evaluation.scorer import place
     from jaxlm.tokenizer import load_tokenizer
-    from jaxlm.training.setup import DTYPES
-    from jaxlm.training.state import Initializer
     from jaxlm.weights.native.prompt_json import trained_prompt
 
     assert config.data is not None
@@ -183,43 +175,29 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     trained = trained_prompt(source.path if adapter is None else adapter.path)
     if config.model.merge_adapter:
         source, adapter = whole, None
-    shape = source.config
+    spec = source.config
     tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
     template, why = perplexity.choose(config.data, tokenizer, trained.template)
-    settings = _settings(config, tokenizer, trained, template, shape.max_length)
+    settings = _settings(config, tokenizer, trained, template, spec.max_length)
     with console.status("reading and tokenising"):
-        texts = perplexity.read_texts(config.data, template, tokenizer, settings, shape.vocab_size)
+        texts = perplexity.read_texts(config.data, template, tokenizer, settings, spec.vocab_size)
 
-    platform = jax.default_backend()
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
-    attention, reason = choose_attention(config.model.attention, shape_key(shape.attention, dtype, longest, True))
-    specs = {} if adapter is None else resolve_lora(shape, adapter.lora, adapter.layers)
-    experts = "dense" if shape.experts is None else choose_compute("auto", platform, shape.experts, specs)[0]
-    mesh_config = config.mesh or MeshConfig()
-    if mesh_config.sequence != 1:
-        raise UserError(f"mesh.sequence: {mesh_config.sequence}: rows are not divided here; set it to 1")
-    mesh = make_mesh(mesh_config, experts=None if shape.experts is None else shape.experts.num_experts)
-    model = Decoder(shape, specs, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
-    # No optimizer: nothing is trained, but parameters are placed as in training.
-    setup = Initializer(model, None if adapter is None else adapter.lora, mesh, lambda axes: optax.identity())
     with console.status("loading"):
-        params = setup.load_params(source)
-        lora = None if adapter is None else setup.load_lora(adapter)
-    trainable, frozen = ({"params": params}, {}) if lora is None else ({"lora": lora}, {"params": params})
-    console.print(f"model      {path}{'' if adapter_path is None else f' + {adapter_path}'} in {dtype}", markup=False)
+        scorer = place(source, adapter, config.model, config.mesh, longest)
+    console.print(
+        f"model      {path}{'' if adapter_path is None else f' + {adapter_path}'} in {scorer.dtype}", markup=False
+    )
     console.print(f"template   {template}: {why}", markup=False)
-    console.print(f"attention  {reason}", markup=False)
+    console.print(f"attention  {scorer.attention_reason}", markup=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("scoring", total=None)
         figures = perplexity.measure(
-            model,
-            trainable,
-            frozen,
-            mesh,
+            scorer.model,
+            scorer.trainable,
+            scorer.frozen,
+            scorer.mesh,
             texts,
             config.batch_size,
             lambda done, all_of_them: bar.update(task, completed=done, total=all_of_them),
@@ -229,7 +207,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
         "adapter": adapter_path,
         "data": config.data.path,
         "template": template,
-        "dtype": dtype,
+        "dtype": scorer.dtype,
         "sequence_length": settings.length,
         **{key: value for key, value in dataclasses.asdict(settings).items() if key != "length"},
     }

@@ -105,8 +105,8 @@ def parse_run(
         content = read_values(file, RunConfig)
         values = merge(values, content)
         for part in [content, *content.get("stages", [])]:
-            keys = flatten({key: value for key, value in part.items() if key not in ("stages", "name")})
-            set_in |= dict.fromkeys(keys, file)
+            own = {key: value for key, value in part.items() if key not in ("stages", "name")}
+            set_in |= dict.fromkeys(_keys(own), file)
     origins = Origins(set_in, frozenset(flatten(words.overrides)))
     stages = values.pop("stages", None)
     only = words.flags.get("stage")
@@ -119,6 +119,15 @@ def parse_run(
             configs = [build(merge(values, words.overrides), RunConfig)]
     _print_config_if_asked(words, *configs)
     return ParsedRun(configs, words.flags, origins)
+
+
+def _keys(values: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted keys of nested values, also those of the sections in a list, as data.train.weight."""
+    for key, value in flatten(values).items():
+        yield key
+        for element in value if isinstance(value, list) else ():
+            if isinstance(element, dict):
+                yield from (f"{key}.{inner}" for inner in flatten(element))
 
 
 def parse_config(

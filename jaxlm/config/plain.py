@@ -11,9 +11,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
+            return {key: plain(inner) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
+            return [plain(inner) for inner in value]
         return value
 
     result: dict[str, Any] = plain(dataclasses.asdict(config))

@@ -18,6 +18,9 @@ from jaxlm.yamltext import read_yaml
 
 Config = TypeVar("Config")
 
+# YAML reads {a:1} as a key `a:1` without a value.
+COLON = "put a space behind the colon, {key: value}"
+
 
 def build(values: Mapping[str, Any], root: type[Config]) -> Config:
     """The dataclass `root` with these values, all sections typed.
@@ -95,7 +98,8 @@ def _check_keys(values: Any, cls: type, prefix: str, origin: str, root: type) ->
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in types:
-            raise UserError(f"{origin}: unknown key {key!r}{suggest(key, root)}")
+            way_out = f"; {COLON}" if isinstance(name, str) and ":" in name else suggest(key, root)
+            raise UserError(f"{origin}: unknown key {key!r}{way_out}")
         section = section_of(types[name])
         if section is None:
             continue
@@ -120,7 +124,8 @@ def _section(values: Mapping[str, Any], cls: type, key: str) -> Any:
 def _value(value: Any, kind: Any, key: str) -> Any:
     members = alternatives(kind)
     if value is None and type(None) not in members and Any not in members:
-        raise UserError(f"{key}: expected {expected(kind)}, found null; leave the key out for its default")
+        way_out = COLON if ":" in key else "leave the key out for its default"
+        raise UserError(f"{key}: expected {expected(kind)}, found null; {way_out}")
     # What has keys or is a list says itself which member of a union is meant, so that its errors name the inner key.
     for member in members:
         origin, arguments = typing.get_origin(member), typing.get_args(member)

@@ -147,11 +147,11 @@ class BatchSource:
         at = 0
         for segment, piece in enumerate(range(plan.rows[index], plan.rows[index + 1]), 1):
             start, length = int(plan.starts[piece]), int(plan.lengths[piece])
-            here, there = slice(at, at + length), slice(start, start + length)
-            row["input_ids"][here] = self._examples.input_ids[there]
-            row["loss_mask"][here] = self._examples.loss_mask[there]
-            row["segment_ids"][here] = 1 if plan.one_segment else segment
-            row["positions"][here] = np.arange(length) + (at if plan.one_segment else 0)
+            target, source = slice(at, at + length), slice(start, start + length)
+            row["input_ids"][target] = self._examples.input_ids[source]
+            row["loss_mask"][target] = self._examples.loss_mask[source]
+            row["segment_ids"][target] = 1 if plan.one_segment else segment
+            row["positions"][target] = np.arange(length) + (at if plan.one_segment else 0)
             at += length
         row["loss_mask"][0] = False  # nothing in the row predicts its first token
 

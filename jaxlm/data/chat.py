@@ -332,9 +332,11 @@ _TALK = [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"
 _PROBE = Record("a trial conversation", {})
 
 
-def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with together."""
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common(first: str, second: str) -> int:
+    """The number of characters that two texts have in common at their beginning."""
+    return next(
+        (k for k, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Example:
 
 
 def encode_rendered(
-    items: Sequence[Rendered],
+    records: Sequence[Rendered],
     tokenizer: Tokenizer,
     *,
     add_bos: bool,
@@ -45,33 +45,33 @@ def encode_rendered(
 
     A token is a target when it covers at least one trained character, so a token across the border between prompt and
     answer is trained. `running`: the records become one running text, where the first token of one is trained like the
-    others if all of them are (as HF's run_clm learns every document's bos).
+    others if all of them are (as HF's run_clm trains every document's bos).
 
     Raises:
         UserError: bos or eos is asked for and the tokenizer has none.
-        TextError: a record with what the tokenizer cannot read; its number is the record's place in `items`.
+        TextError: a record with what the tokenizer cannot read; its number is the record's place in `records`.
     """
-    segments = [segment for item in items for segment in item.segments]
-    special = {item.special_tokens for item in items}
+    segments = [segment for record in records for segment in record.segments]
+    special = {record.special_tokens for record in records}
     if len(special) > 1:
         raise AssertionError("records of one call must come from one template")
     # Behind an eos a segment goes on; it does not begin a text.
     continued = [
-        number > 0 and add_eos and item.segments[number - 1].eos
-        for item in items
-        for number in range(len(item.segments))
+        number > 0 and add_eos and record.segments[number - 1].eos
+        for record in records
+        for number in range(len(record.segments))
     ]
     try:
         texts = [segment.text for segment in segments]
         encodings = iter(tokenizer.encode_batch(texts, next(iter(special), None), continued))
     except TextError as error:
-        owners = [number for number, item in enumerate(items) for _ in item.segments]
+        owners = [number for number, record in enumerate(records) for _ in record.segments]
         raise TextError(owners[error.number], str(error)) from None
-    return [_join(item, encodings, tokenizer, add_bos, add_eos, train_on_inputs, running) for item in items]
+    return [_join(record, encodings, tokenizer, add_bos, add_eos, train_on_inputs, running) for record in records]
 
 
 def _join(
-    item: Rendered,
+    record: Rendered,
     encodings: Iterator[Encoding],
     tokenizer: Tokenizer,
     add_bos: bool,
@@ -82,11 +82,11 @@ def _join(
     ids: list[int] = []
     masks: list[NDArray[np.bool_]] = []
     ends: list[int] = []
-    if add_bos and not item.has_bos:
+    if add_bos and not record.has_bos:
         opening = tokenizer.opening or (_required(tokenizer, "bos"),)
         ids += opening
         masks.append(np.zeros(len(opening), np.bool_))
-    for segment in item.segments:
+    for segment in record.segments:
         encoding = next(encodings)
         own = _mask(segment, encoding)
         # Words that a template ends turns with are trained too, but no token stops a generation there.

@@ -70,12 +70,12 @@ class Examples:
 
 
 def from_list(
-    items: Sequence[Example], source: Sequence[int] | NDArray[np.int32], record: Sequence[int] | NDArray[np.int64]
+    examples: Sequence[Example], source: Sequence[int] | NDArray[np.int32], record: Sequence[int] | NDArray[np.int64]
 ) -> Examples:
     """Flat arrays of single examples, with the source and record of each."""
-    ids = [item.input_ids for item in items] or [np.zeros(0, np.int32)]
-    masks = [item.loss_mask for item in items] or [np.zeros(0, np.bool_)]
-    lengths = np.array([0, *(len(item.input_ids) for item in items)], np.int64)
+    ids = [example.input_ids for example in examples] or [np.zeros(0, np.int32)]
+    masks = [example.loss_mask for example in examples] or [np.zeros(0, np.bool_)]
+    lengths = np.array([0, *(len(example.input_ids) for example in examples)], np.int64)
     return Examples(
         np.concatenate(ids),
         np.concatenate(masks),
@@ -119,7 +119,7 @@ def build_examples(
     """
     config, _ = resolve_ends(config, tokenizer)
     assert config.add_bos is not None and config.add_eos is not None
-    items: list[Example] = []
+    all_examples: list[Example] = []
     origin: list[int] = []
     number_of: list[int] = []
     record_count = 0
@@ -134,10 +134,10 @@ def build_examples(
         reports.append(report)
         while batch := list(itertools.islice(records, _BATCH)):
             rendered = [template.render(record) for record in batch]
-            for record, item in zip(batch, rendered, strict=True):
-                report.answered += bool(item.answers)
-                report.empty += bool(item.answers) and not any(answer.strip() for answer in item.answers)
-                for role in item.lost:
+            for record, text in zip(batch, rendered, strict=True):
+                report.answered += bool(text.answers)
+                report.empty += bool(text.answers) and not any(answer.strip() for answer in text.answers)
+                for role in text.lost:
                     report.lost[role] = report.lost.get(role, 0) + 1
                 for column in unused(record, template.used(record)):
                     report.unused[column] = report.unused.get(column, 0) + 1
@@ -157,14 +157,14 @@ def build_examples(
                     report.records += 1
                     report.dropped_unknown += 1
                     continue
-                kept = _fit(record, example, config, report)
-                items.extend(kept)
-                origin.extend([number] * len(kept))
-                number_of.extend([record_count] * len(kept))
+                pieces = _fit(record, example, config, report)
+                all_examples.extend(pieces)
+                origin.extend([number] * len(pieces))
+                number_of.extend([record_count] * len(pieces))
                 record_count += 1
             if progress is not None:
                 progress(source.path, report.records)
-    examples = from_list(items, origin, number_of)
+    examples = from_list(all_examples, origin, number_of)
     _check(examples, sources, reports, tokenizer, vocab_size)
     return examples, tuple(reports)
 

@@ -116,16 +116,16 @@ def group_texts(offsets: NDArray[np.int64], order: NDArray[np.int64], block: int
         documents = order[first : first + GROUP_BATCH]
         ends = np.cumsum(np.diff(offsets)[documents])  # in the joined text
         total = int(ends[-1])
-        kept = total // block * block if total >= block else total
-        if kept == 0:
+        used = total // block * block if total >= block else total
+        if used == 0:
             continue
-        cuts = np.arange(0, kept, block)
+        cuts = np.arange(0, used, block)
         begins = np.union1d(cuts, np.concatenate([[0], ends]))
-        begins = begins[begins < kept]
+        begins = begins[begins < used]
         document = np.searchsorted(ends, begins, side="right")
         into = begins - (ends[document] - np.diff(offsets)[documents][document])
         starts.append(offsets[:-1][documents][document] + into)
-        lengths.append(np.diff(np.concatenate([begins, [kept]])))
+        lengths.append(np.diff(np.concatenate([begins, [used]])))
         rows.append(pieces + np.append(np.searchsorted(begins, cuts)[1:], len(begins)))
         pieces += len(begins)
     empty = [np.zeros(0, np.int64)]

@@ -29,7 +29,7 @@ from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import ExpertsFeedForward
 from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.norms import RMSNorm
+from jaxlm.nn.norms import Norm
 from jaxlm.nn.positions import rope_cos_sin
 from jaxlm.nn.routers import modality_ids as ids_of_modalities
 from jaxlm.nn.self_attention import SelfAttention
@@ -47,11 +47,11 @@ Angles = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, h/2] float32
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer; a scan body: (x, layer, broadcast inputs) -> (x, None).
+    """One decoder layer; a scan body: (x, layer, broadcast inputs) -> (x, None).
 
     Attributes:
         spec: what the layer computes.
-        norm: of its inputs.
+        norm: what its norms compute.
         hidden_size: D.
         init_std, adapters, dtype, param_dtype: see `WithLinears`.
         attention: see `SelfAttention.backend`.
@@ -76,9 +76,14 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         shared = (self.hidden_size, self.init_std, self.adapters, self.dtype, self.param_dtype)
-        self.input_layernorm = RMSNorm(self.norm, self.dtype, self.param_dtype)
+        norm = partial(Norm, self.norm, self.dtype, self.param_dtype)
+        self.input_layernorm = norm()
+        if self.spec.parallel != "shared_norm":
+            self.post_attention_layernorm = norm()
+        if self.spec.output_norms:
+            self.attention_output_norm = norm()
+            self.feed_forward_output_norm = norm()
         self.self_attn = SelfAttention(*shared, self.spec.attention, self.attention)
-        self.post_attention_layernorm = RMSNorm(self.norm, self.dtype, self.param_dtype)
         if self.spec.feed_forward.experts is None:
             self.mlp: Any = FeedForward(*shared, self.spec.feed_forward)
         else:
@@ -92,7 +97,7 @@ class Block(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The first half: x with attention added, what the feed-forward layer sees of it, both [B, T, D]; keys, values.
+        """The first half: x with attention added, what the feed-forward layer sees, both [B, T, D]; keys and values.
 
         Args:
             x: [B, T, D].
@@ -101,9 +106,18 @@ class Block(nn.Module):
             cache: of a layer that writes (see `SelfAttention`).
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        attended, kept = self.self_attn(self.input_layernorm(x), layer, *angles, segment_ids, self.deterministic, cache)
-        x = x + attended
-        return x, self.post_attention_layernorm(x), kept
+        normed = self.input_layernorm(x)
+        attended, kept = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
+        if self.spec.output_norms:
+            attended = self.attention_output_norm(attended)
+        middle = x + attended
+        if self.spec.parallel == "shared_norm":
+            return middle, normed, kept
+        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), kept
+
+    def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """The second half's sum: what `attend` gave with the feed-forward layer's output added, [B, T, D]."""
+        return x + (self.feed_forward_output_norm(out) if self.spec.output_norms else out)
 
     def __call__(
         self,
@@ -121,10 +135,11 @@ class Block(nn.Module):
         """
         x, normed, kept = self.attend(x, layer, angles, segment_ids, cache)
         if self.spec.feed_forward.experts is None:
-            x = x + self.mlp(normed, layer, self.deterministic)
+            out = self.mlp(normed, layer, self.deterministic)
         else:
             assert modality is not None
-            x = x + self.mlp(normed, layer, self.deterministic, modality)
+            out = self.mlp(normed, layer, self.deterministic, modality)
+        x = self.add_feed_forward(x, out)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         return x, kept if self.keep_kv else None
 
@@ -199,7 +214,9 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(s.initializer_range), ("vocab", "embed"))
         matrix = ((s.vocab_size, s.hidden_size), init, self.param_dtype)
         self.embed_tokens = _Matrix(*matrix, "embedding")
-        self.norm = RMSNorm(s.norm, self.dtype, self.param_dtype)
+        self.norm = Norm(s.norm, self.dtype, self.param_dtype)
+        if s.embedding_norm:
+            self.embed_norm = Norm(s.norm, self.dtype, self.param_dtype)
         if not s.tied_head:
             self.lm_head = _Matrix(*matrix, "kernel")
 
@@ -208,6 +225,10 @@ class Decoder(nn.Module):
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """What the first layer sees [B, T, D] of tokens [B, T]."""
         x = look_up(self.embed_tokens(), input_ids, self.dtype)
+        if self.spec.embedding_scale is not None:
+            x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
+        if self.spec.embedding_norm:
+            x = self.embed_norm(x)
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
     @nn.nowrap
@@ -248,7 +269,7 @@ class Decoder(nn.Module):
         by_rope: dict[Any, Angles] = {}
         result = []
         for layer in self.spec.period:
-            key = layer.attention.rope, layer.attention.head_dim
+            key = layer.attention.rope, layer.attention.rotary_dim or layer.attention.head_dim
             if key not in by_rope:
                 by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
             result.append(by_rope[key])

@@ -99,7 +99,7 @@ def logits(spec: DecoderSpec, read: Read, input_ids: np.ndarray) -> np.ndarray:
     states = embedded(spec, read, chunks)
     for _ in run_layers(spec, read, chunks, states, step):
         pass
-    norm = {"scale": read("norm/scale", ()).astype(np.float32)}
+    norm = _norm_params(spec, read, "norm")
     parts = [_logits_of(spec, norm, rows, states[0]) for rows in _head_rows(spec, read)]
     return np.concatenate(parts, axis=-1)
 
@@ -113,13 +113,22 @@ def layer_params(spec: DecoderSpec, read: Read, number: int) -> dict[str, Any]:
     return traverse_util.unflatten_dict(tree, sep="/")
 
 
+def _norm_params(spec: DecoderSpec, read: Read, path: str) -> dict[str, np.ndarray]:
+    names = ("scale", "bias") if spec.norm.bias else ("scale",)
+    return {name: read(f"{path}/{name}", ()).astype(np.float32) for name in names}
+
+
 def embedded(spec: DecoderSpec, read: Read, chunks: Sequence[Tokens]) -> list[np.ndarray]:
     """What the first layer sees [B, T, D] of each chunk; only the embedding's rows of tokens that occur are read."""
     known = np.unique(np.concatenate([chunk.input_ids.ravel() for chunk in chunks]))
     table = np.concatenate([read("embed_tokens/embedding", (slice(i, i + 1),)) for i in known]).astype(np.float32)
     part = Decoder(dataclasses.replace(spec, vocab_size=len(known)))
-    params = {"params": {"embed_tokens": {"embedding": table}}}
-    return [np.asarray(part.apply(params, np.searchsorted(known, c.input_ids), method="embed")) for c in chunks]
+    params = {"embed_tokens": {"embedding": table}}
+    if spec.embedding_norm:
+        params["embed_norm"] = _norm_params(spec, read, "embed_norm")
+    return [
+        np.asarray(part.apply({"params": params}, np.searchsorted(known, c.input_ids), method="embed")) for c in chunks
+    ]
 
 
 def _logits_of(spec: DecoderSpec, norm: Any, rows: np.ndarray, hidden: np.ndarray) -> np.ndarray:

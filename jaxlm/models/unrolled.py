@@ -46,7 +46,7 @@ def prefill(
         Logits [R, V] float32 after each row's last token, and the caches.
     """
     params = weights["params"]
-    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    x, angles, modality = _start(decoder, _embed_params(params), tokens, None, lengths)
     caches: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
@@ -70,7 +70,7 @@ def extend(
         As `prefill`.
     """
     params = weights["params"]
-    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, starts, starts + lengths)
+    x, angles, modality = _start(decoder, _embed_params(params), tokens, starts, starts + lengths)
     places = _places(tokens, starts)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
@@ -83,7 +83,7 @@ def extend(
 def last_layer(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """What the last layer gives of texts, [R, T, D]; arguments as those of `prefill`."""
     params = weights["params"]
-    x, angles, modality = _start(decoder, params["embed_tokens"], tokens, None, lengths)
+    x, angles, modality = _start(decoder, _embed_params(params), tokens, None, lengths)
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
         x, _ = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, tokens.shape[1])
@@ -100,6 +100,10 @@ def hidden_states(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array
     return _last_norm(decoder, _head_params(weights["params"]), x)
 
 
+def _embed_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in ("embed_tokens", "embed_norm") if name in params}
+
+
 def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in ("norm", "lm_head" if "lm_head" in params else "embed_tokens")}
 
@@ -109,8 +113,8 @@ def _places(tokens: jax.Array, starts: jax.Array | None) -> jax.Array:
     return places if starts is None else places + starts[:, None]
 
 
-def _embed(decoder: Decoder, embed_tokens: Any, tokens: jax.Array) -> jax.Array:
-    return cast(jax.Array, decoder.apply({"params": {"embed_tokens": embed_tokens}}, tokens, method="embed"))
+def _embed(decoder: Decoder, embed: Any, tokens: jax.Array) -> jax.Array:
+    return cast(jax.Array, decoder.apply({"params": embed}, tokens, method="embed"))
 
 
 def _head(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
@@ -127,11 +131,11 @@ def _last_norm(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def _start(
-    decoder: Decoder, embed_tokens: Any, tokens: jax.Array, starts: jax.Array | None, lengths: jax.Array
+    decoder: Decoder, embed: Any, tokens: jax.Array, starts: jax.Array | None, lengths: jax.Array
 ) -> tuple[jax.Array, tuple[Angles, ...], jax.Array | None]:
     places = _places(tokens, starts)
     present = (places < lengths[:, None]).astype(jnp.int32)  # 0 in the padding, which uses no expert
-    x = _embed(decoder, embed_tokens, tokens)
+    x = _embed(decoder, embed, tokens)
     return x, decoder.angles(places, lengths), decoder.modality(tokens, present)
 
 
@@ -205,7 +209,7 @@ def next_logits(
     A pure function of arrays, for the inside of a loop.
     """
     params, tokens, places = weights["params"], token[:, None], place[:, None]
-    x = _embed(decoder, params["embed_tokens"], tokens)
+    x = _embed(decoder, _embed_params(params), tokens)
     angles, modality = decoder.angles(places, place + 1), decoder.modality(tokens)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax
 
@@ -9,13 +12,19 @@ from jaxlm.nn.linear import WithLinears
 from jaxlm.spec import FeedForwardSpec
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")  # the names that it, and the layer of experts, give to their linears
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 
 
 class FeedForward(WithLinears):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202).
+    """down(activation(gate(x)) * up(x)) (arXiv:2002.05202), or down(activation(up(x))).
 
     Attributes:
-        spec: number of neurons and biases.
+        spec: number of neurons, activation, gate and biases.
     """
 
     spec: FeedForwardSpec
@@ -27,7 +36,12 @@ class FeedForward(WithLinears):
         # In this order a TPU's compiler makes the activation part of the gate's product when it is computed again, and
         # keeps the weights near (docs/kernels.md, "Shapes of products").
         up = self._linear("up_proj", d, f, self.spec.bias)(x, layer, deterministic)
-        gate = self._linear("gate_proj", d, f, self.spec.bias)(x, layer, deterministic)
-        h = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        activation = ACTIVATIONS[self.spec.activation]
+        if self.spec.gated:
+            gate = self._linear("gate_proj", d, f, self.spec.bias)(x, layer, deterministic)
+            h = activation(gate) * up
+        else:
+            h = activation(up)
+        h = nn.with_logical_constraint(h, ("batch", "length", "mlp"))
         out: jax.Array = self._linear("down_proj", f, d, self.spec.bias)(h, layer, deterministic)
         return out

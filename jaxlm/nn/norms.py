@@ -12,13 +12,13 @@ from jax.typing import DTypeLike
 from jaxlm.spec import NormSpec
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last dim, in float32 (arXiv:1910.07467).
+class Norm(nn.Module):
+    """The norm over the last dim that a spec describes, in float32.
 
     Attributes:
-        spec: what is added to the mean square.
+        spec: kind, what is added below the root, offset and bias.
         dtype: of the result.
-        param_dtype: of the scale.
+        param_dtype: of the scale and the bias.
     """
 
     spec: NormSpec
@@ -27,12 +27,18 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale: Any = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-            (x.shape[-1],),
-            self.param_dtype,
-        )
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale: Any = self._vector("scale", x.shape[-1], zeros if self.spec.offset else ones).astype(jnp.float32)
+        if self.spec.offset:
+            scale = scale + self.spec.offset
         x32 = x.astype(jnp.float32)
+        if self.spec.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.spec.eps)
-        return (normed * scale.astype(jnp.float32)).astype(self.dtype)
+        out = normed * scale
+        if self.spec.bias:
+            out = out + self._vector("bias", x.shape[-1], zeros).astype(jnp.float32)
+        return out.astype(self.dtype)
+
+    def _vector(self, name: str, size: int, init: Any) -> Any:
+        return self.param(name, nn.with_logical_partitioning(init, ("norm",)), (size,), self.param_dtype)

@@ -111,6 +111,24 @@ def rope_cos_sin(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def apply_partial_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
+    """As `apply_rope`, for cos and sin [B, T, r/2]: only the first r dims of each head are turned.
+
+    Args:
+        interleaved: whether dims 2 i and 2 i + 1 form a pair, not i and i + r/2.
+    """
+    rotary = 2 * cos.shape[-1]
+    if rotary == x.shape[-1] and not interleaved:
+        return apply_rope(x, cos, sin)
+    turned, rest = x[..., :rotary], x[..., rotary:]
+    if interleaved:
+        turned = jnp.concatenate([turned[..., 0::2], turned[..., 1::2]], axis=-1)
+    turned = apply_rope(turned, cos, sin)
+    if interleaved:
+        turned = jnp.stack(jnp.split(turned, 2, axis=-1), axis=-1).reshape(turned.shape)
+    return jnp.concatenate([turned, rest], axis=-1)
+
+
 @jax.custom_vjp
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates x [B, T, H, h] by cos and sin [B, T, h/2]; computed in float32, returned in x's dtype.

@@ -9,8 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.nn.linear import WithLinears
-from jaxlm.nn.norms import RMSNorm
-from jaxlm.nn.positions import apply_rope
+from jaxlm.nn.norms import Norm
+from jaxlm.nn.positions import apply_partial_rope
 from jaxlm.spec import AttentionSpec
 
 
@@ -40,7 +40,7 @@ class SelfAttention(WithLinears):
 
         Args:
             layer: index of this layer.
-            cos, sin: [B, T, h/2] float32 (see `rope_cos_sin`).
+            cos, sin: [B, T, h/2] float32, or for fewer dims (see `rope_cos_sin`).
             segment_ids: [B, T] int32, 0 for padding; None: one segment.
             deterministic: whether nothing is dropped.
         """
@@ -54,12 +54,15 @@ class SelfAttention(WithLinears):
         def normed(name: str, heads: jax.Array) -> jax.Array:
             if s.qk_norm is None:
                 return heads
-            return RMSNorm(s.qk_norm, self.dtype, self.param_dtype, name=name)(heads)
+            return Norm(s.qk_norm, self.dtype, self.param_dtype, name=name)(heads)
+
+        def turned(heads: jax.Array) -> jax.Array:
+            return apply_partial_rope(heads, cos, sin, s.rotary_interleaved)
 
         q = normed("q_norm", project("q_proj", s.num_heads, "heads"))
-        q = checkpoint_name(apply_rope(q, cos, sin), "q")
+        q = checkpoint_name(turned(q), "q")
         k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
-        k = checkpoint_name(apply_rope(k, cos, sin), "k")
+        k = checkpoint_name(turned(k), "k")
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
         if cache is None:
             out = attention(q, k, v, MaskSpec(segment_ids, window=s.window), self.backend)

@@ -137,8 +137,8 @@ class SentencePiece:
                 result[k] = item
         return result
 
-    def _encoding(self, item: Mapping[str, Any]) -> Encoding:
-        ids, offsets = list(item["ids"]), list(item["offsets"])
+    def _encoding(self, encoded: Mapping[str, Any]) -> Encoding:
+        ids, offsets = list(encoded["ids"]), list(encoded["offsets"])
         # Bytes of one character come as (n, n) … (n, n + 1): give each of them the whole character.
         for k in range(len(ids) - 2, -1, -1):
             begin, end = offsets[k]
@@ -195,8 +195,8 @@ def _without_prefix(model: Any) -> Any:
 def _has(content: Any, key: str, value: Any) -> bool:
     """Whether an object with this value under this key stands anywhere in JSON."""
     if isinstance(content, dict):
-        return content.get(key) == value or any(_has(item, key, value) for item in content.values())
-    return isinstance(content, list) and any(_has(item, key, value) for item in content)
+        return content.get(key) == value or any(_has(inner, key, value) for inner in content.values())
+    return isinstance(content, list) and any(_has(inner, key, value) for inner in content)
 
 
 class Fast:

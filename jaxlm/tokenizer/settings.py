@@ -49,8 +49,8 @@ class Settings:
 
 def _text(value: Any) -> str | None:
     """A token as the files spell it: a text, or an object with `content`."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) and found else None
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
 
 
 def read_settings(directory: Path, names: Sequence[str]) -> Settings:
@@ -67,11 +67,11 @@ def read_settings(directory: Path, names: Sequence[str]) -> Settings:
     # transformers also takes any other text under a name like image_token for a special token.
     special = [*roles.values(), *(t for k, v in config.items() if k.endswith("_token") and (t := _text(v)))]
     for key in LISTS:
-        items = config.get(key) or ()
-        special += [t for item in (items.values() if isinstance(items, dict) else items) if (t := _text(item))]
+        listed = config.get(key) or ()
+        special += [t for token in (listed.values() if isinstance(listed, dict) else listed) if (t := _text(token))]
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     if "chat_template.jinja" in names:
         template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     flags = {key: config[key] if isinstance(config.get(key), bool) else None for key in _FLAGS}
@@ -100,12 +100,12 @@ def _end_ids(path: Path) -> tuple[int, ...]:
 
 def added_tokens(directory: Path, names: Sequence[str]) -> list[AddedToken]:
     """Tokens that the settings files add to the vocabulary."""
-    found: dict[str, AddedToken] = {}
+    tokens: dict[str, AddedToken] = {}
     if "added_tokens.json" in names:
         for content, index in read_object(directory / "added_tokens.json").items():
-            found[content] = AddedToken(content, int(index), False)
+            tokens[content] = AddedToken(content, int(index), False)
     if "tokenizer_config.json" in names:
         decoder = read_object(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        for index, item in decoder.items():
-            found[item["content"]] = AddedToken(item["content"], int(index), bool(item.get("special")))
-    return list(found.values())
+        for index, entry in decoder.items():
+            tokens[entry["content"]] = AddedToken(entry["content"], int(index), bool(entry.get("special")))
+    return list(tokens.values())

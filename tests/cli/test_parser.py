@@ -206,6 +206,8 @@ def test_a_stage_alone_needs_the_one_before_it(tmp_path: Path, capsys: pytest.Ca
         (["--moe.ranges", "{smiles: 3}"], "moe.ranges.smiles: expected a list of 2, found 3"),
         (["--moe.ranges", "{smiles: [3, 4, 5]}"], "moe.ranges.smiles: expected a list of 2, found [3, 4, 5]"),
         (["--moe.top_k", "{text: x}"], "moe.top_k.text: expected a whole number, found 'x'"),
+        (["--moe.top_k", "{text:2}"], "found null; put a space behind the colon, {key: value}"),
+        (["--data", "{date:x}"], "unknown key 'data.date:x'; put a space behind the colon"),
         (["--moe.top_k", "{5: 1}"], "moe.top_k: the name 5 is not a text; put it in quotation marks"),
         (["--moe.top_k", "3"], "moe.top_k: expected keys and values, {key: value}, found 3"),
         (["--tokenizer.modalities", "[{tags: 3}]"], "tokenizer.modalities.tags: expected a list of 2, found 3"),

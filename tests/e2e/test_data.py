@@ -52,7 +52,7 @@ def test_what_prompts_need_is_noted(dated: Path, tmp_path: Path, capsys: pytest.
     assert main(words) == 0
     assert "told 2026-11-27 12:00:00" in capsys.readouterr().out
     noted = json.loads((tmp_path / "run" / "checkpoints" / "1" / "jaxlm" / "prompt.json").read_text())
-    assert noted == {"template": "chat", "add_bos": True, "add_eos": True, "stop_ids": [2]}
+    assert noted == {"template": "chat", "add_bos": True, "add_eos": True, "stop_ids": [2], "version": 1}
     assert main([*words[:2], "--data.date", "today"]) == 2
     assert "data.date: 'today' is not a date" in capsys.readouterr().err
 

@@ -208,7 +208,7 @@ def test_every_way_to_name_a_model_and_devices(models: Path, tmp_path: Path) -> 
         (["--model", "BASE"], "data: name a file"),
         (["--model", "BASE", "--data", "none.txt"], "none.txt"),
         (["--model", "nowhere", "--data", "TEXTS"], "nowhere: no such directory"),
-        (["--model", "BASE", "--data", "TEXTS", "--predictions", "x.json"], "predictions: perplexity looks at no"),
+        (["--model", "BASE", "--data", "TEXTS", "--predictions", "x.json"], "predictions: are not for perplexity"),
         (["--model", "BASE", "--data", "TEXTS", "--model.int8", "true"], "model.int8"),
         (["--model", "BASE", "--data", "TEXTS", "--stride", "128"], "stride: 128 must be 1 to 127"),
         (["--model", "BASE", "--data", "TEXTS", "--stride", "0"], "stride: 0"),

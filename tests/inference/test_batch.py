@@ -51,7 +51,7 @@ def write(path: Path, content: str) -> Path:
     return path
 
 
-def test_every_kind_of_file(tmp_path: Path) -> None:
+def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
     k2 = read_prompts(write(tmp_path / "a.json", '["one", "two\\nlines"]'))
     assert [prompt.question for prompt in k2] == ["one", "two\nlines"]
     records = read_prompts(write(tmp_path / "b.jsonl", '{"instruction": "one"}\n\n"two"\n'))
@@ -113,7 +113,7 @@ def _ignore(prompts: int, tokens: int) -> None:
         ("missing.txt", None, "does not exist"),
     ],
 )
-def test_a_broken_file(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_a_broken_file_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
         write(tmp_path / name, content)
     with pytest.raises(UserError, match=message):
@@ -173,7 +173,7 @@ def test_other_settings_do_not_go_on(tmp_path: Path, run: Callable[..., dict[int
         Journal(tmp_path / "journal", {"seed": 2})
 
 
-def test_what_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_journal_is_left_alone(tmp_path: Path) -> None:
     for content in ("garbage\nline\n", "garbage", '{"a": 1}\n', "[1]\n"):
         path = write(tmp_path / "notes.partial", content)
         with pytest.raises(UserError, match="is not the journal"):
@@ -222,7 +222,7 @@ def test_stop_texts_end_answers(tmp_path: Path, generator: Generator, tokenizer:
         assert found.finish[0] == ("stop" if stop in text else free.results[number].finish[0])
 
 
-def test_results_in_every_kind_of_file(tmp_path: Path) -> None:
+def test_results_are_written_to_every_kind_of_file(tmp_path: Path) -> None:
     prompts = [
         FilePrompt("p:1", question="one"),
         FilePrompt("p:2", fields={"instruction": "two", "answer": "right"}),

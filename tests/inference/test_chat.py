@@ -75,7 +75,7 @@ def test_earlier_turns_are_seen(talk: Callable[..., Talk]) -> None:
     assert talk()("rock", "earth").shown == found.shown
 
 
-def test_on_several_devices_it_is_the_same(generator: Generator, talk: Callable[..., Talk]) -> None:
+def test_several_devices_give_the_same_conversation(generator: Generator, talk: Callable[..., Talk]) -> None:
     """Rows fill up the mesh there, so that nothing is kept between turns."""
     import jax
 
@@ -110,7 +110,7 @@ def test_settings_change_while_it_runs(talk: Callable[..., Talk]) -> None:
     assert beams.said[:2] == ["temperature 0.0", "num_beams 2"]
 
 
-def test_lines_that_go_on_and_unknown_commands(talk: Callable[..., Talk]) -> None:
+def test_lines_go_on_and_unknown_commands_are_said_so(talk: Callable[..., Talk]) -> None:
     found = talk()("rock\\", "earth", "", "/frobnicate", "/help", "/show", "/exit", "never")
     assert found.prompts == ["S U: rock\nearth A:"]
     assert "/frobnicate is unknown" in found.said[1]
@@ -178,7 +178,7 @@ def test_ctrl_c_at_the_prompt_asks_again(generator: Generator, tokenizer: Tokeni
         ("seed", "7", 7),
     ],
 )
-def test_set(key: str, value: str, expected: Any) -> None:
+def test_set_changes_a_setting(key: str, value: str, expected: Any) -> None:
     assert getattr(with_setting(Decoding(temperature=0.5), key, value), key) == expected
 
 
@@ -193,6 +193,6 @@ def test_set(key: str, value: str, expected: Any) -> None:
         ("stop_ids", "a"),
     ],
 )
-def test_set_refuses(key: str, value: str) -> None:
+def test_set_refuses_what_does_not_fit(key: str, value: str) -> None:
     with pytest.raises(UserError, match=key):
         with_setting(Decoding(temperature=0.5), key, value)

@@ -95,7 +95,7 @@ def test_same_tokens_as_transformers(llama: Any, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("options", [SEARCHES[3], SEARCHES[5]], ids=["greedy", "beams"])
-def test_a_prompt_alone_and_in_a_batch(llama: Any, options: dict[str, Any]) -> None:
+def test_a_prompt_is_answered_alike_alone_and_in_a_batch(llama: Any, options: dict[str, Any]) -> None:
     _, _, generator = llama
     prompts = prompts_of(4, 30, seed=1)
     decoding = Decoding(max_new_tokens=20, **options)
@@ -140,7 +140,7 @@ def test_all_beams_are_returned(llama: Any) -> None:
     ],
     ids=["tied-mqa", "biases", "window", "qwen2", "qwen3", "dynamic-rope", "yarn"],
 )
-def test_relatives(architecture: str, options: dict[str, Any]) -> None:
+def test_relatives_of_llama_give_the_same_tokens_as_transformers(architecture: str, options: dict[str, Any]) -> None:
     """Prompts of different length side by side, past a window and past the original context."""
     model, config = hf.build(architecture, seed=3, **options)
     generator = make_generator(model, config)
@@ -218,7 +218,7 @@ def test_a_row_at_the_end_of_its_context_does_not_hold_up_the_others(llama: Any,
     assert answers == [quiet.generate([prompt], decoding)[0][0] for prompt in prompts]
 
 
-def test_stop_ids_of_the_user(llama: Any) -> None:
+def test_stop_ids_of_the_user_end_an_answer(llama: Any) -> None:
     _, _, generator = llama
     prompt = prompts_of(1, 10, seed=6)[0]
     free = generator.generate([prompt], Decoding(max_new_tokens=20))[0][0].ids
@@ -253,7 +253,7 @@ def test_a_conversation_reads_only_what_is_new(llama: Any, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=4, fsdp=1, tensor=2)])
 @pytest.mark.parametrize("options", [SEARCHES[3], SEARCHES[5]], ids=["greedy", "beams"])
-def test_the_same_on_a_mesh(llama: Any, mesh: MeshConfig, options: dict[str, Any]) -> None:
+def test_a_mesh_gives_the_same_tokens(llama: Any, mesh: MeshConfig, options: dict[str, Any]) -> None:
     from jaxlm.inference.model import load_weights
 
     model, config, generator = llama
@@ -283,5 +283,5 @@ def test_the_same_on_a_mesh(llama: Any, mesh: MeshConfig, options: dict[str, Any
 @pytest.mark.parametrize(
     ("length", "expected"), [(1, 16), (16, 16), (17, 24), (25, 32), (33, 48), (100, 128), (129, 192)]
 )
-def test_buckets(length: int, expected: int) -> None:
+def test_a_bucket_is_the_next_of_few_sizes(length: int, expected: int) -> None:
     assert bucket(length) == expected

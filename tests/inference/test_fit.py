@@ -30,7 +30,7 @@ WORDS = [f"w{number}" for number in range(60)]
 CONFIG: DecoderSpec = dataclasses.replace(SHAPES["llama-7b"], vocab_size=64)
 
 
-def test_its_own_and_a_copy_pass(tmp_path: Path) -> None:
+def test_the_models_own_tokenizer_and_a_copy_pass(tmp_path: Path) -> None:
     own, copy = made(tmp_path / "own", WORDS), made(tmp_path / "copy", WORDS)
     assert check_tokenizer(own, CONFIG, None, "") == []
     assert check_tokenizer(copy, CONFIG, own, "tokenizer") == []
@@ -38,7 +38,7 @@ def test_its_own_and_a_copy_pass(tmp_path: Path) -> None:
     assert check_tokenizer(made(tmp_path / "fewer", WORDS[:40]), CONFIG, own, "tokenizer") == []
 
 
-def test_more_tokens_than_rows(tmp_path: Path) -> None:
+def test_more_tokens_than_rows_are_refused_or_warned_of(tmp_path: Path) -> None:
     large, own = made(tmp_path / "large", [*WORDS, "x", "y"]), made(tmp_path / "own", WORDS)
     for beside in (own, None):
         with pytest.raises(UserError, match=r"large has 65 tokens, the model's embedding 64 rows"):
@@ -48,7 +48,7 @@ def test_more_tokens_than_rows(tmp_path: Path) -> None:
     assert "65 tokens" in problem and "refused" in problem
 
 
-def test_other_tokens(tmp_path: Path) -> None:
+def test_other_tokens_under_the_same_ids_are_refused_or_warned_of(tmp_path: Path) -> None:
     own, other = made(tmp_path / "own", WORDS), made(tmp_path / "other", [f"v{number}" for number in range(60)])
     with pytest.raises(UserError, match=r"other is the tokenizer of another model: token \d+ is 'v\d+' there"):
         check_tokenizer(other, CONFIG, own, "tokenizer")
@@ -56,7 +56,7 @@ def test_other_tokens(tmp_path: Path) -> None:
     assert "token 62 is 'new' there and 'w59'" in problem
 
 
-def test_other_special_ids(tmp_path: Path) -> None:
+def test_other_special_ids_are_warned_of(tmp_path: Path) -> None:
     """Without a tokenizer to compare with: both ids are other ones than the configuration's."""
     config = dataclasses.replace(CONFIG, bos_token_id=5, eos_token_id=(6, 7))
     (problem,) = check_tokenizer(made(tmp_path / "t", WORDS), config, None, "tokenizer")

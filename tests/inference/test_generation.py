@@ -91,7 +91,7 @@ def test_another_seed_or_place_gives_another_text(plain: Generator) -> None:
     assert plain.generate([PROMPTS[0]], SAMPLING, [1]) != first
 
 
-def test_several_samples(plain: Generator) -> None:
+def test_samples_of_a_prompt_differ_and_the_first_is_that_of_one_sample(plain: Generator) -> None:
     from dataclasses import replace
 
     answers = plain.generate(PROMPTS[:2], replace(SAMPLING, samples=3))
@@ -196,7 +196,7 @@ def test_int8_is_the_model_with_rounded_weights() -> None:
     assert isinstance(kernel, Int8Weight) and kernel.values.dtype == jnp.int8
 
 
-def test_int8_with_an_adapter_and_on_a_mesh() -> None:
+def test_int8_with_an_adapter_is_the_same_on_a_mesh() -> None:
     import flax.linen as nn
 
     specs = resolve_lora(CONFIG, LoraConfig(rank=4, targets=("q_proj", "down_proj"), dora=True))
@@ -232,6 +232,6 @@ def test_unstacked_weights_are_those_that_are_loaded() -> None:
         ([96], "token id 96, the model has 96"),
     ],
 )
-def test_prompts_that_cannot_be_answered(plain: Generator, prompt: list[int], message: str) -> None:
+def test_prompts_that_cannot_be_answered_are_refused(plain: Generator, prompt: list[int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plain.generate([[5], prompt], SAMPLING)

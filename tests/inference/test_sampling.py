@@ -157,6 +157,6 @@ def test_settings_may_change_without_compiling_anew() -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_meant(options: dict[str, Any], message: str) -> None:
+def test_settings_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         check_decoding(Decoding(**options))

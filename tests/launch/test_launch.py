@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from jaxlm.config import DistributedConfig
-from jaxlm.processes.distributed import find_place
+from jaxlm.processes.cluster import find_process
 from tests.e2e.conftest import base_config, inputs, write_config
 from tests.e2e.test_resume import steps_done
 from tests.launch.conftest import ROOT, Cluster
@@ -322,11 +322,11 @@ def test_gpu_pods_find_each_other(cluster: Cluster) -> None:
             path = variable["valueFrom"]["fieldRef"]["fieldPath"]
             assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
             environ[variable["name"]] = "2"
-    place = find_place(DistributedConfig(), environ)
-    assert place is not None and (place.process, place.processes) == (2, 3)
+    process = find_process(DistributedConfig(), environ)
+    assert process is not None and (process.index, process.count) == (2, 3)
     # JobSet: <jobset>-<replicated job>-<job index>-<pod index>.<jobset>
     name, (worker,) = manifest["metadata"]["name"], manifest["spec"]["replicatedJobs"]
-    assert place.address() == (f"{name}-{worker['name']}-0-0.{name}", 8476)
+    assert process.address() == (f"{name}-{worker['name']}-0-0.{name}", 8476)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""A model on its devices, ready to score texts: placed as in training, with nothing to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from jaxlm.config import InferenceModelConfig, MeshConfig
+from jaxlm.devices.mesh import make_mesh
+from jaxlm.errors import UserError
+from jaxlm.kernels.backend import choose_attention, shape_key
+from jaxlm.models.adapters import resolve_lora
+from jaxlm.models.decoder import Decoder
+from jaxlm.nn.routers import choose_compute
+from jaxlm.training.setup import DTYPES
+from jaxlm.training.state import Initializer
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What `perplexity.measure` runs.
+
+    Args:
+        model: the decoder.
+        trainable: the innermost variables: the adapter, or the base where there is none.
+        frozen: the other variables.
+        mesh: the devices.
+        dtype: of weights and compute.
+        attention_reason: why this attention.
+    """
+
+    model: Decoder
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    mesh: Mesh
+    dtype: str
+    attention_reason: str
+
+
+def place(source: Any, adapter: Any, config: InferenceModelConfig, mesh: MeshConfig | None, longest: int) -> Scorer:
+    """Reads a model onto the devices.
+
+    Args:
+        source: the model.
+        adapter: an adapter that is applied on the fly; None without one.
+        config: dtype and attention.
+        mesh: the devices; None: rows and parameters over all of them.
+        longest: tokens of the longest row, for which the attention is chosen.
+
+    Raises:
+        UserError: for a mesh or an adapter that does not fit.
+    """
+    spec, platform = source.config, jax.default_backend()
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    attention, reason = choose_attention(config.attention, shape_key(spec.attention, dtype, longest, True))
+    lora = {} if adapter is None else resolve_lora(spec, adapter.lora, adapter.layers)
+    experts = "dense" if spec.experts is None else choose_compute("auto", platform, spec.experts, lora)[0]
+    axes = mesh or MeshConfig()
+    if axes.sequence != 1:
+        raise UserError(f"mesh.sequence: {axes.sequence}: rows are not divided here; set it to 1")
+    devices = make_mesh(axes, experts=None if spec.experts is None else spec.experts.num_experts)
+    model = Decoder(spec, lora, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
+    # No optimizer: nothing is trained, but parameters are placed as in training.
+    initializer = Initializer(model, None if adapter is None else adapter.lora, devices, lambda axes: optax.identity())
+    base = {"params": initializer.load_params(source)}
+    if adapter is None:
+        return Scorer(model, base, {}, devices, dtype, reason)
+    return Scorer(model, {"lora": initializer.load_lora(adapter)}, base, devices, dtype, reason)
