@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from convert.formats.chat_template import Asked, asked_or_name, write_asked
+from convert.formats.chat_template import TrainedTemplate, trained_template_or_name, write_chat_template
 from convert.formats.hf_experts import hf_layout, write_hf
 from convert.formats.meta import MetaSource, write_meta
 from convert.formats.mindspore import DEFAULT_ALPHA, MindSporeSource, check_experts, find_config, write_mindspore
@@ -102,7 +102,7 @@ class Converted:
         files: bytes of every file but the manifest, by its name in the directory.
         assumed: what the source's format does not say and was taken for granted, in words.
         notes: what the result lacks, in words.
-        asked: how the model was asked in training, if it records that; see `convert.formats.chat_template`.
+        template: the one that the model was trained with, if it records that; see `convert.formats.chat_template`.
     """
 
     path: Path
@@ -110,7 +110,7 @@ class Converted:
     files: Mapping[str, int]
     assumed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    asked: Asked | None = field(default=None, repr=False)
+    template: TrainedTemplate | None = field(default=None, repr=False)
 
 
 def convert(
@@ -267,14 +267,14 @@ def write(
         raise UserError(f"{source.path}: is an adapter, which has no form in {form}; merge it into its base first")
     elif form == "jax" and options.base is None:
         raise UserError(f"{source.path}: needs --base BASE, which a jaxlm adapter records")
-    asked = None if form == "jax" else asked_or_name(source)
+    template = None if form == "jax" else trained_template_or_name(source)
     with new_directory(source, destination, progress) as output:
         notes = _write_adapter(form, adapter, output, options) if adapter else ()
         if model is not None:
             notes = _write_model(form, model, output, options, opened.format == "meta")
-        if asked is not None and form in ("hf", "peft"):
-            write_asked(asked, output.directory)
-    return Converted(Path(destination), form, output.files, opened.assumed, notes, asked)
+        if template is not None and form in ("hf", "peft"):
+            write_chat_template(template, output.directory)
+    return Converted(Path(destination), form, output.files, opened.assumed, notes, template)
 
 
 class Output:

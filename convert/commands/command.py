@@ -173,7 +173,7 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
     architecture, parameters = family_of(source.config).architecture, num_params(source.config)
     print(f"{'model':12} {architecture}, {parameters:,} parameters, {size} in {dtype}")
     print(f"{'next':12} {following[written.format]}")
-    _say_asked(written)
+    _say_template(written)
     if source.config.experts is not None and written.format == "hf":
         _say_hf_experts(source, destination, options.layout)
     elif source.config.experts is not None and written.format == "mindspore":
@@ -192,28 +192,28 @@ def _say_adapter(adapter: AdapterSource, written: Converted, destination: str, o
         following = f"convert merge {shlex.quote(options.base or 'BASE')} {shlex.quote(destination)} OUT"
     print(f"{'adapter':12} {describe_lora(adapter)}, {size} in {dtype}")
     print(f"{'next':12} {following}")
-    _say_asked(written)
+    _say_template(written)
     if written.format == "peft" and adapter.config.experts is not None:
         print(f"{'base':12} to PEFT, the dense model that convert jax-to-hf writes, all experts on")
 
 
-def _say_asked(written: Converted) -> None:
+def _say_template(written: Converted) -> None:
     """Says where the prompt template went, or that the result lacks it."""
     from convert.formats.chat_template import FILE
 
-    asked = written.asked
-    if asked is None:
+    template = written.template
+    if template is None:
         return
-    stops = f"; an answer ends at {', '.join(map(str, asked.stops))}" if asked.stops else ""
-    needed = f"jaxlm.generate needs --template {shlex.quote(asked.name)} there"
+    stops = f"; an answer ends at {', '.join(map(str, template.stops))}" if template.stops else ""
+    needed = f"jaxlm.generate needs --template {shlex.quote(template.name)} there"
     if written.format not in ("hf", "peft"):
-        print(f"{'template':12} {asked.name}, which this format has no place for: {needed}")
-    elif asked.own:
+        print(f"{'template':12} {template.name}, which this format has no place for: {needed}")
+    elif template.own:
         print(f"{'template':12} the tokenizer's own chat template{stops}")
-    elif asked.jinja is not None:
-        print(f"{'template':12} {asked.name}, written as {FILE}{stops}")
+    elif template.jinja is not None:
+        print(f"{'template':12} {template.name}, written as {FILE}{stops}")
     else:
-        print(f"{'template':12} {asked.name}, not written as {FILE}: {asked.lacks}; {needed}")
+        print(f"{'template':12} {template.name}, not written as {FILE}: {template.lacks}; {needed}")
 
 
 def _say_hf_experts(source: ParamSource, destination: str, layout: str | None) -> None:

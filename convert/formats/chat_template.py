@@ -25,8 +25,8 @@ _GENERATION, _SETTINGS = "generation_config.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a model was asked in training.
+class TrainedTemplate:
+    """The template that a model was trained with.
 
     Args:
         name: the template's, or the user's own file.
@@ -43,7 +43,7 @@ class Asked:
     lacks: str = "it has no form as a chat template"
 
 
-def find_asked(source: LeafSource) -> Asked | None:
+def find_trained_template(source: LeafSource) -> TrainedTemplate | None:
     """What a model or adapter records of it; None when it records nothing.
 
     Raises:
@@ -58,15 +58,15 @@ def find_asked(source: LeafSource) -> Asked | None:
     name = str(files.get(prompt.template, prompt.template))  # a user's own lies beside it
     directory = getattr(source, "tokenizer_dir", None)
     if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
-        return Asked(name, None, False, (), "there is no tokenizer beside the model")
+        return TrainedTemplate(name, None, False, (), "there is no tokenizer beside the model")
     tokenizer = load_tokenizer(directory or source.tokenizer_files[0].parent)
     ends = [index for index in (tokenizer.eos_id, *prompt.stop_ids) if index is not None]
     stops = tuple(dict.fromkeys(ends))
     if name == "chat":
-        return Asked(name, None, True, stops)
+        return TrainedTemplate(name, None, True, stops)
     template = for_questions(load_template(name, tokenizer))
     add_bos = tokenizer.adds_bos if prompt.add_bos is None else prompt.add_bos
-    return Asked(name, to_jinja(template, tokenizer, add_bos), False, stops)
+    return TrainedTemplate(name, to_jinja(template, tokenizer, add_bos), False, stops)
 
 
 def to_jinja(template: Template, tokenizer: Tokenizer, add_bos: bool) -> str | None:
@@ -148,27 +148,27 @@ def _token(tokenizer: Tokenizer, index: int | None) -> str | None:
     return None if index is None else _text(tokenizer.token(index))
 
 
-def write_asked(asked: Asked, directory: Path) -> None:
+def write_chat_template(template: TrainedTemplate, directory: Path) -> None:
     """Writes the chat template and the ids that end an answer into a Hugging Face or PEFT directory.
 
     The tokenizer's settings get the template too, for transformers before 4.43.
     """
     settings = directory / _SETTINGS
-    if asked.jinja is not None:
-        (directory / FILE).write_text(asked.jinja, encoding="utf-8")
+    if template.jinja is not None:
+        (directory / FILE).write_text(template.jinja, encoding="utf-8")
         if settings.is_file():
-            _update(settings, {"chat_template": asked.jinja})
+            _update(settings, {"chat_template": template.jinja})
         if (directory / "chat_template.json").is_file():
-            _update(directory / "chat_template.json", {"chat_template": asked.jinja})
+            _update(directory / "chat_template.json", {"chat_template": template.jinja})
     generation = directory / _GENERATION
-    if asked.stops and ((directory / "config.json").is_file() or generation.is_file()):
+    if template.stops and ((directory / "config.json").is_file() or generation.is_file()):
         known = read_object(generation) if generation.is_file() else {}
         config = read_object(directory / "config.json") if (directory / "config.json").is_file() else {}
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if known.get(key) is None and config.get(key) is not None:
                 known[key] = config[key]
         before = known.get("eos_token_id")
-        ids = [*asked.stops, *(before if isinstance(before, list) else [before])]
+        ids = [*template.stops, *(before if isinstance(before, list) else [before])]
         unique = list(dict.fromkeys(index for index in ids if index is not None))
         known["eos_token_id"] = unique[0] if len(unique) == 1 else unique
         generation.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -179,12 +179,12 @@ def _update(file: Path, values: dict[str, Any]) -> None:
     file.write_text(content, encoding="utf-8")
 
 
-def asked_or_name(source: LeafSource) -> Asked | None:
-    """`find_asked`; where the tokenizer or the template cannot be loaded, only the recorded name, and why."""
+def trained_template_or_name(source: LeafSource) -> TrainedTemplate | None:
+    """`find_trained_template`; where tokenizer or template cannot be loaded, only the recorded name, and why."""
     try:
-        return find_asked(source)
+        return find_trained_template(source)
     except UserError as error:
         files = {file.name: file for file in source.prompt_files}
         prompt = read_prompt_json(files["prompt.json"])
         assert prompt.template is not None
-        return Asked(str(files.get(prompt.template, prompt.template)), None, False, (), str(error))
+        return TrainedTemplate(str(files.get(prompt.template, prompt.template)), None, False, (), str(error))

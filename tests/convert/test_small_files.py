@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from convert.formats.chat_template import asked_or_name
+from convert.formats.chat_template import trained_template_or_name
 from convert.formats.peft import peft_config_for
 from convert.source import is_adapter, open_adapter, open_model
 from jaxlm.errors import UserError
@@ -50,7 +50,7 @@ def use(path: Path) -> None:
         peft_config_for(source, path / "adapter_config.json")
     else:
         hf_config_for(source)
-    asked_or_name(source)
+    trained_template_or_name(source)
 
 
 WRONG: tuple[Any, ...] = (None, "x", -1, 0, 1.5, True, [], ["x"], [-1], {}, {"x": "y"}, 10**400, float("nan"))
