@@ -79,7 +79,7 @@ class Linear(nn.Module):
         if self.has_variable("params", "kernel"):
             given: Any = self.get_variable("params", "kernel")
             if isinstance(given, StoredWeight):  # not through `param`, which compares leaf by leaf with a fresh array
-                assert given.shape == shape, f"{self.name}: {type(given).__name__} {given.shape}, expected {shape}"
+                assert given.array_shape == shape, f"{self.name}: {given.array_shape}, expected {shape}"
                 return given
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.in_axes + self.out_axes)
         return cast(jax.Array, self.param("kernel", init, shape, self.param_dtype))

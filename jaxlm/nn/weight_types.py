@@ -28,7 +28,7 @@ class StoredWeight(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]:
+    def array_shape(self) -> tuple[int, ...]:
         """[*in, *out], as of the array that it stands for."""
 
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class Int8Weight(StoredWeight):
     in_dims: int = flax.struct.field(pytree_node=False)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def array_shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
     def times(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
