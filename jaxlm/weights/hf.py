@@ -255,12 +255,12 @@ def hf_config_for(source: ParamSource) -> str:
     dtype = main_dtype(source.leaves)
     original = source.hf_config
     if original is None:
-        values = write_config(source.config, dtype)
+        values = _new_config(source, dtype)
     else:
         values = dict(original)
         own = source.path / "jaxlm" / "hf_config.json"
         if parse_hf_config(own if own.is_file() else source.path / "config.json", original) != source.config:
-            written = write_config(source.config, dtype)
+            written = _new_config(source, dtype)
             values |= written
             if read_config(values) != read_config(written):
                 values = written  # another key of the original says otherwise
@@ -268,6 +268,15 @@ def hf_config_for(source: ParamSource) -> str:
         for key in named or {"torch_dtype"}:
             values[key] = dtype
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _new_config(source: ParamSource, dtype: str) -> dict[str, Any]:
+    """`write_config`; errors name the file that describes the model."""
+    described = source.path / "jaxlm" / "model.json"
+    try:
+        return write_config(source.config, dtype)
+    except UserError as error:
+        raise UserError(f"{described if described.is_file() else source.path}: {error}") from None
 
 
 def copy_files(files: list[Path], directory: Path) -> None:
