@@ -133,8 +133,8 @@ loop.plot_losses = lambda *args: block()
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_answering_a_file(config: Path, tmp_path: Path, number: signal.Signals) -> None:
     patch = """
-import jaxlm.inference.model as model
-model.load_weights = lambda *args: block()
+import jaxlm.inference.loading as loading
+loading.load_weights = lambda *args: block()
 """
     assert main(["--config", str(config), "--output_dir", str(tmp_path / "run"), "--train.steps", "1"]) == 0
     (tmp_path / "prompts.jsonl").write_text('{"instruction": "rock"}\n')
