@@ -145,7 +145,7 @@ def test_answers_into_one_file(
     (tmp_path / "prompts.jsonl").write_text('{"instruction": "rock"}\n')
     words = ["--model", str(model), "--predict_data", str(tmp_path / "prompts.jsonl")]
     words += ["--save_file", str(tmp_path / "answers.json"), "--max_new_tokens", "2", "--compilation_cache", "none"]
-    first = held("jaxlm.generate", "jaxlm.inference.model:load_weights", words)  # reading the model takes its time
+    first = held("jaxlm.generate", "jaxlm.inference.loading:load_weights", words)  # reading the model takes its time
     assert generate(words) == 2
     message = capsys.readouterr().err
     assert f"save_file: {tmp_path / 'answers.json'} is in use: by pid {first.pid} on this host" in message
