@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from convert.formats.mixtral import check_mixtral
 from convert.formats.peft import write_peft
 from convert.formats.tiktoken import is_tiktoken, write_tokenizer_json
 from convert.source import FORMATS, adapter_format, format_of, is_adapter, open_adapter, open_model
+from jaxlm.config.plain import plain
+from jaxlm.config.reading import build
 from jaxlm.errors import UserError
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import AdapterSource, CastSource, LeafSource, ParamSource, total_bytes
@@ -63,9 +66,9 @@ class ReadOptions:
     """How a source is read; see the arguments of `convert`, whose names these are."""
 
     adapter: bool | None = None
-    dtype: str = "keep"
-    base: str | Path | None = None
-    config: str | Path | None = None
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    base: str | None = None
+    config: str | None = None
     groups: int = 1
     alpha: float | None = None
     max_positions: int | None = None
@@ -85,7 +88,7 @@ class WriteOptions:
     """
 
     shard_size: int = parse_size(SHARD_SIZE)
-    layout: str | None = None
+    layout: Literal["dense", "mixtral"] | None = None
     shards: int = 1
     joined: bool = False
     crc: bool = False
@@ -120,7 +123,7 @@ def convert(
     *,
     source_format: Format | None = None,
     adapter: bool | None = None,
-    dtype: str = "keep",
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
     base: str | Path | None = None,
     config: str | Path | None = None,
     groups: int = 1,
@@ -156,13 +159,48 @@ def convert(
 
     Raises:
         UserError: the source has none of the formats, is damaged, or is not `source_format`; it has the format `to`
-            already; that format has no place for it; the destination exists or cannot be written.
+            already; that format has no place for it; the destination exists or cannot be written; an argument has
+            another type than here, or does nothing for these formats.
     """
-    reading = ReadOptions(adapter, dtype, base, config, groups, alpha, max_positions)
+    for name, path in (("source", source), ("destination", destination)):
+        if not isinstance(path, (str, os.PathLike)) or path == "":
+            raise UserError(f"{name}: expected a path, found {path!r}")
+    for name, named in (("to", to), ("source_format", source_format)):
+        if named is not None and named not in FORMATS:
+            raise UserError(f"{name}: {named!r} is not a format; known: {', '.join(FORMATS)}")
+    read_values: dict[str, Any] = {"adapter": adapter, "dtype": dtype, "base": base, "config": config}
+    read_values |= {"groups": groups, "alpha": alpha, "max_positions": max_positions}
+    size = parse_size(shard_size) if isinstance(shard_size, str) else shard_size
+    write_values: dict[str, Any] = {
+        "shard_size": size,
+        "layout": layout,
+        "shards": shards,
+        "joined": joined,
+        "crc": crc,
+        "base": base,
+    }
+    reading, writing = build(plain(read_values), ReadOptions), build(plain(write_values), WriteOptions)
     opened = open_source(source, source_format, to, reading)
-    size = shard_size if isinstance(shard_size, int) else parse_size(shard_size)
-    options = WriteOptions(size, layout, shards, joined, crc, None if base is None else str(base))
-    return write(to or default_format(opened), opened, destination, options, progress)
+    form: str = to or default_format(opened)
+    _check_effects("from", opened.format, reading, {"groups": "mindspore", "max_positions": "meta"})
+    if opened.adapter is None:
+        _check_effects("from", opened.format, reading, {"config": "mindspore"})
+    _check_effects("to", form, writing, _WRITTEN_TO)
+    return write(form, opened, destination, writing, progress)
+
+
+# Options of `WriteOptions` that do something for one format only.
+_WRITTEN_TO = {"shard_size": "hf", "layout": "hf", "shards": "meta", "joined": "mindspore", "crc": "mindspore"}
+
+
+def _check_effects(direction: str, form: str, options: ReadOptions | WriteOptions, only: Mapping[str, str]) -> None:
+    """Refuses an option that is not at its default and does nothing for this format."""
+    for name, needed in only.items():
+        value = getattr(options, name)
+        if form != needed and value != getattr(type(options)(), name):
+            raise UserError(
+                f"{name}: {value!r} is for conversions {direction} {needed}, this one is {direction} {form}"
+            )
 
 
 def default_format(opened: Opened) -> str:
@@ -327,6 +365,8 @@ def _check_model(form: str, source: ParamSource, options: WriteOptions) -> None:
         check_mixtral(source)
     if form == "mindspore":
         check_experts(source)
+    if form == "hf" and options.shard_size < 1:
+        raise UserError(f"--shard-size {options.shard_size}: must be positive")
     if form == "meta" and options.shards < 1:
         raise UserError(f"--shards {options.shards}: must be at least 1")
 

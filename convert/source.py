@@ -81,6 +81,8 @@ ACCEPTED = (
 
 
 def _existing(path: str | Path) -> Path:
+    if str(path).strip() == "":  # an unset variable of a shell; it would be the working directory
+        raise UserError("the path of the model is empty; give one")
     path = at_home(path)
     if path.exists():
         return path

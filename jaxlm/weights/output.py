@@ -76,7 +76,7 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{final}: the disk is full; nothing was left there. Free some space") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
             raise UserError(f"{error.filename or final}: may not be written ({error.strerror})") from None
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             inside = error.filename not in (None, str(final))
