@@ -223,6 +223,12 @@ def test_without_architectures_the_model_type_counts(model_type: str) -> None:
     assert read_config({"model_type": model_type, **SIZES}).family == family
 
 
+def test_architectures_that_are_not_a_list_are_refused() -> None:
+    # Ignored, the model_type would decide against what the file says.
+    with pytest.raises(UserError, match="architectures is 'LlamaForCausalLM'; expected a list"):
+        read_config({"architectures": "LlamaForCausalLM", "model_type": "qwen3", **SIZES})
+
+
 @pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize(
     "values",

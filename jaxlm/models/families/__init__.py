@@ -42,8 +42,10 @@ def architectures() -> list[str]:
 
 def _named_family(config: dict[str, Any]) -> Family:
     """The family that a `config.json` names, by its architecture or, without one, its model_type."""
-    listed = config.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else None
+    listed = config.get("architectures") or [None]
+    if not isinstance(listed, list):
+        raise UserError(f"config.json: architectures is {listed!r}; expected a list of one name")
+    name = listed[0]
     kind = str(config.get("model_type")).lower() if name is None else name
     for family in FAMILIES.values():
         if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
