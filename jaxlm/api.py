@@ -7,9 +7,13 @@ from typing import Literal
 
 from convert.source import open_with_adapter
 from convert.transforms.merge import MergedSource
-from jaxlm.config import MeshConfig
+from jaxlm.config import GenerateConfig, MeshConfig, to_dict
+from jaxlm.config.plain import plain
+from jaxlm.config.reading import build, check_keys
+from jaxlm.errors import UserError
 from jaxlm.inference.loaded import LoadedModel
 from jaxlm.inference.loading import ModelFiles, placement, prompt_settings
+from jaxlm.locate import locate_paths
 
 
 def load(
@@ -47,10 +51,18 @@ def load(
         UserError: the model, adapter or tokenizer cannot be read or do not fit each other, or the mesh does not fit
             the devices. The message names what to change.
     """
-    opened = open_with_adapter(str(path), None if adapter is None else str(adapter))
+    if path is None:
+        raise UserError("path: name a model, found None")
+    model = {"path": path, "adapter": adapter, "dtype": dtype, "int8": int8}
+    model |= {"merge_adapter": merge_adapter, "attention": attention}
+    values = {"model": model, "tokenizer": tokenizer, "template": template, "system": system}
+    values["mesh"] = to_dict(mesh) if isinstance(mesh, MeshConfig) else mesh
+    config = build(locate_paths(check_keys(plain(values), GenerateConfig, "load"), GenerateConfig), GenerateConfig)
+    opened = open_with_adapter(config.model.path, config.model.adapter)
     merged = opened.base if opened.adapter is None else MergedSource(opened.base, opened.adapter)
     files = ModelFiles(opened.base, opened.adapter, merged)
-    prompts = prompt_settings(files, None if tokenizer is None else str(tokenizer), template)
-    prompter = prompts.prompter(system=system)
-    placed = placement(files, dtype, int8, merge_adapter, attention, mesh)
+    prompts = prompt_settings(files, config.tokenizer, config.template)
+    prompter = prompts.prompter(system=config.system)
+    how = config.model
+    placed = placement(files, how.dtype, how.int8, how.merge_adapter, how.attention, config.mesh)
     return LoadedModel(placed.place(prompts), prompter)

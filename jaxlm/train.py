@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from jaxlm.cli.train import main
 from jaxlm.config import RunConfig, to_dict
-from jaxlm.config.reading import build
+from jaxlm.config.reading import build, check_keys
 from jaxlm.errors import UserError
 from jaxlm.locate import locate_paths
 
@@ -41,9 +41,11 @@ def train(config: RunConfig, *, verbose: bool = False) -> Outcome:
     from jaxlm.training.checks import check_config
     from jaxlm.training.stop import Stop
 
+    if not isinstance(config, RunConfig):
+        raise UserError(f"config: expected a jaxlm.RunConfig, found {type(config).__name__}")
     if config.stages is not None:
         raise UserError("stages: jaxlm.train trains one run; call it once for each stage, with the stage's own keys")
-    config = build(locate_paths(to_dict(config), RunConfig), RunConfig)
+    config = build(locate_paths(check_keys(to_dict(config), RunConfig, "config"), RunConfig), RunConfig)
     check_config(config)
     (outcome,) = run_stages([config], Stop(), verbose)  # a Stop that is not entered follows no signals
     return outcome

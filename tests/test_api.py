@@ -185,6 +185,20 @@ def test_the_spec_is_the_models(model: LoadedModel) -> None:
         (lambda m: m.generate(["rock", " "]), "prompt 1 is empty"),
         (lambda m: m.generate(IDS), r"put the ids of a single text into a list, \[ids\]"),
         (lambda m: m.generate([IDS], batch_size=0), "batch_size: 0"),
+        (lambda m: m.generate([IDS], batch_size=1.5), "batch_size: 1.5 must be a whole number"),
+        (lambda m: m.generate("rock", temperature="hot"), "temperature: expected a number, found 'hot'"),
+        (lambda m: m.generate("rock", temperature=np.inf), "temperature: inf must be .* finite"),
+        (lambda m: m.generate("rock", max_new_tokens=2.5), "max_new_tokens: expected a whole number, found 2.5"),
+        (lambda m: m.generate("rock", stop="o"), "stop: expected a list, found 'o'"),
+        (lambda m: m.generate("rock", num_beams=2, early_stopping="x"), "early_stopping: expected true or false"),
+        (lambda m: m.generate("rock", temperature=1.0, top_k=2**40), "top_k: 1099511627776 must be between 0"),
+        (lambda m: m.generate("rock", {"seed": 1}), "options: expected a jaxlm.config.Decoding"),
+        (lambda m: m.generate([[-5, 3]]), "prompt 0 holds token id -5, the model has 0 to 289"),
+        (lambda m: m.generate(None), "expected texts, or lists of token ids, found NoneType"),
+        (lambda m: m.generate(np.array(IDS)), "put the ids of a single text into a list"),
+        (lambda m: m.prompt_ids(None), "question: expected text, found None"),
+        (lambda m: m.log_probs("\ud800", "b"), "half of a Unicode character"),
+        (lambda m: m.embed(["\ud800"]), "half of a Unicode character"),
         (lambda m: m.generate([[1] * 128]), "the model's context is 128"),
         (lambda m: m.logits([]), "the text has no tokens"),
         (lambda m: m.logits([1] * 129), "129 tokens, the model's context is 128"),
@@ -206,6 +220,30 @@ def test_what_cannot_be_loaded(folder: Path) -> None:
         api.load(folder / "nowhere")
     with pytest.raises(UserError, match="there is no adapter to merge"):
         api.load(folder / "models" / "geo", merge_adapter=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("path", None),
+        ("path", ""),
+        ("dtype", "fp16"),
+        ("attention", "fast"),
+        ("int8", "perhaps"),
+        ("mesh", 3),
+        ("template", None),
+        ("system", 3),
+    ],
+)
+def test_load_names_an_argument_of_a_wrong_type(folder: Path, argument: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{argument}: "):
+        api.load(**{"path": folder / "models" / "geo", argument: value})
+
+
+def test_numpy_arrays_and_numbers_are_taken_like_pythons(model: LoadedModel) -> None:
+    expected = model.generate([IDS, IDS[::-1]], max_new_tokens=4, temperature=0.5, seed=1)
+    settings: dict[str, Any] = {"max_new_tokens": np.int64(4), "temperature": np.float32(0.5), "seed": np.uint32(1)}
+    assert model.generate(np.array([IDS, IDS[::-1]]), **settings) == expected
 
 
 def test_the_documents_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

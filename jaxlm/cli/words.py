@@ -72,7 +72,7 @@ def read_words(argv: Sequence[str], flags: Mapping[str, Flag], root: type, alias
         name = aliases.get(name, name)
         value = attached if equals else words.pop(0) if words and not words[0].startswith("--") else None
         if name == "config":
-            if value is None:
+            if not value:
                 raise UserError("--config: needs a file")
             files.append(value)
         elif name in flags:
@@ -123,6 +123,8 @@ def _parsed(key: str, word: str | None, kind: Any, before: Any) -> Any:
         kind: the type of the key; None for an unknown key.
         before: what an earlier word has set, which a list is added to.
     """
+    if word is None and kind is None:
+        return True  # whatever its value, the key is refused
     members = alternatives(kind)
     takes_text = any(member is str or typing.get_origin(member) is tuple for member in members)
     if word is None or (not word.strip() and not takes_text):

@@ -13,11 +13,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import Decoding
+from jaxlm.config.plain import plain
+from jaxlm.config.reading import build
 from jaxlm.devices.mesh import use_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.answering import Completion, complete
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.options import check_stop_ids
+from jaxlm.inference.options import check_decoding, check_stop_ids
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.rows import bucket, divisible, fetch
 from jaxlm.models.unrolled import hidden_states, last_layer, logits_of
@@ -65,6 +67,9 @@ class LoadedModel:
         Raises:
             UserError: for an empty question, or an input that the template would not show.
         """
+        for name, text in (("question", question), ("input", input)):
+            if not isinstance(text, str) and (name == "question" or text is not None):
+                raise UserError(f"prompt_ids: {name}: expected text, found {text!r}")
         return self._prompter.question(question, input)
 
     def generate(
@@ -78,8 +83,8 @@ class LoadedModel:
         """Answers prompts; the same texts that `python -m jaxlm.generate` gives.
 
         Args:
-            prompts: questions, which are put into the model's template, or lists of token ids, which are continued as
-                they stand. A single text is a list of one.
+            prompts: questions, which are put into the model's template, or lists (or rows of an array) of token ids,
+                which are continued as they stand. A single text is a list of one.
             options: how to decode; default: greedy, at most 256 tokens.
             batch_size: prompts answered together.
             settings: fields of `jaxlm.config.Decoding` that replace those of `options`, e.g. max_new_tokens=64,
@@ -92,14 +97,10 @@ class LoadedModel:
             UserError: for a prompt that is empty, does not fit the context, or holds an id that the model does not
                 have; for settings that cannot be meant.
         """
-        known = [field.name for field in dataclasses.fields(Decoding)]
-        for name in settings:
-            if name not in known:
-                raise UserError(f"generate: {name!r} is not a setting; known: {', '.join(known)}")
-        options = dataclasses.replace(options or Decoding(), **settings)
+        options = _decoding(options, settings)
+        check_decoding(options)
         check_stop_ids(options, self._generator.decoder.spec.vocab_size)
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} must be at least 1")
+        _check_batch_size(batch_size)
         ids: dict[int, Ids] = {}
         for number, prompt in enumerate(_listed(prompts)):
             name = f"prompt {number}"
@@ -155,7 +156,7 @@ class LoadedModel:
 
     def _joined(self, prompt: str, continuation: str) -> tuple[list[int], int]:
         """Tokens of both texts, and the number of those that belong to the prompt alone."""
-        encoding = self.tokenizer.encode(prompt + continuation)
+        encoding = self.tokenizer.encode(_whole(prompt + continuation))
         opening = list(self.tokenizer.opening) if self.tokenizer.adds_bos else []
         inside = sum(end <= len(prompt) for _, end in encoding.offsets)
         return [*opening, *encoding.ids], len(opening) + inside
@@ -180,8 +181,7 @@ class LoadedModel:
         """
         if pooling not in ("mean", "last"):
             raise UserError(f"embed: pooling {pooling!r} must be mean or last")
-        if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} must be at least 1")
+        _check_batch_size(batch_size)
         ids = [self._plain_ids(text) if isinstance(text, str) else _plain(text) for text in _listed(texts)]
         order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
         result = np.zeros((len(ids), self._generator.decoder.spec.hidden_size), np.float32)
@@ -197,7 +197,7 @@ class LoadedModel:
 
     def _plain_ids(self, text: str) -> list[int]:
         opening = list(self.tokenizer.opening) if self.tokenizer.adds_bos else []
-        return [*opening, *self.tokenizer.encode(text).ids]
+        return [*opening, *self.tokenizer.encode(_whole(text)).ids]
 
     def _last_layer(self, texts: Sequence[Ids]) -> tuple[jax.Array, jax.Array]:
         """What the last layer gives of texts [R, T, D], and their lengths [R]; the last rows only fill up the mesh."""
@@ -235,14 +235,41 @@ class LoadedModel:
         return found
 
 
+def _decoding(options: Decoding | None, settings: Mapping[str, Any]) -> Decoding:
+    """The options with these settings, their types checked like those of a file."""
+    if options is not None and not isinstance(options, Decoding):
+        raise UserError(f"options: expected a jaxlm.config.Decoding, found {options!r}")
+    known = [field.name for field in dataclasses.fields(Decoding)]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"generate: {name!r} is not a setting; known: {', '.join(known)}")
+    values = {name: getattr(options or Decoding(), name) for name in known} | dict(settings)
+    return build(plain(values), Decoding)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not (isinstance(batch_size, (int, np.integer)) and batch_size >= 1):
+        raise UserError(f"batch_size: {batch_size!r} must be a whole number, at least 1")
+
+
 def _listed(values: str | Sequence[Any]) -> Sequence[Any]:
-    if isinstance(values, Mapping) or (not isinstance(values, str) and values and _is_number(values[0])):
-        raise UserError("expected texts, or lists of token ids: put the ids of a single text into a list, [ids]")
-    return [values] if isinstance(values, str) else values
+    if isinstance(values, str):
+        return [values]
+    wanted = "expected texts, or lists of token ids"
+    if isinstance(values, bytes) or not isinstance(values, (Sequence, np.ndarray, jax.Array)):
+        raise UserError(f"{wanted}, found {type(values).__name__}")
+    if len(values) and np.ndim(values[0]) == 0 and not isinstance(values[0], str):
+        raise UserError(f"{wanted}: put the ids of a single text into a list, [ids]")
+    return values
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, np.integer))
+def _whole(text: str) -> str:
+    """The text, unless it holds half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text holds half of a Unicode character (a lone surrogate) at {error.start}") from None
+    return text
 
 
 def _plain(ids: Ids) -> list[int]:

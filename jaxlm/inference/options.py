@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 
@@ -10,13 +12,14 @@ def check_decoding(options: Decoding) -> None:
     """Raises UserError for a value that cannot be meant, naming key, value and range."""
     checks = [
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
-        ("temperature", options.temperature >= 0, "0 (take the most probable token) or more"),
-        ("top_k", options.top_k >= 0, "0 (off) or more"),
+        ("temperature", 0 <= options.temperature < math.inf, "0 (take the most probable token) or more, and finite"),
+        ("top_k", 0 <= options.top_k < 2**31, "between 0 (off) and 2147483647"),
         ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1 (off)"),
         ("min_p", 0 <= options.min_p <= 1, "between 0 (off) and 1"),
-        ("repetition_penalty", options.repetition_penalty > 0, "above 0; 1 is off"),
-        ("no_repeat_ngram_size", options.no_repeat_ngram_size >= 0, "0 (off) or more"),
+        ("repetition_penalty", 0 < options.repetition_penalty < math.inf, "above 0 and finite; 1 is off"),
+        ("no_repeat_ngram_size", 0 <= options.no_repeat_ngram_size < 2**31, "between 0 (off) and 2147483647"),
         ("num_beams", options.num_beams >= 1, "at least 1"),
+        ("length_penalty", math.isfinite(options.length_penalty), "finite"),
         ("samples", options.samples >= 1, "at least 1"),
         ("seed", 0 <= options.seed < 2**32, "between 0 and 4294967295"),
         ("stop", "" not in options.stop, "texts that are not empty"),

@@ -78,10 +78,11 @@ class DeviceModel:
                 f"{name} has {len(ids)} tokens, the model's context is {self.max_length}, answer included; "
                 "shorten it (nothing is cut off silently)"
             )
-        if max(ids) >= self.decoder.spec.vocab_size:
+        last = self.decoder.spec.vocab_size - 1
+        if not 0 <= min(ids) <= max(ids) <= last:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
             raise UserError(
-                f"{name} holds token id {max(ids)}, the model has {self.decoder.spec.vocab_size}; "
-                "the tokenizer belongs to another model"
+                f"{name} holds token id {wrong}, the model has 0 to {last}; the tokenizer belongs to another model"
             )
 
 

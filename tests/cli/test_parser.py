@@ -11,12 +11,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxlm.cli.parser import parse_run
 from jaxlm.cli.train import main
 from jaxlm.cli.words import Flag
-from jaxlm.config import DataConfig, RunConfig
+from jaxlm.config import DataConfig, RunConfig, SourceConfig, to_dict
 from jaxlm.config.schema import all_keys
 from jaxlm.errors import UserError
 from jaxlm.training.checks import check_config, check_files
@@ -179,6 +180,25 @@ def test_a_reader_may_take_only_the_beginning(words: tuple[str, ...]) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_unknown_key_without_a_value_is_refused_as_unknown() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'train\.stps'; did you mean 'train\.steps'"):
+        parsed("--train.stps")
+
+
+def test_config_needs_a_file() -> None:
+    with pytest.raises(UserError, match="--config: needs a file"):
+        parsed("--config", "")
+
+
+def test_paths_and_numbers_of_numpy_are_plain_values() -> None:
+    config = DataConfig(
+        train=(SourceConfig(path=Path("a.json"), weight=np.float32(0.5)),), sequence_length=np.int64(64)
+    )  # type: ignore[arg-type]
+    plain = to_dict(config)
+    assert plain["train"][0]["path"] == "a.json" and type(plain["sequence_length"]) is int
+    assert type(plain["train"][0]["weight"]) is float and plain["packing"] is config.packing
 
 
 def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:

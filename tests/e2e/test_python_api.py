@@ -57,6 +57,10 @@ def test_a_mistake_is_raised_as_the_command_says_it(config: jaxlm.RunConfig) -> 
         jaxlm.train(dataclasses.replace(config, model=dataclasses.replace(config.model, shape=None)))
     with pytest.raises(UserError, match=r"stages: jaxlm\.train trains one run"):
         jaxlm.train(dataclasses.replace(config, stages=[{"name": "a"}]))
+    with pytest.raises(UserError, match=r"unknown key 'lora\.targts'; did you mean 'lora\.targets'"):
+        jaxlm.train(dataclasses.replace(config, lora={"targts": ["q_proj"]}))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"expected a jaxlm\.RunConfig, found dict"):
+        jaxlm.train({"model": "x"})  # type: ignore[arg-type]
 
 
 def test_the_docs_example_runs(

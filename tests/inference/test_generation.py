@@ -229,7 +229,8 @@ def test_unstacked_weights_are_those_that_are_loaded() -> None:
     [
         ([], "the prompt is empty"),
         ([5] * 128, "the prompt has 128 tokens, the model's context is 128"),
-        ([96], "token id 96, the model has 96"),
+        ([3, -1], "token id -1, the model has 0 to 95"),
+        ([96], "token id 96, the model has 0 to 95"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_refused(plain: Generator, prompt: list[int], message: str) -> None:
