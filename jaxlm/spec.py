@@ -287,6 +287,7 @@ class DecoderSpec:
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
         embedding_norm: whether there is a norm behind the embedding.
+        logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
         bos_token_id, eos_token_id, pad_token_id: what the checkpoint says of its special tokens.
@@ -301,6 +302,7 @@ class DecoderSpec:
     tied_head: bool = False
     embedding_scale: float | None = None
     embedding_norm: bool = False
+    logits_soft_cap: float | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -310,7 +312,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, sizes, zero=("num_layers",))
+        _check_positive(self, (*sizes, "logits_soft_cap"), zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
         if len(self.period) > 1 and len(set(self.period)) == 1:
