@@ -112,6 +112,8 @@ class AttentionSpec:
         window: each token sees the last `window` tokens, itself among them; None for all.
         rotary_dim: number of dims of a head that positions turn, the first ones; None for all h.
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
+        scale: what scores are multiplied with; None for h**-0.5.
+        soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
     """
 
     num_heads: int
@@ -124,9 +126,12 @@ class AttentionSpec:
     window: int | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
+    scale: float | None = None
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim"))
+        sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
+        _check_positive(self, sizes)
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise UserError(
                 f"config: rotary_dim {self.rotary_dim} is not an even number up to head_dim {self.head_dim}"

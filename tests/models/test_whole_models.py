@@ -103,7 +103,7 @@ def gated_layer(state: dict[str, np.ndarray], at: str, norms: dict[str, str]) ->
 
 
 def test_gemma_2() -> None:
-    """Caps on the logits."""
+    """Caps on the logits and on the scores of attention, whose scale is its own."""
     gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
     config = gemma.Gemma2Config(
         vocab_size=V,
@@ -113,9 +113,9 @@ def test_gemma_2() -> None:
         num_key_value_heads=K,
         head_dim=DIM,
         intermediate_size=F,
-        query_pre_attn_scalar=DIM,
+        query_pre_attn_scalar=20,
         sliding_window=4,
-        attn_logit_softcapping=None,
+        attn_logit_softcapping=1.5,
         final_logit_softcapping=3.0,
         rms_norm_eps=1e-6,
         attn_implementation="eager",
@@ -135,7 +135,7 @@ def test_gemma_2() -> None:
 
     period = tuple(
         LayerSpec(
-            AttentionSpec(H, K, DIM, RopeSpec(), window=window),
+            AttentionSpec(H, K, DIM, RopeSpec(), window=window, scale=20**-0.5, soft_cap=1.5),
             FeedForwardSpec(F, "gelu_tanh"),
             output_norms=True,
         )
