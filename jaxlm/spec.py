@@ -105,7 +105,8 @@ class AttentionSpec:
         num_heads: H.
         num_kv_heads: K; divides H.
         head_dim: h.
-        rope: rotary positions.
+        rope: rotary positions; None for none, so that without `alibi` only the mask tells tokens apart (NoPE).
+        alibi: scores sink with the distance of query and key, in each head at a slope of its own (arXiv:2108.12409).
         qkv_bias: whether q, k and v have a bias.
         o_bias: whether the output projection has a bias.
         qk_norm: a norm over the head dim of q and of k, before the positions; None for none.
@@ -119,7 +120,7 @@ class AttentionSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: RopeSpec = RopeSpec()
+    rope: RopeSpec | None = RopeSpec()
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: NormSpec | None = None
@@ -128,6 +129,7 @@ class AttentionSpec:
     rotary_interleaved: bool = False
     scale: float | None = None
     soft_cap: float | None = None
+    alibi: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
@@ -141,8 +143,25 @@ class AttentionSpec:
                 f"config: num_attention_heads {self.num_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.rope is not None and self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
+        if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
+            raise UserError("config: rotary_dim and rotary_interleaved describe rotary positions, but rope is null")
+        if self.rope is not None and self.alibi:
+            raise UserError(
+                "config: a layer has rotary positions or alibi, not both; set rope to null or alibi to false"
+            )
+
+    @property
+    def rotary(self) -> RopeSpec:
+        """The rotary positions, for code that can do nothing without.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.rope is None:
+            raise UserError("a model without rotary positions is not supported here")
+        return self.rope
 
 
 @dataclass(frozen=True)
@@ -414,7 +433,9 @@ class DecoderSpec:
         return build(cls, values, where)
 
 
-def _stretched(rope: RopeSpec, length: int) -> int:
+def _stretched(rope: RopeSpec | None, length: int) -> int:
+    if rope is None:
+        return length
     if rope.rope_type in ("linear", "dynamic"):
         return int(length * (rope.factor or 1.0))
     if rope.rope_type == "yarn":

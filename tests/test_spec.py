@@ -72,6 +72,10 @@ def test_json_there_and_back() -> None:
         ),
         (lambda v: v["period"][0]["attention"]["rope"].update(rope_type="yarn"), r"\.rope: .*'yarn' needs a 'factor'"),
         (lambda v: v["period"][2]["feed_forward"]["experts"].update(num_experts=5), "does not divide the 48 neurons"),
+        (lambda v: v["period"][0]["attention"].update(alibi=True), "rotary positions or alibi, not both"),
+        (lambda v: v["period"][0]["attention"].update(rope=None, rotary_dim=4), "but rope is null"),
+        (lambda v: v["period"][0]["attention"].update(soft_cap=0), "soft_cap is 0; expected a positive number"),
+        (lambda v: v.update(logits_soft_cap=-1.0), "logits_soft_cap is -1.0; expected a positive number"),
         (lambda v: v.update(vocab_size=0), "vocab_size is 0; expected a positive number"),
         (lambda v: v.update(period=[]), "period is empty"),
         (lambda v: v.update(period=v["period"][:1] * 2), "period repeats one description"),
@@ -88,6 +92,23 @@ def test_layers_that_differ_have_no_uniform_description() -> None:
     assert spec((LOCAL,)).uniform_layer == LOCAL
     with pytest.raises(UserError, match="layers differ"):
         _ = spec().uniform_layer
+
+
+def test_fields_that_older_files_do_not_have_change_nothing() -> None:
+    values = json.loads(json.dumps(spec().to_dict()))
+    del values["logits_soft_cap"]
+    for layer in values["period"]:
+        for name in ("scale", "soft_cap", "alibi"):
+            del layer["attention"][name]
+    assert DecoderSpec.from_dict(values) == spec()
+
+
+def test_no_positions_there_and_back() -> None:
+    made = spec((LOCAL,)).with_attention(rope=None, alibi=True)
+    assert DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert made.max_length == 2048
+    with pytest.raises(UserError, match="without rotary positions"):
+        _ = made.attention.rotary
 
 
 def test_experts_are_set_and_removed_in_every_layer() -> None:

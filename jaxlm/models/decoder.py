@@ -43,7 +43,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
 }
 
-Angles = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, h/2] float32
+# cos and sin, each [B, T, h/2] float32; None for a layer without rotary positions.
+Angles = tuple[jax.Array | None, jax.Array | None]
 
 
 class Block(nn.Module):
@@ -270,8 +271,11 @@ class Decoder(nn.Module):
     def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
         """For each layer of the period what `rope_cos_sin` gives; computed once where layers agree."""
         by_rope: dict[Any, Angles] = {}
-        result = []
+        result: list[Angles] = []
         for layer in self.spec.period:
+            if layer.attention.rope is None:
+                result.append((None, None))
+                continue
             key = layer.attention.rope, layer.attention.rotary_dim or layer.attention.head_dim
             if key not in by_rope:
                 by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
