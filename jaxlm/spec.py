@@ -98,6 +98,31 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class LearnedPositionsSpec:
+    """A trained vector for each position, added to the token's.
+
+    Args:
+        num_rows: number of rows of the table.
+        offset: row of position 0: 2 in OPT, whose first rows belong to padding.
+    """
+
+    num_rows: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("num_rows", "offset"), zero=("offset",))
+        if self.offset >= self.num_rows:
+            raise UserError(
+                f"config: learned_positions has {self.num_rows} rows, all of them below offset {self.offset}"
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions that have a row."""
+        return self.num_rows - self.offset
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Causal grouped-query self-attention.
 
@@ -310,6 +335,7 @@ class DecoderSpec:
         norm: of every layer, and of the last hidden states.
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
+        learned_positions: vectors of positions, added to the scaled embedding; None for none.
         embedding_norm: whether there is a norm behind the embedding.
         logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
@@ -327,6 +353,7 @@ class DecoderSpec:
     embedding_scale: float | None = None
     embedding_norm: bool = False
     logits_soft_cap: float | None = None
+    learned_positions: LearnedPositionsSpec | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -414,7 +441,8 @@ class DecoderSpec:
     @property
     def max_length(self) -> int:
         """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
-        return min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
+        longest = min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
+        return longest if self.learned_positions is None else min(longest, self.learned_positions.num_positions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
