@@ -30,6 +30,8 @@ TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "layer")
 PARALLEL = ("own_norm", "shared_norm")
+NORM_PLACES = ("pre", "post", "both")
+QK_NORM_OVER = ("head", "all")
 
 
 def _check_positive(spec: Any, names: tuple[str, ...], zero: tuple[str, ...] = ()) -> None:
@@ -134,7 +136,9 @@ class AttentionSpec:
         alibi: scores sink with the distance of query and key, in each head at a slope of its own (arXiv:2108.12409).
         qkv_bias: whether q, k and v have a bias.
         o_bias: whether the output projection has a bias.
-        qk_norm: a norm over the head dim of q and of k, before the positions; None for none.
+        qk_norm: a norm of q and of k, before the positions; None for none.
+        qk_norm_over: head: over the dims of each head, with one scale for all heads (Qwen 3); all: over the dims of all
+            heads together (OLMo 2).
         window: each token sees the last `window` tokens, itself among them; None for all.
         rotary_dim: number of dims of a head that positions turn, the first ones; None for all h.
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
@@ -155,6 +159,7 @@ class AttentionSpec:
     scale: float | None = None
     soft_cap: float | None = None
     alibi: bool = False
+    qk_norm_over: str = "head"
 
     def __post_init__(self) -> None:
         sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
@@ -168,6 +173,8 @@ class AttentionSpec:
                 f"config: num_attention_heads {self.num_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
+        if self.qk_norm_over not in QK_NORM_OVER:
+            raise UserError(f"config: qk_norm_over {self.qk_norm_over!r} is not one of {', '.join(QK_NORM_OVER)}")
         if self.rope is not None and self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
         if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
@@ -284,20 +291,26 @@ class FeedForwardSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: attention and feed-forward, each of a norm of the hidden states and added to them.
+    """One decoder layer: attention and feed-forward, each computed from the hidden states and added to them.
 
     Args:
-        output_norms: whether there is a norm of each one's output too, before it is added (Gemma 2).
+        norms: pre: attention and feed-forward see a norm of the hidden states (LLaMA); post: they see the hidden states
+            themselves, and what they give has a norm before it is added (OLMo 2), which is not BERT's norm of the sum;
+            both: what they see and what they give have one (Gemma 2).
         parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
     """
 
     attention: AttentionSpec
     feed_forward: FeedForwardSpec
-    output_norms: bool = False
+    norms: str = "pre"
     parallel: str | None = None
 
     def __post_init__(self) -> None:
+        if self.norms not in NORM_PLACES:
+            raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
+        if self.norms == "post" and self.parallel is not None:
+            raise UserError(f"config: parallel {self.parallel!r} names a norm before the layers; norms 'post' has none")
         if self.parallel not in (None, *PARALLEL):
             raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
 

@@ -78,6 +78,9 @@ def test_json_there_and_back() -> None:
         (lambda v: v["period"][0]["attention"].update(soft_cap=0), "soft_cap is 0; expected a positive number"),
         (lambda v: v.update(logits_soft_cap=-1.0), "logits_soft_cap is -1.0; expected a positive number"),
         (lambda v: v.update(learned_positions={"num_rows": 2, "offset": 2}), "learned_positions: .*below offset 2"),
+        (lambda v: v["period"][0].update(norms="after"), "norms 'after' is not one of pre, post, both"),
+        (lambda v: v["period"][0].update(norms="post", parallel="own_norm"), "norms 'post' has none"),
+        (lambda v: v["period"][0]["attention"].update(qk_norm_over="layer"), "'layer' is not one of head, all"),
         (lambda v: v.update(vocab_size=0), "vocab_size is 0; expected a positive number"),
         (lambda v: v.update(period=[]), "period is empty"),
         (lambda v: v.update(period=v["period"][:1] * 2), "period repeats one description"),
@@ -100,7 +103,8 @@ def test_fields_that_older_files_do_not_have_change_nothing() -> None:
     values = json.loads(json.dumps(spec().to_dict()))
     del values["logits_soft_cap"], values["learned_positions"]
     for layer in values["period"]:
-        for name in ("scale", "soft_cap", "alibi"):
+        del layer["norms"]
+        for name in ("scale", "soft_cap", "alibi", "qk_norm_over"):
             del layer["attention"][name]
     assert DecoderSpec.from_dict(values) == spec()
 

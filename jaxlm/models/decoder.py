@@ -78,10 +78,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         shared = (self.hidden_size, self.init_std, self.adapters, self.dtype, self.param_dtype)
         norm = partial(Norm, self.norm, self.dtype, self.param_dtype)
-        self.input_layernorm = norm()
-        if self.spec.parallel != "shared_norm":
-            self.post_attention_layernorm = norm()
-        if self.spec.output_norms:
+        if self.spec.norms != "post":
+            self.input_layernorm = norm()
+            if self.spec.parallel != "shared_norm":
+                self.post_attention_layernorm = norm()
+        if self.spec.norms != "pre":
             self.attention_output_norm = norm()
             self.feed_forward_output_norm = norm()
         self.self_attn = SelfAttention(*shared, self.spec.attention, self.attention)
@@ -107,18 +108,20 @@ class Block(nn.Module):
             cache: of a layer that writes (see `SelfAttention`).
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        normed = self.input_layernorm(x)
+        normed = x if self.spec.norms == "post" else self.input_layernorm(x)
         attended, kept = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
-        if self.spec.output_norms:
+        if self.spec.norms != "pre":
             attended = self.attention_output_norm(attended)
         middle = x + attended
+        if self.spec.norms == "post":
+            return middle, middle, kept
         if self.spec.parallel == "shared_norm":
             return middle, normed, kept
         return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), kept
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """The second half's sum: what `attend` gave with the feed-forward layer's output added, [B, T, D]."""
-        return x + (self.feed_forward_output_norm(out) if self.spec.output_norms else out)
+        return x + (out if self.spec.norms == "pre" else self.feed_forward_output_norm(out))
 
     def __call__(
         self,

@@ -54,7 +54,10 @@ class SelfAttention(WithLinears):
         def normed(name: str, heads: jax.Array) -> jax.Array:
             if s.qk_norm is None:
                 return heads
-            return Norm(s.qk_norm, self.dtype, self.param_dtype, name=name)(heads)
+            norm = Norm(s.qk_norm, self.dtype, self.param_dtype, name=name)
+            if s.qk_norm_over == "head":
+                return norm(heads)
+            return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
 
         def turned(heads: jax.Array) -> jax.Array:
             if cos is None or sin is None:

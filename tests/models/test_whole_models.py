@@ -149,7 +149,7 @@ def test_gemma_2() -> None:
         LayerSpec(
             AttentionSpec(H, K, DIM, RopeSpec(), window=window, scale=20**-0.5, soft_cap=1.5),
             FeedForwardSpec(F, "gelu_tanh"),
-            output_norms=True,
+            norms="both",
         )
         for window in (4, None)
     )
@@ -291,3 +291,40 @@ def test_positions_of_packed_documents_are_their_own() -> None:
         row = apply({"params": params}, IDS[:1], np.r_[0:5, 0:7][None], np.repeat([1, 2], [5, 7])[None])
         alone = [apply({"params": params}, IDS[:1, part]) for part in (slice(5), slice(5, None))]
         np.testing.assert_allclose(row, np.concatenate(alone, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_olmo_2() -> None:
+    """Norms of outputs alone, and of q and k over all heads."""
+    olmo = pytest.importorskip("transformers.models.olmo2.modeling_olmo2")
+    config = olmo.Olmo2Config(
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=H,
+        num_key_value_heads=K,
+        intermediate_size=F,
+        rms_norm_eps=1e-6,
+        attn_implementation="eager",
+        pad_token_id=None,
+    )
+    norms = {
+        "attention_output_norm": "post_attention_layernorm",
+        "feed_forward_output_norm": "post_feedforward_layernorm",
+    }
+
+    def params_of(state: dict[str, np.ndarray]) -> Tree:
+        layers = [gated_layer(state, f"model.layers.{n}", norms) for n in range(2)]
+        for n, layer in enumerate(layers):
+            layer["self_attn"] |= {
+                name: norm(state, f"model.layers.{n}.self_attn.{name}") for name in ("q_norm", "k_norm")
+            }
+        return {
+            "embed_tokens": {"embedding": state["model.embed_tokens.weight"]},
+            "lm_head": {"kernel": state["lm_head.weight"]},
+            "norm": norm(state, "model.norm"),
+            "layers": stacked(layers, 1),
+        }
+
+    attention = AttentionSpec(H, K, DIM, RopeSpec(), qk_norm=NormSpec(1e-6), qk_norm_over="all")
+    layer = LayerSpec(attention, FeedForwardSpec(F), norms="post")
+    check(olmo.Olmo2ForCausalLM(config), params_of, DecoderSpec("made up", V, D, 2, (layer,), NormSpec(1e-6)))
