@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import check_version, read_fields
+from jaxlm.jsonfields import build, check_version
 from jaxlm.jsontext import parse
 
 MODALITIES_FILE = "modalities.json"
@@ -226,7 +226,7 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
         content = parse(path.read_text(encoding="utf-8"))
         check_version(content, VERSION, path)
         listed = list(content["modalities"])
-        entries = [Modality(**read_fields(Modality, entry, f"{path}: {n}")) for n, entry in enumerate(listed)]
+        entries = [build(Modality, entry, f"{path}: {n}") for n, entry in enumerate(listed)]
         for modality in entries:
             re.compile(modality.pattern or "")
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:

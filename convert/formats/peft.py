@@ -12,7 +12,7 @@ import numpy as np
 from convert.transforms.adapter_order import in_original_order
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import described, fits
+from jaxlm.jsonfields import checked
 from jaxlm.jsontext import read_object
 from jaxlm.models.adapters import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
 from jaxlm.models.families import family_of
@@ -146,8 +146,7 @@ def parse_config(
     rank, alpha = values.get("r"), values.get("lora_alpha", 8)
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where}: r is {rank!r}; the rank of an adapter is at least 1")
-    if not fits(alpha, float, "lora_alpha"):
-        raise UserError(f"{where}: lora_alpha is {alpha!r}; expected a number")
+    checked(alpha, float, f"{where}: lora_alpha")
     targets, layers = _targets(values, config, where)
     lora = LoraConfig(
         rank=rank,
@@ -166,8 +165,8 @@ def parse_config(
 def check_types(values: dict[str, Any], where: Path) -> None:
     """Refuses values of an adapter_config.json that are of another type than PEFT writes, by name."""
     for key, kind in _TYPES.items():
-        if key in values and not fits(values[key], kind, key):
-            raise UserError(f"{where}: {key} is {values[key]!r}; expected {described(kind)}")
+        if key in values:
+            checked(values[key], kind, f"{where}: {key}")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in values.get(key) or {}:
             try:
