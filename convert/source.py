@@ -20,6 +20,7 @@ from convert.formats.mindspore import (
     MindSporeAdapter,
     MindSporeSource,
     find_files,
+    has_embedding,
     is_lora,
     looks_like_mindspore,
     read_files,
@@ -32,7 +33,6 @@ from jaxlm.locate import at_home, find_base, missing
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.files import find_weights
 from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ParamSource
-from jaxlm.weights.names import rule_for
 from jaxlm.weights.native.layout import find_native
 from jaxlm.weights.native.model_json import read_model_json
 from jaxlm.weights.native.read import NativeAdapter, NativeSource, check_adapter_leaves
@@ -156,7 +156,7 @@ def is_adapter(path: str | Path) -> bool:
     if path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path)):
         return False
     tensors = read_files(_mindspore_files(path), check=False)
-    return is_lora(tensors) and rule_for("embed_tokens/embedding").mindspore not in tensors
+    return is_lora(tensors) and not has_embedding(tensors)
 
 
 def recorded_base(adapter: str | Path) -> str:

@@ -265,7 +265,7 @@ def _saved_in_file(
     saved: tuple[str, ...], tensors: dict[str, StoredTensor], values: dict[str, Any], config: DecoderSpec, weights: Path
 ) -> tuple[str, ...]:
     # PEFT stores resized embeddings even when modules_to_save does not name them.
-    names = {module: f"{PEFT_PREFIX}{saved_module_name(module)}" for module in SAVEABLE}
+    names = {module: f"{PEFT_PREFIX}{saved_module_name(config, module)}" for module in SAVEABLE}
     saved = tuple(module for module in SAVEABLE if module in saved or names[module] in tensors)
     if not config.tied_head or not {"embed_tokens", "lm_head"} & set(saved):
         return saved
@@ -280,7 +280,7 @@ def _saved_in_file(
 
 
 def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: DecoderSpec) -> tuple[Entry, Shape]:
-    name = f"{PEFT_PREFIX}{saved_module_name(module)}"
+    name = f"{PEFT_PREFIX}{saved_module_name(config, module)}"
     shape = leaf_shapes(config)[SAVEABLE[module]]
     if module != "norm" and name in tensors and len(tensors[name].shape) == 2:
         shape = (tensors[name].shape[0], shape[1])  # added tokens
@@ -338,9 +338,9 @@ def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
     for module in source.lora.modules_to_save:
         path = f"modules_to_save/{SAVEABLE[module]}"
         leaf = source.leaves[path]
-        names = [saved_module_name(module)]
+        names = [saved_module_name(source.config, module)]
         if module == "embed_tokens" and source.config.tied_head:
-            names.append(saved_module_name("lm_head"))  # PEFT stores a tied head beside its embedding
+            names.append(saved_module_name(source.config, "lm_head"))  # PEFT stores a tied head beside its embedding
         for name in names:
             layout = Layout(leaf.shape, leaf.shape, tuple(range(len(leaf.shape))))
             entry = Entry(f"{PEFT_PREFIX}{name}", path, None, layout)
