@@ -112,6 +112,8 @@ class AttentionSpec:
         window: each token sees the last `window` tokens, itself among them; None for all.
         rotary_dim: number of dims of a head that positions turn, the first ones; None for all h.
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
+        scale: what scores are multiplied with; None for h**-0.5.
+        soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
     """
 
     num_heads: int
@@ -124,9 +126,12 @@ class AttentionSpec:
     window: int | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
+    scale: float | None = None
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim"))
+        sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
+        _check_positive(self, sizes)
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise UserError(
                 f"config: rotary_dim {self.rotary_dim} is not an even number up to head_dim {self.head_dim}"
@@ -287,6 +292,7 @@ class DecoderSpec:
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
         embedding_norm: whether there is a norm behind the embedding.
+        logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
         bos_token_id, eos_token_id, pad_token_id: what the checkpoint says of its special tokens.
@@ -301,6 +307,7 @@ class DecoderSpec:
     tied_head: bool = False
     embedding_scale: float | None = None
     embedding_norm: bool = False
+    logits_soft_cap: float | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -310,7 +317,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, sizes, zero=("num_layers",))
+        _check_positive(self, (*sizes, "logits_soft_cap"), zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
         if len(self.period) > 1 and len(set(self.period)) == 1:

@@ -23,7 +23,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.backend import AttentionBackend
-from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
+from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy, soft_capped
 from jaxlm.nn.attention import KVCache
 from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import ExpertsFeedForward
@@ -254,8 +254,11 @@ class Decoder(nn.Module):
 
     def head(self, x: jax.Array) -> jax.Array:
         """Logits [..., V] float32 of what the last layer gives [..., D]."""
-        x, matrix = self._normed(x)
-        return output_logits(x, matrix, self.dtype)
+        return self._logits(*self._normed(x))
+
+    def _logits(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of final hidden states [..., D]."""
+        return soft_capped(output_logits(x, matrix, self.dtype), self.spec.logits_soft_cap)
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Final hidden states [..., D] and the output matrix [V, D]."""
@@ -348,8 +351,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits [B, T, V] float32."""
-        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic)
-        return output_logits(x, matrix, self.dtype)
+        return self._logits(*self.hidden(input_ids, positions, segment_ids, deterministic))
 
     def loss(
         self,
@@ -376,7 +378,8 @@ class Decoder(nn.Module):
         x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
-        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy)
+        cap = self.spec.logits_soft_cap
+        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy, soft_cap=cap)
 
 
 def _stacked(body: Any, length: int) -> Any:

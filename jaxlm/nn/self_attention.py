@@ -64,11 +64,13 @@ class SelfAttention(WithLinears):
         k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
         k = checkpoint_name(turned(k), "k")
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
+        mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap)
         if cache is None:
-            out = attention(q, k, v, MaskSpec(segment_ids, window=s.window), self.backend)
+            mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
+            out = attention(q, k, v, mask, self.backend)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:
-            out, cache = cached_attention(q, k, v, cache, s.window, self.backend)
+            out, cache = cached_attention(q, k, v, cache, mask, self.backend)
         inputs = {"heads": s.num_heads, "head_dim": s.head_dim}
         projected = self._linear("o_proj", inputs, {"embed": self.hidden_size}, s.o_bias)(out, layer, deterministic)
         return projected, cache
