@@ -244,7 +244,7 @@ def _check_count(where: Path, dim: int, shards: list[dict[str, Tensor]], files: 
 def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, int]:
     """V and F from the shapes of all shards."""
     _check_count(where, params["dim"], shards, files)
-    found = []
+    totals = []
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         total = 0
         for shard, file in zip(shards, files, strict=True):
@@ -253,8 +253,8 @@ def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]],
                     f"{file}: tensor {name!r} is missing or is not a matrix; that is not a shard of a LLaMA model"
                 )
             total += shard[name].shape[0]
-        found.append(total)
-    vocab, hidden = found
+        totals.append(total)
+    vocab, hidden = totals
     for key, value, expected in (
         ("vocab_size", params["vocab_size"], vocab),
         ("head_dim", params.get("head_dim"), params["dim"] // params["n_heads"]),
@@ -328,10 +328,10 @@ def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], conf
     whole: Tensor = parts[0]
     if count > 1 and tensor.split:
         allowed = [(dim, _part_shape(stored, dim, count)) for dim in tensor.split]
-        dim = next((dim for dim, shape in allowed if all(found == shape for found in shapes)), None)
+        dim = next((dim for dim, shape in allowed if all(part == shape for part in shapes)), None)
         if dim is None:
             expected = " or ".join(str(list(shape)) for _, shape in allowed)
-            wrong = next((i for i, found in enumerate(shapes) if found != allowed[0][1]), 0)
+            wrong = next((i for i, part in enumerate(shapes) if part != allowed[0][1]), 0)
             raise UserError(
                 f"{files[wrong]}: tensor {entry.name!r} has shape {list(shapes[wrong])}, expected {expected}: "
                 f"{list(stored)} split into {count} shards"

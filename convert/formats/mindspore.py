@@ -307,7 +307,7 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
     def token(key: str, default: int) -> Any:
         value = section.get(key, default)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if any(item is not None and type(item) is not int for item in ids):
+        if any(index is not None and type(index) is not int for index in ids):
             raise UserError(f"model.model_config.{key} is not a token id")
         return tuple(ids) if isinstance(value, list) else value
 
@@ -419,9 +419,9 @@ def _factor_key(entry: Entry) -> tuple[str, int, str]:
 def _lora_of(
     where: Path, factors: Mapping[tuple[str, int, str], StoredTensor], config: DecoderSpec, alpha: float
 ) -> tuple[LoraConfig, tuple[int, ...] | None]:
-    found = {(linear, layer) for linear, layer, _ in factors}
-    targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in found))
-    layers = tuple(sorted({layer for _, layer in found}))
+    adapted = {(linear, layer) for linear, layer, _ in factors}
+    targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in adapted))
+    layers = tuple(sorted({layer for _, layer in adapted}))
     for linear in targets:
         for layer in layers:
             for factor in "AB":

@@ -88,7 +88,7 @@ class PeftSource(StackedTensors):
         self.base: str | None = peft_config.get("base_model_name_or_path")
         saved = _saved_modules(peft_config.get("modules_to_save"), where)
         tensors = _canonical_names(tensors, weights)
-        saved = _saved_in_file(saved, tensors, peft_config, config, weights)
+        saved = _saved_in_file(saved, tensors, config, weights)
         self.lora, self.layers = parse_config(peft_config, saved, config, where)
         try:
             specs = resolve_lora(config, self.lora, self.layers)
@@ -190,8 +190,8 @@ def _targets(
     values: dict[str, Any], config: DecoderSpec, where: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     wanted, excluded = values.get("target_modules"), values.get("exclude_modules") or []
-    only = values.get("layers_to_transform")
-    only = [only] if isinstance(only, int) else only or None  # an empty list means all, as in PEFT
+    named = values.get("layers_to_transform")
+    named = [named] if isinstance(named, int) else named or None  # an empty list means all, as in PEFT
     if not wanted:
         raise UserError(f"{where}: target_modules is {wanted!r}; name the layers, e.g. ['q_proj', 'v_proj']")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
@@ -208,7 +208,7 @@ def _targets(
                     f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
                     f"{config.num_layers} layers ({', '.join(LINEARS)})"
                 )
-    for layer in only or []:
+    for layer in named or []:
         if type(layer) is not int or not 0 <= layer < config.num_layers:
             raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {config.num_layers} layers")
     targeted = {
@@ -216,7 +216,7 @@ def _targets(
         for key, module in modules.items()
         if _matches(wanted, module, where)
         and not _matches(excluded, module, where)
-        and (only is None or key[1] in only)
+        and (named is None or key[1] in named)
     }
     targets = tuple(linear for linear in LINEARS if any(key[0] == linear for key in targeted))
     layers = tuple(sorted({layer for _, layer in targeted}))
@@ -262,7 +262,7 @@ def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[st
 
 
 def _saved_in_file(
-    saved: tuple[str, ...], tensors: dict[str, StoredTensor], values: dict[str, Any], config: DecoderSpec, weights: Path
+    saved: tuple[str, ...], tensors: dict[str, StoredTensor], config: DecoderSpec, weights: Path
 ) -> tuple[str, ...]:
     # PEFT stores resized embeddings even when modules_to_save does not name them.
     names = {module: f"{PEFT_PREFIX}{saved_module_name(config, module)}" for module in SAVEABLE}

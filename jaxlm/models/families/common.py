@@ -65,7 +65,7 @@ def check_values(config: dict[str, Any], architecture: str) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if any(item is not None and type(item) is not int for item in ids):
+        if any(index is not None and type(index) is not int for index in ids):
             raise UserError(f"config.json: {key} is {value!r}; expected a token id")
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(key) is not None and type(config[key]) is not bool:
@@ -73,7 +73,7 @@ def check_values(config: dict[str, Any], architecture: str) -> None:
     for key, harmless in UNREAD.items():
         value = config.get(key)
         if value is not None and value not in harmless:
-            only = " or ".join(json.dumps(item) for item in harmless) or "null"
+            only = " or ".join(json.dumps(choice) for choice in harmless) or "null"
             raise UserError(
                 f"config.json: {key} is {value!r}, with which {architecture} is not supported: it changes what the "
                 f"model computes; only {only} is read"
