@@ -56,6 +56,7 @@ class ShapeKey:
         packed: whether rows have segment ids.
         window: that of sliding-window attention; None for none.
         soft_cap: that of the scores; None for none.
+        alibi: whether scores sink with distance.
     """
 
     platform: str
@@ -69,6 +70,7 @@ class ShapeKey:
     packed: bool
     window: int | None = None
     soft_cap: float | None = None
+    alibi: bool = False
 
     @property
     def device(self) -> str:
@@ -86,7 +88,8 @@ class ShapeKey:
         window = "" if self.window is None or self.window >= self.length else f" window{self.window}"
         packed = " packed" if self.packed else ""
         capped = "" if self.soft_cap is None else " capped"
-        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}"
+        alibi = " alibi" if self.alibi else ""
+        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}{alibi}"
 
 
 def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
@@ -111,6 +114,7 @@ def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, d
         packed=packed,
         window=attention.window,
         soft_cap=attention.soft_cap,
+        alibi=attention.alibi,
     )
 
 
@@ -158,16 +162,18 @@ _LACKS: Mapping[str, Callable[[ShapeKey], str | None]] = {
 }
 
 
-def unserved_scores(name: str, soft_cap: float | None) -> str | None:
+def unserved_scores(name: str, soft_cap: float | None, alibi: bool) -> str | None:
     """What of the scores an implementation does not compute, in words; None if nothing. All of them take any scale."""
     if soft_cap is not None and name == "cudnn":
         return "has no soft cap on scores"
+    if alibi and name not in ("xla", "reference"):
+        return "has no ALiBi"
     return None
 
 
 def why_not(name: str, key: ShapeKey) -> str | None:
     """Why an implementation cannot serve, in words; None if it can."""
-    return _LACKS[name](key) or unserved_scores(name, key.soft_cap)
+    return _LACKS[name](key) or unserved_scores(name, key.soft_cap, key.alibi)
 
 
 # Tables -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Attention behind one function: `attention(q, k, v, mask, backend)`.
 
-The mask is a spec (causal, window, segment ids; scale and soft cap of the scores), not an array: a backend decides how
-to honour it, or is refused by name. Each fast one is tested against `reference`, values and gradients.
+The mask is a spec (causal, window, segment ids; scale, soft cap and ALiBi of the scores), not an array: a backend
+decides how to honour it, or is refused by name. Each fast one is tested against `reference`, values and gradients.
 
 Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim, G = H / K.
 """
@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +26,7 @@ from jaxlm.kernels.backend import AttentionBackend, unserved_scores
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
 from jaxlm.kernels.flash_attention import Backend as Device
 from jaxlm.kernels.flash_attention import flash_attention
+from jaxlm.nn.positions import alibi_slopes
 from jaxlm.sharding import SEQUENCE, TENSOR
 
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled in
@@ -42,7 +44,8 @@ class MaskSpec:
     A query sees a key when it is not later in the row (causal), fewer than `window` rows back,
     and of the same segment. Position in the row counts, not the position id.
 
-    A score is product * scale, then, with a soft cap, cap * tanh(score / cap).
+    A score is product * scale; then, with a soft cap, cap * tanh(score / cap); then, with ALiBi, less slope * distance.
+    The distance is that in the row: of tokens of one segment, which lie side by side, that of their position ids too.
     """
 
     segment_ids: jax.Array | None = None  # [B, T] int32, 0 = padding
@@ -50,6 +53,7 @@ class MaskSpec:
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: 1/sqrt(h)
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
+    alibi: bool = flax.struct.field(pytree_node=False, default=False)
 
     def scaled(self, products: jax.Array, dim: int) -> jax.Array:
         """Products of vectors of `dim` numbers, or gradients of scores, times the scale."""
@@ -58,6 +62,15 @@ class MaskSpec:
     def capped(self, scores: jax.Array) -> jax.Array:
         """Scaled scores below the soft cap."""
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+    def biased(self, scores: jax.Array, q_start: int, k_start: int) -> jax.Array:
+        """Capped scores of a tile [B, K, G, q, k], all heads, less what ALiBi takes off."""
+        if not self.alibi:
+            return scores
+        kv_heads, groups, queries, keys = scores.shape[1:]
+        distance = np.abs(np.arange(q_start, q_start + queries)[:, None] - np.arange(k_start, k_start + keys))
+        slopes = alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
+        return scores - slopes * jnp.asarray(distance, jnp.float32)
 
     def dense(self, q_start: int, q_end: int, k_start: int, k_end: int) -> jax.Array | None:
         """The mask of one tile, [B or 1, 1, q, k] bool (True = may see); None if it hides nothing."""
@@ -90,7 +103,7 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec
     groups = heads // k.shape[2]
     q = q.reshape(batch, length, k.shape[2], groups, dim)
     products = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = mask.capped(mask.scaled(products, dim))
+    scores = mask.biased(mask.capped(mask.scaled(products, dim)), 0, 0)
     dense = mask.dense(0, length, 0, length)
     if dense is not None:
         scores = jnp.where(dense[:, :, None], scores, NEGATIVE)
@@ -141,6 +154,7 @@ def _scores(q: jax.Array, k: jax.Array, mask: MaskSpec, rows: slice, cols: slice
     products = _einsum("bkgqd,bksd->bkgqs", q[:, :, :, rows], k[:, :, cols])
     scores = mask.capped(mask.scaled(products, q.shape[-1]))
     slope = None if mask.soft_cap is None else 1.0 - jnp.square(scores / mask.soft_cap)
+    scores = mask.biased(scores, rows.start, cols.start)
     dense = mask.dense(rows.start, rows.stop, cols.start, cols.stop)
     return scores if dense is None else jnp.where(dense[:, :, None], scores, NEGATIVE), slope
 
@@ -290,7 +304,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h].
-        mask: who sees whom, and the scores' scale and soft cap.
+        mask: who sees whom, and the scores' scale, soft cap and ALiBi.
         backend: a key of IMPLEMENTATIONS, or one with its blocks (see `kernels.backend`).
 
     Returns:
@@ -315,7 +329,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
 def _serving(backend: str | AttentionBackend, mask: MaskSpec) -> AttentionBackend:
     """The backend, refused where it would compute other scores."""
     chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
-    lack = unserved_scores(chosen.name, mask.soft_cap)
+    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi)
     if lack is not None:
         raise UserError(f"attention: {chosen.name!r} cannot serve: {lack}; use 'auto' or 'xla'")
     return chosen
@@ -393,6 +407,7 @@ def cached_attention(
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(
         _cached_attention, mask=mask, kernel=name == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
     )
+    slopes = jnp.asarray(alibi_slopes(q.shape[2])) if mask.alibi else None
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         # Rows and heads become one dim in there, which a partitioner could split only by gathering the cache.
@@ -401,11 +416,11 @@ def cached_attention(
         token, slot = P(rows, length, heads, None), P(rows, heads, None, None)
         attend = jax.shard_map(
             attend,
-            in_specs=(token, token, token, slot, slot, P(rows, length)),
+            in_specs=(token, token, token, slot, slot, P(rows, length), P(heads)),
             out_specs=(token, slot, slot),
             check_vma=False,  # a kernel's result does not say over which axes it varies
         )
-    out, new_k, new_v = attend(q, k, v, cache.k, cache.v, cache.places)
+    out, new_k, new_v = attend(q, k, v, cache.k, cache.v, cache.places, slopes)
     return out, KVCache(new_k, new_v, cache.places)
 
 
@@ -416,6 +431,7 @@ def _cached_attention(
     cache_k: jax.Array,
     cache_v: jax.Array,
     places: jax.Array,
+    slopes: jax.Array | None,
     mask: MaskSpec,
     kernel: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -440,7 +456,10 @@ def _cached_attention(
     scores = mask.capped(mask.scaled(products, dim))
     behind = places[:, None, None, :, None] - jnp.arange(slots)
     visible = behind >= 0 if mask.window is None else (behind >= 0) & (behind < mask.window)
-    scores = jnp.where(visible, scores.reshape(batch, kv_heads, groups, length, slots), NEGATIVE)
+    scores = scores.reshape(batch, kv_heads, groups, length, slots)
+    if slopes is not None:
+        scores = scores - slopes.reshape(kv_heads, groups, 1, 1) * behind.astype(jnp.float32)
+    scores = jnp.where(visible, scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = _einsum("nqs,nsd->nqd", weights.reshape(pairs, groups * length, slots), values)
     out = out.reshape(batch, kv_heads, groups, length, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)

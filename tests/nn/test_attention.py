@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.config import MeshConfig
+from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.nn import attention as attention_module
 from jaxlm.nn.attention import (
+    KVCache,
     MaskSpec,
     attention,
+    cached_attention,
     cudnn_attention,
     reference_attention,
     xla_attention,
@@ -41,6 +47,13 @@ def tensors(batch: int, length: int, heads: int, kv: int, dim: int = 4, seed: in
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
+# As the paper and BLOOM's code list them, by the number of heads.
+SLOPES = {
+    4: [2**-2, 2**-4, 2**-6, 2**-8],
+    6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],
+}
+
+
 def oracle(
     q: np.ndarray,
     k: np.ndarray,
@@ -49,6 +62,7 @@ def oracle(
     window: int | None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    alibi: bool = False,
 ) -> np.ndarray:
     """One query and one head at a time, float64; nothing masked is ever looked at."""
     out = np.zeros(q.shape)
@@ -64,6 +78,8 @@ def oracle(
                 kv = n // (heads // k.shape[2])
                 scores = k[b, seen, kv].astype(np.float64) @ q[b, t, n] * (dim**-0.5 if scale is None else scale)
                 scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+                if alibi:
+                    scores = scores - SLOPES[heads][n] * (t - np.array(seen))
                 weights = np.exp(scores - scores.max())
                 out[b, t, n] = weights / weights.sum() @ v[b, seen, kv]
     return out
@@ -113,6 +129,8 @@ SCORES = [(*each, {}) for each in STATIC] + [
     (19, (4, 2), None, dict(scale=0.7)),
     (19, (4, 2), 3, dict(soft_cap=1.5)),
     (35, (4, 1), None, dict(scale=0.7, soft_cap=1.5)),
+    (19, (4, 2), None, dict(alibi=True)),
+    (35, (6, 2), 11, dict(alibi=True, soft_cap=1.5)),
 ]
 
 
@@ -135,11 +153,40 @@ def test_against_loops(
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["cudnn", AttentionBackend("cudnn")])
-def test_a_backend_that_would_compute_other_scores_is_refused(backend: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "mask", "lack"),
+    [
+        ("cudnn", MaskSpec(soft_cap=2.0), "soft cap on scores"),
+        ("cudnn", MaskSpec(alibi=True), "ALiBi"),
+        ("pallas_tpu", MaskSpec(alibi=True), "ALiBi"),
+        ("pallas_gpu", MaskSpec(alibi=True), "ALiBi"),
+    ],
+)
+def test_a_backend_that_would_compute_other_scores_is_refused(name: str, mask: MaskSpec, lack: str) -> None:
     q, k, v = tensors(1, 8, 2, 2)
-    with pytest.raises(UserError, match="'cudnn' cannot serve: has no soft cap on scores; use 'auto' or 'xla'"):
-        attention(q, k, v, MaskSpec(soft_cap=2.0), backend)
+    for backend in (name, AttentionBackend(name)):
+        with pytest.raises(UserError, match=f"'{name}' cannot serve: has no {lack}; use 'auto' or 'xla'"):
+            attention(q, k, v, mask, backend)
+        cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), np.arange(8, dtype=np.int32)[None])
+        with pytest.raises(UserError, match=f"'{name}' cannot serve: has no {lack}"):
+            cached_attention(q, k, v, cache, mask, backend)
+
+
+def test_heads_over_devices_keep_their_slopes() -> None:
+    """Over the tensor axis, with a cache too; and over the sequence axis, which moves heads."""
+    q, k, v = tensors(2, 8, 4, 2)
+    mask = MaskSpec(alibi=True)
+    expected = reference_attention(q, k, v, mask)
+    places = np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8))
+    cache = KVCache(np.zeros((2, 2, 8, 4), np.float32), np.zeros((2, 2, 8, 4), np.float32), places)
+    for sizes in (dict(data=1, fsdp=1, tensor=2), dict(data=1, fsdp=1, sequence=4)):
+        config = MeshConfig(**sizes)
+        with use_mesh(make_mesh(config, jax.devices()[: math.prod(dataclasses.astuple(config))])):
+            out = jax.jit(lambda *args: attention(*args, mask, "xla"))(q, k, v)
+            if "tensor" in sizes:
+                cached, _ = jax.jit(lambda *args: cached_attention(*args, mask, "xla"))(q, k, v, cache)
+                np.testing.assert_allclose(cached, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 5])
