@@ -368,6 +368,6 @@ def _add_tokenizer_json(source: ParamSource, directory: Path) -> tuple[str, ...]
         return (f"no tokenizer.model in {source.path} or above it; the result has no tokenizer",)
     if is_tiktoken(model) and not (directory / "tokenizer.json").exists():
         write_tokenizer_json(
-            model, directory, source.config.vocab_size, source.config.attention.rope.rope_type == "llama3"
+            model, directory, source.config.vocab_size, source.config.attention.rotary.rope_type == "llama3"
         )
     return ()

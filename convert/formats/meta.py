@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
+from jaxlm.models.families import write_config
 from jaxlm.models.families.common import write_rope
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
@@ -304,11 +305,11 @@ def _scaled(theta: float, factor: float | None, tied: bool, high: float = 4.0) -
 
 def _generation(config: DecoderSpec, dtype: np.dtype[Any]) -> tuple[str, int]:
     """Which LLaMA a checkpoint looks like, and the length that was made for."""
-    if config.attention.rope.rope_type == "llama3":
+    if config.attention.rotary.rope_type == "llama3":
         return "LLaMA 3.1 and later", 131072
-    if config.attention.rope.rope_theta == _LLAMA3_THETA:
+    if config.attention.rotary.rope_theta == _LLAMA3_THETA:
         return "LLaMA 3", 8192
-    if config.attention.rope.rope_theta == 1e6:
+    if config.attention.rotary.rope_theta == 1e6:
         return "Code Llama", 16384
     # Both have the same keys; LLaMA 1 was published in float16, LLaMA 2 in bfloat16 or with grouped heads.
     if dtype == BFLOAT16 or config.attention.num_kv_heads != config.attention.num_heads:
@@ -421,7 +422,7 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
 def _split_dim(tensor: MetaTensor, config: DecoderSpec) -> int | None:
     if len(tensor.split) < 2:
         return tensor.split[0] if tensor.split else None
-    third = config.attention.rope.rope_type == "llama3" or config.attention.rope.rope_theta == _LLAMA3_THETA
+    third = config.attention.rotary.rope_type == "llama3" or config.attention.rotary.rope_theta == _LLAMA3_THETA
     return tensor.split[1 if third else 0]
 
 
@@ -454,7 +455,7 @@ def params_for(config: DecoderSpec) -> dict[str, Any]:
     _entries(dataclasses.replace(config, tied_head=False))
     if config.attention.window is not None:
         raise UserError(f"the model has a sliding window of {config.attention.window}; Meta's format has none")
-    heads, head_dim, rope = config.attention.num_heads, config.attention.head_dim, config.attention.rope
+    heads, head_dim, rope = config.attention.num_heads, config.attention.head_dim, config.attention.rotary
     if heads * head_dim != config.hidden_size:
         raise UserError(
             f"the model has {heads} heads of {head_dim} for D {config.hidden_size}; in Meta's format the heads fill D"
@@ -479,6 +480,7 @@ def params_for(config: DecoderSpec) -> dict[str, Any]:
             raise UserError(f"the model's llama3 rope {write_rope(rope)} differs from Meta's (1, 4 and 8192)")
     elif rope.rope_type != "default":
         raise UserError(f"the model has rope_type {rope.rope_type!r}; Meta's format has 'default' and 'llama3'")
+    write_config(config, "float32")  # which refuses what no LLaMA computes, by name
     return params
 
 

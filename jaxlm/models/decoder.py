@@ -23,7 +23,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.backend import AttentionBackend
-from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
+from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy, soft_capped
 from jaxlm.nn.attention import KVCache
 from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import ExpertsFeedForward
@@ -43,7 +43,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
 }
 
-Angles = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, h/2] float32
+# cos and sin, each [B, T, h/2] float32; None for a layer without rotary positions.
+Angles = tuple[jax.Array | None, jax.Array | None]
 
 
 class Block(nn.Module):
@@ -218,6 +219,10 @@ class Decoder(nn.Module):
         matrix = ((s.vocab_size, s.hidden_size), init, self.param_dtype)
         self.embed_tokens = _Matrix(*matrix, "embedding")
         self.norm = Norm(s.norm, self.dtype, self.param_dtype)
+        if s.learned_positions is not None:
+            # Rows over devices as those of the vocabulary.
+            shape = s.learned_positions.num_rows, s.hidden_size
+            self.embed_positions = _Matrix(shape, init, self.param_dtype, "embedding")
         if s.embedding_norm:
             self.embed_norm = Norm(s.norm, self.dtype, self.param_dtype)
         if not s.tied_head:
@@ -225,11 +230,19 @@ class Decoder(nn.Module):
 
     # --- the parts of a decoder ---------------------------------------------------------------------------------------
 
-    def embed(self, input_ids: jax.Array) -> jax.Array:
-        """The input of the first layer [B, T, D], for tokens [B, T]."""
+    def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """The input of the first layer [B, T, D], for tokens [B, T].
+
+        Args:
+            positions: [B, T], for learned positions; default 0..T-1. NaN comes of one that has no row.
+        """
         x = look_up(self.embed_tokens(), input_ids, self.dtype)
         if self.spec.embedding_scale is not None:
             x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
+        if self.spec.learned_positions is not None:
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+            x = x + look_up(self.embed_positions(), positions + self.spec.learned_positions.offset, self.dtype)
         if self.spec.embedding_norm:
             x = self.embed_norm(x)
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
@@ -257,8 +270,11 @@ class Decoder(nn.Module):
 
     def head(self, x: jax.Array) -> jax.Array:
         """Logits [..., V] float32 from the output of the last layer [..., D]."""
-        x, matrix = self._normed(x)
-        return output_logits(x, matrix, self.dtype)
+        return self._logits(*self._normed(x))
+
+    def _logits(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of final hidden states [..., D]."""
+        return soft_capped(output_logits(x, matrix, self.dtype), self.spec.logits_soft_cap)
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Final hidden states [..., D] and the output matrix [V, D]."""
@@ -270,8 +286,11 @@ class Decoder(nn.Module):
     def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
         """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree."""
         by_rope: dict[Any, Angles] = {}
-        result = []
+        result: list[Angles] = []
         for layer in self.spec.period:
+            if layer.attention.rope is None:
+                result.append((None, None))
+                continue
             key = layer.attention.rope, layer.attention.rotary_dim or layer.attention.head_dim
             if key not in by_rope:
                 by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
@@ -306,7 +325,7 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        x = self.embed(input_ids)
+        x = self.embed(input_ids, positions)
         angles = self.angles(positions)
         if self.spec.experts is None:
             modality_ids = None
@@ -351,8 +370,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits [B, T, V] float32."""
-        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic)
-        return output_logits(x, matrix, self.dtype)
+        return self._logits(*self.hidden(input_ids, positions, segment_ids, deterministic))
 
     def loss(
         self,
@@ -379,7 +397,8 @@ class Decoder(nn.Module):
         x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
-        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy)
+        cap = self.spec.logits_soft_cap
+        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy, soft_cap=cap)
 
 
 def _stacked(body: Any, length: int) -> Any:

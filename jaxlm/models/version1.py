@@ -76,6 +76,8 @@ class ModelFields:
         if len(set(spec.period)) > 1 or spec.family not in architectures:
             return None
         attention, feed_forward = spec.attention, spec.feed_forward
+        if attention.rope is None:
+            return None
         fields = cls(
             vocab_size=spec.vocab_size,
             hidden_size=spec.hidden_size,

@@ -118,6 +118,8 @@ def make_layout(dims: str, stored_dims: str, sizes: Mapping[str, int]) -> Layout
 def _row_sizes(spec: DecoderSpec, layer: LayerSpec | None) -> dict[str, int]:
     """Letter -> size, of one layer or of what lies outside of them."""
     sizes = {"D": spec.hidden_size, "V": spec.vocab_size}
+    if spec.learned_positions is not None:
+        sizes["N"] = spec.learned_positions.num_rows
     if layer is not None:
         attention, feed_forward = layer.attention, layer.feed_forward
         sizes |= {"H": attention.num_heads, "K": attention.num_kv_heads, "h": attention.head_dim}

@@ -124,7 +124,7 @@ def read_decoder(
 
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
     """The keys that LLaMA and its relatives share, for old and new transformers."""
-    layer, rope = spec.uniform_layer, write_rope(spec.attention.rope)
+    layer, rope = spec.uniform_layer, write_rope(spec.attention.rotary)
     return {
         "architectures": [architecture],
         "model_type": spec.family,
@@ -143,9 +143,9 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
         "tie_word_embeddings": spec.tied_head,
         "rope_parameters": rope,
         # The two old keys, for transformers 4 and everything built on it.
-        "rope_theta": layer.attention.rope.rope_theta,
+        "rope_theta": layer.attention.rotary.rope_theta,
         "rope_scaling": None
-        if layer.attention.rope.rope_type == "default"
+        if layer.attention.rotary.rope_type == "default"
         else {key: value for key, value in rope.items() if key != "rope_theta"},
         "attention_dropout": 0.0,
         "bos_token_id": spec.bos_token_id,
