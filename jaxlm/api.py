@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from convert.source import open_with_adapter
-from convert.transforms.merge import MergedSource
 from jaxlm.config import MeshConfig
 from jaxlm.inference.loaded import LoadedModel
-from jaxlm.inference.loading import ModelFiles, placement, prompt_settings
+from jaxlm.inference.loading import placement, prompt_settings
 
 
 def load(
@@ -47,9 +46,7 @@ def load(
         UserError: the model, adapter or tokenizer cannot be read or do not fit each other, or the mesh does not fit
             the devices. The message names what to change.
     """
-    opened = open_with_adapter(str(path), None if adapter is None else str(adapter))
-    merged = opened.base if opened.adapter is None else MergedSource(opened.base, opened.adapter)
-    files = ModelFiles(opened.base, opened.adapter, merged)
+    files = open_with_adapter(str(path), None if adapter is None else str(adapter))
     prompts = prompt_settings(files, None if tokenizer is None else str(tokenizer), template)
     prompter = prompts.prompter(system=system)
     placed = placement(files, dtype, int8, merge_adapter, attention, mesh)

@@ -415,12 +415,12 @@ class DecoderSpec:
 
     @property
     def attention(self) -> AttentionSpec:
-        """Of every layer; as `uniform_layer`."""
+        """The attention that all layers share; raises as `uniform_layer`."""
         return self.uniform_layer.attention
 
     @property
     def feed_forward(self) -> FeedForwardSpec:
-        """Of every layer; as `uniform_layer`."""
+        """The feed-forward layer that all layers share; raises as `uniform_layer`."""
         return self.uniform_layer.feed_forward
 
     @property

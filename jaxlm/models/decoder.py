@@ -5,7 +5,7 @@ norm with the output matrix. Three runners go through them: scanned (`Decoder.hi
 layers of a stack in one loop, for training), unrolled with caches (`models.unrolled`, for generation) and streamed
 (`models.streamed`, one layer's weights in memory at a time).
 
-Layers are stacked and scanned: where their tensors lie is said in `jaxlm.spec`.
+Layers are stacked and scanned; `jaxlm.spec` says where their tensors lie.
 Shapes: B batch, T length, D model, h head dim, V vocabulary, L layers, P layers of a period.
 """
 
@@ -35,7 +35,7 @@ from jaxlm.nn.routers import modality_ids as ids_of_modalities
 from jaxlm.nn.self_attention import SelfAttention
 from jaxlm.spec import DecoderSpec, LayerSpec, NormSpec
 
-# What the backward pass finds stored; everything else of a layer is computed again.
+# What the forward pass stores for the backward pass; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
@@ -56,8 +56,8 @@ class Block(nn.Module):
         hidden_size: D.
         init_std, adapters, dtype, param_dtype: see `WithLinears`.
         attention: see `SelfAttention.backend`.
-        deterministic: whether nothing is dropped.
-        keep_kv: return the layer's keys and values (see `SelfAttention`) in place of None.
+        deterministic: no dropout.
+        keep_kv: return the layer's keys and values (see `SelfAttention`), not None.
         experts: how a feed-forward layer of experts computes (see `ExpertsFeedForward`).
         router_noise: see `ExpertsFeedForward`.
     """
@@ -99,28 +99,31 @@ class Block(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The first half: x with attention added, what the feed-forward layer sees, both [B, T, D]; keys and values.
+        """The layer up to its feed-forward part.
 
         Args:
             x: [B, T, D].
             layer: index of this layer in the model.
             segment_ids: [B, T] int32, 0 for padding; None: one segment.
-            cache: of a layer that writes (see `SelfAttention`).
+            cache: keys and values of earlier tokens, in generation (see `SelfAttention`).
+
+        Returns:
+            x with attention added [B, T, D], the input of the feed-forward part [B, T, D], keys and values.
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         normed = x if self.spec.norms == "post" else self.input_layernorm(x)
-        attended, kept = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
+        attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
         if self.spec.norms != "pre":
             attended = self.attention_output_norm(attended)
         middle = x + attended
         if self.spec.norms == "post":
-            return middle, middle, kept
+            return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
-            return middle, normed, kept
-        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), kept
+            return middle, normed, key_values
+        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), key_values
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """The second half's sum: what `attend` gave with the feed-forward layer's output added, [B, T, D]."""
+        """x [B, T, D] of `attend` with the output of the feed-forward part added."""
         return x + (out if self.spec.norms == "pre" else self.feed_forward_output_norm(out))
 
     def __call__(
@@ -132,12 +135,12 @@ class Block(nn.Module):
         modality: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """x [B, T, D] -> [B, T, D], and keys and values or None; arguments as `attend`.
+        """x [B, T, D] -> [B, T, D], and keys and values with `keep_kv`, else None; arguments as in `attend`.
 
         Args:
             modality: [B, T] integers, for a layer of experts.
         """
-        x, normed, kept = self.attend(x, layer, angles, segment_ids, cache)
+        x, normed, key_values = self.attend(x, layer, angles, segment_ids, cache)
         if self.spec.feed_forward.experts is None:
             out = self.mlp(normed, layer, self.deterministic)
         else:
@@ -145,13 +148,13 @@ class Block(nn.Module):
             out = self.mlp(normed, layer, self.deterministic, modality)
         x = self.add_feed_forward(x, out)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        return x, kept if self.keep_kv else None
+        return x, key_values if self.keep_kv else None
 
 
 class Period(nn.Module):
     """The P layers of a period, one after the other; a scan body like `Block`, over `layer` [P] and angles of each."""
 
-    blocks: tuple[Callable[..., Any], ...]  # name -> the layer
+    blocks: tuple[Callable[..., Any], ...]  # `Block` with all arguments but its name
 
     @nn.compact
     def __call__(
@@ -190,11 +193,11 @@ class Decoder(nn.Module):
     """Decoder-only language model; hashable, so that jitted functions can take it as a static argument.
 
     Attributes:
-        spec: what it computes.
+        spec: its description.
         adapters: LoRA by linear-layer name (see `resolve_lora`); empty for none.
         dtype: compute dtype.
         param_dtype: dtype of the base parameters.
-        attention: a key of `attention.IMPLEMENTATIONS`, or what `choose_attention` found.
+        attention: a key of `attention.IMPLEMENTATIONS`, or the backend that `choose_attention` returned.
         remat: a key of REMAT_POLICIES, or 'none'.
         experts: how a feed-forward layer of experts computes (see `ExpertsFeedForward`).
         router_noise: see `ExpertsFeedForward`.
@@ -231,7 +234,7 @@ class Decoder(nn.Module):
     # --- the parts of a decoder ---------------------------------------------------------------------------------------
 
     def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """What the first layer sees [B, T, D] of tokens [B, T].
+        """The input of the first layer [B, T, D], for tokens [B, T].
 
         Args:
             positions: [B, T], for learned positions; default 0..T-1. NaN comes of one that has no row.
@@ -269,7 +272,7 @@ class Decoder(nn.Module):
         )
 
     def head(self, x: jax.Array) -> jax.Array:
-        """Logits [..., V] float32 of what the last layer gives [..., D]."""
+        """Logits [..., V] float32 from the output of the last layer [..., D]."""
         return self._logits(*self._normed(x))
 
     def _logits(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -280,11 +283,11 @@ class Decoder(nn.Module):
         """Final hidden states [..., D] and the output matrix [V, D]."""
         return self.norm(x), self.embed_tokens() if self.spec.tied_head else self.lm_head()
 
-    # --- what the layers are told of the tokens -----------------------------------------------------------------------
+    # --- inputs of the layers beside x --------------------------------------------------------------------------------
 
     @nn.nowrap
     def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
-        """For each layer of the period what `rope_cos_sin` gives; computed once where layers agree."""
+        """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree."""
         by_rope: dict[Any, Angles] = {}
         result: list[Angles] = []
         for layer in self.spec.period:
@@ -299,7 +302,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def modality(self, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array | None:
-        """[B, T] for a model of experts, by the ranges of token ids in its spec; None for a dense one."""
+        """Modality ids [B, T] by the ranges of token ids in the spec; None for a dense model."""
         experts = self.spec.experts
         return None if experts is None else ids_of_modalities(experts, input_ids, segment_ids)
 
@@ -386,8 +389,8 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: [B, T].
-            weights: [B, T] float32; weights[b, t] weighs the prediction OF token t (made at t - 1);
-                weights[:, 0] is ignored, there is nothing to predict it from.
+            weights: [B, T] float32; weights[b, t] weighs the prediction of token t, which is made at t - 1;
+                weights[:, 0] is ignored.
             accuracy: also count tokens whose largest logit is right.
             modality_ids: [B, T], see `hidden`.
 

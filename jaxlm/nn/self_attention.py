@@ -19,7 +19,7 @@ class SelfAttention(WithLinears):
 
     Attributes:
         spec: heads, biases, norms and window.
-        backend: a key of `attention.IMPLEMENTATIONS`, or what `kernels.backend.choose_attention` found.
+        backend: a key of `attention.IMPLEMENTATIONS`, or the backend that `kernels.backend.choose_attention` returned.
     """
 
     spec: AttentionSpec
