@@ -102,8 +102,8 @@ def test_bfloat16_scores_are_float32() -> None:
 AHEAD = """
 from jaxlm.kernels.decode_attention import tpu_decode_attention
 
-def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16", window=None):
-    run = partial(tpu_decode_attention, window=window)
+def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16", window=None, soft_cap=None):
+    run = partial(tpu_decode_attention, window=window, soft_cap=soft_cap)
     cache = dtype, rows, kv_heads, slots, dim
     compile("decode", topology, run, (dtype, rows, tokens, heads, dim), cache, cache, ("int32", rows, tokens))
 
@@ -111,8 +111,9 @@ problem("v5e:2x2", 8, 1, 32, 32, 2048, 128)
 problem("v6e:2x2", 8, 1, 64, 8, 8192, 128)
 problem("v5p:2x2x1", 1, 8, 14, 2, 1100, 64, window=1000)
 problem("v5e:2x2", 2, 2, 4, 4, 700, 80, "float32")
+problem("v5e:2x2", 8, 1, 16, 8, 2048, 256, soft_cap=50.0)
 """
 
 
 def test_compiles_for_tpus() -> None:
-    assert len(compile_for_tpus(AHEAD)) == 4
+    assert len(compile_for_tpus(AHEAD)) == 5
