@@ -32,7 +32,7 @@ from jaxlm.models.adapters import resolve_lora  # noqa: E402
 from jaxlm.models.families import load_shape, write_config  # noqa: E402
 from jaxlm.spec import DecoderSpec  # noqa: E402
 from jaxlm.weights.dtypes import WEIGHT_DTYPES  # noqa: E402
-from jaxlm.weights.names import hf_entries, peft_entries  # noqa: E402
+from jaxlm.weights.names import hf_entries, num_params, peft_entries  # noqa: E402
 from jaxlm.weights.safetensors import write_safetensors, write_safetensors_file  # noqa: E402
 from jaxlm.weights.tensors import TensorSpec  # noqa: E402
 
@@ -80,8 +80,8 @@ class Run:
 def shape_of(gigabytes: float, dtype: str) -> DecoderSpec:
     """LLaMA-7B with as many layers as make up the size."""
     whole = load_shape("llama-7b")
-    ends, one = (dataclasses.replace(whole, num_layers=n).num_params() for n in (0, 1))
-    layers = (gigabytes * 1e9 / WEIGHT_DTYPES[dtype].itemsize - ends) / (one - ends)
+    one, two = (num_params(dataclasses.replace(whole, num_layers=n)) for n in (1, 2))
+    layers = 1 + (gigabytes * 1e9 / WEIGHT_DTYPES[dtype].itemsize - one) / (two - one)
     return dataclasses.replace(whole, num_layers=max(1, round(layers)))
 
 

@@ -75,7 +75,7 @@ class Recipe:
         return parse_run(words, prog="recipes.py", description="").configs[0]
 
     def digest(self) -> str:
-        """Of all that a recipe says; its comments, and keys that it leaves alone, do not count."""
+        """A hash of all that a recipe says; its comments, and keys that it leaves alone, do not count."""
         text = (ROOT / f"configs/{self.file}.yaml").read_text(encoding="utf-8")
         said = [yaml.safe_load(text), self.shape, self.devices, self.changes]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]

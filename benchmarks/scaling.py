@@ -57,11 +57,11 @@ output_dir: {out}
 """
 
 
-def step_seconds(found: CompiledStep, topology: Topology) -> tuple[float, float]:
-    """Of a step: (products by the compiler's cycles, links while they are waited for)."""
-    assert found.program is not None and found.program.cycles is not None
+def step_seconds(compiled: CompiledStep, topology: Topology) -> tuple[float, float]:
+    """Seconds of a step: (products by the compiler's cycles, links while they are waited for)."""
+    assert compiled.program is not None and compiled.program.cycles is not None
     chip = topology.chip
-    return found.program.cycles / chip.clock, found.program.collective_bytes(False) / chip.link
+    return compiled.program.cycles / chip.clock, compiled.program.collective_bytes(False) / chip.link
 
 
 def slices(names: Sequence[str], micro: int) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ def slices(names: Sequence[str], micro: int) -> list[dict[str, Any]]:
 
 
 def local_run(processes: int, rows: int, mesh: str) -> tuple[float, float]:
-    """A training run of so many processes and rows a step: (tokens/s, processor seconds for 1,000 tokens).
+    """A training run of `processes` with `rows` a step: (tokens/s, processor seconds for 1,000 tokens).
 
     Raises:
         UserError: when the run fails; its last lines are in the message.
@@ -135,7 +135,7 @@ def _lines(path: Path) -> int:
 
 
 def _processor_seconds(parent: int) -> float:
-    """Of all processes that it started, so far."""
+    """Processor seconds of a process and all that it started, so far."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

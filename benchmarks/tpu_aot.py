@@ -93,7 +93,7 @@ def compile_kernel(chip: str, which: str, length: int, heads: int, kv_heads: int
 
 
 def bundles(folder: Path) -> dict[str, list[int]]:
-    """Of each kernel, the bundles of its longest straight pieces (the code of a tile), longest first."""
+    """For each kernel the bundles of its longest straight pieces (the code of a tile), longest first."""
     found = {}
     for path in sorted(folder.glob("*-final_bundles.txt")):
         name = re.search(r"(flash_attention_\w+ward|splash_mha_[a-z]+)", path.name)

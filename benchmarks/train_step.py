@@ -47,7 +47,7 @@ def build_step(
     attention: str = "auto",
 ) -> TimedStep:
     """Compiles a step of `rows` rows of `length` tokens, each row packed with `documents` documents."""
-    kind, _ = choose_attention(attention, shape_key(shape, compute, length, documents > 1))
+    kind, _ = choose_attention(attention, shape_key(shape.attention, compute, length, documents > 1))
     adapters = resolve_lora(shape, lora) if lora else {}
     model = Decoder(shape, adapters, DTYPES[compute], DTYPES[params], kind, remat)
     mesh = make_mesh(MeshConfig())

@@ -237,13 +237,13 @@ def _open_model(path: str | Path, form: str | None, to: str | None, options: Rea
         if number is not None and number < 1:
             raise UserError(f"--{name} {number}: must be at least 1")
     source = open_model(path, options.config, groups, options.max_positions)
-    found = format_of(source)
-    _check_format(path, found, FORMATS[found].called, form, to)
+    actual = format_of(source)
+    _check_format(path, actual, FORMATS[actual].called, form, to)
     assumed: list[str] = source.assumed if isinstance(source, (MetaSource, MindSporeSource)) else []
     if isinstance(source, MindSporeSource) and groups != 1 and not source.joined:
         raise UserError(f"--groups {groups}: {path} holds no concatenated tensors")
     model = source if options.dtype == "keep" else CastSource(source, options.dtype)
-    return Opened(model, format=found, assumed=tuple(assumed))
+    return Opened(model, format=actual, assumed=tuple(assumed))
 
 
 def _open_adapter(path: str | Path, form: str | None, to: str | None, options: ReadOptions) -> Opened:
@@ -252,28 +252,28 @@ def _open_adapter(path: str | Path, form: str | None, to: str | None, options: R
         raise UserError("--dtype and --groups: are not for adapters; factors stay as they are stored")
     if alpha is not None and not 0 < alpha < math.inf:
         raise UserError(f"--alpha {alpha:g}: must be positive")
-    found = adapter_format(path)
+    actual = adapter_format(path)
     if is_adapter(path):
-        _check_format(path, found, f"a {FORMATS[found].title} adapter", form, to)
+        _check_format(path, actual, f"a {FORMATS[actual].title} adapter", form, to)
     model: ParamSource | DecoderSpec | None = None
     if options.base is not None:
         model = open_model(options.base, options.config)
-    elif found == "mindspore":
+    elif actual == "mindspore":
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         model = find_config(folder, options.config, {})[0]
     assumed: tuple[str, ...] = ()
-    if found == "mindspore" and alpha is None:
+    if actual == "mindspore" and alpha is None:
         assumed = (f"lora_alpha {DEFAULT_ALPHA:g}, as MindFormers' configurations (another: --alpha A)",)
     adapter = open_adapter(path, model, DEFAULT_ALPHA if alpha is None else alpha)
-    return Opened(None, adapter, found, assumed)
+    return Opened(None, adapter, actual, assumed)
 
 
-def _check_format(path: str | Path, found: str, called: str, form: str | None, to: str | None) -> None:
+def _check_format(path: str | Path, actual: str, called: str, form: str | None, to: str | None) -> None:
     """Refuses a source that has the format `to` already, or another one than `form`."""
-    if found == to:
+    if actual == to:
         raise UserError(f"{path}: is {called} already")
-    if form is not None and found != form:
-        verb = "" if to is None else f": use convert {found}-to-{to}"
+    if form is not None and actual != form:
+        verb = "" if to is None else f": use convert {actual}-to-{to}"
         raise UserError(f"{path}: is {called}, not {FORMATS[form].called}{verb}")
 
 
@@ -408,6 +408,6 @@ def _add_tokenizer_json(source: ParamSource, directory: Path) -> tuple[str, ...]
         return (f"no tokenizer.model in {source.path} or above it; the result has no tokenizer",)
     if is_tiktoken(model) and not (directory / "tokenizer.json").exists():
         write_tokenizer_json(
-            model, directory, source.config.vocab_size, source.config.attention.rope.rope_type == "llama3"
+            model, directory, source.config.vocab_size, source.config.attention.rotary.rope_type == "llama3"
         )
     return ()

@@ -20,19 +20,20 @@ from convert.formats.mindspore import (
     MindSporeAdapter,
     MindSporeSource,
     find_files,
+    has_embedding,
     is_lora,
     looks_like_mindspore,
     read_files,
 )
 from convert.formats.peft import PeftSource
 from convert.transforms.adapter_order import in_order_of
+from convert.transforms.merge import MergedSource
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home, find_base, missing
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.files import find_weights
-from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ParamSource
-from jaxlm.weights.names import rule_for
+from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ModelFiles, ParamSource
 from jaxlm.weights.native.layout import find_native
 from jaxlm.weights.native.model_json import read_model_json
 from jaxlm.weights.native.read import NativeAdapter, NativeSource, check_adapter_leaves
@@ -158,7 +159,7 @@ def is_adapter(path: str | Path) -> bool:
     if path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path)):
         return False
     tensors = read_files(_mindspore_files(path), check=False)
-    return is_lora(tensors) and rule_for("embed_tokens/embedding").mindspore not in tensors
+    return is_lora(tensors) and not has_embedding(tensors)
 
 
 def recorded_base(adapter: str | Path) -> str:
@@ -186,23 +187,7 @@ def recorded_base(adapter: str | Path) -> str:
     return str(base)
 
 
-class Named(NamedTuple):
-    """A model that someone names for use.
-
-    Args:
-        path: where its base is, as it was named or as the adapter records it.
-        base: the base, or the whole model.
-        adapter_path: where the adapter is, as it was named.
-        adapter: the adapter on it, if there is one.
-    """
-
-    path: str
-    base: ParamSource
-    adapter_path: str | None
-    adapter: AdapterSource | None
-
-
-def open_with_adapter(path: str | None, adapter: str | None) -> Named:
+def open_with_adapter(path: str | None, adapter: str | None) -> ModelFiles:
     """Opens a model and the adapter on it; an adapter that is named as the model brings its base along.
 
     Args:
@@ -218,7 +203,10 @@ def open_with_adapter(path: str | None, adapter: str | None) -> Named:
         assert adapter is not None
         path = recorded_base(adapter)
     base = open_model(path)
-    return Named(path, base, adapter, None if adapter is None else open_adapter(adapter, base))
+    if adapter is None:
+        return ModelFiles(path, base, None, None, base)
+    opened = open_adapter(adapter, base)
+    return ModelFiles(path, base, adapter, opened, MergedSource(base, opened))
 
 
 def open_model(

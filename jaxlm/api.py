@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from convert.source import open_with_adapter
-from convert.transforms.merge import MergedSource
 from jaxlm.config import GenerateConfig, MeshConfig, to_dict
 from jaxlm.config.plain import plain
 from jaxlm.config.reading import build, check_keys
 from jaxlm.errors import UserError
 from jaxlm.inference.loaded import LoadedModel
-from jaxlm.inference.loading import ModelFiles, placement, prompt_settings
+from jaxlm.inference.loading import placement, prompt_settings
 from jaxlm.locate import locate_paths
 
 
@@ -58,9 +57,7 @@ def load(
     values = {"model": model, "tokenizer": tokenizer, "template": template, "system": system}
     values["mesh"] = to_dict(mesh) if isinstance(mesh, MeshConfig) else mesh
     config = build(locate_paths(check_keys(plain(values), GenerateConfig, "load"), GenerateConfig), GenerateConfig)
-    opened = open_with_adapter(config.model.path, config.model.adapter)
-    merged = opened.base if opened.adapter is None else MergedSource(opened.base, opened.adapter)
-    files = ModelFiles(opened.base, opened.adapter, merged)
+    files = open_with_adapter(config.model.path, config.model.adapter)
     prompts = prompt_settings(files, config.tokenizer, config.template)
     prompter = prompts.prompter(system=config.system)
     how = config.model

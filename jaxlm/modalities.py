@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jaxlm.config import ModalityConfig
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import check_version, read_fields
+from jaxlm.jsonfields import build, check_version
 from jaxlm.jsontext import parse
 
 MODALITIES_FILE = "modalities.json"
@@ -123,21 +123,21 @@ def resolve(entries: Sequence[ModalityConfig], first: int) -> list[Modality]:
     Raises:
         UserError: naming the entry and what is missing or contradicts itself.
     """
-    found: list[Modality] = []
+    modalities: list[Modality] = []
     for number, entry in enumerate(entries):
         modality = _resolve_one(entry, f"modality {number + 1}")
         start = first + (2 if modality.tag_tokens else 0)
-        found.append(dataclasses.replace(modality, first=start))
-        first = found[-1].range[1]
+        modalities.append(dataclasses.replace(modality, first=start))
+        first = modalities[-1].range[1]
     for what, values in (
-        ("name", [m.name for m in found]),
-        ("tag", [tag for m in found for tag in m.tags]),
-        ("token", [token for m in found for token in m.tokens()]),
+        ("name", [m.name for m in modalities]),
+        ("tag", [tag for m in modalities for tag in m.tags]),
+        ("token", [token for m in modalities for token in m.tokens()]),
     ):
         twice = next((value for at, value in enumerate(values) if value in values[:at]), None)
         if twice is not None:
             raise UserError(f"modalities: two of them have the {what} {twice!r}; give one of them another")
-    return found
+    return modalities
 
 
 def _resolve_one(entry: ModalityConfig, where: str) -> Modality:
@@ -226,7 +226,7 @@ def load(path: Path, id_of: Callable[[str], int | None]) -> list[Modality]:
         content = parse(path.read_text(encoding="utf-8"))
         check_version(content, VERSION, path)
         listed = list(content["modalities"])
-        entries = [Modality(**read_fields(Modality, entry, f"{path}: {n}")) for n, entry in enumerate(listed)]
+        entries = [build(Modality, entry, f"{path}: {n}") for n, entry in enumerate(listed)]
         for modality in entries:
             re.compile(modality.pattern or "")
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
@@ -325,7 +325,7 @@ class Modalities:
             places = [(at, at + 1) for at in range(begin, end)]
         else:
             places = [match.span() for match in pattern.finditer(text, begin, end)]
-        found: list[int] = []
+        tokens: list[int] = []
         at = begin
         for place in [*places, (end, end)]:
             piece = text[slice(*place)]
@@ -340,18 +340,18 @@ class Modalities:
                     "all from tag to tag be read as plain text (fallback: text, of the modality)",
                 )
             if piece:
-                found.append(ids[piece])
+                tokens.append(ids[piece])
             at = place[1]
         if modality.tag_tokens:
-            outer = [modality.first - 2, *found, modality.first - 1]
+            outer = [modality.first - 2, *tokens, modality.first - 1]
             return Run(opening.start(), closing.end(), outer, [opening.span(), *places, closing.span()])
-        if not found:
+        if not tokens:
             raise TextError(
                 number,
                 f"{modality.tags[0]}{modality.tags[1]} at character {opening.start()} holds nothing, and this "
                 f"tokenizer has no tokens for the tags: {_around(text, opening.start(), closing.end())}; take it out",
             )
-        return Run(opening.start(), closing.end(), found, places)
+        return Run(opening.start(), closing.end(), tokens, places)
 
     def _stripped(self, runs: Sequence[Run], text: str) -> Iterator[Run]:
         strips = {index for m in self.entries if m.strip for index in range(*m.range)}

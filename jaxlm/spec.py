@@ -30,6 +30,8 @@ TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "layer")
 PARALLEL = ("own_norm", "shared_norm")
+NORM_PLACES = ("pre", "post", "both")
+QK_NORM_OVER = ("head", "all")
 
 
 def _check_positive(spec: Any, names: tuple[str, ...], zero: tuple[str, ...] = ()) -> None:
@@ -98,6 +100,31 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class LearnedPositionsSpec:
+    """A trained vector for each position, added to the token's.
+
+    Args:
+        num_rows: number of rows of the table.
+        offset: row of position 0: 2 in OPT, whose first rows belong to padding.
+    """
+
+    num_rows: int
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("num_rows", "offset"), zero=("offset",))
+        if self.offset >= self.num_rows:
+            raise UserError(
+                f"config: learned_positions has {self.num_rows} rows, all of them below offset {self.offset}"
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions that have a row."""
+        return self.num_rows - self.offset
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Causal grouped-query self-attention.
 
@@ -105,28 +132,38 @@ class AttentionSpec:
         num_heads: H.
         num_kv_heads: K; divides H.
         head_dim: h.
-        rope: rotary positions.
+        rope: rotary positions; None for none, so that without `alibi` only the mask tells tokens apart (NoPE).
+        alibi: scores sink with the distance of query and key, in each head at a slope of its own (arXiv:2108.12409).
         qkv_bias: whether q, k and v have a bias.
         o_bias: whether the output projection has a bias.
-        qk_norm: a norm over the head dim of q and of k, before the positions; None for none.
+        qk_norm: a norm of q and of k, before the positions; None for none.
+        qk_norm_over: head: over the dims of each head, with one scale for all heads (Qwen 3); all: over the dims of all
+            heads together (OLMo 2).
         window: each token sees the last `window` tokens, itself among them; None for all.
         rotary_dim: number of dims of a head that positions turn, the first ones; None for all h.
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
+        scale: what scores are multiplied with; None for h**-0.5.
+        soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: RopeSpec = RopeSpec()
+    rope: RopeSpec | None = RopeSpec()
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: NormSpec | None = None
     window: int | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
+    scale: float | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
+    qk_norm_over: str = "head"
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim"))
+        sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
+        _check_positive(self, sizes)
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise UserError(
                 f"config: rotary_dim {self.rotary_dim} is not an even number up to head_dim {self.head_dim}"
@@ -136,8 +173,27 @@ class AttentionSpec:
                 f"config: num_attention_heads {self.num_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.qk_norm_over not in QK_NORM_OVER:
+            raise UserError(f"config: qk_norm_over {self.qk_norm_over!r} is not one of {', '.join(QK_NORM_OVER)}")
+        if self.rope is not None and self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
+        if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
+            raise UserError("config: rotary_dim and rotary_interleaved describe rotary positions, but rope is null")
+        if self.rope is not None and self.alibi:
+            raise UserError(
+                "config: a layer has rotary positions or alibi, not both; set rope to null or alibi to false"
+            )
+
+    @property
+    def rotary(self) -> RopeSpec:
+        """The rotary positions, for code that can do nothing without.
+
+        Raises:
+            UserError: there are none.
+        """
+        if self.rope is None:
+            raise UserError("a model without rotary positions is not supported here")
+        return self.rope
 
 
 @dataclass(frozen=True)
@@ -235,20 +291,26 @@ class FeedForwardSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: attention and feed-forward, each of a norm of the hidden states and added to them.
+    """One decoder layer: attention and feed-forward, each computed from the hidden states and added to them.
 
     Args:
-        output_norms: whether there is a norm of each one's output too, before it is added (Gemma 2).
+        norms: pre: attention and feed-forward see a norm of the hidden states (LLaMA); post: they see the hidden states
+            themselves, and what they give has a norm before it is added (OLMo 2), which is not BERT's norm of the sum;
+            both: what they see and what they give have one (Gemma 2).
         parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
     """
 
     attention: AttentionSpec
     feed_forward: FeedForwardSpec
-    output_norms: bool = False
+    norms: str = "pre"
     parallel: str | None = None
 
     def __post_init__(self) -> None:
+        if self.norms not in NORM_PLACES:
+            raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
+        if self.norms == "post" and self.parallel is not None:
+            raise UserError(f"config: parallel {self.parallel!r} names a norm before the layers; norms 'post' has none")
         if self.parallel not in (None, *PARALLEL):
             raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
 
@@ -286,7 +348,9 @@ class DecoderSpec:
         norm: of every layer, and of the last hidden states.
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
+        learned_positions: vectors of positions, added to the scaled embedding; None for none.
         embedding_norm: whether there is a norm behind the embedding.
+        logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
         bos_token_id, eos_token_id, pad_token_id: what the checkpoint says of its special tokens.
@@ -301,6 +365,8 @@ class DecoderSpec:
     tied_head: bool = False
     embedding_scale: float | None = None
     embedding_norm: bool = False
+    logits_soft_cap: float | None = None
+    learned_positions: LearnedPositionsSpec | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -310,7 +376,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, sizes, zero=("num_layers",))
+        _check_positive(self, (*sizes, "logits_soft_cap"), zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
         if len(self.period) > 1 and len(set(self.period)) == 1:
@@ -349,12 +415,12 @@ class DecoderSpec:
 
     @property
     def attention(self) -> AttentionSpec:
-        """Of every layer; as `uniform_layer`."""
+        """The attention that all layers share; raises as `uniform_layer`."""
         return self.uniform_layer.attention
 
     @property
     def feed_forward(self) -> FeedForwardSpec:
-        """Of every layer; as `uniform_layer`."""
+        """The feed-forward layer that all layers share; raises as `uniform_layer`."""
         return self.uniform_layer.feed_forward
 
     @property
@@ -388,7 +454,8 @@ class DecoderSpec:
     @property
     def max_length(self) -> int:
         """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
-        return min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
+        longest = min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
+        return longest if self.learned_positions is None else min(longest, self.learned_positions.num_positions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
@@ -407,7 +474,9 @@ class DecoderSpec:
         return build(cls, values, where)
 
 
-def _stretched(rope: RopeSpec, length: int) -> int:
+def _stretched(rope: RopeSpec | None, length: int) -> int:
+    if rope is None:
+        return length
     if rope.rope_type in ("linear", "dynamic"):
         return int(length * (rope.factor or 1.0))
     if rope.rope_type == "yarn":

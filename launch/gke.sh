@@ -93,7 +93,7 @@ while [[ $# -gt 0 ]]; do
         --dry-run) dry=true ;;
         -h | --help) usage; exit ;;
         --) shift; words=("$@"); break ;;
-        -*) die "$1 is no option here; words of jaxlm.train come after --" ;;
+        -*) die "$1 is not an option here; words of jaxlm.train come after --" ;;
         *)
             if [[ -z $kind ]]; then kind=$1
             elif [[ -z $command ]]; then command=$1

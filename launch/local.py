@@ -1,6 +1,6 @@
 """`python launch/local.py --processes 2 --devices 4 -- --config FILE [--key value ...]`: a run of several hosts, dry.
 
-Starts that many processes of `jaxlm.train` on this machine, each with so many CPU devices of its own, connected as
+Starts processes of `jaxlm.train` on this machine, each with CPU devices of its own, connected as
 hosts would be. What is said after `--` goes to each of them; their lines come out whole, with [number] in front. When
 one fails, all end.
 """

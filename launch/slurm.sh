@@ -86,7 +86,7 @@ while [[ $# -gt 0 ]]; do
         --in-job) in_job=true ;;
         -h | --help) usage; exit ;;
         --) shift; break ;;
-        *) die "$1 is no option here; words of jaxlm.train come after --" ;;
+        *) die "$1 is not an option here; words of jaxlm.train come after --" ;;
     esac
     shift
 done

@@ -171,7 +171,7 @@ while [[ $# -gt 0 ]]; do
         --dry-run) dry=true ;;
         -h | --help) usage; exit ;;
         --) shift; words=("$@"); break ;;
-        -*) die "$1 is no option here; words of jaxlm.train come after --" ;;
+        -*) die "$1 is not an option here; words of jaxlm.train come after --" ;;
         *) [[ -z $command ]] || die "$1: one command at a time; words of jaxlm.train come after --"; command=$1 ;;
     esac
     shift

@@ -15,6 +15,7 @@ from jaxlm.spec import (
     ExpertsSpec,
     FeedForwardSpec,
     LayerSpec,
+    LearnedPositionsSpec,
     NormSpec,
     RopeSpec,
     is_stacked,
@@ -72,6 +73,14 @@ def test_json_there_and_back() -> None:
         ),
         (lambda v: v["period"][0]["attention"]["rope"].update(rope_type="yarn"), r"\.rope: .*'yarn' needs a 'factor'"),
         (lambda v: v["period"][2]["feed_forward"]["experts"].update(num_experts=5), "does not divide the 48 neurons"),
+        (lambda v: v["period"][0]["attention"].update(alibi=True), "rotary positions or alibi, not both"),
+        (lambda v: v["period"][0]["attention"].update(rope=None, rotary_dim=4), "but rope is null"),
+        (lambda v: v["period"][0]["attention"].update(soft_cap=0), "soft_cap is 0; expected a positive number"),
+        (lambda v: v.update(logits_soft_cap=-1.0), "logits_soft_cap is -1.0; expected a positive number"),
+        (lambda v: v.update(learned_positions={"num_rows": 2, "offset": 2}), "learned_positions: .*below offset 2"),
+        (lambda v: v["period"][0].update(norms="after"), "norms 'after' is not one of pre, post, both"),
+        (lambda v: v["period"][0].update(norms="post", parallel="own_norm"), "norms 'post' has none"),
+        (lambda v: v["period"][0]["attention"].update(qk_norm_over="layer"), "'layer' is not one of head, all"),
         (lambda v: v.update(vocab_size=0), "vocab_size is 0; expected a positive number"),
         (lambda v: v.update(period=[]), "period is empty"),
         (lambda v: v.update(period=v["period"][:1] * 2), "period repeats one description"),
@@ -88,6 +97,28 @@ def test_layers_that_differ_have_no_uniform_description() -> None:
     assert spec((LOCAL,)).uniform_layer == LOCAL
     with pytest.raises(UserError, match="layers differ"):
         _ = spec().uniform_layer
+
+
+def test_fields_that_older_files_do_not_have_change_nothing() -> None:
+    values = json.loads(json.dumps(spec().to_dict()))
+    del values["logits_soft_cap"], values["learned_positions"]
+    for layer in values["period"]:
+        del layer["norms"]
+        for name in ("scale", "soft_cap", "alibi", "qk_norm_over"):
+            del layer["attention"][name]
+    assert DecoderSpec.from_dict(values) == spec()
+
+
+def test_other_positions_there_and_back() -> None:
+    made = dataclasses.replace(spec((LOCAL,)), learned_positions=LearnedPositionsSpec(100, 2))
+    made = made.with_attention(rope=None)
+    assert made.max_length == 98
+    assert DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    made = spec((LOCAL,)).with_attention(rope=None, alibi=True)
+    assert DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert made.max_length == 2048
+    with pytest.raises(UserError, match="without rotary positions"):
+        _ = made.attention.rotary
 
 
 def test_experts_are_set_and_removed_in_every_layer() -> None:

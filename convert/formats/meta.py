@@ -25,14 +25,14 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families.base import Row
-from jaxlm.models.families.common import ROWS, write_rope
+from jaxlm.models.families import write_config
+from jaxlm.models.families.common import write_rope
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match_tensors
 from jaxlm.weights.leaves import ParamSource, stored_blocks
-from jaxlm.weights.names import Entry, Shape, leaf_shapes, rule_for, stored_entries
+from jaxlm.weights.names import Entry, Shape, leaf_shapes, stored_entries
 from jaxlm.weights.output import Advance, Watcher
 from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, WrappedTensor, same_bytes
 from jaxlm.weights.torch_write import TensorInfo, TorchZipWriter
@@ -52,6 +52,47 @@ _READ = {
 # The embedding of LLaMA 3 is split by rows; so is its output, like everyone's.
 _LLAMA3_THETA = 500000.0
 _LLAMA3_VOCAB = 128256
+
+
+@dataclass(frozen=True)
+class MetaTensor:
+    """One tensor in Meta's files, whose layout is HF's once the shards are joined.
+
+    Args:
+        name: with '{}' for the number of the layer.
+        split: dims that model-parallel shards may split; () means that every shard holds the tensor whole. Two: LLaMA 1
+            and 2 split the first one named, LLaMA 3 the second.
+        paired: whether the two numbers of a rotary pair lie beside each other.
+    """
+
+    name: str
+    split: tuple[int, ...] = ()
+    paired: bool = False
+
+
+# By `Row.path`; Meta's models have no other tensors.
+TENSORS: dict[str, MetaTensor] = {
+    "embed_tokens/embedding": MetaTensor("tok_embeddings.weight", (1, 0)),
+    "input_layernorm/scale": MetaTensor("layers.{}.attention_norm.weight"),
+    "self_attn/q_proj/kernel": MetaTensor("layers.{}.attention.wq.weight", (0,), paired=True),
+    "self_attn/k_proj/kernel": MetaTensor("layers.{}.attention.wk.weight", (0,), paired=True),
+    "self_attn/v_proj/kernel": MetaTensor("layers.{}.attention.wv.weight", (0,)),
+    "self_attn/o_proj/kernel": MetaTensor("layers.{}.attention.wo.weight", (1,)),
+    "post_attention_layernorm/scale": MetaTensor("layers.{}.ffn_norm.weight"),
+    "mlp/gate_proj/kernel": MetaTensor("layers.{}.feed_forward.w1.weight", (0,)),
+    "mlp/up_proj/kernel": MetaTensor("layers.{}.feed_forward.w3.weight", (0,)),
+    "mlp/down_proj/kernel": MetaTensor("layers.{}.feed_forward.w2.weight", (1,)),
+    "norm/scale": MetaTensor("norm.weight"),
+    "lm_head/kernel": MetaTensor("output.weight", (0,)),
+}
+
+
+def _entries(config: DecoderSpec) -> list[Entry]:
+    return stored_entries(config, {path: tensor.name for path, tensor in TENSORS.items()}, "Meta's")
+
+
+def _tensor_of(entry: Entry) -> MetaTensor:
+    return TENSORS[entry.path.removeprefix("layers/")]
 
 
 @dataclass(frozen=True)
@@ -118,11 +159,11 @@ class MetaSource(StackedTensors):
         check_num_layers(path / PARAMS, params["n_layers"], len(shards[0]))
         # As if untied first: Meta stores the head of tied models (LLaMA 3.2's small ones) too.
         untied = _config(path / PARAMS, params, sizes, tied=False)
-        entries = stored_entries(untied, "meta")
+        entries = _entries(untied)
         joined = {entry.name: _join(entry, shards, files, untied) for entry in entries}
         extra = {name: tensor for shard in shards for name, tensor in shard.items() if name not in joined}
         match_tensors(path, joined | extra, entries)
-        embedding, head = (joined[rule_for(leaf).meta] for leaf in ("embed_tokens/embedding", "lm_head/kernel"))
+        embedding, head = (joined[TENSORS[path].name] for path in ("embed_tokens/embedding", "lm_head/kernel"))
         self.config = _config(path / PARAMS, params, sizes, tied=same_bytes(embedding, head))
         #: What was taken that the files do not say, in words.
         self.assumed: list[str] = []
@@ -135,7 +176,7 @@ class MetaSource(StackedTensors):
                 "another: --max-positions N)"
             )
         self.config = dataclasses.replace(self.config, max_position_embeddings=max_positions)
-        self.add(path, leaf_shapes(self.config), joined, stored_entries(self.config, "meta"))
+        self.add(path, leaf_shapes(self.config), joined, _entries(self.config))
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
@@ -204,7 +245,7 @@ def _check_count(where: Path, dim: int, shards: list[dict[str, Tensor]], files: 
 def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]], files: list[Path]) -> tuple[int, int]:
     """V and F from the shapes of all shards."""
     _check_count(where, params["dim"], shards, files)
-    found = []
+    totals = []
     for name in ("output.weight", "layers.0.feed_forward.w1.weight"):
         total = 0
         for shard, file in zip(shards, files, strict=True):
@@ -213,8 +254,8 @@ def _sizes(where: Path, params: dict[str, Any], shards: list[dict[str, Tensor]],
                     f"{file}: tensor {name!r} is missing or is not a matrix; that is not a shard of a LLaMA model"
                 )
             total += shard[name].shape[0]
-        found.append(total)
-    vocab, hidden = found
+        totals.append(total)
+    vocab, hidden = totals
     for key, value, expected in (
         ("vocab_size", params["vocab_size"], vocab),
         ("head_dim", params.get("head_dim"), params["dim"] // params["n_heads"]),
@@ -264,11 +305,11 @@ def _scaled(theta: float, factor: float | None, tied: bool, high: float = 4.0) -
 
 def _generation(config: DecoderSpec, dtype: np.dtype[Any]) -> tuple[str, int]:
     """Which LLaMA a checkpoint looks like, and the length that was made for."""
-    if config.attention.rope.rope_type == "llama3":
+    if config.attention.rotary.rope_type == "llama3":
         return "LLaMA 3.1 and later", 131072
-    if config.attention.rope.rope_theta == _LLAMA3_THETA:
+    if config.attention.rotary.rope_theta == _LLAMA3_THETA:
         return "LLaMA 3", 8192
-    if config.attention.rope.rope_theta == 1e6:
+    if config.attention.rotary.rope_theta == 1e6:
         return "Code Llama", 16384
     # Both have the same keys; LLaMA 1 was published in float16, LLaMA 2 in bfloat16 or with grouped heads.
     if dtype == BFLOAT16 or config.attention.num_kv_heads != config.attention.num_heads:
@@ -278,7 +319,7 @@ def _generation(config: DecoderSpec, dtype: np.dtype[Any]) -> tuple[str, int]:
 
 def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], config: DecoderSpec) -> Tensor:
     """One tensor from its parts in all shards, rows in HF's order."""
-    rule, count, stored = rule_for(entry.path), len(shards), entry.layout.stored
+    tensor, count, stored = _tensor_of(entry), len(shards), entry.layout.stored
     parts = []
     for shard, file in zip(shards, files, strict=True):
         if entry.name not in shard:
@@ -286,17 +327,17 @@ def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], conf
         parts.append(shard[entry.name])
     shapes = [part.shape for part in parts]
     whole: Tensor = parts[0]
-    if count > 1 and rule.meta_split:
-        allowed = [(axis, _part_shape(stored, axis, count)) for axis in rule.meta_split]
-        axis = next((axis for axis, shape in allowed if all(found == shape for found in shapes)), None)
-        if axis is None:
+    if count > 1 and tensor.split:
+        allowed = [(dim, _part_shape(stored, dim, count)) for dim in tensor.split]
+        dim = next((dim for dim, shape in allowed if all(part == shape for part in shapes)), None)
+        if dim is None:
             expected = " or ".join(str(list(shape)) for _, shape in allowed)
-            wrong = next((i for i, found in enumerate(shapes) if found != allowed[0][1]), 0)
+            wrong = next((i for i, part in enumerate(shapes) if part != allowed[0][1]), 0)
             raise UserError(
                 f"{files[wrong]}: tensor {entry.name!r} has shape {list(shapes[wrong])}, expected {expected}: "
                 f"{list(stored)} split into {count} shards"
             )
-        if axis == 0:
+        if dim == 0:
             whole = JoinedRows(entry.name, tuple((part, 0, part.shape[0]) for part in parts))
         else:
             whole = JoinedColumns(entry.name, tuple(parts))
@@ -310,11 +351,11 @@ def _join(entry: Entry, shards: list[dict[str, Tensor]], files: list[Path], conf
             raise UserError(
                 f"{part.file}: tensor {entry.name!r} is {part.dtype.name}, in the first shard {parts[0].dtype.name}"
             )
-    return PairedHeads(whole, config.attention.head_dim) if rule.rotary else whole
+    return PairedHeads(whole, config.attention.head_dim) if tensor.paired else whole
 
 
-def _part_shape(shape: Shape, axis: int, count: int) -> Shape:
-    return tuple(size // count if i == axis and size % count == 0 else size for i, size in enumerate(shape))
+def _part_shape(shape: Shape, dim: int, count: int) -> Shape:
+    return tuple(size // count if i == dim and size % count == 0 else size for i, size in enumerate(shape))
 
 
 def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advance) -> None:
@@ -337,21 +378,24 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     params = params_for(source.config)
     # Without its copy in the head a tied model would not load: Meta's code always has an output layer.
     config = dataclasses.replace(source.config, tied_head=False)
+    entries = _entries(config)
+    tensors = {entry.name: _tensor_of(entry) for entry in entries}
+    splits = {name: _split_dim(tensor, source.config) for name, tensor in tensors.items()}
+    # The head of a tied model is read from the embedding's leaf, but split like a head.
     entries = [
         entry if entry.path in source.leaves else dataclasses.replace(entry, path="embed_tokens/embedding")
-        for entry in stored_entries(config, "meta")
+        for entry in entries
     ]
-    splits = {entry.name: _split_axis(_rule_named(entry), source.config) for entry in entries}
     infos = []
     for entry in entries:
-        shape, axis = entry.layout.stored, splits[entry.name]
-        if axis is not None and shards > 1:
-            if shape[axis] % shards or (entry.layout.view[axis] % shards and axis == 0):
+        shape, dim = entry.layout.stored, splits[entry.name]
+        if dim is not None and shards > 1:
+            if shape[dim] % shards or (entry.layout.view[dim] % shards and dim == 0):
                 raise UserError(
                     f"--shards {shards}: {entry.name!r} of shape {list(shape)} cannot be split evenly "
-                    f"({entry.layout.view[axis]} along dimension {axis}); use fewer shards"
+                    f"({entry.layout.view[dim]} along dimension {dim}); use fewer shards"
                 )
-            shape = _part_shape(shape, axis, shards)
+            shape = _part_shape(shape, dim, shards)
         infos.append(TensorInfo(entry.name, shape, source.leaves[entry.path].dtype))
     with contextlib.ExitStack() as stack:
         writers = [
@@ -363,10 +407,9 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
                 writer.begin(entry.name)
                 if isinstance(advance, Watcher):
                     advance.final(writer.path, writer.settled)
-            rotary = rule_for(entry.path).rotary
             row = 0
             for block in stored_blocks(source, entry):
-                if rotary:
+                if tensors[entry.name].paired:
                     block = _reorder(block, source.config.attention.head_dim, pairs=False)
                 for number, part in _distribute(block, row, entry.layout.stored, splits[entry.name], shards):
                     writers[number].write(part)
@@ -376,26 +419,21 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     copy_files(source.tokenizer_files, directory)
 
 
-def _rule_named(entry: Entry) -> Row:
-    # By name: the head of a tied model is read from the embedding's leaf, but split like a head.
-    return next(rule for rule in ROWS if rule.meta and rule.meta.format(entry.layer) == entry.name)
-
-
-def _split_axis(rule: Row, config: DecoderSpec) -> int | None:
-    if len(rule.meta_split) < 2:
-        return rule.meta_split[0] if rule.meta_split else None
-    third = config.attention.rope.rope_type == "llama3" or config.attention.rope.rope_theta == _LLAMA3_THETA
-    return rule.meta_split[1 if third else 0]
+def _split_dim(tensor: MetaTensor, config: DecoderSpec) -> int | None:
+    if len(tensor.split) < 2:
+        return tensor.split[0] if tensor.split else None
+    third = config.attention.rotary.rope_type == "llama3" or config.attention.rotary.rope_theta == _LLAMA3_THETA
+    return tensor.split[1 if third else 0]
 
 
 def _distribute(
-    block: np.ndarray, row: int, stored: Shape, axis: int | None, shards: int
+    block: np.ndarray, row: int, stored: Shape, dim: int | None, shards: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The parts of a block of rows, which begins at `row` of the tensor, with the shards they belong to."""
-    if shards == 1 or axis is None:
+    if shards == 1 or dim is None:
         for number in range(shards):
             yield number, block
-    elif axis == 0:
+    elif dim == 0:
         each = stored[0] // shards
         first = row
         while first < row + block.shape[0]:
@@ -414,10 +452,10 @@ def params_for(config: DecoderSpec) -> dict[str, Any]:
     Raises:
         UserError: when Meta's code could not run it: biases, a sliding window, another RoPE, heads that do not fill D.
     """
-    stored_entries(dataclasses.replace(config, tied_head=False), "meta")
+    _entries(dataclasses.replace(config, tied_head=False))
     if config.attention.window is not None:
         raise UserError(f"the model has a sliding window of {config.attention.window}; Meta's format has none")
-    heads, head_dim, rope = config.attention.num_heads, config.attention.head_dim, config.attention.rope
+    heads, head_dim, rope = config.attention.num_heads, config.attention.head_dim, config.attention.rotary
     if heads * head_dim != config.hidden_size:
         raise UserError(
             f"the model has {heads} heads of {head_dim} for D {config.hidden_size}; in Meta's format the heads fill D"
@@ -442,6 +480,7 @@ def params_for(config: DecoderSpec) -> dict[str, Any]:
             raise UserError(f"the model's llama3 rope {write_rope(rope)} differs from Meta's (1, 4 and 8192)")
     elif rope.rope_type != "default":
         raise UserError(f"the model has rope_type {rope.rope_type!r}; Meta's format has 'default' and 'llama3'")
+    write_config(config, "float32")  # which refuses what no LLaMA computes, by name
     return params
 
 

@@ -41,19 +41,42 @@ from jaxlm.weights.hf import (
 from jaxlm.weights.leaves import ParamSource, stored_blocks
 from jaxlm.weights.mindspore_ckpt import CkptWriter, is_ckpt, read_ckpt
 from jaxlm.weights.names import (
-    MINDSPORE_JOINED,
     Entry,
     adapter_shapes,
     leaf_shapes,
-    linear_path,
     peft_entries,
-    rule_for,
     stored_entries,
 )
 from jaxlm.weights.output import Advance
 from jaxlm.weights.partition import write_patterns
 from jaxlm.weights.safetensors import read_safetensors
 from jaxlm.weights.tensors import StoredTensor, Tensor
+
+# Linear layers; MindFormers took Meta's names for them.
+_LINEARS = {
+    "self_attn/q_proj": "attention.wq",
+    "self_attn/k_proj": "attention.wk",
+    "self_attn/v_proj": "attention.wv",
+    "self_attn/o_proj": "attention.wo",
+    "mlp/gate_proj": "feed_forward.w1",
+    "mlp/up_proj": "feed_forward.w3",
+    "mlp/down_proj": "feed_forward.w2",
+}
+# `Row.path` -> the name.
+NAMES: dict[str, str] = {
+    "embed_tokens/embedding": "model.tok_embeddings.embedding_weight",
+    "input_layernorm/scale": "model.layers.{}.attention_norm.weight",
+    "post_attention_layernorm/scale": "model.layers.{}.ffn_norm.weight",
+    "norm/scale": "model.norm_out.weight",
+    "lm_head/kernel": "lm_head.weight",
+    **{f"{path}/kernel": f"model.layers.{{}}.{name}.weight" for path, name in _LINEARS.items()},
+    **{f"{path}/bias": f"model.layers.{{}}.{name}.bias" for path, name in _LINEARS.items()},
+}
+# Linear layers that hold several of ours below each other: name, parts, in this order.
+JOINED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("model.layers.{}.attention.w_qkv", ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj")),
+    ("model.layers.{}.feed_forward.w_gate_hidden", ("mlp/gate_proj", "mlp/up_proj")),
+)
 
 FILE_NAME = "model.ckpt"
 PATTERNS = "patterns"  # the folder of a model of experts
@@ -119,8 +142,12 @@ def read_files(files: list[Path], check: bool = True) -> dict[str, StoredTensor]
 
 def looks_like_mindspore(tensors: Mapping[str, Tensor]) -> bool:
     """Whether names are MindFormers', of a model or an adapter."""
-    embedding = rule_for("embed_tokens/embedding").mindspore
-    return embedding in tensors or is_lora(tensors)
+    return has_embedding(tensors) or is_lora(tensors)
+
+
+def has_embedding(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a whole model is there, and not only an adapter."""
+    return NAMES["embed_tokens/embedding"] in tensors
 
 
 def is_lora(tensors: Mapping[str, Tensor]) -> bool:
@@ -165,9 +192,8 @@ class MindSporeSource(StackedTensors):
         if self.joined:
             how = "whole, one below the other" if groups == 1 else f"interleaved in {groups} groups"
             self.assumed.append(f"wq, wk, wv in w_qkv lie {how} (the file does not say it; another: --groups N)")
-        head, embedding = (rule_for(path).mindspore for path in ("lm_head/kernel", "embed_tokens/embedding"))
-        drop_tied_head(files[0], split, head, embedding, self.config)
-        entries = stored_entries(self.config, "mindspore")
+        drop_tied_head(files[0], split, NAMES["lm_head/kernel"], NAMES["embed_tokens/embedding"], self.config)
+        entries = _entries(self.config)
         try:
             match_tensors(files[0], split, entries)
         except UserError as error:
@@ -178,19 +204,23 @@ class MindSporeSource(StackedTensors):
         self.add(files[0], leaf_shapes(self.config), split, entries)
 
 
+def _entries(config: DecoderSpec) -> list[Entry]:
+    return stored_entries(config, NAMES, "MindSpore's")
+
+
 def _joined_parts(config: DecoderSpec, groups: int) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
     """The name of each concatenated tensor that the model may have, and its parts: (name, rows of one group)."""
-    rows = {entry.path: entry.layout.stored[0] for entry in stored_entries(config, "mindspore")}
+    rows = {entry.path.removeprefix("layers/"): entry.layout.stored[0] for entry in _entries(config)}
     for leaf, suffix in (("kernel", "weight"), ("bias", "bias")):
-        for joined, linears in MINDSPORE_JOINED:
-            paths = [f"{linear_path(config, linear)}/{leaf}" for linear in linears]
+        for joined, linears in JOINED:
+            paths = [f"{linear}/{leaf}" for linear in linears]
             if not all(path in rows for path in paths):
                 continue
             for path in paths:
                 if rows[path] % groups:
                     raise UserError(f"--groups {groups}: does not divide the {rows[path]} rows of {path}")
             for layer in range(config.num_layers):
-                parts = [(rule_for(path).mindspore.format(layer), rows[path] // groups) for path in paths]
+                parts = [(NAMES[path].format(layer), rows[path] // groups) for path in paths]
                 yield f"{joined.format(layer)}.{suffix}", tuple(parts)
 
 
@@ -277,7 +307,7 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
     def token(key: str, default: int) -> Any:
         value = section.get(key, default)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if any(item is not None and type(item) is not int for item in ids):
+        if any(index is not None and type(index) is not int for index in ids):
             raise UserError(f"model.model_config.{key} is not a token id")
         return tuple(ids) if isinstance(value, list) else value
 
@@ -285,7 +315,7 @@ def _from_mindformers(section: dict[str, Any], tensors: Mapping[str, Tensor]) ->
     if section.get("intermediate_size") is not None:
         ffn = number("intermediate_size", None)
     else:
-        name = rule_for("layers/mlp/down_proj/kernel").mindspore.format(0)
+        name = NAMES["mlp/down_proj/kernel"].format(0)
         if name not in tensors or len(tensors[name].shape) != 2:
             raise UserError(f"says no intermediate_size, and there is no matrix {name!r} to take it from")
         ffn = tensors[name].shape[1]
@@ -350,8 +380,9 @@ class MindSporeAdapter(StackedTensors):
         self.tokenizer_files = find_tokenizer_files(directory)
         where = files[0]
         linears = {
-            row.mindspore.format(layer).removesuffix(".weight"): (linear, layer)
+            NAMES[row.path].format(layer).removesuffix(".weight"): (linear, layer)
             for linear, row in family_of(config).linears.items()
+            if row.path in NAMES
             for layer in range(config.num_layers)
         }
         factors: dict[tuple[str, int, str], StoredTensor] = {}
@@ -388,9 +419,9 @@ def _factor_key(entry: Entry) -> tuple[str, int, str]:
 def _lora_of(
     where: Path, factors: Mapping[tuple[str, int, str], StoredTensor], config: DecoderSpec, alpha: float
 ) -> tuple[LoraConfig, tuple[int, ...] | None]:
-    found = {(linear, layer) for linear, layer, _ in factors}
-    targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in found))
-    layers = tuple(sorted({layer for _, layer in found}))
+    adapted = {(linear, layer) for linear, layer, _ in factors}
+    targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in adapted))
+    layers = tuple(sorted({layer for _, layer in adapted}))
     for linear in targets:
         for layer in layers:
             for factor in "AB":
@@ -443,7 +474,7 @@ def write_mindspore(
             order = np.tile(np.arange(source.config.feed_forward.size, dtype=np.int32), (source.config.num_layers, 1))
         write_patterns(directory / PATTERNS, order, moe.num_experts)
         source = DenseSource(source, strict=False)
-    entries = {entry.name: entry for entry in stored_entries(source.config, "mindspore")}
+    entries = {entry.name: entry for entry in _entries(source.config)}
     parts_of = {}
     if joined:
         for name, parts in _joined_parts(source.config, 1):

@@ -12,7 +12,7 @@ import numpy as np
 from convert.transforms.adapter_order import in_original_order
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import described, fits
+from jaxlm.jsonfields import checked
 from jaxlm.jsontext import read_object
 from jaxlm.models.adapters import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
 from jaxlm.models.families import family_of
@@ -88,7 +88,7 @@ class PeftSource(StackedTensors):
         self.base: str | None = peft_config.get("base_model_name_or_path")
         saved = _saved_modules(peft_config.get("modules_to_save"), where)
         tensors = _canonical_names(tensors, weights)
-        saved = _saved_in_file(saved, tensors, peft_config, config, weights)
+        saved = _saved_in_file(saved, tensors, config, weights)
         self.lora, self.layers = parse_config(peft_config, saved, config, where)
         try:
             specs = resolve_lora(config, self.lora, self.layers)
@@ -146,8 +146,7 @@ def parse_config(
     rank, alpha = values.get("r"), values.get("lora_alpha", 8)
     if type(rank) is not int or rank < 1:
         raise UserError(f"{where}: r is {rank!r}; the rank of an adapter is at least 1")
-    if not fits(alpha, float, "lora_alpha"):
-        raise UserError(f"{where}: lora_alpha is {alpha!r}; expected a number")
+    checked(alpha, float, f"{where}: lora_alpha")
     targets, layers = _targets(values, config, where)
     lora = LoraConfig(
         rank=rank,
@@ -166,8 +165,8 @@ def parse_config(
 def check_types(values: dict[str, Any], where: Path) -> None:
     """Refuses values of an adapter_config.json that are of another type than PEFT writes, by name."""
     for key, kind in _TYPES.items():
-        if key in values and not fits(values[key], kind, key):
-            raise UserError(f"{where}: {key} is {values[key]!r}; expected {described(kind)}")
+        if key in values:
+            checked(values[key], kind, f"{where}: {key}")
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in values.get(key) or {}:
             try:
@@ -190,8 +189,8 @@ def _targets(
     values: dict[str, Any], config: DecoderSpec, where: Path
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     wanted, excluded = values.get("target_modules"), values.get("exclude_modules") or []
-    only = values.get("layers_to_transform")
-    only = [only] if isinstance(only, int) else only or None  # an empty list means all, as in PEFT
+    named = values.get("layers_to_transform")
+    named = [named] if isinstance(named, int) else named or None  # an empty list means all, as in PEFT
     if not wanted:
         raise UserError(f"{where}: target_modules is {wanted!r}; name the layers, e.g. ['q_proj', 'v_proj']")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
@@ -208,7 +207,7 @@ def _targets(
                     f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
                     f"{config.num_layers} layers ({', '.join(LINEARS)})"
                 )
-    for layer in only or []:
+    for layer in named or []:
         if type(layer) is not int or not 0 <= layer < config.num_layers:
             raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {config.num_layers} layers")
     targeted = {
@@ -216,7 +215,7 @@ def _targets(
         for key, module in modules.items()
         if _matches(wanted, module, where)
         and not _matches(excluded, module, where)
-        and (only is None or key[1] in only)
+        and (named is None or key[1] in named)
     }
     targets = tuple(linear for linear in LINEARS if any(key[0] == linear for key in targeted))
     layers = tuple(sorted({layer for _, layer in targeted}))
@@ -262,10 +261,10 @@ def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[st
 
 
 def _saved_in_file(
-    saved: tuple[str, ...], tensors: dict[str, StoredTensor], values: dict[str, Any], config: DecoderSpec, weights: Path
+    saved: tuple[str, ...], tensors: dict[str, StoredTensor], config: DecoderSpec, weights: Path
 ) -> tuple[str, ...]:
     # PEFT stores resized embeddings even when modules_to_save does not name them.
-    names = {module: f"{PEFT_PREFIX}{saved_module_name(module)}" for module in SAVEABLE}
+    names = {module: f"{PEFT_PREFIX}{saved_module_name(config, module)}" for module in SAVEABLE}
     saved = tuple(module for module in SAVEABLE if module in saved or names[module] in tensors)
     if not config.tied_head or not {"embed_tokens", "lm_head"} & set(saved):
         return saved
@@ -280,7 +279,7 @@ def _saved_in_file(
 
 
 def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: DecoderSpec) -> tuple[Entry, Shape]:
-    name = f"{PEFT_PREFIX}{saved_module_name(module)}"
+    name = f"{PEFT_PREFIX}{saved_module_name(config, module)}"
     shape = leaf_shapes(config)[SAVEABLE[module]]
     if module != "norm" and name in tensors and len(tensors[name].shape) == 2:
         shape = (tensors[name].shape[0], shape[1])  # added tokens
@@ -338,9 +337,9 @@ def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
     for module in source.lora.modules_to_save:
         path = f"modules_to_save/{SAVEABLE[module]}"
         leaf = source.leaves[path]
-        names = [saved_module_name(module)]
+        names = [saved_module_name(source.config, module)]
         if module == "embed_tokens" and source.config.tied_head:
-            names.append(saved_module_name("lm_head"))  # PEFT stores a tied head beside its embedding
+            names.append(saved_module_name(source.config, "lm_head"))  # PEFT stores a tied head beside its embedding
         for name in names:
             layout = Layout(leaf.shape, leaf.shape, tuple(range(len(leaf.shape))))
             entry = Entry(f"{PEFT_PREFIX}{name}", path, None, layout)

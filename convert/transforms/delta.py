@@ -130,7 +130,7 @@ def inv_freq_sum(config: DecoderSpec) -> float:
     The published sums include them: 238.7185 for a 7B model, 298.3982 for a 13B one.
     """
     half = config.attention.head_dim // 2
-    return config.num_layers * math.fsum(config.attention.rope.rope_theta ** (-i / half) for i in range(half))
+    return config.num_layers * math.fsum(config.attention.rotary.rope_theta ** (-i / half) for i in range(half))
 
 
 def sum_matches(total: float, expected: float, config: DecoderSpec) -> bool:

@@ -124,15 +124,15 @@ class MergedSource(DerivedSource):
 
     def _merged_blocks(self, entry: Entry, linear: str, spec: LoraSpec, layer: int) -> Iterator[np.ndarray]:
         """Rows of outputs of one layer's merged matrix in float32."""
-        rank, here = spec.ranks[layer], slice(layer, layer + 1)
+        rank, own = spec.ranks[layer], slice(layer, layer + 1)
         every = (slice(None),) * num_input_dims(self._base.config, linear)
-        a = self._factor(linear, layer, "lora_A", (here, *every, slice(0, rank)))
-        b = self._factor(linear, layer, "lora_B", (here, slice(0, rank)))
+        a = self._factor(linear, layer, "lora_A", (own, *every, slice(0, rank)))
+        b = self._factor(linear, layer, "lora_B", (own, slice(0, rank)))
         to_inputs, to_outputs = np.ascontiguousarray(a.reshape(-1, rank).T), b.reshape(rank, -1).T
         scale = np.float32(spec.scales[layer])
         magnitude: np.ndarray | None = None
         if spec.dora:
-            magnitude = self._factor(linear, layer, "magnitude", (here,)).reshape(-1)
+            magnitude = self._factor(linear, layer, "magnitude", (own,)).reshape(-1)
         for (start, stop), block in zip(row_blocks(entry.layout), stored_blocks(self._base, entry), strict=True):
             merged = low_rank_product(to_outputs[start:stop], to_inputs)
             merged *= scale
@@ -144,13 +144,13 @@ class MergedSource(DerivedSource):
 
     def _factor(self, linear: str, layer: int, name: str, index: Index) -> np.ndarray:
         """A part of the adapter in float32."""
-        found = self._adapter.read(f"{linear_path(self._base.config, linear)}/{name}", index).astype(np.float32)
-        if not all_finite(found):
+        values = self._adapter.read(f"{linear_path(self._base.config, linear)}/{name}", index).astype(np.float32)
+        if not all_finite(values):
             raise UserError(
                 f"{self._adapter.path}: {name} of {linear}, layer {layer}, holds infinities or NaNs; nothing can be "
                 "merged with that: take an earlier checkpoint of its run"
             )
-        return found
+        return values
 
     def _check_finite(self, merged: np.ndarray, name: str) -> None:
         """Refuses a merged matrix with infinities or NaNs: the factors have none, so the base does."""
@@ -160,9 +160,9 @@ class MergedSource(DerivedSource):
                 "damaged, or of a run that diverged"
             )
 
-    def _gain(self, magnitude: np.ndarray, merged: np.ndarray, axis: int, name: str, first: int) -> np.ndarray:
-        """DoRA's factor of each output; `axis` is that of the inputs, `first` the first output's number."""
-        lengths = norms(merged, axis)
+    def _gain(self, magnitude: np.ndarray, merged: np.ndarray, dim: int, name: str, first: int) -> np.ndarray:
+        """DoRA's factor of each output; `dim` is that of the inputs, `first` the first output's number."""
+        lengths = norms(merged, dim)
         if not lengths.all():
             row = first + int(np.flatnonzero(lengths == 0)[0])
             raise UserError(
@@ -179,31 +179,31 @@ class MergedSource(DerivedSource):
             return
         num_inputs = num_input_dims(self._base.config, linear)
         inputs, outputs = index[:num_inputs], index[num_inputs:]
-        here, rank = slice(layer, layer + 1), slice(0, spec.ranks[layer])
-        b = self._factor(linear, layer, "lora_B", (here, rank, *outputs)).reshape(spec.ranks[layer], -1)
+        own, rank = slice(layer, layer + 1), slice(0, spec.ranks[layer])
+        b = self._factor(linear, layer, "lora_B", (own, rank, *outputs)).reshape(spec.ranks[layer], -1)
 
         def factor_a(part: Index) -> np.ndarray:
-            return self._factor(linear, layer, "lora_A", (here, *part, rank)).reshape(-1, spec.ranks[layer])
+            return self._factor(linear, layer, "lora_A", (own, *part, rank)).reshape(-1, spec.ranks[layer])
 
         flat, flat_out = base.reshape(-1, b.shape[1]), out.reshape(-1, b.shape[1])
         scale = np.float32(spec.scales[layer])
         a = factor_a(inputs)
 
         def merged(base_part: np.ndarray, a_part: np.ndarray, columns: slice) -> np.ndarray:
-            found = low_rank_product(a_part, b[:, columns])
-            found *= scale
-            found += base_part.astype(np.float32, copy=False)
-            self._check_finite(found, path)
-            return found
+            part = low_rank_product(a_part, b[:, columns])
+            part *= scale
+            part += base_part.astype(np.float32, copy=False)
+            self._check_finite(part, path)
+            return part
 
         gain: np.ndarray | None = None
         if spec.dora:
-            magnitude = self._factor(linear, layer, "magnitude", (here, *outputs)).reshape(-1)
+            magnitude = self._factor(linear, layer, "magnitude", (own, *outputs)).reshape(-1)
             # The norm of an output runs over all inputs, also when only some of them are asked for.
             every = tuple(slice(0, size) for size in self.leaves[path].shape[1 : 1 + num_inputs])
             whole, whole_a = flat, a
             if a.shape[0] != int(np.prod([part.stop for part in every])):
-                whole = self._base.read(path, (here, *every, *outputs)).reshape(-1, b.shape[1])
+                whole = self._base.read(path, (own, *every, *outputs)).reshape(-1, b.shape[1])
                 whole_a = factor_a(every)
             gain = np.empty_like(magnitude)
             for columns in _pieces(whole.shape[1], whole.shape[0]):

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig
@@ -160,23 +160,18 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from convert.source import open_with_adapter
-    from convert.transforms.merge import MergedSource
     from jaxlm.evaluation import perplexity
     from jaxlm.evaluation.scorer import place
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.weights.native.prompt_json import trained_prompt
 
     assert config.data is not None
-    named = open_with_adapter(config.model.path, config.model.adapter)
-    path, source, adapter_path, adapter = named.path, cast(Any, named.base), named.adapter_path, named.adapter
-    if adapter is None and config.model.merge_adapter:
-        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
-    whole = source if adapter is None else MergedSource(source, adapter)
-    trained = trained_prompt(source.path if adapter is None else adapter.path)
-    if config.model.merge_adapter:
-        source, adapter = whole, None
+    files = open_with_adapter(config.model.path, config.model.adapter)
+    path, adapter_path = files.path, files.adapter_path
+    source, adapter = files.parts(config.model.merge_adapter)
+    trained = trained_prompt(files.trained_path)
     spec = source.config
-    tokenizer = load_tokenizer(config.tokenizer or whole.tokenizer_dir)
+    tokenizer = load_tokenizer(config.tokenizer or files.merged.tokenizer_dir)
     template, why = perplexity.choose(config.data, tokenizer, trained.template)
     settings = _settings(config, tokenizer, trained, template, spec.max_length)
     with console.status("reading and tokenising"):

@@ -172,15 +172,13 @@ def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
 def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
     """The model on its devices, how to ask it, and the facts that identify both in the journal of a file."""
     from convert.source import open_with_adapter
-    from convert.transforms.merge import MergedSource
-    from jaxlm.inference.loading import ModelFiles, placement, prompt_settings, same_place
+    from jaxlm.inference.loading import placement, prompt_settings, same_place
     from jaxlm.inference.options import check_stop_ids
     from jaxlm.training.resume import base_fingerprint
 
-    opened = open_with_adapter(config.model.path, config.model.adapter)
-    base, adapter = opened.base, opened.adapter
-    files = ModelFiles(base, adapter, base if adapter is None else MergedSource(base, adapter))
-    if adapter is not None and adapter.base and not same_place(adapter.base, opened.path):
+    files = open_with_adapter(config.model.path, config.model.adapter)
+    base, adapter = files.base, files.adapter
+    if adapter is not None and adapter.base and not same_place(adapter.base, files.path):
         console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
     prompts = prompt_settings(files, config.tokenizer, config.template, config.add_bos)
     for problem in prompts.warnings:

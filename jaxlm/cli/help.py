@@ -14,7 +14,8 @@ import docstring_parser
 from jaxlm.cli.words import Flag
 from jaxlm.config.data import SourceConfig
 from jaxlm.config.run import RunConfig
-from jaxlm.config.schema import alternatives, field_types, section_of
+from jaxlm.config.schema import section_of
+from jaxlm.fields import alternatives, field_types
 
 WIDTH = 100
 

@@ -147,7 +147,10 @@ def _attention(config: RunConfig, options: argparse.Namespace) -> AttentionSpec:
         raise UserError(f"--kv_heads: {kv_heads} does not divide {heads} query heads")
     head_dim = options.head_dim or (128 if own is None else own.head_dim)
     window = options.window or (None if own is None else own.window)
-    return AttentionSpec(heads, kv_heads, head_dim, window=window)
+    spec = AttentionSpec(heads, kv_heads, head_dim, window=window)
+    if own is None:
+        return spec
+    return dataclasses.replace(spec, rope=own.rope, soft_cap=own.soft_cap, alibi=own.alibi)
 
 
 def candidates(case: ShapeKey) -> list[Candidate]:
@@ -186,7 +189,7 @@ def passes(case: ShapeKey, choice: AttentionBackend) -> Callable[..., Any]:
     from jaxlm.nn.attention import MaskSpec, attention
 
     def run(q: Any, k: Any, v: Any, cotangent: Any, ids: Any) -> Any:
-        mask = MaskSpec(ids, window=case.window)
+        mask = MaskSpec(ids, window=case.window, soft_cap=case.soft_cap, alibi=case.alibi)
         out, back = jax.vjp(lambda q, k, v: attention(q, k, v, mask, choice), q, k, v)
         return out, *back(cotangent.astype(out.dtype))
 

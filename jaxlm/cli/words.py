@@ -11,8 +11,9 @@ import yaml
 
 from jaxlm.config.files import merge
 from jaxlm.config.reading import check_keys, number_in_text, unfold_paths
-from jaxlm.config.schema import alternatives, element_of, has_path, is_within_list, type_of
+from jaxlm.config.schema import element_of, has_path, is_within_list, type_of
 from jaxlm.errors import UserError
+from jaxlm.fields import alternatives
 from jaxlm.locate import locate_paths
 from jaxlm.yamltext import DuplicateKeyError, read_yaml
 

@@ -12,8 +12,9 @@ import yaml
 
 from jaxlm.config.ranges import check_ranges
 from jaxlm.config.run import RunConfig
-from jaxlm.config.schema import alternatives, element_of, expected, field_types, has_path, section_of, suggest
+from jaxlm.config.schema import element_of, expected, has_path, section_of, suggest
 from jaxlm.errors import UserError
+from jaxlm.fields import Reader, alternatives, field_types, is_required, shown
 from jaxlm.yamltext import read_yaml
 
 Config = TypeVar("Config")
@@ -35,7 +36,7 @@ def build(values: Mapping[str, Any], root: type[Config]) -> Config:
         UserError: for a value of a wrong type, null where a value belongs, a source without a path, or a value out
             of its range.
     """
-    config = _section(values, typing.cast(Any, root), "")
+    config = _ConfigReader().section(values, root, "")
     if isinstance(config, RunConfig):
         check_ranges(config)
     return typing.cast(Config, config)
@@ -93,7 +94,7 @@ def number_in_text(value: Any, kind: Any) -> Any:
 def _check_keys(values: Any, cls: type, prefix: str, origin: str, root: type) -> None:
     if not isinstance(values, dict):
         where = f"{origin}: {prefix.rstrip('.')}" if prefix else origin
-        raise UserError(f"{where}: expected keys and values, found {_shown(values)}")
+        raise UserError(f"{where}: expected keys and values, found {shown(values)}")
     types = field_types(cls)
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -111,52 +112,40 @@ def _check_keys(values: Any, cls: type, prefix: str, origin: str, root: type) ->
             _check_keys(value, section, f"{key}.", origin, root)
 
 
-def _section(values: Mapping[str, Any], cls: type, key: str) -> Any:
-    types = field_types(cls)
-    for field in dataclasses.fields(cls):
-        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if is_required and values.get(field.name) is None:
-            raise UserError(f"{key}: {dict(values)!r} has no {field.name}; write {{{field.name}: …}}")
-    prefix = f"{key}." if key else ""
-    return cls(**{name: _value(value, types[name], f"{prefix}{name}") for name, value in values.items()})
+class _ConfigReader(Reader):
+    """Texts may stand for numbers; `key` is empty for the root."""
 
+    def section(self, values: Mapping[str, Any], cls: type, key: str) -> Any:
+        for field in dataclasses.fields(cls):
+            if is_required(field) and values.get(field.name) is None:
+                raise UserError(f"{key}: {dict(values)!r} has no {field.name}; write {{{field.name}: …}}")
+        prefix, kinds = f"{key}." if key else "", field_types(cls)
+        return cls(**{name: self.value(value, kinds[name], f"{prefix}{name}") for name, value in values.items()})
 
-def _value(value: Any, kind: Any, key: str) -> Any:
-    members = alternatives(kind)
-    if value is None and type(None) not in members and Any not in members:
-        way_out = COLON if ":" in key else "leave the key out for its default"
-        raise UserError(f"{key}: expected {expected(kind)}, found null; {way_out}")
-    # What has keys or is a list says itself which member of a union is meant, so that its errors name the inner key.
-    for member in members:
-        origin, arguments = typing.get_origin(member), typing.get_args(member)
-        if dataclasses.is_dataclass(member) and isinstance(value, Mapping):
-            return _section(value, typing.cast(type, member), key)
-        if origin is dict and isinstance(value, Mapping):
-            return {_name(name, key): _value(inner, arguments[1], f"{key}.{name}") for name, inner in value.items()}
-        if origin is list and isinstance(value, (list, tuple)):
-            return [_value(inner, arguments[0], key) for inner in value]
-        if origin is tuple and isinstance(value, (list, tuple)):
-            if arguments[-1] is Ellipsis:
-                return tuple(_value(inner, arguments[0], key) for inner in value)
-            if len(value) == len(arguments):
-                return tuple(_value(inner, type_, key) for inner, type_ in zip(value, arguments, strict=True))
-    for member in members:
-        if _is(value, member):
-            return value
-    for member in members:
-        converted = _converted(value, member)
-        if _is(converted, member):
-            return converted
-    if isinstance(value, Mapping) and section_of(kind) is not None:
-        inner = f"{key}.{next(iter(value), '')}".rstrip(".")
-        raise UserError(f"{inner}: there is no list {key} that it could be set for; give {key} too")
-    raise UserError(f"{key}: expected {expected(kind)}, found {_shown(value)}{_nearest_choice(value, members)}")
+    def element_key(self, key: str, number: int) -> str:
+        return key  # a list's sections are set together on the command line, without numbers
 
+    def name(self, name: Any, key: str) -> str:
+        if not isinstance(name, str):
+            raise UserError(f"{key}: the name {name!r} is not a text; put it in quotation marks")
+        return name
 
-def _name(name: Any, key: str) -> str:
-    if not isinstance(name, str):
-        raise UserError(f"{key}: the name {name!r} is not a text; put it in quotation marks")
-    return name
+    def leaf(self, value: Any, kind: Any, key: str) -> Any:
+        members = alternatives(kind)
+        if value is None and type(None) not in members and Any not in members:
+            way_out = COLON if ":" in key else "leave the key out for its default"
+            raise UserError(f"{key}: expected {expected(kind)}, found null; {way_out}")
+        for member in members:
+            if _is(value, member):
+                return value
+        for member in members:
+            converted = _converted(value, member)
+            if _is(converted, member):
+                return converted
+        if isinstance(value, Mapping) and section_of(kind) is not None:
+            inner = f"{key}.{next(iter(value), '')}".rstrip(".")
+            raise UserError(f"{inner}: there is no list {key} that it could be set for; give {key} too")
+        raise UserError(f"{key}: expected {expected(kind)}, found {shown(value)}{_nearest_choice(value, members)}")
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -187,8 +176,3 @@ def _nearest_choice(value: Any, members: tuple[Any, ...]) -> str:
     ]
     near = difflib.get_close_matches(value.strip().lower(), choices, 1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]} …"

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import types
 import typing
 from typing import Any, Literal
 
-
-@functools.cache
-def field_types(cls: type) -> dict[str, Any]:
-    """The keys of a section with their types."""
-    return typing.get_type_hints(cls)
-
-
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    is_union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    return typing.get_args(kind) if is_union else (kind,)
+from jaxlm.fields import alternatives, field_types
 
 
 def section_of(kind: Any) -> type | None:

@@ -122,8 +122,8 @@ class BatchSource:
         row = step * self._rows * self._accumulation
         row = row if self._total is None else min(row, self._total)
         epoch = self._epoch_of(max(0, row - 1))
-        found: dict[str, Any] = {"epoch": epoch, "rows_before": self._end(epoch - 1)}
-        return found if self._total is None else found | {"epochs": self._epochs, "total_rows": self._total}
+        counters: dict[str, Any] = {"epoch": epoch, "rows_before": self._end(epoch - 1)}
+        return counters if self._total is None else counters | {"epochs": self._epochs, "total_rows": self._total}
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self._steps:

@@ -151,9 +151,9 @@ def chip_of(device_kind: str) -> Chip | None:
     if _OTHERS.search(device_kind):
         return None
     for pattern, name in _GPU_KINDS:
-        found = re.search(pattern, device_kind, re.IGNORECASE)
-        if found is not None:
-            return _BY_NAME[found.expand(name).lower()]
+        match = re.search(pattern, device_kind, re.IGNORECASE)
+        if match is not None:
+            return _BY_NAME[match.expand(name).lower()]
     return None
 
 
@@ -169,7 +169,7 @@ class Topology:
 
     Attributes:
         shape: of a slice, (16, 16); of GPUs (hosts, GPUs of each); of CPUs (devices,).
-        slices: of TPUs, so many of that shape.
+        slices: number of TPU slices of that shape.
     """
 
     chip: Chip
@@ -203,11 +203,13 @@ def parse_topology(text: str, memory: float | None = None) -> Topology:
         UserError: for an unknown chip, with the names that are known, or a shape that it does not come in, with those
             near it.
     """
-    found = re.fullmatch(r"(?:(\d{1,3})\*)?([a-z0-9][a-z0-9-]*):(\d{1,4}(?:x\d{1,4})*)", text.strip().lower())
-    if found is None:
-        raise UserError(f"--topology: {text!r} is none; write CHIP:SHAPE, e.g. {_EXAMPLES}{_shape_of_name(text)}")
-    slices, shape = int(found[1] or 1), tuple(int(size) for size in found[3].split("x"))
-    chip = _named(text, found[2], memory)
+    match = re.fullmatch(r"(?:(\d{1,3})\*)?([a-z0-9][a-z0-9-]*):(\d{1,4}(?:x\d{1,4})*)", text.strip().lower())
+    if match is None:
+        raise UserError(
+            f"--topology: {text!r} is not a topology; write CHIP:SHAPE, e.g. {_EXAMPLES}{_shape_of_name(text)}"
+        )
+    slices, shape = int(match[1] or 1), tuple(int(size) for size in match[3].split("x"))
+    chip = _named(text, match[2], memory)
     if 0 in (slices, *shape):
         raise UserError(f"--topology: {text!r} has no devices")
     if chip.platform == "gpu" and len(shape) == 1:
@@ -222,9 +224,11 @@ def parse_topology(text: str, memory: float | None = None) -> Topology:
     if slices > 1 and not chip.network:
         raise UserError(f"--topology: {text!r}: how fast {chip.name}'s slices send to each other is not known here")
     if chip.platform == "tpu" and not slice_exists(chip, shape):
-        near = " and ".join(f"{chip.name}:{_by_x(one)} ({math.prod(one)} chips)" for one in near_slices(chip, shape))
+        near = " and ".join(
+            f"{chip.name}:{_by_x(other)} ({math.prod(other)} chips)" for other in near_slices(chip, shape)
+        )
         raise UserError(
-            f"--topology: {text!r}: there is no such slice of {chip.name}; it comes as {_offered(chip)}. "
+            f"--topology: {text!r}: {chip.name} has no such slice; it comes as {_offered(chip)}. "
             f"Next to these {math.prod(shape)} chips: {near}"
         )
     return Topology(chip, shape, slices)
@@ -234,28 +238,28 @@ def _named(text: str, name: str, memory: float | None) -> Chip:
     """The chip of a topology, with the memory that is said by hand."""
     by_hand = "any other GPU, of unknown speed: --topology gpu:8 --memory 24 (GiB of each)"
     known = _BY_NAME | {"gpu": ANY_GPU}
-    squeezed = {re.sub(r"[^a-z0-9]", "", one): one for one in known}
+    squeezed = {re.sub(r"[^a-z0-9]", "", full): full for full in known}
     # 4090 and rtx-4090 are rtx4090.
     bare = re.sub(r"^(nvidia|geforce|tesla)|[^a-z0-9]", "", name)
-    found = known.get(_ALIASES.get(name, name)) or known.get(squeezed.get(bare) or squeezed.get(f"rtx{bare}", ""))
-    if found is None:
+    chip = known.get(_ALIASES.get(name, name)) or known.get(squeezed.get(bare) or squeezed.get(f"rtx{bare}", ""))
+    if chip is None:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"--topology: {text!r}: unknown chip {name!r}; known: {', '.join(_BY_NAME)}; {by_hand}{hint}")
     if memory is None:
-        if found is ANY_GPU:
+        if chip is ANY_GPU:
             raise UserError(
                 f"--topology: {text!r}: say how much memory each has, as nvidia-smi shows it: --memory 24 (GiB)"
             )
-        return found
-    if found.platform != "gpu":
-        raise UserError(f"--memory: {text!r} is no GPU; it is for GPUs, e.g. --topology gpu:8 --memory 24")
+        return chip
+    if chip.platform != "gpu":
+        raise UserError(f"--memory: {text!r} is not a GPU; the option is for GPUs, e.g. --topology gpu:8 --memory 24")
     if not 0 < memory < 10_000:
-        raise UserError(f"--memory: {memory} is no number of GiB; e.g. --memory 24")
-    return dataclasses.replace(found, memory=SHARE * memory * GIB)
+        raise UserError(f"--memory: {memory} is not a number of GiB; e.g. --memory 24")
+    return dataclasses.replace(chip, memory=SHARE * memory * GIB)
 
 
-# Slices: as Google offers them. Of two dims a few; of three the small ones, and whole cubes of 4 x 4 x 4 chips.
+# Slices as Google offers them: a few with two dims; with three the small ones, and whole cubes of 4 x 4 x 4 chips.
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _MOST = {"v4": 4096, "v5p": 6144}  # chips of the largest slice
@@ -266,11 +270,11 @@ def slice_exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     if chip.dims == 2:
         return tuple(sorted(shape)) in _FLAT
     whole = all(size % 4 == 0 for size in shape) and math.prod(shape) <= _MOST[chip.name]
-    return whole or sorted(shape) in [sorted(one) for one in _SMALL]
+    return whole or sorted(shape) in [sorted(small) for small in _SMALL]
 
 
 def near_slices(chip: Chip, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The slices with as many chips or, if there are none, the next smaller and larger ones; of equals the roundest."""
+    """The slices with as many chips or, without one, the next smaller and larger ones; the roundest of equals."""
     offered: list[tuple[int, ...]] = list(_FLAT)
     if chip.dims == 3:
         sizes = range(4, 33, 4)
@@ -279,8 +283,8 @@ def near_slices(chip: Chip, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         ]
         offered = [*_SMALL, *cubes]
     best: dict[int, tuple[int, ...]] = {}
-    for one in sorted(offered, key=sum, reverse=True):
-        best[math.prod(one)] = one
+    for other in sorted(offered, key=sum, reverse=True):
+        best[math.prod(other)] = other
     count = math.prod(shape)
     below, above = [c for c in best if c <= count], [c for c in best if c >= count]
     return [best[c] for c in sorted({*([max(below)] if below else []), *([min(above)] if above else [])})]
@@ -297,16 +301,16 @@ def _by_x(shape: tuple[int, ...]) -> str:
 
 
 def _cores(chip: Chip) -> int:
-    """By which Google's names count: v4-64 and v5p-64 have 32 chips, v5litepod-64 and v6e-64 have 64."""
+    """Cores of a chip, which Google's names count: v4-64 and v5p-64 have 32 chips, v5litepod-64 and v6e-64 have 64."""
     return 2 if chip.dims == 3 else 1
 
 
 def _shape_of_name(text: str) -> str:
     """What to write for a name like v5litepod-256 or v5p-64."""
-    found = re.fullmatch(r"(v5litepod|v4|v5e|v6e|v5p)[-:](\d{1,6})", text.strip().lower())
-    if found is None:
+    match = re.fullmatch(r"(v5litepod|v4|v5e|v6e|v5p)[-:](\d{1,6})", text.strip().lower())
+    if match is None:
         return ""
-    chip = _BY_NAME[_ALIASES.get(found[1], found[1])]
-    chips = int(found[2]) // (_cores(chip) if "-" in text else 1)
+    chip = _BY_NAME[_ALIASES.get(match[1], match[1])]
+    chips = int(match[2]) // (_cores(chip) if "-" in text else 1)
     near = near_slices(chip, (chips,))
     return f"; {text} is {chip.name}:{_by_x(near[0])}" if math.prod(near[0]) == chips else ""

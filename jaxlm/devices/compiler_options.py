@@ -1,6 +1,6 @@
-"""What XLA is told beyond its defaults, by kind and number of devices: one table, each line with what it brought.
+"""Options for XLA beyond its defaults, by kind and number of devices: one table, each line with what it brought.
 
-Figures: cycles by the compiler's own estimate (`parallel.program`) and peak memory of the LLaMA-2-7B train step
+Figures: cycles by the compiler's own estimate (`devices.program`) and peak memory of the LLaMA-2-7B train step
 (sequence 2048, full remat, FSDP over all chips), compiled ahead of time with libtpu 0.0.42; nothing was run on a TPU.
 """
 
@@ -18,7 +18,7 @@ class Rule:
 
     Attributes:
         device_kind: as JAX calls them.
-        most: on so many devices or fewer.
+        most: largest number of devices that it is for.
         options: for `compile(compiler_options=...)`.
     """
 
@@ -54,12 +54,12 @@ TABLE: tuple[Rule, ...] = (
 
 
 def compiler_options(device_kind: str, count: int) -> dict[str, Any]:
-    """The options for so many devices of a kind; {} where the defaults are best, or nothing was measured."""
-    found: dict[str, Any] = {}
+    """The options for `count` devices of a kind; {} where the defaults are best, or nothing was measured."""
+    options: dict[str, Any] = {}
     for rule in TABLE:
         if rule.device_kind == device_kind and count <= rule.most:
-            found |= rule.options
-    return found
+            options |= rule.options
+    return options
 
 
 def least_effort() -> dict[str, Any]:

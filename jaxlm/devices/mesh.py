@@ -30,15 +30,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
     """The mesh over all five axes.
 
     Where TPUs are in several slices (`slice_index`), `data` goes over them, and every other axis stays inside of one:
-    between slices is the data centre's network, a hundredth as fast as the links of a slice, and of all that devices
-    tell each other only the sum of the gradients, each of its own shard, is little enough.
+    between slices lies the data centre's network, a hundredth as fast as the links of a slice, and only the sum of the
+    gradients, each device's own shard, is small enough for it.
 
     Args:
-        experts: of a model whose feed-forward layer is divided into so many; None for a dense one.
+        experts: number of experts of each feed-forward layer; None for a dense model.
 
     Raises:
-        UserError: when the sizes do not multiply to the number of devices, would cut an expert apart, or `data` is no
-            multiple of the number of slices.
+        UserError: when the sizes do not multiply to the number of devices, would cut an expert apart, or `data` is not
+            a multiple of the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     there_are = "this machine has" if jax.process_count() == 1 else f"all {jax.process_count()} processes have"
@@ -48,14 +48,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, e
     _check_slices(data, slices)
     if slices == 1:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=devices)
-    # make_mesh knows of no slices, and would lay any axis over them.
+    # make_mesh does not know of slices, and would lay any axis over them.
     inside, across = (data // slices, *sizes[1:]), (slices, *[1] * (len(sizes) - 1))
     grid = create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=_AXIS_TYPES)
 
 
 def check_mesh(config: MeshConfig) -> None:
-    """Whether a mesh fits the devices that are here, as far as that can be said without a model.
+    """Refuses a mesh that does not fit the devices of this run, as far as that can be said without a model.
 
     Raises:
         UserError: as `make_mesh`, but for experts.
@@ -68,8 +68,8 @@ def check_mesh(config: MeshConfig) -> None:
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
-    """In how many TPU slices the devices are."""
-    # Of GPUs JAX calls a host a slice; devices to compile for have no index when there is only one.
+    """The number of TPU slices that the devices are in."""
+    # JAX calls a host of GPUs a slice; devices to compile for have no index when there is only one.
     on_tpu = devices[0].platform == "tpu"
     return len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
 
@@ -77,18 +77,18 @@ def slice_count(devices: Sequence[jax.Device]) -> int:
 def _check_slices(data: int, slices: int) -> None:
     if data % slices:
         raise UserError(
-            f"mesh.data: {data} is no multiple of the {slices} slices that the devices are in; parameters are split "
+            f"mesh.data: {data} is not a multiple of the {slices} slices that the devices are in; parameters are split "
             f"inside a slice, and each has a copy. Set mesh.data to {slices}, and fsdp or another axis to -1"
         )
 
 
 def _along_torus(count: int, dims: Sequence[int]) -> tuple[int, int, int]:
-    """So many devices as sizes along the dims of the torus that they are in; () for none."""
+    """`count` devices as sizes along the dims of the torus that they are in; () for no torus."""
     sizes = [1, 1, 1]
     for at, dim in enumerate(dims[:3]):
         sizes[at] = math.gcd(count, dim)
         count //= sizes[at]
-    sizes[0] *= count  # what is no whole part of any dim
+    sizes[0] *= count  # what does not divide any dim
     return sizes[0], sizes[1], sizes[2]
 
 
@@ -100,7 +100,7 @@ def _torus(devices: Sequence[jax.Device]) -> tuple[int, ...]:
 def abstract_mesh(
     config: MeshConfig, count: int, experts: int | None = None, slices: int = 1, torus: Sequence[int] = ()
 ) -> AbstractMesh:
-    """`make_mesh` of so many devices that are nowhere, in so many slices of that torus: for shapes and shardings."""
+    """`make_mesh` without devices, for shapes and shardings: `count` of them in `slices` slices of `torus`."""
     data, fsdp, *others = _axis_sizes(config, count, experts, "the topology has")
     _check_slices(data, slices)
     return AbstractMesh((data, *_along_torus(fsdp, torus), *others), MESH_AXES, axis_types=_AXIS_TYPES)
@@ -143,12 +143,12 @@ def _describe(config: MeshConfig) -> str:
 
 
 def shard_axes_size(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts parameters are split along `embed`."""
+    """The number of parts that parameters are split into along `embed`."""
     return math.prod(mesh.shape[axis] for axis in SHARD_AXES)
 
 
 def rows_axis_size(mesh: Mesh | AbstractMesh) -> int:
-    """Over how many groups of devices rows are split."""
+    """The number of groups of devices that rows are split over."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
@@ -172,7 +172,7 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, whole_if_uneven: tuple
     shapes = nn.unbox(boxed)
     rules = dict(reversed(RULES))  # the first of each name: parameters have no rows
 
-    def one(path: tuple[Any, ...], spec: P, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], spec: P, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         axes = [rules[name] if name is not None else None for name in spec]
         used = [name for axis in axes for name in _as_tuple(axis)]
         if len(set(used)) != len(used):
@@ -188,7 +188,7 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, whole_if_uneven: tuple
                 raise UserError(f"{keys}: {size} does not divide {dim}, the {logical} dim of {name} {leaf.shape}")
         return NamedSharding(mesh, P(*axes))
 
-    return jax.tree_util.tree_map_with_path(one, specs, shapes, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree_util.tree_map_with_path(sharding, specs, shapes, is_leaf=lambda x: isinstance(x, P))
 
 
 def _as_tuple(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -261,12 +261,12 @@ def stored_chunks(source: Any, abstract: Any) -> dict[str, tuple[int, ...]]:
     """
     flat = traverse_util.flatten_dict(abstract, sep="/")
     leaves = getattr(source, "leaves", {})
-    found = {}
+    chunks = {}
     for path, leaf in flat.items():
         by_rows = is_stacked(path) or path.startswith(("embed_tokens/", "lm_head/"))
         own = getattr(leaves.get(path), "chunk", None)
-        found[path] = own or ((1, *leaf.shape[1:]) if by_rows else leaf.shape)
-    return found
+        chunks[path] = own or ((1, *leaf.shape[1:]) if by_rows else leaf.shape)
+    return chunks
 
 
 def _pieces(shards: list[_Places], leaf: jax.ShapeDtypeStruct, chunk: tuple[int, ...]) -> Iterator[_Places]:

@@ -1,6 +1,6 @@
 """What a compiled program does in one run on one device, read from its text: products, collectives, kernels, cycles.
 
-Bodies of loops count as often as they run, other than in XLA's own cost analysis.
+The bodies of loops count as often as they run, which XLA's own cost analysis does not do.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _RUNS_OTHERS = ("fusion", "call", "async-start", "custom-call")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All of one kind.
+    """All collectives of one kind in a run.
 
     Attributes:
         kind: all-gather, ...
         overlaps: it is started and awaited apart, so that others can run meanwhile.
-        count: how often one runs.
-        bytes: that a device gets, or gives where that is more; an all-reduce counts twice.
+        count: number of runs.
+        bytes: received by a device, or sent where that is more; an all-reduce counts twice.
     """
 
     kind: str
@@ -61,11 +61,11 @@ class Program:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Program:
         """Reads what `to_dict` gave, through JSON."""
-        return cls(**{**values, "collectives": tuple(Collective(**one) for one in values["collectives"])})
+        return cls(**{**values, "collectives": tuple(Collective(**fields) for fields in values["collectives"])})
 
     def collective_bytes(self, overlaps: bool) -> float:
-        """Of all collectives that overlap, or that do not."""
-        return sum(one.bytes for one in self.collectives if one.overlaps == overlaps)
+        """Bytes of the collectives that overlap with other work, or of those that do not."""
+        return sum(collective.bytes for collective in self.collectives if collective.overlaps == overlaps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ class _Op:
 
     def called(self, *keys: str) -> list[str]:
         """Computations that the attributes of these names refer to."""
-        found = re.findall(rf"\b(?:{'|'.join(keys)})=\{{?((?:%[\w.\-]+(?:, )?)+)", self.line)
-        return [name.lstrip("%") for group in found for name in group.split(", ") if name]
+        groups = re.findall(rf"\b(?:{'|'.join(keys)})=\{{?((?:%[\w.\-]+(?:, )?)+)", self.line)
+        return [name.lstrip("%") for group in groups for name in group.split(", ") if name]
 
 
 def _dims(shape: str) -> list[tuple[str, list[int]]]:
@@ -180,8 +180,8 @@ class _Reader:
         started = op.kind != kind
         overlaps = overlaps or started or "async_collective_name" in op.line or "chain_id" in op.line
         channel = re.search(r"channel_id=(\d+)", op.line)
-        # A collective that runs beside others is told over several fusions of a computation, under one channel. Others
-        # may share a channel: all that come from `shard_map` do.
+        # A collective that overlaps is spread over several fusions of a computation, under one channel. Others may
+        # share a channel: all that come from `shard_map` do.
         if overlaps and channel is not None:
             if channel[1] in seen:
                 return
@@ -228,7 +228,7 @@ class _Reader:
                 self.walk(called, times * more, overlaps or op.kind == "async-start", inside, seen)
 
     def runs(self, op: _Op) -> Iterator[tuple[str, int]]:
-        """The computations that an operation runs, and how often. Of a conditional the last branch: the update."""
+        """The computations that an operation runs, and how often; for a conditional its last branch, the update."""
         if op.kind == "while":
             for body in op.called("body"):
                 yield body, self.trips(op)

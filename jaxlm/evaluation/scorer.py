@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from jaxlm.config import InferenceModelConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
+from jaxlm.inference.loading import compute_dtype
 from jaxlm.kernels.backend import choose_attention, shape_key
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.routers import choose_compute
 from jaxlm.training.setup import DTYPES
 from jaxlm.training.state import Initializer
+from jaxlm.weights.leaves import AdapterSource, ParamSource
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,13 @@ class Scorer:
     attention_reason: str
 
 
-def place(source: Any, adapter: Any, config: InferenceModelConfig, mesh: MeshConfig | None, longest: int) -> Scorer:
+def place(
+    source: ParamSource,
+    adapter: AdapterSource | None,
+    config: InferenceModelConfig,
+    mesh: MeshConfig | None,
+    longest: int,
+) -> Scorer:
     """Reads a model onto the devices.
 
     Args:
@@ -55,9 +63,7 @@ def place(source: Any, adapter: Any, config: InferenceModelConfig, mesh: MeshCon
         UserError: for a mesh or an adapter that does not fit.
     """
     spec, platform = source.config, jax.default_backend()
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+    dtype = compute_dtype(config.dtype)
     attention, reason = choose_attention(config.attention, shape_key(spec.attention, dtype, longest, True))
     lora = {} if adapter is None else resolve_lora(spec, adapter.lora, adapter.layers)
     experts = "dense" if spec.experts is None else choose_compute("auto", platform, spec.experts, lora)[0]

@@ -110,7 +110,8 @@ class Engine:
         self._cache = CacheRows(model, rows)
         self.rows = self._cache.rows
         alone = divisible(1, model.mesh) == 1
-        self._keep = keep and alone and all(layer.attention.rope.rope_type != "dynamic" for layer in self._spec.period)
+        ropes = (layer.attention.rope for layer in self._spec.period)
+        self._keep = keep and alone and all(rope is None or rope.rope_type != "dynamic" for rope in ropes)
         self._slots: dict[int, Slot] = {}
         self._kept: dict[int, list[int]] = {}  # the tokens whose keys and values a free row holds
         self._clear()

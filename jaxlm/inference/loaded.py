@@ -231,8 +231,8 @@ class LoadedModel:
         with use_mesh(generator.mesh):
             x, _ = self._last_layer([ids])
             logits = logits_of(generator.decoder, generator.weights, x[0, positions])
-            found: np.ndarray = fetch(logits, generator.mesh)[:count]
-        return found
+            rows: np.ndarray = fetch(logits, generator.mesh)[:count]
+        return rows
 
 
 def _decoding(options: Decoding | None, settings: Mapping[str, Any]) -> Decoding:

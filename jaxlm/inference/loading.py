@@ -31,29 +31,9 @@ from jaxlm.nn.routers import choose_compute
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
-from jaxlm.weights.leaves import AdapterSource, ParamSource
+from jaxlm.weights.leaves import ModelFiles, ParamSource
 from jaxlm.weights.names import tensor_name
 from jaxlm.weights.native.prompt_json import PromptFile, trained_prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFiles:
-    """A model that was opened, and perhaps an adapter on it.
-
-    Args:
-        base: the model without the adapter.
-        adapter: the adapter.
-        merged: the model with the adapter folded in; `base` where there is none.
-    """
-
-    base: ParamSource
-    adapter: AdapterSource | None
-    merged: ParamSource
-
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return str(self.base.path) if self.adapter is None else f"{self.base.path} with {self.adapter.path}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +72,7 @@ def prompt_settings(
     loaded = load_tokenizer(tokenizer or files.merged.tokenizer_dir)
     own = _own_tokenizer(files.merged) if tokenizer else None
     warnings = check_tokenizer(loaded, files.merged.config, own, "tokenizer" if tokenizer else "")
-    trained = trained_prompt(files.base.path if files.adapter is None else files.adapter.path)
+    trained = trained_prompt(files.trained_path)
     name, reason = _template(template, trained, loaded)
     return PromptSettings(loaded, name, reason, trained.add_bos if add_bos is None else add_bos, trained, warnings)
 
@@ -150,8 +130,8 @@ class Placement:
         Raises:
             UserError: they hold numbers that are not finite.
         """
-        files, on_the_fly = self.files, None if self.merge else self.files.adapter
-        model = files.merged if self.merge else files.base
+        files = self.files
+        model, on_the_fly = files.parts(self.merge)
         weights = load_weights(self.decoder, self.mesh, model, on_the_fly, self.weight_type)
         cause = "the file is damaged, or of a run that diverged"
         check_finite(weights, self.mesh, f"model: {files.where}", cause, partial(tensor_name, model.config))
@@ -180,13 +160,11 @@ def placement(
         UserError: for a mesh or an adapter that cannot be used so.
     """
     platform, spec = jax.default_backend(), files.merged.config
-    compute = dtype if dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    compute = compute_dtype(dtype)
     # Prompts have any length; the longest ones are what takes time.
     shape = shape_key(spec.attention, compute, spec.max_length, False)
     backend, reason = choose_attention(attention, shape)
-    if files.adapter is None and merge:
-        raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
-    adapter = None if merge else files.adapter
+    _, adapter = files.parts(merge)
     specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
     experts, why = ("dense", "") if spec.experts is None else choose_compute("auto", platform, spec.experts, specs)
     decoder = Decoder(spec, specs, compute, compute, backend, experts=experts)
@@ -198,6 +176,13 @@ def placement(
         )
     devices = make_mesh(axes, experts=None if spec.experts is None else spec.experts.num_experts)
     return Placement(files, decoder, Int8Weight if int8 else None, devices, merge, backend, shape, reason, why)
+
+
+def compute_dtype(dtype: str) -> str:
+    """The dtype of weights and compute; auto: bfloat16 on GPU and TPU, float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def auto_mesh(spec: DecoderSpec, devices: int) -> MeshConfig:

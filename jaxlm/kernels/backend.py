@@ -55,6 +55,8 @@ class ShapeKey:
         head_dim, heads, kv_heads: the model's.
         packed: whether rows have segment ids.
         window: that of sliding-window attention; None for none.
+        soft_cap: that of the scores; None for none.
+        alibi: whether scores sink with distance.
     """
 
     platform: str
@@ -67,6 +69,8 @@ class ShapeKey:
     kv_heads: int
     packed: bool
     window: int | None = None
+    soft_cap: float | None = None
+    alibi: bool = False
 
     @property
     def device(self) -> str:
@@ -83,7 +87,9 @@ class ShapeKey:
         """What is measured once, such as 'h128 g4 packed'."""
         window = "" if self.window is None or self.window >= self.length else f" window{self.window}"
         packed = " packed" if self.packed else ""
-        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}"
+        capped = "" if self.soft_cap is None else " capped"
+        alibi = " alibi" if self.alibi else ""
+        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}{alibi}"
 
 
 def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
@@ -107,6 +113,8 @@ def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, d
         kv_heads=attention.num_kv_heads,
         packed=packed,
         window=attention.window,
+        soft_cap=attention.soft_cap,
+        alibi=attention.alibi,
     )
 
 
@@ -154,9 +162,18 @@ _LACKS: Mapping[str, Callable[[ShapeKey], str | None]] = {
 }
 
 
+def unserved_scores(name: str, soft_cap: float | None, alibi: bool) -> str | None:
+    """What of the scores an implementation does not compute, in words; None if nothing. All of them take any scale."""
+    if soft_cap is not None and name == "cudnn":
+        return "has no soft cap on scores"
+    if alibi and name not in ("xla", "reference"):
+        return "has no ALiBi"
+    return None
+
+
 def why_not(name: str, key: ShapeKey) -> str | None:
     """Why an implementation cannot serve, in words; None if it can."""
-    return _LACKS[name](key)
+    return _LACKS[name](key) or unserved_scores(name, key.soft_cap, key.alibi)
 
 
 # Tables -----------------------------------------------------------------------------------

@@ -42,11 +42,22 @@ class LossOutput:
     correct: jax.Array
 
 
+def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(logits / cap); the logits themselves for None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 def reference_cross_entropy(
-    x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, dtype: DTypeLike = jnp.float32
+    x: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    dtype: DTypeLike = jnp.float32,
+    soft_cap: float | None = None,
 ) -> LossOutput:
     """All logits at once in float32; same arguments as `linear_cross_entropy`."""
     logits = jnp.einsum("btd,vd->btv", x.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+    logits = soft_capped(logits, soft_cap)
     log_probs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
     correct = (jnp.argmax(logits, -1) == labels) & (weights > 0)
@@ -78,6 +89,7 @@ class _Task:
 
     Attributes:
         vocab: V.
+        soft_cap: of the logits, see `linear_cross_entropy`.
         filled: the head has rows behind the last one, so that it divides evenly.
         accuracy, grad_x, grad_head: what is wanted.
     """
@@ -89,6 +101,7 @@ class _Task:
     grad_x: bool = False
     grad_head: bool = False
     filled: bool = False
+    soft_cap: float | None = None
 
 
 def _axes(x: Any, head: Any) -> _Axes:
@@ -145,7 +158,8 @@ def _walk_local(
         out, grad_head = carry
         xs, ys, ws = chunk
         flat, ys, ws = xs.astype(task.dtype).reshape(-1, xs.shape[-1]), ys.reshape(-1), ws.reshape(-1)
-        logits = _dot(flat, matrix, 1, 1)
+        logits = soft_capped(_dot(flat, matrix, 1, 1), task.soft_cap)
+        bend = None if task.soft_cap is None else 1.0 - jnp.square(logits / task.soft_cap)  # the cap's derivative
         row = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         if task.filled:
             logits = jnp.where(row < task.vocab, logits, NEGATIVE)
@@ -164,7 +178,8 @@ def _walk_local(
         out = LossOutput(loss=out.loss + jnp.sum((lse - picked) * ws), correct=correct)
         grad_x = None
         if task.grad_x or task.grad_head:
-            grad = ((jnp.exp(logits - lse[:, None]) - hot) * ws[:, None]).astype(task.dtype)
+            grad = (jnp.exp(logits - lse[:, None]) - hot) * ws[:, None]
+            grad = (grad if bend is None else grad * bend).astype(task.dtype)
             if task.grad_x:
                 grad_x = over_vocab(jax.lax.psum, _dot(grad, matrix, 1, 0).astype(x.dtype)).reshape(xs.shape)
             if task.grad_head:
@@ -210,21 +225,31 @@ def _walk(
     return out, grad_x, None if grad_head is None else grad_head[: task.vocab]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _loss(
-    x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, dtype: DTypeLike, accuracy: bool
+    x: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    dtype: DTypeLike,
+    accuracy: bool,
+    soft_cap: float | None,
 ) -> LossOutput:
-    return _walk(x, head, labels, weights, _Task(dtype, head.shape[0], _axes(x, head), accuracy))[0]
+    task = _Task(dtype, head.shape[0], _axes(x, head), accuracy, soft_cap=soft_cap)
+    return _walk(x, head, labels, weights, task)[0]
 
 
-def _loss_fwd(x: Any, head: Any, labels: Any, weights: Any, dtype: DTypeLike, accuracy: bool) -> tuple[LossOutput, Any]:
+def _loss_fwd(
+    x: Any, head: Any, labels: Any, weights: Any, dtype: DTypeLike, accuracy: bool, soft_cap: float | None
+) -> tuple[LossOutput, Any]:
+    axes = _axes(x.value, head.value)
     # Under LoRA the head is frozen: its gradient, a third of the work here, is not formed.
-    task = _Task(dtype, head.value.shape[0], _axes(x.value, head.value), accuracy, x.perturbed, head.perturbed)
+    task = _Task(dtype, head.value.shape[0], axes, accuracy, x.perturbed, head.perturbed, soft_cap=soft_cap)
     out, grad_x, grad_head = _walk(x.value, head.value, labels.value, weights.value, task)
     return out, (grad_x, grad_head, jnp.zeros((), head.value.dtype))
 
 
-def _loss_bwd(dtype: DTypeLike, accuracy: bool, residuals: Any, grads: Any) -> Any:
+def _loss_bwd(dtype: DTypeLike, accuracy: bool, soft_cap: float | None, residuals: Any, grads: Any) -> Any:
     grad_x, grad_head, head_like = residuals
     grad = grads.loss
     if isinstance(grad, SymbolicZero):
@@ -244,6 +269,7 @@ def linear_cross_entropy(
     *,
     dtype: DTypeLike = jnp.float32,
     accuracy: bool = False,
+    soft_cap: float | None = None,
 ) -> LossOutput:
     """Sum over tokens of weight * cross-entropy of softmax(x head^T).
 
@@ -254,5 +280,6 @@ def linear_cross_entropy(
         weights: [B, T] float32, constants to differentiation.
         dtype: of the matrix products; they accumulate in float32, and so does everything after them.
         accuracy: also count tokens with weight > 0 whose largest logit is the label.
+        soft_cap: logits become soft_cap * tanh(logits / soft_cap); None: they stay.
     """
-    return _loss(x, head, labels, weights, dtype, accuracy)
+    return _loss(x, head, labels, weights, dtype, accuracy, soft_cap)

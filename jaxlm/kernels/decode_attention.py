@@ -39,15 +39,23 @@ def heads_per_step(kv_heads: int, slots: int, dim: int, itemsize: int) -> int:
 
 
 def tpu_decode_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, places: jax.Array, window: int | None
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    places: jax.Array,
+    window: int | None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention; scores and softmax in float32.
 
     Args:
-        q: [B, T, H, h], T at most MAX_TOKENS; scaled by 1/sqrt(h).
+        q: [B, T, H, h], T at most MAX_TOKENS.
         keys, values: [B, K, S, h], those of the new tokens included; may hold anything where no query looks.
         places: [B, T] int32, the slot of each new token: it sees those up to its own. Beyond S: it sees all.
         window: number of slots that a query sees, up to its own; None: all.
+        scale: of scores; None: 1/sqrt(h).
+        soft_cap: scaled scores become cap * tanh(score / cap); None: they stay.
 
     Returns:
         [B, T, H, h] in q's dtype.
@@ -89,7 +97,10 @@ def tpu_decode_attention(
 
         @pl.when(at <= block_of(high[row]))
         def _() -> None:
-            scores = _batched_dot(q_ref[...], k_ref[...], 2) / math.sqrt(dim)
+            scores = _batched_dot(q_ref[...], k_ref[...], 2)
+            scores = scores / math.sqrt(dim) if scale is None else scores * scale
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
             slot = at * block + jax.lax.broadcasted_iota(jnp.int32, (1, rows, block), 2)
             token = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, (1, rows, block), 1), jnp.int32(length))
             place = jnp.full((1, rows, block), places[row * length])

@@ -16,7 +16,7 @@ from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 
-# Of any family, for checks before a model is known.
+# The linear layers of all families, for checks before a model is known.
 LINEARS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.linears))
 FEED_FORWARD_LINEARS = tuple(
     dict.fromkeys(

@@ -5,7 +5,7 @@ norm with the output matrix. Three runners go through them: scanned (`Decoder.hi
 layers of a stack in one loop, for training), unrolled with caches (`models.unrolled`, for generation) and streamed
 (`models.streamed`, one layer's weights in memory at a time).
 
-Layers are stacked and scanned: where their tensors lie is said in `jaxlm.spec`.
+Layers are stacked and scanned; `jaxlm.spec` says where their tensors lie.
 Shapes: B batch, T length, D model, h head dim, V vocabulary, L layers, P layers of a period.
 """
 
@@ -23,7 +23,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.backend import AttentionBackend
-from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy
+from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy, soft_capped
 from jaxlm.nn.attention import KVCache
 from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import ExpertsFeedForward
@@ -35,7 +35,7 @@ from jaxlm.nn.routers import modality_ids as ids_of_modalities
 from jaxlm.nn.self_attention import SelfAttention
 from jaxlm.spec import DecoderSpec, LayerSpec, NormSpec
 
-# What the backward pass finds stored; everything else of a layer is computed again.
+# What the forward pass stores for the backward pass; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "qkv": jax.checkpoint_policies.save_only_these_names("q", "k", "v"),
@@ -43,7 +43,8 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
 }
 
-Angles = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, h/2] float32
+# cos and sin, each [B, T, h/2] float32; None for a layer without rotary positions.
+Angles = tuple[jax.Array | None, jax.Array | None]
 
 
 class Block(nn.Module):
@@ -55,8 +56,8 @@ class Block(nn.Module):
         hidden_size: D.
         init_std, adapters, dtype, param_dtype: see `WithLinears`.
         attention: see `SelfAttention.backend`.
-        deterministic: whether nothing is dropped.
-        keep_kv: return the layer's keys and values (see `SelfAttention`) in place of None.
+        deterministic: no dropout.
+        keep_kv: return the layer's keys and values (see `SelfAttention`), not None.
         experts: how a feed-forward layer of experts computes (see `ExpertsFeedForward`).
         router_noise: see `ExpertsFeedForward`.
     """
@@ -77,10 +78,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         shared = (self.hidden_size, self.init_std, self.adapters, self.dtype, self.param_dtype)
         norm = partial(Norm, self.norm, self.dtype, self.param_dtype)
-        self.input_layernorm = norm()
-        if self.spec.parallel != "shared_norm":
-            self.post_attention_layernorm = norm()
-        if self.spec.output_norms:
+        if self.spec.norms != "post":
+            self.input_layernorm = norm()
+            if self.spec.parallel != "shared_norm":
+                self.post_attention_layernorm = norm()
+        if self.spec.norms != "pre":
             self.attention_output_norm = norm()
             self.feed_forward_output_norm = norm()
         self.self_attn = SelfAttention(*shared, self.spec.attention, self.attention)
@@ -97,27 +99,32 @@ class Block(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The first half: x with attention added, what the feed-forward layer sees, both [B, T, D]; keys and values.
+        """The layer up to its feed-forward part.
 
         Args:
             x: [B, T, D].
             layer: index of this layer in the model.
             segment_ids: [B, T] int32, 0 for padding; None: one segment.
-            cache: of a layer that writes (see `SelfAttention`).
+            cache: keys and values of earlier tokens, in generation (see `SelfAttention`).
+
+        Returns:
+            x with attention added [B, T, D], the input of the feed-forward part [B, T, D], keys and values.
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        normed = self.input_layernorm(x)
-        attended, kept = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
-        if self.spec.output_norms:
+        normed = x if self.spec.norms == "post" else self.input_layernorm(x)
+        attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
+        if self.spec.norms != "pre":
             attended = self.attention_output_norm(attended)
         middle = x + attended
+        if self.spec.norms == "post":
+            return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
-            return middle, normed, kept
-        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), kept
+            return middle, normed, key_values
+        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), key_values
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """The second half's sum: what `attend` gave with the feed-forward layer's output added, [B, T, D]."""
-        return x + (self.feed_forward_output_norm(out) if self.spec.output_norms else out)
+        """x [B, T, D] of `attend` with the output of the feed-forward part added."""
+        return x + (out if self.spec.norms == "pre" else self.feed_forward_output_norm(out))
 
     def __call__(
         self,
@@ -128,12 +135,12 @@ class Block(nn.Module):
         modality: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """x [B, T, D] -> [B, T, D], and keys and values or None; arguments as `attend`.
+        """x [B, T, D] -> [B, T, D], and keys and values with `keep_kv`, else None; arguments as in `attend`.
 
         Args:
             modality: [B, T] integers, for a layer of experts.
         """
-        x, normed, kept = self.attend(x, layer, angles, segment_ids, cache)
+        x, normed, key_values = self.attend(x, layer, angles, segment_ids, cache)
         if self.spec.feed_forward.experts is None:
             out = self.mlp(normed, layer, self.deterministic)
         else:
@@ -141,13 +148,13 @@ class Block(nn.Module):
             out = self.mlp(normed, layer, self.deterministic, modality)
         x = self.add_feed_forward(x, out)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        return x, kept if self.keep_kv else None
+        return x, key_values if self.keep_kv else None
 
 
 class Period(nn.Module):
     """The P layers of a period, one after the other; a scan body like `Block`, over `layer` [P] and angles of each."""
 
-    blocks: tuple[Callable[..., Any], ...]  # name -> the layer
+    blocks: tuple[Callable[..., Any], ...]  # `Block` with all arguments but its name
 
     @nn.compact
     def __call__(
@@ -186,11 +193,11 @@ class Decoder(nn.Module):
     """Decoder-only language model; hashable, so that jitted functions can take it as a static argument.
 
     Attributes:
-        spec: what it computes.
+        spec: its description.
         adapters: LoRA by linear-layer name (see `resolve_lora`); empty for none.
         dtype: compute dtype.
         param_dtype: dtype of the base parameters.
-        attention: a key of `attention.IMPLEMENTATIONS`, or what `choose_attention` found.
+        attention: a key of `attention.IMPLEMENTATIONS`, or the backend that `choose_attention` returned.
         remat: a key of REMAT_POLICIES, or 'none'.
         experts: how a feed-forward layer of experts computes (see `ExpertsFeedForward`).
         router_noise: see `ExpertsFeedForward`.
@@ -215,6 +222,10 @@ class Decoder(nn.Module):
         matrix = ((s.vocab_size, s.hidden_size), init, self.param_dtype)
         self.embed_tokens = _Matrix(*matrix, "embedding")
         self.norm = Norm(s.norm, self.dtype, self.param_dtype)
+        if s.learned_positions is not None:
+            # Rows over devices as those of the vocabulary.
+            shape = s.learned_positions.num_rows, s.hidden_size
+            self.embed_positions = _Matrix(shape, init, self.param_dtype, "embedding")
         if s.embedding_norm:
             self.embed_norm = Norm(s.norm, self.dtype, self.param_dtype)
         if not s.tied_head:
@@ -222,11 +233,19 @@ class Decoder(nn.Module):
 
     # --- the parts of a decoder ---------------------------------------------------------------------------------------
 
-    def embed(self, input_ids: jax.Array) -> jax.Array:
-        """What the first layer sees [B, T, D] of tokens [B, T]."""
+    def embed(self, input_ids: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """The input of the first layer [B, T, D], for tokens [B, T].
+
+        Args:
+            positions: [B, T], for learned positions; default 0..T-1. NaN comes of one that has no row.
+        """
         x = look_up(self.embed_tokens(), input_ids, self.dtype)
         if self.spec.embedding_scale is not None:
             x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
+        if self.spec.learned_positions is not None:
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+            x = x + look_up(self.embed_positions(), positions + self.spec.learned_positions.offset, self.dtype)
         if self.spec.embedding_norm:
             x = self.embed_norm(x)
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
@@ -253,22 +272,28 @@ class Decoder(nn.Module):
         )
 
     def head(self, x: jax.Array) -> jax.Array:
-        """Logits [..., V] float32 of what the last layer gives [..., D]."""
-        x, matrix = self._normed(x)
-        return output_logits(x, matrix, self.dtype)
+        """Logits [..., V] float32 from the output of the last layer [..., D]."""
+        return self._logits(*self._normed(x))
+
+    def _logits(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        """Logits [..., V] float32 of final hidden states [..., D]."""
+        return soft_capped(output_logits(x, matrix, self.dtype), self.spec.logits_soft_cap)
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Final hidden states [..., D] and the output matrix [V, D]."""
         return self.norm(x), self.embed_tokens() if self.spec.tied_head else self.lm_head()
 
-    # --- what the layers are told of the tokens -----------------------------------------------------------------------
+    # --- inputs of the layers beside x --------------------------------------------------------------------------------
 
     @nn.nowrap
     def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
-        """For each layer of the period what `rope_cos_sin` gives; computed once where layers agree."""
+        """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree."""
         by_rope: dict[Any, Angles] = {}
-        result = []
+        result: list[Angles] = []
         for layer in self.spec.period:
+            if layer.attention.rope is None:
+                result.append((None, None))
+                continue
             key = layer.attention.rope, layer.attention.rotary_dim or layer.attention.head_dim
             if key not in by_rope:
                 by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
@@ -277,7 +302,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def modality(self, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array | None:
-        """[B, T] for a model of experts, by the ranges of token ids in its spec; None for a dense one."""
+        """Modality ids [B, T] by the ranges of token ids in the spec; None for a dense model."""
         experts = self.spec.experts
         return None if experts is None else ids_of_modalities(experts, input_ids, segment_ids)
 
@@ -303,7 +328,7 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        x = self.embed(input_ids)
+        x = self.embed(input_ids, positions)
         angles = self.angles(positions)
         if self.spec.experts is None:
             modality_ids = None
@@ -348,8 +373,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits [B, T, V] float32."""
-        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic)
-        return output_logits(x, matrix, self.dtype)
+        return self._logits(*self.hidden(input_ids, positions, segment_ids, deterministic))
 
     def loss(
         self,
@@ -365,8 +389,8 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: [B, T].
-            weights: [B, T] float32; weights[b, t] weighs the prediction OF token t (made at t - 1);
-                weights[:, 0] is ignored, there is nothing to predict it from.
+            weights: [B, T] float32; weights[b, t] weighs the prediction of token t, which is made at t - 1;
+                weights[:, 0] is ignored.
             accuracy: also count tokens whose largest logit is right.
             modality_ids: [B, T], see `hidden`.
 
@@ -376,7 +400,8 @@ class Decoder(nn.Module):
         x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
-        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy)
+        cap = self.spec.logits_soft_cap
+        return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy, soft_cap=cap)
 
 
 def _stacked(body: Any, length: int) -> Any:

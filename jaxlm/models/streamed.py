@@ -124,11 +124,12 @@ def embedded(spec: DecoderSpec, read: Read, chunks: Sequence[Tokens]) -> list[np
     table = np.concatenate([read("embed_tokens/embedding", (slice(i, i + 1),)) for i in known]).astype(np.float32)
     part = Decoder(dataclasses.replace(spec, vocab_size=len(known)))
     params = {"embed_tokens": {"embedding": table}}
+    if spec.learned_positions is not None:
+        params["embed_positions"] = {"embedding": read("embed_positions/embedding", ()).astype(np.float32)}
     if spec.embedding_norm:
         params["embed_norm"] = _norm_params(spec, read, "embed_norm")
-    return [
-        np.asarray(part.apply({"params": params}, np.searchsorted(known, c.input_ids), method="embed")) for c in chunks
-    ]
+    apply = partial(part.apply, {"params": params}, method="embed")
+    return [np.asarray(apply(np.searchsorted(known, chunk.input_ids), chunk.positions)) for chunk in chunks]
 
 
 def _logits_of(spec: DecoderSpec, norm: Any, rows: np.ndarray, hidden: np.ndarray) -> np.ndarray:

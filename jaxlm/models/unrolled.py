@@ -101,7 +101,7 @@ def hidden_states(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array
 
 
 def _embed_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: params[name] for name in ("embed_tokens", "embed_norm") if name in params}
+    return {name: params[name] for name in ("embed_tokens", "embed_positions", "embed_norm") if name in params}
 
 
 def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,8 +113,13 @@ def _places(tokens: jax.Array, starts: jax.Array | None) -> jax.Array:
     return places if starts is None else places + starts[:, None]
 
 
-def _embed(decoder: Decoder, embed: Any, tokens: jax.Array) -> jax.Array:
-    return cast(jax.Array, decoder.apply({"params": embed}, tokens, method="embed"))
+def _embed(decoder: Decoder, embed: Any, tokens: jax.Array, places: jax.Array) -> jax.Array:
+    learned = decoder.spec.learned_positions
+    if learned is not None:
+        # Padding and rows that are finished may stand behind the last position: what comes of them is not used, but a
+        # NaN in a cache would reach the row's other tokens. Longer texts are refused before they come here.
+        places = jnp.minimum(places, learned.num_positions - 1)
+    return cast(jax.Array, decoder.apply({"params": embed}, tokens, places, method="embed"))
 
 
 def _head(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
@@ -135,7 +140,7 @@ def _start(
 ) -> tuple[jax.Array, tuple[Angles, ...], jax.Array | None]:
     places = _places(tokens, starts)
     present = (places < lengths[:, None]).astype(jnp.int32)  # 0 in the padding, which uses no expert
-    x = _embed(decoder, embed, tokens)
+    x = _embed(decoder, embed, tokens, places)
     return x, decoder.angles(places, lengths), decoder.modality(tokens, present)
 
 
@@ -209,7 +214,7 @@ def next_logits(
     A pure function of arrays, for the inside of a loop.
     """
     params, tokens, places = weights["params"], token[:, None], place[:, None]
-    x = _embed(decoder, _embed_params(params), tokens)
+    x = _embed(decoder, _embed_params(params), tokens, places)
     angles, modality = decoder.angles(places, place + 1), decoder.modality(tokens)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):

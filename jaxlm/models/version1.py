@@ -39,7 +39,7 @@ class ExpertsFields:
 
     def spec(self) -> ExpertsSpec:
         """The division that they describe."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ExpertsSpec(values.pop("experts"), **values)
 
 
@@ -76,6 +76,8 @@ class ModelFields:
         if len(set(spec.period)) > 1 or spec.family not in architectures:
             return None
         attention, feed_forward = spec.attention, spec.feed_forward
+        if attention.rope is None:
+            return None
         fields = cls(
             vocab_size=spec.vocab_size,
             hidden_size=spec.hidden_size,
@@ -103,7 +105,7 @@ class ModelFields:
 
     def spec(self) -> DecoderSpec:
         """The decoder that they describe."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         architecture, moe = values.pop("architecture"), values.pop("moe")
         return uniform_decoder(
             FAMILIES[architecture],

@@ -1,7 +1,7 @@
 """Attention behind one function: `attention(q, k, v, mask, backend)`.
 
-The mask is a spec (causal, window, segment ids), not an array: a backend decides how to honour it. Each fast one is
-tested against `reference`, values and gradients.
+The mask is a spec (causal, window, segment ids; scale, soft cap and ALiBi of the scores), not an array: a backend
+decides how to honour it, or is refused by name. Each fast one is tested against `reference`, values and gradients.
 
 Shapes: B rows, T/S query/key length, H query heads, K kv heads, h head dim, G = H / K.
 """
@@ -17,13 +17,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.kernels.backend import AttentionBackend
+from jaxlm.errors import UserError
+from jaxlm.kernels.backend import AttentionBackend, unserved_scores
 from jaxlm.kernels.decode_attention import MAX_TOKENS, tpu_decode_attention
 from jaxlm.kernels.flash_attention import Backend as Device
 from jaxlm.kernels.flash_attention import flash_attention
+from jaxlm.nn.positions import alibi_slopes
 from jaxlm.sharding import SEQUENCE, TENSOR
 
 # Query rows per block of the XLA form. Smaller ones skip more of the scores above the diagonal, but each is unrolled in
@@ -36,15 +39,38 @@ NEGATIVE = -1e30  # finite: a row that is masked everywhere (padding) must not b
 
 @flax.struct.dataclass
 class MaskSpec:
-    """Which keys a query may see.
+    """Which keys a query may see, and what becomes of the products of the two before the softmax.
 
     A query sees a key when it is not later in the row (causal), fewer than `window` rows back,
     and of the same segment. Position in the row counts, not the position id.
+
+    A score is product * scale; then, with a soft cap, cap * tanh(score / cap); then, with ALiBi, less slope * distance.
+    The distance is that in the row: of tokens of one segment, which lie side by side, that of their position ids too.
     """
 
     segment_ids: jax.Array | None = None  # [B, T] int32, 0 = padding
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
+    scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: 1/sqrt(h)
+    soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
+    alibi: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def scaled(self, products: jax.Array, dim: int) -> jax.Array:
+        """Products of vectors of `dim` numbers, or gradients of scores, times the scale."""
+        return products / math.sqrt(dim) if self.scale is None else products * self.scale
+
+    def capped(self, scores: jax.Array) -> jax.Array:
+        """Scaled scores below the soft cap."""
+        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+    def biased(self, scores: jax.Array, q_start: int, k_start: int) -> jax.Array:
+        """Capped scores of a tile [B, K, G, q, k], all heads, less what ALiBi takes off."""
+        if not self.alibi:
+            return scores
+        kv_heads, groups, queries, keys = scores.shape[1:]
+        distance = np.abs(np.arange(q_start, q_start + queries)[:, None] - np.arange(k_start, k_start + keys))
+        slopes = alibi_slopes(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
+        return scores - slopes * jnp.asarray(distance, jnp.float32)
 
     def dense(self, q_start: int, q_end: int, k_start: int, k_end: int) -> jax.Array | None:
         """The mask of one tile, [B or 1, 1, q, k] bool (True = may see); None if it hides nothing."""
@@ -76,7 +102,8 @@ def reference_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec
     batch, length, heads, dim = q.shape
     groups = heads // k.shape[2]
     q = q.reshape(batch, length, k.shape[2], groups, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
+    products = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = mask.biased(mask.capped(mask.scaled(products, dim)), 0, 0)
     dense = mask.dense(0, length, 0, length)
     if dense is not None:
         scores = jnp.where(dense[:, :, None], scores, NEGATIVE)
@@ -91,7 +118,7 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) -> j
     The gradient is its own, as in FlashAttention (arXiv:2205.14135): only the output and the log-normalisers are kept,
     weights are formed again (docs/kernels.md, "XLA's form in blocks").
     """
-    return _blockwise(q, k, v, mask.segment_ids, mask.causal, mask.window)
+    return _blockwise(q, k, v, mask.segment_ids, mask.replace(segment_ids=None))  # type: ignore[attr-defined]
 
 
 def _blocks(length: int, causal: bool, window: int | None) -> list[tuple[slice, slice]]:
@@ -122,11 +149,14 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q: jax.Array, k: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
-    """Scaled and masked scores of a block, [B, K, G, rows, cols] float32."""
-    scores = _einsum("bkgqd,bksd->bkgqs", q[:, :, :, rows], k[:, :, cols]) / math.sqrt(q.shape[-1])
+def _scores(q: jax.Array, k: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> tuple[jax.Array, jax.Array | None]:
+    """Scores of a block, masked, [B, K, G, rows, cols] float32; and the derivative of the soft cap there, if any."""
+    products = _einsum("bkgqd,bksd->bkgqs", q[:, :, :, rows], k[:, :, cols])
+    scores = mask.capped(mask.scaled(products, q.shape[-1]))
+    slope = None if mask.soft_cap is None else 1.0 - jnp.square(scores / mask.soft_cap)
+    scores = mask.biased(scores, rows.start, cols.start)
     dense = mask.dense(rows.start, rows.stop, cols.start, cols.stop)
-    return scores if dense is None else jnp.where(dense[:, :, None], scores, NEGATIVE)
+    return scores if dense is None else jnp.where(dense[:, :, None], scores, NEGATIVE), slope
 
 
 def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
@@ -141,21 +171,20 @@ def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
     return jnp.where(same.any(axis=1)[:, None, :, None], keys, jnp.zeros((), x.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool, window: int | None
-) -> jax.Array:
-    return _blockwise_fwd(q, k, v, segment_ids, causal, window)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, single: MaskSpec) -> jax.Array:
+    """`xla_attention`; `single` is the mask without segment ids, which is static."""
+    return _blockwise_fwd(q, k, v, segment_ids, single)[0]
 
 
 def _blockwise_fwd(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, causal: bool, window: int | None
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, single: MaskSpec
 ) -> tuple[jax.Array, Any]:
-    mask = MaskSpec(segment_ids, causal, window)
+    mask = single.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
     q_heads, k_heads, v_heads = _grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
     outputs, normalisers = [], []
-    for rows, cols in _blocks(q.shape[1], causal, window):
-        scores = _scores(q_heads, k_heads, mask, rows, cols)
+    for rows, cols in _blocks(q.shape[1], mask.causal, mask.window):
+        scores, _ = _scores(q_heads, k_heads, mask, rows, cols)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -167,9 +196,9 @@ def _blockwise_fwd(
     return out, (q, k, v, segment_ids, out, lse)
 
 
-def _blockwise_bwd(causal: bool, window: int | None, residuals: Any, grad: jax.Array) -> tuple[Any, ...]:
+def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[Any, ...]:
     q, k, v, segment_ids, out, lse = residuals
-    mask = MaskSpec(segment_ids, causal, window)
+    mask = single.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
     kv_heads, dtype = k.shape[2], q.dtype
     q_heads, k_heads, v_heads = _grouped(q, kv_heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
     grad_heads = _grouped(grad.astype(dtype), kv_heads)
@@ -178,11 +207,13 @@ def _blockwise_bwd(causal: bool, window: int | None, residuals: Any, grad: jax.A
     grad_q = []
     grad_k = jnp.zeros(k_heads.shape, jnp.float32)
     grad_v = jnp.zeros(v_heads.shape, jnp.float32)
-    for rows, cols in _blocks(q.shape[1], causal, window):
-        weights = jnp.exp(_scores(q_heads, k_heads, mask, rows, cols) - lse[:, :, :, rows])
+    for rows, cols in _blocks(q.shape[1], mask.causal, mask.window):
+        scores, slope = _scores(q_heads, k_heads, mask, rows, cols)
+        weights = jnp.exp(scores - lse[:, :, :, rows])
         grad_rows = grad_heads[:, :, :, rows]
         grad_weights = _einsum("bkgqd,bksd->bkgqs", grad_rows, _seen(v_heads, mask, rows, cols))
-        grad_scores = weights * (grad_weights - delta[:, :, :, rows]) / math.sqrt(q.shape[-1])
+        grad_scores = mask.scaled(weights * (grad_weights - delta[:, :, :, rows]), q.shape[-1])
+        grad_scores = grad_scores if slope is None else grad_scores * slope
         grad_scores, weights = grad_scores.astype(dtype), weights.astype(dtype)
         grad_q.append(_einsum("bkgqs,bksd->bkgqd", grad_scores, _seen(k_heads, mask, rows, cols)))
         grad_k = grad_k.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", grad_scores, q_heads[:, :, :, rows]))
@@ -208,7 +239,14 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) ->
         else MaskSpec(mask.segment_ids, mask.causal).dense(0, q.shape[1], 0, q.shape[1])
     )
     return jax.nn.dot_product_attention(
-        q, k, v, mask=dense, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
+        q,
+        k,
+        v,
+        mask=dense,
+        scale=mask.scale,
+        is_causal=mask.causal,
+        local_window_size=window,
+        implementation="cudnn",
     )
 
 
@@ -240,6 +278,8 @@ def pallas_attention(
         mask.segment_ids,
         causal=mask.causal,
         window=mask.window,
+        soft_cap=mask.soft_cap,
+        scale=mask.scale,
         block_q=block_q,
         block_k=block_k,
         rows_axes=rows,
@@ -263,14 +303,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
     """Softmax attention; scores and softmax in float32.
 
     Args:
-        q: [B, T, H, h]; k, v: [B, T, K, h]; scaled by 1/sqrt(h).
-        mask: who sees whom.
+        q: [B, T, H, h]; k, v: [B, T, K, h].
+        mask: who sees whom, and the scores' scale, soft cap and ALiBi.
         backend: a key of IMPLEMENTATIONS, or one with its blocks (see `kernels.backend`).
 
     Returns:
         [B, T, H, h].
+
+    Raises:
+        UserError: the backend does not compute such scores.
     """
-    chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
+    chosen = _serving(backend, mask)
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and mesh.shape.get(SEQUENCE, 1) > 1
     if split:
@@ -281,6 +324,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
     out = IMPLEMENTATIONS[chosen.name](q, k, v, mask, **blocks)
     out = out if chosen.name in _NAME_THEIR_OUTPUT else checkpoint_name(out, "attention_out")
     return _to(_PARTS, _to(_WHOLE, out)) if split else out
+
+
+def _serving(backend: str | AttentionBackend, mask: MaskSpec) -> AttentionBackend:
+    """The backend, refused where it would compute other scores."""
+    chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
+    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi)
+    if lack is not None:
+        raise UserError(f"attention: {chosen.name!r} cannot serve: {lack}; use 'auto' or 'xla'")
+    return chosen
 
 
 def kv_head_copies(kv_heads: int, devices: int) -> int:
@@ -336,13 +388,13 @@ class KVCache:
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, window: int | None, backend: str | AttentionBackend
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, mask: MaskSpec, backend: str | AttentionBackend
 ) -> tuple[jax.Array, KVCache]:
     """Attention of a few new tokens to a cache, into which their keys and values are written first.
 
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h], all at `cache.places`; a place beyond the last slot is not written.
-        window: number of slots that a query sees, up to its own place; None: all of them.
+        mask: causal and without segments. A query sees slots up to its own place, the last `window` of them.
         backend: 'pallas_tpu' reads only the slots that are seen, for up to MAX_TOKENS new tokens; all others, and more
             new tokens, compute with all slots.
 
@@ -350,10 +402,12 @@ def cached_attention(
         [B, T, H, h] in q's dtype (scores and softmax in float32), and the new cache.
     """
     assert cache.places is not None
-    name = backend if isinstance(backend, str) else backend.name
+    assert mask.causal and mask.segment_ids is None
+    name = _serving(backend, mask).name
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(
-        _cached_attention, window=window, kernel=name == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
+        _cached_attention, mask=mask, kernel=name == "pallas_tpu" and q.shape[1] <= MAX_TOKENS
     )
+    slopes = jnp.asarray(alibi_slopes(q.shape[2])) if mask.alibi else None
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         # Rows and heads become one dim in there, which a partitioner could split only by gathering the cache.
@@ -362,11 +416,11 @@ def cached_attention(
         token, slot = P(rows, length, heads, None), P(rows, heads, None, None)
         attend = jax.shard_map(
             attend,
-            in_specs=(token, token, token, slot, slot, P(rows, length)),
+            in_specs=(token, token, token, slot, slot, P(rows, length), P(heads)),
             out_specs=(token, slot, slot),
             check_vma=False,  # a kernel's result does not say over which axes it varies
         )
-    out, new_k, new_v = attend(q, k, v, cache.k, cache.v, cache.places)
+    out, new_k, new_v = attend(q, k, v, cache.k, cache.v, cache.places, slopes)
     return out, KVCache(new_k, new_v, cache.places)
 
 
@@ -377,7 +431,8 @@ def _cached_attention(
     cache_k: jax.Array,
     cache_v: jax.Array,
     places: jax.Array,
-    window: int | None,
+    slopes: jax.Array | None,
+    mask: MaskSpec,
     kernel: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, length, heads, dim = q.shape
@@ -393,13 +448,18 @@ def _cached_attention(
     keys, values = write(cache_k, k), write(cache_v, v)
     if kernel:
         keys, values = keys.reshape(cache_k.shape), values.reshape(cache_v.shape)
-        return tpu_decode_attention(q, keys, values, places, window), keys, values
+        out = tpu_decode_attention(q, keys, values, places, mask.window, mask.scale, mask.soft_cap)
+        return out, keys, values
     # One small product for each row and kv head; queries of a group and of several places share its keys.
     grouped = q.reshape(batch, length, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
-    scores = _einsum("nqd,nsd->nqs", grouped.reshape(pairs, groups * length, dim), keys) / math.sqrt(dim)
+    products = _einsum("nqd,nsd->nqs", grouped.reshape(pairs, groups * length, dim), keys)
+    scores = mask.capped(mask.scaled(products, dim))
     behind = places[:, None, None, :, None] - jnp.arange(slots)
-    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    scores = jnp.where(visible, scores.reshape(batch, kv_heads, groups, length, slots), NEGATIVE)
+    visible = behind >= 0 if mask.window is None else (behind >= 0) & (behind < mask.window)
+    scores = scores.reshape(batch, kv_heads, groups, length, slots)
+    if slopes is not None:
+        scores = scores - slopes.reshape(kv_heads, groups, 1, 1) * behind.astype(jnp.float32)
+    scores = jnp.where(visible, scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = _einsum("nqs,nsd->nqd", weights.reshape(pairs, groups * length, slots), values)
     out = out.reshape(batch, kv_heads, groups, length, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn.
+"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn; and the slopes of ALiBi.
 
 Rotate-half convention (HF): dims i and i + h/2 form a pair. Frequencies are computed in
 float32 in the order of operations of transformers' `modeling_rope_utils.py`, so that they
@@ -109,6 +109,18 @@ def rope_cos_sin(
     inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """How far a score sinks for each token between query and key, [H] float32 (arXiv:2108.12409).
+
+    Of 2**n heads the slopes are a geometric series from 2**(-8 / 2**n) to 2**-8. For other numbers of heads, BLOOM's
+    rule: those of the next smaller 2**n, then every other one of twice as many heads.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    slopes += [2.0 ** (-8.0 * (2 * i + 1) / (2 * power)) for i in range(num_heads - power)]
+    return np.asarray(slopes, np.float32)
 
 
 def apply_partial_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:

@@ -19,7 +19,7 @@ class SelfAttention(WithLinears):
 
     Attributes:
         spec: heads, biases, norms and window.
-        backend: a key of `attention.IMPLEMENTATIONS`, or what `kernels.backend.choose_attention` found.
+        backend: a key of `attention.IMPLEMENTATIONS`, or the backend that `kernels.backend.choose_attention` returned.
     """
 
     spec: AttentionSpec
@@ -30,8 +30,8 @@ class SelfAttention(WithLinears):
         self,
         x: jax.Array,
         layer: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
+        cos: jax.Array | None,
+        sin: jax.Array | None,
         segment_ids: jax.Array | None,
         deterministic: bool,
         cache: KVCache | None = None,
@@ -40,7 +40,7 @@ class SelfAttention(WithLinears):
 
         Args:
             layer: index of this layer.
-            cos, sin: [B, T, h/2] float32, or for fewer dims (see `rope_cos_sin`).
+            cos, sin: [B, T, h/2] float32, or for fewer dims (see `rope_cos_sin`); None without rotary positions.
             segment_ids: [B, T] int32, 0 for padding; None: one segment.
             deterministic: whether nothing is dropped.
         """
@@ -54,9 +54,14 @@ class SelfAttention(WithLinears):
         def normed(name: str, heads: jax.Array) -> jax.Array:
             if s.qk_norm is None:
                 return heads
-            return Norm(s.qk_norm, self.dtype, self.param_dtype, name=name)(heads)
+            norm = Norm(s.qk_norm, self.dtype, self.param_dtype, name=name)
+            if s.qk_norm_over == "head":
+                return norm(heads)
+            return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
 
         def turned(heads: jax.Array) -> jax.Array:
+            if cos is None or sin is None:
+                return heads
             return apply_partial_rope(heads, cos, sin, s.rotary_interleaved)
 
         q = normed("q_norm", project("q_proj", s.num_heads, "heads"))
@@ -64,11 +69,13 @@ class SelfAttention(WithLinears):
         k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
         k = checkpoint_name(turned(k), "k")
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
+        mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi)
         if cache is None:
-            out = attention(q, k, v, MaskSpec(segment_ids, window=s.window), self.backend)
+            mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
+            out = attention(q, k, v, mask, self.backend)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:
-            out, cache = cached_attention(q, k, v, cache, s.window, self.backend)
+            out, cache = cached_attention(q, k, v, cache, mask, self.backend)
         inputs = {"heads": s.num_heads, "head_dim": s.head_dim}
         projected = self._linear("o_proj", inputs, {"embed": self.hidden_size}, s.o_bias)(out, layer, deterministic)
         return projected, cache

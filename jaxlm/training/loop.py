@@ -29,13 +29,13 @@ from jaxlm.weights.native.model_json import ModelFile
 
 
 def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
-    """Runs a job to its end, or until a signal; everything it leaves lies below output_dir.
+    """Runs a job to its end, or until a signal; everything it writes is below output_dir.
 
     Args:
         job: the run.
-        console: where process 0 tells about it.
+        console: process 0 prints to it.
         hosts: the processes, all of which have the same job and see the same output_dir.
-        stop: what follows the signals.
+        stop: watches for signals.
 
     Raises:
         UserError: for settings that do not fit together, a changed config on resume, a full disk, weights or a
@@ -79,7 +79,7 @@ class TrainingRun:
     """Steps, evaluates and saves until the last step or a signal.
 
     Attributes:
-        state: after `step` steps; each step takes its memory.
+        state: after `step` steps; its buffers are donated to the next one.
         step: steps done.
         total: steps of the run.
         saved: step of the newest checkpoint.
@@ -117,7 +117,7 @@ class TrainingRun:
         self._rows.set_state(start.data_state)
 
     def run(self) -> None:
-        """To the last step, or to the one that all processes agree to stop at; its state is saved then.
+        """Runs to the last step, or to the one that all processes agree to stop at, and saves its state.
 
         Raises:
             UserError: for a step that is not finite with train.on_nonfinite: stop, or a disk that is full.
@@ -219,7 +219,7 @@ def validate(
 ) -> tuple[dict[str, float], str] | None:
     """The objective's figures over all validation rows, and a line about them; None without any.
 
-    None too once a signal asks for the end: a preempted machine has seconds left, and they are for saving.
+    Also None once a signal asks for the end: a preempted machine has seconds left, and they are for saving.
     """
     if compiled.evaluate is None:
         return None
@@ -265,7 +265,7 @@ def _finish(run: TrainingRun, stop: Stop, warnings: list[str]) -> Outcome:
     """Closes the checkpoints, draws the plots, and says how the run ended.
 
     Args:
-        warnings: said of a run that is complete.
+        warnings: printed if the run is complete.
     """
     best = run.checkpoints.best()
     run.checkpoints.close()

@@ -170,6 +170,48 @@ class AdapterSource(LeafSource, Protocol):
         """The `adapter_config.json` that the adapter came with, if any."""
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that was opened, and perhaps an adapter on it.
+
+    Args:
+        path: where the base is, as it was named or as the adapter records it.
+        base: the model without the adapter.
+        adapter_path: where the adapter is, as it was named.
+        adapter: the adapter.
+        merged: the model with the adapter folded in; `base` where there is none.
+    """
+
+    path: str
+    base: ParamSource
+    adapter_path: str | None
+    adapter: AdapterSource | None
+    merged: ParamSource
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return str(self.base.path) if self.adapter is None else f"{self.base.path} with {self.adapter.path}"
+
+    @property
+    def trained_path(self) -> Path:
+        """Where the part that was trained last is: the adapter, or else the model."""
+        return self.base.path if self.adapter is None else self.adapter.path
+
+    def parts(self, merge: bool) -> tuple[ParamSource, AdapterSource | None]:
+        """The model to load, and the adapter that is applied on the fly.
+
+        Args:
+            merge: the adapter is folded into the weights while they are read.
+
+        Raises:
+            UserError: there is no adapter to fold in.
+        """
+        if merge and self.adapter is None:
+            raise UserError("model.merge_adapter: there is no adapter to merge; set model.adapter")
+        return (self.merged, None) if merge else (self.base, self.adapter)
+
+
 def full_index(shape: Shape, index: Index) -> Index:
     """`index` with explicit start, stop and step in every dimension.
 

@@ -2,9 +2,8 @@
 
 Everything that names or shapes a tensor is derived from these rows: the leaves and their shapes, transposes, the number
 of parameters, which dims of a linear layer are inputs, PEFT's names and factor shapes, coverage. A test holds the rows
-of every family to what its module declares. Rotary dims are in HF's rotate-half order in jaxlm, HF and MindSpore, so h
-is not permuted; Meta keeps the two numbers of a pair beside each other, which `Row.rotary` marks. MindSpore's layouts
-are HF's, and so are Meta's once its shards are joined.
+of every family to what its module declares. Rotary dims are in HF's rotate-half order, so h is not permuted.
+A format with other names for the same layouts hands in its own (`stored_entries`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import SAVEABLE
-from jaxlm.models.families import FAMILIES, family_of
+from jaxlm.models.families import family_of
 from jaxlm.models.families.base import Row
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec, LayerSpec
@@ -30,12 +29,6 @@ Shape = tuple[int, ...]
 STRIP_ROWS = 64
 
 PEFT_PREFIX = "base_model.model."
-
-# MindSpore's linear layers that hold several of ours below each other: name, parts, in this order.
-MINDSPORE_JOINED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("model.layers.{}.attention.w_qkv", ("q_proj", "k_proj", "v_proj")),
-    ("model.layers.{}.feed_forward.w_gate_hidden", ("gate_proj", "up_proj")),
-)
 
 # Buffers that old transformers versions stored beside the weights; they are recomputed from the configuration.
 BUFFERS = r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias"
@@ -125,6 +118,8 @@ def make_layout(dims: str, stored_dims: str, sizes: Mapping[str, int]) -> Layout
 def _row_sizes(spec: DecoderSpec, layer: LayerSpec | None) -> dict[str, int]:
     """Letter -> size, of one layer or of what lies outside of them."""
     sizes = {"D": spec.hidden_size, "V": spec.vocab_size}
+    if spec.learned_positions is not None:
+        sizes["N"] = spec.learned_positions.num_rows
     if layer is not None:
         attention, feed_forward = layer.attention, layer.feed_forward
         sizes |= {"H": attention.num_heads, "K": attention.num_kv_heads, "h": attention.head_dim}
@@ -168,24 +163,25 @@ def model_leaves(spec: DecoderSpec) -> Iterator[Leaf]:
             yield Leaf(row, row.path, None, make_layout(row.dims, row.hf_dims, outside))
 
 
-_FORMS = {"hf": "Hugging Face's", "meta": "Meta's", "mindspore": "MindSpore's"}
-
-
-def stored_entries(spec: DecoderSpec, form: str) -> list[Entry]:
-    """Every tensor of the model by its name in `form` ('hf', 'meta', 'mindspore'), all laid out as HF does.
+def stored_entries(spec: DecoderSpec, names: Mapping[str, str], owner: str) -> list[Entry]:
+    """Every tensor of the model by its name in a format whose layouts are HF's.
 
     In HF's order: what comes before the layers, layer by layer, what comes after them.
 
+    Args:
+        names: `Row.path` -> the name, with '{}' for the number of the layer.
+        owner: whose format it is, for the error: "Meta's".
+
     Raises:
-        UserError: when the form has no name for one of the model's tensors.
+        UserError: when the format has no name for one of the model's tensors.
     """
     entries: list[Entry] = []
     by_layer: dict[int, list[Entry]] = {number: [] for number in range(spec.num_layers)}
     place = None
     for leaf in model_leaves(spec):
-        name = leaf.row.name(form)
-        if not name:
-            raise UserError(f"the model has {leaf.row.hf.format(0)!r}, for which {_FORMS[form]} format has no place")
+        name = names.get(leaf.row.path)
+        if name is None:
+            raise UserError(f"the model has {leaf.row.hf.format(0)!r}, for which {owner} format has no place")
         if leaf.layers is None:
             entries.append(Entry(name, leaf.path, None, leaf.layout))
             continue
@@ -198,7 +194,7 @@ def stored_entries(spec: DecoderSpec, form: str) -> list[Entry]:
 
 def hf_entries(spec: DecoderSpec) -> list[Entry]:
     """Every tensor of the HF model, in HF's order."""
-    return stored_entries(spec, "hf")
+    return stored_entries(spec, {row.path: row.hf for row in family_of(spec).rows}, "Hugging Face's")
 
 
 @dataclass(frozen=True)
@@ -262,11 +258,6 @@ def leaf_shapes(spec: DecoderSpec) -> dict[str, Shape]:
 def num_params(spec: DecoderSpec) -> int:
     """Number of parameters of the dense model (a trained router is not counted)."""
     return sum(num_elements(shape) for shape in leaf_shapes(spec.with_experts(None)).values())
-
-
-def rule_for(path: str, family: str = "llama") -> Row:
-    """The row of a leaf of a family whose layers are one stack."""
-    return next(row for row in FAMILIES[family].rows if (f"layers/{row.path}" if row.in_layer else row.path) == path)
 
 
 def tensor_name(spec: DecoderSpec, path: str, index: int | None) -> str:
@@ -342,9 +333,9 @@ def peft_entries(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry
     return [entry for _, _, entry in sorted(entries, key=lambda item: (order.index(item[0]), item[1]))]
 
 
-def saved_module_name(module: str) -> str:
+def saved_module_name(spec: DecoderSpec, module: str) -> str:
     """HF's tensor name of a module saved in full: 'embed_tokens' -> 'model.embed_tokens.weight'."""
-    return rule_for(SAVEABLE[module]).hf
+    return next(row.hf for row in family_of(spec).rows if row.path == SAVEABLE[module])
 
 
 def num_elements(shape: Shape) -> int:

@@ -244,11 +244,11 @@ def _directions(weights: np.ndarray) -> tuple[np.ndarray, float]:
         raise ValueError(f"neuron {int(np.flatnonzero(~np.isfinite(lengths))[0])} has weights that are not finite")
     unit = 4096.0 - math.ceil(math.sqrt(len(weights)))
     scale = unit / np.maximum(lengths, 1e-30)
-    found = np.empty(weights.shape, np.int16)
+    rounded = np.empty(weights.shape, np.int16)
     for rows, part in _strips(weights, np.float64):
         part *= scale
-        found[rows] = np.rint(part)
-    return found, unit
+        rounded[rows] = np.rint(part)
+    return rounded, unit
 
 
 def _strips(array: np.ndarray, dtype: Any) -> Iterator[tuple[slice, np.ndarray]]:
@@ -266,8 +266,8 @@ def _first_centres(sample: np.ndarray, experts: int, rng: np.random.Generator) -
 
     def squared_distances(candidates: np.ndarray) -> np.ndarray:
         products = numbers[:, candidates].T @ numbers  # exact, see `cluster_neurons`
-        found: np.ndarray = squares + squares[candidates, None] - 2 * products.astype(np.int64)
-        return found
+        distances: np.ndarray = squares + squares[candidates, None] - 2 * products.astype(np.int64)
+        return distances
 
     first = int(rng.integers(sample.shape[1]))
     centres, nearest = [first], squared_distances(np.array([first]))[0]

@@ -130,9 +130,9 @@ def test_data_must_lie_across_slices() -> None:
     devices: Any = [
         SimpleNamespace(platform="tpu", slice_index=at // 4, coords=(at % 2, at // 2 % 2, 0)) for at in range(8)
     ]
-    with pytest.raises(UserError, match=r"mesh.data: 1 is no multiple of the 2 slices.* Set mesh.data to 2"):
+    with pytest.raises(UserError, match=r"mesh.data: 1 is not a multiple of the 2 slices.* Set mesh.data to 2"):
         make_mesh(MeshConfig(), devices)
-    with pytest.raises(UserError, match=r"mesh.data: 3 is no multiple of the 2 slices"):
+    with pytest.raises(UserError, match=r"mesh.data: 3 is not a multiple of the 2 slices"):
         abstract_mesh(MeshConfig(data=3), 12, slices=2)
 
 

@@ -69,6 +69,13 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (A100, "xla"),
         (single(A100), "cudnn"),
         (dataclasses.replace(H200, head_dim=512), "xla"),
+        (single(H200, soft_cap=30.0), "pallas_gpu"),
+        (single(A100, soft_cap=30.0), "xla"),
+        (dataclasses.replace(V5E, soft_cap=30.0), "pallas_tpu"),
+        (dataclasses.replace(V5E, alibi=True), "xla"),
+        (dataclasses.replace(H200, alibi=True), "xla"),
+        (single(H200, alibi=True), "xla"),
+        (dataclasses.replace(CPU, alibi=True), "xla"),
     ],
 )
 def test_rules_where_nothing_was_measured(case: ShapeKey, chosen: str) -> None:
@@ -120,6 +127,10 @@ def test_rules_where_nothing_was_measured(case: ShapeKey, chosen: str) -> None:
             single(H200, head_dim=100),
             "'cudnn' cannot serve: takes head dims up to 256 that 8 divides, not 100",
         ),
+        ("cudnn", single(H200, soft_cap=30.0), "'cudnn' cannot serve: has no soft cap on scores"),
+        ("cudnn", single(H200, alibi=True), "'cudnn' cannot serve: has no ALiBi"),
+        ("pallas_tpu", dataclasses.replace(V5E, alibi=True), "'pallas_tpu' cannot serve: has no ALiBi"),
+        ("pallas_gpu", dataclasses.replace(H200, alibi=True), "'pallas_gpu' cannot serve: has no ALiBi"),
     ],
 )
 def test_what_cannot_serve_is_refused(requested: str, case: ShapeKey, message: str) -> None:

@@ -48,30 +48,36 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 1)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(2, 12), (3, 31), (1, 1), (16, 3), (2, 50)])
-def test_against_reference(batch: int, length: int, small_chunks: None) -> None:
+@pytest.mark.parametrize(
+    ("batch", "length", "soft_cap"),
+    [(2, 12, None), (3, 31, None), (1, 1, None), (16, 3, None), (2, 50, None), (3, 31, 2.5)],
+)
+def test_against_reference(batch: int, length: int, soft_cap: float | None, small_chunks: None) -> None:
     args = inputs(batch, length)
-    loss, grads, correct = both(linear_cross_entropy, args, accuracy=True)
-    expected_loss, expected, expected_correct = both(reference_cross_entropy, args)
+    loss, grads, correct = both(linear_cross_entropy, args, accuracy=True, soft_cap=soft_cap)
+    expected_loss, expected, expected_correct = both(reference_cross_entropy, args, soft_cap=soft_cap)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for a, b in zip(grads, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
     assert correct == expected_correct
     # Evaluation takes another path than training.
-    plain = jax.jit(lambda *a: linear_cross_entropy(*a).loss)(*args)
+    plain = jax.jit(lambda *a: linear_cross_entropy(*a, soft_cap=soft_cap).loss)(*args)
     np.testing.assert_allclose(plain, expected_loss, rtol=1e-5)
 
 
-def test_against_torch(small_chunks: None) -> None:
+@pytest.mark.parametrize("soft_cap", [None, 2.5])
+def test_against_torch(soft_cap: float | None, small_chunks: None) -> None:
     torch = pytest.importorskip("torch")
     x, head, labels, weights = inputs(2, 12)
     tx, th = torch.tensor(x, requires_grad=True), torch.tensor(head, requires_grad=True)
+    logits = tx @ th.T
+    logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
     each = torch.nn.functional.cross_entropy(
-        (tx @ th.T).reshape(-1, V), torch.tensor(labels).reshape(-1).long(), reduction="none"
+        logits.reshape(-1, V), torch.tensor(labels).reshape(-1).long(), reduction="none"
     )
     total = (each * torch.tensor(weights).reshape(-1)).sum()
     (1.7 * total).backward()
-    loss, grads, _ = both(linear_cross_entropy, (x, head, labels, weights))
+    loss, grads, _ = both(linear_cross_entropy, (x, head, labels, weights), soft_cap=soft_cap)
     np.testing.assert_allclose(loss, total.item(), rtol=1e-5)
     np.testing.assert_allclose(grads[0], tx.grad.numpy(), rtol=0, atol=1e-5)
     np.testing.assert_allclose(grads[1], th.grad.numpy(), rtol=0, atol=1e-5)
@@ -194,9 +200,10 @@ def on_mesh(mesh: Mesh, vocab: int, argnums: tuple[int, ...] = (0, 1), **options
 MESHES = [dict(tensor=8), dict(fsdp=2, tensor=4), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, expert=2), dict(fsdp=8)]
 
 
+@pytest.mark.parametrize("soft_cap", [None, 40.0], ids=["", "capped"])
 @pytest.mark.parametrize("vocab", [56, 53], ids=["even", "uneven"])
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_on_a_mesh(sizes: dict[str, int], vocab: int, small_chunks: None) -> None:
+def test_on_a_mesh(sizes: dict[str, int], vocab: int, soft_cap: float | None, small_chunks: None) -> None:
     """The same values and gradients as on one device, ties of the largest logit included."""
     x, head, labels, weights = inputs(8, 31, vocab)
     head[vocab - 1] = head[0]
@@ -204,8 +211,9 @@ def test_on_a_mesh(sizes: dict[str, int], vocab: int, small_chunks: None) -> Non
     x[:, :9] = 5 * head[0]
     mesh = mesh_of(**sizes)
     with use_mesh(mesh):
-        loss, grads, correct = on_mesh(mesh, vocab, accuracy=True)(x, head, labels, weights)
-    expected_loss, expected, expected_correct = both(reference_cross_entropy, (x, head, labels, weights))
+        loss, grads, correct = on_mesh(mesh, vocab, accuracy=True, soft_cap=soft_cap)(x, head, labels, weights)
+    arguments = x, head, labels, weights
+    expected_loss, expected, expected_correct = both(reference_cross_entropy, arguments, soft_cap=soft_cap)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     assert correct == expected_correct > 0
     for a, b in zip(grads, expected, strict=True):

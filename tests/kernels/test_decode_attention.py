@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxlm.config import MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.kernels import decode_attention
-from jaxlm.nn.attention import KVCache, cached_attention
+from jaxlm.nn.attention import KVCache, MaskSpec, cached_attention
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 
@@ -38,13 +38,14 @@ def problem(places: Any, heads: tuple[int, int], slots: int, dim: int = 24, dtyp
     return q, k, v, KVCache(jnp.asarray(cache[0], dtype), jnp.asarray(cache[1], dtype), jnp.asarray(places))
 
 
-def both(problem: Any, window: int | None) -> tuple[Any, Any]:
+def both(problem: Any, window: int | None, **scores: float) -> tuple[Any, Any]:
     """The plain form's output, of a cache without NaN, and the kernel's."""
     q, k, v, cache = problem
     clean = KVCache(jnp.nan_to_num(cache.k), jnp.nan_to_num(cache.v), cache.places)
     run = jax.jit(cached_attention, static_argnums=(4, 5))
-    plain, expected = run(q, k, v, clean, window, "xla")
-    fast, kept = run(q, k, v, cache, window, "pallas_tpu")
+    mask = MaskSpec(window=window, **scores)
+    plain, expected = run(q, k, v, clean, mask, "xla")
+    fast, kept = run(q, k, v, cache, mask, "pallas_tpu")
     for a, b in ((kept.k, expected.k), (kept.v, expected.v)):
         np.testing.assert_array_equal(np.nan_to_num(np.asarray(a, np.float32)), np.asarray(b, np.float32))
     return plain, fast
@@ -69,6 +70,15 @@ def test_against_the_plain_form(places: Any, heads: tuple[int, int], slots: int,
     np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
 
 
+def test_scale_and_soft_cap_of_scores() -> None:
+    made = problem([[14, 15, 16, 17], [36, 37, 38, 39]], (4, 2), 40)
+    usual = both(made, None)[0]
+    for scores in (dict(scale=0.7), dict(soft_cap=0.5), dict(scale=0.7, soft_cap=0.5)):
+        plain, fast = both(made, None, **scores)
+        np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
+        assert np.abs(plain - usual).max() > 0.05
+
+
 def test_a_place_behind_the_last_slot() -> None:
     """Such a token is not written, and sees all that was."""
     plain, fast = both(problem([[38, 39, 40], [4, 5, 6]], (2, 1), 40), None)
@@ -78,7 +88,7 @@ def test_a_place_behind_the_last_slot() -> None:
 def test_rows_and_heads_over_devices() -> None:
     q, k, v, cache = problem([[3], [30], [0], [39]], (4, 2), 40)
     with use_mesh(make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))):
-        fast, _ = jax.jit(lambda *args: cached_attention(*args, None, "pallas_tpu"))(q, k, v, cache)
+        fast, _ = jax.jit(lambda *args: cached_attention(*args, MaskSpec(), "pallas_tpu"))(q, k, v, cache)
     np.testing.assert_allclose(fast, both((q, k, v, cache), None)[0], rtol=0, atol=1e-5)
 
 
@@ -92,8 +102,8 @@ def test_bfloat16_scores_are_float32() -> None:
 AHEAD = """
 from jaxlm.kernels.decode_attention import tpu_decode_attention
 
-def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16", window=None):
-    run = partial(tpu_decode_attention, window=window)
+def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16", window=None, soft_cap=None):
+    run = partial(tpu_decode_attention, window=window, soft_cap=soft_cap)
     cache = dtype, rows, kv_heads, slots, dim
     compile("decode", topology, run, (dtype, rows, tokens, heads, dim), cache, cache, ("int32", rows, tokens))
 
@@ -101,8 +111,9 @@ problem("v5e:2x2", 8, 1, 32, 32, 2048, 128)
 problem("v6e:2x2", 8, 1, 64, 8, 8192, 128)
 problem("v5p:2x2x1", 1, 8, 14, 2, 1100, 64, window=1000)
 problem("v5e:2x2", 2, 2, 4, 4, 700, 80, "float32")
+problem("v5e:2x2", 8, 1, 16, 8, 2048, 256, soft_cap=50.0)
 """
 
 
 def test_compiles_for_tpus() -> None:
-    assert len(compile_for_tpus(AHEAD)) == 4
+    assert len(compile_for_tpus(AHEAD)) == 5

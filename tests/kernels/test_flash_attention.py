@@ -18,7 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.kernels import flash_attention as package
 from jaxlm.kernels.flash_attention import flash_attention, tpu_backward
 from jaxlm.kernels.flash_attention.schedule import COMPUTE, MASKED, Spec, make_schedule
-from jaxlm.nn.attention import MaskSpec, reference_attention
+from jaxlm.nn.attention import MaskSpec, attention, reference_attention
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 BLOCK = 8
@@ -131,6 +131,14 @@ def test_soft_cap_scale_and_lse() -> None:
     expected, plain_back = jax.vjp(plain, q, k, v)
     for a, b in zip((*found, *back((cotangent, of_lse))), (*expected, *plain_back((cotangent, of_lse))), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_attention_hands_the_scale_and_the_soft_cap_on() -> None:
+    q, k, v, _ = tensors(19, (2, 1), batch=1)
+    mask = MaskSpec(scale=0.7, soft_cap=2.0)
+    with pltpu.force_tpu_interpret_mode():
+        found = attention(q, k, v, mask, "pallas_tpu")
+    np.testing.assert_allclose(found, reference_attention(q, k, v, mask), rtol=0, atol=2e-5)
 
 
 def test_padding_gives_zero() -> None:

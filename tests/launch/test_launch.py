@@ -70,7 +70,7 @@ def test_shellcheck(name: str, text: str) -> None:
 def test_usage_and_words_that_are_none(cluster: Cluster, script: Path) -> None:
     cluster.variables = TPU | GKE_TPU
     assert "--dry-run" in cluster.run(script, "--help")
-    assert "--config is no option here; words of jaxlm.train come after --" in cluster.run(
+    assert "--config is not an option here; words of jaxlm.train come after --" in cluster.run(
         script, "--config", "x", status=2
     )
     kind = ["gpu"] if script.name == "gke.sh" else []

@@ -257,6 +257,8 @@ def test_an_unknown_architecture_is_refused_by_name() -> None:
     [
         ("LlamaForCausalLM", {"qkv_bias": True}, {}),
         ("LlamaForCausalLM", {"window": 5}, {}),
+        ("LlamaForCausalLM", {"scale": 0.5}, {}),
+        ("LlamaForCausalLM", {"soft_cap": 50.0}, {}),
         ("LlamaForCausalLM", {"qk_norm": NormSpec()}, {}),
         ("MistralForCausalLM", {"qkv_bias": True, "o_bias": True}, {}),
         ("MistralForCausalLM", {}, {"bias": True}),

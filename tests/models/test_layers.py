@@ -193,7 +193,7 @@ def test_norms_of_outputs_and_an_offset_of_the_scale_as_in_gemma_2() -> None:
             "down_proj": linear(state, "mlp.down_proj", (F,), (D,)),
         },
     }
-    spec = LayerSpec(AttentionSpec(H, 2, DIM), FeedForwardSpec(F, "gelu_tanh"), output_norms=True)
+    spec = LayerSpec(AttentionSpec(H, 2, DIM), FeedForwardSpec(F, "gelu_tanh"), norms="both")
     found = run(spec, NormSpec(1e-6, offset=1.0), params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -28,9 +28,11 @@ from jaxlm.spec import (
 
 WINDOW = AttentionSpec(4, 2, 8, window=3, rope=RopeSpec(rope_theta=500.0))
 GLOBAL = AttentionSpec(4, 1, 16, qk_norm=NormSpec(1e-6))
+NO_POSITIONS = AttentionSpec(4, 2, 7, None)
 EXPERTS = ExpertsSpec(4, "learned", ("text", "x"), ((40, 50),), (2, 1))
 LOCAL = LayerSpec(WINDOW, FeedForwardSpec(48))
 WHOLE = LayerSpec(GLOBAL, FeedForwardSpec(32, experts=EXPERTS))
+UNORDERED = LayerSpec(NO_POSITIONS, FeedForwardSpec(48))
 
 
 def decoder(num_layers: int, *period: LayerSpec, **options: Any) -> Decoder:
@@ -111,7 +113,7 @@ def test_adapters_of_a_period_know_which_layer_they_are_of() -> None:
     assert np.abs(got - without).max() > 0.1
 
 
-@pytest.mark.parametrize("period", [(LOCAL,), (WHOLE,), (LOCAL, WHOLE)])
+@pytest.mark.parametrize("period", [(LOCAL,), (WHOLE,), (LOCAL, WHOLE), (UNORDERED,), (LOCAL, UNORDERED)])
 def test_unrolled_with_caches_gives_the_logits_of_the_scanned_model(period: tuple[LayerSpec, ...]) -> None:
     model, tokens = decoder(5, *period), ids()
     variables = fresh(model)
@@ -128,8 +130,18 @@ def test_unrolled_with_caches_gives_the_logits_of_the_scanned_model(period: tupl
         np.testing.assert_allclose(step, full[:, at], rtol=2e-5, atol=2e-5)
 
 
+def test_without_positions_the_last_token_sees_a_set() -> None:
+    model, tokens = decoder(1, UNORDERED), ids()
+    variables = fresh(model)
+    turned = np.concatenate([tokens[:, -2::-1], tokens[:, -1:]], axis=1)
+    logits, other = (model.apply(variables, each)[:, -1] for each in (tokens, turned))
+    np.testing.assert_allclose(logits, other, rtol=1e-5, atol=1e-5)
+    model = decoder(1, dataclasses.replace(UNORDERED, attention=dataclasses.replace(NO_POSITIONS, alibi=True)))
+    assert np.abs(model.apply(variables, tokens)[:, -1] - model.apply(variables, turned)[:, -1]).max() > 0.01
+
+
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("period", [(LOCAL,), (LOCAL, WHOLE)])
+@pytest.mark.parametrize("period", [(LOCAL,), (LOCAL, WHOLE), (UNORDERED,)])
 def test_streamed_gives_the_logits_of_the_scanned_model(
     period: tuple[LayerSpec, ...], tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

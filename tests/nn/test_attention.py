@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.config import MeshConfig
+from jaxlm.devices.mesh import make_mesh, use_mesh
+from jaxlm.errors import UserError
+from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.nn import attention as attention_module
 from jaxlm.nn.attention import (
+    KVCache,
     MaskSpec,
     attention,
+    cached_attention,
     cudnn_attention,
     reference_attention,
     xla_attention,
@@ -39,7 +47,23 @@ def tensors(batch: int, length: int, heads: int, kv: int, dim: int = 4, seed: in
     return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
 
 
-def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | None, window: int | None) -> np.ndarray:
+# As the paper and BLOOM's code list them, by the number of heads.
+SLOPES = {
+    4: [2**-2, 2**-4, 2**-6, 2**-8],
+    6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],
+}
+
+
+def oracle(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    segments: np.ndarray | None,
+    window: int | None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi: bool = False,
+) -> np.ndarray:
     """One query and one head at a time, float64; nothing masked is ever looked at."""
     out = np.zeros(q.shape)
     batch, length, heads, dim = q.shape
@@ -52,19 +76,22 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray | N
             ]
             for n in range(heads):
                 kv = n // (heads // k.shape[2])
-                scores = k[b, seen, kv].astype(np.float64) @ q[b, t, n] / np.sqrt(dim)
+                scores = k[b, seen, kv].astype(np.float64) @ q[b, t, n] * (dim**-0.5 if scale is None else scale)
+                scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+                if alibi:
+                    scores = scores - SLOPES[heads][n] * (t - np.array(seen))
                 weights = np.exp(scores - scores.max())
                 out[b, t, n] = weights / weights.sum() @ v[b, seen, kv]
     return out
 
 
 @functools.cache
-def compiled(implementation: str, window: int | None) -> Any:
+def compiled(implementation: str, **mask: Any) -> Any:
     """(output, gradients of sum(output * cotangent))."""
 
     def run(q: Any, k: Any, v: Any, segments: Any, cotangent: Any) -> Any:
         def total(q: Any, k: Any, v: Any) -> Any:
-            out = attention(q, k, v, MaskSpec(segments, window=window), implementation)
+            out = attention(q, k, v, MaskSpec(segments, **mask), implementation)
             return jnp.sum(out * cotangent), out
 
         (_, out), grads = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -98,23 +125,68 @@ STATIC = [
     (35, (4, 4), 1),
     (35, (4, 1), None),
 ]
+SCORES = [(*each, {}) for each in STATIC] + [
+    (19, (4, 2), None, dict(scale=0.7)),
+    (19, (4, 2), 3, dict(soft_cap=1.5)),
+    (35, (4, 1), None, dict(scale=0.7, soft_cap=1.5)),
+    (19, (4, 2), None, dict(alibi=True)),
+    (35, (6, 2), 11, dict(alibi=True, soft_cap=1.5)),
+]
 
 
-@pytest.mark.parametrize(("length", "heads", "window"), STATIC)
+@pytest.mark.parametrize(("length", "heads", "window", "scores"), SCORES)
 @settings(max_examples=12)
 @given(data=st.data())
-def test_against_loops(length: int, heads: tuple[int, int], window: int | None, data: st.DataObject) -> None:
+def test_against_loops(
+    length: int, heads: tuple[int, int], window: int | None, scores: dict[str, Any], data: st.DataObject
+) -> None:
     segments = np.stack([data.draw(segment_rows(length)), data.draw(segment_rows(length))])
     q, k, v = tensors(2, length, *heads)
     cotangent = tensors(2, length, *heads, seed=1)[0]
-    expected = oracle(q, k, v, segments, window)
-    reference = compiled("reference", window)(q, k, v, segments, cotangent)
-    fast = compiled("xla", window)(q, k, v, segments, cotangent)
+    expected = oracle(q, k, v, segments, window, **scores)
+    reference = compiled("reference", window=window, **scores)(q, k, v, segments, cotangent)
+    fast = compiled("xla", window=window, **scores)(q, k, v, segments, cotangent)
     np.testing.assert_allclose(reference[0], expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(fast[0], expected, rtol=0, atol=1e-5)
     for a, b in zip(fast[1], reference[1], strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "lack"),
+    [
+        ("cudnn", MaskSpec(soft_cap=2.0), "soft cap on scores"),
+        ("cudnn", MaskSpec(alibi=True), "ALiBi"),
+        ("pallas_tpu", MaskSpec(alibi=True), "ALiBi"),
+        ("pallas_gpu", MaskSpec(alibi=True), "ALiBi"),
+    ],
+)
+def test_a_backend_that_would_compute_other_scores_is_refused(name: str, mask: MaskSpec, lack: str) -> None:
+    q, k, v = tensors(1, 8, 2, 2)
+    for backend in (name, AttentionBackend(name)):
+        with pytest.raises(UserError, match=f"'{name}' cannot serve: has no {lack}; use 'auto' or 'xla'"):
+            attention(q, k, v, mask, backend)
+        cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), np.arange(8, dtype=np.int32)[None])
+        with pytest.raises(UserError, match=f"'{name}' cannot serve: has no {lack}"):
+            cached_attention(q, k, v, cache, mask, backend)
+
+
+def test_heads_over_devices_keep_their_slopes() -> None:
+    """Over the tensor axis, with a cache too; and over the sequence axis, which moves heads."""
+    q, k, v = tensors(2, 8, 4, 2)
+    mask = MaskSpec(alibi=True)
+    expected = reference_attention(q, k, v, mask)
+    places = np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8))
+    cache = KVCache(np.zeros((2, 2, 8, 4), np.float32), np.zeros((2, 2, 8, 4), np.float32), places)
+    for sizes in (dict(data=1, fsdp=1, tensor=2), dict(data=1, fsdp=1, sequence=4)):
+        config = MeshConfig(**sizes)
+        with use_mesh(make_mesh(config, jax.devices()[: math.prod(dataclasses.astuple(config))])):
+            out = jax.jit(lambda *args: attention(*args, mask, "xla"))(q, k, v)
+            if "tensor" in sizes:
+                cached, _ = jax.jit(lambda *args: cached_attention(*args, mask, "xla"))(q, k, v, cache)
+                np.testing.assert_allclose(cached, expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 5])

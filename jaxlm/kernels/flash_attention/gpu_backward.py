@@ -67,7 +67,7 @@ def backward(
         delta: [B, H, T] float32, sum over h of grad * out.
 
     Returns:
-        Of q, k and v, in their shapes and dtypes.
+        Gradients of q, k and v, in their shapes and dtypes.
     """
     small = min(STREAMED, spec.block_q, spec.block_k)
     arrays = q, k, v, grad, lse, delta, q_ids, kv_ids

@@ -87,7 +87,7 @@ class Schedule:
 
 
 def _bounds(ids: jax.Array, blocks: int, size: int) -> tuple[jax.Array, ...]:
-    """Of each block [B, blocks]: smallest and largest id but 0, and whether all ids are one (not 0)."""
+    """For each block [B, blocks]: its smallest and largest id but 0, and whether all its ids are equal and not 0."""
     largest, smallest = np.iinfo(np.int32).max, np.iinfo(np.int32).min
     ids = jnp.pad(ids, ((0, 0), (0, max(0, blocks * size - ids.shape[1]))))[:, : blocks * size]
     ids = ids.reshape(ids.shape[0], blocks, size)
@@ -114,7 +114,7 @@ def _static_masks(spec: Spec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pair_masks(spec: Spec, batch: int, q_ids: jax.Array | None, kv_ids: jax.Array | None) -> tuple[Any, Any]:
-    """Of each pair of blocks, whether some query sees some key, and whether every query sees every key.
+    """For each pair of blocks, whether some query sees some key, and whether every query sees every key.
 
     Returns:
         Two bool arrays [B, n_q, n_k], NumPy's where there are no segments.

@@ -122,7 +122,7 @@ def backward(
         grad: [B, H, T, h], of out.
 
     Returns:
-        Of q, k and v, in their shapes and dtypes.
+        Gradients of q, k and v, in their shapes and dtypes.
 
     Raises:
         UserError: when rows are so long that one head's dq does not fit on the chip.

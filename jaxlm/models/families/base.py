@@ -16,7 +16,7 @@ def always(_: Any) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of the name table: the leaf, and the names and layout that it has in files.
+    """One tensor of the name table: the leaf, and the name and layout that it has in Hugging Face's files.
 
     Layouts are written in the project's letters (D model, H query heads, K kv heads, h head dim, F feed-forward, V
     vocabulary, E experts). Parentheses join dims that the file stores as one: HF keeps `q_proj` as a matrix `(H h) D`,
@@ -28,11 +28,6 @@ class Row:
         dims: of the leaf, without the stack.
         hf_dims: of the tensor in HF's files.
         when: whether there is such a tensor, given the LayerSpec of a row in a layer, else the DecoderSpec.
-        meta: name in Meta's files; empty where Meta's models have no such tensor.
-        mindspore: the same in MindFormers' files, whose layouts are HF's.
-        meta_split: dims of the stored tensor that Meta's model-parallel shards may split; () means every shard holds it
-            whole. Two: LLaMA 1 and 2 split the first one named, LLaMA 3 the second.
-        rotary: whether Meta stores the rows of each head in another order (pairs beside each other instead of halves).
     """
 
     path: str
@@ -40,10 +35,6 @@ class Row:
     dims: str
     hf_dims: str
     when: Callable[[Any], bool] = always
-    meta: str = ""
-    mindspore: str = ""
-    meta_split: tuple[int, ...] = ()
-    rotary: bool = False
 
     @property
     def in_layer(self) -> bool:
@@ -59,10 +50,6 @@ class Row:
     def hf_module(self) -> str:
         """HF's name of the module that holds the tensor, which is what PEFT calls a linear layer by."""
         return self.hf.rpartition(".")[0]
-
-    def name(self, form: str) -> str:
-        """The tensor's name in 'hf', 'meta' or 'mindspore'; empty where that has none."""
-        return {"hf": self.hf, "meta": self.meta, "mindspore": self.mindspore}[form]
 
 
 @dataclass(frozen=True)

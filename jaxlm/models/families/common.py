@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,7 @@ def check_values(config: dict[str, Any], architecture: str) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if any(item is not None and type(item) is not int for item in ids):
+        if any(index is not None and type(index) is not int for index in ids):
             raise UserError(f"config.json: {key} is {value!r}; expected a token id")
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(key) is not None and type(config[key]) is not bool:
@@ -72,7 +73,7 @@ def check_values(config: dict[str, Any], architecture: str) -> None:
     for key, harmless in UNREAD.items():
         value = config.get(key)
         if value is not None and value not in harmless:
-            only = " or ".join(json.dumps(item) for item in harmless) or "null"
+            only = " or ".join(json.dumps(choice) for choice in harmless) or "null"
             raise UserError(
                 f"config.json: {key} is {value!r}, with which {architecture} is not supported: it changes what the "
                 f"model computes; only {only} is read"
@@ -123,7 +124,7 @@ def read_decoder(
 
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
     """The keys that LLaMA and its relatives share, for old and new transformers."""
-    layer, rope = spec.uniform_layer, write_rope(spec.attention.rope)
+    layer, rope = spec.uniform_layer, write_rope(spec.attention.rotary)
     return {
         "architectures": [architecture],
         "model_type": spec.family,
@@ -142,9 +143,9 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
         "tie_word_embeddings": spec.tied_head,
         "rope_parameters": rope,
         # The two old keys, for transformers 4 and everything built on it.
-        "rope_theta": layer.attention.rope.rope_theta,
+        "rope_theta": layer.attention.rotary.rope_theta,
         "rope_scaling": None
-        if layer.attention.rope.rope_type == "default"
+        if layer.attention.rotary.rope_type == "default"
         else {key: value for key, value in rope.items() if key != "rope_theta"},
         "attention_dropout": 0.0,
         "bos_token_id": spec.bos_token_id,
@@ -255,27 +256,15 @@ def write_switched_window(spec: DecoderSpec) -> dict[str, Any]:
 # ---- names
 
 
-def _linear(path: str, other: str, dims: str, hf_dims: str, split: int, bias: Callable[[LayerSpec], bool]) -> list[Row]:
-    """Kernel and bias of a linear layer; `other` is what both Meta and MindSpore call it."""
-    hf, mindspore = f"model.layers.{{}}.{path.replace('/', '.')}", f"model.layers.{{}}.{other}"
-    outputs, rotary = hf_dims.rpartition(" (" if hf_dims.endswith(")") else " ")[0], path.endswith(("q_proj", "k_proj"))
-    kernel = Row(
-        f"{path}/kernel",
-        f"{hf}.weight",
-        dims,
-        hf_dims,
-        meta=f"layers.{{}}.{other}.weight",
-        mindspore=f"{mindspore}.weight",
-        meta_split=(split,),
-        rotary=rotary,
-    )
-    names = f"{path}/bias", f"{hf}.bias"
-    return [kernel, Row(*names, outputs.strip("()"), outputs, bias, mindspore=f"{mindspore}.bias", rotary=rotary)]
+def _linear(path: str, dims: str, hf_dims: str, bias: Callable[[LayerSpec], bool]) -> list[Row]:
+    """Kernel and bias of a linear layer."""
+    hf, outputs = f"model.layers.{{}}.{path.replace('/', '.')}", re.findall(r"\([^)]*\)|\S+", hf_dims)[0]
+    kernel = Row(f"{path}/kernel", f"{hf}.weight", dims, hf_dims)
+    return [kernel, Row(f"{path}/bias", f"{hf}.bias", outputs.strip("()"), outputs, bias)]
 
 
-def _norm(name: str, other: str) -> Row:
-    meta, mindspore = f"layers.{{}}.{other}.weight", f"model.layers.{{}}.{other}.weight"
-    return Row(f"{name}/scale", f"model.layers.{{}}.{name}.weight", "D", "D", meta=meta, mindspore=mindspore)
+def _norm(name: str) -> Row:
+    return Row(f"{name}/scale", f"model.layers.{{}}.{name}.weight", "D", "D")
 
 
 def _head_norm(name: str) -> Row:
@@ -301,44 +290,20 @@ def _learned_router(layer: LayerSpec) -> bool:
 
 
 ROWS: tuple[Row, ...] = (
-    Row(
-        "embed_tokens/embedding",
-        "model.embed_tokens.weight",
-        "V D",
-        "V D",
-        meta="tok_embeddings.weight",
-        mindspore="model.tok_embeddings.embedding_weight",
-        meta_split=(1, 0),
-    ),
-    _norm("input_layernorm", "attention_norm"),
-    *_linear("self_attn/q_proj", "attention.wq", "D H h", "(H h) D", 0, _qkv_bias),
-    *_linear("self_attn/k_proj", "attention.wk", "D K h", "(K h) D", 0, _qkv_bias),
-    *_linear("self_attn/v_proj", "attention.wv", "D K h", "(K h) D", 0, _qkv_bias),
-    *_linear("self_attn/o_proj", "attention.wo", "H h D", "D (H h)", 1, _o_bias),
+    Row("embed_tokens/embedding", "model.embed_tokens.weight", "V D", "V D"),
+    _norm("input_layernorm"),
+    *_linear("self_attn/q_proj", "D H h", "(H h) D", _qkv_bias),
+    *_linear("self_attn/k_proj", "D K h", "(K h) D", _qkv_bias),
+    *_linear("self_attn/v_proj", "D K h", "(K h) D", _qkv_bias),
+    *_linear("self_attn/o_proj", "H h D", "D (H h)", _o_bias),
     _head_norm("q_norm"),
     _head_norm("k_norm"),
-    _norm("post_attention_layernorm", "ffn_norm"),
-    *_linear("mlp/gate_proj", "feed_forward.w1", "D F", "F D", 0, _mlp_bias),
-    *_linear("mlp/up_proj", "feed_forward.w3", "D F", "F D", 0, _mlp_bias),
-    *_linear("mlp/down_proj", "feed_forward.w2", "F D", "D F", 1, _mlp_bias),
+    _norm("post_attention_layernorm"),
+    *_linear("mlp/gate_proj", "D F", "F D", _mlp_bias),
+    *_linear("mlp/up_proj", "D F", "F D", _mlp_bias),
+    *_linear("mlp/down_proj", "F D", "D F", _mlp_bias),
     # The linear router of a layer divided into experts; the name outside jaxlm is our own.
-    Row(
-        "mlp/router",
-        "model.layers.{}.mlp.router.weight",
-        "D E",
-        "E D",
-        _learned_router,
-        mindspore="model.layers.{}.feed_forward.router.weight",
-    ),
-    Row("norm/scale", "model.norm.weight", "D", "D", meta="norm.weight", mindspore="model.norm_out.weight"),
-    Row(
-        "lm_head/kernel",
-        "lm_head.weight",
-        "V D",
-        "V D",
-        lambda spec: not spec.tied_head,
-        meta="output.weight",
-        mindspore="lm_head.weight",
-        meta_split=(0,),
-    ),
+    Row("mlp/router", "model.layers.{}.mlp.router.weight", "D E", "E D", _learned_router),
+    Row("norm/scale", "model.norm.weight", "D", "D"),
+    Row("lm_head/kernel", "lm_head.weight", "V D", "V D", lambda spec: not spec.tied_head),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
-from jaxlm.jsonfields import read_fields
+from jaxlm.jsonfields import build
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import FAMILIES
 from jaxlm.models.version1 import read_model
@@ -93,18 +93,18 @@ def read_model_json(directory: Path) -> ModelFile:
             f"{__version__}, which reads format {FORMAT!r} version 1 and {VERSION}"
         )
     try:
-        values = read_fields(_Fields, content, f"{where}:")
-        config = (read_model if version == 1 else DecoderSpec.from_dict)(values["model"], f"{where}: model")
+        fields = build(_Fields, content, f"{where}:")
+        config = (read_model if version == 1 else DecoderSpec.from_dict)(fields.model, f"{where}: model")
         if config.family not in FAMILIES:
             raise UserError(f"{where}: model.family is {config.family!r}; known: {', '.join(FAMILIES)}")
     except UserError as error:
         raise UserError(f"{error}; {_writer(content)}, this is jaxlm {__version__}") from None
-    base = {key: values[key] for key in ("base", "base_from_here") if values.get(key) is not None}
-    lora = values.get("lora")
-    if lora is None:
-        return ModelFile(config, values.get("dtype"), base=base)
-    layers = _layers(content.get("layers"), config, where)
-    return ModelFile(config, values.get("dtype"), lora_from_dict(lora, where), layers, base)
+    recorded = {"base": fields.base, "base_from_here": fields.base_from_here}
+    base = {key: value for key, value in recorded.items() if value is not None}
+    if fields.lora is None:
+        return ModelFile(config, fields.dtype, base=base)
+    lora, layers = lora_from_dict(fields.lora, where), _layers(fields.layers, config, where)
+    return ModelFile(config, fields.dtype, lora, layers, base)
 
 
 def _writer(content: dict[str, Any]) -> str:
@@ -113,7 +113,7 @@ def _writer(content: dict[str, Any]) -> str:
 
 def lora_from_dict(values: Any, where: Path) -> LoraConfig:
     """A LoraConfig from the plain values in model.json."""
-    lora = LoraConfig(**read_fields(LoraConfig, values, f"{where}: lora"))
+    lora = build(LoraConfig, values, f"{where}: lora")
     for name, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns:
             try:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from jaxlm.jsonfields import check_version, read_fields
+from jaxlm.jsonfields import build, check_version
 from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home
 from jaxlm.weights.native.layout import SMALL_FILES
@@ -45,7 +45,7 @@ def read_prompt_json(file: Path) -> PromptFile:
     """prompt.json; UserError for a newer version, an unknown field or a value that does not fit."""
     content = read_object(file)
     check_version(content, VERSION, file)
-    return PromptFile(**read_fields(PromptFile, content, f"{file}:"))
+    return build(PromptFile, content, f"{file}:")
 
 
 def trained_prompt(directory: Path) -> PromptFile:
