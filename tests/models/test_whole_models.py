@@ -291,6 +291,12 @@ def test_positions_of_packed_documents_are_their_own() -> None:
         row = apply({"params": params}, IDS[:1], np.r_[0:5, 0:7][None], np.repeat([1, 2], [5, 7])[None])
         alone = [apply({"params": params}, IDS[:1, part]) for part in (slice(5), slice(5, None))]
         np.testing.assert_allclose(row, np.concatenate(alone, axis=1), rtol=1e-5, atol=1e-5)
+    positions = np.r_[0:5, 0:7][None]
+    tables = {f"{name}/embedding": params[name]["embedding"] for name in ("embed_tokens", "embed_positions")}
+    chunks = [streamed.Tokens(IDS[:1], positions)]
+    (states,) = streamed.embedded(spec, lambda path, index: tables[path][index], chunks)
+    expected = tables["embed_tokens/embedding"][IDS[:1]] + tables["embed_positions/embedding"][positions + 2]
+    np.testing.assert_allclose(states, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_olmo_2() -> None:
