@@ -13,7 +13,7 @@ from jaxlm.config import InferenceModelConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.loading import compute_dtype
-from jaxlm.kernels.backend import choose_attention, shape_key
+from jaxlm.kernels.backend import choose_for_layers
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.routers import choose_compute
@@ -64,7 +64,8 @@ def place(
     """
     spec, platform = source.config, jax.default_backend()
     dtype = compute_dtype(config.dtype)
-    attention, reason = choose_attention(config.attention, shape_key(spec.attention, dtype, longest, True))
+    layers = [layer.attention for layer in spec.period]
+    attention, reason, _ = choose_for_layers(config.attention, layers, dtype, longest, True)
     lora = {} if adapter is None else resolve_lora(spec, adapter.lora, adapter.layers)
     experts = "dense" if spec.experts is None else choose_compute("auto", platform, spec.experts, lora)[0]
     axes = mesh or MeshConfig()

@@ -24,7 +24,7 @@ from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import load_weights
 from jaxlm.inference.prompts import Prompter
 from jaxlm.jsontext import read_object
-from jaxlm.kernels.backend import AttentionBackend, ShapeKey, choose_attention, shape_key
+from jaxlm.kernels.backend import AttentionBackend, ShapeKey, choose_for_layers
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.routers import choose_compute
@@ -162,8 +162,8 @@ def placement(
     platform, spec = jax.default_backend(), files.merged.config
     compute = compute_dtype(dtype)
     # Prompts have any length; the longest ones are what takes time.
-    shape = shape_key(spec.attention, compute, spec.max_length, False)
-    backend, reason = choose_attention(attention, shape)
+    layers = [layer.attention for layer in spec.period]
+    backend, reason, shape = choose_for_layers(attention, layers, compute, spec.max_length, False)
     _, adapter = files.parts(merge)
     specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
     experts, why = ("dense", "") if spec.experts is None else choose_compute("auto", platform, spec.experts, specs)
@@ -187,8 +187,8 @@ def compute_dtype(dtype: str) -> str:
 
 def auto_mesh(spec: DecoderSpec, devices: int) -> MeshConfig:
     """Heads over as many devices as divide them, the rest see different prompts."""
-    blocks = spec.feed_forward.size if spec.experts is None else spec.experts.num_experts
-    tensor = math.gcd(devices, spec.attention.num_kv_heads, blocks)
+    sizes = [spec.experts.num_experts] if spec.experts else [layer.feed_forward.size for layer in spec.period]
+    tensor = math.gcd(devices, *(layer.attention.num_kv_heads for layer in spec.period), *sizes)
     return MeshConfig(data=devices // tensor, fsdp=1, tensor=tensor)
 
 

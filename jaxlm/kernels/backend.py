@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -330,6 +330,31 @@ def choose_attention(requested: str, key: ShapeKey) -> tuple[AttentionBackend, s
     entry, _ = measurement
     time = entry.milliseconds[entry.backend.name]
     return entry.backend, f"{entry.backend}: the fastest measured, {time:.3g} ms at length {entry.length:,}"
+
+
+def choose_for_layers(
+    requested: str, layers: Iterable[AttentionSpec], dtype: str, length: int, packed: bool, device: Any = None
+) -> tuple[AttentionBackend, str, ShapeKey]:
+    """The backend of a model whose layers may differ: one that serves them all.
+
+    Args:
+        requested: as `choose_attention`.
+        layers: the attention of every kind of layer; the first that the others agree with is chosen for.
+        dtype, length, packed, device: as `shape_key`.
+
+    Returns:
+        As `choose_attention`, and the shape key that it was chosen for.
+
+    Raises:
+        UserError: when the one asked for cannot serve all layers, or a table is broken.
+    """
+    keys = list(dict.fromkeys(shape_key(layer, dtype, length, packed, device) for layer in layers))
+    choices = [(*choose_attention(requested, key), key) for key in keys]
+    for choice in choices:
+        if all(why_not(choice[0].name, key) is None for key in keys):
+            return choice
+    # Each kind of layer has a backend of its own, which another kind cannot use; XLA serves every one.
+    return AttentionBackend("xla"), "xla: serves every kind of layer of this model", keys[0]
 
 
 def attention_details(backend: AttentionBackend, key: ShapeKey) -> str:

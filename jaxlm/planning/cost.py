@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from jaxlm.devices.chips import Chip
 from jaxlm.devices.mesh import shard_axes_size
-from jaxlm.planning.memory import Memory
+from jaxlm.planning.memory import Memory, layer_params
 from jaxlm.sharding import DATA, EXPERT, SEQUENCE, TENSOR
+from jaxlm.spec import DecoderSpec, LayerSpec
 from jaxlm.training.report import flops_per_token
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
@@ -87,10 +89,10 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     model_flops = flops_per_token(c, length, full) * tokens
 
     recomputed = _recomputed(setup)
-    per_layer = count(initializer.params["layers"]) / c.num_layers
+    per_layer = layer_params(initializer.params) / c.num_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
-    attention = 2 * c.attention.num_heads * c.attention.head_dim * length
+    attention = 2 * layer_mean(c, lambda layer: layer.attention.num_heads * layer.attention.head_dim) * length
     scores_again = 0.5 * attention * c.num_layers
     again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
@@ -114,26 +116,41 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     sequence = mesh.shape[SEQUENCE]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
-        width = (2 * c.attention.num_heads + 2 * c.attention.num_kv_heads) * c.attention.head_dim / tensor
+        width = layer_mean(c, lambda layer: 2 * _qkv_width(layer) - _kv_width(layer)) / tensor
         times = setup.accumulation * c.num_layers * (2 + recomputed[1])
         links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights
     # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
-    layer_io = (11 * c.hidden_size + 3 * c.feed_forward.size / tensor) * itemsize
+    layer_io = (11 * c.hidden_size + 3 * layer_mean(c, lambda layer: layer.feed_forward.size) / tensor) * itemsize
     through += setup.accumulation * (
         micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
     )
     return Cost(tokens, model_flops, hardware, links, through, network)
 
 
+def layer_mean(spec: DecoderSpec, size: Callable[[LayerSpec], int]) -> float:
+    """The mean of a size over all layers."""
+    return sum(map(size, spec.layers())) / spec.num_layers
+
+
+def _qkv_width(layer: LayerSpec) -> int:
+    """Number of outputs of q, k and v."""
+    return layer.attention.num_heads * layer.attention.head_dim + _kv_width(layer)
+
+
+def _kv_width(layer: LayerSpec) -> int:
+    """Number of outputs of k and v."""
+    return 2 * layer.attention.num_kv_heads * layer.attention.head_dim
+
+
 def _recomputed(setup: TrainSetup) -> tuple[float, float]:
     """The shares of a layer's products, and of its attention, that the backward pass computes again."""
     c = setup.model.spec
-    d, h = c.hidden_size, c.attention.head_dim
-    qkv, out = d * h * (c.attention.num_heads + 2 * c.attention.num_kv_heads), d * h * c.attention.num_heads
-    mlp = d * c.feed_forward.size
+    d = c.hidden_size
+    qkv, out = d * layer_mean(c, _qkv_width), d * layer_mean(c, lambda layer: _qkv_width(layer) - _kv_width(layer))
+    mlp = d * layer_mean(c, lambda layer: layer.feed_forward.size)
     everything = qkv + out + 3 * mlp
     # The backward pass does not read the result of the last product, so no compiler forms it again.
     return {

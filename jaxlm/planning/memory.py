@@ -23,7 +23,7 @@ from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
-from jaxlm.spec import DecoderSpec
+from jaxlm.spec import DecoderSpec, LayerSpec
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
@@ -112,7 +112,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
-    layer_weights = itemsize * count(initializer.params["layers"]) // shape.num_layers // mesh.shape[TENSOR]
+    layer_weights = itemsize * layer_params(initializer.params) // shape.num_layers // mesh.shape[TENSOR]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(
@@ -151,6 +151,11 @@ def _shard_count(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
+def layer_params(params: Any) -> int:
+    """Number of parameters of all layers."""
+    return count(params["layers"]) + count(params.get("tail", {}))
+
+
 def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
     """The model that one device of a tensor axis computes: its heads, neurons and rows of the vocabulary."""
     if tensor == 1:
@@ -159,12 +164,19 @@ def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
     if moe is not None:
         share = max(1, moe.num_experts // tensor)
         moe = dataclasses.replace(moe, num_experts=share, top_k=tuple(min(k, share) for k in moe.top_k), shared=0)
-    attention = shape.attention
-    local = shape.with_attention(
-        num_heads=max(1, attention.num_heads // tensor), num_kv_heads=max(1, attention.num_kv_heads // tensor)
-    )
-    local = local.with_feed_forward(size=shape.feed_forward.size // tensor, experts=moe)
-    return dataclasses.replace(local, vocab_size=-(-shape.vocab_size // tensor))
+
+    def part(layer: LayerSpec) -> LayerSpec:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        heads = max(1, attention.num_heads // tensor), max(1, attention.num_kv_heads // tensor)
+        return dataclasses.replace(
+            layer,
+            attention=dataclasses.replace(attention, num_heads=heads[0], num_kv_heads=heads[1]),
+            feed_forward=dataclasses.replace(
+                feed_forward, size=feed_forward.size // tensor, experts=None if feed_forward.experts is None else moe
+            ),
+        )
+
+    return dataclasses.replace(shape.with_layers(part), vocab_size=-(-shape.vocab_size // tensor))
 
 
 def kept_bytes(shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
@@ -186,17 +198,19 @@ def kept_bytes(shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, leng
 def _kept_bytes(
     shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], length: int
 ) -> int:
-    # Two batches whose number of rows is not the number of layers, which marks stacked arrays.
-    few, many = [rows for rows in (1, 2, 3, 4) if rows != shape.num_layers][:2]
-    local = Decoder(shape, dict(adapters), *settings)
+    # Whole periods only, whose arrays are stacked over the repetitions; the layers of the tail keep as much as others.
+    size = len(shape.period)
+    whole = max(size, shape.num_layers - shape.num_layers % size)
+    repeats = whole // size
+    # Two batches whose number of rows is not the number of repetitions, which marks stacked arrays.
+    few, many = [rows for rows in (1, 2, 3, 4) if rows != repeats][:2]
+    local = Decoder(dataclasses.replace(shape, num_layers=whole), dict(adapters), *settings)
 
     def kept(rows: int) -> int:
         leaves = jax.tree.leaves(_kept(local, rows, length))
-        return sum(
-            leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim > 1 and leaf.shape[0] == shape.num_layers
-        )
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim > 1 and leaf.shape[0] == repeats)
 
-    return (kept(many) - kept(few)) // (many - few)
+    return (kept(many) - kept(few)) // (many - few) * shape.num_layers // whole
 
 
 @cache

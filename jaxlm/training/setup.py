@@ -32,7 +32,7 @@ from jaxlm.devices.mesh import (
     use_mesh,
 )
 from jaxlm.errors import UserError
-from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
+from jaxlm.kernels.backend import attention_details, choose_for_layers
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import kv_head_copies
@@ -248,9 +248,12 @@ def set_up(
         devices = list(jax.devices() if devices is None else devices)
         chip = devices[0]
         mesh = make_mesh(config.mesh, devices, experts_count)
-    _check_sequence(mesh, config.data.sequence_length, shape.attention.num_heads, shape.attention.num_kv_heads)
-    key = shape_key(shape.attention, config.model.dtype, config.data.sequence_length, config.data.packed, chip)
-    backend, why = choose_attention(config.model.attention, key)
+    layers = [layer.attention for layer in shape.period]
+    for attention in layers:
+        _check_sequence(mesh, config.data.sequence_length, attention.num_heads, attention.num_kv_heads)
+    backend, why, key = choose_for_layers(
+        config.model.attention, layers, config.model.dtype, config.data.sequence_length, config.data.packed, chip
+    )
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
     experts = None if shape.experts is None else choose_compute(moe.compute, chip.platform, shape.experts, adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxlm.kernels.backend import (
     ShapeKey,
     attention_details,
     choose_attention,
+    choose_for_layers,
     measured,
     read_table,
     shape_key,
@@ -28,6 +30,7 @@ from jaxlm.kernels.backend import (
 from jaxlm.models.families import SHAPES
 from jaxlm.nn import attention as attention_module
 from jaxlm.nn.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
+from jaxlm.spec import AttentionSpec
 
 CPU = ShapeKey("cpu", "cpu", None, "float32", 512, 128, 32, 32, True)
 H200 = dataclasses.replace(CPU, platform="gpu", device_kind="NVIDIA H200", capability="9.0", dtype="bfloat16")
@@ -249,3 +252,17 @@ def test_blocks_reach_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     attention(q, q, q, MaskSpec(), AttentionBackend("pallas_gpu", 64, 128))
     assert [(options["block_q"], options["block_k"]) for options in seen] == [(256, 512), (None, None), (64, 128)]
     assert [options["backend"] for options in seen] == ["tpu", "gpu", "gpu"]
+
+
+def test_layers_that_differ_share_a_backend_that_serves_them_all() -> None:
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    plain = AttentionSpec(8, 8, 128)
+    window = dataclasses.replace(plain, window=512)
+    alibi = dataclasses.replace(plain, rope=None, alibi=True)
+    chosen = [
+        choose_for_layers("auto", layers, "bfloat16", 2048, True, tpu)[0].name
+        for layers in ((plain, window), (plain, alibi), (alibi, plain))
+    ]
+    assert chosen == ["pallas_tpu", "xla", "xla"]
+    with pytest.raises(UserError, match="'pallas_tpu' cannot serve"):
+        choose_for_layers("pallas_tpu", (plain, alibi), "bfloat16", 2048, True, tpu)
