@@ -22,7 +22,8 @@ SCRIPT = """
 import ctypes, os, signal, sys, time
 def block():
     print("here", flush=True)
-    ctypes.CDLL(None).sleep(600)
+    while True:  # a signal ends one sleep
+        ctypes.CDLL(None).sleep(600)
 {patch}
 from {command} import main
 sys.exit(main(sys.argv[1:]))
