@@ -22,6 +22,8 @@ from jaxlm.processes.roll_call import Roll
 
 GRACE_SECONDS = 5.0  # for others to read why they end, before process 0 takes JAX's service away
 STOP, ENDED = "jaxlm/stop", "jaxlm/ended"  # keys of the coordination service
+# Process 0 waits so long for the others to end before it does, as JAX aborts what is left.
+LEAVE_SECONDS = 30.0
 
 
 class ControlChannel:
@@ -107,7 +109,7 @@ class ControlChannel:
     def _await_the_others(self) -> None:
         # JAX ends the other processes at once when process 0, its coordinator, goes.
         if self._process.index == 0 and threading.current_thread() is not self._connections:
-            self._connections.join(GRACE_SECONDS)
+            self._connections.join(LEAVE_SECONDS)
 
     def _end_all(self, process: int, text: str, status: int = 1) -> None:
         self._coordination.put(ENDED, json.dumps({"process": process, "text": text, "status": status}))
@@ -154,7 +156,9 @@ class ControlChannel:
                     if connection.receive(1.0) is not None:
                         continue
                     selector.unregister(connection.socket)
-                    connection.socket.close()
+                    if self._process.index == 0:
+                        connection.socket.close()
+                    # Else it stays open until this process ends, which is what process 0 waits for.
                     if connection.done or self._leaving:
                         continue
                     if self._process.index == 0:
