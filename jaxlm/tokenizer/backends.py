@@ -66,15 +66,7 @@ class SentencePiece:
     closing: tuple[int, ...] | None = None
 
     def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str], legacy: bool) -> None:
-        import sentencepiece
-
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from "
-                "Meta is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
-            ) from None
+        self.model = read_sentencepiece(path)
         trained = self.model.vocab_size()
         self.added = {
             token.content: token.id
@@ -179,6 +171,19 @@ class SentencePiece:
             return self.added[token]
         index = int(self.model.piece_to_id(token))
         return index if self.model.id_to_piece(index) == token else None
+
+
+def read_sentencepiece(path: Path) -> Any:
+    """The SentencePieceProcessor of a `.model` file; UserError for what is none."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from "
+            "Meta is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
+        ) from None
 
 
 def _without_prefix(model: Any) -> Any:
