@@ -51,12 +51,14 @@ class NormSpec:
         kind: rms: x / rms(x) * scale (arXiv:1910.07467); layer: (x - mean(x)) / std(x) * scale (arXiv:1607.06450).
         offset: added to the scale that is stored: 1 where a checkpoint has weights around 0, as Gemma's.
         bias: whether a bias is added.
+        scale: whether there is a scale; without, it is 1.
     """
 
     eps: float = 1e-5
     kind: str = "rms"
     offset: float = 0.0
     bias: bool = False
+    scale: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in NORMS:

@@ -28,14 +28,14 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        scale: Any = self._vector("scale", x.shape[-1], zeros if self.spec.offset else ones).astype(jnp.float32)
-        if self.spec.offset:
-            scale = scale + self.spec.offset
         x32 = x.astype(jnp.float32)
         if self.spec.kind == "layer":
             x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.spec.eps)
-        out = normed * scale
+        out = normed
+        if self.spec.scale:
+            scale: Any = self._vector("scale", x.shape[-1], zeros if self.spec.offset else ones).astype(jnp.float32)
+            out = normed * (scale + self.spec.offset if self.spec.offset else scale)
         if self.spec.bias:
             out = out + self._vector("bias", x.shape[-1], zeros).astype(jnp.float32)
         return out.astype(self.dtype)

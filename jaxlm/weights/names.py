@@ -124,6 +124,7 @@ def _row_sizes(spec: DecoderSpec, layer: LayerSpec | None) -> dict[str, int]:
         attention, feed_forward = layer.attention, layer.feed_forward
         sizes |= {"H": attention.num_heads, "K": attention.num_kv_heads, "h": attention.head_dim}
         sizes |= {"G": attention.num_heads // attention.num_kv_heads, "F": feed_forward.size}
+        sizes |= {"Q": sizes["H"] * sizes["h"], "M": sizes["K"] * sizes["h"]}
         sizes["E"] = 1 if feed_forward.experts is None else feed_forward.experts.num_experts
     return sizes
 
@@ -156,10 +157,10 @@ def model_leaves(spec: DecoderSpec) -> Iterator[Leaf]:
     for row in family_of(spec).rows:
         if row.in_layer:
             for stack, sizes in inside:
-                if row.when(stack.layer):
+                if row.when(spec, stack.layer):
                     layout = make_layout(row.dims, row.hf_dims, sizes)
                     yield Leaf(row, f"{stack.path}/{row.path}", stack.numbers, layout)
-        elif row.when(spec):
+        elif row.when(spec, spec.period[0]):
             yield Leaf(row, row.path, None, make_layout(row.dims, row.hf_dims, outside))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,28 +17,23 @@ from jaxlm.config import LoraConfig
 from jaxlm.models import families
 from jaxlm.models.adapters import LINEARS, SAVEABLE, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.families import FAMILIES, read_config
+from jaxlm.models.families import FAMILIES
 from jaxlm.spec import DecoderSpec, ExpertsSpec
-from jaxlm.weights.names import adapter_leaves, hf_entries, leaf_shapes, model_leaves, num_params, peft_entries
-from tests.convert.tiny import make_adapter, make_hf_model
-
-SIZES: dict[str, Any] = dict(
-    vocab_size=37,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
+from jaxlm.weights.names import (
+    adapter_leaves,
+    fused_entries,
+    hf_entries,
+    leaf_shapes,
+    model_leaves,
+    num_params,
+    peft_entries,
 )
-BIASES = dict(attention_bias=True, mlp_bias=True)
+from tests.convert.tiny import make_adapter
+from tests.models.small import SMALL, VARIANTS, hf_model, small_spec
+
 EXPERTS = ExpertsSpec(4, "learned", top_k=(2,))
-NAMES = {name: family.architecture.removesuffix("ForCausalLM") for name, family in FAMILIES.items()}
-
-
-def small(family: str, **more: Any) -> DecoderSpec:
-    """A small model as its config.json describes it."""
-    return read_config({"architectures": [FAMILIES[family].architecture], **SIZES, **more})
+# Families whose feed-forward layers can be divided into experts, and whose layers are named as LLaMA's.
+LIKE_LLAMA = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def alternating(spec: DecoderSpec) -> DecoderSpec:
@@ -50,20 +44,22 @@ def alternating(spec: DecoderSpec) -> DecoderSpec:
     return dataclasses.replace(spec, num_layers=5, period=(layer, type(layer)(attention, other)))
 
 
-SHAPES = {
-    "plain": lambda family: small(family),
-    "biases": lambda family: small(family, **BIASES),
-    "tied": lambda family: small(family, tie_word_embeddings=True),
-    "experts": lambda family: small(family).with_experts(EXPERTS),
-    "alternating": lambda family: alternating(small(family)),
-}
+def shapes(family: str) -> dict[str, DecoderSpec]:
+    """Small models of a family: every variant and, where it can be so, of experts and with layers that differ."""
+    specs = {variant: small_spec(family, variant) for variant in SMALL[family]}
+    if family in LIKE_LLAMA:
+        plain = small_spec(family)
+        specs |= {"experts": plain.with_experts(EXPERTS), "alternating": alternating(plain)}
+    return specs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shape", SHAPES)
+CASES = [(family, shape) for family in FAMILIES for shape in shapes(family)]
+
+
+@pytest.mark.parametrize(("family", "shape"), CASES)
 def test_rows_are_what_the_module_declares(family: str, shape: str) -> None:
     """Paths and shapes of every parameter and of every adapter leaf, and which dims of a kernel are its inputs."""
-    spec = SHAPES[shape](family)
+    spec = shapes(family)[shape]
     lora = LoraConfig(rank=3, targets=LINEARS, dora=True)
     specs = resolve_lora(spec, lora)
     boxed = abstract_variables(Decoder(spec, specs))
@@ -78,9 +74,9 @@ def test_rows_are_what_the_module_declares(family: str, shape: str) -> None:
         assert num_params(spec) == sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(boxed["params"])))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LIKE_LLAMA)
 def test_layers_of_a_period_are_stored_under_their_own_numbers(family: str) -> None:
-    spec = alternating(small(family))
+    spec = alternating(small_spec(family))
     places = {entry.name: (entry.path, entry.layer) for entry in hf_entries(spec)}
     kernels = [places[f"model.layers.{number}.mlp.up_proj.weight"] for number in range(5)]
     assert kernels == [
@@ -102,20 +98,22 @@ def test_layers_of_a_period_are_stored_under_their_own_numbers(family: str) -> N
     assert factors[stem.format(4)] == ("tail/0/self_attn/q_proj/lora_A", 0, (1, 16))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("more", [{}, BIASES, {"tie_word_embeddings": True}], ids=["plain", "biases", "tied"])
-def test_names_are_those_of_transformers(family: str, more: dict[str, Any]) -> None:
-    """Names and shapes of every tensor, and of every linear layer that PEFT finds."""
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_names_are_those_of_transformers(family: str, variant: str) -> None:
+    """Names and shapes of every tensor, and of every linear layer of the layers, which PEFT calls by them."""
     torch = pytest.importorskip("torch")
-    model = make_hf_model(NAMES[family], **SIZES, **more)
-    spec = read_config({"architectures": [FAMILIES[family].architecture], **model.config.to_dict()})
+    model = hf_model(family, variant)
+    spec = small_spec(family, variant)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    assert {entry.name: entry.layout.stored for entry in hf_entries(spec)} == theirs
-    modules = {name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
-    linears = FAMILIES[family].linears
-    assert {f"model.{name}" for name in modules} == {
-        row.hf_module.format(layer) for row in linears.values() for layer in range(spec.num_layers)
-    }
+    fused = fused_entries(spec)
+    parts = {part.name for whole in fused for part in whole.parts}
+    ours = {entry.name: entry.layout.stored for entry in hf_entries(spec) if entry.name not in parts}
+    ours |= {whole.name: whole.stored for whole in fused}
+    assert ours == theirs
+    modules = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {name.removesuffix(".weight") for name, shape in ours.items() if len(shape) == 2}
+    outside = {row.hf_module for row in FAMILIES[family].rows if not row.in_layer}
+    assert modules - outside == matrices - outside
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,7 +123,7 @@ def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None
     pytest.importorskip("peft")
     from safetensors.numpy import load_file
 
-    model = make_hf_model(NAMES[family], "bfloat16", **SIZES)
+    model = hf_model(family, dtype="bfloat16")
     model.save_pretrained(tmp_path / "hf")
     make_adapter(model, tmp_path / "peft", target_modules=list(LINEARS))
 
@@ -148,8 +146,7 @@ def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_json_there_and_back(family: str) -> None:
-    for make in SHAPES.values():
-        spec = make(family)
+    for spec in shapes(family).values():
         assert DecoderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
@@ -159,8 +156,8 @@ def test_a_family_is_a_small_file() -> None:
     for family in FAMILIES:
         text = (Path(families.__file__).parent / f"{family}.py").read_text()
         assert len(text.splitlines()) <= 150, family
-        others = {NAMES[name] for name in FAMILIES} - {NAMES[family]}
-        assert not any(f'"{other}ForCausalLM"' in text for other in others), family
+        others = {other.architecture for name, other in FAMILIES.items() if name != family}
+        assert not any(f'"{other}"' in text for other in others), family
     assert all(name == family.name for name, family in FAMILIES.items())
 
 

@@ -63,10 +63,12 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
         UserError: for an architecture or a key that is not supported, and for values that no model can have.
     """
     family = _named_family(config)
+    usual = {theirs: ours for ours, theirs in family.keys.items()}
+    given = {usual.get(key, key): value for key, value in config.items()}
     # A null says as little as a missing key where these are sizes.
-    given = {key: value for key, value in config.items() if value is not None or key not in _SIZES_WITH_DEFAULTS}
+    given = {key: value for key, value in given.items() if value is not None or key not in _SIZES_WITH_DEFAULTS}
     config = {**family.defaults, **given}
-    check_values(config, family.architecture)
+    check_values(config, family)
     return family.read(config)
 
 
@@ -83,7 +85,9 @@ def write_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
         UserError: when the architecture has no key for something that the model has.
     """
     family = family_of(spec)
-    config = write_decoder(spec, family.architecture, dtype) | family.write(spec)
+    usual = write_decoder(spec, family.architecture, dtype) | family.write(spec)
+    named = {family.keys.get(key, key): value for key, value in usual.items()}
+    config = {key: value for key, value in named.items() if key}
     for name, value, other in differences(spec.with_experts(None), read_config(config)):
         raise UserError(
             f"config.json: {family.architecture} has no place for {name} {value!r}: whoever reads it would take "

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxlm.spec import DecoderSpec
+from jaxlm.spec import DecoderSpec, LayerSpec
 
 
-def always(_: Any) -> bool:
+def always(_: DecoderSpec, __: LayerSpec) -> bool:
     """For rows of tensors that every model has."""
     return True
 
@@ -19,22 +19,22 @@ class Row:
     """One tensor of the name table: the leaf, and the name and layout that it has in Hugging Face's files.
 
     Layouts are written in the project's letters (D model, H query heads, K kv heads, h head dim, F feed-forward, V
-    vocabulary, E experts). Parentheses join dims that the file stores as one: HF keeps `q_proj` as a matrix `(H h) D`,
-    jaxlm as `D H h`. A linear layer's stored matrix is [outputs, inputs].
+    vocabulary, E experts; N learned positions, Q = H h, M = K h). Parentheses join dims that the file stores as one: HF
+    keeps `q_proj` as a matrix `(H h) D`, jaxlm as `D H h`. A linear layer's stored matrix is [outputs, inputs].
 
     Args:
         path: of the leaf; in a layer, below the layer's stack (see `DecoderSpec.stacks`).
         hf: name in Hugging Face's files; '{}' is the number of the layer, and says that the row is one of a layer's.
         dims: of the leaf, without the stack.
         hf_dims: of the tensor in HF's files.
-        when: whether there is such a tensor, given the LayerSpec of a row in a layer, else the DecoderSpec.
+        when: whether there is such a tensor, given the model and the layer (outside of the layers: its first).
     """
 
     path: str
     hf: str
     dims: str
     hf_dims: str
-    when: Callable[[Any], bool] = always
+    when: Callable[[DecoderSpec, LayerSpec], bool] = always
 
     @property
     def in_layer(self) -> bool:
@@ -82,6 +82,8 @@ class Family:
         rows: the name table, in the order of HF's files.
         fused: the stored tensors that hold several leaves.
         aliases: other names of the architecture, and of `model_type` in lower case.
+        keys: key of config.json that most families share -> what this family calls it; empty where it has none.
+        reads: keys of `common.UNREAD` that this family's `read` honours.
         renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
         shapes: published models by name.
     """
@@ -94,6 +96,8 @@ class Family:
     rows: tuple[Row, ...]
     fused: tuple[Fused, ...] = ()
     aliases: tuple[str, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
 

@@ -1,16 +1,23 @@
-"""What families share: readers and writers of config.json's keys, and the rows of LLaMA's name table."""
+"""What families share: readers and writers of config.json's keys."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable
 from typing import Any
 
 from jaxlm.errors import UserError
-from jaxlm.models.families.base import Row
-from jaxlm.spec import DEFAULT_THETA, ROPE_TYPES, DecoderSpec, LayerSpec, NormSpec, RopeSpec, uniform_decoder
+from jaxlm.models.families.base import Family
+from jaxlm.spec import (
+    DEFAULT_THETA,
+    ROPE_TYPES,
+    AttentionSpec,
+    DecoderSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    NormSpec,
+    RopeSpec,
+)
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Keys by which relatives of these architectures compute other numbers, with the values that change nothing.
@@ -47,85 +54,137 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
-def check_values(config: dict[str, Any], architecture: str) -> None:
-    """Refuses, by name, keys that are missing, of another kind, or that ask for what is not computed."""
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
-    missing = [key for key in SIZES if config.get(key) is None]
+# What Hugging Face calls the activations; the first word of each is what is written.
+ACTIVATION_WORDS: dict[str, tuple[str, ...]] = {
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
+    "relu": ("relu",),
+}
+
+
+def check_values(config: dict[str, Any], family: Family) -> None:
+    """Refuses, by name, keys that are missing, of another kind, or that ask for what is not computed.
+
+    Args:
+        config: by the usual keys, with the family's defaults.
+    """
+    named = {key: family.keys.get(key, key) for key in (*SIZES, *_OPTIONAL_SIZES, *_POSITIVE)}
+    missing = [name for key, name in named.items() if key in SIZES and name and config.get(key) is None]
     if missing:
         raise UserError(f"config.json: missing: {', '.join(missing)}")
-    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
-    for key in SIZES + optional:
+    for key in SIZES + _OPTIONAL_SIZES:
         value = config.get(key)
-        if (value is not None or key in SIZES) and (type(value) is not int or not 0 < value < 1 << 31):
-            raise UserError(f"config.json: {key} is {value!r}; expected a positive whole number")
-    for key in ("rms_norm_eps", "initializer_range"):
+        if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+            raise UserError(f"config.json: {named[key]} is {value!r}; expected a positive whole number")
+    for key in _POSITIVE:
         if key in config and not (is_number(config[key]) and config[key] > 0):
-            raise UserError(f"config.json: {key} is {config[key]!r}; expected a positive number")
+            raise UserError(f"config.json: {named[key]} is {config[key]!r}; expected a positive number")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key)
         ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
         if any(index is not None and type(index) is not int for index in ids):
             raise UserError(f"config.json: {key} is {value!r}; expected a token id")
     for key in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"):
-        if config.get(key) is not None and type(config[key]) is not bool:
-            raise UserError(f"config.json: {key} is {config[key]!r}; expected true or false")
+        read_flag(config, key)
     for key, harmless in UNREAD.items():
         value = config.get(key)
-        if value is not None and value not in harmless:
+        if key not in family.reads and value is not None and value not in harmless:
             only = " or ".join(json.dumps(choice) for choice in harmless) or "null"
             raise UserError(
-                f"config.json: {key} is {value!r}, with which {architecture} is not supported: it changes what the "
-                f"model computes; only {only} is read"
+                f"config.json: {key} is {value!r}, with which {family.architecture} is not supported: it changes what "
+                f"the model computes; only {only} is read"
             )
+
+
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+_POSITIVE = ("rms_norm_eps", "initializer_range")
+
+
+def read_flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
+    """A key that is true, false, or not there.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"config.json: {key} is {value!r}; expected true or false")
+    return default if value is None else value
+
+
+def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
+    """The activation that a key names, in jaxlm's word; silu without the key.
+
+    Raises:
+        UserError: it is one that the decoder does not compute.
+    """
+    word = config.get(key, "silu")
+    for activation, words in ACTIVATION_WORDS.items():
+        if word in words:
+            return activation
+    known = ", ".join(word for words in ACTIVATION_WORDS.values() for word in words)
+    raise UserError(f"config.json: {key} {word!r} is not supported; known: {known}")
 
 
 def read_decoder(
     family: str,
     config: dict[str, Any],
     *,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    window: int | None = None,
-    qk_norm: bool = False,
+    attention: dict[str, Any] | None = None,
+    feed_forward: dict[str, Any] | None = None,
+    layer: dict[str, Any] | None = None,
+    **more: Any,
 ) -> DecoderSpec:
     """A decoder of layers that are all alike, from the keys that LLaMA and its relatives share.
 
     Args:
-        config: checked, with the family's defaults.
-        qk_norm: whether q and k have a norm, with the eps of the others.
+        config: checked, by the usual keys, with the family's defaults.
+        attention, feed_forward, layer: fields of `AttentionSpec`, `FeedForwardSpec` and `LayerSpec` beside, or instead
+            of, those that the usual keys say. A `qk_norm` of True is one with the eps of the others.
+        more: fields of `DecoderSpec`, likewise.
     """
-    num_heads, eos, eps = config["num_attention_heads"], config.get("eos_token_id"), config.get("rms_norm_eps", 1e-6)
-    return uniform_decoder(
-        family,
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+    num_heads, eos = config["num_attention_heads"], config.get("eos_token_id")
+    eps = config.get("rms_norm_eps", 1e-6)
+    attention = dict(attention or {})
+    if attention.get("qk_norm") is True:
+        attention["qk_norm"] = NormSpec(eps)
+    if "rope" not in attention:
+        attention["rope"] = read_rope(config)
+    heads = dict(
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+    )
+    feed_forward = dict(feed_forward or {})
+    if "activation" not in feed_forward:
+        feed_forward["activation"] = read_activation(config)
+    feed_forward.setdefault("size", config.get("intermediate_size"))
+    described = LayerSpec(AttentionSpec(**(heads | attention)), FeedForwardSpec(**feed_forward), **(layer or {}))
+    fields: dict[str, Any] = dict(
+        family=family,
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        period=(described,),
+        norm=NormSpec(eps),
         max_position_embeddings=config["max_position_embeddings"],
-        norm_eps=eps,
-        rope=read_rope(config),
         tied_head=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        window=window,
-        qk_norm=NormSpec(eps) if qk_norm else None,
         initializer_range=config.get("initializer_range", 0.02),
         bos_token_id=config.get("bos_token_id"),
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_token_id=config.get("pad_token_id"),
     )
+    return DecoderSpec(**(fields | more))
 
 
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
-    """The keys that LLaMA and its relatives share, for old and new transformers."""
-    layer, rope = spec.uniform_layer, write_rope(spec.attention.rotary)
-    return {
+    """The keys that LLaMA and its relatives share, for old and new transformers.
+
+    Where layers differ, they say the first one; the family's `write` says the rest.
+    """
+    layer = spec.period[0]
+    config = {
         "architectures": [architecture],
         "model_type": spec.family,
         "vocab_size": spec.vocab_size,
@@ -135,18 +194,23 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
         "num_attention_heads": layer.attention.num_heads,
         "num_key_value_heads": layer.attention.num_kv_heads,
         "head_dim": layer.attention.head_dim,
-        "hidden_act": layer.feed_forward.activation,
+        "hidden_act": ACTIVATION_WORDS[layer.feed_forward.activation][0],
         "max_position_embeddings": spec.max_position_embeddings,
         "initializer_range": spec.initializer_range,
         "rms_norm_eps": spec.norm.eps,
         "use_cache": True,
         "tie_word_embeddings": spec.tied_head,
-        "rope_parameters": rope,
-        # The two old keys, for transformers 4 and everything built on it.
-        "rope_theta": layer.attention.rotary.rope_theta,
-        "rope_scaling": None
-        if layer.attention.rotary.rope_type == "default"
-        else {key: value for key, value in rope.items() if key != "rope_theta"},
+    }
+    if layer.attention.rope is not None:
+        rope = write_rope(layer.attention.rope)
+        is_plain = layer.attention.rope.rope_type == "default"
+        config |= {
+            "rope_parameters": rope,
+            # The two old keys, for transformers 4 and everything built on it.
+            "rope_theta": layer.attention.rope.rope_theta,
+            "rope_scaling": None if is_plain else {key: value for key, value in rope.items() if key != "rope_theta"},
+        }
+    return config | {
         "attention_dropout": 0.0,
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": list(spec.eos_token_id) if isinstance(spec.eos_token_id, tuple) else spec.eos_token_id,
@@ -251,59 +315,3 @@ def write_switched_window(spec: DecoderSpec) -> dict[str, Any]:
         "sliding_window": window,
         "max_window_layers": 0 if window is not None else spec.num_layers,
     }
-
-
-# ---- names
-
-
-def _linear(path: str, dims: str, hf_dims: str, bias: Callable[[LayerSpec], bool]) -> list[Row]:
-    """Kernel and bias of a linear layer."""
-    hf, outputs = f"model.layers.{{}}.{path.replace('/', '.')}", re.findall(r"\([^)]*\)|\S+", hf_dims)[0]
-    kernel = Row(f"{path}/kernel", f"{hf}.weight", dims, hf_dims)
-    return [kernel, Row(f"{path}/bias", f"{hf}.bias", outputs.strip("()"), outputs, bias)]
-
-
-def _norm(name: str) -> Row:
-    return Row(f"{name}/scale", f"model.layers.{{}}.{name}.weight", "D", "D")
-
-
-def _head_norm(name: str) -> Row:
-    names = f"self_attn/{name}/scale", f"model.layers.{{}}.self_attn.{name}.weight"
-    return Row(*names, "h", "h", lambda layer: layer.attention.qk_norm is not None)
-
-
-def _qkv_bias(layer: LayerSpec) -> bool:
-    return layer.attention.qkv_bias
-
-
-def _o_bias(layer: LayerSpec) -> bool:
-    return layer.attention.o_bias
-
-
-def _mlp_bias(layer: LayerSpec) -> bool:
-    return layer.feed_forward.bias
-
-
-def _learned_router(layer: LayerSpec) -> bool:
-    experts = layer.feed_forward.experts
-    return experts is not None and experts.router == "learned"
-
-
-ROWS: tuple[Row, ...] = (
-    Row("embed_tokens/embedding", "model.embed_tokens.weight", "V D", "V D"),
-    _norm("input_layernorm"),
-    *_linear("self_attn/q_proj", "D H h", "(H h) D", _qkv_bias),
-    *_linear("self_attn/k_proj", "D K h", "(K h) D", _qkv_bias),
-    *_linear("self_attn/v_proj", "D K h", "(K h) D", _qkv_bias),
-    *_linear("self_attn/o_proj", "H h D", "D (H h)", _o_bias),
-    _head_norm("q_norm"),
-    _head_norm("k_norm"),
-    _norm("post_attention_layernorm"),
-    *_linear("mlp/gate_proj", "D F", "F D", _mlp_bias),
-    *_linear("mlp/up_proj", "D F", "F D", _mlp_bias),
-    *_linear("mlp/down_proj", "F D", "D F", _mlp_bias),
-    # The linear router of a layer divided into experts; the name outside jaxlm is our own.
-    Row("mlp/router", "model.layers.{}.mlp.router.weight", "D E", "E D", _learned_router),
-    Row("norm/scale", "model.norm.weight", "D", "D"),
-    Row("lm_head/kernel", "lm_head.weight", "V D", "V D", lambda spec: not spec.tied_head),
-)

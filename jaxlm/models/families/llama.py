@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import ROWS, read_decoder
+from jaxlm.models.families.common import read_decoder, read_flag
+from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    bias = bool(config.get("attention_bias", False))
-    return read_decoder("llama", config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)))
+    bias = read_flag(config, "attention_bias")
+    return read_decoder(
+        "llama",
+        config,
+        attention=dict(qkv_bias=bias, o_bias=bias),
+        feed_forward=dict(bias=read_flag(config, "mlp_bias")),
+    )
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
@@ -57,7 +63,7 @@ FAMILY = Family(
     defaults=dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
     read=_read,
     write=_write,
-    rows=ROWS,
+    rows=LLAMA_ROWS,
     # The first ports of LLaMA, and Yi's first release, whose code is LLaMA's with other names for two norms.
     aliases=("LLaMAForCausalLM", "YiForCausalLM", "yi"),
     renamed={

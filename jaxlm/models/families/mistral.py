@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import ROWS, read_decoder
+from jaxlm.models.families.common import read_decoder
+from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    return read_decoder("mistral", config, window=config["sliding_window"])
+    return read_decoder("mistral", config, attention=dict(window=config["sliding_window"]))
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
@@ -25,7 +26,7 @@ FAMILY = Family(
     ),
     read=_read,
     write=_write,
-    rows=ROWS,
+    rows=LLAMA_ROWS,
     # Mistral's model card.
     shapes={
         "mistral-7b": uniform_decoder(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import ROWS, read_decoder, read_switched_window, write_switched_window
+from jaxlm.models.families.common import read_decoder, read_switched_window, write_switched_window
+from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    return read_decoder("qwen2", config, qkv_bias=True, window=read_switched_window(config))
+    return read_decoder("qwen2", config, attention=dict(qkv_bias=True, window=read_switched_window(config)))
 
 
 def _shape(layers: int, d: int, f: int, heads: int, kv_heads: int, **more: Any) -> DecoderSpec:
@@ -38,7 +39,7 @@ FAMILY = Family(
     defaults=dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096, max_window_layers=28),
     read=_read,
     write=write_switched_window,
-    rows=ROWS,
+    rows=LLAMA_ROWS,
     # Qwen's model cards.
     shapes={
         "qwen2-0.5b": _shape(24, 896, 4864, 14, 2, vocab_size=151936, tied_head=True),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import ROWS, read_decoder, read_switched_window, write_switched_window
+from jaxlm.models.families.common import read_decoder, read_flag, read_switched_window, write_switched_window
+from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, NormSpec, RopeSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    bias = bool(config.get("attention_bias", False))
-    window = read_switched_window(config)
-    return read_decoder("qwen3", config, qkv_bias=bias, o_bias=bias, window=window, qk_norm=True)
+    bias, window = read_flag(config, "attention_bias"), read_switched_window(config)
+    return read_decoder("qwen3", config, attention=dict(qkv_bias=bias, o_bias=bias, window=window, qk_norm=True))
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
@@ -47,7 +47,7 @@ FAMILY = Family(
     ),
     read=_read,
     write=_write,
-    rows=ROWS,
+    rows=LLAMA_ROWS,
     # Qwen's model cards.
     shapes={
         "qwen3-0.6b": _shape(28, 1024, 3072, 16, True),

@@ -1,0 +1,96 @@
+"""A small config of every family in transformers' own words, and its PyTorch model's tensors as jaxlm's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxlm.models.families import FAMILIES, read_config
+from jaxlm.spec import DecoderSpec
+from jaxlm.weights.names import fused_entries, hf_entries, leaf_shapes
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=37,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+)
+_BIASES = dict(attention_bias=True, mlp_bias=True)
+_TIED = dict(tie_word_embeddings=True)
+
+# Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
+SMALL: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {"plain": SIZES, "biases": SIZES | _BIASES, "tied": SIZES | _TIED},
+    "mistral": {"plain": SIZES, "tied": SIZES | _TIED, "window": SIZES | dict(sliding_window=5)},
+    "qwen2": {"plain": SIZES, "tied": SIZES | _TIED},
+    "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
+}
+VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
+
+
+def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
+    """The spec of a small model, read from the config.json that transformers writes."""
+    return read_config(
+        hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
+    )
+
+
+def hf_config(family: str, variant: str = "", **more: Any) -> Any:
+    """transformers' configuration of a small model.
+
+    Args:
+        variant: a key of SMALL[family]; the first one by default.
+    """
+    transformers = pytest.importorskip("transformers")
+    values = SMALL[family][variant] if variant else next(iter(SMALL[family].values()))
+    return transformers.AutoConfig.for_model(family, **(values | more))
+
+
+def hf_model(family: str, variant: str = "", dtype: str = "float32", seed: int = 0, **more: Any) -> Any:
+    """A small transformers model in which every parameter is random, biases and norms too."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = hf_config(family, variant, **more)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, FAMILIES[family].architecture)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def tree_of(tensors: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
+    """PyTorch tensors (weights or gradients) by HF's names as the tree of the collection `params`, by the name table.
+
+    Raises:
+        AssertionError: a tensor is left over.
+    """
+    arrays = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    for fused in fused_entries(spec):
+        if fused.name in arrays:
+            whole = arrays.pop(fused.name)
+            groups = whole.reshape(fused.repeats, sum(fused.rows), *whole.shape[1:])
+            parts = np.split(groups, np.cumsum(fused.rows)[:-1], axis=1)
+            for entry, part in zip(fused.parts, parts, strict=True):
+                arrays[entry.name] = part.reshape(-1, *whole.shape[1:])
+    leaves = {path: np.empty(shape, np.float32) for path, shape in leaf_shapes(spec).items()}
+    for entry in hf_entries(spec):
+        value = arrays.pop(entry.name).reshape(entry.layout.view).transpose(entry.layout.perm)
+        leaves[entry.path][... if entry.layer is None else entry.layer] = value
+    assert not arrays, f"left over: {', '.join(arrays)}"
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[name] = leaf
+    return tree
