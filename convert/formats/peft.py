@@ -264,8 +264,10 @@ def _saved_in_file(
     saved: tuple[str, ...], tensors: dict[str, StoredTensor], config: DecoderSpec, weights: Path
 ) -> tuple[str, ...]:
     # PEFT stores resized embeddings even when modules_to_save does not name them.
-    names = {module: f"{PEFT_PREFIX}{saved_module_name(config, module)}" for module in SAVEABLE}
-    saved = tuple(module for module in SAVEABLE if module in saved or names[module] in tensors)
+    there = leaf_shapes(config)
+    modules = [module for module, path in SAVEABLE.items() if path in there or module == "lm_head"]
+    names = {module: f"{PEFT_PREFIX}{saved_module_name(config, module)}" for module in modules}
+    saved = tuple(module for module in modules if module in saved or names[module] in tensors)
     if not config.tied_head or not {"embed_tokens", "lm_head"} & set(saved):
         return saved
     embedding, head = tensors.get(names["embed_tokens"]), tensors.get(names["lm_head"])

@@ -17,7 +17,9 @@ from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 
 # The linear layers of all families, for checks before a model is known.
-LINEARS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.linears))
+LINEARS = tuple(
+    dict.fromkeys(name for family in FAMILIES.values() for name in family.linears if "/" not in name)  # no encoder's
+)
 FEED_FORWARD_LINEARS = tuple(
     dict.fromkeys(
         name for family in FAMILIES.values() for name, row in family.linears.items() if row.path.startswith("mlp/")
@@ -25,7 +27,7 @@ FEED_FORWARD_LINEARS = tuple(
 )
 # Modules outside the layers that PEFT's modules_to_save may name, with their parameter.
 SAVEABLE = {
-    row.path.split("/")[0]: row.path
+    row.path.rpartition("/")[0]: row.path
     for row in sorted((row for family in FAMILIES.values() for row in family.rows), key=lambda row: row.path)
     if not row.in_layer
 }
@@ -103,6 +105,7 @@ def resolve_lora(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] |
         UserError: for an unknown target, a pattern that matches nothing, or a rank below 1.
     """
     check_names(lora)
+    model.refuse_encoder("lora")
     for module in lora.modules_to_save:
         if module == "lm_head" and model.tied_head:
             raise UserError("lora.modules_to_save: lm_head is tied to embed_tokens in this model; name embed_tokens")

@@ -24,6 +24,19 @@ SIZES: dict[str, Any] = dict(
 )
 _BIASES = dict(attention_bias=True, mlp_bias=True)
 _TIED = dict(tie_word_embeddings=True)
+_ENCODER: dict[str, Any] = dict(
+    vocab_size=37,
+    d_model=16,
+    d_kv=6,
+    d_ff=24,
+    num_layers=3,
+    num_decoder_layers=2,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=20,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+)
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
@@ -36,7 +49,14 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
         "biases": SIZES | _BIASES | _TIED,
     },
+    "t5": {
+        "plain": _ENCODER | dict(feed_forward_proj="relu"),
+        "gated": _ENCODER | dict(feed_forward_proj="gated-gelu", scale_decoder_outputs=False),
+    },
+    "mt5": {"plain": _ENCODER},
 }
+# Families whose models have an encoder.
+WITH_ENCODER = ("t5", "mt5")
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 
 

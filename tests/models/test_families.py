@@ -18,7 +18,7 @@ from jaxlm.models import families
 from jaxlm.models.adapters import LINEARS, SAVEABLE, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.families import FAMILIES
-from jaxlm.spec import DecoderSpec, ExpertsSpec
+from jaxlm.spec import DecoderSpec, ExpertsSpec, is_stacked
 from jaxlm.weights.names import (
     adapter_leaves,
     fused_entries,
@@ -29,7 +29,7 @@ from jaxlm.weights.names import (
     peft_entries,
 )
 from tests.convert.tiny import make_adapter
-from tests.models.small import SMALL, VARIANTS, hf_model, small_spec
+from tests.models.small import SMALL, VARIANTS, WITH_ENCODER, hf_model, small_spec
 
 EXPERTS = ExpertsSpec(4, "learned", top_k=(2,))
 # Families whose feed-forward layers can be divided into experts, and whose layers are named as LLaMA's.
@@ -61,15 +61,15 @@ def test_rows_are_what_the_module_declares(family: str, shape: str) -> None:
     """Paths and shapes of every parameter and of every adapter leaf, and which dims of a kernel are its inputs."""
     spec = shapes(family)[shape]
     lora = LoraConfig(rank=3, targets=LINEARS, dora=True)
-    specs = resolve_lora(spec, lora)
+    specs = resolve_lora(spec, lora) if spec.encoder is None else {}
     boxed = abstract_variables(Decoder(spec, specs))
-    declared = {
+    declared = {"lora": {}} | {
         name: {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         for name, tree in nn.unbox(boxed).items()
     }
     assert leaf_shapes(spec) == declared["params"]
     assert {leaf.path: leaf.shape for leaf in adapter_leaves(spec, specs)} == declared["lora"]
-    assert {path for path in declared["params"] if not path.startswith(("layers/", "tail/"))} <= {*SAVEABLE.values()}
+    assert {path for path in declared["params"] if not is_stacked(path)} <= {*SAVEABLE.values()}
     if spec.experts is None:
         assert num_params(spec) == sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(boxed["params"])))
 
@@ -116,7 +116,7 @@ def test_names_are_those_of_transformers(family: str, variant: str) -> None:
     assert modules - outside == matrices - outside
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WITH_ENCODER])  # see test_t5.py
 def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None:
     """config.json as transformers reads it, and every tensor; an adapter by PEFT too."""
     transformers = pytest.importorskip("transformers")
@@ -155,7 +155,7 @@ def test_a_family_is_a_small_file() -> None:
     assert {file.stem for file in files} >= {*FAMILIES}
     for family in FAMILIES:
         text = (Path(families.__file__).parent / f"{family}.py").read_text()
-        assert len(text.splitlines()) <= 150, family
+        assert len(text.splitlines()) <= (150 if family not in WITH_ENCODER else 200), family
         others = {other.architecture for name, other in FAMILIES.items() if name != family}
         assert not any(f'"{other}"' in text for other in others), family
     assert all(name == family.name for name, family in FAMILIES.items())
