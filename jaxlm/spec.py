@@ -127,6 +127,29 @@ class LearnedPositionsSpec:
 
 
 @dataclass(frozen=True)
+class RelativeBiasSpec:
+    """A trained bias of scores by the distance of query and key, one for each head (T5, arXiv:1910.10683).
+
+    Args:
+        num_buckets: number of classes of distances: near ones have one each, far ones share (see
+            `nn.positions.relative_buckets`).
+        max_distance: from here on all distances are in the last class.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("num_buckets", "max_distance"))
+        # Half of the buckets are for keys behind the query, and half of those for single distances.
+        if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
+            raise UserError(
+                f"config: a relative bias of {self.num_buckets} buckets up to distance {self.max_distance}: 4 divides "
+                "the number of buckets, and half of it is below the distance"
+            )
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Causal grouped-query self-attention.
 
@@ -134,7 +157,8 @@ class AttentionSpec:
         num_heads: H.
         num_kv_heads: K; divides H.
         head_dim: h.
-        rope: rotary positions; None for none, so that without `alibi` only the mask tells tokens apart (NoPE).
+        rope: rotary positions; None for none, so that without `alibi` and `relative_bias` only the mask tells tokens
+            apart (NoPE).
         alibi: scores sink with the distance of query and key, in each head at a slope of its own (arXiv:2108.12409).
         qkv_bias: whether q, k and v have a bias.
         o_bias: whether the output projection has a bias.
@@ -146,6 +170,8 @@ class AttentionSpec:
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
         scale: what scores are multiplied with; None for h**-0.5.
         soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
+        relative_bias: what is added to scores by distance; None for nothing. The table belongs to the model, whose
+            layers may share it.
     """
 
     num_heads: int
@@ -162,6 +188,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     alibi: bool = False
     qk_norm_over: str = "head"
+    relative_bias: RelativeBiasSpec | None = None
 
     def __post_init__(self) -> None:
         sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
@@ -184,6 +211,10 @@ class AttentionSpec:
         if self.rope is not None and self.alibi:
             raise UserError(
                 "config: a layer has rotary positions or alibi, not both; set rope to null or alibi to false"
+            )
+        if self.relative_bias is not None and (self.rope is not None or self.alibi):
+            raise UserError(
+                "config: a layer with a relative bias has no other positions; set rope to null, alibi to false"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn; and the slopes of ALiBi.
+"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn; the slopes of ALiBi; relative biases.
 
 Rotate-half convention (HF): dims i and i + h/2 form a pair. Frequencies are computed in
 float32 in the order of operations of transformers' `modeling_rope_utils.py`, so that they
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.spec import RopeSpec
+from jaxlm.spec import RelativeBiasSpec, RopeSpec
 
 
 def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
@@ -121,6 +121,43 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-8.0 * (2 * i + 1) / (2 * power)) for i in range(num_heads - power)]
     return np.asarray(slopes, np.float32)
+
+
+def relative_buckets(distances: np.ndarray, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """The class of each distance, place of the key - place of the query, int64 of their shape (T5, arXiv:1910.10683).
+
+    Half of the classes hold one distance each, from 0 on; the others grow as its logarithm, up to `max_distance`. If
+    `bidirectional`, keys before and behind the query have half of all classes each; else keys behind it count as 0.
+    """
+    first = np.zeros(np.shape(distances), np.int64)
+    if bidirectional:
+        num_buckets //= 2
+        first += (distances > 0) * num_buckets
+        distances = np.abs(distances)
+    else:
+        distances = np.maximum(-distances, 0)
+    single = num_buckets // 2
+    logarithms = np.log(np.maximum(distances, 1) / single) / math.log(max_distance / single)
+    # Rounded to float32, as transformers computes in it: where float64 is just below a whole number, so is its floor.
+    far = single + (logarithms * (num_buckets - single)).astype(np.float32).astype(np.int64)
+    return first + np.where(distances < single, distances, np.minimum(far, num_buckets - 1))
+
+
+def relative_bias(
+    table: jax.Array, spec: RelativeBiasSpec, length: int, kv_length: int, bidirectional: bool
+) -> jax.Array:
+    """What scores get by distance, [H, T + S - 1] float32: `MaskSpec.bias`.
+
+    For a cache of S slots, where a query may stand in any, T is S and S is 1: no key lies behind it.
+
+    Args:
+        table: [buckets, H], trained.
+        length, kv_length: T and S.
+        bidirectional: see `relative_buckets`.
+    """
+    distances = np.arange(-(length - 1), kv_length)
+    buckets = relative_buckets(distances, spec.num_buckets, spec.max_distance, bidirectional)
+    return table.astype(jnp.float32)[buckets].T
 
 
 def apply_partial_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:
