@@ -301,14 +301,18 @@ class LayerSpec:
             both: what they see and what they give have one (Gemma 2).
         parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
+        residual_scale: what attention and feed-forward give is multiplied with it before it is added (Granite); None
+            for nothing.
     """
 
     attention: AttentionSpec
     feed_forward: FeedForwardSpec
     norms: str = "pre"
     parallel: str | None = None
+    residual_scale: float | None = None
 
     def __post_init__(self) -> None:
+        _check_positive(self, ("residual_scale",))
         if self.norms not in NORM_PLACES:
             raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
         if self.norms == "post" and self.parallel is not None:
@@ -352,6 +356,8 @@ class DecoderSpec:
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
         learned_positions: vectors of positions, added to the scaled embedding; None for none.
         embedding_norm: whether there is a norm behind the embedding.
+        logits_scale: what logits are multiplied with, before the cap: the last hidden states are, behind their norm, in
+            the compute dtype (T5's d**-0.5; Granite's divisor, inverted); None for nothing.
         logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
@@ -368,6 +374,7 @@ class DecoderSpec:
     embedding_scale: float | None = None
     embedding_norm: bool = False
     logits_soft_cap: float | None = None
+    logits_scale: float | None = None
     learned_positions: LearnedPositionsSpec | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -378,7 +385,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, (*sizes, "logits_soft_cap"), zero=("num_layers",))
+        _check_positive(self, (*sizes, "logits_soft_cap", "logits_scale"), zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
         if len(self.period) > 1 and len(set(self.period)) == 1:

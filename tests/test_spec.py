@@ -77,6 +77,8 @@ def test_json_there_and_back() -> None:
         (lambda v: v["period"][0]["attention"].update(rope=None, rotary_dim=4), "but rope is null"),
         (lambda v: v["period"][0]["attention"].update(soft_cap=0), "soft_cap is 0; expected a positive number"),
         (lambda v: v.update(logits_soft_cap=-1.0), "logits_soft_cap is -1.0; expected a positive number"),
+        (lambda v: v.update(logits_scale=0.0), "logits_scale is 0.0; expected a positive number"),
+        (lambda v: v["period"][0].update(residual_scale=-0.2), "residual_scale is -0.2; expected a positive number"),
         (lambda v: v.update(learned_positions={"num_rows": 2, "offset": 2}), "learned_positions: .*below offset 2"),
         (lambda v: v["period"][0].update(norms="after"), "norms 'after' is not one of pre, post, both"),
         (lambda v: v["period"][0].update(norms="post", parallel="own_norm"), "norms 'post' has none"),
@@ -101,9 +103,9 @@ def test_layers_that_differ_have_no_uniform_description() -> None:
 
 def test_fields_that_older_files_do_not_have_change_nothing() -> None:
     values = json.loads(json.dumps(spec().to_dict()))
-    del values["logits_soft_cap"], values["learned_positions"]
+    del values["logits_soft_cap"], values["learned_positions"], values["logits_scale"]
     for layer in values["period"]:
-        del layer["norms"]
+        del layer["norms"], layer["residual_scale"]
         for name in ("scale", "soft_cap", "alibi", "qk_norm_over"):
             del layer["attention"][name]
     assert DecoderSpec.from_dict(values) == spec()

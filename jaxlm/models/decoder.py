@@ -115,7 +115,7 @@ class Block(nn.Module):
         attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
         if self.spec.norms != "pre":
             attended = self.attention_output_norm(attended)
-        middle = x + attended
+        middle = x + self._scaled(attended)
         if self.spec.norms == "post":
             return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
@@ -124,7 +124,11 @@ class Block(nn.Module):
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """x [B, T, D] of `attend` with the output of the feed-forward part added."""
-        return x + (out if self.spec.norms == "pre" else self.feed_forward_output_norm(out))
+        return x + self._scaled(out if self.spec.norms == "pre" else self.feed_forward_output_norm(out))
+
+    @nn.nowrap
+    def _scaled(self, out: jax.Array) -> jax.Array:
+        return out if self.spec.residual_scale is None else out * self.spec.residual_scale
 
     def __call__(
         self,
@@ -280,8 +284,11 @@ class Decoder(nn.Module):
         return soft_capped(output_logits(x, matrix, self.dtype), self.spec.logits_soft_cap)
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Final hidden states [..., D] and the output matrix [V, D]."""
-        return self.norm(x), self.embed_tokens() if self.spec.tied_head else self.lm_head()
+        """Final hidden states [..., D], as the output matrix multiplies them, and the output matrix [V, D]."""
+        x = self.norm(x)
+        if self.spec.logits_scale is not None:
+            x = x * self.spec.logits_scale
+        return x, self.embed_tokens() if self.spec.tied_head else self.lm_head()
 
     # --- inputs of the layers beside x --------------------------------------------------------------------------------
 
@@ -317,7 +324,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         modality_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Final hidden states [B, T, D] (normed) and the output matrix [V, D].
+        """Final hidden states [B, T, D] (normed, and scaled by `logits_scale`) and the output matrix [V, D].
 
         Args:
             input_ids: [B, T] int32.

@@ -31,6 +31,11 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "mistral": {"plain": SIZES, "tied": SIZES | _TIED, "window": SIZES | dict(sliding_window=5)},
     "qwen2": {"plain": SIZES, "tied": SIZES | _TIED},
     "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
+    "granite": {
+        "plain": SIZES
+        | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
+        "biases": SIZES | _BIASES | _TIED,
+    },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 

@@ -113,6 +113,18 @@ def read_flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
     return default if value is None else value
 
 
+def read_positive(config: dict[str, Any], key: str) -> float | None:
+    """A key that is a positive number, null, or not there.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and not (is_number(value) and value > 0):
+        raise UserError(f"config.json: {key} is {value!r}; expected a positive number")
+    return None if value is None else float(value)
+
+
 def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
     """The activation that a key names, in jaxlm's word; silu without the key.
 
