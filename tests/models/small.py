@@ -36,6 +36,8 @@ _OPT = dict(
     pad_token_id=None,  # its embedding would have no gradient
 )
 
+_BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
+
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"plain": SIZES, "biases": SIZES | _BIASES, "tied": SIZES | _TIED},
@@ -52,6 +54,10 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "no_biases": _OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
         "350m": _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=10),
         "untied": _OPT | dict(_remove_final_layer_norm=True, word_embed_proj_dim=10, tie_word_embeddings=False),
+    },
+    "bloom": {
+        "plain": _BLOOM,
+        "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
     },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]

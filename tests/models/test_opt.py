@@ -15,8 +15,9 @@ from jaxlm.errors import UserError
 from jaxlm.inference.model import unstack
 from jaxlm.models import streamed
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.families import read_config
+from jaxlm.models.families import SHAPES, read_config
 from jaxlm.models.unrolled import next_logits, prefill
+from jaxlm.weights.names import num_params
 from tests.models.parity import check_family, random_model
 from tests.models.small import SMALL, hf_config, hf_model, small_spec
 
@@ -110,3 +111,9 @@ def test_a_model_without_a_last_norm_has_the_states_of_its_last_layer() -> None:
     x = jnp.arange(32.0).reshape(1, 2, 16)
     assert not spec.final_norm
     np.testing.assert_array_equal(Decoder(spec).apply({"params": {}}, x, method="last_states"), x)
+
+
+def test_published_shapes_have_as_many_parameters_as_transformers_counts() -> None:
+    counts = {"opt-125m": 125_239_296, "opt-350m": 331_196_416, "opt-6.7b": 6_658_473_984, "opt-30b": 29_974_540_288}
+    for name, count in counts.items():
+        assert num_params(SHAPES[name]) == count, name

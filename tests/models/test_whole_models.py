@@ -166,54 +166,6 @@ def test_gemma_2() -> None:
     check(gemma.Gemma2ForCausalLM(config), params_of, spec)
 
 
-@pytest.mark.parametrize("heads", [4, 6])
-def test_bloom(heads: int) -> None:
-    """ALiBi, with numbers of heads that are a power of two and not; a norm behind the embedding."""
-    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
-    width = heads * DIM
-    config = bloom.BloomConfig(
-        vocab_size=V,
-        hidden_size=width,
-        n_layer=2,
-        n_head=heads,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-
-    def params_of(state: dict[str, np.ndarray]) -> Tree:
-        layers = []
-        for n in range(2):
-            at = f"transformer.h.{n}"
-            attention = {}
-            for part, ours in enumerate(("q_proj", "k_proj", "v_proj")):
-                kernel = state[f"{at}.self_attention.query_key_value.weight"].reshape(heads, 3, DIM, width)[:, part]
-                bias = state[f"{at}.self_attention.query_key_value.bias"].reshape(heads, 3, DIM)[:, part]
-                attention[ours] = {"kernel": kernel.transpose(2, 0, 1), "bias": bias}
-            attention["o_proj"] = linear(state, f"{at}.self_attention.dense", (heads, DIM), (width,))
-            mlp = {
-                "up_proj": linear(state, f"{at}.mlp.dense_h_to_4h", (width,), (4 * width,)),
-                "down_proj": linear(state, f"{at}.mlp.dense_4h_to_h", (4 * width,), (width,)),
-            }
-            norms = {name: norm(state, f"{at}.{name}") for name in ("input_layernorm", "post_attention_layernorm")}
-            layers.append(norms | dict(self_attn=attention, mlp=mlp))
-        return {
-            "embed_tokens": {"embedding": state["transformer.word_embeddings.weight"]},
-            "embed_norm": norm(state, "transformer.word_embeddings_layernorm"),
-            "norm": norm(state, "transformer.ln_f"),
-            "layers": stacked(layers, 1),
-        }
-
-    layer = LayerSpec(
-        AttentionSpec(heads, heads, DIM, None, True, True, alibi=True),
-        FeedForwardSpec(4 * width, "gelu_tanh", True, gated=False),
-    )
-    norms = NormSpec(1e-5, "layer", bias=True)
-    spec = DecoderSpec("made up", V, width, 2, (layer,), norms, tied_head=True, embedding_norm=True)
-    check(bloom.BloomForCausalLM(config), params_of, spec)
-
-
 def test_olmo_2() -> None:
     """Norms of outputs alone, and of q and k over all heads."""
     olmo = pytest.importorskip("transformers.models.olmo2.modeling_olmo2")
