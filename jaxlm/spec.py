@@ -30,7 +30,7 @@ TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "layer")
 PARALLEL = ("own_norm", "shared_norm")
-NORM_PLACES = ("pre", "post", "both")
+NORM_PLACES = ("pre", "post", "both", "sum")
 QK_NORM_OVER = ("head", "all")
 
 
@@ -328,8 +328,8 @@ class LayerSpec:
 
     Args:
         norms: pre: attention and feed-forward see a norm of the hidden states (LLaMA); post: they see the hidden states
-            themselves, and what they give has a norm before it is added (OLMo 2), which is not BERT's norm of the sum;
-            both: what they see and what they give have one (Gemma 2).
+            themselves, and what they give has a norm before it is added (OLMo 2); both: what they see and what they
+            give have one (Gemma 2); sum: they see the hidden states themselves, and the sum has a norm (BERT).
         parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
         residual_scale: what attention and feed-forward give is multiplied with it before it is added (Granite); None
@@ -346,10 +346,22 @@ class LayerSpec:
         _check_positive(self, ("residual_scale",))
         if self.norms not in NORM_PLACES:
             raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
-        if self.norms == "post" and self.parallel is not None:
-            raise UserError(f"config: parallel {self.parallel!r} names a norm before the layers; norms 'post' has none")
+        if not self.norm_before and self.parallel is not None:
+            raise UserError(
+                f"config: parallel {self.parallel!r} names a norm before the layers; norms {self.norms!r} has none"
+            )
         if self.parallel not in (None, *PARALLEL):
             raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether attention and feed-forward see a norm of the hidden states."""
+        return self.norms in ("pre", "both")
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether what they give, or its sum with the hidden states, has a norm."""
+        return self.norms != "pre"
 
 
 @dataclass(frozen=True)
@@ -385,10 +397,14 @@ class DecoderSpec:
         norm: of every layer, and of the last hidden states.
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
-        learned_positions: vectors of positions, added to the scaled embedding; None for none.
+        learned_positions: vectors of positions [.., D], added to the scaled embedding; None for none.
         embedding_norm: whether there is a norm behind the embedding.
         logits_scale: what logits are multiplied with, before the cap: the last hidden states are, behind their norm, in
             the compute dtype (T5's d**-0.5; Granite's divisor, inverted); None for nothing.
+        embedding_size: dims of a token's embedding and of the output matrix, where they are not D: a matrix without a
+            bias turns an embedding into a hidden state, another the last hidden state into what the output matrix
+            takes (OPT-350m); None for D.
+        final_norm: whether the last hidden states have a norm.
         logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
@@ -412,11 +428,14 @@ class DecoderSpec:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    embedding_size: int | None = None
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, (*sizes, "logits_soft_cap", "logits_scale"), zero=("num_layers",))
+        numbers = ("logits_soft_cap", "logits_scale", "embedding_size")
+        _check_positive(self, (*sizes, *numbers), zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
         if len(self.period) > 1 and len(set(self.period)) == 1:
@@ -490,6 +509,11 @@ class DecoderSpec:
     def learned_router(self) -> bool:
         """Whether a layer has a trained router."""
         return self.experts is not None and self.experts.router == "learned"
+
+    @property
+    def embedding_dims(self) -> int:
+        """Number of dims of a token's embedding and of the output matrix."""
+        return self.embedding_size or self.hidden_size
 
     @property
     def max_length(self) -> int:

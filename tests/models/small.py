@@ -24,6 +24,19 @@ SIZES: dict[str, Any] = dict(
 )
 _BIASES = dict(attention_bias=True, mlp_bias=True)
 _TIED = dict(tie_word_embeddings=True)
+_OPT = dict(
+    vocab_size=37,
+    hidden_size=16,
+    ffn_dim=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=24,
+    word_embed_proj_dim=16,
+    dropout=0.0,
+    pad_token_id=None,  # its embedding would have no gradient
+)
+
+_BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
@@ -35,6 +48,16 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "plain": SIZES
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
         "biases": SIZES | _BIASES | _TIED,
+    },
+    "opt": {
+        "plain": _OPT,
+        "no_biases": _OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
+        "350m": _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=10),
+        "untied": _OPT | dict(_remove_final_layer_norm=True, word_embed_proj_dim=10, tie_word_embeddings=False),
+    },
+    "bloom": {
+        "plain": _BLOOM,
+        "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
     },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]

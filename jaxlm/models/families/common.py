@@ -125,8 +125,11 @@ def read_positive(config: dict[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
+def read_activation(config: dict[str, Any], key: str = "hidden_act", theirs: str = "") -> str:
     """The activation that a key names, in jaxlm's word; silu without the key.
+
+    Args:
+        theirs: what the family's files call the key, for errors.
 
     Raises:
         UserError: it is one that the decoder does not compute.
@@ -136,7 +139,7 @@ def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
         if word in words:
             return activation
     known = ", ".join(word for words in ACTIVATION_WORDS.values() for word in words)
-    raise UserError(f"config.json: {key} {word!r} is not supported; known: {known}")
+    raise UserError(f"config.json: {theirs or key} {word!r} is not supported; known: {known}")
 
 
 def read_decoder(
