@@ -36,6 +36,8 @@ class Settings:
         add_bos, add_eos: what tokenizer_config.json says; None where it says nothing.
         legacy: LlamaTokenizer's: whether SentencePiece puts its space in front of what follows a special token too.
         end_ids: ids that end an answer by generation_config.json.
+        tokenizer_class: transformers' class, without "Fast" at its end; empty where it is not named.
+        add_prefix_space: GPT2Tokenizer's: whether a space is put in front of a text.
     """
 
     roles: dict[str, str]
@@ -45,6 +47,8 @@ class Settings:
     add_eos: bool | None
     legacy: bool
     end_ids: tuple[int, ...]
+    tokenizer_class: str
+    add_prefix_space: bool
 
 
 def _text(value: Any) -> str | None:
@@ -84,10 +88,12 @@ def read_settings(directory: Path, names: Sequence[str]) -> Settings:
         add_eos=flags["add_eos_token"],
         legacy=flags["legacy"] is not False,
         end_ids=ends,
+        tokenizer_class=str(config.get("tokenizer_class") or "").removesuffix("Fast"),
+        add_prefix_space=flags["add_prefix_space"] is True,
     )
 
 
-_FLAGS = ("add_bos_token", "add_eos_token", "legacy")
+_FLAGS = ("add_bos_token", "add_eos_token", "legacy", "add_prefix_space")
 
 
 def _end_ids(path: Path) -> tuple[int, ...]:
