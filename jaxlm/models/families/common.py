@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
@@ -41,6 +42,7 @@ UNREAD: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
     "attention_chunk_size": (),
+    "use_bidirectional_attention": (False,),
     "no_rope_layers": ([],),
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
@@ -146,42 +148,55 @@ def read_decoder(
     family: str,
     config: dict[str, Any],
     *,
-    attention: dict[str, Any] | None = None,
-    feed_forward: dict[str, Any] | None = None,
+    attention: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    feed_forward: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     layer: dict[str, Any] | None = None,
     **more: Any,
 ) -> DecoderSpec:
-    """A decoder of layers that are all alike, from the keys that LLaMA and its relatives share.
+    """A decoder from the keys that LLaMA and its relatives share; its layers are alike, or differ in a period.
 
     Args:
         config: checked, by the usual keys, with the family's defaults.
         attention, feed_forward, layer: fields of `AttentionSpec`, `FeedForwardSpec` and `LayerSpec` beside, or instead
-            of, those that the usual keys say. A `qk_norm` of True is one with the eps of the others.
+            of, those that the usual keys say; or those of each layer. A `qk_norm` of True is one with the eps of the
+            others.
         more: fields of `DecoderSpec`, likewise.
+
+    Raises:
+        UserError: no model can be like that, or the layers differ without a short period.
     """
     num_heads, eos = config["num_attention_heads"], config.get("eos_token_id")
     eps = config.get("rms_norm_eps", 1e-6)
-    attention = dict(attention or {})
-    if attention.get("qk_norm") is True:
-        attention["qk_norm"] = NormSpec(eps)
-    if "rope" not in attention:
-        attention["rope"] = read_rope(config)
     heads = dict(
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
     )
-    feed_forward = dict(feed_forward or {})
-    if "activation" not in feed_forward:
-        feed_forward["activation"] = read_activation(config)
-    feed_forward.setdefault("size", config.get("intermediate_size"))
-    described = LayerSpec(AttentionSpec(**(heads | attention)), FeedForwardSpec(**feed_forward), **(layer or {}))
+
+    def described(attention: dict[str, Any], feed_forward: dict[str, Any]) -> LayerSpec:
+        attention, feed_forward = heads | attention, dict(feed_forward)
+        if attention.get("qk_norm") is True:
+            attention["qk_norm"] = NormSpec(eps)
+        if "rope" not in attention:
+            attention["rope"] = read_rope(config)
+        if "activation" not in feed_forward:
+            feed_forward["activation"] = read_activation(config)
+        feed_forward.setdefault("size", config.get("intermediate_size"))
+        return LayerSpec(AttentionSpec(**attention), FeedForwardSpec(**feed_forward), **(layer or {}))
+
+    per_layer = zip(*(_of_layers(part, config["num_hidden_layers"]) for part in (attention, feed_forward)), strict=True)
+    period = shortest_period([described(*parts) for parts in per_layer])
+    if len(period) > MAX_PERIOD:
+        raise UserError(
+            f"config.json: its layers differ from each other, and not in a pattern that repeats every {MAX_PERIOD} "
+            f"layers or less (it takes {len(period)}), which is not supported"
+        )
     fields: dict[str, Any] = dict(
         family=family,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
-        period=(described,),
+        period=period,
         norm=NormSpec(eps),
         max_position_embeddings=config["max_position_embeddings"],
         tied_head=bool(config.get("tie_word_embeddings", False)),
@@ -191,6 +206,22 @@ def read_decoder(
         pad_token_id=config.get("pad_token_id"),
     )
     return DecoderSpec(**(fields | more))
+
+
+T = TypeVar("T")
+# Layers of a period: each is a part of the compiled step by itself.
+MAX_PERIOD = 16
+
+
+def shortest_period(layers: Sequence[T]) -> tuple[T, ...]:
+    """The fewest descriptions that, repeated, are those of all layers; the last repetition may be cut off."""
+    sizes = range(1, len(layers))
+    size = next((n for n in sizes if all(a == b for a, b in zip(layers, layers[n:], strict=False))), len(layers))
+    return tuple(layers[:size])
+
+
+def _of_layers(fields: dict[str, Any] | Sequence[dict[str, Any]] | None, num_layers: int) -> Sequence[dict[str, Any]]:
+    return [fields or {}] * num_layers if fields is None or isinstance(fields, dict) else fields
 
 
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
@@ -296,37 +327,3 @@ def check_theta_is_kept(config: dict[str, Any], default: float) -> None:
             f"transformers would go on with {default:g}. Say which is meant: put "
             f'"rope_theta": {json.dumps(theta)} into rope_scaling'
         )
-
-
-def read_switched_window(config: dict[str, Any]) -> int | None:
-    """Qwen's sliding window: every config names one, another key switches it on, for the layers from some layer on."""
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window", False) or window is None:
-        return None
-    layers, first, types = config["num_hidden_layers"], config.get("max_window_layers"), config.get("layer_types")
-    if types is not None:
-        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-            raise UserError(f"config.json: layer_types is {types!r}; expected a list of names, one of each layer")
-        slide = {kind == "sliding_attention" for kind in types}
-        what = "layer_types"
-    else:
-        if type(first) is not int:
-            raise UserError(f"config.json: max_window_layers is {first!r}; expected a whole number")
-        slide = {layer >= first for layer in range(layers)}
-        what = f"max_window_layers {first} of {layers}"
-    if len(slide) > 1:
-        raise UserError(
-            f"config.json: a sliding window on a part of the layers ({what}) is not supported; where rows are shorter "
-            f"than the window, {window}, it changes nothing: set use_sliding_window to false"
-        )
-    return window if slide == {True} else None
-
-
-def write_switched_window(spec: DecoderSpec) -> dict[str, Any]:
-    """The keys that `read_switched_window` reads."""
-    window = spec.attention.window
-    return {
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "max_window_layers": 0 if window is not None else spec.num_layers,
-    }
