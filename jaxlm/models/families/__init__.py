@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import granite, llama, mistral, qwen2, qwen3
+from jaxlm.models.families import granite, llama, mistral, phi3, qwen2, qwen3
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
 from jaxlm.spec import DecoderSpec, differences
@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
     "granite": granite.FAMILY,
+    "phi3": phi3.FAMILY,
 }
 
 # Published shapes by name.
