@@ -43,12 +43,22 @@ _TWO_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
 }
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+# Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
+_PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.7)
+_LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"plain": SIZES, "biases": SIZES | _BIASES, "tied": SIZES | _TIED},
     "mistral": {"plain": SIZES, "tied": SIZES | _TIED, "window": SIZES | dict(sliding_window=5)},
     "qwen2": {"plain": SIZES, "tied": SIZES | _TIED},
+    "phi3": {
+        "plain": _PHI3,
+        "window": _PHI3 | dict(sliding_window=5),
+        "partial": _PHI3 | _TIED | dict(rope_parameters=_PARTIAL),
+        "longrope": _PHI3 | dict(rope_parameters=_LONGROPE, original_max_position_embeddings=8),
+    },
     "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
     "gemma": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True, tie_word_embeddings=False)},
     "gemma2": {

@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=32
 )
 LAYERS_DIFFER = ("gemma2", "gemma3_text")  # by default, so that no field is that of all layers
-WINDOWED = ("mistral", "qwen2", "qwen3")  # whose configs have a sliding window
+WINDOWED = ("mistral", "qwen2", "qwen3", "phi3")  # whose configs have a sliding window
 # jaxlm's name of each key of config.json.
 FIELDS = {
     "num_key_value_heads": "attention.num_kv_heads",
@@ -70,6 +70,9 @@ def assert_same(found: DecoderSpec, want: Any) -> None:
         assert getattr(want, "rope_parameters", None) is None
         return
     expected = {key: value for key, value in want.rope_parameters.items() if key != "type"}
+    attention = found.attention
+    part = expected.pop("partial_rotary_factor", None) or 1.0
+    assert (attention.rotary_dim or attention.head_dim) == int(attention.head_dim * part)
     given = {key: value for key, value in dataclasses.asdict(found.attention.rope).items() if value is not None}
     if found.attention.rope.rope_type == "yarn":  # where it is left open, both take max_position_embeddings
         given.setdefault("original_max_position_embeddings", found.max_position_embeddings)

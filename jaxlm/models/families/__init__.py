@@ -10,7 +10,19 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import bloom, gemma, gemma2, gemma3_text, granite, llama, mistral, opt, qwen2, qwen3
+from jaxlm.models.families import (
+    bloom,
+    gemma,
+    gemma2,
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
 from jaxlm.spec import DecoderSpec, differences
@@ -26,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
+    "phi3": phi3.FAMILY,
 }
 
 # Published shapes by name.

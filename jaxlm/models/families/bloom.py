@@ -20,7 +20,7 @@ TRAINED_LENGTH = 2048
 def _read(config: dict[str, Any]) -> DecoderSpec:
     if read_flag(config, "apply_residual_connection_post_layernorm"):
         raise UserError(
-            "config.json: apply_residual_connection_post_layernorm is true, which is not supported; only false is read: "
+            "config.json: apply_residual_connection_post_layernorm is true, which is not supported: "
             "hidden states are added as they are before the norm, as in all published models"
         )
     read_flag(config, "slow_but_exact")  # which sums the same products in another order

@@ -269,11 +269,14 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
 # ---- positions
 
 
-def read_rope(config: dict[str, Any]) -> RopeSpec:
+def read_rope(config: dict[str, Any], partial: bool = False) -> RopeSpec:
     """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form.
 
     Where both are there, a `rope_scaling` that says something replaces `rope_parameters` as a whole, as in
     transformers: that is how model cards have YaRN switched on.
+
+    Args:
+        partial: a part of each head may turn, see `read_partial_rope`.
     """
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) and not isinstance(config[key], dict):
@@ -287,19 +290,26 @@ def read_rope(config: dict[str, Any]) -> RopeSpec:
         raise UserError(
             f"config.json: rope_type {given['rope_type']!r} is not supported; known: {', '.join(ROPE_TYPES)}"
         )
-    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0) and not partial:
         raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
     unknown = sorted(set(given) - {field.name for field in dataclasses.fields(RopeSpec)})
     if unknown:
         raise UserError(f"config.json: unknown rope parameters {', '.join(unknown)}")
     for name, value in given.items():
-        if name not in ("rope_type", "truncate") and value is not None and not is_number(value):
+        if name in ("short_factor", "long_factor") and value is not None:
+            if not isinstance(value, list) or not all(map(is_number, value)):
+                raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a list of numbers")
+            given[name] = tuple(map(float, value))
+        elif name not in ("rope_type", "truncate") and value is not None and not is_number(value):
             raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a number")
     if not given["rope_theta"]:
         raise UserError(f"config.json: rope_theta is {given['rope_theta']!r}; expected a positive number")
     given["rope_theta"] = float(given["rope_theta"])
-    if given["rope_type"] == "llama3" and given.get("original_max_position_embeddings") is None:
-        given["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    original = "original_max_position_embeddings"
+    if given["rope_type"] == "longrope" and config.get(original) is not None:
+        given[original] = config[original]  # as in transformers, which lets it win over that of the parameters
+    if given["rope_type"] in ("llama3", "longrope") and given.get(original) is None:
+        given[original] = config.get("max_position_embeddings")
     try:
         return RopeSpec(**given)
     except UserError as error:
@@ -308,7 +318,33 @@ def read_rope(config: dict[str, Any]) -> RopeSpec:
 
 def write_rope(rope: RopeSpec) -> dict[str, Any]:
     """`rope_parameters` of config.json."""
-    return {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    values = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_partial_rope(config: dict[str, Any], default: float = 1.0) -> dict[str, Any]:
+    """`rope` and `rotary_dim` of `AttentionSpec`, for a family that may turn a part of each head only.
+
+    Args:
+        default: the part where config.json says none.
+    """
+    rope = read_rope(config, partial=True)
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parts = (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), default)
+    part = next(part for part in parts if part is not None)
+    if not is_number(part) or not 0 < part <= 1:
+        raise UserError(f"config.json: partial_rotary_factor is {part!r}; expected a number above 0 and up to 1")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rotary_dim = int(head_dim * part)
+    return dict(rope=rope, rotary_dim=None if rotary_dim == head_dim else rotary_dim)
+
+
+def write_partial_rope(spec: DecoderSpec) -> dict[str, Any]:
+    """The keys that `read_partial_rope` reads, where they are more than `write_decoder` writes."""
+    attention = spec.attention
+    part = 1.0 if attention.rotary_dim is None else attention.rotary_dim / attention.head_dim
+    rope = write_rope(attention.rotary)
+    return {"partial_rotary_factor": part, "rope_parameters": rope | {"partial_rotary_factor": part}}
 
 
 def check_theta_is_kept(config: dict[str, Any], default: float) -> None:
