@@ -45,7 +45,7 @@ _TWO_ROPES = {
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 # Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
 _PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.7)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=2 / 3)
 _LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
