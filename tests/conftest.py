@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # A few tests are for accelerators: JAXLM_TEST_PLATFORMS=cuda,cpu pytest tests/models -k cudnn
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAXLM_TEST_PLATFORMS", "cpu")
@@ -22,6 +25,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -32,3 +36,18 @@ settings.load_profile("jaxlm")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no worker is left with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
+# Every compiled program keeps some mappings of memory, and a process that has reached Linux's limit of 65,530
+# (vm.max_map_count) ends in a segmentation fault. All programs of the suite together come near it.
+MANY_MAPPINGS = 15_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs() -> Iterator[None]:
+    """Forgets compiled programs behind a module, once there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.is_file() and len(mappings.read_bytes().splitlines()) > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

@@ -42,12 +42,10 @@ from jaxlm.weights.names import (
     PEFT_PREFIX,
     Entry,
     FusedEntry,
-    Layout,
-    Shape,
     adapter_shapes,
     fused_factors,
     grows,
-    leaf_shapes,
+    outside_layout,
     peft_entries,
 )
 from jaxlm.weights.native.read import of_another_base
@@ -118,9 +116,9 @@ class PeftSource(StackedTensors):
             raise UserError(f"{weights}: holds none of the LoRA tensors, e.g. no {entries[0].name!r}; save it again")
         shapes = adapter_shapes(config, specs)
         for module in self.lora.modules_to_save:
-            for entry, shape in _saved_entries(module, tensors, config):
+            for entry in _saved_entries(module, tensors, config):
                 entries.append(entry)
-                shapes[entry.path] = shape
+                shapes[entry.path] = entry.layout.shape
         _check_outside_layers(weights, tensors, config)
         try:
             for whole in fused_factors(config, specs):
@@ -308,16 +306,12 @@ def _saved_in_file(
     return tuple(module for module in saved if module != "lm_head")
 
 
-def _saved_entries(module: str, tensors: Mapping[str, Tensor], config: DecoderSpec) -> Iterator[tuple[Entry, Shape]]:
+def _saved_entries(module: str, tensors: Mapping[str, Tensor], config: DecoderSpec) -> Iterator[Entry]:
     for row in saveable(config)[module]:
-        name, shape = f"{PEFT_PREFIX}{row.hf}", leaf_shapes(config)[row.path]
-        if grows(row) and name in tensors and len(tensors[name].shape) == len(shape):
-            shape = (tensors[name].shape[0], *shape[1:])  # added tokens
-        yield _saved_entry(row.hf, f"modules_to_save/{row.path}", shape), shape
-
-
-def _saved_entry(hf: str, path: str, shape: Shape) -> Entry:
-    return Entry(f"{PEFT_PREFIX}{hf}", path, None, Layout(shape, shape, tuple(range(len(shape)))))
+        name, spec = f"{PEFT_PREFIX}{row.hf}", config
+        if grows(row) and name in tensors and len(tensors[name].shape) == 2:
+            spec = dataclasses.replace(config, vocab_size=tensors[name].shape[0])  # added tokens
+        yield Entry(name, f"modules_to_save/{row.path}", None, outside_layout(spec, row))
 
 
 def _check_outside_layers(weights: Path, tensors: Mapping[str, Tensor], config: DecoderSpec) -> None:
@@ -326,10 +320,11 @@ def _check_outside_layers(weights: Path, tensors: Mapping[str, Tensor], config: 
     inside = {f"{PEFT_PREFIX}{row.hf.format(number)}" for row in rows for number in range(config.num_layers)}
     for name in tensors:
         if name in inside:
-            norm = short_name(config, saveable(config)["norm"][0].hf_module, _is_saved)
+            outside = (short_name(config, rows[0].hf_module, _is_saved) for rows in saveable(config).values())
             raise UserError(
                 f"{weights}: saves {name!r} (PEFT takes 'norm' in modules_to_save for the layers' norms too); nothing "
-                f"in the layers can be saved in full, and only the final norm is outside: train with {norm!r}"
+                "in the layers can be saved in full, only the final norm and other modules outside of them: "
+                f"{', '.join(outside)}"
             )
 
 
@@ -407,9 +402,10 @@ def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
             if module == "embed_tokens" and source.config.tied_head:
                 # PEFT stores a tied head beside its embedding.
                 names.append(_modules(source.config)["lm_head"][0].hf)
+            spec = dataclasses.replace(source.config, vocab_size=leaf.shape[0]) if grows(row) else source.config
             for name in names:
-                entry = _saved_entry(name, path, leaf.shape)
-                tensors.append(TensorSpec(entry.name, leaf.shape, leaf.dtype, _Factor(source, entry)))
+                entry = Entry(f"{PEFT_PREFIX}{name}", path, None, outside_layout(spec, row))
+                tensors.append(TensorSpec(entry.name, entry.layout.stored, leaf.dtype, _Factor(source, entry)))
     return tensors
 
 
@@ -433,10 +429,10 @@ class _Factor:
         entry = self._entry
         inner = tuple(slice(0, size) for size in entry.layout.shape)
         if entry.layer is None:
-            yield np.ascontiguousarray(self._source.read(entry.path, inner))
+            leaf = self._source.read(entry.path, inner)
         else:
             leaf = self._source.read(entry.path, (slice(entry.layer, entry.layer + 1), *inner))[0]
-            yield entry.layout.to_stored(np.ascontiguousarray(leaf))
+        yield entry.layout.to_stored(np.ascontiguousarray(leaf))
 
 
 class _FusedFactor:

@@ -19,6 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.adapters import linears_of, resolve_lora, saved_modules
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
+from jaxlm.tokenizer import main_file
 from jaxlm.weights.arithmetic import all_finite
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
@@ -110,7 +111,7 @@ class MergedSource(DerivedSource):
         # The adapter was trained last, so what it was asked with is what the merged model answers to.
         self.prompt_files = adapter.prompt_files or base.prompt_files
         names = {file.name for file in adapter.tokenizer_files}
-        own = bool(names & {"tokenizer.json", "tokenizer.model"})
+        own = main_file(names) is not None
         self.tokenizer_dir = adapter.tokenizer_files[0].parent if own else base.tokenizer_dir
         if own:
             # The adapter's tokenizer may have tokens that the base's lacks; the two are not mixed.
@@ -156,8 +157,11 @@ class MergedSource(DerivedSource):
         dtype = self.leaves[entry.path].dtype
         kernel = self._kernels.get(entry.path)
         if entry.path in self._saved:
+            turned = entry.layout.split > 0
+            whole = entry.layout.to_stored(np.ascontiguousarray(self.read(entry.path, ()))) if turned else None
             for start, stop in row_blocks(entry.layout):
-                yield np.ascontiguousarray(self.read(entry.path, (slice(start, stop),)))
+                rows = self.read(entry.path, (slice(start, stop),)) if whole is None else whole[start:stop]
+                yield np.ascontiguousarray(rows)
         elif kernel is None or entry.layer is None or not kernel.spec.ranks[kernel.layers[entry.layer]]:
             for block in stored_blocks(self._base, entry):
                 yield cast(block, dtype, entry.name)

@@ -17,7 +17,7 @@ from jaxlm.config import LoraConfig
 from jaxlm.models import families
 from jaxlm.models.adapters import resolve_lora, saveable
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.families import FAMILIES
+from jaxlm.models.families import FAMILIES, write_config
 from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.names import (
     adapter_leaves,
@@ -29,7 +29,7 @@ from jaxlm.weights.names import (
     peft_entries,
 )
 from tests.convert.tiny import make_adapter
-from tests.models.small import SMALL, VARIANTS, hf_model, small_spec
+from tests.models.small import SMALL, VARIANTS, hf_config, hf_model, small_spec
 
 EXPERTS = ExpertsSpec(4, "learned", top_k=(2,))
 # Families whose feed-forward layers can be divided into experts, and whose layers are named as LLaMA's.
@@ -117,20 +117,25 @@ def test_names_are_those_of_transformers(family: str, variant: str) -> None:
     assert modules - outside == matrices - outside
 
 
+@pytest.mark.parametrize(("family", "variant"), VARIANTS)
+def test_a_config_written_anew_is_what_transformers_reads(family: str, variant: str) -> None:
+    theirs = hf_config(family, variant).to_dict()
+    written = write_config(small_spec(family, variant), "float32")
+    ours = type(hf_config(family, variant))(**written).to_dict()
+    # Dropout is PyTorch's own, and a number of layers with a window says nothing where none has one.
+    unread = {"dropout", "architectures", "dtype", "max_window_layers"}
+    assert not {key: value for key, value in theirs.items() if ours.get(key) != value and key not in unread}
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None:
-    """config.json as transformers reads it, and every tensor; an adapter by PEFT too."""
+    """config.json as transformers reads it, and every tensor."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    from safetensors.numpy import load_file
-
-    model = hf_model(family, dtype="bfloat16")
-    model.save_pretrained(tmp_path / "hf")
-    make_adapter(model, tmp_path / "peft", target_modules="all-linear")
-
-    def run(*words: object) -> None:
-        assert main([str(word) for word in words]) == 0
-
+    hf_model(family, dtype="bfloat16").save_pretrained(tmp_path / "hf")
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
     run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
     assert (tmp_path / "back" / "config.json").is_file()
@@ -138,6 +143,16 @@ def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None
     assert type(ours) is type(theirs) and ours.config.to_diff_dict().keys() == theirs.config.to_diff_dict().keys()
     for name, tensor in theirs.state_dict().items():
         assert tensor.equal(ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_there_and_back_is_bit_equal(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from safetensors.numpy import load_file
+
+    model = hf_model(family, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "hf")
+    make_adapter(model, tmp_path / "peft", target_modules="all-linear")
     run("peft-to-jax", tmp_path / "peft", tmp_path / "adapter", "--base", tmp_path / "hf")
     run("jax-to-peft", tmp_path / "adapter", tmp_path / "peft-back")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "peft-back"))

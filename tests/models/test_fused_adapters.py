@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -22,8 +21,6 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import hf_linears, linears_of, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
-from jaxlm.models.families import FAMILIES
-from jaxlm.models.families.base import Fused
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import LeafInfo
@@ -44,25 +41,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "rank_pattern": {"layers.2.self_attn.qkv_proj": 4}},
 }
 IDS = np.random.default_rng(1).integers(0, 37, (2, 12)).astype(np.int32)
-
-
-@pytest.fixture(autouse=True)
-def family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phi-3 without its own positions is LLaMA with fused matrices."""
-    q, k, v = (f"self_attn/{name}_proj/kernel" for name in "qkv")
-    fused = (
-        Fused("model.layers.{}.self_attn.qkv_proj.weight", "(H h + K h + K h) D", (q, k, v)),
-        Fused("model.layers.{}.mlp.gate_up_proj.weight", "(F + F) D", ("mlp/gate_proj/kernel", "mlp/up_proj/kernel")),
-    )
-    llama = FAMILIES["llama"]
-
-    def read(config: dict[str, Any]) -> DecoderSpec:
-        return dataclasses.replace(llama.read(config), family="phi3")
-
-    own = dataclasses.replace(llama, name="phi3", architecture="Phi3ForCausalLM", read=read, fused=fused)
-    monkeypatch.setitem(FAMILIES, "phi3", own)
-    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    monkeypatch.setitem(small.SMALL, "phi3", {"plain": small.SIZES | tokens})
 
 
 def build(adapter: dict[str, Any], directory: Path) -> Any:

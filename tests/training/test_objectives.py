@@ -94,6 +94,7 @@ def run(out: Path, steps: int) -> tuple[Outcome, list[dict[str, Any]]]:
     return outcome, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_another_objective_trains_evaluates_and_resumes(tmp_path: Path) -> None:
     outcome, lines = run(tmp_path / "straight", 6)
     training = [line for line in lines if "loss" in line]

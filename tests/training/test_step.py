@@ -342,7 +342,7 @@ def test_a_state_is_updated_or_kept(keep: Any, wanted: bool) -> None:
     assert new["count"] == 5 + wanted
 
 
-@pytest.mark.parametrize("micro_steps", [2, 4])
+@pytest.mark.parametrize("micro_steps", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> None:
     """Micro-steps that are all alike: the same penalties, and gradients, as of all rows at once; with padding."""
     moe = ExpertsSpec(4, "learned", ("text", "salt"), ((40, 48),), (2, 1))
