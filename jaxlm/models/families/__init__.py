@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import bloom, granite, llama, mistral, opt, qwen2, qwen3
+from jaxlm.models.families import bloom, falcon, granite, llama, mistral, opt, qwen2, qwen3
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
 from jaxlm.spec import DecoderSpec, differences
@@ -23,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
+    "falcon": falcon.FAMILY,
 }
 
 # Published shapes by name.
