@@ -16,6 +16,7 @@ from convert.transforms.delta import inv_freq_sum, sum_of
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.tokenizer import load_tokenizer
+from jaxlm.tokenizer.files import MAIN_FILES
 from jaxlm.weights.files import read_tensors
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource, total_bytes
@@ -149,7 +150,7 @@ def _manifest(directory: Path) -> dict[str, int] | None:
 
 
 def _tokenizer(directory: Path) -> dict[str, Any] | None:
-    names = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
+    names = [name for name in MAIN_FILES if (directory / name).is_file()]
     if not names:
         return None
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from jaxlm.data.templates import ConversationTemplate, PromptTemplate, Template, for_questions, load_template
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import Tokenizer, load_tokenizer, main_file
 from jaxlm.weights.leaves import LeafSource
 from jaxlm.weights.native.prompt_json import read_prompt_json
 
@@ -57,7 +57,7 @@ def find_trained_template(source: LeafSource) -> TrainedTemplate | None:
         return None
     name = str(files.get(prompt.template, prompt.template))  # a user's own lies beside it
     directory = getattr(source, "tokenizer_dir", None)
-    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
+    if main_file([file.name for file in source.tokenizer_files]) is None:
         return TrainedTemplate(name, None, False, (), "there is no tokenizer beside the model")
     tokenizer = load_tokenizer(directory or source.tokenizer_files[0].parent)
     ends = [index for index in (tokenizer.eos_id, *prompt.stop_ids) if index is not None]

@@ -19,6 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.adapters import SAVEABLE, resolve_lora
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
+from jaxlm.tokenizer import main_file
 from jaxlm.weights.arithmetic import all_finite
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
@@ -67,7 +68,7 @@ class MergedSource(DerivedSource):
         # The adapter was trained last, so what it was asked with is what the merged model answers to.
         self.prompt_files = adapter.prompt_files or base.prompt_files
         names = {file.name for file in adapter.tokenizer_files}
-        own = bool(names & {"tokenizer.json", "tokenizer.model"})
+        own = main_file(names) is not None
         self.tokenizer_dir = adapter.tokenizer_files[0].parent if own else base.tokenizer_dir
         if own:
             # The adapter's tokenizer may have tokens that the base's lacks; the two are not mixed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from jaxlm.weights.leaves import (
 from jaxlm.weights.names import Entry
 
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
+# Rows kept while others are averaged: the same few (bytes, characters) make up most new pieces.
+CACHED_ROWS = 4096
 
 
 class GrownSource(DerivedSource):
@@ -158,7 +161,7 @@ def padded(vocab_size: int, multiple: int | None) -> int:
 
 
 def extend(
-    source: ParamSource, tokenizer: Tokenizer, tokens: Sequence[str], init: str, pad_to: int | None = None
+    source: ParamSource, tokenizer: Tokenizer, splits: Sequence[Sequence[int]], init: str, pad_to: int | None = None
 ) -> ParamSource:
     """The model with a row for each new token, behind the tokens that the tokenizer has.
 
@@ -166,43 +169,60 @@ def extend(
 
     Args:
         tokenizer: the model's, without the new tokens.
-        init: 'mean' of the rows of the tokenizer's tokens, 'zero', or 'pieces': the mean of the rows of the pieces that
-            the tokenizer splits the new token into.
+        splits: for each new token the ids that it was split into so far.
+        init: 'mean' of the rows of the tokenizer's tokens, 'zero', or 'pieces': the mean of the rows of `splits`.
         pad_to: the number of rows becomes a multiple of it; rows without a token are means too, or zero with 'zero'.
 
     Raises:
         UserError: when the tokenizer has more tokens than the model has rows.
     """
-    first, old = tokenizer.vocab_size, source.config.vocab_size
+    first, old, new = tokenizer.vocab_size, source.config.vocab_size, len(splits)
     if first > old:
         raise UserError(
             f"{source.path}: its tokenizer has {first} tokens, but its embedding only {old} rows; "
             "this is not the tokenizer that the model was trained with"
         )
-    size = padded(max(old, first + len(tokens)), pad_to)
+    size = padded(max(old, first + new), pad_to)
     rows, spare = {}, {}
     for path in vocabulary_leaves(source):
         width = source.leaves[path].shape[1]
         row = np.zeros(width, np.float32) if init == "zero" else mean_row(source, path, first)
-        if init == "pieces":
-            rows[path] = np.stack([_pieces_row(source, path, tokenizer, token) for token in tokens])
-        else:
-            rows[path] = np.broadcast_to(row, (len(tokens), width))
-        spare[path] = np.broadcast_to(row, (size - max(old, first + len(tokens)), width))
+        rows[path] = _pieces_rows(source, path, splits) if init == "pieces" else np.broadcast_to(row, (new, width))
+        spare[path] = np.broadcast_to(row, (size - max(old, first + new), width))
     grown = GrownSource(source, first, rows)
     return GrownSource(grown, grown.config.vocab_size, spare)
 
 
-def _pieces_row(source: ParamSource, path: str, tokenizer: Tokenizer, token: str) -> np.ndarray:
-    ids = tokenizer.encode(token).ids
-    if not ids:
-        raise UserError(f"--init pieces: the tokenizer makes nothing of {token!r}; use --init mean")
-    if len(ids) > 1 and tokenizer.token(ids[0]) == "▁" and not token.startswith((" ", "▁")):
-        del ids[0]  # the space that SentencePiece puts in front of every text
-    total = np.zeros(source.leaves[path].shape[1], np.float32)
-    for index in ids:  # one after the other: numpy's own mean adds in an order that depends on the shape
-        total += source.read(path, (slice(index, index + 1),))[0].astype(np.float32)
-    return total / np.float32(len(ids))
+def split_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> list[list[int]]:
+    """The ids that a tokenizer splits each of the tokens into, without the space that it puts in front of a text.
+
+    Raises:
+        UserError: it makes nothing of one of them.
+    """
+    splits = []
+    for token in tokens:
+        ids = tokenizer.encode(token).ids
+        if not ids:
+            raise UserError(f"--init pieces: the tokenizer makes nothing of {token!r}; use --init mean")
+        if len(ids) > 1 and tokenizer.token(ids[0]) == "▁" and not token.startswith((" ", "▁")):
+            del ids[0]
+        splits.append(ids)
+    return splits
+
+
+def _pieces_rows(source: ParamSource, path: str, splits: Sequence[Sequence[int]]) -> np.ndarray:
+    """For each split the mean of its rows: float32 [N, D]."""
+
+    @functools.lru_cache(maxsize=CACHED_ROWS)
+    def row(index: int) -> np.ndarray:
+        return source.read(path, (slice(index, index + 1),))[0].astype(np.float32)
+
+    means = np.zeros((len(splits), source.leaves[path].shape[1]), np.float32)
+    for mean, ids in zip(means, splits, strict=True):
+        for index in ids:  # one after the other: numpy's own mean adds in an order that depends on the shape
+            mean += row(index)
+        mean /= np.float32(len(ids))
+    return means
 
 
 def read_tokens(argument: str) -> list[str]:

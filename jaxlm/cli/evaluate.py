@@ -172,6 +172,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     trained = trained_prompt(files.trained_path)
     spec = source.config
     tokenizer = load_tokenizer(config.tokenizer or files.merged.tokenizer_dir)
+    tokenizer.complete(spec.bos_token_id, spec.eos_token_id, spec.pad_token_id)
     template, why = perplexity.choose(config.data, tokenizer, trained.template)
     settings = _settings(config, tokenizer, trained, template, spec.max_length)
     with console.status("reading and tokenising"):

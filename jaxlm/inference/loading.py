@@ -30,7 +30,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.nn.routers import choose_compute
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.spec import DecoderSpec
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import Tokenizer, load_tokenizer, main_file
 from jaxlm.weights.leaves import ModelFiles, ParamSource
 from jaxlm.weights.names import tensor_name
 from jaxlm.weights.native.prompt_json import PromptFile, trained_prompt
@@ -69,9 +69,11 @@ def prompt_settings(
     Raises:
         UserError: the tokenizer is another model's, or cannot be read.
     """
+    spec = files.merged.config
     loaded = load_tokenizer(tokenizer or files.merged.tokenizer_dir)
+    loaded.complete(spec.bos_token_id, spec.eos_token_id, spec.pad_token_id)
     own = _own_tokenizer(files.merged) if tokenizer else None
-    warnings = check_tokenizer(loaded, files.merged.config, own, "tokenizer" if tokenizer else "")
+    warnings = check_tokenizer(loaded, spec, own, "tokenizer" if tokenizer else "")
     trained = trained_prompt(files.trained_path)
     name, reason = _template(template, trained, loaded)
     return PromptSettings(loaded, name, reason, trained.add_bos if add_bos is None else add_bos, trained, warnings)
@@ -79,7 +81,7 @@ def prompt_settings(
 
 def _own_tokenizer(source: ParamSource) -> Tokenizer | None:
     """The tokenizer that came with a model, to compare another with; None where there is none to be read."""
-    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in source.tokenizer_files):
+    if main_file([file.name for file in source.tokenizer_files]) is None:
         return None
     try:
         return load_tokenizer(source.tokenizer_dir)
@@ -194,7 +196,7 @@ def auto_mesh(spec: DecoderSpec, devices: int) -> MeshConfig:
 
 def _stop_ids(source: ParamSource, tokenizer: Tokenizer) -> list[int]:
     """Ids that end an answer: those of config.json, generation_config.json and the tokenizer."""
-    named: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
+    named: list[Any] = [source.config.eos_token_id, tokenizer.end_ids]
     for file in source.tokenizer_files:
         if file.name == "generation_config.json":
             own = read_object(file).get("eos_token_id")

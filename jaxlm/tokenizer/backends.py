@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jaxlm.errors import UserError
-from jaxlm.jsontext import read_value
+from jaxlm.jsontext import read_object, read_value
 from jaxlm.tokenizer.settings import AddedToken
 
 Offsets = list[tuple[int, int]]
@@ -36,12 +37,14 @@ class Backend(Protocol):
         size: largest id + 1.
         special_ids: ids that decode(skip_special=True) leaves out.
         opening, closing: ids that its own rule puts in front of a text and behind it; None: it has no such rule.
+        rule: what that rule is called.
     """
 
     size: int
     special_ids: frozenset[int]
     opening: tuple[int, ...] | None
     closing: tuple[int, ...] | None
+    rule: str
 
     def encode(
         self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
@@ -64,17 +67,10 @@ class SentencePiece:
 
     opening: tuple[int, ...] | None = None
     closing: tuple[int, ...] | None = None
+    rule = "LLaMA's rule for a SentencePiece model"
 
     def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str], legacy: bool) -> None:
-        import sentencepiece
-
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from "
-                "Meta is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
-            ) from None
+        self.model = read_sentencepiece(path)
         trained = self.model.vocab_size()
         self.added = {
             token.content: token.id
@@ -181,6 +177,19 @@ class SentencePiece:
         return index if self.model.id_to_piece(index) == token else None
 
 
+def read_sentencepiece(path: Path) -> Any:
+    """The SentencePieceProcessor of a `.model` file; UserError for what is none."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path} is not a SentencePiece model ({error}); copy the file again. LLaMA 3's tokenizer.model from "
+            "Meta is of another kind: convert meta-to-hf or meta-to-jax make a tokenizer.json of it"
+        ) from None
+
+
 def _without_prefix(model: Any) -> Any:
     """The same SentencePiece model, but no space is put in front of a text."""
     import sentencepiece
@@ -199,26 +208,65 @@ def _has(content: Any, key: str, value: Any) -> bool:
     return isinstance(content, list) and any(_has(inner, key, value) for inner in content)
 
 
+def read_fast(path: Path) -> dict[str, Any]:
+    """A tokenizer.json; UserError for what is none."""
+    content = read_value(path)
+    # The library raises the bare Exception for whatever it dislikes, so look before asking it.
+    if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
+        raise UserError(f"{path} is not a tokenizer.json: it has no 'model'; copy the file again")
+    return content
+
+
+def read_gpt2(vocabulary: Path, merges: Path, add_prefix_space: bool) -> dict[str, Any]:
+    """vocab.json and merges.txt of a GPT2Tokenizer as a tokenizer.json: byte-level BPE with GPT-2's split into words.
+
+    Raises:
+        UserError: a file is damaged, or they do not belong together.
+    """
+    ids = read_object(vocabulary)
+    if not all(type(index) is int and index >= 0 for index in ids.values()):
+        raise UserError(f"{vocabulary}: expected tokens with their ids; copy the file again")
+    pairs = []
+    for number, line in enumerate(merges.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2 or any(token not in ids for token in (*pair, "".join(pair))):
+            raise UserError(
+                f"{merges}: line {number} is {line!r}; expected two tokens which, as one, are a token of "
+                f"{vocabulary.name} too; the files do not belong together, or one is damaged"
+            )
+        pairs.append(pair)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": ids, "merges": pairs, "fuse_unk": False, "byte_fallback": False},
+    }
+
+
 class Fast:
-    """The `tokenizers` library, reading tokenizer.json.
+    """The `tokenizers` library.
 
     Args:
-        path: the tokenizer.json.
+        path: the file that the tokenizer is loaded from, for messages.
+        content: what a tokenizer.json holds.
         added: tokens that other files add.
         special: tokens that play a role.
     """
 
     opening: tuple[int, ...] | None
     closing: tuple[int, ...] | None
+    rule = "the post_processor of tokenizer.json"
 
-    def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, content: Mapping[str, Any], added: Sequence[AddedToken], special: Sequence[str]
+    ) -> None:
         import tokenizers
 
-        # The library raises the bare Exception for whatever it dislikes, so look before asking it.
-        content = read_value(path)
-        if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
-            raise UserError(f"{path} is not a tokenizer.json: it has no 'model'; copy the file again")
-        self.model = tokenizers.Tokenizer.from_file(str(path))
+        self.model = tokenizers.Tokenizer.from_str(json.dumps(content))
         self.model.no_truncation()
         self.model.no_padding()
         for token in sorted(added, key=lambda item: item.id):
@@ -228,7 +276,7 @@ class Fast:
                 if self.model.token_to_id(token.content) != token.id:
                     raise UserError(
                         f"{path.parent}: the added token {token.content!r} should have id {token.id}, "
-                        f"but tokenizer.json leaves {self.model.token_to_id(token.content)} for it"
+                        f"but {path.name} leaves {self.model.token_to_id(token.content)} for it"
                     )
         self._make_special([*special, *(token.content for token in added if token.special)])
         decoder = self.model.get_added_tokens_decoder()

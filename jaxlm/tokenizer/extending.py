@@ -28,8 +28,9 @@ def write_extended(
 
     Files that are in the directory already are changed.
 
-    tokenizer.json gets them through the `tokenizers` library. A SentencePiece .model stays as it is; the tokens stand
-    in added_tokens.json beside it and, with their kind, in tokenizer_config.json, where transformers and jaxlm look.
+    tokenizer.json gets them through the `tokenizers` library. A SentencePiece .model and a vocab.json stay as they are;
+    the tokens stand in added_tokens.json beside it and, with their kind, in tokenizer_config.json, where transformers
+    and jaxlm look.
 
     Args:
         special: whether decoding leaves them out.
@@ -51,14 +52,15 @@ def write_extended(
     for file in files:
         if file.parent != directory:
             shutil.copyfile(file, directory / file.name)
-    fast, trained = directory / "tokenizer.json", directory / "tokenizer.model"
+    fast = directory / "tokenizer.json"
+    is_beside = not fast.is_file() or (directory / "tokenizer.model").is_file()
     if fast.is_file():
         _add_to_fast(fast, ids, special)
-    if trained.is_file():
+    if is_beside:
         _update_json(directory / "added_tokens.json", ids)
     settings = directory / "tokenizer_config.json"
     old = read_object(settings).get("added_tokens_decoder") if settings.is_file() else None
-    if old is not None or trained.is_file():
+    if old is not None or is_beside:
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": special}
         new = {str(index): {"content": token, **flags} for token, index in ids.items()}
         _update_json(settings, {"added_tokens_decoder": (old or {}) | new})

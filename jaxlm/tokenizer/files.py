@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from jaxlm.modalities import MODALITIES_FILE
 
+# What a tokenizer is loaded from, the first that is there; the other files say more about it.
+MAIN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Whatever belongs to a tokenizer (or to generation) in a model directory; the rest is weights and documentation.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -23,6 +26,11 @@ TOKENIZER_FILES = (
     "generation_config.json",
     MODALITIES_FILE,
 )
+
+
+def main_file(names: Collection[str]) -> str | None:
+    """The one among the files of a directory that its tokenizer is loaded from; None without one."""
+    return next((name for name in MAIN_FILES if name in names), None)
 
 
 def find_tokenizer_files(directory: Path) -> list[Path]:

@@ -11,9 +11,10 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
-from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece
+from jaxlm.tokenizer import chatglm
+from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, read_fast, read_gpt2
 from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
-from jaxlm.tokenizer.files import find_tokenizer_files
+from jaxlm.tokenizer.files import find_tokenizer_files, main_file
 from jaxlm.tokenizer.settings import Settings, added_tokens, read_settings
 
 
@@ -70,6 +71,23 @@ class Tokenizer:
         self.opening = backend.opening or (() if self.bos_id is None else (self.bos_id,))
         self.adds_bos, self.adds_eos, self.adds_why = _surroundings(settings, backend, self.eos_id)
         self.adds_bos &= bool(self.opening)
+
+    def complete(self, bos_id: int | None, eos_id: int | tuple[int, ...] | None, pad_id: int | None) -> None:
+        """Takes ids from a model's configuration where the tokenizer's own files name no token for the role.
+
+        Galactica's name none, and mean <s>, </s> and <pad>. An id that is not that of a special token is passed over:
+        it is a default of the model's class, and the tokenizer another one's.
+        """
+        ends = eos_id if isinstance(eos_id, tuple) else (eos_id,)
+        known = [index if index in self.special_ids else None for index in (bos_id, ends[0], pad_id)]
+        if self.bos_id is None:
+            self.bos_id = known[0]
+            self.opening = self.opening or (() if self.bos_id is None else (self.bos_id,))
+        if self.eos_id is None and known[1] is not None:
+            self.eos_id = known[1]
+            self.end_ids = tuple(dict.fromkeys([self.eos_id, *self.end_ids]))
+        if self.pad_id is None:
+            self.pad_id = known[2]
 
     def encode(self, text: str, special_tokens: bool | None = None) -> Encoding:
         """Tokens of `text` without bos and eos. special_tokens: see the class.
@@ -209,10 +227,9 @@ def _surroundings(settings: Settings, backend: Backend, eos: int | None) -> tupl
     model says nothing, so there LLaMA's rule holds: bos, but no eos. (transformers 5 asks the post-processor alone
     where there is a tokenizer.json; earlier ones asked both, depending on the class.)
     """
-    if backend.opening is None or backend.closing is None:
-        bos, eos_too, why = True, False, "LLaMA's rule for a SentencePiece model"
-    else:
-        bos, eos_too, why = bool(backend.opening), eos in backend.closing, "the post_processor of tokenizer.json"
+    bos, eos_too, why = True, False, backend.rule
+    if backend.opening is not None and backend.closing is not None:
+        bos, eos_too = bool(backend.opening), eos in backend.closing
     said = [
         f"{name}: {str(value).lower()}"
         for name, value in (("add_bos_token", settings.add_bos), ("add_eos_token", settings.add_eos))
@@ -227,10 +244,38 @@ def _surroundings(settings: Settings, backend: Backend, eos: int | None) -> tupl
     return bos, eos_too and eos is not None, why
 
 
+def _find_main(directory: Path) -> Path:
+    """The file of a directory that its tokenizer is loaded from.
+
+    Raises:
+        UserError: there is none, or only such ones as transformers has to make a tokenizer.json of.
+    """
+    names = {file.name for file in directory.iterdir() if file.is_file()}
+    main = main_file(names)
+    settings = read_settings(directory, sorted(names)) if main == "vocab.json" else None
+    if main and (settings is None or (settings.tokenizer_class == "GPT2Tokenizer" and "merges.txt" in names)):
+        return directory / main
+    parts = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if name in names]
+    if not parts:
+        raise UserError(
+            f"{directory} holds no tokenizer: neither tokenizer.json nor tokenizer.model; "
+            "copy one there, or name one (tokenizer.path in train, --tokenizer in generate)"
+        )
+    what = f" of the class {settings.tokenizer_class}" if settings is not None and settings.tokenizer_class else ""
+    load = "from transformers import AutoTokenizer as T; "
+    once = f"{load}T.from_pretrained('{directory}').save_pretrained('{directory}')"
+    raise UserError(
+        f"{directory} has {' and '.join(parts)}{what}, but no tokenizer.json, which transformers makes of them "
+        "(without it, vocab.json and merges.txt of a GPT2Tokenizer are read). "
+        f'Run once: python -c "{once}"'
+    )
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a tokenizer from a directory, a SentencePiece `.model` file or a `tokenizer.json` file.
 
-    A directory with both kinds is read through tokenizer.json. The settings files beside it are read too.
+    A directory with both kinds is read through tokenizer.json; one with neither through vocab.json and merges.txt where
+    it names the class GPT2Tokenizer, as OPT's do. The settings files beside it are read too.
 
     Raises:
         UserError: nothing to load there, or a file is broken.
@@ -238,20 +283,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         directory = path
-        main = next((path / n for n in ("tokenizer.json", "tokenizer.model") if (path / n).is_file()), None)
-        if main is None:
-            parts = [n for n in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if (path / n).is_file()]
-            if parts:
-                load = "from transformers import AutoTokenizer as T; "
-                once = f"{load}T.from_pretrained('{path}').save_pretrained('{path}')"
-                raise UserError(
-                    f"{path} has {' and '.join(parts)}, but no tokenizer.json, which transformers makes of them. "
-                    f'Run once: python -c "{once}"'
-                )
-            raise UserError(
-                f"{path} holds no tokenizer: neither tokenizer.json nor tokenizer.model; "
-                "copy one there, or name one (tokenizer.path in train, --tokenizer in generate)"
-            )
+        main = _find_main(directory)
         files = find_tokenizer_files(directory)
     elif path.is_file():
         directory, main = path.parent, path
@@ -265,8 +297,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     settings = read_settings(directory, names_here)
     added = added_tokens(directory, names_here)
     backend: Backend
-    if main.suffix == ".json":
-        backend = Fast(main, added, settings.special)
+    if main.name == "vocab.json":
+        content = read_gpt2(main, directory / "merges.txt", settings.add_prefix_space)
+        backend = Fast(main, content, added, settings.special)
+    elif main.suffix == ".json":
+        backend = Fast(main, read_fast(main), added, settings.special)
+    elif main.suffix == ".model" and settings.tokenizer_class == chatglm.CLASS:
+        own = chatglm.ChatGLM(main, added)
+        backend, settings = own, chatglm.chat_settings(settings, own)
     elif main.suffix == ".model":
         backend = SentencePiece(main, added, settings.special, settings.legacy)
     else:

@@ -40,7 +40,11 @@ def open_tokenizer(config: RunConfig, source: Any) -> tuple[Tokenizer, dict[str,
         else:
             _train_or_keep(config, directory)
             tokenizer = load_tokenizer(directory)
-        return _with_modalities(config, tokenizer, directory, is_new=source is None)
+        tokenizer, files = _with_modalities(config, tokenizer, directory, is_new=source is None)
+        if source is not None:
+            spec = source.config
+            tokenizer.complete(spec.bos_token_id, spec.eos_token_id, spec.pad_token_id)
+        return tokenizer, files
 
 
 def newest_small_files(output_dir: Path) -> Path | None:

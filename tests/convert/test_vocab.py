@@ -18,6 +18,9 @@ from tests.convert.test_source import MODEL
 from tests.convert.tiny import make_hf_model
 
 transformers = pytest.importorskip("transformers")
+sentencepiece = pytest.importorskip("sentencepiece")
+messages: Any = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+generate_merges = pytest.importorskip("transformers.tokenization_utils_base").generate_merges
 
 TEXT = "the cat sat on the mat with the other cats\nSiO2 and CO2 are oxides of silicon and carbon\n" * 20
 TOKENS = ["<|smiles|>", "SiO2", "the cat"]
@@ -39,6 +42,124 @@ def save_model(trained: Path, directory: Path, kind: str = "both", spare: int = 
     for name in [*names[kind], "tokenizer_config.json"]:
         shutil.copy(trained / name, directory)
     return directory
+
+
+CHINESE = ["石英和长石是矿物", "石英是二氧化硅", "花岗岩由石英和长石组成", "矿物组成岩石", "长石是硅酸盐矿物"] * 8
+
+
+@pytest.fixture(scope="module")
+def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of another kind than LLaMA's, with a control piece that LLaMA's does not have."""
+    path = tmp_path_factory.mktemp("chinese") / "chinese_sp.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CHINESE), model_writer=file, vocab_size=29, pad_id=3, minloglevel=2
+        )
+    return path
+
+
+def merged_by_the_recipe(first: Path, second: Path) -> bytes:
+    """What the scripts of Chinese-LLaMA-Alpaca do: pieces that are not there, with score 0, and nothing else."""
+    ours, theirs = messages.ModelProto(), messages.ModelProto()
+    ours.ParseFromString(first.read_bytes())
+    theirs.ParseFromString(second.read_bytes())
+    known = {piece.piece for piece in ours.pieces}
+    for piece in theirs.pieces:
+        if piece.piece not in known:
+            new = messages.ModelProto().SentencePiece()
+            new.piece = piece.piece
+            new.score = 0
+            ours.pieces.append(new)
+    return ours.SerializeToString()
+
+
+@pytest.mark.parametrize("kind", ["both", "model"])
+def test_pieces_of_another_model(
+    kind: str, trained: Path, chinese: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    model = save_model(trained, tmp_path / "hf", kind, spare=2)
+    said = run("extend-vocab", model, tmp_path / "out", "--merge-spm", chinese)
+    content = (tmp_path / "out" / "tokenizer.model").read_bytes()
+    assert content == merged_by_the_recipe(trained / "tokenizer.model", chinese)
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+    old, ours = load_tokenizer(model), load_tokenizer(tmp_path / "out")
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path / "out")
+    first = old.vocab_size
+    assert ours.vocab_size == len(theirs) == len(pieces) > first + 15
+    assert f"ids {first} to {ours.vocab_size - 1}: '<pad>'" in said
+    assert not pieces.is_control(first) and pieces.get_score(first) == 0
+    for line in [*TEXT.splitlines()[:2], "the matcha, 12 + 3\ttabs"]:
+        assert ours.encode(line).ids == old.encode(line).ids == theirs.encode(line, add_special_tokens=False)
+    plain = load_tokenizer(tmp_path / "out" / "tokenizer.model")
+    for line in [*CHINESE[:5], "the 石英 cat sat on 花岗岩 and 硅酸盐", "未知的矿物"]:
+        ids = ours.encode(line).ids
+        assert plain.encode(line).ids == pieces.encode(line) and plain.decode(plain.encode(line).ids) == line
+        assert ids == theirs.encode(line, add_special_tokens=False) if kind == "both" else ids == pieces.encode(line)
+        assert len(ids) < len(old.encode(line).ids) and max(ids) >= first and ours.decode(ids) == line
+
+    # Rows: spare ones are taken first, and a new row is the mean of those of the bytes or pieces that stood for it.
+    before, after = state(model), state(tmp_path / "out")
+    raw = messages.ModelProto()
+    raw.ParseFromString((trained / "tokenizer.model").read_bytes())
+    raw.normalizer_spec.add_dummy_prefix = False
+    splitter = sentencepiece.SentencePieceProcessor(model_proto=raw.SerializeToString())
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert len(after[name]) == ours.vocab_size and np.array_equal(after[name][:first], before[name][:first])
+        for index in range(first, ours.vocab_size):
+            rows = before[name][splitter.encode(pieces.id_to_piece(index))]
+            np.testing.assert_allclose(after[name][index], rows.astype(np.float64).mean(axis=0), atol=1e-6)
+    # Chinese-LLaMA's own way on from here: a token behind the pieces.
+    run("extend-vocab", tmp_path / "out", tmp_path / "pad", "--tokens", "[PAD],", "--special")
+    assert load_tokenizer(tmp_path / "pad").id_of("[PAD]") == ours.vocab_size
+
+
+def test_old_pieces_may_be_made_of_new_ones(
+    trained: Path, chinese: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    """transformers' own pairs for the merged model are those of the written tokenizer.json."""
+    model = save_model(trained, tmp_path / "hf")
+    run("extend-vocab", model, tmp_path / "out", "--merge-spm", chinese)
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]
+    pairs = [tuple(pair) for pair in written["merges"]]
+    theirs = generate_merges(written["vocab"])
+    assert len(pairs) == len(set(pairs)) and sorted(pairs) == sorted(theirs)
+    assert [written["vocab"][a + b] for a, b in pairs] == [written["vocab"][a + b] for a, b in theirs]
+
+
+def test_mistakes_in_merging(
+    trained: Path, chinese: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    model = save_model(trained, tmp_path / "hf")
+    out = tmp_path / "out"
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    for other, words in (
+        (tmp_path / "none.model", "no such file"),
+        (tmp_path / "bad.model", "not a SentencePiece model"),
+        (model / "tokenizer.model", "has no piece that"),
+    ):
+        assert words in refused("extend-vocab", model, out, "--merge-spm", other)
+    for option in (("--tokens", "a,"), ("--special",), ("--modality", "smiles")):
+        assert f"{option[0]} beside" in refused("extend-vocab", model, out, "--merge-spm", chinese, *option)
+    run("extend-vocab", model, tmp_path / "added", "--tokens", "[PAD],")
+    assert "'[PAD]' stand where" in refused("extend-vocab", tmp_path / "added", out, "--merge-spm", chinese)
+    fast = model / "tokenizer.json"
+    content = json.loads(fast.read_text())
+    content["model"]["merges"].reverse()
+    fast.write_text(json.dumps(content))
+    assert "not in the order of ids" in refused("extend-vocab", model, out, "--merge-spm", chinese)
+    content["model"]["merges"].reverse()
+    content["model"]["vocab"] |= {"<unk>": 1, "<s>": 0}
+    fast.write_text(json.dumps(content))
+    assert "its vocabulary is another one" in refused("extend-vocab", model, out, "--merge-spm", chinese)
+    fast.unlink()
+    shutil.copy(chinese, model / "tokenizer.model")
+    small = make_hf_model(vocab_size=29)
+    small.save_pretrained(model)
+    assert "not a BPE model" in refused("extend-vocab", model, out, "--merge-spm", trained / "tokenizer.model")
+    (model / "tokenizer.model").unlink()
+    shutil.copy(trained / "tokenizer.json", model)
+    assert "has no tokenizer.model" in refused("extend-vocab", model, out, "--merge-spm", chinese)
 
 
 def state(directory: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ Logits of every runner (scanned, unrolled with caches, streamed), the loss and a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,59 +110,6 @@ def gated_layer(state: dict[str, np.ndarray], at: str, norms: dict[str, str]) ->
     mlp = {f"{n}_proj": linear(state, f"{at}.mlp.{n}_proj", (D,), (F,)) for n in ("gate", "up")}
     mlp["down_proj"] = linear(state, f"{at}.mlp.down_proj", (F,), (D,))
     return {ours: norm(state, f"{at}.{theirs}") for ours, theirs in norms.items()} | dict(self_attn=attention, mlp=mlp)
-
-
-def test_gemma_2() -> None:
-    """Caps on the logits and on the scores of attention, whose scale is its own."""
-    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
-    config = gemma.Gemma2Config(
-        vocab_size=V,
-        hidden_size=D,
-        num_hidden_layers=4,
-        num_attention_heads=H,
-        num_key_value_heads=K,
-        head_dim=DIM,
-        intermediate_size=F,
-        query_pre_attn_scalar=20,
-        sliding_window=4,
-        attn_logit_softcapping=1.5,
-        final_logit_softcapping=3.0,
-        rms_norm_eps=1e-6,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-    norms = {
-        "input_layernorm": "input_layernorm",
-        "attention_output_norm": "post_attention_layernorm",
-        "post_attention_layernorm": "pre_feedforward_layernorm",
-        "feed_forward_output_norm": "post_feedforward_layernorm",
-    }
-
-    def params_of(state: dict[str, np.ndarray]) -> Tree:
-        layers = [gated_layer(state, f"model.layers.{n}", norms) for n in range(4)]
-        table = {"embedding": state["model.embed_tokens.weight"]}
-        return {"embed_tokens": table, "norm": norm(state, "model.norm"), "layers": stacked(layers, 2)}
-
-    period = tuple(
-        LayerSpec(
-            AttentionSpec(H, K, DIM, RopeSpec(), window=window, scale=20**-0.5, soft_cap=1.5),
-            FeedForwardSpec(F, "gelu_tanh"),
-            norms="both",
-        )
-        for window in (4, None)
-    )
-    spec = DecoderSpec(
-        "made up",
-        V,
-        D,
-        4,
-        period,
-        NormSpec(1e-6, offset=1.0),
-        tied_head=True,
-        embedding_scale=math.sqrt(D),
-        logits_soft_cap=3.0,
-    )
-    check(gemma.Gemma2ForCausalLM(config), params_of, spec)
 
 
 def test_olmo_2() -> None:

@@ -10,7 +10,20 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import bloom, falcon, granite, llama, mistral, opt, qwen2, qwen3
+from jaxlm.models.families import (
+    bloom,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
 from jaxlm.spec import DecoderSpec, differences
@@ -20,10 +33,14 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3_text.FAMILY,
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
     "falcon": falcon.FAMILY,
+    "phi3": phi3.FAMILY,
 }
 
 # Published shapes by name.
@@ -54,6 +71,8 @@ def _named_family(config: dict[str, Any]) -> Family:
     for family in FAMILIES.values():
         if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
             return family
+        if kind in family.refused:
+            raise UserError(f"config.json: architecture {kind!r} is not supported: {family.refused[kind]}")
     raise UserError(
         f"config.json: architecture {name or config.get('model_type')!r} is not supported; "
         f"supported: {', '.join(architectures())}"

@@ -83,6 +83,7 @@ class Family:
         rows: the name table, in the order of HF's files.
         fused: the stored tensors that hold several leaves.
         aliases: other names of the architecture, and of `model_type` in lower case.
+        refused: architectures that are not read, though a part of them may be of this family -> why, and the way out.
         keys: key of config.json that most families share -> what this family calls it; empty where it has none.
         old_keys: what files of some versions call a key -> the key that most families share.
         reads: keys of `common.UNREAD` that this family's `read` honours.
@@ -98,6 +99,7 @@ class Family:
     rows: tuple[Row, ...]
     fused: tuple[Fused, ...] = ()
     aliases: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     old_keys: Mapping[str, str] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
