@@ -37,6 +37,7 @@ _OPT = dict(
 )
 
 _BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
+_FALCON = dict(vocab_size=37, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
 _GEMMA = dict(sliding_window=4, query_pre_attn_scalar=3)
 _TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
@@ -92,6 +93,14 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "bloom": {
         "plain": _BLOOM,
         "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    },
+    "falcon": {
+        "7b": _FALCON,
+        "40b": _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=2),
+        "11b": _FALCON
+        | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True)
+        | dict(tie_word_embeddings=False, ffn_hidden_size=24),
+        "by_head": _FALCON | dict(multi_query=False, parallel_attn=False, bias=True),
     },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]

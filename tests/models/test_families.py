@@ -118,16 +118,10 @@ def test_names_are_those_of_transformers(family: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_a_config_written_anew_is_what_transformers_reads(family: str, variant: str) -> None:
-    theirs = hf_config(family, variant).to_dict()
-    written = write_config(small_spec(family, variant), "float32")
-    ours = type(hf_config(family, variant))(**written).to_dict()
-    # Dropout is PyTorch's own, and a number of layers with a window says nothing where none has one.
-    unread = {"dropout", "architectures", "dtype", "max_window_layers"}
-    if "layer_types" in theirs:  # nor do a window or rotary positions of a kind that no layer has
-        unread |= {"sliding_window", "rope_parameters"}
-    assert read_config(ours | {"architectures": [FAMILIES[family].architecture]}) == small_spec(family, variant)
-    assert not {key: value for key, value in theirs.items() if ours.get(key) != value and key not in unread}
+def test_a_config_written_anew_says_the_same_to_transformers(family: str, variant: str) -> None:
+    spec = small_spec(family, variant)
+    theirs = type(hf_config(family, variant))(**write_config(spec, "float32")).to_dict()
+    assert read_config(theirs | {"architectures": [FAMILIES[family].architecture]}) == spec
 
 
 def run(*words: object) -> None:

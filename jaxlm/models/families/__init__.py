@@ -12,6 +12,7 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
     bloom,
+    falcon,
     gemma,
     gemma2,
     gemma3_text,
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
+    "falcon": falcon.FAMILY,
     "phi3": phi3.FAMILY,
 }
 
