@@ -60,6 +60,25 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
         "biases": SIZES | _BIASES | _TIED,
     },
+    "olmo2": {"plain": SIZES, "biases": SIZES | _TIED | dict(attention_bias=True)},
+    "olmo3": {
+        "plain": SIZES
+        | dict(
+            num_hidden_layers=5,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+        "biases": SIZES | _TIED | dict(attention_bias=True),
+    },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 

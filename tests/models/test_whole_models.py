@@ -25,7 +25,6 @@ from jaxlm.spec import (
     LayerSpec,
     LearnedPositionsSpec,
     NormSpec,
-    RopeSpec,
 )
 from tests.models.test_layers import linear, norm, state_of
 
@@ -98,19 +97,6 @@ def check(module: Any, params_of: Callable[[dict[str, np.ndarray]], Tree], spec:
 
 def is_box(leaf: Any) -> bool:
     return hasattr(leaf, "value")
-
-
-def gated_layer(state: dict[str, np.ndarray], at: str, norms: dict[str, str]) -> Tree:
-    """A layer with LLaMA's names of its linear layers.
-
-    Args:
-        norms: our name of each norm -> theirs.
-    """
-    attention = {f"{n}_proj": linear(state, f"{at}.self_attn.{n}_proj", (D,), (-1, DIM)) for n in "qkv"}
-    attention["o_proj"] = linear(state, f"{at}.self_attn.o_proj", (H, DIM), (D,))
-    mlp = {f"{n}_proj": linear(state, f"{at}.mlp.{n}_proj", (D,), (F,)) for n in ("gate", "up")}
-    mlp["down_proj"] = linear(state, f"{at}.mlp.down_proj", (F,), (D,))
-    return {ours: norm(state, f"{at}.{theirs}") for ours, theirs in norms.items()} | dict(self_attn=attention, mlp=mlp)
 
 
 @pytest.mark.parametrize("heads", [4, 6])
@@ -243,40 +229,3 @@ def test_positions_of_packed_documents_are_their_own() -> None:
     (states,) = streamed.embedded(spec, lambda path, index: tables[path][index], chunks)
     expected = tables["embed_tokens/embedding"][IDS[:1]] + tables["embed_positions/embedding"][positions + 2]
     np.testing.assert_allclose(states, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_olmo_2() -> None:
-    """Norms of outputs alone, and of q and k over all heads."""
-    olmo = pytest.importorskip("transformers.models.olmo2.modeling_olmo2")
-    config = olmo.Olmo2Config(
-        vocab_size=V,
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=H,
-        num_key_value_heads=K,
-        intermediate_size=F,
-        rms_norm_eps=1e-6,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-    norms = {
-        "attention_output_norm": "post_attention_layernorm",
-        "feed_forward_output_norm": "post_feedforward_layernorm",
-    }
-
-    def params_of(state: dict[str, np.ndarray]) -> Tree:
-        layers = [gated_layer(state, f"model.layers.{n}", norms) for n in range(2)]
-        for n, layer in enumerate(layers):
-            layer["self_attn"] |= {
-                name: norm(state, f"model.layers.{n}.self_attn.{name}") for name in ("q_norm", "k_norm")
-            }
-        return {
-            "embed_tokens": {"embedding": state["model.embed_tokens.weight"]},
-            "lm_head": {"kernel": state["lm_head.weight"]},
-            "norm": norm(state, "model.norm"),
-            "layers": stacked(layers, 1),
-        }
-
-    attention = AttentionSpec(H, K, DIM, RopeSpec(), qk_norm=NormSpec(1e-6), qk_norm_over="all")
-    layer = LayerSpec(attention, FeedForwardSpec(F), norms="post")
-    check(olmo.Olmo2ForCausalLM(config), params_of, DecoderSpec("made up", V, D, 2, (layer,), NormSpec(1e-6)))

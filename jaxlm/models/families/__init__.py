@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import gemma, gemma2, gemma3_text, granite, llama, mistral, qwen2, qwen3
+from jaxlm.models.families import gemma, gemma2, gemma3_text, granite, llama, mistral, olmo2, olmo3, qwen2, qwen3
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
 from jaxlm.spec import DecoderSpec, differences
@@ -24,6 +24,8 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
     "granite": granite.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
 }
 
 # Published shapes by name.
