@@ -102,6 +102,25 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         | dict(tie_word_embeddings=False, ffn_hidden_size=24),
         "by_head": _FALCON | dict(multi_query=False, parallel_attn=False, bias=True),
     },
+    "olmo2": {"plain": SIZES, "biases": SIZES | _TIED | dict(attention_bias=True)},
+    "olmo3": {
+        "plain": SIZES
+        | dict(
+            num_hidden_layers=5,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+        "biases": SIZES | _TIED | dict(attention_bias=True),
+    },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 

@@ -24,7 +24,7 @@ KINDS = {family.architecture: name for name, family in FAMILIES.items()}
 SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=32
 )
-LAYERS_DIFFER = ("gemma2", "gemma3_text")  # by default, so that no field is that of all layers
+LAYERS_DIFFER = ("gemma2", "gemma3_text", "olmo3")  # by default, so that no field is that of all layers
 WINDOWED = ("mistral", "qwen2", "qwen3", "phi3")  # whose configs have a sliding window
 # jaxlm's name of each key of config.json.
 FIELDS = {

@@ -19,6 +19,8 @@ from jaxlm.models.families import (
     granite,
     llama,
     mistral,
+    olmo2,
+    olmo3,
     opt,
     phi3,
     qwen2,
@@ -41,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "bloom": bloom.FAMILY,
     "falcon": falcon.FAMILY,
     "phi3": phi3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
 }
 
 # Published shapes by name.
