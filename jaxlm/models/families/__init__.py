@@ -12,9 +12,12 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
     bloom,
+    chatglm,
     gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     granite,
     llama,
     mistral,
@@ -39,6 +42,9 @@ FAMILIES: dict[str, Family] = {
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
     "phi3": phi3.FAMILY,
+    "glm": glm.FAMILY,
+    "glm4": glm4.FAMILY,
+    "chatglm": chatglm.FAMILY,
 }
 
 # Published shapes by name.
