@@ -29,7 +29,7 @@ from jaxlm.weights.names import (
     peft_entries,
 )
 from tests.convert.tiny import make_adapter
-from tests.models.small import SMALL, VARIANTS, hf_config, hf_model, small_spec
+from tests.models.small import OWN, SMALL, VARIANTS, hf_config, hf_model, small_spec
 
 EXPERTS = ExpertsSpec(4, "learned", top_k=(2,))
 # Families whose feed-forward layers can be divided into experts, and whose layers are named as LLaMA's.
@@ -46,7 +46,7 @@ def alternating(spec: DecoderSpec) -> DecoderSpec:
 
 def shapes(family: str) -> dict[str, DecoderSpec]:
     """Small models of a family: every variant and, where it can be so, of experts and with layers that differ."""
-    specs = {variant: small_spec(family, variant) for variant in SMALL[family]}
+    specs = {variant: small_spec(family, variant) for variant in {**SMALL, **OWN}[family]}
     if family in LIKE_LLAMA:
         plain = small_spec(family)
         specs |= {"experts": plain.with_experts(EXPERTS), "alternating": alternating(plain)}
@@ -128,7 +128,7 @@ def run(*words: object) -> None:
     assert main([str(word) for word in words]) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SMALL)
 def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path) -> None:
     """config.json as transformers reads it, and every tensor."""
     transformers = pytest.importorskip("transformers")

@@ -12,10 +12,13 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
     bloom,
+    chatglm,
     falcon,
     gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     granite,
     llama,
     mistral,
@@ -45,6 +48,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
+    "glm": glm.FAMILY,
+    "glm4": glm4.FAMILY,
+    "chatglm": chatglm.FAMILY,
 }
 
 # Published shapes by name.
