@@ -31,7 +31,7 @@ STRIP_ROWS = 64
 PEFT_PREFIX = "base_model.model."
 
 # Buffers that old transformers versions stored beside the weights; they are recomputed from the configuration.
-BUFFERS = r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias"
+BUFFERS = r"(.*\.)?rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias"
 
 
 @dataclass(frozen=True)
