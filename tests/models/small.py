@@ -46,7 +46,8 @@ _TWO_ROPES = {
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 # Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
 _PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.7)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=2 / 3)
+_GLM = SIZES | dict(head_dim=8, eos_token_id=2, pad_token_id=None)
 _LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
@@ -59,6 +60,13 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "window": _PHI3 | dict(sliding_window=5),
         "partial": _PHI3 | _TIED | dict(rope_parameters=_PARTIAL),
         "longrope": _PHI3 | dict(rope_parameters=_LONGROPE, original_max_position_embeddings=8),
+    },
+    **{
+        name: {
+            "plain": _GLM,
+            "whole heads": _GLM | _TIED | dict(attention_bias=False, partial_rotary_factor=1.0, rms_norm_eps=1e-5),
+        }
+        for name in ("glm", "glm4")
     },
     "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
     "gemma": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True, tie_word_embeddings=False)},
@@ -102,12 +110,55 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         | dict(tie_word_embeddings=False, ffn_hidden_size=24),
         "by_head": _FALCON | dict(multi_query=False, parallel_attn=False, bias=True),
     },
+    "olmo2": {"plain": SIZES, "biases": SIZES | _TIED | dict(attention_bias=True)},
+    "olmo3": {
+        "plain": SIZES
+        | dict(
+            num_hidden_layers=5,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+        "biases": SIZES | _TIED | dict(attention_bias=True),
+    },
+}
+# Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "chatglm": {
+        "plain": dict(
+            architectures=["ChatGLMModel"],
+            model_type="chatglm",
+            padded_vocab_size=37,
+            hidden_size=16,
+            ffn_hidden_size=24,
+            num_layers=3,
+            num_attention_heads=4,
+            multi_query_attention=True,
+            multi_query_group_num=2,
+            kv_channels=8,
+            seq_length=64,
+            layernorm_epsilon=1e-5,
+            add_qkv_bias=True,
+            rope_ratio=50,
+            eos_token_id=2,
+        ),
+    },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 
 
 def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
-    """The spec of a small model, read from the config.json that transformers writes."""
+    """The spec of a small model, read from the config.json that transformers writes, or from one of OWN."""
+    if family in OWN:
+        return read_config((OWN[family][variant] if variant else next(iter(OWN[family].values()))) | more)
     return read_config(
         hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
     )

@@ -12,13 +12,18 @@ from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
     bloom,
+    chatglm,
     falcon,
     gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     granite,
     llama,
     mistral,
+    olmo2,
+    olmo3,
     opt,
     phi3,
     qwen2,
@@ -41,6 +46,11 @@ FAMILIES: dict[str, Family] = {
     "bloom": bloom.FAMILY,
     "falcon": falcon.FAMILY,
     "phi3": phi3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
+    "glm": glm.FAMILY,
+    "glm4": glm4.FAMILY,
+    "chatglm": chatglm.FAMILY,
 }
 
 # Published shapes by name.
