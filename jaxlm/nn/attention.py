@@ -101,17 +101,17 @@ class MaskSpec:
             mask = near if mask is None else mask & near
         mask = None if mask is None else mask[None, None]
         if self.segment_ids is not None:
-            same = self.same_segment(slice(q_start, q_end), slice(k_start, k_end))[:, None]
+            same = self.same_segment(np.s_[:, None, q_start:q_end, None], np.s_[:, None, None, k_start:k_end])
             mask = same if mask is None else mask & same
         return mask
 
-    def same_segment(self, rows: slice, cols: slice) -> jax.Array:
-        """Whether a query and a key are of one segment, [B, q, k] bool; there are segment ids."""
+    def same_segment(self, rows: Any, cols: Any) -> jax.Array:
+        """Whether a query and a key are of one segment, bool; `rows` and `cols` index the ids, which there are."""
         assert self.segment_ids is not None
-        queries = self.segment_ids[:, rows, None]
+        queries = self.segment_ids[rows]
         if self.key_segment_ids is None:
-            return queries == self.segment_ids[:, None, cols]
-        keys = self.key_segment_ids[:, None, cols]
+            return queries == self.segment_ids[cols]
+        keys = self.key_segment_ids[cols]
         return (queries == keys) & (keys != 0)
 
 
@@ -225,7 +225,7 @@ def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
     keys = x[:, :, cols]
     if mask.segment_ids is None:
         return keys  # such keys are not among `cols`
-    same = mask.same_segment(rows, cols)
+    same = mask.same_segment(np.s_[:, rows, None], np.s_[:, None, cols])
     return jnp.where(same.any(axis=1)[:, None, :, None], keys, jnp.zeros((), x.dtype))
 
 

@@ -37,6 +37,7 @@ _OPT = dict(
 )
 
 _BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
+_FALCON = dict(vocab_size=37, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
 _GEMMA = dict(sliding_window=4, query_pre_attn_scalar=3)
 _TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
@@ -45,8 +46,8 @@ _TWO_ROPES = {
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 # Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
 _PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=2 / 3)
 _GLM = SIZES | dict(head_dim=8, eos_token_id=2, pad_token_id=None)
-_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.7)
 _LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
@@ -100,6 +101,33 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "bloom": {
         "plain": _BLOOM,
         "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    },
+    "falcon": {
+        "7b": _FALCON,
+        "40b": _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=2),
+        "11b": _FALCON
+        | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True)
+        | dict(tie_word_embeddings=False, ffn_hidden_size=24),
+        "by_head": _FALCON | dict(multi_query=False, parallel_attn=False, bias=True),
+    },
+    "olmo2": {"plain": SIZES, "biases": SIZES | _TIED | dict(attention_bias=True)},
+    "olmo3": {
+        "plain": SIZES
+        | dict(
+            num_hidden_layers=5,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+        "biases": SIZES | _TIED | dict(attention_bias=True),
     },
 }
 _PLAIN = {key: value for key, value in SIZES.items() if key != "head_dim"}
