@@ -25,14 +25,14 @@ from jaxlm.errors import UserError
 from jaxlm.jsonfields import build
 
 DEFAULT_THETA = 10000.0
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROUTERS = ("activation", "activation_released", "learned", "modality")
 LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "layer")
 PARALLEL = ("own_norm", "shared_norm")
-NORM_PLACES = ("pre", "post", "both")
+NORM_PLACES = ("pre", "post", "both", "sum")
 QK_NORM_OVER = ("head", "all")
 ENCODER = "encoder/"  # where the paths of an encoder's leaves begin
 
@@ -75,7 +75,9 @@ class RopeSpec:
     """Rotary position embedding.
 
     Source: transformers `modeling_rope_utils.py`, whose field names these are; llama3 from Meta's LLaMA 3.1 release;
-    yarn from arXiv:2309.00071; dynamic NTK and linear scaling as LLaMA's forks use them.
+    yarn from arXiv:2309.00071; dynamic NTK and linear scaling as LLaMA's forks use them; longrope from
+    arXiv:2402.13753: texts of more than `original_max_position_embeddings` tokens are turned by `long_factor`, all
+    others by `short_factor`, which have a number for each pair of dims that turns.
     """
 
     rope_type: str = "default"
@@ -90,18 +92,36 @@ class RopeSpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope: rope_type {self.rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
         if not self.rope_theta > 0:
             raise UserError(f"rope: rope_theta is {self.rope_theta!r}; expected a positive number")
-        if self.rope_type != "default" and self.factor is None:
-            raise UserError(f"rope: rope_type {self.rope_type!r} needs a 'factor'")
-        if self.rope_type == "llama3":
-            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                if getattr(self, name) is None:
-                    raise UserError(f"rope: rope_type 'llama3' needs {name!r}")
+        for name in _NEEDED.get(self.rope_type, ("factor",)):
+            if getattr(self, name) is None:
+                raise UserError(f"rope: rope_type {self.rope_type!r} needs a {name!r}")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if (factors is not None) != (self.rope_type == "longrope"):
+                raise UserError(f"rope: {name} belongs to rope_type 'longrope', not to {self.rope_type!r}")
+            if factors is not None and not all(factor > 0 for factor in factors):
+                raise UserError(f"rope: {name} is {list(factors)}; expected positive numbers")
+
+    @property
+    def switch_length(self) -> int | None:
+        """The longest text that `short_factor` turns; None where frequencies do not change at once."""
+        return self.original_max_position_embeddings if self.rope_type == "longrope" else None
+
+
+# rope_type -> the parameters that it cannot do without; of the others it is `factor`.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -211,6 +231,11 @@ class AttentionSpec:
             raise UserError(f"config: qk_norm_over {self.qk_norm_over!r} is not one of {', '.join(QK_NORM_OVER)}")
         if self.rope is not None and self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        for name in ("short_factor", "long_factor"):
+            factors = None if self.rope is None else getattr(self.rope, name)
+            if factors is not None and len(factors) != pairs:
+                raise UserError(f"rope: {name} has {len(factors)} numbers; {pairs} pairs of dims turn")
         if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
             raise UserError("config: rotary_dim and rotary_interleaved describe rotary positions, but rope is null")
         if self.rope is not None and self.alibi:
@@ -333,8 +358,8 @@ class LayerSpec:
 
     Args:
         norms: pre: attention and feed-forward see a norm of the hidden states (LLaMA); post: they see the hidden states
-            themselves, and what they give has a norm before it is added (OLMo 2), which is not BERT's norm of the sum;
-            both: what they see and what they give have one (Gemma 2).
+            themselves, and what they give has a norm before it is added (OLMo 2); both: what they see and what they
+            give have one (Gemma 2); sum: they see the hidden states themselves, and the sum has a norm (BERT).
         parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
         residual_scale: what attention and feed-forward give is multiplied with it before it is added (Granite); None
@@ -353,8 +378,10 @@ class LayerSpec:
         _check_positive(self, ("residual_scale",))
         if self.norms not in NORM_PLACES:
             raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
-        if self.norms == "post" and self.parallel is not None:
-            raise UserError(f"config: parallel {self.parallel!r} names a norm before the layers; norms 'post' has none")
+        if not self.norm_before and self.parallel is not None:
+            raise UserError(
+                f"config: parallel {self.parallel!r} names a norm before the layers; norms {self.norms!r} has none"
+            )
         if self.parallel not in (None, *PARALLEL):
             raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
         cross = self.cross_attention
@@ -373,6 +400,16 @@ class LayerSpec:
                 "window and qk_norm to none"
             )
 
+    @property
+    def norm_before(self) -> bool:
+        """Whether attention and feed-forward see a norm of the hidden states."""
+        return self.norms in ("pre", "both")
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether what they give, or its sum with the hidden states, has a norm."""
+        return self.norms != "pre"
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -387,6 +424,10 @@ class Stack:
     path: str
     layer: LayerSpec
     numbers: range
+
+    def leaf(self, path: str) -> str:
+        """The whole path of a leaf, given as a row of the name table has it."""
+        return f"{self.path}/{path.removeprefix(ENCODER)}"
 
 
 def is_stacked(path: str) -> bool:
@@ -480,11 +521,16 @@ class DecoderSpec(_Layered):
         norm: of every layer, and of the last hidden states.
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
-        learned_positions: vectors of positions, added to the scaled embedding; None for none.
+        learned_positions: vectors of positions [.., D], added to the scaled embedding; None for none.
         embedding_norm: whether there is a norm behind the embedding.
         logits_scale: what logits are multiplied with, before the cap: the last hidden states are, behind their norm, in
             the compute dtype (T5's d**-0.5; Granite's divisor, inverted); None for nothing.
+        embedding_size: dims of a token's embedding and of the output matrix, where they are not D: a matrix without a
+            bias turns an embedding into a hidden state, another the last hidden state into what the output matrix
+            takes (OPT-350m); None for D.
+        final_norm: whether the last hidden states have a norm.
         logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
+        normed_head: each row of the output matrix is divided by its length (Baichuan 2).
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
         encoder: reads the source; None for a decoder alone.
@@ -502,18 +548,22 @@ class DecoderSpec(_Layered):
     embedding_norm: bool = False
     logits_soft_cap: float | None = None
     logits_scale: float | None = None
+    normed_head: bool = False
     learned_positions: LearnedPositionsSpec | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    embedding_size: int | None = None
+    final_norm: bool = True
     encoder: EncoderSpec | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, (*sizes, "logits_soft_cap", "logits_scale"), zero=("num_layers",))
+        numbers = ("logits_soft_cap", "logits_scale", "embedding_size")
+        _check_positive(self, (*sizes, *numbers), zero=("num_layers",))
         self._check_layers()
         if len({layer.feed_forward.experts for layer in self.period} - {None}) > 1:
             raise UserError("config: layers are divided into experts in different ways; they must share one division")
@@ -533,6 +583,13 @@ class DecoderSpec(_Layered):
         """
         if self.encoder is not None:
             raise UserError(f"{what}: a {self.family} model has an encoder, which is not supported here")
+
+    def part(self, encoder: bool) -> DecoderSpec | EncoderSpec:
+        """The layers of the decoder, or those of its encoder."""
+        if not encoder:
+            return self
+        assert self.encoder is not None
+        return self.encoder
 
     @property
     def total_layers(self) -> int:
@@ -596,10 +653,28 @@ class DecoderSpec(_Layered):
         return self.experts is not None and self.experts.router == "learned"
 
     @property
+    def embedding_dims(self) -> int:
+        """Number of dims of a token's embedding and of the output matrix."""
+        return self.embedding_size or self.hidden_size
+
+    @property
     def max_length(self) -> int:
         """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
         longest = min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
         return longest if self.learned_positions is None else min(longest, self.learned_positions.num_positions)
+
+    @property
+    def switch_length(self) -> int | None:
+        """`RopeSpec.switch_length` of the layers, None where no layer has one: what a cache holds of a text ends there.
+
+        Raises:
+            UserError: it differs between layers.
+        """
+        ropes = (layer.attention.rope for layer in self.period)
+        lengths = {rope.switch_length for rope in ropes if rope is not None} - {None}
+        if len(lengths) > 1:
+            raise UserError(f"config: original_max_position_embeddings of longrope differs between layers: {lengths}")
+        return next(iter(lengths), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
