@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = dict(
 )
 NO_NULL_KV_HEADS = ("MistralForCausalLM", "GemmaForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM")
 LAYERS_DIFFER = ("gemma2", "gemma3_text", "olmo3")  # by default, so that no field is that of all layers
+OTHERS = (*LAYERS_DIFFER, *WITH_ENCODER)
 WINDOWED = ("mistral", "qwen2", "qwen3", "phi3")  # whose configs have a sliding window
 # jaxlm's name of each key of config.json.
 FIELDS = {
@@ -80,7 +81,7 @@ def assert_same(found: DecoderSpec, want: Any) -> None:
     assert given == expected
 
 
-@pytest.mark.parametrize("architecture", [name for name, family in KINDS.items() if family not in LAYERS_DIFFER])
+@pytest.mark.parametrize("architecture", [name for name, family in KINDS.items() if family not in OTHERS])
 def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) -> None:
     """All missing at once, and each alone: null where transformers takes it."""
     sizes = named(architecture, **SIZES)

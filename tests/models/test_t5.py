@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from convert.commands.main import main
-from jaxlm.config import Decoding, MeshConfig
+from jaxlm.config import Decoding, LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import unstack
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
+from jaxlm.models.encoder_decoder import read_sources
 from jaxlm.models.families import SHAPES, read_config, write_config
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.names import num_params
@@ -254,3 +256,111 @@ def test_what_a_configuration_cannot_say(changes: dict[str, Any], message: str) 
     values = write_config(config, "float32") | changes
     with pytest.raises(UserError, match=message):
         read_config(values)
+
+
+LORA: dict[str, dict[str, Any]] = {
+    # Encoder, decoder and cross-attention have linear layers of one name; the encoder has a layer more.
+    "q and v": dict(targets=("q", "v"), rank_pattern={"decoder.block.1.layer.0.SelfAttention.q": 3}),
+    "all, dora": dict(targets=("all-linear",), dora=True, alpha_pattern={"EncDecAttention.k": 9.0}),
+    "wi_0 and wo, rslora": dict(targets=("wi_0", "wo"), rslora=True, rank_pattern={r"encoder\..*wo": 4}),
+}
+
+
+def adapted(module: Any, config: LoraConfig, seed: int = 1) -> Any:
+    """transformers' model with PEFT's adapter, every factor random."""
+    peft = pytest.importorskip("peft")
+    targets = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"] if config.targets == ("all-linear",) else list(config.targets)
+    model = peft.get_peft_model(
+        module,
+        peft.LoraConfig(
+            task_type="SEQ_2_SEQ_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=0.0,
+            target_modules=targets,
+            rank_pattern=dict(config.rank_pattern),
+            alpha_pattern=dict(config.alpha_pattern),
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+        ),
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tree_from(source: Any) -> dict[str, Any]:
+    """All leaves of a source."""
+    tree: dict[str, Any] = {}
+    for path in source.leaves:
+        *parents, name = path.split("/")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[name] = source.read(path, ()).astype(np.float32)
+    return tree
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_adapters_are_those_of_peft(case: str, tmp_path: Path) -> None:
+    """Logits, the gradient of every factor, files there and back, and the merged model's logits."""
+    from safetensors.numpy import load_file, save_file
+
+    from convert.source import open_adapter, open_model
+
+    config = LoraConfig(**({"rank": 2, "alpha": 5.0} | LORA[case]))
+    module, spec, params = random_model("t5", "gated", std=0.3)
+    module.save_pretrained(tmp_path / "hf")
+    model = adapted(module, config)
+    model.save_pretrained(tmp_path / "peft")
+    run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "hf")
+    run("jax-to-peft", tmp_path / "jax", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
+    assert before.keys() == after.keys() and all(np.array_equal(value, after[name]) for name, value in before.items())
+
+    adapter = open_adapter(tmp_path / "jax", open_model(tmp_path / "hf"))
+    specs = resolve_lora(spec, adapter.lora, adapter.layers)
+    assert specs == resolve_lora(spec, config)
+    rng = np.random.default_rng(2)
+    source, target = rng.integers(2, V, (2, 9)), rng.integers(2, V, (2, 7))
+    target[:, 0] = 0
+    logits = model(input_ids=torch.from_numpy(source), decoder_input_ids=torch.from_numpy(target)).logits
+    labels = torch.from_numpy(target[:, 1:])
+    torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, V), labels.reshape(-1), reduction="sum").backward()
+    gradients = {
+        name.replace(".default", "").replace("vector.weight", "vector"): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    assert gradients.keys() == before.keys()
+    save_file({name: np.ascontiguousarray(value) for name, value in gradients.items()}, tmp_path / "gradients")
+    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes((tmp_path / "gradients").read_bytes())
+    wanted = tree_from(open_adapter(tmp_path / "peft", open_model(tmp_path / "hf")))
+
+    decoder, batch = Decoder(spec, specs), dict(input_ids=target.astype(np.int32), encoder_ids=source.astype(np.int32))
+
+    def loss(lora: Any) -> tuple[jax.Array, jax.Array]:
+        variables, weights = {"params": params, "lora": lora}, np.ones(target.shape, np.float32)
+        out = decoder.apply(variables, weights=weights, **batch, method="loss")
+        return out.loss, decoder.apply(variables, **batch)
+
+    (_, found), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(tree_from(adapter))
+    expected = logits.detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    plain = decoder.clone(adapters={}).apply({"params": params}, **batch)
+    assert np.abs(expected - plain).max() > 0.1
+    assert jax.tree.structure(grads) == jax.tree.structure(wanted)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True)
+    for (path, grad), leaf in pairs:
+        np.testing.assert_allclose(grad, leaf, rtol=0, atol=1e-3 * np.abs(leaf).max(), err_msg=str(path))
+
+    by_layer = unstack({"params": params, "lora": tree_from(adapter)}, spec)
+    first, _ = read_sources(decoder, by_layer, jnp.asarray(batch["encoder_ids"]), jnp.array([9, 9]), 16)
+    np.testing.assert_allclose(first, found[:, 0], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    run("merge", tmp_path / "hf", tmp_path / "jax", tmp_path / "merged")
+    merged = tree_from(open_model(tmp_path / "merged"))
+    np.testing.assert_allclose(decoder.clone(adapters={}).apply({"params": merged}, **batch), found, atol=1e-4)
