@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.formats.chat_template import TrainedTemplate, trained_template_or_name, write_chat_template
+from convert.formats.chatglm import is_chatglm, rewrite_tokenizer
 from convert.formats.hf_experts import hf_layout, write_hf
 from convert.formats.meta import MetaSource, write_meta
 from convert.formats.mindspore import DEFAULT_ALPHA, MindSporeSource, check_experts, find_config, write_mindspore
@@ -387,6 +388,8 @@ def _write_model(
     directory = output.directory
     if form == "hf":
         write_hf(source, directory, options.shard_size, output, options.layout)
+        if is_chatglm(directory):
+            rewrite_tokenizer(directory)
         return _add_tokenizer_json(source, directory) if from_meta else ()
     if form == "jax":
         native.write_model(source, directory, output)

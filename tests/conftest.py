@@ -33,6 +33,20 @@ settings.register_profile("jaxlm", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("jaxlm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix", action="store_true", help="write docs/models.md from what tests/models/test_matrix.py finds"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--matrix"):
+        from tests.models.matrix import Matrix
+
+        config.option.markexpr = ""  # the slow ones too
+        config.pluginmanager.register(Matrix())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no worker is left with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is None)

@@ -151,8 +151,8 @@ def check_mixtral(source: ParamSource) -> None:
         )
     if moe.weights != "k_times":
         raise UserError(
-            f"--layout mixtral: the weights of a token's experts in {source.path} are {moe.weights}; what is written in "
-            "it has k_times the softmax over them, as `convert moefy` makes it"
+            f"--layout mixtral: the weights of a token's experts in {source.path} are {moe.weights}; what is written "
+            "in it has k_times the softmax over them, as `convert moefy` makes it"
         )
     if len(set(moe.top_k)) > 1:
         used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))

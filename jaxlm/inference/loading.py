@@ -196,7 +196,7 @@ def auto_mesh(spec: DecoderSpec, devices: int) -> MeshConfig:
 
 def _stop_ids(source: ParamSource, tokenizer: Tokenizer) -> list[int]:
     """Ids that end an answer: those of config.json, generation_config.json and the tokenizer."""
-    named: list[Any] = [source.config.eos_token_id, tokenizer.eos_id]
+    named: list[Any] = [source.config.eos_token_id, tokenizer.end_ids]
     for file in source.tokenizer_files:
         if file.name == "generation_config.json":
             own = read_object(file).get("eos_token_id")

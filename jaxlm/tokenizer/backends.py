@@ -37,12 +37,14 @@ class Backend(Protocol):
         size: largest id + 1.
         special_ids: ids that decode(skip_special=True) leaves out.
         opening, closing: ids that its own rule puts in front of a text and behind it; None: it has no such rule.
+        rule: what that rule is called.
     """
 
     size: int
     special_ids: frozenset[int]
     opening: tuple[int, ...] | None
     closing: tuple[int, ...] | None
+    rule: str
 
     def encode(
         self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
@@ -65,6 +67,7 @@ class SentencePiece:
 
     opening: tuple[int, ...] | None = None
     closing: tuple[int, ...] | None = None
+    rule = "LLaMA's rule for a SentencePiece model"
 
     def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str], legacy: bool) -> None:
         self.model = read_sentencepiece(path)
@@ -256,6 +259,7 @@ class Fast:
 
     opening: tuple[int, ...] | None
     closing: tuple[int, ...] | None
+    rule = "the post_processor of tokenizer.json"
 
     def __init__(
         self, path: Path, content: Mapping[str, Any], added: Sequence[AddedToken], special: Sequence[str]

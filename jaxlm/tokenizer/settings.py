@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Settings:
         legacy: LlamaTokenizer's: whether SentencePiece puts its space in front of what follows a special token too.
         end_ids: ids that end an answer by generation_config.json.
         tokenizer_class: transformers' class, without "Fast" at its end; empty where it is not named.
+        name: what the tokenizer came from (name_or_path), and where its code lies; empty where it is not named.
         add_prefix_space: GPT2Tokenizer's: whether a space is put in front of a text.
     """
 
@@ -48,6 +50,7 @@ class Settings:
     legacy: bool
     end_ids: tuple[int, ...]
     tokenizer_class: str
+    name: str
     add_prefix_space: bool
 
 
@@ -89,6 +92,7 @@ def read_settings(directory: Path, names: Sequence[str]) -> Settings:
         legacy=flags["legacy"] is not False,
         end_ids=ends,
         tokenizer_class=str(config.get("tokenizer_class") or "").removesuffix("Fast"),
+        name=f"{config.get('name_or_path') or ''} {json.dumps(config.get('auto_map') or '')}",
         add_prefix_space=flags["add_prefix_space"] is True,
     )
 

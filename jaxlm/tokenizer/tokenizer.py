@@ -11,6 +11,7 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
+from jaxlm.tokenizer import chatglm
 from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, read_fast, read_gpt2
 from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
 from jaxlm.tokenizer.files import find_tokenizer_files, main_file
@@ -226,10 +227,9 @@ def _surroundings(settings: Settings, backend: Backend, eos: int | None) -> tupl
     model says nothing, so there LLaMA's rule holds: bos, but no eos. (transformers 5 asks the post-processor alone
     where there is a tokenizer.json; earlier ones asked both, depending on the class.)
     """
-    if backend.opening is None or backend.closing is None:
-        bos, eos_too, why = True, False, "LLaMA's rule for a SentencePiece model"
-    else:
-        bos, eos_too, why = bool(backend.opening), eos in backend.closing, "the post_processor of tokenizer.json"
+    bos, eos_too, why = True, False, backend.rule
+    if backend.opening is not None and backend.closing is not None:
+        bos, eos_too = bool(backend.opening), eos in backend.closing
     said = [
         f"{name}: {str(value).lower()}"
         for name, value in (("add_bos_token", settings.add_bos), ("add_eos_token", settings.add_eos))
@@ -302,6 +302,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend = Fast(main, content, added, settings.special)
     elif main.suffix == ".json":
         backend = Fast(main, read_fast(main), added, settings.special)
+    elif main.suffix == ".model" and settings.tokenizer_class == chatglm.CLASS:
+        own = chatglm.ChatGLM(main, added)
+        backend, settings = own, chatglm.chat_settings(settings, own)
     elif main.suffix == ".model":
         backend = SentencePiece(main, added, settings.special, settings.legacy)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxlm.errors import UserError
@@ -81,27 +81,37 @@ def train_sentencepiece(files: Sequence[Path], vocab_size: int, directory: Path)
     return load_tokenizer(directory)
 
 
-def _write_fast_files(directory: Path) -> None:
-    """Writes tokenizer.json and tokenizer_config.json for the SentencePiece BPE model in `directory`.
+def sentencepiece_merges(scores: Mapping[str, float], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs of a SentencePiece BPE model in the order that the `tokenizers` library wants.
 
-    SentencePiece merges the pair whose piece has the best score; `tokenizers` wants the pairs in that order.
+    SentencePiece merges the pair whose piece has the best score.
+
+    Args:
+        scores: ordinary pieces with their scores.
+        vocabulary: all pieces with their ids.
     """
+    merges: list[tuple[str, str]] = []
+    for piece, _ in sorted(scores.items(), key=lambda item: -item[1]):
+        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    return merges
+
+
+def _write_fast_files(directory: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json for the SentencePiece BPE model in `directory`."""
     import sentencepiece
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     vocabulary = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    merges: list[tuple[str, str]] = []
-    ordinary = [
-        (model.get_score(i), piece)
+    ordinary = {
+        piece: model.get_score(i)
         for piece, i in vocabulary.items()
         if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-    ]
-    for _, piece in sorted(ordinary, key=lambda item: -item[0]):
-        splits = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-        known = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    }
+    merges = sentencepiece_merges(ordinary, vocabulary)
     fast = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )

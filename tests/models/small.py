@@ -24,18 +24,50 @@ SIZES: dict[str, Any] = dict(
 )
 _BIASES = dict(attention_bias=True, mlp_bias=True)
 _TIED = dict(tie_word_embeddings=True)
+_OPT = dict(
+    vocab_size=37,
+    hidden_size=16,
+    ffn_dim=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=24,
+    word_embed_proj_dim=16,
+    dropout=0.0,
+    pad_token_id=None,  # its embedding would have no gradient
+)
+
+_BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
+_FALCON = dict(vocab_size=37, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
 _GEMMA = dict(sliding_window=4, query_pre_attn_scalar=3)
 _TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
 }
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+# Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
+_PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=2 / 3)
+_GLM = SIZES | dict(head_dim=8, eos_token_id=2, pad_token_id=None)
+_LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"plain": SIZES, "biases": SIZES | _BIASES, "tied": SIZES | _TIED},
     "mistral": {"plain": SIZES, "tied": SIZES | _TIED, "window": SIZES | dict(sliding_window=5)},
     "qwen2": {"plain": SIZES, "tied": SIZES | _TIED},
+    "phi3": {
+        "plain": _PHI3,
+        "window": _PHI3 | dict(sliding_window=5),
+        "partial": _PHI3 | _TIED | dict(rope_parameters=_PARTIAL),
+        "longrope": _PHI3 | dict(rope_parameters=_LONGROPE, original_max_position_embeddings=8),
+    },
+    **{
+        name: {
+            "plain": _GLM,
+            "whole heads": _GLM | _TIED | dict(attention_bias=False, partial_rotary_factor=1.0, rms_norm_eps=1e-5),
+        }
+        for name in ("glm", "glm4")
+    },
     "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
     "gemma": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True, tie_word_embeddings=False)},
     "gemma2": {
@@ -60,6 +92,24 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
         "biases": SIZES | _BIASES | _TIED,
     },
+    "opt": {
+        "plain": _OPT,
+        "no_biases": _OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
+        "350m": _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=10),
+        "untied": _OPT | dict(_remove_final_layer_norm=True, word_embed_proj_dim=10, tie_word_embeddings=False),
+    },
+    "bloom": {
+        "plain": _BLOOM,
+        "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    },
+    "falcon": {
+        "7b": _FALCON,
+        "40b": _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=2),
+        "11b": _FALCON
+        | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True)
+        | dict(tie_word_embeddings=False, ffn_hidden_size=24),
+        "by_head": _FALCON | dict(multi_query=False, parallel_attn=False, bias=True),
+    },
     "olmo2": {"plain": SIZES, "biases": SIZES | _TIED | dict(attention_bias=True)},
     "olmo3": {
         "plain": SIZES
@@ -80,11 +130,35 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "biases": SIZES | _TIED | dict(attention_bias=True),
     },
 }
+# Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "chatglm": {
+        "plain": dict(
+            architectures=["ChatGLMModel"],
+            model_type="chatglm",
+            padded_vocab_size=37,
+            hidden_size=16,
+            ffn_hidden_size=24,
+            num_layers=3,
+            num_attention_heads=4,
+            multi_query_attention=True,
+            multi_query_group_num=2,
+            kv_channels=8,
+            seq_length=64,
+            layernorm_epsilon=1e-5,
+            add_qkv_bias=True,
+            rope_ratio=50,
+            eos_token_id=2,
+        ),
+    },
+}
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 
 
 def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
-    """The spec of a small model, read from the config.json that transformers writes."""
+    """The spec of a small model, read from the config.json that transformers writes, or from one of OWN."""
+    if family in OWN:
+        return read_config((OWN[family][variant] if variant else next(iter(OWN[family].values()))) | more)
     return read_config(
         hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
     )

@@ -26,7 +26,6 @@ def rope(rope_type: str, **more: Any) -> dict[str, Any]:
 YARN = dict(rope_theta=100.0, factor=4.0, original_max_position_embeddings=64, beta_fast=8.0, beta_slow=0.5)
 # name: (architecture, rows, length, options of the HF config)
 CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", 2, 24, {}),
     "mha": ("LlamaForCausalLM", 2, 24, dict(num_key_value_heads=4, head_dim=12)),
     "mqa-tied": ("LlamaForCausalLM", 2, 24, dict(num_key_value_heads=1, tie_word_embeddings=True)),
     "biases": ("LlamaForCausalLM", 2, 24, dict(attention_bias=True, mlp_bias=True)),
@@ -61,21 +60,19 @@ CASES: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     ),
     "mistral": ("MistralForCausalLM", 2, 24, dict(sliding_window=7)),
     "mistral-blocks": ("MistralForCausalLM", 1, 300, dict(sliding_window=37, head_dim=16)),
-    "qwen2": ("Qwen2ForCausalLM", 2, 24, {}),
     "qwen2-tied-window": (
         "Qwen2ForCausalLM",
         2,
         24,
         dict(tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=0),
     ),
-    # Heads of 10 do not fill D.
-    "qwen3": ("Qwen3ForCausalLM", 2, 24, dict(head_dim=10)),
     "qwen3-biases-tied": (
         "Qwen3ForCausalLM",
         2,
         24,
         dict(head_dim=12, attention_bias=True, tie_word_embeddings=True, num_key_value_heads=1),
     ),
+    # Heads of 10 do not fill D.
     "qwen3-window": (
         "Qwen3ForCausalLM",
         2,

@@ -11,14 +11,21 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
+    bloom,
+    chatglm,
+    falcon,
     gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     granite,
     llama,
     mistral,
     olmo2,
     olmo3,
+    opt,
+    phi3,
     qwen2,
     qwen3,
     qwen3_moe,
@@ -37,8 +44,15 @@ FAMILIES: dict[str, Family] = {
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
     "granite": granite.FAMILY,
+    "opt": opt.FAMILY,
+    "bloom": bloom.FAMILY,
+    "falcon": falcon.FAMILY,
+    "phi3": phi3.FAMILY,
     "olmo2": olmo2.FAMILY,
     "olmo3": olmo3.FAMILY,
+    "glm": glm.FAMILY,
+    "glm4": glm4.FAMILY,
+    "chatglm": chatglm.FAMILY,
 }
 
 # Published shapes by name.
@@ -84,10 +98,17 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
         UserError: for an architecture or a key that is not supported, and for values that no model can have.
     """
     family = _named_family(config)
-    usual = {theirs: ours for ours, theirs in family.keys.items()}
-    given = {usual.get(key, key): value for key, value in config.items()}
-    # A null says as little as a missing key where these are sizes.
-    given = {key: value for key, value in given.items() if value is not None or key not in _SIZES_WITH_DEFAULTS}
+    usual = {**{theirs: ours for ours, theirs in family.keys.items() if theirs}, **family.old_keys}
+    given: dict[str, Any] = {}
+    for theirs, value in config.items():
+        key = usual.get(theirs, theirs)
+        # A null says as little as a missing key where these are sizes, or where another spelling says more.
+        if value is None and (key in _SIZES_WITH_DEFAULTS or key in given):
+            continue
+        if given.get(key) is not None and given[key] != value:
+            other = next(name for name in config if usual.get(name, name) == key)
+            raise UserError(f"config.json: {other} is {given[key]!r} and {theirs} is {value!r}; they mean the same")
+        given[key] = value
     config = {**family.defaults, **given}
     check_values(config, family)
     return family.read(config)

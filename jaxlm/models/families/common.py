@@ -39,6 +39,7 @@ UNREAD: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "use_parallel_residual": (False,),
     "parallel_attn": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
     "attention_chunk_size": (),
@@ -76,9 +77,7 @@ def check_values(config: dict[str, Any], family: Family) -> None:
     if missing:
         raise UserError(f"config.json: missing: {', '.join(missing)}")
     for key in SIZES + _OPTIONAL_SIZES:
-        value = config.get(key)
-        if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
-            raise UserError(f"config.json: {named[key]} is {value!r}; expected a positive whole number")
+        read_size({named[key]: config.get(key)}, named[key])
     for key in _POSITIVE:
         if key in config and not (is_number(config[key]) and config[key] > 0):
             raise UserError(f"config.json: {named[key]} is {config[key]!r}; expected a positive number")
@@ -115,6 +114,18 @@ def read_flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
     return default if value is None else value
 
 
+def read_size(config: dict[str, Any], key: str) -> int | None:
+    """A key that is a positive whole number, null, or not there.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+        raise UserError(f"config.json: {key} is {value!r}; expected a positive whole number")
+    return value
+
+
 def read_positive(config: dict[str, Any], key: str) -> float | None:
     """A key that is a positive number, null, or not there.
 
@@ -127,8 +138,11 @@ def read_positive(config: dict[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
+def read_activation(config: dict[str, Any], key: str = "hidden_act", theirs: str = "") -> str:
     """The activation that a key names, in jaxlm's word; silu without the key.
+
+    Args:
+        theirs: what the family's files call the key, for errors.
 
     Raises:
         UserError: it is one that the decoder does not compute.
@@ -138,7 +152,7 @@ def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
         if word in words:
             return activation
     known = ", ".join(word for words in ACTIVATION_WORDS.values() for word in words)
-    raise UserError(f"config.json: {key} {word!r} is not supported; known: {known}")
+    raise UserError(f"config.json: {theirs or key} {word!r} is not supported; known: {known}")
 
 
 def read_decoder(
@@ -266,11 +280,14 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
 # ---- positions
 
 
-def read_rope(config: dict[str, Any]) -> RopeSpec:
+def read_rope(config: dict[str, Any], partial: bool = False) -> RopeSpec:
     """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form.
 
     Where both are there, a `rope_scaling` that says something replaces `rope_parameters` as a whole, as in
     transformers: that is how model cards have YaRN switched on.
+
+    Args:
+        partial: a part of each head may turn, see `read_partial_rope`.
     """
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) and not isinstance(config[key], dict):
@@ -284,19 +301,26 @@ def read_rope(config: dict[str, Any]) -> RopeSpec:
         raise UserError(
             f"config.json: rope_type {given['rope_type']!r} is not supported; known: {', '.join(ROPE_TYPES)}"
         )
-    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0) and not partial:
         raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
     unknown = sorted(set(given) - {field.name for field in dataclasses.fields(RopeSpec)})
     if unknown:
         raise UserError(f"config.json: unknown rope parameters {', '.join(unknown)}")
     for name, value in given.items():
-        if name not in ("rope_type", "truncate") and value is not None and not is_number(value):
+        if name in ("short_factor", "long_factor") and value is not None:
+            if not isinstance(value, list) or not all(map(is_number, value)):
+                raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a list of numbers")
+            given[name] = tuple(map(float, value))
+        elif name not in ("rope_type", "truncate") and value is not None and not is_number(value):
             raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a number")
     if not given["rope_theta"]:
         raise UserError(f"config.json: rope_theta is {given['rope_theta']!r}; expected a positive number")
     given["rope_theta"] = float(given["rope_theta"])
-    if given["rope_type"] == "llama3" and given.get("original_max_position_embeddings") is None:
-        given["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    original = "original_max_position_embeddings"
+    if given["rope_type"] == "longrope" and config.get(original) is not None:
+        given[original] = config[original]  # as in transformers, which lets it win over that of the parameters
+    if given["rope_type"] in ("llama3", "longrope") and given.get(original) is None:
+        given[original] = config.get("max_position_embeddings")
     try:
         return RopeSpec(**given)
     except UserError as error:
@@ -305,7 +329,33 @@ def read_rope(config: dict[str, Any]) -> RopeSpec:
 
 def write_rope(rope: RopeSpec) -> dict[str, Any]:
     """`rope_parameters` of config.json."""
-    return {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    values = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_partial_rope(config: dict[str, Any], default: float = 1.0) -> dict[str, Any]:
+    """`rope` and `rotary_dim` of `AttentionSpec`, for a family that may turn a part of each head only.
+
+    Args:
+        default: the part where config.json says none.
+    """
+    rope = read_rope(config, partial=True)
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parts = (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), default)
+    part = next(part for part in parts if part is not None)
+    if not is_number(part) or not 0 < part <= 1:
+        raise UserError(f"config.json: partial_rotary_factor is {part!r}; expected a number above 0 and up to 1")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rotary_dim = int(head_dim * part)
+    return dict(rope=rope, rotary_dim=None if rotary_dim == head_dim else rotary_dim)
+
+
+def write_partial_rope(spec: DecoderSpec) -> dict[str, Any]:
+    """The keys that `read_partial_rope` reads, where they are more than `write_decoder` writes."""
+    attention = spec.attention
+    part = 1.0 if attention.rotary_dim is None else attention.rotary_dim / attention.head_dim
+    rope = write_rope(attention.rotary)
+    return {"partial_rotary_factor": part, "rope_parameters": rope | {"partial_rotary_factor": part}}
 
 
 def check_theta_is_kept(config: dict[str, Any], default: float) -> None:

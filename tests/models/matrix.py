@@ -1,0 +1,112 @@
+"""The table of what each family can do: `pytest tests/models/test_matrix.py --matrix` writes docs/models.md from it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+# Capability -> what the test of its column did.
+CAPABILITIES = {
+    "convert": "into jaxlm's format and back: every tensor bit-equal, `config.json` read by transformers",
+    "logits": "of whole, packed and padded rows, scanned, with caches and streamed, against transformers in float32",
+    "gradients": "the gradient of the summed loss by every parameter, against PyTorch",
+    "train": "full fine-tuning: the loss of a batch falls with every step",
+    "LoRA↔PEFT": "an adapter of PEFT on every linear layer: its logits, and its files there and back bit-equal",
+    "generate": "greedy tokens, against transformers' `generate`",
+    "beams": "tokens of a beam search with penalties, against transformers' `generate`",
+    "int8": "generation from int8 weights: the model with rounded weights, in a third of the bytes",
+    "experts": "`convert moefy`: feed-forward layers divided into experts, with all of them the dense model",
+    "sharded": "train steps on eight devices over `data`, `fsdp` and `tensor`: the losses and parameters of one device",
+    "TPU compile": "a train step compiled for four chips of a v5e, with the attention that `auto` chooses",
+    "GGUF": "files of llama.cpp; not there yet for any family",
+}
+YES, REFUSED, NO, NOT_RUN = "yes", "refused", "no", "not run"
+HEADER = "| family |"
+COMMAND = "tests/models/test_matrix.py --matrix"
+
+
+def read_page() -> dict[str, dict[str, str]]:
+    """Family -> capability -> cell, without the number of its note."""
+    if not PAGE.is_file():
+        return {}
+    rows = [
+        line.strip().strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"
+    ]
+    names, *lines = [[cell.strip() for cell in row] for row in rows]
+    return {
+        line[0]: {name: re.sub(r" \[\d+\]$", "", cell) for name, cell in zip(names[1:], line[1:], strict=True)}
+        for line in lines[1:]
+    }
+
+
+class Matrix:
+    """The plugin of `--matrix`: gathers what tests settled, from the workers of xdist too."""
+
+    def __init__(self) -> None:
+        self.cells: dict[str, dict[str, tuple[str, str]]] = {}
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+        if report.when == "call" and report.passed:
+            for name, value in report.user_properties:
+                if name == "matrix":
+                    family, capability, outcome, words = value
+                    self.cells.setdefault(family, {})[capability] = (outcome, words)
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if hasattr(terminalreporter.config, "workerinput"):
+            return
+        if self.failed or not self.cells:
+            terminalreporter.write_line(f"{PAGE.name} is not written: {len(self.failed)} tests failed")
+            return
+        PAGE.write_text(page_of(self.cells), encoding="utf-8")
+        terminalreporter.write_line(f"written: {PAGE}")
+
+
+def page_of(cells: dict[str, dict[str, tuple[str, str]]]) -> str:
+    """The page, as Markdown."""
+    from jaxlm.models.families import FAMILIES
+
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    names = ("jaxlm", "jax", "transformers", "peft", "torch")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    notes: list[str] = []
+    lines = [f"{HEADER} {' | '.join(CAPABILITIES)} |", f"|---|{'---|' * len(CAPABILITIES)}"]
+    for family in FAMILIES:
+        row = []
+        for capability in CAPABILITIES:
+            nothing = NO if capability == "GGUF" else NOT_RUN
+            outcome, words = cells.get(family, {}).get(capability, (nothing, ""))
+            if words and words not in notes:
+                notes.append(words)
+            row.append(f"{outcome} [{notes.index(words) + 1}]" if words else outcome)
+        lines.append(f"| {family} | {' | '.join(row)} |")
+    architectures = [f"`{family.architecture}`" for family in FAMILIES.values()]
+    described = [f"- **{name}**: {text}." for name, text in CAPABILITIES.items()]
+    refusals = (
+        ["What a refusal says:", "", *(f"{n}. `{words}`" for n, words in enumerate(notes, 1)), ""] if notes else []
+    )
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            f"What was tried with a small model of each family, and held. `pytest {COMMAND}` writes",
+            f"this page; a test checks that it is current. {today}: {versions}.",
+            "",
+            *lines,
+            "",
+            *refusals,
+            f"Architectures of `config.json`: {', '.join(architectures)}.",
+            "",
+            *described,
+            "",
+        ]
+    )

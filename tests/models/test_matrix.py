@@ -1,0 +1,287 @@
+"""What every family can do, with a small model of each: the cells of docs/models.md."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.commands.main import main
+from convert.source import open_adapter, open_model
+from jaxlm.config import Decoding, MeshConfig, OptimizerConfig
+from jaxlm.config.files import load_run_yaml
+from jaxlm.devices.chips import parse_topology
+from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
+from jaxlm.errors import UserError
+from jaxlm.inference.generator import Generator
+from jaxlm.inference.model import load_weights, unstack
+from jaxlm.models.adapters import resolve_lora
+from jaxlm.models.decoder import Decoder
+from jaxlm.models.families import FAMILIES
+from jaxlm.models.unrolled import prefill
+from jaxlm.nn.weight_types import Int8Weight, StoredWeight
+from jaxlm.planning.compiled import compile_step
+from jaxlm.training.objectives.cross_entropy import CrossEntropy
+from jaxlm.training.optimizer import make_optimizer, make_schedule
+from jaxlm.training.state import Initializer
+from jaxlm.training.step import make_train_step
+from jaxlm.weights.leaves import LeafReader
+from tests.convert.tiny import make_adapter
+from tests.models import matrix
+from tests.models.compare import random_tree
+from tests.models.matrix import CAPABILITIES, REFUSED, YES
+from tests.models.parity import check_family, random_model
+from tests.models.small import SMALL, hf_model, small_spec, tree_of
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+Settle = Callable[..., None]
+
+
+@pytest.fixture
+def settle(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> Settle:
+    """Called with the capabilities that hold, or with one and the words in which it is refused.
+
+    The page must say the same, unless it is being written.
+    """
+
+    def settled(*capabilities: str, refused: str = "") -> None:
+        words = " ".join(refused.replace(f"{tmp_path}/", "").split())
+        for capability in capabilities:
+            outcome = REFUSED if words else YES
+            assert capability in CAPABILITIES
+            request.node.user_properties.append(("matrix", (family, capability, outcome, words)))
+            said = matrix.read_page().get(family, {}).get(capability, outcome)
+            if not request.config.getoption("--matrix"):
+                assert outcome == said, f"docs/models.md says {said}; write it: pytest {matrix.COMMAND}"
+
+    return settled
+
+
+def run(*words: object) -> None:
+    """A verb of `convert`; UserError with what it says when it fails."""
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main([str(word) for word in words])
+    if status:
+        raise UserError(said.getvalue().strip().splitlines()[-1])
+
+
+def plain(family: str) -> str:
+    return next(iter(SMALL[family]))
+
+
+def tree_from(source: LeafReader) -> dict[str, Any]:
+    """All leaves of a source as a tree, float32."""
+    tree: dict[str, Any] = {}
+    for path in source.leaves:
+        *parents, name = path.split("/")
+        at = tree
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[name] = source.read(path, ()).astype(np.float32)
+    return tree
+
+
+def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path, settle: Settle) -> None:
+    """config.json as transformers reads it, and every tensor."""
+    transformers = pytest.importorskip("transformers")
+    hf_model(family, dtype="bfloat16").save_pretrained(tmp_path / "hf")
+    run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
+    theirs, ours = (
+        getattr(transformers, FAMILIES[family].architecture).from_pretrained(tmp_path / name) for name in ("hf", "back")
+    )
+    assert ours.config.to_diff_dict().keys() == theirs.config.to_diff_dict().keys()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.equal(ours.state_dict()[name]), name
+    settle("convert")
+
+
+def test_logits_gradients_and_greedy_tokens(family: str, settle: Settle) -> None:
+    check_family(family, plain(family))
+    settle("logits", "gradients", "generate")
+
+
+def linears_of(module: Any) -> list[str]:
+    """The names of the linear layers inside the layers, as PEFT takes them."""
+    torch = pytest.importorskip("torch")
+    names = [name for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+    return sorted({name.split(".")[-1] for name in names if any(part.isdigit() for part in name.split("."))})
+
+
+def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None:
+    """On every linear layer: its logits, and its files there and back."""
+    torch = pytest.importorskip("torch")
+    from safetensors.numpy import load_file
+
+    base = hf_model(family)
+    base.save_pretrained(tmp_path / "hf")
+    spec, params = small_spec(family), tree_of(dict(base.named_parameters()), small_spec(family))
+    adapted = make_adapter(base, tmp_path / "peft", target_modules=linears_of(base))
+    try:
+        run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "hf")
+    except UserError as error:
+        settle("LoRA↔PEFT", refused=str(error))
+        return
+    run("jax-to-peft", tmp_path / "jax", tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
+    adapter = open_adapter(tmp_path / "jax", open_model(tmp_path / "hf"))
+    ids = np.random.default_rng(1).integers(0, spec.vocab_size, (2, 9)).astype(np.int32)
+    with torch.no_grad():
+        expected = adapted(torch.from_numpy(ids).long()).logits.numpy()
+    model = Decoder(spec, resolve_lora(spec, adapter.lora, adapter.layers))
+    found = jax.jit(model.apply)({"params": params, "lora": tree_from(adapter)}, ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found - jax.jit(Decoder(spec).apply)({"params": params}, ids)).max() > 1e-2
+    settle("LoRA↔PEFT")
+
+
+def test_beams_and_int8(family: str, settle: Settle) -> None:
+    """A search with penalties gives transformers' tokens; int8 gives the logits of the weights it stands for."""
+    torch = pytest.importorskip("torch")
+    module, spec, params = random_model(family, plain(family))
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    model = Decoder(spec)
+    weights = jax.tree.map(jnp.asarray, unstack({"params": params}, spec))
+    prompts = [[5, 9, 30, 7], [11, 3, 6, 20]]
+    options: dict[str, Any] = dict(max_new_tokens=6, num_beams=3, repetition_penalty=1.2, length_penalty=0.5)
+    answers = Generator(model, weights, mesh, [2]).generate(prompts, Decoding(**options))
+    tokens = torch.tensor(prompts)
+    more = dict(do_sample=False, eos_token_id=2, pad_token_id=0, early_stopping=False)
+    with torch.no_grad():
+        wanted = module.generate(tokens, attention_mask=torch.ones_like(tokens), **options, **more)[:, 4:].tolist()
+    cut = [row[: row.index(2)] if 2 in row else row for row in wanted]
+    assert [[*answer.ids] for (answer,) in answers] == cut
+    settle("beams")
+
+    small = load_weights(model, mesh, TreeSource(params), None, Int8Weight)
+    rounded = jax.tree.map(
+        lambda leaf: leaf.dense(jnp.float32) if isinstance(leaf, StoredWeight) else leaf,
+        small,
+        is_leaf=lambda leaf: isinstance(leaf, StoredWeight),
+    )
+    inputs = (jnp.asarray(prompts), jnp.array([4, 4]), 16)
+    found, exact, float32 = (prefill(model, given, *inputs)[0] for given in (small, rounded, weights))
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+    assert 0 < np.abs(found - float32).max() < 0.2 * np.abs(float32).max()
+    settle("int8")
+
+
+class TreeSource:
+    """A tree of arrays, read like a checkpoint."""
+
+    def __init__(self, tree: Any) -> None:
+        self.leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self.leaves[path][index])
+
+
+def test_experts(family: str, tmp_path: Path, settle: Settle) -> None:
+    """Divided, with all experts in use: the dense model's logits, up to the order of sums; and dense again."""
+    base = hf_model(family)
+    base.save_pretrained(tmp_path / "hf")
+    try:
+        run("moefy", tmp_path / "hf", tmp_path / "moe", "--experts", "4", "--top-k", "text=4")
+    except UserError as error:
+        settle("experts", refused=str(error))
+        return
+    source = open_model(tmp_path / "moe")
+    ids = np.random.default_rng(1).integers(0, 37, (2, 9)).astype(np.int32)
+    spec = small_spec(family)
+    dense = jax.jit(Decoder(spec).apply)({"params": tree_of(dict(base.named_parameters()), spec)}, ids)
+    divided = jax.jit(Decoder(source.config, experts="loop").apply)({"params": tree_from(source)}, ids)
+    np.testing.assert_allclose(divided, dense, rtol=1e-4, atol=1e-4)
+    run("demoefy", tmp_path / "moe", tmp_path / "dense")
+    before, after = open_model(tmp_path / "hf"), open_model(tmp_path / "dense")
+    assert all(np.array_equal(before.read(path, ()), after.read(path, ())) for path in before.leaves)
+    settle("experts")
+
+
+STEPS = 5
+
+
+@functools.cache
+def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
+    """Losses of steps on one batch, and the parameters behind them.
+
+    Args:
+        sizes: of the mesh's axes.
+    """
+    spec = small_spec(family)
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
+    model = Decoder(spec, attention="reference")
+    # Where a gradient is 0 but for rounding (a bias of k), a small eps would make whole steps of it.
+    options = OptimizerConfig(learning_rate=2e-2, schedule="constant", eps=1e-4)
+    schedule = make_schedule(options, 10)
+    initializer = Initializer(model, None, mesh, functools.partial(make_optimizer, options, schedule))
+    params = jax.device_put(random_tree(initializer.params, 1, 0.2), initializer.params_shardings)
+    state = initializer.new_state({"params": params}, 0)
+    step = make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 1.0)
+    ids = np.random.default_rng(0).integers(0, spec.vocab_size, (1, 8, 12)).astype(np.int32)
+    segments = np.broadcast_to(np.repeat([1, 2, 0], [5, 5, 2]), ids.shape).astype(np.int32)
+    positions = np.broadcast_to(np.r_[0:5, 0:5, 0:2], ids.shape).astype(np.int32)
+    batch = dict(input_ids=ids, loss_mask=segments > 0, segment_ids=segments, positions=positions)
+    losses = []
+    with use_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
+        for _ in range(STEPS):
+            state, found = jitted(state, {}, put_batch(batch, mesh))
+            losses.append(float(found["loss"]))
+    return losses, jax.device_get(state.trainable)
+
+
+def test_training(family: str, settle: Settle) -> None:
+    losses, _ = trained(family)
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0], losses
+    settle("train")
+
+
+@pytest.mark.slow
+def test_eight_devices_are_one(family: str, settle: Settle) -> None:
+    try:
+        losses, params = trained(family, data=2, fsdp=2, tensor=2)
+    except UserError as error:
+        settle("sharded", refused=str(error))
+        return
+    wanted, expected = trained(family)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), params, expected)
+    settle("sharded")
+
+
+RUN = """
+model: {shape: made up, dtype: bfloat16, remat: full}
+data: {train: [{path: text.jsonl, template: text}], sequence_length: 256}
+train: {global_batch_size: 8, micro_batch_size: 2, epochs: 1}
+output_dir: out
+"""
+
+
+@pytest.mark.slow
+def test_a_step_for_tpus(family: str, settle: Settle) -> None:
+    pytest.importorskip("libtpu")
+    spec = small_spec(family, max_position_embeddings=256)
+    try:
+        found = compile_step(load_run_yaml(RUN, "the test"), spec, parse_topology("v5e:2x2"), quick=True)
+    except UserError as error:
+        settle("TPU compile", refused=str(error))
+        return
+    assert found.refused is None and found.program is not None and found.arguments > 0
+    settle("TPU compile")
