@@ -92,8 +92,10 @@ class StackedTensors:
         for entry in entries:
             self._tensors.setdefault(entry.path, {})[entry.layer] = (tensors[entry.name], entry.layout)
         for path, shape in shapes.items():
-            parts = {layer: tensor for layer, (tensor, _) in self._tensors[path].items()}
-            self.leaves[path] = stack_leaf(where, path, shape, parts)
+            parts = {layer: tensor for layer, (tensor, _) in self._tensors.setdefault(path, {}).items()}
+            # An adapter may leave out all layers of a stack, which then is zeros.
+            no_parts = LeafInfo(shape, tensors[entries[0].name].dtype)
+            self.leaves[path] = stack_leaf(where, path, shape, parts) if parts else no_parts
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
         """One tensor as the HF entry lays it out, in blocks of rows straight from the file."""

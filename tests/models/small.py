@@ -130,6 +130,12 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "biases": SIZES | _TIED | dict(attention_bias=True),
     },
 }
+_PLAIN = {key: value for key, value in SIZES.items() if key != "head_dim"}
+_INTERNLM2 = _PLAIN | dict(architectures=["InternLM2ForCausalLM"], model_type="internlm2", bias=False)
+_INTERNLM3 = SIZES | dict(architectures=["InternLM3ForCausalLM"], model_type="internlm3")
+_BAICHUAN = dict(architectures=["BaichuanForCausalLM"], model_type="baichuan", rms_norm_eps=1e-6)
+_BAICHUAN |= {key: _PLAIN[key] for key in _PLAIN.keys() - {"num_key_value_heads", "max_position_embeddings"}}
+
 # Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
     "chatglm": {
@@ -150,6 +156,14 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
             rope_ratio=50,
             eos_token_id=2,
         ),
+    },
+    "internlm2": {"plain": _INTERNLM2, "biases": _INTERNLM2 | dict(bias=True)},
+    "internlm3": {"plain": _INTERNLM3, "biases": _INTERNLM3 | dict(bias=True, qkv_bias=True)},
+    "baichuan": {
+        "plain": _BAICHUAN | dict(max_position_embeddings=64),
+        "13b": _BAICHUAN | dict(model_max_length=64),
+        "2-7b": _BAICHUAN | dict(max_position_embeddings=64, model_max_length=64, z_loss_weight=0),
+        "2-13b": _BAICHUAN | dict(model_max_length=64, z_loss_weight=0),
     },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]

@@ -6,6 +6,7 @@ and the same parameters from it, it computes what the module does, to which its 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -23,9 +25,14 @@ from safetensors.torch import save_file
 from convert.commands.main import main
 from convert.source import open_model
 from jaxlm.errors import UserError
+from jaxlm.inference.model import unstack
+from jaxlm.models import streamed
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.families import read_config
+from jaxlm.models.unrolled import next_logits, prefill
+from jaxlm.spec import RopeSpec
 from jaxlm.weights.names import leaf_shapes
+from tests.models.compare import assert_trees_close
 from tests.models.small import OWN, hf_model, small_spec, tree_of
 
 torch = pytest.importorskip("torch")
@@ -85,6 +92,44 @@ def chatglm(state: State) -> State:
     )
 
 
+def as_they_are(state: State) -> State:
+    return state
+
+
+def by_group(q: Any, k: Any, v: Any) -> Any:
+    """The two query heads of the first kv head, that, its values; then those of the second."""
+    parts = [part.reshape(2, -1, 4, *part.shape[1:]) for part in (q, k, v)]
+    return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
+
+
+def internlm2(state: State) -> State:
+    parts = [f"model.layers.{{}}.self_attn.{n}_proj.suffix" for n in "qkv"]
+    state = joined(state, parts, "model.layers.{}.self_attn.wqkv.suffix", by_group)
+    layer = r"model.layers.\1"
+    return renamed(
+        state,
+        {
+            r"model\.embed_tokens\.weight": "model.tok_embeddings.weight",
+            r"model\.layers\.(\d+)\.input_layernorm\.weight": f"{layer}.attention_norm.weight",
+            r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": f"{layer}.ffn_norm.weight",
+            r"model\.layers\.(\d+)\.self_attn\.wqkv\.(\w+)": rf"{layer}.attention.wqkv.\2",
+            r"model\.layers\.(\d+)\.self_attn\.o_proj\.(\w+)": rf"{layer}.attention.wo.\2",
+            r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight": f"{layer}.feed_forward.w1.weight",
+            r"model\.layers\.(\d+)\.mlp\.up_proj\.weight": f"{layer}.feed_forward.w3.weight",
+            r"model\.layers\.(\d+)\.mlp\.down_proj\.weight": f"{layer}.feed_forward.w2.weight",
+            r"model\.norm\.weight": "model.norm.weight",
+            r"lm_head\.weight": "output.weight",
+        },
+    )
+
+
+def baichuan(state: State) -> State:
+    parts = [f"model.layers.{{}}.self_attn.{n}_proj.suffix" for n in "qkv"]
+    return joined(state, parts, "model.layers.{}.self_attn.W_pack.suffix", below)
+
+
+_BAICHUAN: dict[str, Any] = dict(head_dim=4, num_key_value_heads=4, pad_token_id=0)
+_FREQUENCIES = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
 # Family -> variant -> (family of the module, its variant and values, the renaming, buffers that files have, too).
 TWINS: dict[str, dict[str, tuple[str, str, dict[str, Any], Callable[[State], State], dict[str, Any]]]] = {
     "chatglm": {
@@ -96,6 +141,15 @@ TWINS: dict[str, dict[str, tuple[str, str, dict[str, Any], Callable[[State], Sta
             {"transformer.rotary_pos_emb.inv_freq": torch.ones(2)},
         )
     },
+    "internlm2": {
+        "plain": ("llama", "plain", dict(head_dim=4, pad_token_id=0), internlm2, {}),
+        "biases": ("llama", "plain", dict(head_dim=4, pad_token_id=0, attention_bias=True), internlm2, {}),
+    },
+    "internlm3": {
+        "plain": ("llama", "plain", dict(rms_norm_eps=1e-5, pad_token_id=2), as_they_are, {}),
+        "biases": ("llama", "biases", dict(rms_norm_eps=1e-5, pad_token_id=2), as_they_are, {}),
+    },
+    "baichuan": dict.fromkeys(OWN["baichuan"], ("llama", "plain", _BAICHUAN, baichuan, _FREQUENCIES)),
 }
 CASES = [(family, variant) for family, variants in TWINS.items() for variant in variants]
 
@@ -116,7 +170,9 @@ def test_own_names_hold_the_model_that_transformers_has_under_others(family: str
     module, _ = write_files(family, variant, tmp_path / "own")
     twin, twins_variant, values, *_ = TWINS[family][variant]
     source, spec = open_model(tmp_path / "own"), small_spec(twin, twins_variant, **values)
-    assert replace(source.config, family=twin) == spec
+    # What no module there has, and is held to a reference below.
+    rope = source.config.attention.rope or RopeSpec()
+    assert replace(source.config, family=twin, normed_head=False).with_attention(rope=rope, alibi=False) == spec
     expected = tree_of(dict(module.named_parameters()), spec)
     leaves = jax.tree_util.tree_leaves_with_path(expected)
     paths = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -215,3 +271,91 @@ def test_chatglm_computes_what_its_description_says(tmp_path: Path) -> None:
     expected = chatglm_logits(state, OWN["chatglm"]["plain"], torch.from_numpy(ids)).numpy()
     found = Decoder(source.config).apply({"params": params_of(source)}, ids[None])
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+# --- Baichuan --------------------------------------------------------------------------------------------------------
+
+
+def baichuan_logits(state: State, config: dict[str, Any], ids: Any) -> Any:
+    """Logits [T, V] of tokens [T] as the code of Baichuan-13B and Baichuan 2 computes them, from its description."""
+    heads, length, alibi = config["num_attention_heads"], len(ids), "max_position_embeddings" not in config
+    places = torch.arange(length)
+
+    def norm(x: Any, name: str) -> Any:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]) * state[f"{name}.weight"]
+
+    def turned(x: Any) -> Any:
+        angles = places[:, None] * 10000 ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    x = state["model.embed_tokens.weight"][ids]
+    for number in range(config["num_hidden_layers"]):
+        at = f"model.layers.{number}"
+        rows = norm(x, f"{at}.input_layernorm") @ state[f"{at}.self_attn.W_pack.weight"].T
+        q, k, v = (part.reshape(length, heads, -1) for part in rows.chunk(3, dim=-1))
+        if not alibi:
+            q, k = turned(q), turned(k)
+        scores = torch.einsum("qnh,knh->nqk", q, k) / q.shape[-1] ** 0.5
+        if alibi:
+            slopes = torch.tensor([2 ** (-8 * (head + 1) / heads) for head in range(heads)])
+            scores = scores - slopes[:, None, None] * (places[:, None] - places[None])
+        seen = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+        x = x + torch.einsum("nqk,knh->qnh", seen, v).reshape(length, -1) @ state[f"{at}.self_attn.o_proj.weight"].T
+        inner = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = (inner @ state[f"{at}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ state[f"{at}.mlp.down_proj.weight"].T
+    head = state["lm_head.weight"]
+    return norm(x, "model.norm") @ (torch.nn.functional.normalize(head) if "z_loss_weight" in config else head).T
+
+
+@pytest.mark.parametrize("variant", ["13b", "2-7b", "2-13b"])
+def test_baichuan_computes_what_its_description_says(variant: str, tmp_path: Path) -> None:
+    """Logits of every runner, the loss and all gradients; a head with a row of zeros."""
+    _, state = write_files("baichuan", variant, tmp_path / "own")
+    config, spec = OWN["baichuan"][variant], small_spec("baichuan", variant)
+    state["lm_head.weight"][5] = 0.0
+    for tensor in state.values():
+        tensor.requires_grad_()
+    ids = np.random.default_rng(0).integers(0, 37, 11)
+    given = baichuan_logits(state, config, torch.from_numpy(ids))
+    expected, params, model = given.detach().numpy(), tree_of(state, spec), Decoder(spec)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * np.abs(expected).max())
+    loss = torch.nn.functional.cross_entropy(given[:-1], torch.from_numpy(ids[1:]), reduction="sum")
+    loss.backward()
+
+    def total(params: Any) -> tuple[jax.Array, jax.Array]:
+        out = model.apply({"params": params}, ids[None], np.ones((1, 11), np.float32), method="loss")
+        return out.loss, model.apply({"params": params}, ids[None])
+
+    (value, logits), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    assert_close(logits[0], expected)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    wanted = tree_of({name: tensor.grad for name, tensor in state.items()}, spec)
+    assert_trees_close(grads, wanted, 1e-4)
+    weights = unstack({"params": params}, spec)
+    first, caches = prefill(model, weights, jnp.asarray(ids[None, :7]), jnp.array([7]), 16)
+    then, _ = next_logits(model, weights, caches, jnp.asarray(ids[7:8]), jnp.array([7]))
+    assert_close(np.concatenate([first, then]), expected[6:8])
+    by_path = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(params).items()}
+    assert_close(streamed.logits(spec, lambda path, index: by_path[path][index], ids[None])[0], expected)
+
+
+def test_what_tells_the_models_of_baichuan_apart() -> None:
+    def kind(**more: Any) -> tuple[bool, bool]:
+        spec = small_spec("baichuan", "2-7b", **more)
+        return spec.attention.alibi, spec.normed_head
+
+    assert kind() == (False, True)
+    assert kind(max_position_embeddings=None) == (True, True)
+    assert kind(z_loss_weight=None) == (False, False)
+    assert kind(z_loss_weight=None, vocab_size=125696) == (False, True)
+    assert kind(architectures=["BaiChuanForCausalLM"]) == (False, True)
+    for values, words in (
+        (dict(max_position_embeddings=None, model_max_length=None), "neither max_position_embeddings"),
+        (dict(hidden_size=5120), "says rotary positions, but a hidden_size of 5120"),
+        (dict(z_loss_weight=0.1), "z_loss_weight is 0.1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            kind(**values)
