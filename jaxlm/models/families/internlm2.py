@@ -62,6 +62,7 @@ FAMILY = Family(
             "mlp/gate_proj": f"{_LAYER}.feed_forward.w1",
             "mlp/up_proj": f"{_LAYER}.feed_forward.w3",
             "mlp/down_proj": f"{_LAYER}.feed_forward.w2",
+            "mlp/router": f"{_LAYER}.feed_forward.router.weight",
             "input_layernorm": f"{_LAYER}.attention_norm",
             "post_attention_layernorm": f"{_LAYER}.ffn_norm",
             "norm": "model.norm",
