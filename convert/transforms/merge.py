@@ -11,7 +11,8 @@ outputs asked for. Both give the same bits, whatever the slice: see `jaxlm.weigh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -87,13 +88,15 @@ class MergedSource(DerivedSource):
 
     Args:
         adapter: opened with the base's configuration, so that its shapes were checked against it.
-        dtype: the result's; None: the base's, tensor by tensor.
+        dtype: the result's, or that of each leaf; None: the base's, tensor by tensor.
 
     Raises:
         UserError: when the adapter's saved embedding and head do not have the same number of rows.
     """
 
-    def __init__(self, base: ParamSource, adapter: AdapterSource, dtype: str | None = None) -> None:
+    def __init__(
+        self, base: ParamSource, adapter: AdapterSource, dtype: str | Mapping[str, np.dtype[Any]] | None = None
+    ) -> None:
         super().__init__(base)
         self._base = base
         self._adapter = adapter
@@ -105,7 +108,8 @@ class MergedSource(DerivedSource):
         for path, leaf in base.leaves.items():
             shape = adapter.leaves[self._saved[path]].shape if path in self._saved else leaf.shape
             chunk = None if path in self._saved else leaf.chunk
-            leaves[path] = LeafInfo(shape, leaf.dtype if dtype is None else WEIGHT_DTYPES[dtype], chunk)
+            result = WEIGHT_DTYPES[dtype] if isinstance(dtype, str) else (dtype or {}).get(path, leaf.dtype)
+            leaves[path] = LeafInfo(shape, result, chunk)
         self.leaves = leaves
         self.config = self._with_vocabulary(base.config)
         # The adapter was trained last, so what it was asked with is what the merged model answers to.
@@ -260,6 +264,41 @@ class MergedSource(DerivedSource):
             if gain is not None:
                 part *= gain
             flat_out[rows] = cast(part, out.dtype, path)
+
+
+def merge_in_order(
+    base: ParamSource, adapters: Iterable[Callable[[ParamSource], AdapterSource]], dtype: str | None = None
+) -> ParamSource:
+    """A base with adapters folded in, one after the other; sums are float32 until all are in, and rounded once.
+
+    Modules that an adapter saves whole take the place of what is there, and its tokenizer too; so the last one's stays.
+    Source: Chinese-LLaMA's merge of several adapters (which rounds to float16 after each).
+
+    Args:
+        adapters: each opens one for the model with those before it.
+        dtype: the result's; None: the base's, tensor by tensor.
+
+    Raises:
+        UserError: an adapter has fewer rows of tokens than the model before it.
+    """
+    opens = list(adapters)
+    source = base
+    for number, open_it in enumerate(opens, 1):
+        adapter = open_it(source)
+        if number == len(opens):
+            merged = MergedSource(source, adapter, dtype or {path: leaf.dtype for path, leaf in base.leaves.items()})
+        else:
+            specs = resolve_lora(source.config, adapter.lora, adapter.layers)
+            wide = dict.fromkeys(_adapted_kernels(source.config, specs), np.dtype(np.float32))
+            merged = MergedSource(source, adapter, wide)
+        if len(opens) > 1 and merged.config.vocab_size < source.config.vocab_size:
+            raise UserError(
+                f"{adapter.path}: saves an embedding of {merged.config.vocab_size} rows, and the model before it has "
+                f"{source.config.vocab_size}: with several adapters the vocabulary may only grow. Give them in the "
+                "order in which they were trained"
+            )
+        source = merged
+    return source
 
 
 def _pieces(count: int, width: int) -> list[slice]:

@@ -364,6 +364,7 @@ def pallas_attention(
         window=mask.window,
         soft_cap=mask.soft_cap,
         scale=mask.scale,
+        slopes=jnp.asarray(alibi_slopes(q.shape[2])) if mask.alibi else None,
         block_q=block_q,
         block_k=block_k,
         rows_axes=rows,
@@ -548,7 +549,7 @@ def _cached_attention(
     keys, values = write(cache_k, k), write(cache_v, v)
     if kernel:
         keys, values = keys.reshape(cache_k.shape), values.reshape(cache_v.shape)
-        out = tpu_decode_attention(q, keys, values, places, mask.window, mask.scale, mask.soft_cap)
+        out = tpu_decode_attention(q, keys, values, places, mask.window, mask.scale, mask.soft_cap, slopes)
         return out, keys, values
     behind = places[:, None, None, :, None] - jnp.arange(slots)
     visible = behind >= 0 if mask.window is None else (behind >= 0) & (behind < mask.window)

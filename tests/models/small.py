@@ -140,6 +140,12 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "biases": SIZES | _TIED | dict(attention_bias=True),
     },
 }
+_PLAIN = {key: value for key, value in SIZES.items() if key != "head_dim"}
+_INTERNLM2 = _PLAIN | dict(architectures=["InternLM2ForCausalLM"], model_type="internlm2", bias=False)
+_INTERNLM3 = SIZES | dict(architectures=["InternLM3ForCausalLM"], model_type="internlm3")
+_BAICHUAN = dict(architectures=["BaichuanForCausalLM"], model_type="baichuan", rms_norm_eps=1e-6)
+_BAICHUAN |= {key: _PLAIN[key] for key in _PLAIN.keys() - {"num_key_value_heads", "max_position_embeddings"}}
+
 # Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
     "chatglm": {
@@ -161,6 +167,14 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
             eos_token_id=2,
         ),
     },
+    "internlm2": {"plain": _INTERNLM2, "biases": _INTERNLM2 | dict(bias=True)},
+    "internlm3": {"plain": _INTERNLM3, "biases": _INTERNLM3 | dict(bias=True, qkv_bias=True)},
+    "baichuan": {
+        "plain": _BAICHUAN | dict(max_position_embeddings=64),
+        "13b": _BAICHUAN | dict(model_max_length=64),
+        "2-7b": _BAICHUAN | dict(max_position_embeddings=64, model_max_length=64, z_loss_weight=0),
+        "2-13b": _BAICHUAN | dict(model_max_length=64, z_loss_weight=0),
+    },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 
@@ -168,19 +182,37 @@ VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant 
 def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
     """The spec of a small model, read from the config.json that transformers writes, or from one of OWN."""
     if family in OWN:
-        return read_config((OWN[family][variant] if variant else next(iter(OWN[family].values()))) | more)
+        return read_config(own_values(family, variant) | more)
     return read_config(
         hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
     )
 
 
+def own_values(family: str, variant: str = "") -> dict[str, Any]:
+    """config.json of a small model of OWN; the first variant by default."""
+    return OWN[family][variant] if variant else next(iter(OWN[family].values()))
+
+
+def hf_class(family: str) -> Any:
+    """The PyTorch module of a family: transformers', or ours for a family of OWN."""
+    if family in OWN:
+        from tests.models.own_modules import own_class  # which needs PyTorch
+
+        return own_class(family, FAMILIES[family].architecture)
+    return getattr(pytest.importorskip("transformers"), FAMILIES[family].architecture)
+
+
 def hf_config(family: str, variant: str = "", **more: Any) -> Any:
-    """transformers' configuration of a small model.
+    """transformers' configuration of a small model, or one of its kind for a family of OWN.
 
     Args:
         variant: a key of SMALL[family]; the first one by default.
     """
     transformers = pytest.importorskip("transformers")
+    if family in OWN:
+        from tests.models.own_modules import own_config  # which needs PyTorch
+
+        return own_config(family, own_values(family, variant) | more)
     values = SMALL[family][variant] if variant else next(iter(SMALL[family].values()))
     return transformers.AutoConfig.for_model(family, **(values | more))
 
@@ -188,12 +220,11 @@ def hf_config(family: str, variant: str = "", **more: Any) -> Any:
 def hf_model(family: str, variant: str = "", dtype: str = "float32", seed: int = 0, **more: Any) -> Any:
     """A small transformers model in which every parameter is random, biases and norms too."""
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = hf_config(family, variant, **more)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # PyTorch's grouped product takes no experts as narrow as these
-    model = getattr(transformers, FAMILIES[family].architecture)(config)
+    model = hf_class(family)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -19,7 +19,7 @@ from tests.models.parity import check_family, random_model
 from tests.models.small import SMALL, hf_config, hf_model, small_spec
 
 
-@pytest.mark.parametrize("variant", SMALL["bloom"])
+@pytest.mark.parametrize("variant", list(SMALL["bloom"])[1:])  # test_matrix.py has the first
 def test_bloom_is_that_of_transformers(variant: str) -> None:
     check_family("bloom", variant)
 

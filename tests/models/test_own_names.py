@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -25,7 +24,9 @@ from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.families import read_config
+from jaxlm.spec import RopeSpec
 from jaxlm.weights.names import leaf_shapes
+from tests.models.parity import check_family
 from tests.models.small import OWN, hf_model, small_spec, tree_of
 
 torch = pytest.importorskip("torch")
@@ -85,6 +86,44 @@ def chatglm(state: State) -> State:
     )
 
 
+def as_they_are(state: State) -> State:
+    return state
+
+
+def by_group(q: Any, k: Any, v: Any) -> Any:
+    """The two query heads of the first kv head, that, its values; then those of the second."""
+    parts = [part.reshape(2, -1, 4, *part.shape[1:]) for part in (q, k, v)]
+    return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
+
+
+def internlm2(state: State) -> State:
+    parts = [f"model.layers.{{}}.self_attn.{n}_proj.suffix" for n in "qkv"]
+    state = joined(state, parts, "model.layers.{}.self_attn.wqkv.suffix", by_group)
+    layer = r"model.layers.\1"
+    return renamed(
+        state,
+        {
+            r"model\.embed_tokens\.weight": "model.tok_embeddings.weight",
+            r"model\.layers\.(\d+)\.input_layernorm\.weight": f"{layer}.attention_norm.weight",
+            r"model\.layers\.(\d+)\.post_attention_layernorm\.weight": f"{layer}.ffn_norm.weight",
+            r"model\.layers\.(\d+)\.self_attn\.wqkv\.(\w+)": rf"{layer}.attention.wqkv.\2",
+            r"model\.layers\.(\d+)\.self_attn\.o_proj\.(\w+)": rf"{layer}.attention.wo.\2",
+            r"model\.layers\.(\d+)\.mlp\.gate_proj\.weight": f"{layer}.feed_forward.w1.weight",
+            r"model\.layers\.(\d+)\.mlp\.up_proj\.weight": f"{layer}.feed_forward.w3.weight",
+            r"model\.layers\.(\d+)\.mlp\.down_proj\.weight": f"{layer}.feed_forward.w2.weight",
+            r"model\.norm\.weight": "model.norm.weight",
+            r"lm_head\.weight": "output.weight",
+        },
+    )
+
+
+def baichuan(state: State) -> State:
+    parts = [f"model.layers.{{}}.self_attn.{n}_proj.suffix" for n in "qkv"]
+    return joined(state, parts, "model.layers.{}.self_attn.W_pack.suffix", below)
+
+
+_BAICHUAN: dict[str, Any] = dict(head_dim=4, num_key_value_heads=4, pad_token_id=0)
+_FREQUENCIES = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
 # Family -> variant -> (family of the module, its variant and values, the renaming, buffers that files have, too).
 TWINS: dict[str, dict[str, tuple[str, str, dict[str, Any], Callable[[State], State], dict[str, Any]]]] = {
     "chatglm": {
@@ -96,6 +135,15 @@ TWINS: dict[str, dict[str, tuple[str, str, dict[str, Any], Callable[[State], Sta
             {"transformer.rotary_pos_emb.inv_freq": torch.ones(2)},
         )
     },
+    "internlm2": {
+        "plain": ("llama", "plain", dict(head_dim=4, pad_token_id=0), internlm2, {}),
+        "biases": ("llama", "plain", dict(head_dim=4, pad_token_id=0, attention_bias=True), internlm2, {}),
+    },
+    "internlm3": {
+        "plain": ("llama", "plain", dict(rms_norm_eps=1e-5, pad_token_id=2), as_they_are, {}),
+        "biases": ("llama", "biases", dict(rms_norm_eps=1e-5, pad_token_id=2), as_they_are, {}),
+    },
+    "baichuan": dict.fromkeys(OWN["baichuan"], ("llama", "plain", _BAICHUAN, baichuan, _FREQUENCIES)),
 }
 CASES = [(family, variant) for family, variants in TWINS.items() for variant in variants]
 
@@ -116,7 +164,9 @@ def test_own_names_hold_the_model_that_transformers_has_under_others(family: str
     module, _ = write_files(family, variant, tmp_path / "own")
     twin, twins_variant, values, *_ = TWINS[family][variant]
     source, spec = open_model(tmp_path / "own"), small_spec(twin, twins_variant, **values)
-    assert replace(source.config, family=twin) == spec
+    # What no module there has, and is held to a reference below.
+    rope = source.config.attention.rope or RopeSpec()
+    assert replace(source.config, family=twin, normed_head=False).with_attention(rope=rope, alibi=False) == spec
     expected = tree_of(dict(module.named_parameters()), spec)
     leaves = jax.tree_util.tree_leaves_with_path(expected)
     paths = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -166,52 +216,49 @@ def test_heads_of_chatglm_without_groups() -> None:
     assert named == small_spec("chatglm", architectures=None) == small_spec("chatglm")
 
 
-def chatglm_logits(state: State, config: dict[str, Any], ids: Any) -> Any:
-    """Logits [T, V] of tokens [T] as the release's code computes them, written from its description."""
-    heads, groups, h = config["num_attention_heads"], config["multi_query_group_num"], config["kv_channels"]
-    length = len(ids)
-
-    def norm(x: Any, name: str) -> Any:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config["layernorm_epsilon"]) * state[f"{name}.weight"]
-
-    def turned(x: Any) -> Any:
-        # The first half of each head, in pairs of neighbours; the second half as it is.
-        half, out = h // 2, x.clone()
-        for pair in range(half // 2):
-            angle = torch.arange(length)[:, None] * (10000 * config["rope_ratio"]) ** (-2 * pair / half)
-            first, second = x[..., 2 * pair], x[..., 2 * pair + 1]
-            out[..., 2 * pair] = first * angle.cos() - second * angle.sin()
-            out[..., 2 * pair + 1] = second * angle.cos() + first * angle.sin()
-        return out
-
-    x = state["transformer.embedding.word_embeddings.weight"][ids]
-    for number in range(config["num_layers"]):
-        at = f"transformer.encoder.layers.{number}"
-        fused = f"{at}.self_attention.query_key_value"
-        rows = norm(x, f"{at}.input_layernorm") @ state[f"{fused}.weight"].T + state[f"{fused}.bias"]
-        q, k, v = rows.split([heads * h, groups * h, groups * h], dim=-1)
-        q, k, v = (part.reshape(length, -1, h) for part in (q, k, v))
-        k, v = (part.repeat_interleave(heads // groups, dim=1) for part in (turned(k), v))
-        scores = torch.einsum("qnh,knh->nqk", turned(q), k) / h**0.5
-        seen = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
-        out = torch.einsum("nqk,knh->qnh", seen, v).reshape(length, -1)
-        x = x + out @ state[f"{at}.self_attention.dense.weight"].T
-        rows = norm(x, f"{at}.post_attention_layernorm") @ state[f"{at}.mlp.dense_h_to_4h.weight"].T
-        gate, up = rows.chunk(2, dim=-1)
-        x = x + (torch.nn.functional.silu(gate) * up) @ state[f"{at}.mlp.dense_4h_to_h.weight"].T
-    return norm(x, "transformer.encoder.final_layernorm") @ state["transformer.output_layer.weight"].T
+# --- Baichuan --------------------------------------------------------------------------------------------------------
 
 
-def params_of(source: Any) -> dict[str, Any]:
-    """All leaves of a model in files as a tree."""
-    leaves = {path: source.read(path, ()) for path in source.leaves}
-    return dict(traverse_util.unflatten_dict(leaves, sep="/"))
+@pytest.mark.parametrize("variant", ["2-7b", "2-13b"])
+def test_baichuan_computes_what_its_description_says(variant: str) -> None:
+    check_family("baichuan", variant)
 
 
-def test_chatglm_computes_what_its_description_says(tmp_path: Path) -> None:
-    _, state = write_files("chatglm", "plain", tmp_path / "own")
-    source = open_model(tmp_path / "own")
-    ids = np.random.default_rng(0).integers(0, 37, 11)
-    expected = chatglm_logits(state, OWN["chatglm"]["plain"], torch.from_numpy(ids)).numpy()
-    found = Decoder(source.config).apply({"params": params_of(source)}, ids[None])
-    np.testing.assert_allclose(found[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+def test_a_row_of_zeros_in_a_normalised_head() -> None:
+    """As PyTorch: it stays zeros, and its gradient is that of a division by the smallest length."""
+    spec = small_spec("baichuan", "2-7b")
+    x, rows = (
+        np.random.default_rng(n).normal(size=shape).astype(np.float32) for n, shape in ((0, (1, 16)), (1, (37, 16)))
+    )
+    rows[5] = 0.0
+    weight, states = torch.from_numpy(rows).requires_grad_(), torch.from_numpy(x)
+    states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + spec.norm.eps)
+    logits = states @ torch.nn.functional.normalize(weight).T
+    logits.logsumexp(-1).sum().backward()
+
+    def total(head: jax.Array) -> jax.Array:
+        params = {"norm": {"scale": np.ones(16, np.float32)}, "lm_head": {"kernel": head}}
+        return jax.nn.logsumexp(Decoder(spec).apply({"params": params}, x, method="head"))
+
+    grad = jax.grad(total)(rows)
+    assert np.isfinite(grad).all()
+    np.testing.assert_allclose(np.delete(grad, 5, 0), np.delete(weight.grad.numpy(), 5, 0), rtol=1e-4, atol=1e-6)
+
+
+def test_what_tells_the_models_of_baichuan_apart() -> None:
+    def kind(**more: Any) -> tuple[bool, bool]:
+        spec = small_spec("baichuan", "2-7b", **more)
+        return spec.attention.alibi, spec.normed_head
+
+    assert kind() == (False, True)
+    assert kind(max_position_embeddings=None) == (True, True)
+    assert kind(z_loss_weight=None) == (False, False)
+    assert kind(z_loss_weight=None, vocab_size=125696) == (False, True)
+    assert kind(architectures=["BaiChuanForCausalLM"]) == (False, True)
+    for values, words in (
+        (dict(max_position_embeddings=None, model_max_length=None), "neither max_position_embeddings"),
+        (dict(hidden_size=5120), "says rotary positions, but a hidden_size of 5120"),
+        (dict(z_loss_weight=0.1), "z_loss_weight is 0.1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            kind(**values)

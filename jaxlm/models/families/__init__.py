@@ -11,6 +11,7 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
+    baichuan,
     bloom,
     chatglm,
     falcon,
@@ -20,6 +21,8 @@ from jaxlm.models.families import (
     glm,
     glm4,
     granite,
+    internlm2,
+    internlm3,
     llama,
     mistral,
     olmo2,
@@ -53,6 +56,9 @@ FAMILIES: dict[str, Family] = {
     "glm": glm.FAMILY,
     "glm4": glm4.FAMILY,
     "chatglm": chatglm.FAMILY,
+    "internlm2": internlm2.FAMILY,
+    "internlm3": internlm3.FAMILY,
+    "baichuan": baichuan.FAMILY,
 }
 
 # Published shapes by name.
