@@ -164,6 +164,7 @@ def _moe(where: Path, values: Any) -> ExpertsSpec:
         "top_k": numbers(values["top_k"]),
         "shared": numbers([values.get("shared", 0)]),
         "layout": isinstance(values.get("layout", "dense"), str),
+        "weights": isinstance(values.get("weights", "k_times"), str),
     }
     for key, fits in good.items():
         if not fits:
@@ -242,8 +243,7 @@ def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral
     assert moe is not None
     folder = directory / FOLDER
     folder.mkdir()
-    values = dataclasses.asdict(ExpertsFields.of(moe))
-    del values["layout"]  # the directory shows it
+    values = ExpertsFields.of(dataclasses.replace(moe, layout="dense")).to_dict()  # the directory shows the layout
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "moe": values}
     if mixtral:
         content["architecture"] = family_of(source.config).architecture

@@ -51,6 +51,6 @@ def resolve_experts(
         if stop > shape.vocab_size:
             raise UserError(f"moe.ranges: {name} ends at token {stop}, the model has {shape.vocab_size}")
     pairs = tuple((start, stop) for start, stop in ranges.values())
-    layout = old.layout if old else "dense"
-    moe = ExpertsSpec(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, layout)
+    kept = {} if old is None else {"layout": old.layout, "weights": old.weights}
+    moe = ExpertsSpec(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, **kept)
     return shape.with_experts(moe)
