@@ -289,13 +289,7 @@ def resolve_lora(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] |
     experts = model.experts.num_experts if lora.per_expert and model.experts is not None else 1
     specs = {}
     for name, adapted in adapted_linears(model, lora, layers).items():
-        linear = adapted.linear
-        if linear.fused is not None and linear.feed_forward and model.experts is not None:
-            raise UserError(
-                f"lora.targets: {_last(linear.hf_module)} is divided into experts in this model, and an adapter for "
-                f"all of it is not supported; name its parts: {', '.join(row.linear for row in linear.rows)}"
-            )
-        of_experts = experts if linear.feed_forward else 1
+        of_experts = experts if adapted.linear.feed_forward else 1
         specs[name] = LoraSpec(adapted.ranks, adapted.scales(lora.rslora), lora.dropout, lora.dora, of_experts)
     return specs
 

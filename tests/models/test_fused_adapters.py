@@ -228,6 +228,35 @@ def test_an_adapter_of_parts_is_one_of_the_whole_to_peft(family: str, name: str,
         assert scales.ranks == (4, 4, 4) and scales.scales == adapter.specs["q_proj"].scales
 
 
+def test_an_adapter_of_gate_and_up_follows_the_neurons_into_experts(tmp_path: Path) -> None:
+    """`moefy` moves neurons, which are rows of the second factor: there and back, and merged, it is PEFT's."""
+    model = build(FAMILY, "dora", tmp_path)
+    options = ["--experts", 4, "--router", "activation", "--top-k", "text=4"]
+    run("moefy", tmp_path / "base", tmp_path / "moe", *options)
+    run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "moe")
+    run("jax-to-peft", tmp_path / "jax", tmp_path / "back")
+    before, after, moved = (
+        load_file(tmp_path / "peft" / "adapter_model.safetensors"),
+        load_file(tmp_path / "back" / "adapter_model.safetensors"),
+        open_adapter(tmp_path / "jax").read("layers/mlp/up_proj/lora_B", ()),
+    )
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not np.array_equal(
+        moved, open_adapter(tmp_path / "peft", open_model(tmp_path / "base")).read("layers/mlp/up_proj/lora_B", ())
+    )
+    adapter = open_adapter(tmp_path / "jax")
+    lora = traverse_util.unflatten_dict({path: adapter.read(path, ()) for path in adapter.leaves}, sep="/")
+    source = open_model(tmp_path / "moe")
+    moe = traverse_util.unflatten_dict({path: source.read(path, ()) for path in source.leaves}, sep="/")
+    specs = resolve_lora(source.config, adapter.lora, adapter.layers)
+    np.testing.assert_allclose(logits(source.config, specs, moe, lora), torch_logits(model), rtol=0, atol=2e-5)
+    run("merge", tmp_path / "moe", tmp_path / "jax", tmp_path / "merged")
+    run("demoefy", tmp_path / "merged", tmp_path / "dense", "--format", "hf")
+    merged = load_file(tmp_path / "dense" / "model.safetensors")
+    for key, value in model.merge_and_unload().state_dict().items():
+        assert torch.allclose(merged[key], value, atol=1e-6, rtol=0), key
+
+
 def test_dora_of_some_parts_is_not_written_to_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small.hf_model(FAMILY).save_pretrained(tmp_path / "base")
     adapter = InMemory(
