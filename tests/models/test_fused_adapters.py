@@ -47,8 +47,10 @@ ADAPTERS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 FAMILY = "phi3"
 CASES = [
-    *((FAMILY, name) for name in ADAPTERS),
-    *((name, "dora") for name in ("bloom", "falcon", "glm")),
+    (FAMILY, "rslora"),
+    ("bloom", "dora"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(FAMILY, "lora"), (FAMILY, "dora")]),
+    *(pytest.param(name, "dora", marks=pytest.mark.slow) for name in ("falcon", "glm")),
 ]
 IDS = np.random.default_rng(1).integers(0, 37, (2, 12)).astype(np.int32)
 
@@ -203,7 +205,15 @@ PARTS: dict[str, LoraConfig] = {
 }
 
 
-@pytest.mark.parametrize(("family", "name"), [*((FAMILY, name) for name in PARTS), ("bloom", "ranks")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (FAMILY, "some"),
+        (FAMILY, "rslora"),
+        ("bloom", "ranks"),
+        *(pytest.param(FAMILY, name, marks=pytest.mark.slow) for name in ("ranks", "dora", "layers")),
+    ],
+)
 def test_an_adapter_of_parts_is_one_of_the_whole_to_peft(family: str, name: str, tmp_path: Path) -> None:
     """Another linear layer of PEFT's, of all ranks together, which computes the same; merging gives the same too."""
     small.hf_model(family).save_pretrained(tmp_path / "base")
