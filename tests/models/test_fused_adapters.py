@@ -21,14 +21,14 @@ from convert.transforms.merge import MergedSource
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import hf_linears, linears_of, resolve_lora
-from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.models.decoder import Decoder
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
-from jaxlm.weights.leaves import LeafInfo
 from jaxlm.weights.names import adapter_shapes, fused_factors, peft_entries
 from jaxlm.weights.native.write import write_adapter
 from tests.models import small
-from tests.models.compare import assert_trees_close, random_tree
+from tests.models.adapted import InMemory
+from tests.models.compare import assert_trees_close
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -163,33 +163,6 @@ def test_files_there_and_back_and_merged(family: str, name: str, tmp_path: Path)
             assert torch.allclose(a[key], value, atol=1e-6, rtol=0), key
 
 
-class InMemory:
-    """An adapter as a run would have trained it, every factor random."""
-
-    path, base, layers, partition, peft_config = Path("memory"), None, None, None, None
-
-    def __init__(self, spec: DecoderSpec, lora: LoraConfig, base: Any) -> None:
-        self.tokenizer_files, self.prompt_files = list[Path](), list[Path]()
-        self.config, self.lora, self.specs = spec, lora, resolve_lora(spec, lora)
-        tree = random_tree(nn.unbox(abstract_variables(Decoder(spec, self.specs)))["lora"], 3)
-        leaves = {path: 0.3 * np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        linears = linears_of(spec)
-        for path, leaf in leaves.items():
-            *_, linear, factor = path.split("/")
-            own = self.specs.get(linear) or self.specs[linears[linear].part_of]
-            for n, rank in enumerate(own.ranks):
-                if factor == "magnitude":
-                    leaf[n] = np.abs(leaf[n]) + 0.5
-                else:
-                    leaf[n][(..., slice(rank, None)) if factor == "lora_A" else slice(rank, None)] = 0
-        self.arrays = leaves
-        self.tree = traverse_util.unflatten_dict(leaves, sep="/")
-        self.leaves = {path: LeafInfo(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self.arrays[path][index].copy()
-
-
 PARTS: dict[str, LoraConfig] = {
     "some": LoraConfig(rank=2, alpha=6.0, targets=("q_proj", "v_proj", "up_proj", "o_proj")),
     "ranks": LoraConfig(
@@ -218,7 +191,7 @@ def test_an_adapter_of_parts_is_one_of_the_whole_to_peft(family: str, name: str,
     """Another linear layer of PEFT's, of all ranks together, which computes the same; merging gives the same too."""
     small.hf_model(family).save_pretrained(tmp_path / "base")
     base, spec = base_tree(tmp_path), small.small_spec(family)
-    adapter = InMemory(spec, PARTS[name], base)
+    adapter = InMemory(spec, PARTS[name])
     (tmp_path / "jax").mkdir()
     write_adapter(adapter, tmp_path / "jax", str(tmp_path / "base"), lambda _: None)
     expected = logits(spec, adapter.specs, base, adapter.tree)
@@ -269,9 +242,7 @@ def test_an_adapter_of_gate_and_up_follows_the_neurons_into_experts(tmp_path: Pa
 
 def test_dora_of_some_parts_is_not_written_to_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small.hf_model(FAMILY).save_pretrained(tmp_path / "base")
-    adapter = InMemory(
-        small.small_spec(FAMILY), LoraConfig(rank=2, targets=("q_proj", "v_proj"), dora=True), base_tree(tmp_path)
-    )
+    adapter = InMemory(small.small_spec(FAMILY), LoraConfig(rank=2, targets=("q_proj", "v_proj"), dora=True))
     (tmp_path / "jax").mkdir()
     write_adapter(adapter, tmp_path / "jax", str(tmp_path / "base"), lambda _: None)
     assert main(["jax-to-peft", str(tmp_path / "jax"), str(tmp_path / "peft")]) != 0
