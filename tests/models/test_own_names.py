@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from convert.commands.main import main
+from convert.conversion import convert
 from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
@@ -176,16 +177,51 @@ def test_own_names_hold_the_model_that_transformers_has_under_others(family: str
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
-def test_files_there_and_back_have_their_own_names(family: str, variant: str, tmp_path: Path) -> None:
+def test_files_there_and_back_have_their_own_names(
+    family: str, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, state = write_files(family, variant, tmp_path / "own")
     assert main(["hf-to-jax", str(tmp_path / "own"), str(tmp_path / "jax")]) == 0
     assert main(["jax-to-hf", str(tmp_path / "jax"), str(tmp_path / "back")]) == 0
+    said = capsys.readouterr().out
+    assert ("AutoModelForCausalLM" in said) == (family == "internlm3") != ("copy the code of" in said)
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(back[name], tensor.numpy(), name)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert read_config(config) == small_spec(family, variant)
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("chatglm", "GlmForCausalLM"), ("internlm2", "llama")])
+def test_a_model_goes_out_under_another_architecture(family: str, architecture: str, tmp_path: Path) -> None:
+    """transformers opens it, and has every tensor of the module that computes the same."""
+    module, _ = write_files(family, "plain", tmp_path / "own")
+    assert main(["hf-to-jax", str(tmp_path / "own"), str(tmp_path / "jax")]) == 0
+    words = ["--architecture", architecture]
+    assert main(["jax-to-hf", str(tmp_path / "jax"), str(tmp_path / "out"), *words]) == 0
+    found = type(module).from_pretrained(tmp_path / "out", dtype="float32")
+    assert found.state_dict().keys() == module.state_dict().keys()
+    assert all(tensor.equal(module.state_dict()[name]) for name, tensor in found.state_dict().items())
+    ids = torch.arange(11)[None]
+    torch.testing.assert_close(found(ids).logits, module(ids).logits, rtol=1e-5, atol=1e-5)  # another attention
+
+
+def test_an_architecture_that_computes_something_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files("baichuan", "2-7b", tmp_path / "own")
+    assert main(["hf-to-jax", str(tmp_path / "own"), str(tmp_path / "jax")]) == 0
+    for name, words in (
+        ("LlamaForCausalLM", "LlamaForCausalLM has no place for normed_head True"),
+        ("mistral", "MistralForCausalLM has no place for normed_head True"),
+        ("NewForCausalLM", "'NewForCausalLM' is not supported; supported: LlamaForCausalLM"),
+    ):
+        assert main(["jax-to-hf", str(tmp_path / "jax"), str(tmp_path / "out"), "--architecture", name]) == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(UserError, match="architecture: 'llama' is for models that are written as hf"):
+        convert(tmp_path / "own", tmp_path / "out", "jax", architecture="llama")
+    assert not (tmp_path / "out").exists()
 
 
 # --- ChatGLM ---------------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ FAMILY = Family(
     ),
     aliases=("BaiChuanForCausalLM",),
     keys={"num_key_value_heads": "", "head_dim": "", "rope_parameters": "", "rope_theta": "", "rope_scaling": ""},
+    in_transformers=False,
     # Baichuan's model cards.
     shapes={
         "baichuan-7b": _shape(False, False, 32, 4096, 11008, 32),

@@ -104,6 +104,7 @@ class Family:
         old_keys: what files of some versions call a key -> the key that most families share.
         reads: keys of `common.UNREAD` that this family's `read` honours.
         renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
+        in_transformers: whether transformers has the architecture; else it comes with code in its repository.
         shapes: published models by name.
     """
 
@@ -121,6 +122,7 @@ class Family:
     old_keys: Mapping[str, str] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    in_transformers: bool = True
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
 
     @property

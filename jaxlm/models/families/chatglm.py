@@ -127,6 +127,7 @@ FAMILY = Family(
         "rope_theta": "",
         "rope_scaling": "",
     },
+    in_transformers=False,
     # Zhipu's model cards.
     shapes={
         "chatglm2-6b": _shape(max_position_embeddings=32768),

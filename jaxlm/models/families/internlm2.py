@@ -75,6 +75,7 @@ FAMILY = Family(
         ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
     ),
     keys={"attention_bias": "bias"},
+    in_transformers=False,
     # Shanghai AI Laboratory's model cards.
     shapes={
         "internlm2-1.8b": _shape(24, 2048, 8192, 16, 8),
