@@ -225,8 +225,11 @@ def _say_hf_experts(source: ParamSource, destination: str, layout: str | None) -
 
     moe = source.config.experts
     assert moe is not None
-    k = moe.top_k[0]
-    if hf_layout(source, layout) != "mixtral":
+    k, layout = moe.top_k[0], hf_layout(source, layout)
+    if layout == "own":
+        print(f"{'experts':12} {moe.num_experts}, of which transformers computes {k} for every token, as jaxlm")
+        return
+    if layout != "mixtral":
         print(
             f"{'experts':12} transformers computes all {moe.num_experts} for every token: to it this is a dense model. "
             f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"

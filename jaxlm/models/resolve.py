@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
@@ -53,4 +54,13 @@ def resolve_experts(
     pairs = tuple((start, stop) for start, stop in ranges.values())
     kept = {} if old is None else {"layout": old.layout, "weights": old.weights}
     moe = ExpertsSpec(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, **kept)
-    return shape.with_experts(moe)
+    if old is None:
+        return shape.with_experts(moe)
+    # A layer of a model that comes with experts in some of its layers stays dense where it is.
+    return shape.with_layers(
+        lambda layer: (
+            layer
+            if layer.feed_forward.experts is None
+            else replace(layer, feed_forward=replace(layer.feed_forward, experts=moe))
+        )
+    )

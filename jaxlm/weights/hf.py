@@ -324,7 +324,7 @@ def _fused_blocks(source: ParamSource, whole: FusedEntry) -> Iterator[np.ndarray
             yield few.to_stored(np.ascontiguousarray(leaf))
 
 
-def write_dense(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
+def write_files(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
     """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
     Args:
