@@ -57,9 +57,14 @@ _LLAMA3 = _TOKENS3 | dict(max_position_embeddings=8192, rope=RopeSpec(rope_theta
 _LLAMA31 = _TOKENS3 | dict(max_position_embeddings=131072, rope=_rope(8.0))
 _SMOLLM2: dict[str, Any] = dict(vocab_size=49152, bos_token_id=0, eos_token_id=0, tied_head=True)
 _SMOLLM2 |= dict(max_position_embeddings=8192)
-_DEEPSEEK: dict[str, Any] = dict(vocab_size=102400, bos_token_id=100000, eos_token_id=100001, norm_eps=1e-6)
-_DEEPSEEK |= dict(max_position_embeddings=4096)
 _LLAMA32 = _TOKENS3 | dict(max_position_embeddings=131072, rope=_rope(32.0), tied_head=True)
+_YI: dict[str, Any] = dict(
+    vocab_size=64000, max_position_embeddings=4096, rope=RopeSpec(rope_theta=5e6), pad_token_id=0
+)
+_DEEPSEEK: dict[str, Any] = dict(
+    vocab_size=102400, max_position_embeddings=4096, norm_eps=1e-6, bos_token_id=100000, eos_token_id=100001
+)
+_SMOL: dict[str, Any] = dict(vocab_size=49152, tied_head=True, bos_token_id=0, eos_token_id=0)
 
 FAMILY = Family(
     name="llama",
@@ -92,7 +97,13 @@ FAMILY = Family(
         "smollm2-135m": _shape(30, 576, 1536, 9, 3, rope=RopeSpec(rope_theta=1e5), **_SMOLLM2),
         "smollm2-360m": _shape(32, 960, 2560, 15, 5, rope=RopeSpec(rope_theta=1e5), **_SMOLLM2),
         "smollm2-1.7b": _shape(24, 2048, 8192, 32, rope=RopeSpec(rope_theta=1.3e5), **_SMOLLM2),
+        # Of others whose architecture it is, from theirs.
+        "yi-6b": _shape(32, 4096, 11008, 32, 4, **_YI),
+        "yi-34b": _shape(60, 7168, 20480, 56, 8, **_YI),
         "deepseek-llm-7b": _shape(30, 4096, 11008, 32, **_DEEPSEEK),
         "deepseek-llm-67b": _shape(95, 8192, 22016, 64, 8, **_DEEPSEEK),
+        "smollm-135m": _shape(30, 576, 1536, 9, 3, **_SMOL),
+        "smollm-360m": _shape(32, 960, 2560, 15, 5, **_SMOL),
+        "smollm-1.7b": _shape(24, 2048, 8192, 32, **_SMOL),
     },
 )
