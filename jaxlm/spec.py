@@ -23,14 +23,14 @@ from jaxlm.errors import UserError
 from jaxlm.jsonfields import build
 
 DEFAULT_THETA = 10000.0
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROUTERS = ("activation", "activation_released", "learned", "modality")
 LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 NORMS = ("rms", "layer")
 PARALLEL = ("own_norm", "shared_norm")
-NORM_PLACES = ("pre", "post", "both")
+NORM_PLACES = ("pre", "post", "both", "sum")
 QK_NORM_OVER = ("head", "all")
 
 
@@ -72,7 +72,9 @@ class RopeSpec:
     """Rotary position embedding.
 
     Source: transformers `modeling_rope_utils.py`, whose field names these are; llama3 from Meta's LLaMA 3.1 release;
-    yarn from arXiv:2309.00071; dynamic NTK and linear scaling as LLaMA's forks use them.
+    yarn from arXiv:2309.00071; dynamic NTK and linear scaling as LLaMA's forks use them; longrope from
+    arXiv:2402.13753: texts of more than `original_max_position_embeddings` tokens are turned by `long_factor`, all
+    others by `short_factor`, which have a number for each pair of dims that turns.
     """
 
     rope_type: str = "default"
@@ -87,18 +89,36 @@ class RopeSpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope: rope_type {self.rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
         if not self.rope_theta > 0:
             raise UserError(f"rope: rope_theta is {self.rope_theta!r}; expected a positive number")
-        if self.rope_type != "default" and self.factor is None:
-            raise UserError(f"rope: rope_type {self.rope_type!r} needs a 'factor'")
-        if self.rope_type == "llama3":
-            for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                if getattr(self, name) is None:
-                    raise UserError(f"rope: rope_type 'llama3' needs {name!r}")
+        for name in _NEEDED.get(self.rope_type, ("factor",)):
+            if getattr(self, name) is None:
+                raise UserError(f"rope: rope_type {self.rope_type!r} needs a {name!r}")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if (factors is not None) != (self.rope_type == "longrope"):
+                raise UserError(f"rope: {name} belongs to rope_type 'longrope', not to {self.rope_type!r}")
+            if factors is not None and not all(factor > 0 for factor in factors):
+                raise UserError(f"rope: {name} is {list(factors)}; expected positive numbers")
+
+    @property
+    def switch_length(self) -> int | None:
+        """The longest text that `short_factor` turns; None where frequencies do not change at once."""
+        return self.original_max_position_embeddings if self.rope_type == "longrope" else None
+
+
+# rope_type -> the parameters that it cannot do without; of the others it is `factor`.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,29 @@ class LearnedPositionsSpec:
 
 
 @dataclass(frozen=True)
+class RelativeBiasSpec:
+    """A trained bias of scores by the distance of query and key, one for each head (T5, arXiv:1910.10683).
+
+    Args:
+        num_buckets: number of classes of distances: near ones have one each, far ones share (see
+            `nn.positions.relative_buckets`).
+        max_distance: from here on all distances are in the last class.
+    """
+
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("num_buckets", "max_distance"))
+        # Half of the buckets are for keys behind the query, and half of those for single distances.
+        if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
+            raise UserError(
+                f"config: a relative bias of {self.num_buckets} buckets up to distance {self.max_distance}: 4 divides "
+                "the number of buckets, and half of it is below the distance"
+            )
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Causal grouped-query self-attention.
 
@@ -134,7 +177,8 @@ class AttentionSpec:
         num_heads: H.
         num_kv_heads: K; divides H.
         head_dim: h.
-        rope: rotary positions; None for none, so that without `alibi` only the mask tells tokens apart (NoPE).
+        rope: rotary positions; None for none, so that without `alibi` and `relative_bias` only the mask tells tokens
+            apart (NoPE).
         alibi: scores sink with the distance of query and key, in each head at a slope of its own (arXiv:2108.12409).
         qkv_bias: whether q, k and v have a bias.
         o_bias: whether the output projection has a bias.
@@ -146,6 +190,8 @@ class AttentionSpec:
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
         scale: what scores are multiplied with; None for h**-0.5.
         soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
+        relative_bias: what is added to scores by distance; None for nothing. The table belongs to the model, whose
+            layers may share it.
     """
 
     num_heads: int
@@ -162,6 +208,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     alibi: bool = False
     qk_norm_over: str = "head"
+    relative_bias: RelativeBiasSpec | None = None
 
     def __post_init__(self) -> None:
         sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
@@ -179,11 +226,20 @@ class AttentionSpec:
             raise UserError(f"config: qk_norm_over {self.qk_norm_over!r} is not one of {', '.join(QK_NORM_OVER)}")
         if self.rope is not None and self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} must be even for rotary embeddings")
+        pairs = (self.rotary_dim or self.head_dim) // 2
+        for name in ("short_factor", "long_factor"):
+            factors = None if self.rope is None else getattr(self.rope, name)
+            if factors is not None and len(factors) != pairs:
+                raise UserError(f"rope: {name} has {len(factors)} numbers; {pairs} pairs of dims turn")
         if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
             raise UserError("config: rotary_dim and rotary_interleaved describe rotary positions, but rope is null")
         if self.rope is not None and self.alibi:
             raise UserError(
                 "config: a layer has rotary positions or alibi, not both; set rope to null or alibi to false"
+            )
+        if self.relative_bias is not None and (self.rope is not None or self.alibi):
+            raise UserError(
+                "config: a layer with a relative bias has no other positions; set rope to null, alibi to false"
             )
 
     @property
@@ -297,8 +353,8 @@ class LayerSpec:
 
     Args:
         norms: pre: attention and feed-forward see a norm of the hidden states (LLaMA); post: they see the hidden states
-            themselves, and what they give has a norm before it is added (OLMo 2), which is not BERT's norm of the sum;
-            both: what they see and what they give have one (Gemma 2).
+            themselves, and what they give has a norm before it is added (OLMo 2); both: what they see and what they
+            give have one (Gemma 2); sum: they see the hidden states themselves, and the sum has a norm (BERT).
         parallel: None: the feed-forward layer sees the hidden states with attention added. own_norm: it sees those that
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
         residual_scale: what attention and feed-forward give is multiplied with it before it is added (Granite); None
@@ -315,10 +371,22 @@ class LayerSpec:
         _check_positive(self, ("residual_scale",))
         if self.norms not in NORM_PLACES:
             raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
-        if self.norms == "post" and self.parallel is not None:
-            raise UserError(f"config: parallel {self.parallel!r} names a norm before the layers; norms 'post' has none")
+        if not self.norm_before and self.parallel is not None:
+            raise UserError(
+                f"config: parallel {self.parallel!r} names a norm before the layers; norms {self.norms!r} has none"
+            )
         if self.parallel not in (None, *PARALLEL):
             raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether attention and feed-forward see a norm of the hidden states."""
+        return self.norms in ("pre", "both")
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether what they give, or its sum with the hidden states, has a norm."""
+        return self.norms != "pre"
 
 
 @dataclass(frozen=True)
@@ -354,10 +422,14 @@ class DecoderSpec:
         norm: of every layer, and of the last hidden states.
         tied_head: the embedding is the output matrix too.
         embedding_scale: what embeddings are multiplied with, rounded to the compute dtype; None for nothing.
-        learned_positions: vectors of positions, added to the scaled embedding; None for none.
+        learned_positions: vectors of positions [.., D], added to the scaled embedding; None for none.
         embedding_norm: whether there is a norm behind the embedding.
         logits_scale: what logits are multiplied with, before the cap: the last hidden states are, behind their norm, in
             the compute dtype (T5's d**-0.5; Granite's divisor, inverted); None for nothing.
+        embedding_size: dims of a token's embedding and of the output matrix, where they are not D: a matrix without a
+            bias turns an embedding into a hidden state, another the last hidden state into what the output matrix
+            takes (OPT-350m); None for D.
+        final_norm: whether the last hidden states have a norm.
         logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
@@ -381,11 +453,14 @@ class DecoderSpec:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    embedding_size: int | None = None
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
-        _check_positive(self, (*sizes, "logits_soft_cap", "logits_scale"), zero=("num_layers",))
+        numbers = ("logits_soft_cap", "logits_scale", "embedding_size")
+        _check_positive(self, (*sizes, *numbers), zero=("num_layers",))
         if not self.period:
             raise UserError("config: period is empty; it describes at least one layer")
         if len(self.period) > 1 and len(set(self.period)) == 1:
@@ -461,10 +536,28 @@ class DecoderSpec:
         return self.experts is not None and self.experts.router == "learned"
 
     @property
+    def embedding_dims(self) -> int:
+        """Number of dims of a token's embedding and of the output matrix."""
+        return self.embedding_size or self.hidden_size
+
+    @property
     def max_length(self) -> int:
         """Longest row the positions are made for, in tokens: RoPE scaling stretches max_position_embeddings."""
         longest = min(_stretched(layer.attention.rope, self.max_position_embeddings) for layer in self.period)
         return longest if self.learned_positions is None else min(longest, self.learned_positions.num_positions)
+
+    @property
+    def switch_length(self) -> int | None:
+        """`RopeSpec.switch_length` of the layers, None where no layer has one: what a cache holds of a text ends there.
+
+        Raises:
+            UserError: it differs between layers.
+        """
+        ropes = (layer.attention.rope for layer in self.period)
+        lengths = {rope.switch_length for rope in ropes if rope is not None} - {None}
+        if len(lengths) > 1:
+            raise UserError(f"config: original_max_position_embeddings of longrope differs between layers: {lengths}")
+        return next(iter(lengths), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""

@@ -17,6 +17,7 @@ from jaxlm.spec import (
     LayerSpec,
     LearnedPositionsSpec,
     NormSpec,
+    RelativeBiasSpec,
     RopeSpec,
     is_stacked,
 )
@@ -75,6 +76,12 @@ def test_json_there_and_back() -> None:
         (lambda v: v["period"][2]["feed_forward"]["experts"].update(num_experts=5), "does not divide the 48 neurons"),
         (lambda v: v["period"][0]["attention"].update(alibi=True), "rotary positions or alibi, not both"),
         (lambda v: v["period"][0]["attention"].update(rope=None, rotary_dim=4), "but rope is null"),
+        (lambda v: v["period"][0]["attention"].update(relative_bias={}), "a relative bias has no other positions"),
+        (lambda v: v["period"][0]["attention"].update(relative_bias={"num_buckets": 6}), "relative_bias: .* 4 divides"),
+        (
+            lambda v: v["period"][0]["attention"].update(rope=None, relative_bias={"max_distance": 16}),
+            "32 buckets up to distance 16: .* half of it is below the distance",
+        ),
         (lambda v: v["period"][0]["attention"].update(soft_cap=0), "soft_cap is 0; expected a positive number"),
         (lambda v: v.update(logits_soft_cap=-1.0), "logits_soft_cap is -1.0; expected a positive number"),
         (lambda v: v.update(logits_scale=0.0), "logits_scale is 0.0; expected a positive number"),
@@ -106,7 +113,7 @@ def test_fields_that_older_files_do_not_have_change_nothing() -> None:
     del values["logits_soft_cap"], values["learned_positions"], values["logits_scale"]
     for layer in values["period"]:
         del layer["norms"], layer["residual_scale"]
-        for name in ("scale", "soft_cap", "alibi", "qk_norm_over"):
+        for name in ("scale", "soft_cap", "alibi", "qk_norm_over", "relative_bias"):
             del layer["attention"][name]
     assert DecoderSpec.from_dict(values) == spec()
 
@@ -115,6 +122,8 @@ def test_other_positions_there_and_back() -> None:
     made = dataclasses.replace(spec((LOCAL,)), learned_positions=LearnedPositionsSpec(100, 2))
     made = made.with_attention(rope=None)
     assert made.max_length == 98
+    assert DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    made = spec((LOCAL,)).with_attention(rope=None, relative_bias=RelativeBiasSpec(8, 20))
     assert DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     made = spec((LOCAL,)).with_attention(rope=None, alibi=True)
     assert DecoderSpec.from_dict(json.loads(json.dumps(made.to_dict()))) == made

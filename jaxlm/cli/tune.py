@@ -150,7 +150,9 @@ def _attention(config: RunConfig, options: argparse.Namespace) -> AttentionSpec:
     spec = AttentionSpec(heads, kv_heads, head_dim, window=window)
     if own is None:
         return spec
-    return dataclasses.replace(spec, rope=own.rope, soft_cap=own.soft_cap, alibi=own.alibi)
+    return dataclasses.replace(
+        spec, rope=own.rope, soft_cap=own.soft_cap, alibi=own.alibi, relative_bias=own.relative_bias
+    )
 
 
 def candidates(case: ShapeKey) -> list[Candidate]:
@@ -185,11 +187,19 @@ def tensors(case: ShapeKey, rows: int, heads: int, kv_heads: int) -> tuple[Any, 
 def passes(case: ShapeKey, choice: AttentionBackend) -> Callable[..., Any]:
     """(q, k, v, cotangent, segment ids) -> output and the gradients of q, k and v; jitted."""
     import jax
+    import jax.numpy as jnp
 
     from jaxlm.nn.attention import MaskSpec, attention
 
     def run(q: Any, k: Any, v: Any, cotangent: Any, ids: Any) -> Any:
-        mask = MaskSpec(ids, window=case.window, soft_cap=case.soft_cap, alibi=case.alibi)
+        bias = jnp.sin(jnp.arange(q.shape[2] * (2 * case.length - 1.0))).reshape(q.shape[2], -1)
+        mask = MaskSpec(
+            ids,
+            window=case.window,
+            soft_cap=case.soft_cap,
+            alibi=case.alibi,
+            bias=bias if case.relative_bias else None,
+        )
         out, back = jax.vjp(lambda q, k, v: attention(q, k, v, mask, choice), q, k, v)
         return out, *back(cotangent.astype(out.dtype))
 

@@ -23,7 +23,7 @@ from jaxlm.devices.mesh import use_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.decode import State, admit, append, new_state, step
 from jaxlm.inference.options import check_decoding, check_stop_ids
-from jaxlm.inference.rows import CacheRows, DeviceModel, bucket, divisible, fetch
+from jaxlm.inference.rows import CacheRows, DeviceModel, bucket, divisible, fetch, power_of_two
 from jaxlm.inference.sampling import Method, Settings, row_keys
 
 # Tokens that are generated between two looks at the device.
@@ -173,8 +173,10 @@ class Engine:
 
     def _longest_kept(self, request: Request) -> tuple[int, int]:
         """The free row that holds most of a prompt, and how many tokens; the prompt's last one is always read again."""
-        best, known = 0, 0
+        best, known, switch = 0, 0, self._spec.switch_length
         for row, tokens in self._kept.items() if request.options.samples == 1 else ():
+            if switch is not None and (len(tokens) > switch) != (len(request.prompt) > switch):
+                continue  # its keys are turned as those of a text of another length
             shared = 0
             for mine, theirs in zip(request.prompt[:-1], tokens, strict=False):
                 if mine != theirs:
@@ -198,7 +200,7 @@ class Engine:
         if not self._slots and not self._kept:
             self._clear()  # an engine that is empty takes the shape of its new prompts
         mesh, share = self._model.mesh, self.rows // samples
-        count = divisible(max(fill, _power_of_two(len(requests))), mesh)
+        count = divisible(max(fill, power_of_two(len(requests))), mesh)
         whole = (
             not self._cache.caches
             and count >= share
@@ -287,7 +289,9 @@ class Engine:
                 # Rows that have ended do not count: one may stand at the end of its context while others go far.
                 lengths, limits = (x[~self._host.finished] for x in (self._host.lengths, self._host.limits))
                 limit = max(self._limit(slot.request) for slot in self._slots.values())
-                steps = min(tokens, int((limits - lengths).max()))
+                texts = {int(row): int(self._host.lengths[row]) for row in np.flatnonzero(~self._host.finished)}
+                at_once = self._cache.read_again(texts, lambda row: self._host.tokens[row, : texts[row]], limit)
+                steps = min(tokens, at_once, int((limits - lengths).max()))
                 steps = self._cache.make_room(int(lengths.max()), steps, limit)
                 assert self._method is not None and self._settings is not None
                 self._cache.caches, self._state = step(
@@ -345,10 +349,6 @@ class Engine:
         for row, slot in self._slots.items():
             slot.ids = host.tokens[row, host.starts[row] : host.lengths[row]].tolist()
             slot.complete = slot.stopped or bool(host.finished[row])
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 def _stacked(parts: list[Settings]) -> Settings:

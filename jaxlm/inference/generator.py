@@ -156,7 +156,10 @@ class BeamSession(Session):
             yield
             # Searches that have ended do not count: one may stand at the end of its context while others go far.
             lengths, most = host.lengths[~host.finished], host.limits[~host.finished]
-            steps = min(self._flush, int((most - lengths).max()))
+            places = ((int(row), beam) for row in np.flatnonzero(~host.finished) for beam in range(beams))
+            texts = {row * beams + beam: host.tokens[row, beam, : host.lengths[row]] for row, beam in places}
+            at_once = cache.read_again({row: len(text) for row, text in texts.items()}, texts.__getitem__, max(limits))
+            steps = min(self._flush, at_once, int((most - lengths).max()))
             steps = cache.make_room(int(lengths.max()), steps, max(limits))
             cache.caches, state = search(
                 model.decoder, model.weights, cache.caches, state, settings, stops, penalty, np.int32(steps), **static

@@ -5,7 +5,7 @@ The engine and the beam search both sit on these. R rows, S slots (all rows shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,11 @@ def bucket(length: int, least: int = 16) -> int:
             return half
         size *= 2
     return size
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two: few shapes, so few programs."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
@@ -160,6 +165,31 @@ class CacheRows:
         logits, caches = extend(self._model.decoder, self._model.weights, caches, jnp.asarray(padded), starts, added)
         self.place(caches, 1, None if alone else [row])
         return logits
+
+    def read_again(self, lengths: Mapping[int, int], text: Callable[[int], Sequence[int]], limit: int) -> int:
+        """Reads rows again whose text has outgrown what its keys are turned for (see `RopeSpec.switch_length`).
+
+        A longer text is turned by other factors from its first token on, as transformers' Phi-3 does.
+
+        Args:
+            lengths: of the texts that are not finished, by row; the caches hold all of a text but its last token.
+            text: the tokens of a row.
+            limit: most tokens that any text will have.
+
+        Returns:
+            How many tokens may come before this is to be called again.
+        """
+        switch = self._model.decoder.spec.switch_length
+        if switch is None:
+            return limit
+        rows = [row for row, length in lengths.items() if length == switch + 1]
+        if rows:
+            count = divisible(power_of_two(len(rows)), self._model.mesh)
+            texts = [*map(text, rows), *[[]] * (count - len(rows))]
+            _, caches = self.read(texts, [limit])
+            # The last token is read too, and once more with the next one: it stands in the same slot.
+            self.place(caches, 1, rows + [self.rows] * (count - len(rows)))
+        return min((switch + 1 - length for length in lengths.values() if length <= switch), default=limit)
 
     def reserve(self, slots: int) -> None:
         """Grows the caches to at least this number of slots."""

@@ -84,6 +84,13 @@ def greedy_answers(
             running &= lengths < limits
             if not running.any():
                 return answers[: len(prompts)]
+            if model.spec.switch_length is not None and (running & (lengths == model.spec.switch_length + 1)).any():
+                # Longer texts are turned by other factors from their first token on: all are read again.
+                tokens = np.zeros((rows, bucket(int(lengths.max()))), np.int32)
+                for row, prompt in enumerate(prompts):
+                    tokens[row, : lengths[row]] = [*prompt, *answers[row]]
+                logits, caches = prefill(model, weights, jnp.asarray(tokens), jnp.asarray(lengths), slots)
+                continue
             logits, caches = extend(
                 model, weights, caches, jnp.asarray(best[:, None]), jnp.asarray(starts), jnp.ones(rows, jnp.int32)
             )

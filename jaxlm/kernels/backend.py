@@ -57,6 +57,7 @@ class ShapeKey:
         window: that of sliding-window attention; None for none.
         soft_cap: that of the scores; None for none.
         alibi: whether scores sink with distance.
+        relative_bias: whether scores have a trained bias by distance.
     """
 
     platform: str
@@ -71,6 +72,7 @@ class ShapeKey:
     window: int | None = None
     soft_cap: float | None = None
     alibi: bool = False
+    relative_bias: bool = False
 
     @property
     def device(self) -> str:
@@ -89,7 +91,8 @@ class ShapeKey:
         packed = " packed" if self.packed else ""
         capped = "" if self.soft_cap is None else " capped"
         alibi = " alibi" if self.alibi else ""
-        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}{alibi}"
+        relative = " relative" if self.relative_bias else ""
+        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}{alibi}{relative}"
 
 
 def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
@@ -115,6 +118,7 @@ def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, d
         window=attention.window,
         soft_cap=attention.soft_cap,
         alibi=attention.alibi,
+        relative_bias=attention.relative_bias is not None,
     )
 
 
@@ -162,18 +166,20 @@ _LACKS: Mapping[str, Callable[[ShapeKey], str | None]] = {
 }
 
 
-def unserved_scores(name: str, soft_cap: float | None, alibi: bool) -> str | None:
+def unserved_scores(name: str, soft_cap: float | None, alibi: bool, relative_bias: bool) -> str | None:
     """What of the scores an implementation does not compute, in words; None if nothing. All of them take any scale."""
     if soft_cap is not None and name == "cudnn":
         return "has no soft cap on scores"
     if alibi and name not in ("xla", "reference"):
         return "has no ALiBi"
+    if relative_bias and name not in ("xla", "reference"):
+        return "has no relative bias"
     return None
 
 
 def why_not(name: str, key: ShapeKey) -> str | None:
     """Why an implementation cannot serve, in words; None if it can."""
-    return _LACKS[name](key) or unserved_scores(name, key.soft_cap, key.alibi)
+    return _LACKS[name](key) or unserved_scores(name, key.soft_cap, key.alibi, key.relative_bias)
 
 
 # Tables -----------------------------------------------------------------------------------

@@ -78,11 +78,11 @@ class Block(nn.Module):
     def setup(self) -> None:
         shared = (self.hidden_size, self.init_std, self.adapters, self.dtype, self.param_dtype)
         norm = partial(Norm, self.norm, self.dtype, self.param_dtype)
-        if self.spec.norms != "post":
+        if self.spec.norm_before:
             self.input_layernorm = norm()
             if self.spec.parallel != "shared_norm":
                 self.post_attention_layernorm = norm()
-        if self.spec.norms != "pre":
+        if self.spec.norm_after:
             self.attention_output_norm = norm()
             self.feed_forward_output_norm = norm()
         self.self_attn = SelfAttention(*shared, self.spec.attention, self.attention)
@@ -111,12 +111,14 @@ class Block(nn.Module):
             x with attention added [B, T, D], the input of the feed-forward part [B, T, D], keys and values.
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        normed = x if self.spec.norms == "post" else self.input_layernorm(x)
+        normed = self.input_layernorm(x) if self.spec.norm_before else x
         attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
-        if self.spec.norms != "pre":
+        if self.spec.norms in ("post", "both"):
             attended = self.attention_output_norm(attended)
         middle = x + self._scaled(attended)
-        if self.spec.norms == "post":
+        if self.spec.norms == "sum":
+            middle = self.attention_output_norm(middle)
+        if not self.spec.norm_before:
             return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
             return middle, normed, key_values
@@ -124,7 +126,10 @@ class Block(nn.Module):
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """x [B, T, D] of `attend` with the output of the feed-forward part added."""
-        return x + self._scaled(out if self.spec.norms == "pre" else self.feed_forward_output_norm(out))
+        if self.spec.norms in ("post", "both"):
+            out = self.feed_forward_output_norm(out)
+        x = x + self._scaled(out)
+        return self.feed_forward_output_norm(x) if self.spec.norms == "sum" else x
 
     @nn.nowrap
     def _scaled(self, out: jax.Array) -> jax.Array:
@@ -223,9 +228,15 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         s = self.spec
         init = nn.with_logical_partitioning(nn.initializers.normal(s.initializer_range), ("vocab", "embed"))
-        matrix = ((s.vocab_size, s.hidden_size), init, self.param_dtype)
+        matrix = ((s.vocab_size, s.embedding_dims), init, self.param_dtype)
         self.embed_tokens = _Matrix(*matrix, "embedding")
-        self.norm = Norm(s.norm, self.dtype, self.param_dtype)
+        if s.final_norm:
+            self.norm = Norm(s.norm, self.dtype, self.param_dtype)
+        if s.embedding_size is not None:
+            into, out = (s.embedding_size, s.hidden_size), (s.hidden_size, s.embedding_size)
+            normal, boxed = nn.initializers.normal(s.initializer_range), nn.with_logical_partitioning
+            self.project_in = _Matrix(into, boxed(normal, (None, "embed")), self.param_dtype, "kernel")
+            self.project_out = _Matrix(out, boxed(normal, ("embed", None)), self.param_dtype, "kernel")
         if s.learned_positions is not None:
             # Rows over devices as those of the vocabulary.
             shape = s.learned_positions.num_rows, s.hidden_size
@@ -246,6 +257,8 @@ class Decoder(nn.Module):
         x = look_up(self.embed_tokens(), input_ids, self.dtype)
         if self.spec.embedding_scale is not None:
             x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
+        if self.spec.embedding_size is not None:
+            x = jnp.dot(x, self.project_in().astype(self.dtype))
         if self.spec.learned_positions is not None:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -279,15 +292,21 @@ class Decoder(nn.Module):
         """Logits [..., V] float32 from the output of the last layer [..., D]."""
         return self._logits(*self._normed(x))
 
+    def last_states(self, x: jax.Array) -> jax.Array:
+        """Final hidden states [..., D] from the output of the last layer [..., D]: behind the last norm, if any."""
+        return self.norm(x) if self.spec.final_norm else x
+
     def _logits(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        """Logits [..., V] float32 of final hidden states [..., D]."""
+        """Logits [..., V] float32 of what `_normed` gives."""
         return soft_capped(output_logits(x, matrix, self.dtype), self.spec.logits_soft_cap)
 
     def _normed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Final hidden states [..., D], as the output matrix multiplies them, and the output matrix [V, D]."""
-        x = self.norm(x)
+        """What the output matrix takes [..., e], and that matrix [V, e]; e is D but for an `embedding_size`."""
+        x = self.last_states(x)
         if self.spec.logits_scale is not None:
             x = x * self.spec.logits_scale
+        if self.spec.embedding_size is not None:
+            x = jnp.dot(x.astype(self.dtype), self.project_out().astype(self.dtype))
         return x, self.embed_tokens() if self.spec.tied_head else self.lm_head()
 
     # --- inputs of the layers beside x --------------------------------------------------------------------------------
@@ -324,7 +343,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         modality_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Final hidden states [B, T, D] (normed, and scaled by `logits_scale`) and the output matrix [V, D].
+        """What the output matrix takes [B, T, D], and that matrix [V, D] (see `_normed`).
 
         Args:
             input_ids: [B, T] int32.

@@ -99,8 +99,10 @@ def logits(spec: DecoderSpec, read: Read, input_ids: np.ndarray) -> np.ndarray:
     states = embedded(spec, read, chunks)
     for _ in run_layers(spec, read, chunks, states, step):
         pass
-    norm = _norm_params(spec, read, "norm")
-    parts = [_logits_of(spec, norm, rows, states[0]) for rows in _head_rows(spec, read)]
+    behind: dict[str, Any] = {"norm": _norm_params(spec, read, "norm")} if spec.final_norm else {}
+    if spec.embedding_size is not None:
+        behind["project_out"] = _whole(read, "project_out/kernel")
+    parts = [_logits_of(spec, behind, rows, states[0]) for rows in _head_rows(spec, read)]
     return np.concatenate(parts, axis=-1)
 
 
@@ -113,9 +115,14 @@ def layer_params(spec: DecoderSpec, read: Read, number: int) -> dict[str, Any]:
     return traverse_util.unflatten_dict(tree, sep="/")
 
 
+def _whole(read: Read, path: str) -> dict[str, np.ndarray]:
+    """The parameters of a module that has one."""
+    return {path.rpartition("/")[2]: read(path, ()).astype(np.float32)}
+
+
 def _norm_params(spec: DecoderSpec, read: Read, path: str) -> dict[str, np.ndarray]:
-    names = ("scale", "bias") if spec.norm.bias else ("scale",)
-    return {name: read(f"{path}/{name}", ()).astype(np.float32) for name in names}
+    scale = _whole(read, f"{path}/scale") if spec.norm.scale else {}
+    return scale | (_whole(read, f"{path}/bias") if spec.norm.bias else {})
 
 
 def embedded(spec: DecoderSpec, read: Read, chunks: Sequence[Tokens]) -> list[np.ndarray]:
@@ -124,19 +131,25 @@ def embedded(spec: DecoderSpec, read: Read, chunks: Sequence[Tokens]) -> list[np
     table = np.concatenate([read("embed_tokens/embedding", (slice(i, i + 1),)) for i in known]).astype(np.float32)
     part = Decoder(dataclasses.replace(spec, vocab_size=len(known)))
     params = {"embed_tokens": {"embedding": table}}
+    if spec.embedding_size is not None:
+        params["project_in"] = _whole(read, "project_in/kernel")
     if spec.learned_positions is not None:
-        params["embed_positions"] = {"embedding": read("embed_positions/embedding", ()).astype(np.float32)}
+        params["embed_positions"] = _whole(read, "embed_positions/embedding")
     if spec.embedding_norm:
         params["embed_norm"] = _norm_params(spec, read, "embed_norm")
     apply = partial(part.apply, {"params": params}, method="embed")
     return [np.asarray(apply(np.searchsorted(known, chunk.input_ids), chunk.positions)) for chunk in chunks]
 
 
-def _logits_of(spec: DecoderSpec, norm: Any, rows: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """Logits [B, T, n] float32 for n rows of the output matrix, of what the last layer gives."""
+def _logits_of(spec: DecoderSpec, behind: Any, rows: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """Logits [B, T, n] float32 for n rows of the output matrix, of what the last layer gives.
+
+    Args:
+        behind: parameters between the last layer and the output matrix.
+    """
     part = Decoder(dataclasses.replace(spec, vocab_size=len(rows), tied_head=False))
     with jax.default_matmul_precision("highest"):
-        return np.asarray(part.apply({"params": {"norm": norm, "lm_head": {"kernel": rows}}}, hidden, method="head"))
+        return np.asarray(part.apply({"params": {**behind, "lm_head": {"kernel": rows}}}, hidden, method="head"))
 
 
 def _head_rows(spec: DecoderSpec, read: Read) -> Iterator[np.ndarray]:

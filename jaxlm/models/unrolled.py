@@ -101,11 +101,13 @@ def hidden_states(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array
 
 
 def _embed_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: params[name] for name in ("embed_tokens", "embed_positions", "embed_norm") if name in params}
+    names = ("embed_tokens", "project_in", "embed_positions", "embed_norm")
+    return {name: params[name] for name in names if name in params}
 
 
 def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: params[name] for name in ("norm", "lm_head" if "lm_head" in params else "embed_tokens")}
+    names = ("norm", "project_out", "lm_head" if "lm_head" in params else "embed_tokens")
+    return {name: params[name] for name in names if name in params}
 
 
 def _places(tokens: jax.Array, starts: jax.Array | None) -> jax.Array:
@@ -131,7 +133,7 @@ _jitted_head = jax.jit(_head, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def _last_norm(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
-    return cast(jax.Array, decoder.apply({"params": head}, x, method=lambda module, x: module.norm(x)))
+    return cast(jax.Array, decoder.apply({"params": head}, x, method="last_states"))
 
 
 @partial(jax.jit, static_argnums=0)

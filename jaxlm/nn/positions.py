@@ -1,4 +1,4 @@
-"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn; and the slopes of ALiBi.
+"""Rotary position embeddings: default, linear, dynamic NTK, llama3 and yarn; the slopes of ALiBi; relative biases.
 
 Rotate-half convention (HF): dims i and i + h/2 form a pair. Frequencies are computed in
 float32 in the order of operations of transformers' `modeling_rope_utils.py`, so that they
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.spec import RopeSpec
+from jaxlm.spec import RelativeBiasSpec, RopeSpec
 
 
 def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
@@ -64,6 +64,19 @@ def _yarn(rope: RopeSpec, head_dim: int, max_position_embeddings: int) -> tuple[
     return (1.0 / (factor * powers)) * (1 - extrapolation) + (1.0 / powers) * extrapolation, attention_factor
 
 
+def _longrope(
+    rope: RopeSpec, head_dim: int, max_position_embeddings: int, length: int | jax.Array
+) -> tuple[jax.Array, float]:
+    original = rope.original_max_position_embeddings
+    assert original and rope.short_factor and rope.long_factor
+    stretch = rope.factor or max_position_embeddings / original
+    factor = rope.attention_factor
+    if factor is None:
+        factor = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    long, short = (jnp.asarray(factors, jnp.float32) for factors in (rope.long_factor, rope.short_factor))
+    return 1.0 / (jnp.where(jnp.asarray(length) > original, long, short) * _powers(rope.rope_theta, head_dim)), factor
+
+
 def rope_frequencies(
     rope: RopeSpec, head_dim: int, max_position_embeddings: int, length: int | jax.Array
 ) -> tuple[jax.Array, float]:
@@ -72,11 +85,13 @@ def rope_frequencies(
     Args:
         head_dim: h.
         max_position_embeddings: number of positions that the model was trained for, before any scaling.
-        length: number of tokens seen (largest position + 1), a scalar or [..., 1]; only dynamic NTK depends on it, and
-            then the frequencies are [..., h/2].
+        length: number of tokens seen (largest position + 1), a scalar or [..., 1]; only dynamic NTK and longrope depend
+            on it, and then the frequencies are [..., h/2].
     """
     if rope.rope_type == "yarn":
         return _yarn(rope, head_dim, max_position_embeddings)
+    if rope.rope_type == "longrope":
+        return _longrope(rope, head_dim, max_position_embeddings, length)
     theta: float | jax.Array = rope.rope_theta
     if rope.rope_type == "dynamic":
         assert rope.factor
@@ -103,12 +118,29 @@ def rope_cos_sin(
 
     Args:
         head_dim, max_position_embeddings: see `rope_frequencies`.
-        lengths: [B] number of tokens seen in each row; None: the largest position of all rows + 1.
+        lengths: [B] number of tokens seen in each row; None: for longrope those of each document, as if it stood alone,
+            otherwise the largest position of all rows + 1, as transformers has it.
     """
-    length = jnp.max(positions) + 1 if lengths is None else lengths[:, None, None]
+    if lengths is not None:
+        length = lengths[:, None, None]
+    elif rope.rope_type == "longrope":
+        length = document_lengths(positions)[..., None]
+    else:
+        length = jnp.max(positions) + 1
     inv_freq, factor = rope_frequencies(rope, head_dim, max_position_embeddings, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def document_lengths(positions: jax.Array) -> jax.Array:
+    """The largest position + 1 of the document that each token is in, [B, T] like `positions`.
+
+    A document ends where the next token's position is not the next one.
+    """
+    after = jnp.pad(positions[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    ends = jnp.where(after == positions + 1, positions.shape[1], jnp.arange(positions.shape[1]))
+    end = jax.lax.cummin(ends, axis=1, reverse=True)
+    return jnp.take_along_axis(positions, end, axis=1) + 1
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -121,6 +153,43 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-8.0 * (2 * i + 1) / (2 * power)) for i in range(num_heads - power)]
     return np.asarray(slopes, np.float32)
+
+
+def relative_buckets(distances: np.ndarray, num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
+    """The class of each distance, place of the key - place of the query, int64 of their shape (T5, arXiv:1910.10683).
+
+    Half of the classes hold one distance each, from 0 on; the others grow as its logarithm, up to `max_distance`. If
+    `bidirectional`, keys before and behind the query have half of all classes each; else keys behind it count as 0.
+    """
+    first = np.zeros(np.shape(distances), np.int64)
+    if bidirectional:
+        num_buckets //= 2
+        first += (distances > 0) * num_buckets
+        distances = np.abs(distances)
+    else:
+        distances = np.maximum(-distances, 0)
+    single = num_buckets // 2
+    logarithms = np.log(np.maximum(distances, 1) / single) / math.log(max_distance / single)
+    # Rounded to float32, as transformers computes in it: where float64 is just below a whole number, so is its floor.
+    far = single + (logarithms * (num_buckets - single)).astype(np.float32).astype(np.int64)
+    return first + np.where(distances < single, distances, np.minimum(far, num_buckets - 1))
+
+
+def relative_bias(
+    table: jax.Array, spec: RelativeBiasSpec, length: int, kv_length: int, bidirectional: bool
+) -> jax.Array:
+    """What scores get by distance, [H, T + S - 1] float32: `MaskSpec.bias`.
+
+    For a cache of S slots, where a query may stand in any, T is S and S is 1: no key lies behind it.
+
+    Args:
+        table: [buckets, H], trained.
+        length, kv_length: T and S.
+        bidirectional: see `relative_buckets`.
+    """
+    distances = np.arange(-(length - 1), kv_length)
+    buckets = relative_buckets(distances, spec.num_buckets, spec.max_distance, bidirectional)
+    return table.astype(jnp.float32)[buckets].T
 
 
 def apply_partial_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.errors import UserError
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.nn.linear import WithLinears
@@ -35,6 +36,7 @@ class SelfAttention(WithLinears):
         segment_ids: jax.Array | None,
         deterministic: bool,
         cache: KVCache | None = None,
+        bias: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """x [B, T, D] -> [B, T, D], and the keys and values: of these tokens, or `cache` with them written to it.
 
@@ -43,8 +45,12 @@ class SelfAttention(WithLinears):
             cos, sin: [B, T, h/2] float32, or for fewer dims (see `rope_cos_sin`); None without rotary positions.
             segment_ids: [B, T] int32, 0 for padding; None: one segment.
             deterministic: whether nothing is dropped.
+            bias: by distance, where the description has a relative bias (see `positions.relative_bias`); the vector of
+                a cache where there is one.
         """
         s = self.spec
+        if (bias is None) != (s.relative_bias is None):
+            raise UserError("attention.relative_bias: this kind of model has no table of relative biases")
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
             outputs = {axis: num_heads, "head_dim": s.head_dim}
@@ -69,7 +75,7 @@ class SelfAttention(WithLinears):
         k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
         k = checkpoint_name(turned(k), "k")
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
-        mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi)
+        mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi, bias=bias)
         if cache is None:
             mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
             out = attention(q, k, v, mask, self.backend)

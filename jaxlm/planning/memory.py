@@ -105,7 +105,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     summed = 4 * _shard_count(initializer.trainable, initializer.trainable_shardings) if setup.accumulation > 1 else 0
 
     itemsize = jnp.dtype(model.dtype).itemsize
-    table = shape.vocab_size * shape.hidden_size
+    table = shape.vocab_size * shape.embedding_dims
     shards = shard_axes_size(mesh)
     split = shards > 1
     head_trains, table_trains = (lora is None or name in lora.modules_to_save for name in ("lm_head", "embed_tokens"))

@@ -30,8 +30,8 @@ def flops_per_token(model: DecoderSpec, length: int, full: bool) -> float:
     halved because causal. Recomputation does not count (MFU, arXiv:2204.02311 appendix B).
     """
     learned = 0 if model.learned_positions is None else model.learned_positions.num_rows
-    looked_up = (0 if model.tied_head else model.vocab_size) + learned
-    matrices = num_params(model) - looked_up * model.hidden_size
+    looked_up = 0 if model.tied_head else model.vocab_size
+    matrices = num_params(model) - looked_up * model.embedding_dims - learned * model.hidden_size
     attention = 12 * sum(layer.attention.num_heads * layer.attention.head_dim for layer in model.layers()) * length / 2
     return (6 if full else 4) * matrices + attention
 

@@ -182,7 +182,8 @@ class HfSource(StackedTensors):
 
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Gives the tensors found the names and shapes of `hf_entries`."""
-        drop_tied_head(weights, tensors, "lm_head.weight", "model.embed_tokens.weight", self.config)
+        names = {row.path: row.hf for row in family_of(self.config).rows}
+        drop_tied_head(weights, tensors, names["lm_head/kernel"], names["embed_tokens/embedding"], self.config)
 
 
 def split_fused(

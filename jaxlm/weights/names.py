@@ -117,7 +117,7 @@ def make_layout(dims: str, stored_dims: str, sizes: Mapping[str, int]) -> Layout
 
 def _row_sizes(spec: DecoderSpec, layer: LayerSpec | None) -> dict[str, int]:
     """Letter -> size, of one layer or of what lies outside of them."""
-    sizes = {"D": spec.hidden_size, "V": spec.vocab_size}
+    sizes = {"D": spec.hidden_size, "V": spec.vocab_size, "W": spec.embedding_dims}
     if spec.learned_positions is not None:
         sizes["N"] = spec.learned_positions.num_rows
     if layer is not None:
@@ -164,13 +164,13 @@ def model_leaves(spec: DecoderSpec) -> Iterator[Leaf]:
             yield Leaf(row, row.path, None, make_layout(row.dims, row.hf_dims, outside))
 
 
-def stored_entries(spec: DecoderSpec, names: Mapping[str, str], owner: str) -> list[Entry]:
+def stored_entries(spec: DecoderSpec, names: Mapping[str, str] | None, owner: str) -> list[Entry]:
     """Every tensor of the model by its name in a format whose layouts are HF's.
 
     In HF's order: what comes before the layers, layer by layer, what comes after them.
 
     Args:
-        names: `Row.path` -> the name, with '{}' for the number of the layer.
+        names: `Row.path` -> the name, with '{}' for the number of the layer; None: Hugging Face's names.
         owner: whose format it is, for the error: "Meta's".
 
     Raises:
@@ -180,7 +180,7 @@ def stored_entries(spec: DecoderSpec, names: Mapping[str, str], owner: str) -> l
     by_layer: dict[int, list[Entry]] = {number: [] for number in range(spec.num_layers)}
     place = None
     for leaf in model_leaves(spec):
-        name = names.get(leaf.row.path)
+        name = leaf.row.hf if names is None else names.get(leaf.row.path)
         if name is None:
             raise UserError(f"the model has {leaf.row.hf.format(0)!r}, for which {owner} format has no place")
         if leaf.layers is None:
@@ -195,7 +195,7 @@ def stored_entries(spec: DecoderSpec, names: Mapping[str, str], owner: str) -> l
 
 def hf_entries(spec: DecoderSpec) -> list[Entry]:
     """Every tensor of the HF model, in HF's order."""
-    return stored_entries(spec, {row.path: row.hf for row in family_of(spec).rows}, "Hugging Face's")
+    return stored_entries(spec, None, "Hugging Face's")
 
 
 @dataclass(frozen=True)
@@ -335,8 +335,8 @@ def peft_entries(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry
 
 
 def saved_module_name(spec: DecoderSpec, module: str) -> str:
-    """HF's tensor name of a module saved in full: 'embed_tokens' -> 'model.embed_tokens.weight'."""
-    return next(row.hf for row in family_of(spec).rows if row.path == SAVEABLE[module])
+    """HF's tensor name of a module saved in full: 'embed_tokens' -> 'model.embed_tokens.weight'; '' without one."""
+    return next((row.hf for row in family_of(spec).rows if row.path == SAVEABLE[module]), "")
 
 
 def num_elements(shape: Shape) -> int:

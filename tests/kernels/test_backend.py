@@ -30,7 +30,7 @@ from jaxlm.kernels.backend import (
 from jaxlm.models.families import SHAPES
 from jaxlm.nn import attention as attention_module
 from jaxlm.nn.attention import IMPLEMENTATIONS, MaskSpec, attention, reference_attention
-from jaxlm.spec import AttentionSpec
+from jaxlm.spec import AttentionSpec, RelativeBiasSpec
 
 CPU = ShapeKey("cpu", "cpu", None, "float32", 512, 128, 32, 32, True)
 H200 = dataclasses.replace(CPU, platform="gpu", device_kind="NVIDIA H200", capability="9.0", dtype="bfloat16")
@@ -79,6 +79,8 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (dataclasses.replace(H200, alibi=True), "xla"),
         (single(H200, alibi=True), "xla"),
         (dataclasses.replace(CPU, alibi=True), "xla"),
+        (dataclasses.replace(V5E, relative_bias=True), "xla"),
+        (single(H200, relative_bias=True), "xla"),
     ],
 )
 def test_rules_where_nothing_was_measured(case: ShapeKey, chosen: str) -> None:
@@ -134,6 +136,7 @@ def test_rules_where_nothing_was_measured(case: ShapeKey, chosen: str) -> None:
         ("cudnn", single(H200, alibi=True), "'cudnn' cannot serve: has no ALiBi"),
         ("pallas_tpu", dataclasses.replace(V5E, alibi=True), "'pallas_tpu' cannot serve: has no ALiBi"),
         ("pallas_gpu", dataclasses.replace(H200, alibi=True), "'pallas_gpu' cannot serve: has no ALiBi"),
+        ("pallas_tpu", dataclasses.replace(V5E, relative_bias=True), "'pallas_tpu' cannot serve: has no relative bias"),
     ],
 )
 def test_what_cannot_serve_is_refused(requested: str, case: ShapeKey, message: str) -> None:
@@ -173,6 +176,7 @@ def test_what_was_measured_counts(no_tables: Path) -> None:
         dataclasses.replace(H200, head_dim=64),
         dataclasses.replace(H200, kv_heads=8),
         dataclasses.replace(H200, window=64),
+        dataclasses.replace(H200, relative_bias=True),
         single(H200),
     ):
         line = attention_details(choose_attention("auto", other)[0], other)
@@ -259,10 +263,11 @@ def test_layers_that_differ_share_a_backend_that_serves_them_all() -> None:
     plain = AttentionSpec(8, 8, 128)
     window = dataclasses.replace(plain, window=512)
     alibi = dataclasses.replace(plain, rope=None, alibi=True)
+    relative = dataclasses.replace(plain, rope=None, relative_bias=RelativeBiasSpec())
     chosen = [
         choose_for_layers("auto", layers, "bfloat16", 2048, True, tpu)[0].name
-        for layers in ((plain, window), (plain, alibi), (alibi, plain))
+        for layers in ((plain, window), (plain, alibi), (alibi, plain), (plain, relative))
     ]
-    assert chosen == ["pallas_tpu", "xla", "xla"]
+    assert chosen == ["pallas_tpu", "xla", "xla", "xla"]
     with pytest.raises(UserError, match="'pallas_tpu' cannot serve"):
         choose_for_layers("pallas_tpu", (plain, alibi), "bfloat16", 2048, True, tpu)

@@ -141,6 +141,21 @@ def test_attention_hands_the_scale_and_the_soft_cap_on() -> None:
     np.testing.assert_allclose(found, reference_attention(q, k, v, mask), rtol=0, atol=2e-5)
 
 
+def test_keys_of_other_rows() -> None:
+    """Cross-attention: sources of another length, padding on both sides, and a document without a source."""
+    q, _, _, cotangent = tensors(19, (2, 1))
+    _, k, v, _ = tensors(13, (2, 1), seed=1)
+    ids, key_ids = (np.repeat([[1, 2, 3, 0]], sizes, axis=1).repeat(2, 0) for sizes in ([7, 6, 3, 3], [4, 7, 0, 2]))
+    mask = MaskSpec(ids.astype(np.int32), False, key_segment_ids=key_ids.astype(np.int32))
+
+    def run(name: str) -> Any:
+        out, back = jax.vjp(lambda q, k, v: attention(q, k, v, mask, name), q, k, v)
+        return out, *back(cotangent)
+
+    with pltpu.force_tpu_interpret_mode():
+        agree(jax.jit(run, static_argnums=0)("pallas_tpu"), jax.jit(run, static_argnums=0)("reference"))
+
+
 def test_padding_gives_zero() -> None:
     segments = np.zeros((2, 19), np.int32)
     segments[0, :4] = 1

@@ -24,17 +24,74 @@ SIZES: dict[str, Any] = dict(
 )
 _BIASES = dict(attention_bias=True, mlp_bias=True)
 _TIED = dict(tie_word_embeddings=True)
+_OPT = dict(
+    vocab_size=37,
+    hidden_size=16,
+    ffn_dim=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=24,
+    word_embed_proj_dim=16,
+    dropout=0.0,
+    pad_token_id=None,  # its embedding would have no gradient
+)
+
+_BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
+_GEMMA = dict(sliding_window=4, query_pre_attn_scalar=3)
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
+_EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+# Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
+_PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.7)
+_LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"plain": SIZES, "biases": SIZES | _BIASES, "tied": SIZES | _TIED},
     "mistral": {"plain": SIZES, "tied": SIZES | _TIED, "window": SIZES | dict(sliding_window=5)},
     "qwen2": {"plain": SIZES, "tied": SIZES | _TIED},
+    "phi3": {
+        "plain": _PHI3,
+        "window": _PHI3 | dict(sliding_window=5),
+        "partial": _PHI3 | _TIED | dict(rope_parameters=_PARTIAL),
+        "longrope": _PHI3 | dict(rope_parameters=_LONGROPE, original_max_position_embeddings=8),
+    },
     "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
+    "gemma": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True, tie_word_embeddings=False)},
+    "gemma2": {
+        "plain": SIZES | _GEMMA | dict(attn_logit_softcapping=1.5, final_logit_softcapping=3.0),
+        "uncapped": SIZES
+        | _GEMMA
+        | dict(
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            layer_types=["full_attention"] * 3,
+            hidden_activation="gelu",
+        ),
+    },
+    "gemma3_text": {
+        "plain": SIZES | _GEMMA | dict(num_hidden_layers=5, rope_parameters=_TWO_ROPES, layer_types=_EVERY_THIRD),
+        "local": SIZES | _GEMMA | dict(final_logit_softcapping=3.0, attention_bias=True, tie_word_embeddings=False),
+    },
     "granite": {
         "plain": SIZES
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
         "biases": SIZES | _BIASES | _TIED,
+    },
+    "opt": {
+        "plain": _OPT,
+        "no_biases": _OPT | dict(enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
+        "350m": _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=10),
+        "untied": _OPT | dict(_remove_final_layer_norm=True, word_embed_proj_dim=10, tie_word_embeddings=False),
+    },
+    "bloom": {
+        "plain": _BLOOM,
+        "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
     },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]

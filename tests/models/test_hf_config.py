@@ -13,9 +13,10 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.families import FAMILIES, SHAPES, load_shape, read_config, write_config
+from jaxlm.models.families import FAMILIES, SHAPES, common, load_shape, read_config, write_config
 from jaxlm.spec import DecoderSpec, NormSpec, RopeSpec, flatten
 from tests.models import hf
+from tests.models.small import SMALL
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,7 +24,8 @@ KINDS = {family.architecture: name for name, family in FAMILIES.items()}
 SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=64, intermediate_size=24, num_hidden_layers=2, num_attention_heads=32
 )
-WINDOWED = ("mistral", "qwen2", "qwen3")  # whose configs have a sliding window
+LAYERS_DIFFER = ("gemma2", "gemma3_text")  # by default, so that no field is that of all layers
+WINDOWED = ("mistral", "qwen2", "qwen3", "phi3")  # whose configs have a sliding window
 # jaxlm's name of each key of config.json.
 FIELDS = {
     "num_key_value_heads": "attention.num_kv_heads",
@@ -38,6 +40,12 @@ FIELDS = {
 }
 
 
+def named(architecture: str, **values: Any) -> dict[str, Any]:
+    """The usual keys as an architecture has them, without those that it has not."""
+    keys = FAMILIES[KINDS[architecture]].keys
+    return {keys.get(key, key): value for key, value in values.items() if keys.get(key, key)}
+
+
 def theirs(architecture: str, **values: Any) -> Any:
     """transformers' reading of a config.json."""
     return transformers.AutoConfig.for_model(KINDS[architecture]).from_dict(json.loads(json.dumps(values)))
@@ -49,24 +57,35 @@ def ours(architecture: str, **values: Any) -> DecoderSpec:
 
 def assert_same(found: DecoderSpec, want: Any) -> None:
     fields = flatten(found)
+    keys = FAMILIES[found.family].keys
     for key, name in FIELDS.items():
-        value = getattr(want, key, None)
+        if not keys.get(key, key):
+            continue
+        value = getattr(want, keys.get(key, key), None)
         slides = "sliding_attention" in (getattr(want, "layer_types", None) or ["sliding_attention"])
         if key == "sliding_window" and not (slides and found.family in WINDOWED):
             value = None
         assert fields[name] == value, key
+    if found.attention.rope is None:
+        assert getattr(want, "rope_parameters", None) is None
+        return
     expected = {key: value for key, value in want.rope_parameters.items() if key != "type"}
+    attention = found.attention
+    part = expected.pop("partial_rotary_factor", None) or 1.0
+    assert (attention.rotary_dim or attention.head_dim) == int(attention.head_dim * part)
     given = {key: value for key, value in dataclasses.asdict(found.attention.rope).items() if value is not None}
     if found.attention.rope.rope_type == "yarn":  # where it is left open, both take max_position_embeddings
         given.setdefault("original_max_position_embeddings", found.max_position_embeddings)
     assert given == expected
 
 
-@pytest.mark.parametrize("architecture", KINDS)
+@pytest.mark.parametrize("architecture", [name for name, family in KINDS.items() if family not in LAYERS_DIFFER])
 def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) -> None:
     """All missing at once, and each alone: null where transformers takes it."""
-    assert_same(ours(architecture, **SIZES), theirs(architecture, **SIZES))
-    whole = SIZES | dict(
+    sizes = named(architecture, **SIZES)
+    assert_same(ours(architecture, **sizes), theirs(architecture, **sizes))
+    whole = named(architecture, **SIZES) | named(
+        architecture,
         num_key_value_heads=4,
         max_position_embeddings=77,
         rms_norm_eps=1e-3,
@@ -82,14 +101,31 @@ def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) ->
     )
     eos = ours(architecture, **whole).eos_token_id
     assert eos == (6, 7)
-    for key in whole.keys() - SIZES.keys():
+    for key in whole.keys() - sizes.keys():
         values = {name: value for name, value in whole.items() if name not in (key, "eos_token_id")}
         assert_same(ours(architecture, **values), theirs(architecture, **values))
-    for key in ("num_key_value_heads", "bos_token_id", "pad_token_id", "sliding_window"):
-        if (architecture, key) == ("MistralForCausalLM", "num_key_value_heads"):
+    for key in named(architecture, num_key_value_heads=0, bos_token_id=0, pad_token_id=0, sliding_window=0):
+        if key == "num_key_value_heads" and architecture in ("MistralForCausalLM", "GemmaForCausalLM"):
             continue  # transformers refuses it
         values = whole | {"eos_token_id": 6, key: None}
         assert_same(ours(architecture, **values), theirs(architecture, **values))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_fills_in_is_what_a_missing_key_means(family: str) -> None:
+    """All that a config.json may leave out at once, and each key of a small model alone."""
+    architecture = FAMILIES[family].architecture
+    # As many heads as defaults of the number of kv heads divide.
+    small = next(iter(SMALL[family].values())) | dict(hidden_size=64, num_attention_heads=32)
+    sizes = {key: value for key, value in small.items() if key in hf_sizes(family)}
+    for values in (sizes, *({name: small[name] for name in small if name != key} for key in small.keys() - sizes)):
+        whole = theirs(architecture, **values).to_dict()
+        assert ours(architecture, **values) == ours(architecture, **whole), small.keys() - values.keys()
+
+
+def hf_sizes(family: str) -> set[str]:
+    """What a family calls the keys that must be there."""
+    return {FAMILIES[family].keys.get(key, key) for key in common.SIZES}
 
 
 @pytest.mark.parametrize(
@@ -100,26 +136,43 @@ def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) ->
         ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
         ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 7}, 7),
         ({"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 7}, None),
-        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7}, "a part of the layers"),
         ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, None),
         ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2, "sliding_window": 7}, 7),
-        (
-            {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
-            "a part of the layers",
-        ),
+        ({"use_sliding_window": True, "max_window_layers": 21, "num_hidden_layers": 28}, "on 7 of 28 layers"),
         ({"use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers is 'x'"),
         ({"use_sliding_window": True, "layer_types": 3}, "layer_types is 3"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 3}, "for each of the 2 layers"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention", "x"]}, "layer_types has 'x'"),
     ],
 )
 def test_windows_of_qwen2(more: dict[str, Any], window: int | str | None) -> None:
     if isinstance(window, str):
         with pytest.raises(UserError, match=window):
-            ours("Qwen2ForCausalLM", **SIZES, **more)
+            ours("Qwen2ForCausalLM", **SIZES | more)
         return
     assert ours("Qwen2ForCausalLM", **SIZES, **more).attention.window == window
     want = theirs("Qwen2ForCausalLM", **SIZES, **more)
     slides = {kind == "sliding_attention" for kind in want.layer_types}
     assert slides == {window is not None}
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("more", "slides"),
+    [
+        ({"max_window_layers": 3}, "00011"),
+        ({"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}, "10101"),
+    ],
+)
+def test_windows_of_some_layers_are_a_period(architecture: str, more: dict[str, Any], slides: str) -> None:
+    values = SIZES | dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=7) | more
+    found = ours(architecture, **values)
+    assert [layer.attention.window for layer in found.layers()] == [7 if slide == "1" else None for slide in slides]
+    assert len(found.period) == (5 if slides == "00011" else 2)
+    written = write_config(found, "float32")
+    assert read_config(written) == found
+    want = theirs(architecture, **written)
+    assert want.layer_types == theirs(architecture, **values).layer_types and want.sliding_window == 7
 
 
 YARN = {"type": "yarn", "factor": 4.0}

@@ -249,7 +249,7 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
 
 def test_training(family: str, settle: Settle) -> None:
     losses, _ = trained(family)
-    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0], losses
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.97 * losses[0], losses
     settle("train")
 
 

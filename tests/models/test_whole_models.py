@@ -6,7 +6,6 @@ Logits of every runner (scanned, unrolled with caches, streamed), the loss and a
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +23,6 @@ from jaxlm.spec import (
     DecoderSpec,
     FeedForwardSpec,
     LayerSpec,
-    LearnedPositionsSpec,
     NormSpec,
     RopeSpec,
 )
@@ -112,191 +110,6 @@ def gated_layer(state: dict[str, np.ndarray], at: str, norms: dict[str, str]) ->
     mlp = {f"{n}_proj": linear(state, f"{at}.mlp.{n}_proj", (D,), (F,)) for n in ("gate", "up")}
     mlp["down_proj"] = linear(state, f"{at}.mlp.down_proj", (F,), (D,))
     return {ours: norm(state, f"{at}.{theirs}") for ours, theirs in norms.items()} | dict(self_attn=attention, mlp=mlp)
-
-
-def test_gemma_2() -> None:
-    """Caps on the logits and on the scores of attention, whose scale is its own."""
-    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
-    config = gemma.Gemma2Config(
-        vocab_size=V,
-        hidden_size=D,
-        num_hidden_layers=4,
-        num_attention_heads=H,
-        num_key_value_heads=K,
-        head_dim=DIM,
-        intermediate_size=F,
-        query_pre_attn_scalar=20,
-        sliding_window=4,
-        attn_logit_softcapping=1.5,
-        final_logit_softcapping=3.0,
-        rms_norm_eps=1e-6,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-    norms = {
-        "input_layernorm": "input_layernorm",
-        "attention_output_norm": "post_attention_layernorm",
-        "post_attention_layernorm": "pre_feedforward_layernorm",
-        "feed_forward_output_norm": "post_feedforward_layernorm",
-    }
-
-    def params_of(state: dict[str, np.ndarray]) -> Tree:
-        layers = [gated_layer(state, f"model.layers.{n}", norms) for n in range(4)]
-        table = {"embedding": state["model.embed_tokens.weight"]}
-        return {"embed_tokens": table, "norm": norm(state, "model.norm"), "layers": stacked(layers, 2)}
-
-    period = tuple(
-        LayerSpec(
-            AttentionSpec(H, K, DIM, RopeSpec(), window=window, scale=20**-0.5, soft_cap=1.5),
-            FeedForwardSpec(F, "gelu_tanh"),
-            norms="both",
-        )
-        for window in (4, None)
-    )
-    spec = DecoderSpec(
-        "made up",
-        V,
-        D,
-        4,
-        period,
-        NormSpec(1e-6, offset=1.0),
-        tied_head=True,
-        embedding_scale=math.sqrt(D),
-        logits_soft_cap=3.0,
-    )
-    check(gemma.Gemma2ForCausalLM(config), params_of, spec)
-
-
-@pytest.mark.parametrize("heads", [4, 6])
-def test_bloom(heads: int) -> None:
-    """ALiBi, with numbers of heads that are a power of two and not; a norm behind the embedding."""
-    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
-    width = heads * DIM
-    config = bloom.BloomConfig(
-        vocab_size=V,
-        hidden_size=width,
-        n_layer=2,
-        n_head=heads,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-
-    def params_of(state: dict[str, np.ndarray]) -> Tree:
-        layers = []
-        for n in range(2):
-            at = f"transformer.h.{n}"
-            attention = {}
-            for part, ours in enumerate(("q_proj", "k_proj", "v_proj")):
-                kernel = state[f"{at}.self_attention.query_key_value.weight"].reshape(heads, 3, DIM, width)[:, part]
-                bias = state[f"{at}.self_attention.query_key_value.bias"].reshape(heads, 3, DIM)[:, part]
-                attention[ours] = {"kernel": kernel.transpose(2, 0, 1), "bias": bias}
-            attention["o_proj"] = linear(state, f"{at}.self_attention.dense", (heads, DIM), (width,))
-            mlp = {
-                "up_proj": linear(state, f"{at}.mlp.dense_h_to_4h", (width,), (4 * width,)),
-                "down_proj": linear(state, f"{at}.mlp.dense_4h_to_h", (4 * width,), (width,)),
-            }
-            norms = {name: norm(state, f"{at}.{name}") for name in ("input_layernorm", "post_attention_layernorm")}
-            layers.append(norms | dict(self_attn=attention, mlp=mlp))
-        return {
-            "embed_tokens": {"embedding": state["transformer.word_embeddings.weight"]},
-            "embed_norm": norm(state, "transformer.word_embeddings_layernorm"),
-            "norm": norm(state, "transformer.ln_f"),
-            "layers": stacked(layers, 1),
-        }
-
-    layer = LayerSpec(
-        AttentionSpec(heads, heads, DIM, None, True, True, alibi=True),
-        FeedForwardSpec(4 * width, "gelu_tanh", True, gated=False),
-    )
-    norms = NormSpec(1e-5, "layer", bias=True)
-    spec = DecoderSpec("made up", V, width, 2, (layer,), norms, tied_head=True, embedding_norm=True)
-    check(bloom.BloomForCausalLM(config), params_of, spec)
-
-
-def opt(max_positions: int) -> tuple[Any, Callable[[dict[str, np.ndarray]], Tree], DecoderSpec]:
-    """A model of transformers, jaxlm's parameters from its own, and its description."""
-    module = pytest.importorskip("transformers.models.opt.modeling_opt")
-    config = module.OPTConfig(
-        vocab_size=V,
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=H,
-        ffn_dim=F,
-        word_embed_proj_dim=D,
-        max_position_embeddings=max_positions,
-        dropout=0.0,
-        attn_implementation="eager",
-        pad_token_id=None,
-    )
-
-    def params_of(state: dict[str, np.ndarray]) -> Tree:
-        layers = []
-        for n in range(2):
-            at = f"model.decoder.layers.{n}"
-            attention = {f"{n}_proj": linear(state, f"{at}.self_attn.{n}_proj", (D,), (H, DIM)) for n in "qkv"}
-            attention["o_proj"] = linear(state, f"{at}.self_attn.out_proj", (H, DIM), (D,))
-            mlp = {
-                "up_proj": linear(state, f"{at}.fc1", (D,), (F,)),
-                "down_proj": linear(state, f"{at}.fc2", (F,), (D,)),
-            }
-            layers.append(
-                {
-                    "input_layernorm": norm(state, f"{at}.self_attn_layer_norm"),
-                    "post_attention_layernorm": norm(state, f"{at}.final_layer_norm"),
-                    "self_attn": attention,
-                    "mlp": mlp,
-                }
-            )
-        return {
-            "embed_tokens": {"embedding": state["model.decoder.embed_tokens.weight"]},
-            "embed_positions": {"embedding": state["model.decoder.embed_positions.weight"]},
-            "norm": norm(state, "model.decoder.final_layer_norm"),
-            "layers": stacked(layers, 1),
-        }
-
-    layer = LayerSpec(AttentionSpec(H, H, DIM, None, True, True), FeedForwardSpec(F, "relu", True, gated=False))
-    positions = LearnedPositionsSpec(max_positions + 2, 2)
-    norms = NormSpec(1e-5, "layer", bias=True)
-    spec = DecoderSpec("made up", V, D, 2, (layer,), norms, tied_head=True, learned_positions=positions)
-    return module.OPTForCausalLM(config), params_of, spec
-
-
-def test_opt() -> None:
-    """Learned positions, with an offset."""
-    check(*opt(20))
-
-
-def test_padding_and_finished_rows_behind_the_last_learned_position() -> None:
-    module, params_of, spec = opt(6)
-    assert spec.max_length == 6
-    model, params = Decoder(spec), params_of(state_of(module))
-    expected = model.apply({"params": params}, IDS[:, :6])
-    weights = unstack({"params": params}, spec)
-    logits, caches = prefill(model, weights, jnp.asarray(IDS), jnp.array([5, 6]), 16)
-    np.testing.assert_allclose(logits, [expected[0, 4], expected[1, 5]], rtol=1e-5, atol=1e-5)
-    logits, _ = next_logits(model, weights, caches, jnp.asarray(IDS[:, 5]), jnp.array([5, 6]))
-    np.testing.assert_allclose(logits[0], expected[0, 5], rtol=1e-5, atol=1e-5)
-    assert np.isfinite(logits).all()
-    assert np.isnan(model.apply({"params": params}, IDS[:, :7])[:, 6]).all()  # a text that long is not computed
-
-
-def test_positions_of_packed_documents_are_their_own() -> None:
-    """Learned positions restart with each document, and ALiBi's distances never leave one."""
-    module, params_of, spec = opt(20)
-    params = params_of(state_of(module))
-    for made in (spec, spec.with_attention(alibi=True)):
-        apply = Decoder(made).apply
-        row = apply({"params": params}, IDS[:1], np.r_[0:5, 0:7][None], np.repeat([1, 2], [5, 7])[None])
-        alone = [apply({"params": params}, IDS[:1, part]) for part in (slice(5), slice(5, None))]
-        np.testing.assert_allclose(row, np.concatenate(alone, axis=1), rtol=1e-5, atol=1e-5)
-    positions = np.r_[0:5, 0:7][None]
-    tables = {f"{name}/embedding": params[name]["embedding"] for name in ("embed_tokens", "embed_positions")}
-    chunks = [streamed.Tokens(IDS[:1], positions)]
-    (states,) = streamed.embedded(spec, lambda path, index: tables[path][index], chunks)
-    expected = tables["embed_tokens/embedding"][IDS[:1]] + tables["embed_positions/embedding"][positions + 2]
-    np.testing.assert_allclose(states, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_olmo_2() -> None:

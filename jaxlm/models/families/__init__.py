@@ -10,7 +10,19 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.families import granite, llama, mistral, qwen2, qwen3
+from jaxlm.models.families import (
+    bloom,
+    gemma,
+    gemma2,
+    gemma3_text,
+    granite,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
 from jaxlm.spec import DecoderSpec, differences
@@ -20,7 +32,13 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3_text.FAMILY,
     "granite": granite.FAMILY,
+    "opt": opt.FAMILY,
+    "bloom": bloom.FAMILY,
+    "phi3": phi3.FAMILY,
 }
 
 # Published shapes by name.
@@ -51,6 +69,8 @@ def _named_family(config: dict[str, Any]) -> Family:
     for family in FAMILIES.values():
         if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
             return family
+        if kind in family.refused:
+            raise UserError(f"config.json: architecture {kind!r} is not supported: {family.refused[kind]}")
     raise UserError(
         f"config.json: architecture {name or config.get('model_type')!r} is not supported; "
         f"supported: {', '.join(architectures())}"
@@ -64,10 +84,17 @@ def read_config(config: dict[str, Any]) -> DecoderSpec:
         UserError: for an architecture or a key that is not supported, and for values that no model can have.
     """
     family = _named_family(config)
-    usual = {theirs: ours for ours, theirs in family.keys.items()}
-    given = {usual.get(key, key): value for key, value in config.items()}
-    # A null says as little as a missing key where these are sizes.
-    given = {key: value for key, value in given.items() if value is not None or key not in _SIZES_WITH_DEFAULTS}
+    usual = {**{theirs: ours for ours, theirs in family.keys.items() if theirs}, **family.old_keys}
+    given: dict[str, Any] = {}
+    for theirs, value in config.items():
+        key = usual.get(theirs, theirs)
+        # A null says as little as a missing key where these are sizes, or where another spelling says more.
+        if value is None and (key in _SIZES_WITH_DEFAULTS or key in given):
+            continue
+        if given.get(key) is not None and given[key] != value:
+            other = next(name for name in config if usual.get(name, name) == key)
+            raise UserError(f"config.json: {other} is {given[key]!r} and {theirs} is {value!r}; they mean the same")
+        given[key] = value
     config = {**family.defaults, **given}
     check_values(config, family)
     return family.read(config)

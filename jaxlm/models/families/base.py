@@ -19,8 +19,9 @@ class Row:
     """One tensor of the name table: the leaf, and the name and layout that it has in Hugging Face's files.
 
     Layouts are written in the project's letters (D model, H query heads, K kv heads, h head dim, F feed-forward, V
-    vocabulary, E experts; N learned positions, Q = H h, M = K h). Parentheses join dims that the file stores as one: HF
-    keeps `q_proj` as a matrix `(H h) D`, jaxlm as `D H h`. A linear layer's stored matrix is [outputs, inputs].
+    vocabulary, E experts; N learned positions, Q = H h, M = K h, W dims of an embedding). Parentheses join dims that
+    the file stores as one: HF keeps `q_proj` as a matrix `(H h) D`, jaxlm as `D H h`. A linear layer's stored matrix is
+    [outputs, inputs].
 
     Args:
         path: of the leaf; in a layer, below the layer's stack (see `DecoderSpec.stacks`).
@@ -82,7 +83,9 @@ class Family:
         rows: the name table, in the order of HF's files.
         fused: the stored tensors that hold several leaves.
         aliases: other names of the architecture, and of `model_type` in lower case.
+        refused: architectures that are not read, though a part of them may be of this family -> why, and the way out.
         keys: key of config.json that most families share -> what this family calls it; empty where it has none.
+        old_keys: what files of some versions call a key -> the key that most families share.
         reads: keys of `common.UNREAD` that this family's `read` honours.
         renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
         shapes: published models by name.
@@ -96,7 +99,9 @@ class Family:
     rows: tuple[Row, ...]
     fused: tuple[Fused, ...] = ()
     aliases: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
+    old_keys: Mapping[str, str] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)

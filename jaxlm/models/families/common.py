@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
@@ -41,6 +42,7 @@ UNREAD: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
     "attention_chunk_size": (),
+    "use_bidirectional_attention": (False,),
     "no_rope_layers": ([],),
     "num_local_experts": (0, 1),
     "num_experts": (0, 1),
@@ -125,8 +127,11 @@ def read_positive(config: dict[str, Any], key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
+def read_activation(config: dict[str, Any], key: str = "hidden_act", theirs: str = "") -> str:
     """The activation that a key names, in jaxlm's word; silu without the key.
+
+    Args:
+        theirs: what the family's files call the key, for errors.
 
     Raises:
         UserError: it is one that the decoder does not compute.
@@ -136,49 +141,62 @@ def read_activation(config: dict[str, Any], key: str = "hidden_act") -> str:
         if word in words:
             return activation
     known = ", ".join(word for words in ACTIVATION_WORDS.values() for word in words)
-    raise UserError(f"config.json: {key} {word!r} is not supported; known: {known}")
+    raise UserError(f"config.json: {theirs or key} {word!r} is not supported; known: {known}")
 
 
 def read_decoder(
     family: str,
     config: dict[str, Any],
     *,
-    attention: dict[str, Any] | None = None,
-    feed_forward: dict[str, Any] | None = None,
+    attention: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+    feed_forward: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     layer: dict[str, Any] | None = None,
     **more: Any,
 ) -> DecoderSpec:
-    """A decoder of layers that are all alike, from the keys that LLaMA and its relatives share.
+    """A decoder from the keys that LLaMA and its relatives share; its layers are alike, or differ in a period.
 
     Args:
         config: checked, by the usual keys, with the family's defaults.
         attention, feed_forward, layer: fields of `AttentionSpec`, `FeedForwardSpec` and `LayerSpec` beside, or instead
-            of, those that the usual keys say. A `qk_norm` of True is one with the eps of the others.
+            of, those that the usual keys say; or those of each layer. A `qk_norm` of True is one with the eps of the
+            others.
         more: fields of `DecoderSpec`, likewise.
+
+    Raises:
+        UserError: no model can be like that, or the layers differ without a short period.
     """
     num_heads, eos = config["num_attention_heads"], config.get("eos_token_id")
     eps = config.get("rms_norm_eps", 1e-6)
-    attention = dict(attention or {})
-    if attention.get("qk_norm") is True:
-        attention["qk_norm"] = NormSpec(eps)
-    if "rope" not in attention:
-        attention["rope"] = read_rope(config)
     heads = dict(
         num_heads=num_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
     )
-    feed_forward = dict(feed_forward or {})
-    if "activation" not in feed_forward:
-        feed_forward["activation"] = read_activation(config)
-    feed_forward.setdefault("size", config.get("intermediate_size"))
-    described = LayerSpec(AttentionSpec(**(heads | attention)), FeedForwardSpec(**feed_forward), **(layer or {}))
+
+    def described(attention: dict[str, Any], feed_forward: dict[str, Any]) -> LayerSpec:
+        attention, feed_forward = heads | attention, dict(feed_forward)
+        if attention.get("qk_norm") is True:
+            attention["qk_norm"] = NormSpec(eps)
+        if "rope" not in attention:
+            attention["rope"] = read_rope(config)
+        if "activation" not in feed_forward:
+            feed_forward["activation"] = read_activation(config)
+        feed_forward.setdefault("size", config.get("intermediate_size"))
+        return LayerSpec(AttentionSpec(**attention), FeedForwardSpec(**feed_forward), **(layer or {}))
+
+    per_layer = zip(*(_of_layers(part, config["num_hidden_layers"]) for part in (attention, feed_forward)), strict=True)
+    period = shortest_period([described(*parts) for parts in per_layer])
+    if len(period) > MAX_PERIOD:
+        raise UserError(
+            f"config.json: its layers differ from each other, and not in a pattern that repeats every {MAX_PERIOD} "
+            f"layers or less (it takes {len(period)}), which is not supported"
+        )
     fields: dict[str, Any] = dict(
         family=family,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
-        period=(described,),
+        period=period,
         norm=NormSpec(eps),
         max_position_embeddings=config["max_position_embeddings"],
         tied_head=bool(config.get("tie_word_embeddings", False)),
@@ -188,6 +206,22 @@ def read_decoder(
         pad_token_id=config.get("pad_token_id"),
     )
     return DecoderSpec(**(fields | more))
+
+
+T = TypeVar("T")
+# Layers of a period: each is a part of the compiled step by itself.
+MAX_PERIOD = 16
+
+
+def shortest_period(layers: Sequence[T]) -> tuple[T, ...]:
+    """The fewest descriptions that, repeated, are those of all layers; the last repetition may be cut off."""
+    sizes = range(1, len(layers))
+    size = next((n for n in sizes if all(a == b for a, b in zip(layers, layers[n:], strict=False))), len(layers))
+    return tuple(layers[:size])
+
+
+def _of_layers(fields: dict[str, Any] | Sequence[dict[str, Any]] | None, num_layers: int) -> Sequence[dict[str, Any]]:
+    return [fields or {}] * num_layers if fields is None or isinstance(fields, dict) else fields
 
 
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
@@ -235,11 +269,14 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
 # ---- positions
 
 
-def read_rope(config: dict[str, Any]) -> RopeSpec:
+def read_rope(config: dict[str, Any], partial: bool = False) -> RopeSpec:
     """Reads both the new (`rope_parameters`) and the old (`rope_theta`, `rope_scaling`) form.
 
     Where both are there, a `rope_scaling` that says something replaces `rope_parameters` as a whole, as in
     transformers: that is how model cards have YaRN switched on.
+
+    Args:
+        partial: a part of each head may turn, see `read_partial_rope`.
     """
     for key in ("rope_scaling", "rope_parameters"):
         if config.get(key) and not isinstance(config[key], dict):
@@ -253,19 +290,26 @@ def read_rope(config: dict[str, Any]) -> RopeSpec:
         raise UserError(
             f"config.json: rope_type {given['rope_type']!r} is not supported; known: {', '.join(ROPE_TYPES)}"
         )
-    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+    if given.pop("partial_rotary_factor", 1.0) not in (None, 1.0) and not partial:
         raise UserError("config.json: partial_rotary_factor other than 1.0 is not supported")
     unknown = sorted(set(given) - {field.name for field in dataclasses.fields(RopeSpec)})
     if unknown:
         raise UserError(f"config.json: unknown rope parameters {', '.join(unknown)}")
     for name, value in given.items():
-        if name not in ("rope_type", "truncate") and value is not None and not is_number(value):
+        if name in ("short_factor", "long_factor") and value is not None:
+            if not isinstance(value, list) or not all(map(is_number, value)):
+                raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a list of numbers")
+            given[name] = tuple(map(float, value))
+        elif name not in ("rope_type", "truncate") and value is not None and not is_number(value):
             raise UserError(f"config.json: rope parameter {name} is {value!r}; expected a number")
     if not given["rope_theta"]:
         raise UserError(f"config.json: rope_theta is {given['rope_theta']!r}; expected a positive number")
     given["rope_theta"] = float(given["rope_theta"])
-    if given["rope_type"] == "llama3" and given.get("original_max_position_embeddings") is None:
-        given["original_max_position_embeddings"] = config.get("max_position_embeddings")
+    original = "original_max_position_embeddings"
+    if given["rope_type"] == "longrope" and config.get(original) is not None:
+        given[original] = config[original]  # as in transformers, which lets it win over that of the parameters
+    if given["rope_type"] in ("llama3", "longrope") and given.get(original) is None:
+        given[original] = config.get("max_position_embeddings")
     try:
         return RopeSpec(**given)
     except UserError as error:
@@ -274,7 +318,33 @@ def read_rope(config: dict[str, Any]) -> RopeSpec:
 
 def write_rope(rope: RopeSpec) -> dict[str, Any]:
     """`rope_parameters` of config.json."""
-    return {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    values = {name: value for name, value in dataclasses.asdict(rope).items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def read_partial_rope(config: dict[str, Any], default: float = 1.0) -> dict[str, Any]:
+    """`rope` and `rotary_dim` of `AttentionSpec`, for a family that may turn a part of each head only.
+
+    Args:
+        default: the part where config.json says none.
+    """
+    rope = read_rope(config, partial=True)
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    parts = (parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), default)
+    part = next(part for part in parts if part is not None)
+    if not is_number(part) or not 0 < part <= 1:
+        raise UserError(f"config.json: partial_rotary_factor is {part!r}; expected a number above 0 and up to 1")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rotary_dim = int(head_dim * part)
+    return dict(rope=rope, rotary_dim=None if rotary_dim == head_dim else rotary_dim)
+
+
+def write_partial_rope(spec: DecoderSpec) -> dict[str, Any]:
+    """The keys that `read_partial_rope` reads, where they are more than `write_decoder` writes."""
+    attention = spec.attention
+    part = 1.0 if attention.rotary_dim is None else attention.rotary_dim / attention.head_dim
+    rope = write_rope(attention.rotary)
+    return {"partial_rotary_factor": part, "rope_parameters": rope | {"partial_rotary_factor": part}}
 
 
 def check_theta_is_kept(config: dict[str, Any], default: float) -> None:
@@ -293,37 +363,3 @@ def check_theta_is_kept(config: dict[str, Any], default: float) -> None:
             f"transformers would go on with {default:g}. Say which is meant: put "
             f'"rope_theta": {json.dumps(theta)} into rope_scaling'
         )
-
-
-def read_switched_window(config: dict[str, Any]) -> int | None:
-    """Qwen's sliding window: every config names one, another key switches it on, for the layers from some layer on."""
-    window = config.get("sliding_window")
-    if not config.get("use_sliding_window", False) or window is None:
-        return None
-    layers, first, types = config["num_hidden_layers"], config.get("max_window_layers"), config.get("layer_types")
-    if types is not None:
-        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-            raise UserError(f"config.json: layer_types is {types!r}; expected a list of names, one of each layer")
-        slide = {kind == "sliding_attention" for kind in types}
-        what = "layer_types"
-    else:
-        if type(first) is not int:
-            raise UserError(f"config.json: max_window_layers is {first!r}; expected a whole number")
-        slide = {layer >= first for layer in range(layers)}
-        what = f"max_window_layers {first} of {layers}"
-    if len(slide) > 1:
-        raise UserError(
-            f"config.json: a sliding window on a part of the layers ({what}) is not supported; where rows are shorter "
-            f"than the window, {window}, it changes nothing: set use_sliding_window to false"
-        )
-    return window if slide == {True} else None
-
-
-def write_switched_window(spec: DecoderSpec) -> dict[str, Any]:
-    """The keys that `read_switched_window` reads."""
-    window = spec.attention.window
-    return {
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "max_window_layers": 0 if window is not None else spec.num_layers,
-    }

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import read_decoder, read_switched_window, write_switched_window
+from jaxlm.models.families.common import read_decoder
+from jaxlm.models.families.layer_types import read_switched_windows, write_switched_windows
 from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    return read_decoder("qwen2", config, attention=dict(qkv_bias=True, window=read_switched_window(config)))
+    attention = [dict(qkv_bias=True, window=window) for window in read_switched_windows(config)]
+    return read_decoder("qwen2", config, attention=attention)
 
 
 def _shape(layers: int, d: int, f: int, heads: int, kv_heads: int, **more: Any) -> DecoderSpec:
@@ -38,7 +40,7 @@ FAMILY = Family(
     architecture="Qwen2ForCausalLM",
     defaults=dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096, max_window_layers=28),
     read=_read,
-    write=write_switched_window,
+    write=write_switched_windows,
     rows=LLAMA_ROWS,
     # Qwen's model cards.
     shapes={

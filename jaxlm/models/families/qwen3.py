@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import read_decoder, read_flag, read_switched_window, write_switched_window
+from jaxlm.models.families.common import read_decoder, read_flag
+from jaxlm.models.families.layer_types import read_switched_windows, write_switched_windows
 from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, NormSpec, RopeSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    bias, window = read_flag(config, "attention_bias"), read_switched_window(config)
-    return read_decoder("qwen3", config, attention=dict(qkv_bias=bias, o_bias=bias, window=window, qk_norm=True))
+    bias = read_flag(config, "attention_bias")
+    shared = dict(qkv_bias=bias, o_bias=bias, qk_norm=True)
+    return read_decoder(
+        "qwen3", config, attention=[shared | dict(window=window) for window in read_switched_windows(config)]
+    )
 
 
 def _write(spec: DecoderSpec) -> dict[str, Any]:
-    return {"attention_bias": spec.attention.o_bias, **write_switched_window(spec)}
+    return {"attention_bias": spec.period[0].attention.o_bias, **write_switched_windows(spec)}
 
 
 def _shape(layers: int, d: int, f: int, heads: int, tied: bool) -> DecoderSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from jaxlm.models.families.base import Fused, Row, always
 from jaxlm.spec import DecoderSpec, LayerSpec
@@ -32,28 +33,36 @@ _LINEARS: dict[str, tuple[str, str, Condition, Condition]] = {
 # Norm of the hidden states -> whether there is one.
 _NORMS: dict[str, Condition] = {
     "embed_norm": lambda spec, _: spec.embedding_norm,
-    "input_layernorm": lambda _, layer: layer.norms != "post",
-    "post_attention_layernorm": lambda _, layer: layer.norms != "post" and layer.parallel != "shared_norm",
-    "attention_output_norm": lambda _, layer: layer.norms != "pre",
-    "feed_forward_output_norm": lambda _, layer: layer.norms != "pre",
-    "norm": always,
+    "input_layernorm": lambda _, layer: layer.norm_before,
+    "post_attention_layernorm": lambda _, layer: layer.norm_before and layer.parallel != "shared_norm",
+    "attention_output_norm": lambda _, layer: layer.norm_after,
+    "feed_forward_output_norm": lambda _, layer: layer.norm_after,
+    "norm": lambda spec, _: spec.final_norm,
 }
-# Matrix outside of the layers -> (its parameter, dims, whether there is one).
-_MATRICES: dict[str, tuple[str, str, Condition]] = {
-    "embed_tokens": ("embedding", "V D", always),
-    "embed_positions": ("embedding", "N D", lambda spec, _: spec.learned_positions is not None),
-    "lm_head": ("kernel", "V D", lambda spec, _: not spec.tied_head),
+# Matrix outside of the layers -> (its parameter, dims, dims in HF's files, whether there is one).
+_MATRICES: dict[str, tuple[str, str, str, Condition]] = {
+    "embed_tokens": ("embedding", "V W", "V W", always),
+    "embed_positions": ("embedding", "N D", "N D", lambda spec, _: spec.learned_positions is not None),
+    "project_in": ("kernel", "W D", "D W", lambda spec, _: spec.embedding_size is not None),
+    "project_out": ("kernel", "D W", "W D", lambda spec, _: spec.embedding_size is not None),
+    "lm_head": ("kernel", "V W", "V W", lambda spec, _: not spec.tied_head),
 }
 
 
-def make_rows(names: Mapping[str, str]) -> tuple[Row, ...]:
+def make_rows(names: Mapping[str, str], when: Condition = always) -> tuple[Row, ...]:
     """The rows of a family.
 
     Args:
         names: path of each module below its layer ('self_attn/q_proj') or outside of the layers ('embed_tokens') ->
             HF's name, with '{}' for the number of the layer; in the order of HF's files. 'mlp/router' is a tensor.
+        when: a further condition: whether the modules have these names.
     """
-    return tuple(row for path, hf in names.items() for row in _rows_of(path, hf))
+    rows = [row for path, hf in names.items() for row in _rows_of(path, hf)]
+    return tuple(rows) if when is always else tuple(replace(row, when=_both(row.when, when)) for row in rows)
+
+
+def _both(first: Condition, second: Condition) -> Condition:
+    return lambda spec, layer: first(spec, layer) and second(spec, layer)
 
 
 def make_fused(hf: str, dims: str, parts: tuple[str, ...]) -> tuple[Fused, ...]:
@@ -77,8 +86,8 @@ def _rows_of(path: str, hf: str) -> list[Row]:
     if path in _NORMS:
         return _norm(path, hf, _NORMS[path])
     if path in _MATRICES:
-        name, dims, exists = _MATRICES[path]
-        return [Row(f"{path}/{name}", f"{hf}.weight", dims, dims, exists)]
+        name, dims, hf_dims, exists = _MATRICES[path]
+        return [Row(f"{path}/{name}", f"{hf}.weight", dims, hf_dims, exists)]
     if path in ("self_attn/q_norm", "self_attn/k_norm"):
         all_heads = "Q" if path.endswith("q_norm") else "M"
         return [
