@@ -431,6 +431,7 @@ class DecoderSpec:
             takes (OPT-350m); None for D.
         final_norm: whether the last hidden states have a norm.
         logits_soft_cap: logits become cap * tanh(logits / cap), in float32 (Gemma 2); None for no cap.
+        normed_head: each row of the output matrix is divided by its length (Baichuan 2).
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
         bos_token_id, eos_token_id, pad_token_id: what the checkpoint says of its special tokens.
@@ -447,6 +448,7 @@ class DecoderSpec:
     embedding_norm: bool = False
     logits_soft_cap: float | None = None
     logits_scale: float | None = None
+    normed_head: bool = False
     learned_positions: LearnedPositionsSpec | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02

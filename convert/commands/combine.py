@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,9 @@ _DELTA_OPTIONS = {
     "delta": ("--delta-path", "--delta", "--path-diff"),
 }
 _MERGE_OPTIONS = {
-    "base": ("--base-model-path", "--base", "--path-zhixi"),
-    "adapter": ("--lora-path", "--lora", "--path-lora"),
-    "out": ("--target-model-path", "--target", "--path-sfted"),
+    "base": ("--base-model-path", "--base", "--path-zhixi", "--base-model"),
+    "adapter": ("--lora-path", "--lora", "--path-lora", "--lora-model"),
+    "out": ("--target-model-path", "--target", "--path-sfted", "--output-dir"),
 }
 
 DELTA_EPILOG = """families, and what they stand for:
@@ -46,9 +47,14 @@ The options of the scripts that this replaces are understood too, with - or _ an
   stanford_alpaca, KnowLM   --path_raw B --path_diff D --path_tuned T [--is_fp16 True]
                             [--check_integrity_naively False]
 """
-MERGE_EPILOG = """The options of the scripts that this replaces are understood too, with - or _ and with = or a space:
+MERGE_EPILOG = """Several adapters are folded in one after the other, as Chinese-LLaMA does it: modules_to_save of each
+take the place of what is there, sums are float32 and rounded once, the tokenizer is that of the last adapter that has
+one, and the vocabulary may only grow.
+
+The options of the scripts that this replaces are understood too, with - or _ and with = or a space:
   FastChat's apply_lora     --base-model-path B --lora-path A --target-model-path OUT
   KnowLM's weight_diff      --path_zhixi B --path_lora A --path_sfted OUT [--is_fp16 True]
+  Chinese-LLaMA's merge     --base_model B --lora_model A1,A2 --output_dir OUT [--output_type huggingface]
 """
 
 
@@ -76,9 +82,11 @@ def add_combine_verbs(verbs: Any) -> None:
         verb.add_argument("--check-integrity-naively", nargs="?", const="True", default="True", help=argparse.SUPPRESS)
 
     verb = _add_verb_of_three(
-        verbs, "merge", "BASE ADAPTER OUT", _merge, "fold an adapter into its base model", _MERGE_OPTIONS
+        verbs, "merge", "BASE ADAPTER OUT", _merge, "fold an adapter, or several, into its base model", _MERGE_OPTIONS
     )
+    verb.usage = "convert merge BASE ADAPTER [ADAPTER ...] OUT [options]"
     verb.epilog = MERGE_EPILOG
+    verb.add_argument("--output-type", choices=("huggingface",), help=argparse.SUPPRESS)
     verb.add_argument("--format", choices=("hf", "jax"), help="of the result (default: jax for jaxlm models, else hf)")
     add_dtype(verb)
 
@@ -91,7 +99,7 @@ def _add_verb_of_three(
     verb.formatter_class = argparse.RawDescriptionHelpFormatter
     verb.usage = f"convert {name} {words} [options]"
     verb.set_defaults(words=words)
-    verb.add_argument("models", nargs="*", metavar="MODEL", help="the three directories, in this order")
+    verb.add_argument("models", nargs="*", metavar="MODEL", help="the directories, in this order")
     verb.add_argument("--config", metavar="CONFIG", help="shape of a MindSpore model: a known name or a file")
     add_shard_size(verb)
     for destination, names in options.items():
@@ -209,10 +217,18 @@ def _say_sum(source: SummedSource, expected: float) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from convert.source import open_adapter, open_model
-    from convert.transforms.merge import MergedSource
+    from convert.transforms.merge import merge_in_order
 
-    base_path, adapter_path, out = _three(options, "base", "adapter", "out")
+    several = options.models[1:-1]
+    if len(several) > 1:
+        options.models = [options.models[0], several[0], options.models[-1]]
+    base_path, adapter, out = _three(options, "base", "adapter", "out")
+    adapters = several or ([adapter] if Path(adapter).exists() else adapter.split(","))
     dtype = _dtype(options)
     base = open_model(base_path, options.config)
-    merged = MergedSource(base, open_adapter(adapter_path, base), dtype)
+    merged = merge_in_order(base, [partial(open_adapter, path) for path in adapters], dtype)
+    if len(adapters) > 1:
+        rows = merged.config.vocab_size - base.config.vocab_size
+        added = f"{rows} added row{'s' if rows > 1 else ''}" if rows else "no added rows"
+        print(f"in this order: {', '.join(adapters)}; {added}, tokenizer from {merged.tokenizer_dir}", file=sys.stderr)
     write_result(result_format(options.format, base), merged, out, options.shard_size)

@@ -24,7 +24,7 @@ from convert.transforms.experts import DenseSource
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.adapters import LINEARS, resolve_lora
+from jaxlm.models.adapters import linears_of, resolve_lora
 from jaxlm.models.families import SHAPES, family_of
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
@@ -420,7 +420,7 @@ def _lora_of(
     where: Path, factors: Mapping[tuple[str, int, str], StoredTensor], config: DecoderSpec, alpha: float
 ) -> tuple[LoraConfig, tuple[int, ...] | None]:
     adapted = {(linear, layer) for linear, layer, _ in factors}
-    targets = tuple(linear for linear in LINEARS if any(name == linear for name, _ in adapted))
+    targets = tuple(linear for linear in linears_of(config) if any(name == linear for name, _ in adapted))
     layers = tuple(sorted({layer for _, layer in adapted}))
     for linear in targets:
         for layer in layers:

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.transforms.adapter_order import in_original_order
+from convert.transforms.fused_adapter import as_stored
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import checked
 from jaxlm.jsontext import read_object
-from jaxlm.models.adapters import LINEARS, SAVEABLE, as_one_adapter, resolve_lora
+from jaxlm.models.adapters import (
+    adapted_linears,
+    as_one_adapter,
+    fits,
+    hf_linears,
+    hf_names,
+    in_hf_names,
+    is_named,
+    places,
+    resolve_lora,
+    saveable,
+    saved_modules,
+    short_name,
+)
 from jaxlm.models.families import family_of
+from jaxlm.models.families.base import Row
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.files import read_tensors
-from jaxlm.weights.hf import StackedTensors, copy_files, match_tensors
+from jaxlm.weights.hf import StackedTensors, copy_files, match_tensors, split_fused
 from jaxlm.weights.leaves import AdapterSource
 from jaxlm.weights.names import (
     PEFT_PREFIX,
     Entry,
-    Layout,
-    Shape,
+    FusedEntry,
     adapter_shapes,
-    leaf_shapes,
+    fused_factors,
+    grows,
+    outside_layout,
     peft_entries,
-    saved_module_name,
 )
 from jaxlm.weights.native.read import of_another_base
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors_file
-from jaxlm.weights.tensors import StoredTensor, TensorSpec, same_bytes
+from jaxlm.weights.tensors import Tensor, TensorSpec, same_bytes
 
 # Keys of adapter_config.json that say nothing about what the adapter computes.
 _IGNORED = {
@@ -82,11 +99,11 @@ class PeftSource(StackedTensors):
         self.peft_config: dict[str, Any] | None = peft_config
         check_types(peft_config, where)
         weights = find_adapter_weights(path)
-        tensors = read_tensors(weights)
+        tensors: dict[str, Tensor] = dict(read_tensors(weights))
         if not tensors:
             raise UserError(f"{weights}: holds no tensors; the adapter was saved empty, so save it again")
         self.base: str | None = peft_config.get("base_model_name_or_path")
-        saved = _saved_modules(peft_config.get("modules_to_save"), where)
+        saved = _saved_modules(peft_config.get("modules_to_save"), config, where)
         tensors = _canonical_names(tensors, weights)
         saved = _saved_in_file(saved, tensors, config, weights)
         self.lora, self.layers = parse_config(peft_config, saved, config, where)
@@ -99,16 +116,15 @@ class PeftSource(StackedTensors):
             raise UserError(f"{weights}: holds none of the LoRA tensors, e.g. no {entries[0].name!r}; save it again")
         shapes = adapter_shapes(config, specs)
         for module in self.lora.modules_to_save:
-            entry, shape = _saved_entry(module, tensors, config)
-            entries.append(entry)
-            shapes[entry.path] = shape
-        for name in tensors:
-            if name.endswith("layernorm.weight"):
-                raise UserError(
-                    f"{weights}: saves {name!r} (PEFT takes 'norm' in modules_to_save for the layers' norms too); "
-                    "only the final norm can be saved in full: train with 'model.norm'"
-                )
+            for entry in _saved_entries(module, tensors, config):
+                entries.append(entry)
+                shapes[entry.path] = entry.layout.shape
+        _check_outside_layers(weights, tensors, config)
         try:
+            for whole in fused_factors(config, specs):
+                parts = [(part.name, rows) for part, rows in zip(whole.parts, whole.rows, strict=True)]
+                if not split_fused(weights, tensors, whole.name, parts, whole.repeats):
+                    raise UserError(f"{weights}: tensor {whole.name!r} is missing")
             match_tensors(weights, tensors, entries)
         except UserError as error:
             raise UserError(f"{error}; {of_another_base(self.base)}") from None
@@ -135,7 +151,7 @@ def parse_config(
     if values.get("bias", "none") != "none":
         raise UserError(f"{where}: bias {values['bias']!r}; only adapters with bias 'none' are read")
     if values.get("fan_in_fan_out"):
-        raise UserError(f"{where}: fan_in_fan_out is true; LLaMA's layers are linear, so it must be false")
+        raise UserError(f"{where}: fan_in_fan_out is true; the model's layers are linear, so it must be false")
     init = values.get("init_lora_weights", True)
     if init not in _PLAIN_INIT:
         raise UserError(
@@ -148,6 +164,10 @@ def parse_config(
         raise UserError(f"{where}: r is {rank!r}; the rank of an adapter is at least 1")
     checked(alpha, float, f"{where}: lora_alpha")
     targets, layers = _targets(values, config, where)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in values.get(key) or {}:
+            if not places(hf_linears(config), pattern, fits, (0,)):
+                raise UserError(f"{where}: {key}: {pattern!r} matches no linear layer ({hf_names(config)})")
     lora = LoraConfig(
         rank=rank,
         alpha=float(alpha),
@@ -193,19 +213,18 @@ def _targets(
     named = [named] if isinstance(named, int) else named or None  # an empty list means all, as in PEFT
     if not wanted:
         raise UserError(f"{where}: target_modules is {wanted!r}; name the layers, e.g. ['q_proj', 'v_proj']")
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        wanted = list(LINEARS)
+    linears = hf_linears(config)
     modules = {
-        (linear, layer): row.hf_module.format(layer)
-        for linear, row in family_of(config).linears.items()
-        for layer in range(config.num_layers)
+        (name, layer): linear.hf_module.format(layer) for name, linear in linears.items() for layer in linear.layers
     }
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        wanted = list(modules.values())
     if isinstance(wanted, list):
         for name in wanted:
             if not any(_matches([name], module, where) for module in modules.values()):
                 raise UserError(
                     f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
-                    f"{config.num_layers} layers ({', '.join(LINEARS)})"
+                    f"{config.num_layers} layers ({hf_names(config)})"
                 )
     for layer in named or []:
         if type(layer) is not int or not 0 <= layer < config.num_layers:
@@ -217,39 +236,48 @@ def _targets(
         and not _matches(excluded, module, where)
         and (named is None or key[1] in named)
     }
-    targets = tuple(linear for linear in LINEARS if any(key[0] == linear for key in targeted))
-    layers = tuple(sorted({layer for _, layer in targeted}))
     if not targeted:
         raise UserError(f"{where}: target_modules {wanted!r} match no linear layer of the base model")
-    if len(targeted) != len(targets) * len(layers):
-        raise UserError(
-            f"{where}: target_modules {wanted!r} pick different layers for different linear layers; "
-            "that is not supported: use the same layers for all"
-        )
-    return targets, None if len(layers) == config.num_layers else layers
+    layers = {layer for _, layer in targeted}
+    own = {name: {layer for layer in linear.layers if (name, layer) in targeted} for name, linear in linears.items()}
+    if all(own[name] in (set(), layers & set(linear.layers)) for name, linear in linears.items()):
+        every = len(layers) == config.num_layers
+        return tuple(name for name in linears if own[name]), None if every else tuple(sorted(layers))
+    # Layers of their own for some of the linear layers: these are named one by one.
+    targets: list[str] = []
+    for name, linear in linears.items():
+        whole = own[name] == set(linear.layers)
+        targets += [name] if whole else [modules[name, layer] for layer in sorted(own[name])]
+    return tuple(targets), None
 
 
-def _saved_modules(names: Any, where: Path) -> tuple[str, ...]:
-    saved = []
-    for name in names or []:
-        module = str(name).removeprefix("model.")
-        if module not in SAVEABLE:
-            raise UserError(f"{where}: modules_to_save names {name!r}; supported: {', '.join(SAVEABLE)}")
-        saved.append(module)
-    return tuple(module for module in SAVEABLE if module in saved)
+def _modules(config: DecoderSpec) -> dict[str, tuple[Row, ...]]:
+    """What an adapter may save in full: a tied head too, which PEFT stores beside its embedding."""
+    return saveable(dataclasses.replace(config, tied_head=False))
 
 
-def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[str, StoredTensor]:
+def _saved_modules(names: Any, config: DecoderSpec, where: Path) -> tuple[str, ...]:
+    modules, saved = _modules(config), set[str]()
+    for wanted in names or []:
+        own = {name for name, rows in modules.items() if is_named(str(wanted), rows[0].hf_module)}
+        if not own:
+            supported = ", ".join(short_name(config, rows[0].hf_module, is_named) for rows in modules.values())
+            raise UserError(f"{where}: modules_to_save names {wanted!r}; supported: {supported}")
+        saved |= own
+    return tuple(module for module in modules if module in saved)
+
+
+def _canonical_names(tensors: dict[str, Tensor], weights: Path) -> dict[str, Tensor]:
     """Tensors by the names that PEFT writes today.
 
     Older versions wrote the wrapper's own name, and `.weight` behind DoRA's magnitudes. With save_embedding_layers PEFT
     writes a module saved in full under both names, and beside it the base's (`original_module`).
     """
-    result: dict[str, StoredTensor] = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if re.search(r"\.original_module(\.default)?\.weight$", name):
+        if re.search(r"\.original_module(\.default)?\.(weight|bias)$", name):
             continue
-        new = re.sub(r"\.modules_to_save(\.default)?\.weight$", ".weight", name)
+        new = re.sub(r"\.modules_to_save(\.default)?\.(weight|bias)$", r".\2", name)
         new = re.sub(r"\.lora_magnitude_vector(\.default)?\.weight$", ".lora_magnitude_vector", new)
         if new in result and not same_bytes(result[new], tensor):
             raise UserError(
@@ -261,11 +289,11 @@ def _canonical_names(tensors: dict[str, StoredTensor], weights: Path) -> dict[st
 
 
 def _saved_in_file(
-    saved: tuple[str, ...], tensors: dict[str, StoredTensor], config: DecoderSpec, weights: Path
+    saved: tuple[str, ...], tensors: dict[str, Tensor], config: DecoderSpec, weights: Path
 ) -> tuple[str, ...]:
     # PEFT stores resized embeddings even when modules_to_save does not name them.
-    names = {module: f"{PEFT_PREFIX}{saved_module_name(config, module)}" for module in SAVEABLE}
-    saved = tuple(module for module in SAVEABLE if module in saved or names[module] in tensors)
+    names = {module: f"{PEFT_PREFIX}{rows[0].hf}" for module, rows in _modules(config).items()}
+    saved = tuple(module for module in names if module in saved or names[module] in tensors)
     if not config.tied_head or not {"embed_tokens", "lm_head"} & set(saved):
         return saved
     embedding, head = tensors.get(names["embed_tokens"]), tensors.get(names["lm_head"])
@@ -278,21 +306,39 @@ def _saved_in_file(
     return tuple(module for module in saved if module != "lm_head")
 
 
-def _saved_entry(module: str, tensors: dict[str, StoredTensor], config: DecoderSpec) -> tuple[Entry, Shape]:
-    name = f"{PEFT_PREFIX}{saved_module_name(config, module)}"
-    shape = leaf_shapes(config)[SAVEABLE[module]]
-    if module != "norm" and name in tensors and len(tensors[name].shape) == 2:
-        shape = (tensors[name].shape[0], shape[1])  # added tokens
-    layout = Layout(shape, shape, tuple(range(len(shape))))
-    return Entry(name, f"modules_to_save/{SAVEABLE[module]}", None, layout), shape
+def _saved_entries(module: str, tensors: Mapping[str, Tensor], config: DecoderSpec) -> Iterator[Entry]:
+    for row in saveable(config)[module]:
+        name, spec = f"{PEFT_PREFIX}{row.hf}", config
+        if grows(row) and name in tensors and len(tensors[name].shape) == 2:
+            spec = dataclasses.replace(config, vocab_size=tensors[name].shape[0])  # added tokens
+        yield Entry(name, f"modules_to_save/{row.path}", None, outside_layout(spec, row))
+
+
+def _check_outside_layers(weights: Path, tensors: Mapping[str, Tensor], config: DecoderSpec) -> None:
+    """Refuses modules of layers that are saved in full."""
+    rows = [row for row in family_of(config).rows if row.in_layer]
+    inside = {f"{PEFT_PREFIX}{row.hf.format(number)}" for row in rows for number in range(config.num_layers)}
+    for name in tensors:
+        if name in inside:
+            outside = (short_name(config, rows[0].hf_module, _is_saved) for rows in saveable(config).values())
+            raise UserError(
+                f"{weights}: saves {name!r} (PEFT takes 'norm' in modules_to_save for the layers' norms too); nothing "
+                "in the layers can be saved in full, only the final norm and other modules outside of them: "
+                f"{', '.join(outside)}"
+            )
+
+
+def _is_saved(wanted: str, module: str) -> bool:
+    # PEFT's rule for modules_to_save: a bare 'norm' also means the layers' norms.
+    return module.endswith(wanted)
 
 
 def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
     """The adapter_config.json of an adapter: the one it came with where that still holds, otherwise updated or new."""
+    source = as_stored(source)
     lora = as_one_adapter(source.config, source.lora)
-    # PEFT wraps every module whose name ends so: a bare 'norm' would also mean the layers' norms.
-    saved = ["model.norm" if module == "norm" else module for module in lora.modules_to_save]
-    tied = source.config.tied_head and "embed_tokens" in saved
+    lora = in_hf_names(source.config, lora, adapted_linears(source.config, lora, source.layers), source.layers)
+    saved, tied = _saved_names(source.config, lora)
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -309,7 +355,7 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
         "alpha_pattern": dict(lora.alpha_pattern),
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
-        "modules_to_save": [*saved, "lm_head"] if tied else saved or None,
+        "modules_to_save": saved or None,
         "ensure_weight_tying": tied,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -320,30 +366,46 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
         return values
     own = source.path / "jaxlm" / "adapter_config.json"
     where = own if own.is_file() else where
-    if parse_config(original, lora.modules_to_save, source.config, where) == (lora, source.layers):
-        return original
-    return original | values
+    parsed, layers = parse_config(original, lora.modules_to_save, source.config, where)
+    same = resolve_lora(source.config, parsed, layers) == resolve_lora(source.config, lora, source.layers)
+    return original if same else original | values
+
+
+def _saved_names(config: DecoderSpec, lora: LoraConfig) -> tuple[list[str], bool]:
+    """PEFT's names of the modules saved in full, and whether there is a tied head among them."""
+    modules = [
+        module
+        for wanted in lora.modules_to_save
+        for module in saved_modules(config, dataclasses.replace(lora, modules_to_save=(wanted,)))
+    ]
+    tied = config.tied_head and "embed_tokens" in modules
+    rows = [_modules(config)[module][0] for module in dict.fromkeys([*modules, "lm_head"] if tied else modules)]
+    return [short_name(config, row.hf_module, _is_saved) for row in rows], tied
 
 
 def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
     """The tensors of an adapter as PEFT names and lays them out, neurons in the dense model's order."""
-    source = in_original_order(source)
+    source = as_stored(in_original_order(source))
     specs = resolve_lora(source.config, as_one_adapter(source.config, source.lora), source.layers)
+    wholes = {part.name: whole for whole in fused_factors(source.config, specs) for part in whole.parts}
     tensors = []
     for entry in peft_entries(source.config, specs):
-        tensors.append(
-            TensorSpec(entry.name, entry.layout.stored, source.leaves[entry.path].dtype, _Factor(source, entry))
-        )
-    for module in source.lora.modules_to_save:
-        path = f"modules_to_save/{SAVEABLE[module]}"
-        leaf = source.leaves[path]
-        names = [saved_module_name(source.config, module)]
-        if module == "embed_tokens" and source.config.tied_head:
-            names.append(saved_module_name(source.config, "lm_head"))  # PEFT stores a tied head beside its embedding
-        for name in names:
-            layout = Layout(leaf.shape, leaf.shape, tuple(range(len(leaf.shape))))
-            entry = Entry(f"{PEFT_PREFIX}{name}", path, None, layout)
-            tensors.append(TensorSpec(entry.name, leaf.shape, leaf.dtype, _Factor(source, entry)))
+        dtype, whole = source.leaves[entry.path].dtype, wholes.get(entry.name)
+        if whole is None:
+            tensors.append(TensorSpec(entry.name, entry.layout.stored, dtype, _Factor(source, entry)))
+        elif entry.name == whole.parts[0].name:
+            tensors.append(TensorSpec(whole.name, whole.stored, dtype, _FusedFactor(source, whole)))
+    for module, rows in saved_modules(source.config, source.lora).items():
+        for row in rows:
+            path = f"modules_to_save/{row.path}"
+            leaf, names = source.leaves[path], [row.hf]
+            if module == "embed_tokens" and source.config.tied_head:
+                # PEFT stores a tied head beside its embedding.
+                names.append(_modules(source.config)["lm_head"][0].hf)
+            spec = dataclasses.replace(source.config, vocab_size=leaf.shape[0]) if grows(row) else source.config
+            for name in names:
+                entry = Entry(f"{PEFT_PREFIX}{name}", path, None, outside_layout(spec, row))
+                tensors.append(TensorSpec(entry.name, entry.layout.stored, leaf.dtype, _Factor(source, entry)))
     return tensors
 
 
@@ -363,11 +425,27 @@ class _Factor:
         self._source = source
         self._entry = entry
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[np.ndarray]:
         entry = self._entry
         inner = tuple(slice(0, size) for size in entry.layout.shape)
         if entry.layer is None:
-            yield np.ascontiguousarray(self._source.read(entry.path, inner))
+            leaf = self._source.read(entry.path, inner)
         else:
             leaf = self._source.read(entry.path, (slice(entry.layer, entry.layer + 1), *inner))[0]
-            yield entry.layout.to_stored(np.ascontiguousarray(leaf))
+        yield entry.layout.to_stored(np.ascontiguousarray(leaf))
+
+
+class _FusedFactor:
+    """One tensor of the adapter that holds the factors of several linear layers, read when it is written."""
+
+    def __init__(self, source: AdapterSource, whole: FusedEntry) -> None:
+        self._source = source
+        self._whole = whole
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        whole = self._whole
+        parts = [
+            np.concatenate(list(_Factor(self._source, part))).reshape(whole.repeats, rows, *whole.stored[1:])
+            for part, rows in zip(whole.parts, whole.rows, strict=True)
+        ]
+        yield np.concatenate(parts, axis=1).reshape(whole.stored)

@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.transforms.experts import read_reordered
 from jaxlm.errors import UserError
-from jaxlm.models.adapters import FEED_FORWARD_LINEARS, as_one_adapter, resolve_lora
+from jaxlm.models.adapters import adapted_linears, as_one_adapter
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import AdapterSource, Index, ParamSource
 from jaxlm.weights.partition import inverse
@@ -62,9 +62,9 @@ class ReorderedAdapter:
 
 
 def moved_linears(adapter: AdapterSource) -> list[str]:
-    """Those of gate, up and down that it changes."""
-    specs = resolve_lora(adapter.config, adapter.lora, adapter.layers)
-    return [linear for linear in FEED_FORWARD_LINEARS if linear in specs]
+    """The linear layers of the feed-forward layers that it changes."""
+    adapted = adapted_linears(adapter.config, adapter.lora, adapter.layers)
+    return [name for name, each in adapted.items() if each.linear.feed_forward]
 
 
 def in_original_order(adapter: AdapterSource) -> AdapterSource:

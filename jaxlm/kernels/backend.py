@@ -170,7 +170,7 @@ def unserved_scores(name: str, soft_cap: float | None, alibi: bool, relative_bia
     """What of the scores an implementation does not compute, in words; None if nothing. All of them take any scale."""
     if soft_cap is not None and name == "cudnn":
         return "has no soft cap on scores"
-    if alibi and name not in ("xla", "reference"):
+    if alibi and name == "cudnn":
         return "has no ALiBi"
     if relative_bias and name not in ("xla", "reference"):
         return "has no relative bias"

@@ -46,6 +46,7 @@ def tpu_decode_attention(
     window: int | None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    slopes: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention; scores and softmax in float32.
 
@@ -56,6 +57,7 @@ def tpu_decode_attention(
         window: number of slots that a query sees, up to its own; None: all.
         scale: of scores; None: 1/sqrt(h).
         soft_cap: scaled scores become cap * tanh(score / cap); None: they stay.
+        slopes: [H] float32, ALiBi's: capped scores sink by slope * (place - slot); None: they stay.
 
     Returns:
         [B, T, H, h] in q's dtype.
@@ -81,11 +83,9 @@ def tpu_decode_attention(
         q_ref: Any,
         k_ref: Any,
         v_ref: Any,
-        out_ref: Any,
-        top: Any,
-        sum_: Any,
-        acc: Any,
+        *refs: Any,
     ) -> None:
+        *slope_ref, out_ref, top, sum_, acc = refs
         row, step = pl.program_id(0), pl.program_id(2)
         at = block_of(low[row]) + step
 
@@ -106,6 +106,8 @@ def tpu_decode_attention(
             place = jnp.full((1, rows, block), places[row * length])
             for number in range(1, length):
                 place = jnp.where(token == number, places[row * length + number], place)
+            if slopes is not None:
+                scores = scores - slope_ref[0][...] * (place - slot).astype(jnp.float32)
             visible = (slot <= place) & (slot <= high[row])
             if window is not None:
                 visible &= place - slot < window
@@ -137,13 +139,17 @@ def tpu_decode_attention(
     spec = pl.BlockSpec((None, together, rows, dim), query)
     held = pl.BlockSpec((None, together, block, dim), cached)
     moved = 2 * keys.size * keys.dtype.itemsize + 2 * q.size * keys.dtype.itemsize
+    in_specs, arrays = [spec, held, held], [grouped, keys, values]
+    if slopes is not None:  # one for each row of a tile
+        in_specs.append(pl.BlockSpec((together, rows, 1), lambda row, head, step, *_: (head, 0, 0)))
+        arrays.append(jnp.repeat(slopes.reshape(kv_heads, groups, 1), length, axis=1))
     out = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(grouped.shape, q.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, kv_heads // together, steps),
-            in_specs=[spec, held, held],
+            in_specs=in_specs,
             out_specs=spec,
             scratch_shapes=[
                 pltpu.VMEM((together, rows, 1), jnp.float32),
@@ -158,7 +164,7 @@ def tpu_decode_attention(
             transcendentals=batch * length * heads * slots,
         ),
         name="decode_attention",
-    )(places.reshape(-1), low, high, grouped, keys, values)
+    )(places.reshape(-1), low, high, *arrays)
     return out.reshape(batch, kv_heads, groups, length, dim).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 

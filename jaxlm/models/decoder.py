@@ -307,7 +307,8 @@ class Decoder(nn.Module):
             x = x * self.spec.logits_scale
         if self.spec.embedding_size is not None:
             x = jnp.dot(x.astype(self.dtype), self.project_out().astype(self.dtype))
-        return x, self.embed_tokens() if self.spec.tied_head else self.lm_head()
+        matrix = self.embed_tokens() if self.spec.tied_head else self.lm_head()
+        return x, _unit_rows(matrix) if self.spec.normed_head else matrix
 
     # --- inputs of the layers beside x --------------------------------------------------------------------------------
 
@@ -440,6 +441,14 @@ def _stacked(body: Any, length: int) -> Any:
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def _unit_rows(matrix: jax.Array) -> jax.Array:
+    """The rows of a matrix, each divided by its length, in float32 but for the result."""
+    rows = matrix.astype(jnp.float32)
+    squared = jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
+    # The bound below the root: a row of zeros has a gradient of zeros, not of NaN.
+    return (rows * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(matrix.dtype)
 
 
 def output_logits(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
+from jaxlm.models.families import family_of
 from jaxlm.spec import TEXT, DecoderSpec, ExpertsSpec
 
 
@@ -35,6 +36,11 @@ def resolve_experts(
     router = run.router or (old.router if old else "learned")
     if old is not None and router == "learned" != old.router:
         raise UserError(f"moe.router: the model has no trained router (it is {old.router}), so it cannot be 'learned'")
+    if router == "learned" and not any(row.path == "mlp/router" for row in family_of(shape).rows):
+        raise UserError(
+            f"moe.router: learned, but the files of {shape.family} have no name for a router that is trained; activation "
+            "and modality need none"
+        )
     if run.ranges:
         ranges = run.ranges
     else:

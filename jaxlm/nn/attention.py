@@ -101,17 +101,17 @@ class MaskSpec:
             mask = near if mask is None else mask & near
         mask = None if mask is None else mask[None, None]
         if self.segment_ids is not None:
-            same = self.same_segment(slice(q_start, q_end), slice(k_start, k_end))[:, None]
+            same = self.same_segment(np.s_[:, None, q_start:q_end, None], np.s_[:, None, None, k_start:k_end])
             mask = same if mask is None else mask & same
         return mask
 
-    def same_segment(self, rows: slice, cols: slice) -> jax.Array:
-        """Whether a query and a key are of one segment, [B, q, k] bool; there are segment ids."""
+    def same_segment(self, rows: Any, cols: Any) -> jax.Array:
+        """Whether a query and a key are of one segment, bool; `rows` and `cols` index the ids, which there are."""
         assert self.segment_ids is not None
-        queries = self.segment_ids[:, rows, None]
+        queries = self.segment_ids[rows]
         if self.key_segment_ids is None:
-            return queries == self.segment_ids[:, None, cols]
-        keys = self.key_segment_ids[:, None, cols]
+            return queries == self.segment_ids[cols]
+        keys = self.key_segment_ids[cols]
         return (queries == keys) & (keys != 0)
 
 
@@ -225,7 +225,7 @@ def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
     keys = x[:, :, cols]
     if mask.segment_ids is None:
         return keys  # such keys are not among `cols`
-    same = mask.same_segment(rows, cols)
+    same = mask.same_segment(np.s_[:, rows, None], np.s_[:, None, cols])
     return jnp.where(same.any(axis=1)[:, None, :, None], keys, jnp.zeros((), x.dtype))
 
 
@@ -364,6 +364,7 @@ def pallas_attention(
         window=mask.window,
         soft_cap=mask.soft_cap,
         scale=mask.scale,
+        slopes=jnp.asarray(alibi_slopes(q.shape[2])) if mask.alibi else None,
         block_q=block_q,
         block_k=block_k,
         rows_axes=rows,
@@ -548,7 +549,7 @@ def _cached_attention(
     keys, values = write(cache_k, k), write(cache_v, v)
     if kernel:
         keys, values = keys.reshape(cache_k.shape), values.reshape(cache_v.shape)
-        out = tpu_decode_attention(q, keys, values, places, mask.window, mask.scale, mask.soft_cap)
+        out = tpu_decode_attention(q, keys, values, places, mask.window, mask.scale, mask.soft_cap, slopes)
         return out, keys, values
     behind = places[:, None, None, :, None] - jnp.arange(slots)
     visible = behind >= 0 if mask.window is None else (behind >= 0) & (behind < mask.window)

@@ -33,12 +33,13 @@ class FeedForward(WithLinears):
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; `layer` is this layer's index."""
         d, f = {"embed": self.hidden_size}, {"mlp": self.spec.size}
+        entered = self._entered("gate_up_proj", d, x, layer, deterministic)
         # In this order a TPU's compiler makes the activation part of the gate's product when it is computed again, and
         # keeps the weights near (docs/kernels.md, "Shapes of products").
-        up = self._linear("up_proj", d, f, self.spec.bias)(x, layer, deterministic)
+        up = self._linear("up_proj", d, f, self.spec.bias)(x, layer, deterministic, entered)
         activation = ACTIVATIONS[self.spec.activation]
         if self.spec.gated:
-            gate = self._linear("gate_proj", d, f, self.spec.bias)(x, layer, deterministic)
+            gate = self._linear("gate_proj", d, f, self.spec.bias)(x, layer, deterministic, entered)
             h = activation(gate) * up
         else:
             h = activation(up)

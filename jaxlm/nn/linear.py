@@ -37,6 +37,23 @@ def _rescaled(plain: jax.Array, dropped: jax.Array, update: jax.Array, ratio: ja
     return (base + (ratio - 1) * seen + ratio * update.astype(jnp.float32)).astype(plain.dtype)
 
 
+@dataclasses.dataclass
+class Entered:
+    """What an adapter that several linear layers share makes of their input.
+
+    Attributes:
+        spec: the adapter.
+        a: its first factor [*in, R], times its scale.
+        dropped: the input that it sees.
+        product: dropped a, [..., R].
+    """
+
+    spec: LoraSpec
+    a: jax.Array
+    dropped: jax.Array
+    product: jax.Array
+
+
 class Linear(nn.Module):
     """y = x W (+ b), with an optional adapter.
 
@@ -62,13 +79,22 @@ class Linear(nn.Module):
     init_std: float = 0.02
 
     @nn.compact
-    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool = True) -> jax.Array:
-        """x [..., *in] -> [..., *out]; `layer` is this layer's index, which ranks and scales may depend on."""
+    def __call__(
+        self, x: jax.Array, layer: jax.Array, deterministic: bool = True, entered: Entered | None = None
+    ) -> jax.Array:
+        """x [..., *in] -> [..., *out].
+
+        Args:
+            layer: this layer's index, which ranks and scales may depend on.
+            deterministic: whether nothing is dropped.
+            entered: x in an adapter that this layer shares with others; None: it has one of its own, or none.
+        """
         kernel = self._kernel()
-        if self.adapter is None:
+        spec = self.adapter if entered is None else entered.spec
+        if spec is None:
             y = times(kernel, x, len(self.in_dims), self.dtype, self.in_axes + self.out_axes)
         else:
-            y = self._adapted(x, kernel, self.adapter, layer, deterministic)
+            y = self._adapted(x, kernel, spec, layer, deterministic, entered)
         if self.use_bias:
             y = y + self._bias().astype(self.dtype)
         return y
@@ -97,26 +123,40 @@ class Linear(nn.Module):
     def _init_a(self, key: Any, spec: LoraSpec, layer: jax.Array) -> jax.Array:
         return self._fresh_a(key, spec, layer, math.prod(self.in_dims)).reshape(*self.in_dims, spec.rank)
 
-    def _factors(self, spec: LoraSpec, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The adapter's A [*in, R], times its scale, and B [R, *out]."""
+    def _first_factor(self, spec: LoraSpec, layer: jax.Array) -> jax.Array:
+        """The adapter's A [*in, R]."""
         key = self.make_rng("params") if self.is_mutable_collection("lora") else None
-        lora_a = self._adapter_variable("lora_A", (*self.in_axes, "lora_rank"), lambda: self._init_a(key, spec, layer))
-        lora_b = self._adapter_variable(
+        return self._adapter_variable("lora_A", (*self.in_axes, "lora_rank"), lambda: self._init_a(key, spec, layer))
+
+    def _second_factor(self, spec: LoraSpec) -> jax.Array:
+        """The adapter's B [R, *out]."""
+        return self._adapter_variable(
             "lora_B", ("lora_rank", *self.out_axes), lambda: jnp.zeros((spec.rank, *self.out_dims), jnp.float32)
         )
-        scale: float | jax.Array = spec.scales[0]
-        if len(set(spec.scales)) > 1:
-            scale = jnp.asarray(spec.scales, jnp.float32)[layer]
-        return lora_a * scale, lora_b
+
+    def _factors(self, spec: LoraSpec, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The adapter's A [*in, R], times its scale, and B [R, *out]."""
+        a, b = self._first_factor(spec, layer), self._second_factor(spec)
+        return a * _scale(spec, layer), b
 
     def _adapted(
-        self, x: jax.Array, kernel: Weight, spec: LoraSpec, layer: jax.Array, deterministic: bool
+        self,
+        x: jax.Array,
+        kernel: Weight,
+        spec: LoraSpec,
+        layer: jax.Array,
+        deterministic: bool,
+        entered: Entered | None,
     ) -> jax.Array:
-        a, b = self._factors(spec, layer)
-        dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
         in_dims = len(self.in_dims)
+        if entered is None:
+            a, b = self._factors(spec, layer)
+            dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
+        else:
+            a, b, dropped = entered.a, self._second_factor(spec), entered.dropped
         plain = times(kernel, x, in_dims, self.dtype)
-        update = matmul(matmul(dropped, a, in_dims, self.dtype), b, 1, self.dtype)
+        product = matmul(dropped, a, in_dims, self.dtype) if entered is None else entered.product
+        update = matmul(product, b, 1, self.dtype)
         if not spec.dora:
             return plain + update
         magnitude = self._adapter_variable(
@@ -140,9 +180,27 @@ class Linear(nn.Module):
         return cast(jax.Array, self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value)
 
 
+def _scale(spec: LoraSpec, layer: jax.Array) -> float | jax.Array:
+    """What A B is multiplied with in a layer."""
+    if len(set(spec.scales)) > 1:
+        return jnp.asarray(spec.scales, jnp.float32)[layer]
+    return spec.scales[0]
+
+
 def _norms(weight: jax.Array, in_dims: int) -> jax.Array:
     """Euclidean norms [*out] of the columns of a weight [*in, *out]."""
     return jnp.sqrt(jnp.sum(jnp.square(weight), axis=tuple(range(in_dims))))
+
+
+class SharedInput(Linear):
+    """The first factor of an adapter that several linear layers share (see `nn.lora.FUSED`); it has no kernel."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> Entered:  # type: ignore[override]
+        assert self.adapter is not None
+        a = self._first_factor(self.adapter, layer) * _scale(self.adapter, layer)
+        dropped = nn.Dropout(self.adapter.dropout)(x, deterministic=deterministic)
+        return Entered(self.adapter, a, dropped, matmul(dropped, a, len(self.in_dims), self.dtype))
 
 
 @dataclasses.dataclass
@@ -227,3 +285,12 @@ class WithLinears(nn.Module):
             init_std=self.init_std,
             name=name,
         )
+
+    def _entered(
+        self, name: str, inputs: Mapping[str, int], x: jax.Array, layer: jax.Array, deterministic: bool
+    ) -> Entered | None:
+        """x in the adapter that the linear layers of `nn.lora.FUSED[name]` share; None where they share none."""
+        if name not in self.adapters:
+            return None
+        entered: Entered = self._linear(name, inputs, {}, False, SharedInput)(x, layer, deterministic)
+        return entered

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Linear layers of one input that a checkpoint may keep as one, which an adapter then takes as one: a first factor for
+# all of them, under this name, and the rows of the second factor that are each one's own.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 @dataclass(frozen=True)
 class LoraSpec:

@@ -51,11 +51,12 @@ class SelfAttention(WithLinears):
         s = self.spec
         if (bias is None) != (s.relative_bias is None):
             raise UserError("attention.relative_bias: this kind of model has no table of relative biases")
+        entered = self._entered("qkv_proj", {"embed": self.hidden_size}, x, layer, deterministic)
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
             outputs = {axis: num_heads, "head_dim": s.head_dim}
             linear = self._linear(name, {"embed": self.hidden_size}, outputs, s.qkv_bias)
-            return nn.with_logical_constraint(linear(x, layer, deterministic), ("batch", "length", axis, None))
+            return nn.with_logical_constraint(linear(x, layer, deterministic, entered), ("batch", "length", axis, None))
 
         def normed(name: str, heads: jax.Array) -> jax.Array:
             if s.qk_norm is None:

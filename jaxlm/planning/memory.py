@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.kernels.cross_entropy import chunk_count
-from jaxlm.models.adapters import resolve_lora
+from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
@@ -108,7 +108,8 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     table = shape.vocab_size * shape.embedding_dims
     shards = shard_axes_size(mesh)
     split = shards > 1
-    head_trains, table_trains = (lora is None or name in lora.modules_to_save for name in ("lm_head", "embed_tokens"))
+    saved = {} if lora is None else saved_modules(model.spec, lora)
+    head_trains, table_trains = (lora is None or name in saved for name in ("lm_head", "embed_tokens"))
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize

@@ -12,7 +12,7 @@ from jaxlm.config import OptimizerConfig
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import Schedule, warmup_steps
-from jaxlm.weights.names import adapter_shapes
+from jaxlm.weights.names import adapter_leaves
 
 FAR = 0.5  # share of the peak; a run whose rate stays below it has not trained as its settings say
 
@@ -45,10 +45,12 @@ def rank_warnings(model: DecoderSpec, adapters: Mapping[str, LoraSpec]) -> list[
     """Warns of adapters with more rank than the matrix that they adapt can have."""
     warnings = []
     for target, spec in adapters.items():
-        sizes = {path.rpartition("/")[2]: shape for path, shape in adapter_shapes(model, {target: spec}).items()}
+        leaves = list(adapter_leaves(model, {target: spec}))
+        shapes = [(leaf.path, leaf.layout.shape) for leaf in leaves if leaf.layers == leaves[0].layers]
+        inputs = sum(math.prod(shape[:-1]) for path, shape in shapes if path.endswith("/lora_A"))
+        outputs = sum(math.prod(shape[1:]) for path, shape in shapes if path.endswith("/lora_B"))
         # One side of every matrix is D; the other is divided among experts with adapters of their own.
-        matrix = math.prod(sizes["lora_A"][1:-1]) * math.prod(sizes["lora_B"][2:])
-        inner = matrix // model.hidden_size // spec.experts
+        inner = inputs * outputs // model.hidden_size // spec.experts
         rank, limit = spec.rank // spec.experts, min(model.hidden_size, inner)
         if rank > limit:
             warnings.append(

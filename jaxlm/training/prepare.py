@@ -20,7 +20,7 @@ from jaxlm.data.loader import Data, build_data
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
 from jaxlm.errors import UserError
-from jaxlm.models.adapters import SAVEABLE
+from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.families import load_shape
 from jaxlm.models.resolve import resolve_experts
 from jaxlm.processes.distributed import Hosts
@@ -172,20 +172,25 @@ def _check_adapter(lora: LoraConfig, adapter: Any, model: Any) -> None:
     """Refuses an adapter to start from that is not of the kind that is asked for now."""
     if adapter.layers is not None:
         raise UserError(f"lora.init_from: {lora.init_from} adapts only the layers {list(adapter.layers)}")
-    for module in lora.modules_to_save:
-        leaf = SAVEABLE[module]
-        saved, wanted = adapter.leaves.get(f"modules_to_save/{leaf}"), leaf_shapes(model)[leaf]
-        if saved is not None and saved.shape != wanted:
-            raise UserError(
-                f"lora.init_from: {lora.init_from} saved {module} with shape {saved.shape}, "
-                f"the model has {wanted}; merge it into its base first (`convert merge`)"
-            )
+    modules = saved_modules(model, lora)
+    for module, rows in modules.items():
+        for row in rows:
+            saved, wanted = adapter.leaves.get(f"modules_to_save/{row.path}"), leaf_shapes(model)[row.path]
+            if saved is not None and saved.shape != wanted:
+                raise UserError(
+                    f"lora.init_from: {lora.init_from} saved {module} with shape {saved.shape}, "
+                    f"the model has {wanted}; merge it into its base first (`convert merge`)"
+                )
+    # The same linear layers may go by other names, the same ranks be written as other patterns.
+    mine, theirs = (resolve_lora(model, dataclasses.replace(each, dropout=0.0)) for each in (lora, adapter.lora))
+    if mine == theirs and modules.keys() == saved_modules(model, adapter.lora).keys():
+        return
     decisive = ("rank", "alpha", "rslora", "targets", "rank_pattern", "alpha_pattern", "dora", "per_expert")
     for key in (*decisive, "modules_to_save"):
-        mine, theirs = getattr(lora, key), getattr(adapter.lora, key)
-        same = set(mine) == set(theirs) if isinstance(mine, tuple) else mine == theirs
+        here, there = getattr(lora, key), getattr(adapter.lora, key)
+        same = set(here) == set(there) if isinstance(here, tuple) else here == there
         if not same:
-            raise UserError(f"lora.{key}: {mine!r}, but the adapter {lora.init_from} has {theirs!r}; set it to that")
+            raise UserError(f"lora.{key}: {here!r}, but the adapter {lora.init_from} has {there!r}; set it to that")
 
 
 def _sample_prompts(config: RunConfig, tokenizer: Tokenizer, max_length: int) -> list[list[int]]:

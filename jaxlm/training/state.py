@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
-from jaxlm.models.adapters import SAVEABLE
+from jaxlm.models.adapters import saved_modules
 from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 from jaxlm.weights.leaves import LeafReader
 
@@ -50,14 +51,15 @@ def model_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
     return with_saved_modules(frozen["params"], trainable["lora"])
 
 
-def with_saved(abstract: Any, lora: LoraConfig) -> Any:
+def with_saved(abstract: Any, model: DecoderSpec, lora: LoraConfig) -> Any:
     """The boxed `lora` collection plus full float32 copies of `modules_to_save`."""
     collection = dict(abstract["lora"])
     if lora.modules_to_save:
         flat = traverse_util.flatten_dict(abstract["params"], sep="/")
         chosen = {
-            path: flat[path].replace_boxed(jax.ShapeDtypeStruct(flat[path].value.shape, jnp.float32))
-            for path in (SAVEABLE[name] for name in lora.modules_to_save)
+            row.path: flat[row.path].replace_boxed(jax.ShapeDtypeStruct(flat[row.path].value.shape, jnp.float32))
+            for rows in saved_modules(model, lora).values()
+            for row in rows
         }
         collection["modules_to_save"] = traverse_util.unflatten_dict(chosen, sep="/")
     return collection
@@ -76,7 +78,7 @@ class Initializer:
     def __init__(self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, make_optimizer: MakeOptimizer) -> None:
         self.model, self.lora, self.mesh = model, lora, mesh
         boxed = abstract_variables(model)
-        trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, lora)}
+        trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, model.spec, lora)}
         self.params = nn.unbox(boxed["params"])
         self.params_shardings = tree_shardings(boxed["params"], mesh, WHOLE_IF_UNEVEN)
         self.trainable = nn.unbox(trainable)

@@ -22,6 +22,7 @@ from jaxlm.weights.leaves import (
     Index,
     LeafInfo,
     ParamSource,
+    check_leaves,
     full_index,
     index_shape,
     main_dtype,
@@ -58,26 +59,14 @@ def check_num_layers(where: Path, num_layers: int, num_tensors: int) -> None:
 
 
 def match_tensors(where: Path, tensors: Mapping[str, Tensor], entries: list[Entry]) -> None:
-    """Refuses missing, extra or differently shaped tensors, by name."""
-    wanted = {entry.name: entry for entry in entries}
-    for entry in entries:
-        tensor = tensors.get(entry.name)
-        if tensor is None:
-            count = sum(name not in tensors for name in wanted)
-            hint = ""
-            if entry.name == "lm_head.weight":
-                hint = "; if the model ties its head to the embedding, set tie_word_embeddings to true in config.json"
-            raise UserError(f"{where}: tensor {entry.name!r} is missing ({count} missing in all){hint}")
-        if tensor.shape != entry.layout.stored:
-            raise UserError(
-                f"{where}: tensor {entry.name!r} has shape {list(tensor.shape)}, "
-                f"the configuration expects {list(entry.layout.stored)}"
-            )
-    extra = sorted(tensors.keys() - wanted.keys())
-    if extra:
-        raise UserError(
-            f"{where}: tensor {extra[0]!r} has no place in this architecture ({len(extra)} unexpected in all)"
-        )
+    """Refuses missing, unexpected or differently shaped tensors: the first three of each kind, by name."""
+    _match_shapes(where, tensors, {entry.name: entry.layout.stored for entry in entries})
+
+
+def _match_shapes(where: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape], head: str = "") -> None:
+    hint = "; if the model ties its head to the embedding, set tie_word_embeddings to true in config.json"
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_leaves(where, shapes, expected, hint if head in expected and head not in tensors else "")
 
 
 def parse_hf_config(where: Path, content: dict[str, Any]) -> DecoderSpec:
@@ -103,8 +92,10 @@ class StackedTensors:
         for entry in entries:
             self._tensors.setdefault(entry.path, {})[entry.layer] = (tensors[entry.name], entry.layout)
         for path, shape in shapes.items():
-            parts = {layer: tensor for layer, (tensor, _) in self._tensors[path].items()}
-            self.leaves[path] = stack_leaf(where, path, shape, parts)
+            parts = {layer: tensor for layer, (tensor, _) in self._tensors.setdefault(path, {}).items()}
+            # An adapter may leave out all layers of a stack, which then is zeros.
+            no_parts = LeafInfo(shape, tensors[entries[0].name].dtype)
+            self.leaves[path] = stack_leaf(where, path, shape, parts) if parts else no_parts
 
     def blocks(self, entry: Entry) -> Iterator[np.ndarray]:
         """One tensor as the HF entry lays it out, in blocks of rows straight from the file."""
@@ -163,13 +154,16 @@ class HfSource(StackedTensors):
             if not re.fullmatch(BUFFERS, name)
         }
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
-        for fused in fused_entries(self.config):
-            parts = [(part.name, rows) for part, rows in zip(fused.parts, fused.rows, strict=True)]
-            if not split_fused(weights, tensors, fused.name, parts, fused.repeats):
-                raise UserError(f"{weights}: tensor {fused.name!r} is missing")
         self.prepare(weights, tensors)
-        entries = hf_entries(self.config)
-        match_tensors(weights, tensors, entries)
+        entries, fused = hf_entries(self.config), fused_entries(self.config)
+        wholes = {part.name: whole for whole in fused for part in whole.parts}
+        expected = {
+            wholes[entry.name].name if entry.name in wholes else entry.name: entry.layout.stored for entry in entries
+        }
+        _match_shapes(weights, tensors, expected | {whole.name: whole.stored for whole in fused}, self._head)
+        for whole in fused:
+            parts = [(part.name, rows) for part, rows in zip(whole.parts, whole.rows, strict=True)]
+            split_fused(weights, tensors, whole.name, parts, whole.repeats)
         self.add(weights, leaf_shapes(self.config), tensors, entries)
 
     def parse_config(self, where: Path, content: dict[str, Any]) -> DecoderSpec:
@@ -181,9 +175,14 @@ class HfSource(StackedTensors):
         return usual_names(content)
 
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
-        """Gives the tensors found the names and shapes of `hf_entries`."""
+        """Gives the tensors found the names and shapes that the family's files have."""
         names = {row.path: row.hf for row in family_of(self.config).rows}
-        drop_tied_head(weights, tensors, names["lm_head/kernel"], names["embed_tokens/embedding"], self.config)
+        drop_tied_head(weights, tensors, self._head, names["embed_tokens/embedding"], self.config)
+
+    @property
+    def _head(self) -> str:
+        """The family's name of the output matrix."""
+        return next(row.hf for row in family_of(self.config).rows if row.path == "lm_head/kernel")
 
 
 def split_fused(

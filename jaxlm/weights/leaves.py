@@ -22,6 +22,7 @@ Index = tuple[slice, ...]
 BLOCK_ELEMENTS = 256 << 10
 # Read at a time of an embedding in a layout of larger chunks: as much as jaxlm's own have.
 READ_BYTES = 64 << 20
+NAMED = 3  # tensors of each kind that a message names
 
 
 @dataclass(frozen=True)
@@ -247,17 +248,31 @@ def total_bytes(leaves: Mapping[str, LeafInfo]) -> int:
     return sum(leaf.nbytes for leaf in leaves.values())
 
 
-def check_leaves(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    """Refuses missing, extra or differently shaped leaves, by name."""
-    missing = sorted(expected.keys() - found.keys())
+def check_leaves(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape], hint: str = "") -> None:
+    """Refuses tensors that are missing, unexpected or of another shape; names the first three of each kind.
+
+    Args:
+        hint: the way out where one is missing.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = sorted(found.keys() - expected.keys())
+    other = [name for name, shape in expected.items() if found.get(name, shape) != shape]
+    problems = []
     if missing:
-        raise UserError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} missing in all)")
-    extra = sorted(found.keys() - expected.keys())
-    if extra:
-        raise UserError(f"{where}: unexpected tensor {extra[0]!r} ({len(extra)} unexpected in all)")
-    for path, shape in expected.items():
-        if found[path] != shape:
-            raise UserError(f"{where}: tensor {path!r} has shape {found[path]}, expected {shape}")
+        first, *more = map(repr, missing[:NAMED])
+        also = f", so are {' and '.join(more)}" if more else ""
+        problems.append(f"tensor {first} is missing{also} ({len(missing)} missing in all){hint}")
+    if unexpected:
+        first, *more = map(repr, unexpected[:NAMED])
+        also = f", nor have {' and '.join(more)}" if more else ""
+        problems.append(f"tensor {first} has no place in this model{also} ({len(unexpected)} unexpected in all)")
+    if other:
+        shapes = [
+            f"tensor {name!r} has shape {list(found[name])}, expected {list(expected[name])}" for name in other[:NAMED]
+        ]
+        problems.append(f"{'; '.join(shapes)} ({len(other)} of another shape in all)")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
 
 
 def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.models.adapters import SAVEABLE
+from jaxlm.models.adapters import AdaptedLinear, linears_of
 from jaxlm.models.families import family_of
 from jaxlm.models.families.base import Row
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.spec import DecoderSpec, LayerSpec
+from jaxlm.spec import DecoderSpec, LayerSpec, Stack
 
 Shape = tuple[int, ...]
 
@@ -31,7 +31,7 @@ STRIP_ROWS = 64
 PEFT_PREFIX = "base_model.model."
 
 # Buffers that old transformers versions stored beside the weights; they are recomputed from the configuration.
-BUFFERS = r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias"
+BUFFERS = r"(.*\.)?rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias"
 
 
 @dataclass(frozen=True)
@@ -286,31 +286,34 @@ def num_input_dims(spec: DecoderSpec, linear: str) -> int:
     return len(_linear_letters(family_of(spec).linears[linear])[0].split())
 
 
-def linear_path(spec: DecoderSpec, linear: str) -> str:
-    """'layers/self_attn/q_proj', of a model whose layers are one stack."""
-    assert spec.uniform_layer
-    (stack,) = spec.stacks
-    return f"{stack.path}/{family_of(spec).linears[linear].path.removesuffix('/kernel')}"
-
-
 def adapter_leaves(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> Iterator[Leaf]:
-    """The adapter leaves of `specs`, layouts of the largest rank; without modules saved in full."""
-    for linear, row in family_of(spec).linears.items():
-        if linear not in specs:
-            continue
-        inputs, outputs = _linear_letters(row)
-        factors = [
-            ("lora_A", "lora_A.weight", f"{inputs} R", f"R ({inputs})"),
-            ("lora_B", "lora_B.weight", f"R {outputs}", f"({outputs}) R"),
-        ]
-        if specs[linear].dora:
-            factors.append(("magnitude", "lora_magnitude_vector", outputs, f"({outputs})"))
-        for stack in spec.stacks:
-            sizes = _row_sizes(spec, stack.layer) | {"R": specs[linear].rank}
-            for factor, name, dims, stored_dims in factors:
-                path = f"{row.path.removesuffix('kernel')}{factor}"
-                own = Row(path, f"{PEFT_PREFIX}{row.hf_module}.{name}", dims, stored_dims)
-                yield Leaf(own, f"{stack.path}/{path}", stack.numbers, make_layout(dims, stored_dims, sizes))
+    """The adapter leaves of `specs`, layouts of the largest rank; without modules saved in full.
+
+    Linear layers that are stored as one share their first factor, under their common name.
+    """
+    for linear in linears_of(spec).values():
+        if linear.name in specs:
+            for stack in spec.stacks:
+                if set(stack.numbers) <= set(linear.layers):
+                    yield from _factor_leaves(spec, linear, stack, specs[linear.name].rank, specs[linear.name].dora)
+
+
+def _factor_leaves(spec: DecoderSpec, linear: AdaptedLinear, stack: Stack, rank: int, dora: bool) -> Iterator[Leaf]:
+    """The adapter leaves of one linear layer, of one stack; what belongs to a part has the name of that by itself."""
+    sizes = _row_sizes(spec, stack.layer) | {"R": rank}
+
+    def leaf(path: str, module: str, name: str, dims: str, stored_dims: str) -> Leaf:
+        row = Row(path, f"{PEFT_PREFIX}{module}.{name}", dims, stored_dims)
+        return Leaf(row, f"{stack.path}/{path}", stack.numbers, make_layout(dims, stored_dims, sizes))
+
+    inputs, _ = _linear_letters(linear.rows[0])
+    yield leaf(f"{linear.path}/lora_A", linear.hf_module, "lora_A.weight", f"{inputs} R", f"R ({inputs})")
+    for row in linear.rows:
+        (_, outputs), path = _linear_letters(row), row.path.removesuffix("/kernel")
+        yield leaf(f"{path}/lora_B", row.hf_module, "lora_B.weight", f"R {outputs}", f"({outputs}) R")
+    for row in linear.rows if dora else ():
+        (_, outputs), path = _linear_letters(row), row.path.removesuffix("/kernel")
+        yield leaf(f"{path}/magnitude", row.hf_module, "lora_magnitude_vector", outputs, f"({outputs})")
 
 
 def adapter_shapes(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> dict[str, Shape]:
@@ -318,25 +321,52 @@ def adapter_shapes(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> dict[str
     return {leaf.path: leaf.shape for leaf in adapter_leaves(spec, specs)}
 
 
+def adapted_layers(
+    spec: DecoderSpec, specs: Mapping[str, LoraSpec]
+) -> Iterator[tuple[AdaptedLinear, int, Stack, list[Entry]]]:
+    """(linear layer, number of the layer, its stack, entries of its factors) of all that carry an adapter, in order.
+
+    Layouts have the layer's own rank, which may be below the stacked one.
+    """
+    stacks = {number: stack for stack in spec.stacks for number in stack.numbers}
+    for linear in linears_of(spec).values():
+        for number in linear.layers if linear.name in specs else ():
+            own, stack = specs[linear.name], stacks[number]
+            if own.ranks[number] > 0:
+                leaves = _factor_leaves(spec, linear, stack, own.ranks[number], own.dora)
+                index = stack.numbers.index(number)
+                entries = [Entry(leaf.row.hf.format(number), leaf.path, index, leaf.layout) for leaf in leaves]
+                yield linear, number, stack, entries
+
+
 def peft_entries(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Entry]:
-    """Every factor of a PEFT adapter. Layouts have the layer's own rank, which may be below the stacked one."""
-    entries: list[tuple[str, int, Entry]] = []
-    for leaf in adapter_leaves(spec, specs):
-        assert leaf.layers is not None
-        linear = leaf.path.split("/")[-2]
-        for index, number in enumerate(leaf.layers):
-            rank = specs[linear].ranks[number]
-            if rank > 0:
-                sizes = _row_sizes(spec, spec.layer(number)) | {"R": rank}
-                layout = make_layout(leaf.row.dims, leaf.row.hf_dims, sizes)
-                entries.append((linear, number, Entry(leaf.row.hf.format(number), leaf.path, index, layout)))
-    order = list(family_of(spec).linears)
-    return [entry for _, _, entry in sorted(entries, key=lambda item: (order.index(item[0]), item[1]))]
+    """Every factor of a PEFT adapter; parts of one that is stored as one under names of their own."""
+    return [entry for *_, entries in adapted_layers(spec, specs) for entry in entries]
 
 
-def saved_module_name(spec: DecoderSpec, module: str) -> str:
-    """HF's tensor name of a module saved in full: 'embed_tokens' -> 'model.embed_tokens.weight'; '' without one."""
-    return next((row.hf for row in family_of(spec).rows if row.path == SAVEABLE[module]), "")
+def fused_factors(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[FusedEntry]:
+    """The tensors of a PEFT adapter that hold entries of `peft_entries`: second factors, and DoRA's magnitudes."""
+    result = []
+    for linear, number, stack, (_, *entries) in adapted_layers(spec, specs):
+        if linear.fused is None:
+            continue
+        repeats, rows = _fused_rows(linear.fused.dims, _row_sizes(spec, stack.layer))
+        for start in range(0, len(entries), len(rows)):
+            parts = tuple(entries[start : start + len(rows)])
+            factor = parts[0].name.removeprefix(PEFT_PREFIX + linear.rows[0].hf_module.format(number))
+            name = f"{PEFT_PREFIX}{linear.hf_module.format(number)}{factor}"
+            result.append(FusedEntry(name, parts, rows, repeats))
+    return result
+
+
+def outside_layout(spec: DecoderSpec, row: Row) -> Layout:
+    """The layout of a tensor outside of the layers."""
+    return make_layout(row.dims, row.hf_dims, _row_sizes(spec, None))
+
+
+def grows(row: Row) -> bool:
+    """Whether a tensor has rows of tokens, whose number an adapter that saves it may change."""
+    return row.dims.startswith("V")
 
 
 def num_elements(shape: Shape) -> int:

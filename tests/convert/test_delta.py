@@ -282,7 +282,7 @@ def test_models_that_do_not_fit(tmp_path: Path, refused: Callable[..., str]) -> 
     assert f"another base than {base} (its feed_forward.size is 28, of the base 24)" in message
     narrow = save(make_hf_model(hidden_size=8, head_dim=4), tmp_path / "narrow")
     message = refused("apply-delta", base, narrow, tmp_path / "out", "--new-row", "mean")
-    assert "(37, 8), expected (37, 16)" in message and "hidden_size is 8, of the base 16" in message
+    assert "[37, 8], expected [37, 16]" in message and "hidden_size is 8, of the base 16" in message
     deep = save(make_hf_model(num_hidden_layers=4), tmp_path / "deep")
     assert str(deep) in refused("apply-delta", base, deep, tmp_path / "out")
     tied = save(make_hf_model(tie_word_embeddings=True), tmp_path / "tied")

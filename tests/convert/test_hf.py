@@ -190,12 +190,30 @@ def _edit(hf_dir: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda s: s.pop("lm_head.weight"), ["'lm_head.weight' is missing", "tie_word_embeddings"]),
         (lambda s: s.update(foo=torch.ones(2)), ["'foo' has no place"]),
         (
+            # Three of each kind, in the model's order or by name.
+            lambda s: (
+                [s.pop(f"model.layers.{layer}.self_attn.q_proj.weight") for layer in range(3)],
+                s.pop("model.layers.1.mlp.gate_proj.weight"),
+                s.update({f"extra.{number}": torch.ones(2) for number in (3, 1, 2, 4, 5)}),
+                s.update({f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(2, 3) for layer in range(3)}),
+                s.update({"model.norm.weight": torch.ones(17)}),
+            ),
+            [
+                "tensor 'model.layers.0.self_attn.q_proj.weight' is missing, so are "
+                "'model.layers.1.self_attn.q_proj.weight' and 'model.layers.1.mlp.gate_proj.weight' (4 missing in all)",
+                "'extra.1' has no place in this model, nor have 'extra.2' and 'extra.3' (5 unexpected in all)",
+                "'model.layers.0.mlp.up_proj.weight' has shape [2, 3], expected [24, 16]; ",
+                "'model.layers.2.mlp.up_proj.weight' has shape [2, 3], ",
+                "(4 of another shape in all)",
+            ],
+        ),
+        (
             lambda s: s.update({"model.layers.3.mlp.up_proj.weight": torch.ones(24, 16)}),
             ["'model.layers.3.mlp.up_proj.weight' has no place"],
         ),
         (
             lambda s: s.update({"model.norm.weight": torch.ones(17)}),
-            ["'model.norm.weight' has shape [17]", "expects [16]"],
+            ["'model.norm.weight' has shape [17]", "expected [16]"],
         ),
         (
             lambda s: s.update({"model.layers.1.mlp.up_proj.weight": torch.ones(24, 16, dtype=torch.int8)}),

@@ -431,7 +431,7 @@ def test_mindformers_yaml(changes: dict[str, Any], want: dict[str, Any], tmp_pat
         ({"num_layers": 10**9}, "says that the model has 1000000000 layers"),
         ({"num_layers": 4}, "tensor 'model.layers.3.attention_norm.weight' is missing"),
         ({"num_heads": 8, "n_kv_heads": 4}, ""),
-        ({"vocab_size": 38}, "has shape [37, 16], the configuration expects [38, 16]"),
+        ({"vocab_size": 38}, "has shape [37, 16], expected [38, 16]"),
         ({"extend_method": "NTK"}, "extend_method is 'NTK'; None, PI and LLAMA3"),
         ({"qkv_has_bias": True}, "wq.bias' is missing"),
     ],

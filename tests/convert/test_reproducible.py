@@ -17,7 +17,7 @@ from convert.source import open_adapter, open_model
 from convert.transforms import merge
 from convert.transforms.experts import DenseSource, MoefiedSource
 from convert.transforms.merge import MergedSource
-from jaxlm.models.adapters import LINEARS
+from jaxlm.models.families import FAMILIES
 from jaxlm.spec import ExpertsSpec
 from jaxlm.weights import leaves, names, partition, reproducible, tensors
 from jaxlm.weights.leaves import ParamSource, full_index, stored_blocks
@@ -78,6 +78,7 @@ def test_a_sum_of_what_is_no_weight() -> None:
     assert math.isnan(total.total)
 
 
+LINEARS = tuple(FAMILIES["llama"].linears)
 ADAPTERS = {
     "lora": {"r": 5, "target_modules": list(LINEARS)},
     "dora": {"r": 5, "use_dora": True, "target_modules": list(LINEARS)},

@@ -75,9 +75,10 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (single(H200, soft_cap=30.0), "pallas_gpu"),
         (single(A100, soft_cap=30.0), "xla"),
         (dataclasses.replace(V5E, soft_cap=30.0), "pallas_tpu"),
-        (dataclasses.replace(V5E, alibi=True), "xla"),
-        (dataclasses.replace(H200, alibi=True), "xla"),
-        (single(H200, alibi=True), "xla"),
+        (dataclasses.replace(V5E, alibi=True), "pallas_tpu"),
+        (dataclasses.replace(H200, alibi=True), "pallas_gpu"),
+        (single(H200, alibi=True), "pallas_gpu"),
+        (single(A100, alibi=True), "xla"),
         (dataclasses.replace(CPU, alibi=True), "xla"),
         (dataclasses.replace(V5E, relative_bias=True), "xla"),
         (single(H200, relative_bias=True), "xla"),
@@ -134,8 +135,11 @@ def test_rules_where_nothing_was_measured(case: ShapeKey, chosen: str) -> None:
         ),
         ("cudnn", single(H200, soft_cap=30.0), "'cudnn' cannot serve: has no soft cap on scores"),
         ("cudnn", single(H200, alibi=True), "'cudnn' cannot serve: has no ALiBi"),
-        ("pallas_tpu", dataclasses.replace(V5E, alibi=True), "'pallas_tpu' cannot serve: has no ALiBi"),
-        ("pallas_gpu", dataclasses.replace(H200, alibi=True), "'pallas_gpu' cannot serve: has no ALiBi"),
+        (
+            "pallas_gpu",
+            dataclasses.replace(H200, relative_bias=True),
+            "'pallas_gpu' cannot serve: has no relative bias",
+        ),
         ("pallas_tpu", dataclasses.replace(V5E, relative_bias=True), "'pallas_tpu' cannot serve: has no relative bias"),
     ],
 )
@@ -266,8 +270,8 @@ def test_layers_that_differ_share_a_backend_that_serves_them_all() -> None:
     relative = dataclasses.replace(plain, rope=None, relative_bias=RelativeBiasSpec())
     chosen = [
         choose_for_layers("auto", layers, "bfloat16", 2048, True, tpu)[0].name
-        for layers in ((plain, window), (plain, alibi), (alibi, plain), (plain, relative))
+        for layers in ((plain, window, alibi), (plain, relative), (relative, plain))
     ]
-    assert chosen == ["pallas_tpu", "xla", "xla", "xla"]
+    assert chosen == ["pallas_tpu", "xla", "xla"]
     with pytest.raises(UserError, match="'pallas_tpu' cannot serve"):
-        choose_for_layers("pallas_tpu", (plain, alibi), "bfloat16", 2048, True, tpu)
+        choose_for_layers("pallas_tpu", (plain, relative), "bfloat16", 2048, True, tpu)

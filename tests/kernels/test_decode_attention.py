@@ -38,7 +38,7 @@ def problem(places: Any, heads: tuple[int, int], slots: int, dim: int = 24, dtyp
     return q, k, v, KVCache(jnp.asarray(cache[0], dtype), jnp.asarray(cache[1], dtype), jnp.asarray(places))
 
 
-def both(problem: Any, window: int | None, **scores: float) -> tuple[Any, Any]:
+def both(problem: Any, window: int | None, **scores: Any) -> tuple[Any, Any]:
     """The plain form's output, of a cache without NaN, and the kernel's."""
     q, k, v, cache = problem
     clean = KVCache(jnp.nan_to_num(cache.k), jnp.nan_to_num(cache.v), cache.places)
@@ -73,10 +73,17 @@ def test_against_the_plain_form(places: Any, heads: tuple[int, int], slots: int,
 def test_scale_and_soft_cap_of_scores() -> None:
     made = problem([[14, 15, 16, 17], [36, 37, 38, 39]], (4, 2), 40)
     usual = both(made, None)[0]
-    for scores in (dict(scale=0.7), dict(soft_cap=0.5), dict(scale=0.7, soft_cap=0.5)):
+    for scores in (dict(scale=0.7), dict(soft_cap=0.5), dict(scale=0.7, soft_cap=0.5), dict(alibi=True)):
         plain, fast = both(made, None, **scores)
         np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
         assert np.abs(plain - usual).max() > 0.05
+
+
+def test_alibi_in_groups_and_windows() -> None:
+    """Several tokens of 6 heads, which is no power of two, three to a kv head."""
+    made = problem([[14, 15, 16, 17], [36, 37, 38, 39]], (6, 2), 40)
+    plain, fast = both(made, 30, alibi=True, soft_cap=0.5)
+    np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
 
 
 def test_a_place_behind_the_last_slot() -> None:
@@ -87,9 +94,12 @@ def test_a_place_behind_the_last_slot() -> None:
 
 def test_rows_and_heads_over_devices() -> None:
     q, k, v, cache = problem([[3], [30], [0], [39]], (4, 2), 40)
-    with use_mesh(make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))):
-        fast, _ = jax.jit(lambda *args: cached_attention(*args, MaskSpec(), "pallas_tpu"))(q, k, v, cache)
-    np.testing.assert_allclose(fast, both((q, k, v, cache), None)[0], rtol=0, atol=1e-5)
+    for mask in (MaskSpec(), MaskSpec(alibi=True)):
+        with use_mesh(make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))):
+            run = jax.jit(lambda *args, mask=mask: cached_attention(*args, mask, "pallas_tpu"))
+            fast, _ = run(q, k, v, cache)
+        plain = both((q, k, v, cache), None, alibi=mask.alibi)[0]
+        np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_scores_are_float32() -> None:
@@ -102,18 +112,24 @@ def test_bfloat16_scores_are_float32() -> None:
 AHEAD = """
 from jaxlm.kernels.decode_attention import tpu_decode_attention
 
-def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16", window=None, soft_cap=None):
-    run = partial(tpu_decode_attention, window=window, soft_cap=soft_cap)
+def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16", alibi=False, **options):
+    def run(q, k, v, places, slopes):
+        window = options.pop("window", None)
+        return tpu_decode_attention(q, k, v, places, window, slopes=slopes if alibi else None, **options)
     cache = dtype, rows, kv_heads, slots, dim
-    compile("decode", topology, run, (dtype, rows, tokens, heads, dim), cache, cache, ("int32", rows, tokens))
+    shapes = (dtype, rows, tokens, heads, dim), cache, cache, ("int32", rows, tokens), ("float32", heads)
+    compile("decode", topology, run, *shapes)
 
 problem("v5e:2x2", 8, 1, 32, 32, 2048, 128)
 problem("v6e:2x2", 8, 1, 64, 8, 8192, 128)
 problem("v5p:2x2x1", 1, 8, 14, 2, 1100, 64, window=1000)
 problem("v5e:2x2", 2, 2, 4, 4, 700, 80, "float32")
-problem("v5e:2x2", 8, 1, 16, 8, 2048, 256, soft_cap=50.0)
+problem("v5e:2x2", 8, 1, 16, 8, 2048, 256, soft_cap=50.0, window=1024)
+problem("v5e:2x2", 8, 1, 32, 32, 2048, 128, alibi=True)
+problem("v6e:2x2", 1, 8, 71, 1, 1100, 64, alibi=True)
+problem("v5p:2x2x1", 1, 2, 12, 4, 700, 64, alibi=True)
 """
 
 
 def test_compiles_for_tpus() -> None:
-    assert len(compile_for_tpus(AHEAD)) == 5
+    assert len(compile_for_tpus(AHEAD)) == 8

@@ -19,6 +19,7 @@ from jaxlm.kernels import flash_attention as package
 from jaxlm.kernels.flash_attention import flash_attention, tpu_backward
 from jaxlm.kernels.flash_attention.schedule import COMPUTE, MASKED, Spec, make_schedule
 from jaxlm.nn.attention import MaskSpec, attention, reference_attention
+from jaxlm.nn.positions import alibi_slopes
 from tests.kernels.ahead_of_time import compile_for_tpus
 
 BLOCK = 8
@@ -41,7 +42,11 @@ def tensors(length: int, heads: tuple[int, int], dim: int = 4, batch: int = 2, s
 
 @functools.cache
 def compiled(
-    fast: bool, window: int | None = None, causal: bool = True, blocks: tuple[int, int] = (BLOCK, BLOCK)
+    fast: bool,
+    window: int | None = None,
+    causal: bool = True,
+    blocks: tuple[int, int] = (BLOCK, BLOCK),
+    alibi: bool = False,
 ) -> Any:
     """(q, k, v, cotangent, segments) -> output and gradients, 0 where a query is padding."""
 
@@ -49,9 +54,10 @@ def compiled(
         def total(q: Any, k: Any, v: Any) -> Any:
             if fast:
                 options = dict(causal=causal, window=window, block_q=blocks[0], block_k=blocks[1], interpret=True)
-                out = flash_attention(q, k, v, segments, **options)[0]
+                slopes = jnp.asarray(alibi_slopes(q.shape[2])) if alibi else None
+                out = flash_attention(q, k, v, segments, slopes=slopes, **options)[0]
             else:
-                out = reference_attention(q, k, v, MaskSpec(segments, causal, window))
+                out = reference_attention(q, k, v, MaskSpec(segments, causal, window, alibi=alibi))
             if segments is not None and not fast:
                 out = jnp.where((segments == 0)[:, :, None, None], 0.0, out)
             return jnp.sum(out * cotangent), out
@@ -113,19 +119,49 @@ def test_segments_in_any_order() -> None:
     agree(compiled(True)(*arguments), compiled(False)(*arguments))
 
 
-def test_soft_cap_scale_and_lse() -> None:
+@pytest.mark.parametrize(
+    ("length", "heads", "window", "blocks"),
+    [(33, (6, 2), None, (16, 8)), (19, (3, 1), 3, (8, 16)), (35, (12, 12), 11, (8, 8))],
+)
+def test_alibi(length: int, heads: Any, window: int | None, blocks: Any) -> None:
+    """Numbers of heads that are no powers of two; several segments and padding."""
+    arguments = (*tensors(length, heads), np.stack([np.repeat([1, 2, 0], [9, length - 11, 2]), np.ones(length, int)]))
+    expected = compiled(False, window, alibi=True)(*arguments)
+    agree(compiled(True, window, True, blocks, alibi=True)(*arguments), expected)
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(expected, compiled(False, window)(*arguments), strict=True))
+
+
+def test_alibi_far_from_the_first_token() -> None:
+    """Places are counted within a block: counted from the start of a row, thousands would cost near keys digits.
+
+    What 512 of them cost, 2**-15 of a weight, is below the rounding of weights to bfloat16.
+    """
+    q, k, v, _ = tensors(4096, (1, 1), batch=1)
+    slope = float(np.float32(0.84))
+    run = jax.jit(functools.partial(flash_attention, slopes=np.float32([slope]), window=512, interpret=True))
+    out, lse = (np.asarray(x)[0, -1, 0] for x in run(q, k, v))
+    scores = k[0, -512:, 0].astype(float) @ q[0, -1, 0] / 2 - slope * np.arange(511, -1, -1)
+    weights = np.exp(scores)
+    np.testing.assert_allclose(out, weights @ v[0, -512:, 0] / weights.sum(), rtol=0, atol=3e-5)
+    np.testing.assert_allclose(lse, np.log(weights.sum()), rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("slopes", [None, np.float32([0.25, 0.7])])
+def test_soft_cap_scale_and_lse(slopes: np.ndarray | None) -> None:
     """Values, log-sum-exp and the gradients of both, against the formula."""
     q, k, v, cotangent = tensors(19, (2, 1), batch=1)
     of_lse = np.random.default_rng(1).normal(size=(1, 19, 2)).astype(np.float32)
 
     def plain(q: Any, k: Any, v: Any) -> Any:
         scores = 2.0 * jnp.tanh(0.7 * jnp.einsum("bthd,bsd->bhts", q, k[:, :, 0]) / 2.0)
+        if slopes is not None:
+            scores = scores - slopes[:, None, None] * (np.arange(19)[:, None] - np.arange(19))
         scores = jnp.where(np.tri(19, dtype=bool), scores, -jnp.inf)
         out = jnp.einsum("bhts,bsd->bthd", jax.nn.softmax(scores), v[:, :, 0])
         return out, jax.nn.logsumexp(scores, axis=-1).swapaxes(1, 2)
 
     def fast(q: Any, k: Any, v: Any) -> Any:
-        return flash_attention(q, k, v, soft_cap=2.0, scale=0.7, block_q=8, block_k=8, interpret=True)
+        return flash_attention(q, k, v, soft_cap=2.0, scale=0.7, slopes=slopes, block_q=8, block_k=8, interpret=True)
 
     found, back = jax.vjp(jax.jit(fast), q, k, v)
     expected, plain_back = jax.vjp(plain, q, k, v)
@@ -133,9 +169,9 @@ def test_soft_cap_scale_and_lse() -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_attention_hands_the_scale_and_the_soft_cap_on() -> None:
-    q, k, v, _ = tensors(19, (2, 1), batch=1)
-    mask = MaskSpec(scale=0.7, soft_cap=2.0)
+def test_attention_hands_on_what_becomes_of_scores() -> None:
+    q, k, v, _ = tensors(19, (3, 1), batch=1)
+    mask = MaskSpec(scale=0.7, soft_cap=2.0, alibi=True, window=9)
     with pltpu.force_tpu_interpret_mode():
         found = attention(q, k, v, mask, "pallas_tpu")
     np.testing.assert_allclose(found, reference_attention(q, k, v, mask), rtol=0, atol=2e-5)
@@ -222,7 +258,7 @@ def test_query_heads_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu_backward, "DQ_BYTES", 2 * one)
     assert tpu_backward._head_parts(4, 24, 4) == 2
     compiled.cache_clear()
-    agree(compiled(True)(*arguments), compiled(False)(*arguments))
+    agree(compiled(True, alibi=True)(*arguments), compiled(False, alibi=True)(*arguments))
     compiled.cache_clear()
     monkeypatch.setattr(tpu_backward, "DQ_BYTES", one - 1)
     with pytest.raises(UserError, match=r"rows of 24 with head dim 4 need 12288 bytes .* shorter rows"):
@@ -294,7 +330,8 @@ def test_sharded() -> None:
 
     def run(q: Any, k: Any, v: Any, **axes: Any) -> Any:
         def total(*qkv: Any) -> Any:
-            out, lse = flash_attention(*qkv, segments, block_q=8, block_k=8, interpret=True, **axes)
+            options = dict(slopes=jnp.asarray(alibi_slopes(4)), block_q=8, block_k=8, interpret=True)
+            out, lse = flash_attention(*qkv, segments, **options, **axes)
             return jnp.sum(out * cotangent), (out, lse)
 
         (_, out), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(q, k, v)
@@ -317,6 +354,8 @@ def test_errors() -> None:
         ((q, k, v), {"window": 0}, r"window 0 lets a query see nothing"),
         ((q, k, v, ids[:, :7]), {}, r"segment_ids \(2, 7\) should be \(2, 8\)"),
         ((q, k, v, None, ids), {}, r"kv_segment_ids without segment_ids"),
+        ((q, k, v), {"slopes": alibi_slopes(2)}, r"slopes \(2,\) of 4 heads, causal is True; give one for each head"),
+        ((q, k, v), {"slopes": alibi_slopes(4), "causal": False}, r"causal is False; .* use attention 'xla'"),
     ]:
         with pytest.raises(UserError, match=message):
             flash_attention(*(jnp.asarray(a) if a is not None else None for a in arguments), **options)
@@ -328,22 +367,27 @@ AHEAD_OF_TIME = """
 from jaxlm.kernels.flash_attention import flash_attention
 
 def both(topology, length, heads, kv_heads, dim, **options):
-    def run(q, k, v, ids):
-        out, back = jax.vjp(lambda *a: flash_attention(*a, ids, **options)[0], q, k, v)
+    alibi = options.pop("alibi", False)
+    def run(q, k, v, ids, slopes):
+        slopes = slopes if alibi else None
+        out, back = jax.vjp(lambda *a: flash_attention(*a, ids, slopes=slopes, **options)[0], q, k, v)
         return out, back(out)
     x, y = ((jnp.bfloat16, 1, length, n, dim) for n in (heads, kv_heads))
-    compile("flash_attention", topology, run, x, y, y, (jnp.int32, 1, length), kernels=2)
+    compile("flash_attention", topology, run, x, y, y, (jnp.int32, 1, length), (jnp.float32, heads), kernels=2)
 
 for topology in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
     both(topology, 2048, 32, 32, 128)  # LLaMA-2-7B
     both(topology, 2048, 64, 8, 128)  # LLaMA-2-70B
+    both(topology, 2048, 32, 32, 128, alibi=True)  # BLOOM-7b1
 both("v6e:2x2", 640, 2, 1, 80, window=100, soft_cap=30.0)
+both("v5e:2x2", 640, 71, 1, 64, window=100, soft_cap=30.0, alibi=True)
+both("v5p:2x2x1", 2048, 16, 8, 256, window=1024, soft_cap=50.0)  # Gemma 2 9B
 """
 
 
 @pytest.mark.slow
 def test_compiles_for_tpus() -> None:
-    assert len(compile_for_tpus(AHEAD_OF_TIME)) == 7
+    assert len(compile_for_tpus(AHEAD_OF_TIME)) == 12
 
 
 def test_in_the_model() -> None:

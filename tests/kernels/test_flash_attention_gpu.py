@@ -21,6 +21,7 @@ from jaxlm.errors import UserError
 from jaxlm.kernels.flash_attention import flash_attention, gpu, gpu_backward, unsupported
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 from jaxlm.nn.attention import MaskSpec, reference_attention
+from jaxlm.nn.positions import alibi_slopes
 
 pytestmark = pytest.mark.slow
 
@@ -42,14 +43,15 @@ def tensors(length: int = LENGTH) -> list[np.ndarray]:
 
 
 @functools.cache
-def compiled(**options: Any) -> Any:
+def compiled(alibi: bool = False, **options: Any) -> Any:
     """(q, k, v, cotangent, segments) -> output and gradients."""
 
     def run(q: Any, k: Any, v: Any, cotangent: Any, segments: Any) -> Any:
         def attend(q: Any, k: Any, v: Any) -> Any:
             mode = InterpretGPUParams(detect_races=True)
             blocks = dict(block_q=16, block_k=8, backend="gpu", interpret=mode)
-            return flash_attention(q, k, v, segments, **blocks, **options)[0]
+            slopes = jnp.asarray(alibi_slopes(q.shape[2])) if alibi else None
+            return flash_attention(q, k, v, segments, slopes=slopes, **blocks, **options)[0]
 
         out, back = jax.vjp(attend, q, k, v)
         return out, *back(cotangent)
@@ -103,6 +105,15 @@ def test_what_is_broken_stays_in_its_segment(first: str) -> None:
 def test_window_without_segments() -> None:
     arguments = (*tensors(), None)
     agree(compiled(window=5)(*arguments), expected(*arguments, MaskSpec(None, True, 5)))
+
+
+def test_alibi() -> None:
+    """Packed rows, and one document with a soft cap; more blocks of keys than places on the chip."""
+    arguments = (*tensors(), SEGMENTS)
+    agree(compiled(True)(*arguments), expected(*arguments, MaskSpec(SEGMENTS, alibi=True)))
+    arguments = (*tensors(), None)
+    mask = MaskSpec(None, alibi=True, soft_cap=1.5, window=11)
+    agree(compiled(True, soft_cap=1.5, window=11)(*arguments), expected(*arguments, mask))
 
 
 def brute_ranges(spec: Spec, ids: np.ndarray, by_keys: bool) -> list[tuple[int, int, set[int]]]:
@@ -186,19 +197,20 @@ place = SingleDeviceSharding(h200.devices[0])
 def shape(dtype, *dims):
     return jax.ShapeDtypeStruct(dims, dtype, sharding=place)
 
-def run(options):
-    def both(q, k, v, grad, ids):
+def run(alibi=False, **options):
+    def both(q, k, v, grad, ids, slopes):
+        options["slopes"] = slopes if alibi else None
         out, back = jax.vjp(lambda q, k, v: flash_attention(q, k, v, ids, backend="gpu", **options)[0], q, k, v)
         return out, back(grad)
     return both
 
 for heads, kv_heads, dim, options in [
     (32, 32, 128, {}), (64, 8, 128, {"window": 1000}), (8, 1, 256, {}), (8, 4, 80, {}), (8, 2, 64, {"soft_cap": 30.0}),
-    (8, 8, 96, {"causal": False}),
+    (8, 8, 96, {"causal": False}), (32, 32, 128, {"alibi": True}), (71, 1, 64, {"alibi": True}),
 ]:
     q, k = shape(jnp.bfloat16, 2, 2000, heads, dim), shape(jnp.bfloat16, 2, 2000, kv_heads, dim)
-    arguments = q, k, k, q, shape(jnp.int32, 2, 2000)
-    lowered = jax.jit(run(options)).trace(*arguments).lower(lowering_platforms=("cuda",))
+    arguments = q, k, k, q, shape(jnp.int32, 2, 2000), shape(jnp.float32, heads)
+    lowered = jax.jit(run(**options)).trace(*arguments).lower(lowering_platforms=("cuda",))
     # Kernels become machine code when the program is written out.
     binary = lowered.compile().runtime_executable().serialize()
     assert binary.count(b"wgmma") or binary.count(b"ELF"), "no machine code"
@@ -219,4 +231,4 @@ def test_compiles_for_an_h200() -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 6
+    assert done.stdout.count("compiled") == 8

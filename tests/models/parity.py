@@ -26,6 +26,7 @@ def random_model(family: str, variant: str, std: float = 0.3, **more: Any) -> tu
     """transformers' model with random values in every parameter, its description here, and its parameters here."""
     torch = pytest.importorskip("torch")
     module, spec = hf_model(family, variant, **more), small_spec(family, variant, **more)
+    module.get_input_embeddings().padding_idx = None  # a token of the text like any other; torch would not train it
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0.0, std)
@@ -39,9 +40,18 @@ def check_family(family: str, variant: str, **more: Any) -> None:
         variant: a key of SMALL[family].
         more: values of its configuration.
     """
-    torch = pytest.importorskip("torch")
     module, spec, params = random_model(family, variant, **more)
-    model = Decoder(spec)
+    check_module(module, spec, params, spec)
+
+
+def check_module(module: Any, spec: DecoderSpec, params: dict[str, Any], names: DecoderSpec) -> None:
+    """The same for a module that is at hand.
+
+    Args:
+        names: the description whose names are those of the module's tensors.
+    """
+    torch = pytest.importorskip("torch")
+    model = Decoder(spec, remat="none")
     rng = np.random.default_rng(3)
     ids = rng.integers(0, spec.vocab_size, (len(ROWS), T)).astype(np.int32)
     segments, positions = np.zeros_like(ids), np.zeros_like(ids)
@@ -71,7 +81,7 @@ def check_family(family: str, variant: str, **more: Any) -> None:
     (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert_close(logits[is_text], expected[is_text])
     np.testing.assert_allclose(value, total.item(), rtol=2e-5)
-    wanted = tree_of({name: parameter.grad for name, parameter in module.named_parameters()}, spec)
+    wanted = tree_of({name: parameter.grad for name, parameter in module.named_parameters()}, names)
     # A bias of k adds the same to all scores of a query, so its gradient is 0 but for rounding.
     rounding = 1e-6 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     pairs = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True)

@@ -37,6 +37,7 @@ _OPT = dict(
 )
 
 _BLOOM = dict(vocab_size=37, hidden_size=16, n_layer=3, n_head=4)
+_FALCON = dict(vocab_size=37, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
 _GEMMA = dict(sliding_window=4, query_pre_attn_scalar=3)
 _TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
@@ -45,7 +46,8 @@ _TWO_ROPES = {
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 # Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
 _PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.7)
+_PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=2 / 3)
+_GLM = SIZES | dict(head_dim=8, eos_token_id=2, pad_token_id=None)
 _LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
@@ -58,6 +60,13 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "window": _PHI3 | dict(sliding_window=5),
         "partial": _PHI3 | _TIED | dict(rope_parameters=_PARTIAL),
         "longrope": _PHI3 | dict(rope_parameters=_LONGROPE, original_max_position_embeddings=8),
+    },
+    **{
+        name: {
+            "plain": _GLM,
+            "whole heads": _GLM | _TIED | dict(attention_bias=False, partial_rotary_factor=1.0, rms_norm_eps=1e-5),
+        }
+        for name in ("glm", "glm4")
     },
     "qwen3": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True), "tied": SIZES | _TIED},
     "gemma": {"plain": SIZES, "biases": SIZES | dict(attention_bias=True, tie_word_embeddings=False)},
@@ -93,12 +102,77 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "plain": _BLOOM,
         "six_heads": _BLOOM | dict(hidden_size=24, n_head=6, tie_word_embeddings=False, layer_norm_epsilon=1e-3),
     },
+    "falcon": {
+        "7b": _FALCON,
+        "40b": _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=2),
+        "11b": _FALCON
+        | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True)
+        | dict(tie_word_embeddings=False, ffn_hidden_size=24),
+        "by_head": _FALCON | dict(multi_query=False, parallel_attn=False, bias=True),
+    },
+    "olmo2": {"plain": SIZES, "biases": SIZES | _TIED | dict(attention_bias=True)},
+    "olmo3": {
+        "plain": SIZES
+        | dict(
+            num_hidden_layers=5,
+            sliding_window=4,
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+        "biases": SIZES | _TIED | dict(attention_bias=True),
+    },
+}
+_PLAIN = {key: value for key, value in SIZES.items() if key != "head_dim"}
+_INTERNLM2 = _PLAIN | dict(architectures=["InternLM2ForCausalLM"], model_type="internlm2", bias=False)
+_INTERNLM3 = SIZES | dict(architectures=["InternLM3ForCausalLM"], model_type="internlm3")
+_BAICHUAN = dict(architectures=["BaichuanForCausalLM"], model_type="baichuan", rms_norm_eps=1e-6)
+_BAICHUAN |= {key: _PLAIN[key] for key in _PLAIN.keys() - {"num_key_value_heads", "max_position_embeddings"}}
+
+# Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "chatglm": {
+        "plain": dict(
+            architectures=["ChatGLMModel"],
+            model_type="chatglm",
+            padded_vocab_size=37,
+            hidden_size=16,
+            ffn_hidden_size=24,
+            num_layers=3,
+            num_attention_heads=4,
+            multi_query_attention=True,
+            multi_query_group_num=2,
+            kv_channels=8,
+            seq_length=64,
+            layernorm_epsilon=1e-5,
+            add_qkv_bias=True,
+            rope_ratio=50,
+            eos_token_id=2,
+        ),
+    },
+    "internlm2": {"plain": _INTERNLM2, "biases": _INTERNLM2 | dict(bias=True)},
+    "internlm3": {"plain": _INTERNLM3, "biases": _INTERNLM3 | dict(bias=True, qkv_bias=True)},
+    "baichuan": {
+        "plain": _BAICHUAN | dict(max_position_embeddings=64),
+        "13b": _BAICHUAN | dict(model_max_length=64),
+        "2-7b": _BAICHUAN | dict(max_position_embeddings=64, model_max_length=64, z_loss_weight=0),
+        "2-13b": _BAICHUAN | dict(model_max_length=64, z_loss_weight=0),
+    },
 }
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 
 
 def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
-    """The spec of a small model, read from the config.json that transformers writes."""
+    """The spec of a small model, read from the config.json that transformers writes, or from one of OWN."""
+    if family in OWN:
+        return read_config((OWN[family][variant] if variant else next(iter(OWN[family].values()))) | more)
     return read_config(
         hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
     )

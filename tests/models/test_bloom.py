@@ -19,7 +19,7 @@ from tests.models.parity import check_family, random_model
 from tests.models.small import SMALL, hf_config, hf_model, small_spec
 
 
-@pytest.mark.parametrize("variant", [*SMALL["bloom"]][1:])  # the plain one: test_matrix.py
+@pytest.mark.parametrize("variant", list(SMALL["bloom"])[1:])  # test_matrix.py has the first
 def test_bloom_is_that_of_transformers(variant: str) -> None:
     check_family("bloom", variant)
 
@@ -62,12 +62,11 @@ def test_switches() -> None:
     assert longer.max_length == 4096 and write_config(longer, "float32")["seq_length"] == 4096
     for key, value in (
         ("apply_residual_connection_post_layernorm", True),
-        ("apply_residual_connection_post_layernorm", 0),
         ("slow_but_exact", 1),
         ("n_inner", 48),
         ("n_layer", "3"),
     ):
-        with pytest.raises(UserError, match=f"{key} is {str(value).lower() if value is True else repr(value)}"):
+        with pytest.raises(UserError, match=f"{key} is {value!r}"):
             read_config(config | {key: value})
     with pytest.raises(UserError, match="hidden_size is 16 and n_embed is 32; they mean the same"):
         read_config(config | {"n_embed": 32})

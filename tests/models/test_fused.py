@@ -127,14 +127,12 @@ def test_a_fused_tensor_that_is_missing_or_cut_short_is_refused_by_name(made: tu
     stored = load_file(directory / "model.safetensors")
     name = f"{QKV.format(1)}.weight"
     save_file(stored | {name: stored[name][:-4]}, directory / "model.safetensors")
-    with pytest.raises(
-        UserError, match=rf"tensor '{name}' has shape .*the configuration expects {len(stored[name])} rows"
-    ):
+    with pytest.raises(UserError, match=rf"tensor '{name}' has shape .*expected \[{len(stored[name])}, 16\]"):
         open_model(directory)
     save_file({key: value for key, value in stored.items() if key != name}, directory / "model.safetensors")
     with pytest.raises(UserError, match=f"tensor '{name}' is missing"):
         open_model(directory)
     part = "model.layers.1.self_attn.k_proj.weight"
     save_file(stored | {part: alone[part]}, directory / "model.safetensors")
-    with pytest.raises(UserError, match=f"holds '{part}' both by itself and in '{name}'"):
+    with pytest.raises(UserError, match=f"tensor '{part}' has no place in this model"):
         open_model(directory)

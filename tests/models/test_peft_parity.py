@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from jaxlm.config import LoraConfig
-from jaxlm.models.adapters import LINEARS, resolve_lora
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder, with_saved_modules
+from jaxlm.models.families import FAMILIES
 from tests.models import hf
 from tests.models.compare import assert_trees_close
 
 peft = pytest.importorskip("peft")
 
+LINEARS = tuple(FAMILIES["llama"].linears)
 CASES: dict[str, dict[str, Any]] = {
     # Layers of different rank and alpha: by full name, by suffix, by regular expression.
     "lora": dict(

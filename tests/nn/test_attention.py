@@ -158,8 +158,6 @@ def test_against_loops(
     [
         ("cudnn", MaskSpec(soft_cap=2.0), "soft cap on scores"),
         ("cudnn", MaskSpec(alibi=True), "ALiBi"),
-        ("pallas_tpu", MaskSpec(alibi=True), "ALiBi"),
-        ("pallas_gpu", MaskSpec(alibi=True), "ALiBi"),
     ],
 )
 def test_a_backend_that_would_compute_other_scores_is_refused(name: str, mask: MaskSpec, lack: str) -> None:
@@ -170,6 +168,12 @@ def test_a_backend_that_would_compute_other_scores_is_refused(name: str, mask: M
         cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), np.arange(8, dtype=np.int32)[None])
         with pytest.raises(UserError, match=f"'{name}' cannot serve: has no {lack}"):
             cached_attention(q, k, v, cache, mask, backend)
+
+
+def test_alibi_of_keys_on_both_sides_is_left_to_the_plain_forms() -> None:
+    q, k, v = tensors(1, 8, 2, 2)
+    with pytest.raises(UserError, match=r"causal is False; .* use attention 'xla'"):
+        attention(q, k, v, MaskSpec(causal=False, alibi=True), "pallas_tpu")
 
 
 def test_heads_over_devices_keep_their_slopes() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
-from jaxlm.models.adapters import LINEARS, resolve_lora
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder, with_saved_modules
 from jaxlm.models.families import FAMILIES
 from jaxlm.nn.linear import Linear
@@ -64,7 +64,7 @@ def merged(base: Any, lora: Any, specs: dict[str, LoraSpec]) -> Any:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_fresh_is_base_and_merged_is_unmerged(dora: bool, base: Any, plain: Any) -> None:
-    settings = LoraConfig(rank=2, targets=LINEARS, dora=dora, rank_pattern={"layers.1.self_attn.k_proj": 4})
+    settings = LoraConfig(rank=2, targets=("all-linear",), dora=dora, rank_pattern={"layers.1.self_attn.k_proj": 4})
     # Layer 2 carries no adapter (PEFT's layers_to_transform).
     specs = resolve_lora(CONFIG, settings, layers=(0, 1))
     model = Decoder(CONFIG, specs)

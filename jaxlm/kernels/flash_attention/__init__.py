@@ -43,6 +43,7 @@ def flash_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
+    slopes: jax.Array | None = None,
     block_q: int | None = None,
     block_k: int | None = None,
     rows_axes: Axes = None,
@@ -61,6 +62,8 @@ def flash_attention(
         kv_segment_ids: [B, S]; None: those of the queries.
         soft_cap: scores become cap * tanh(score / cap).
         scale: of scores; None: 1/sqrt(h).
+        slopes: [H] float32, ALiBi's: capped scores sink by slope * (query - key), by place in the row; no gradient
+            flows into them. None: they stay. Only with `causal`.
         block_q, block_k: rows of a block; None: on a TPU BLOCK, or the length where that is shorter; on a GPU
             `gpu.blocks`.
         rows_axes, heads_axes: mesh axes over which B, and H and K, are split.
@@ -90,6 +93,11 @@ def flash_attention(
     for name, ids, length in (("segment_ids", segment_ids, q_length), ("kv_segment_ids", kv_segment_ids, kv_length)):
         if ids is not None and ids.shape != (batch, length):
             raise UserError(f"flash_attention: {name} {ids.shape} should be {(batch, length)}, as q and k have it")
+    if slopes is not None and (slopes.shape != (heads,) or not causal):
+        raise UserError(
+            f"flash_attention: slopes {slopes.shape} of {heads} heads, causal is {causal}; give one for each head, and "
+            "causal attention, or use attention 'xla'"
+        )
     if (segment_ids is None) != (kv_segment_ids is None):
         raise UserError("flash_attention: kv_segment_ids without segment_ids; give those of the queries too")
     reason = unsupported(backend, dtype=q.dtype, head_dim=dim, heads=heads, kv_heads=kv_heads)
@@ -121,7 +129,7 @@ def flash_attention(
     q_ids, kv_ids = (
         None if ids is None else _padded(ids.astype(jnp.int32), 1, unit) for ids in (segment_ids, kv_segment_ids)
     )
-    out, lse = _flash(q, k, v, q_ids, kv_ids, spec, axes)
+    out, lse = _flash(q, k, v, q_ids, kv_ids, slopes, spec, axes)
     if backend == "gpu":
         return out[:, :q_length], lse[:, :, :q_length].swapaxes(1, 2)
     return out[:, :, :q_length].swapaxes(1, 2), lse[:, :, 0, :q_length].swapaxes(1, 2)
@@ -159,29 +167,31 @@ def _sharded(
     """`run` on each device's rows and heads.
 
     't' stands for a tensor (TPU: [B, H, T, h], GPU: [B, T, H, h]), 'l' for a number of each query [B, H, ...], 'i' for
-    segment ids [B, ...].
+    segment ids [B, ...], 's' for slopes [H].
     """
     if axes == (None, None):
         return run
     rows, heads = axes
     specs = {"t": P(rows, None, heads) if backend == "gpu" else P(rows, heads), "l": P(rows, heads), "i": P(rows)}
+    specs["s"] = P(heads)
     # A kernel says nothing about how its results vary over the mesh.
     return jax.shard_map(
         run, in_specs=tuple(specs[c] for c in inputs), out_specs=tuple(specs[c] for c in outputs), check_vma=False
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _flash(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     q_ids: jax.Array | None,
     kv_ids: jax.Array | None,
+    slopes: jax.Array | None,
     spec: Spec,
     axes: tuple[Axes, Axes],
 ) -> tuple[jax.Array, jax.Array]:
-    return _flash_fwd(q, k, v, q_ids, kv_ids, spec, axes)[0]
+    return _flash_fwd(q, k, v, q_ids, kv_ids, slopes, spec, axes)[0]
 
 
 def _flash_fwd(
@@ -190,20 +200,22 @@ def _flash_fwd(
     v: jax.Array,
     q_ids: jax.Array | None,
     kv_ids: jax.Array | None,
+    slopes: jax.Array | None,
     spec: Spec,
     axes: tuple[Axes, Axes],
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     forward = gpu.forward if spec.backend == "gpu" else tpu.forward
     if spec.backend == "gpu":
         k, v = protect(k, v)
-    out, lse = _sharded(partial(forward, spec=spec), axes, "tttii", "tl", spec.backend)(q, k, v, q_ids, kv_ids)
+    run = _sharded(partial(forward, spec=spec), axes, "tttiis", "tl", spec.backend)
+    out, lse = run(q, k, v, q_ids, kv_ids, slopes)
     # Named for remat policies: with both at hand the kernel need not run again.
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_out")
-    return (out, lse / LOG2_E), (q, k, v, q_ids, kv_ids, out, lse)
+    return (out, lse / LOG2_E), (q, k, v, q_ids, kv_ids, slopes, out, lse)
 
 
 def _flash_bwd(spec: Spec, axes: tuple[Axes, Axes], residuals: Any, grads: Any) -> tuple[Any, ...]:
-    q, k, v, q_ids, kv_ids, out, lse = residuals
+    q, k, v, q_ids, kv_ids, slopes, out, lse = residuals
     grad, grad_lse = grads
     delta = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=3)
     delta = delta.swapaxes(1, 2) if spec.backend == "gpu" else delta[:, :, None]
@@ -213,9 +225,9 @@ def _flash_bwd(spec: Spec, axes: tuple[Axes, Axes], residuals: Any, grads: Any) 
     if spec.backend == "gpu":
         q, k, grad = finite(q), finite(k), finite(grad)  # what was broken has broken lse and delta
     backward = gpu_backward.backward if spec.backend == "gpu" else tpu_backward.backward
-    run = _sharded(partial(backward, spec=spec), axes, "tttiillt", "ttt", spec.backend)
-    grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad)
-    return grad_q, grad_k, grad_v, None, None
+    run = _sharded(partial(backward, spec=spec), axes, "tttiillts", "ttt", spec.backend)
+    grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad, slopes)
+    return grad_q, grad_k, grad_v, None, None, None
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -31,6 +31,16 @@ def scores(raw: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array | None]:
     return bent * (spec.soft_cap * LOG2_E), 1.0 - bent * bent
 
 
+def places(slope: Any, shape: tuple[int, int], dim: int, start: Any = 0) -> jax.Array:
+    """slope * (start + index along `dim`), float32, in units of log 2: what ALiBi gives a key at that place.
+
+    A score's slope * (key - query) is what its key gets less what its query gets; both count from the block's first
+    query, so that numbers stay small.
+    """
+    index = start + jax.lax.broadcasted_iota(jnp.int32, shape, dim)
+    return (slope * LOG2_E) * index.astype(jnp.float32)
+
+
 def spread(x: jax.Array, width: int) -> jax.Array:
     """[n, LANES] of equal columns -> [n, width]: free, whole registers are used again."""
     times = -(-width // LANES)

@@ -33,10 +33,12 @@ from jaxlm.kernels.flash_attention.gpu_common import (
     buffer,
     full,
     in_order,
+    places,
     products,
     sections,
     vector,
     visible,
+    with_slopes,
 )
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 
@@ -63,7 +65,13 @@ def broken_compiler() -> str | None:
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array | None, kv_ids: jax.Array | None, spec: Spec
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: jax.Array | None,
+    kv_ids: jax.Array | None,
+    slopes: jax.Array | None,
+    spec: Spec,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one device.
 
@@ -71,6 +79,7 @@ def forward(
         q: [B, T, H, h]; k, v: [B, S, K, h], one 16-bit dtype, as `protect` returns them; T and S multiples of the
             blocks.
         q_ids, kv_ids: [B, T], [B, S] int32 segment ids, 0 = padding; None: one segment.
+        slopes: [H] float32, ALiBi's; None: scores do not sink.
 
     Returns:
         out [B, T, H, h] in q's dtype; lse [B, H, T] float32, log2 of the sum of exp(score), -inf where a query sees
@@ -85,10 +94,12 @@ def forward(
     arrays: tuple[jax.Array, ...] = (ranges, q, k, v)
     if q_ids is not None and kv_ids is not None:
         arrays = (*arrays, q_ids, kv_ids)
-    segmented = q_ids is not None
+    segmented, sinking = q_ids is not None, slopes is not None
+    arrays = (*arrays, *with_slopes(slopes, spec))
 
     def kernel(*refs: Any) -> None:
-        ranges, q, k, v, *ids, out, lse, smem, barriers = refs
+        ranges, q, k, v, *more, out, lse, smem, barriers = refs
+        ids, alibi = (more[:2], more[2:]) if segmented else ([], more)
         q_smem, k_smem, v_smem, lse_smem, *kv_ids_smem = smem
         q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
         row, head, group = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("warpgroup")
@@ -110,6 +121,7 @@ def forward(
             plgpu.copy_gmem_to_smem(q.at[row, pl.ds(start, rows), head], mine, q_ready.at[group])
             plgpu.barrier_wait(q_ready.at[group])
             own_ids = vector(ids[0].at[row, pl.ds(start, rows)], ROW, spec) if ids else None
+            slope, index = (alibi[0][head], alibi[1]) if sinking else (None, None)
 
             def step(i: Any, carry: Any, masked: bool) -> Any:
                 acc, largest, total = carry
@@ -117,6 +129,8 @@ def forward(
                 plgpu.barrier_wait(k_ready.at[slot])
                 (raw,) = products(((mine, k_smem.at[slot]),), tile, spec, between=take_turn)
                 s, _ = bent(raw, spec)
+                if sinking:
+                    s += across(places(slope, index, keys, COLUMN, spec, i * keys - start), tile, 1)
                 if masked:
                     key_ids = vector(kv_ids_smem[0].at[slot], COLUMN, spec) if ids else None
                     seen = visible(spec, tile, start, i * keys, own_ids, key_ids)
@@ -149,7 +163,10 @@ def forward(
 
             acc *= across(jnp.where(total == 0.0, 0.0, 1.0 / total), (rows, dim), 0)
             mine[...] = acc.astype(q.dtype)
-            lse_smem.at[group][...] = largest + jnp.log(total) * LOG2_E
+            sums = largest + jnp.log(total) * LOG2_E
+            if sinking:
+                sums -= places(slope, index, rows, ROW, spec)
+            lse_smem.at[group][...] = sums
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out.at[row, pl.ds(start, rows), head])
             plgpu.copy_smem_to_gmem(lse_smem.at[group], lse.at[row, head, pl.ds(start, rows)])

@@ -31,10 +31,12 @@ from jaxlm.kernels.flash_attention.gpu_common import (
     buffer,
     full,
     in_order,
+    places,
     products,
     sections,
     vector,
     visible,
+    with_slopes,
 )
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 
@@ -56,6 +58,7 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     grad: jax.Array,
+    slopes: jax.Array | None,
     spec: Spec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of one device.
@@ -65,12 +68,13 @@ def backward(
         q_ids, kv_ids: as given to `forward`.
         lse: [B, H, T] float32, as `forward` returned it.
         delta: [B, H, T] float32, sum over h of grad * out.
+        slopes: as given to `forward`.
 
     Returns:
         Gradients of q, k and v, in their shapes and dtypes.
     """
     small = min(STREAMED, spec.block_q, spec.block_k)
-    arrays = q, k, v, grad, lse, delta, q_ids, kv_ids
+    arrays = q, k, v, grad, lse, delta, q_ids, kv_ids, slopes
     grad_q = _grad_q(*arrays, dataclasses.replace(spec, block_k=small))
     by_keys = dataclasses.replace(spec, block_q=small, block_k=spec.block_q)
     if q.shape[3] <= 128:
@@ -89,6 +93,7 @@ def _grad_q(
     delta: jax.Array,
     q_ids: jax.Array | None,
     kv_ids: jax.Array | None,
+    slopes: jax.Array | None,
     spec: Spec,
 ) -> jax.Array:
     batch, length, heads, dim = q.shape
@@ -96,11 +101,13 @@ def _grad_q(
     rows, keys = spec.block_q // WARPGROUPS, spec.block_k
     tile, slots = (rows, keys), _stages(dim)
     arrays = [make_ranges(spec, batch, q_ids, kv_ids, by_keys=False), q, k, v, grad, lse, delta]
-    segmented = q_ids is not None and kv_ids is not None
+    segmented, sinking = q_ids is not None and kv_ids is not None, slopes is not None
     arrays += [q_ids, kv_ids] if q_ids is not None and kv_ids is not None else []
+    arrays += with_slopes(slopes, spec)
 
     def kernel(*refs: Any) -> None:
-        ranges, q, k, v, grad, lse, delta, *ids, out, smem, (own_ready, ready, free) = refs
+        ranges, q, k, v, grad, lse, delta, *more, out, smem, (own_ready, ready, free) = refs
+        ids, alibi = (more[:2], more[2:]) if segmented else ([], more)
         q_smem, grad_smem, k_smem, v_smem, *kv_ids_smem = smem
         row, head, group = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("warpgroup")
         block = in_order(lax.axis_index("block"), n_q, spec, reverse=True)
@@ -118,6 +125,9 @@ def _grad_q(
             own_lse = vector(lse.at[row, head, place], ROW, spec)
             own_delta = vector(delta.at[row, head, place], ROW, spec)
             own_ids = vector(ids[0].at[row, place], ROW, spec) if ids else None
+            slope, index = (alibi[0][head], alibi[1]) if sinking else (None, None)
+            if sinking:
+                own_lse += places(slope, index, rows, ROW, spec)
             plgpu.barrier_wait(own_ready.at[group])
 
             def step(i: Any, acc: jax.Array, masked: bool) -> jax.Array:
@@ -126,6 +136,8 @@ def _grad_q(
                 keys_, values = k_smem.at[slot], v_smem.at[slot]
                 s, back = products(((mine, keys_), (own_grad, values)), tile, spec)
                 s, bend = bent(s, spec)
+                if sinking:
+                    s += across(places(slope, index, keys, COLUMN, spec, i * keys - start), tile, 1)
                 back = jnp.exp2(s - across(own_lse, tile, 0)) * (back - across(own_delta, tile, 0))
                 if bend is not None:
                     back *= bend
@@ -184,6 +196,7 @@ def _grad_kv(
     delta: jax.Array,
     q_ids: jax.Array | None,
     kv_ids: jax.Array | None,
+    slopes: jax.Array | None,
     spec: Spec,
     wanted: Sequence[str],
 ) -> Sequence[jax.Array]:
@@ -193,12 +206,14 @@ def _grad_kv(
     rows, queries = spec.block_k // WARPGROUPS, spec.block_q
     tile, slots = (rows, queries), _stages(dim)
     arrays = [make_ranges(spec, batch, q_ids, kv_ids, by_keys=True), q, k, v, grad, lse, delta]
-    segmented = q_ids is not None and kv_ids is not None
+    segmented, sinking = q_ids is not None and kv_ids is not None, slopes is not None
     arrays += [q_ids, kv_ids] if q_ids is not None and kv_ids is not None else []
+    arrays += with_slopes(slopes, spec)
 
     def kernel(*refs: Any) -> None:
         ranges, q, k, v, grad, lse, delta = refs[:7]
-        ids, outs, (smem, (own_ready, ready, free)) = refs[7 : len(arrays)], refs[len(arrays) : -2], refs[-2:]
+        more, outs, (smem, (own_ready, ready, free)) = refs[7 : len(arrays)], refs[len(arrays) : -2], refs[-2:]
+        ids, alibi = (more[:2], more[2:]) if segmented else ((), more)
         k_smem, v_smem, q_smem, grad_smem, lse_smem, delta_smem, *q_ids_smem = smem
         row, head, group = lax.axis_index("row"), lax.axis_index("head"), lax.axis_index("warpgroup")
         block = in_order(lax.axis_index("block"), n_k, spec, reverse=False)
@@ -217,6 +232,8 @@ def _grad_kv(
             plgpu.barrier_wait(own_ready.at[group])
 
             def of_head(number: Any, carry: Any) -> Any:
+                slope, index = (alibi[0][head * groups + number], alibi[1]) if sinking else (None, None)
+
                 def step(i: Any, totals: Any, masked: bool) -> Any:
                     slot = lax.rem(number * (end - first) + i - first, jnp.int32(slots))
                     plgpu.barrier_wait(ready.at[slot])
@@ -224,7 +241,11 @@ def _grad_kv(
                     pairs = ((keys, queries_), (values, grads)) if "k" in wanted else ((keys, queries_),)
                     s, *back = products(pairs, tile, spec)
                     s, bend = bent(s, spec)
-                    weights = jnp.exp2(s - across(vector(lse_smem.at[slot], COLUMN, spec), tile, 1))
+                    lse_ = vector(lse_smem.at[slot], COLUMN, spec)
+                    if sinking:
+                        s += across(places(slope, index, rows, ROW, spec), tile, 0)
+                        lse_ += places(slope, index, queries, COLUMN, spec, i * queries - start)
+                    weights = jnp.exp2(s - across(lse_, tile, 1))
                     seen = None
                     if masked:
                         query_ids = vector(q_ids_smem[0].at[slot], COLUMN, spec) if ids else None

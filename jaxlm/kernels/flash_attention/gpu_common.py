@@ -122,6 +122,17 @@ def bent(raw: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array | None]:
     return cap * (spec.soft_cap * LOG2_E), 1.0 - cap * cap
 
 
+def with_slopes(slopes: jax.Array | None, spec: Spec) -> tuple[jax.Array, ...]:
+    """What a kernel takes for ALiBi: the slopes, and the numbers from 0 on, which `places` reads; nothing without."""
+    return () if slopes is None else (slopes, jnp.arange(max(spec.block_q, spec.block_k), dtype=jnp.float32))
+
+
+def places(slope: Any, index: Any, size: int, layout: Any, spec: Spec, start: Any = 0) -> jax.Array:
+    """As `common.places`, a vector of `size` in this layout; its numbers come from memory, as converting is slow."""
+    numbers = vector(index.at[pl.ds(0, size)], layout, spec)
+    return (numbers + jnp.asarray(start, jnp.float32)) * (slope * LOG2_E)
+
+
 def visible(
     spec: Spec, shape: tuple[int, int], q_start: Any, k_start: Any, q_ids: Any, kv_ids: Any, by_keys: bool = False
 ) -> jax.Array:

@@ -17,17 +17,30 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxlm.kernels.flash_attention.common import LANES, dot, finite, headroom, nbytes, scores, spread, visible
+from jaxlm.kernels.flash_attention.common import (
+    LANES,
+    dot,
+    finite,
+    headroom,
+    nbytes,
+    places,
+    scores,
+    spread,
+    visible,
+)
 from jaxlm.kernels.flash_attention.schedule import COMPUTE, MASKED, Q_FIRST, Q_LAST, Spec, make_schedule
 
 LOWEST = -1e30  # finite: the difference of a masked score (-inf) and a maximum is never NaN
 
 
-def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: Spec, segmented: bool) -> None:
+def _kernel(
+    row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: Spec, segmented: bool, sinking: bool
+) -> None:
     del row
     q_ids, kv_ids = refs[:2] if segmented else (None, None)
-    q, k, v, out, lse, largest, total, acc = refs[2 if segmented else 0 :]
+    q, k, v, *slopes, out, lse, largest, total, acc = refs[2 if segmented else 0 :]
     step = pl.program_id(1)
+    slope = slopes[0][pl.program_id(0)] if sinking else None
     flag = flags[step]
     width = acc.shape[1]
 
@@ -43,6 +56,10 @@ def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: 
             # A broken value breaks its key: queries that see it get NaN, others nothing of it.
             keys, values = (keys + values.astype(jnp.float32) * 0.0).astype(keys.dtype), finite(values)
         s, _ = scores(dot(q[...], keys, 1, 1), spec)
+        if sinking:
+            # What a query gets is the same for all its keys, which a softmax does not see; lse gets it at the end.
+            first = k_block[step] * spec.block_k - q_block[step] * spec.block_q
+            s = s + places(slope, (1, spec.block_k), 1, first)
         if masked:
             s = jnp.where(visible(spec, q_block[step], k_block[step], q_ids, kv_ids, by_keys=False), s, -jnp.inf)
         before = largest[...]
@@ -62,16 +79,25 @@ def _kernel(row: Any, q_block: Any, k_block: Any, flags: Any, *refs: Any, spec: 
         sums = total[...]
         out[...] = (acc[...] * spread(jnp.where(sums == 0.0, 0.0, 1.0 / sums), width)).astype(out.dtype)
         lse[...] = largest[...].T[:1] + jnp.log2(sums.T[:1])
+        if sinking:
+            lse[...] -= places(slope, (1, spec.block_q), 1)
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array | None, kv_ids: jax.Array | None, spec: Spec
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_ids: jax.Array | None,
+    kv_ids: jax.Array | None,
+    slopes: jax.Array | None,
+    spec: Spec,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one device.
 
     Args:
         q: [B, H, T, h]; k, v: [B, K, S, h], one dtype.
         q_ids, kv_ids: [B, T], [B, S] int32 segment ids, 0 = padding; None: one segment.
+        slopes: [H] float32, ALiBi's; None: scores do not sink.
 
     Returns:
         out [B, H, T, h] in q's dtype; lse [B, H, 1, T] float32, log2 of the sum of exp(score), -inf where a query sees
@@ -91,6 +117,8 @@ def forward(
     q_spec = pl.BlockSpec((None, None, spec.block_q, dim), of_q)
     k_spec = pl.BlockSpec((None, None, spec.block_k, dim), of_k)
     in_specs, arrays = [q_spec, k_spec, k_spec], [q, k, v]
+    if slopes is not None:
+        in_specs, arrays = [*in_specs, pl.BlockSpec(memory_space=pltpu.SMEM)], [*arrays, slopes]
     if q_ids is not None and kv_ids is not None:
         in_specs = [
             pl.BlockSpec((None, 1, spec.block_q), lambda h, s, row, q_block, *_: (row[s], 0, q_block[s])),
@@ -102,7 +130,7 @@ def forward(
     lse_spec = pl.BlockSpec((None, None, 1, spec.block_q), lambda h, s, row, q_block, *_: (row[s], h, 0, q_block[s]))
     pairs = batch * heads * spec.visible_pairs()
     call = pl.pallas_call(
-        partial(_kernel, spec=spec, segmented=segmented),
+        partial(_kernel, spec=spec, segmented=segmented, sinking=slopes is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(heads, schedule.steps),

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.flash_attention.common import dot, finite, headroom, nbytes, scores, visible
+from jaxlm.kernels.flash_attention.common import LANES, dot, finite, headroom, nbytes, places, scores, spread, visible
 from jaxlm.kernels.flash_attention.schedule import (
     COMPUTE,
     K_FIRST,
@@ -45,11 +45,13 @@ def _kernel(
     *refs: Any,
     spec: Spec,
     segmented: bool,
+    sinking: bool,
 ) -> None:
     del row, done_row, done_q
     q_ids, kv_ids = refs[:2] if segmented else (None, None)
-    q, k, v, grad, lse, delta, grad_q, grad_k, grad_v, acc_q, acc_k, acc_v = refs[2 if segmented else 0 :]
+    q, k, v, grad, lse, delta, *slopes, grad_q, grad_k, grad_v, acc_q, acc_k, acc_v = refs[2 if segmented else 0 :]
     step, head = pl.program_id(1), pl.program_id(2)
+    slope = slopes[0][pl.program_id(0) * pl.num_programs(2) + head] if sinking else None
     flag = flags[step]
     queries = head, pl.ds(pl.multiple_of(q_block[step] * spec.block_q, spec.block_q), spec.block_q)
 
@@ -65,7 +67,12 @@ def _kernel(
     def tile(masked: bool) -> None:
         queries_, keys, grads = q[...], k[...], grad[...]
         s, bend = scores(dot(keys, queries_, 1, 1), spec)
-        weights = jnp.exp2(s - lse[...])
+        lse_ = lse[...]
+        if sinking:
+            first = k_block[step] * spec.block_k - q_block[step] * spec.block_q
+            s = s + spread(places(slope, (spec.block_k, LANES), 0, first), spec.block_q)
+            lse_ = lse_ + places(slope, (1, spec.block_q), 1)
+        weights = jnp.exp2(s - lse_)
         back = weights * (dot(v[...], grads, 1, 1) - delta[...])
         if bend is not None:
             back = back * bend
@@ -112,6 +119,7 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     grad: jax.Array,
+    slopes: jax.Array | None,
     spec: Spec,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of one device.
@@ -120,6 +128,7 @@ def backward(
         q, k, v, q_ids, kv_ids: as given to `forward`; lse: as it returned it.
         delta: [B, H, 1, T] float32, sum over h of grad * out.
         grad: [B, H, T, h], of out.
+        slopes: as given to `forward`.
 
     Returns:
         Gradients of q, k and v, in their shapes and dtypes.
@@ -154,6 +163,8 @@ def backward(
     query_spec = pl.BlockSpec((None, None, 1, spec.block_q), of_query)
     in_specs = [q_spec, k_spec, k_spec, q_spec, query_spec, query_spec]
     arrays = [q, k, v, grad, lse, delta]
+    if slopes is not None:
+        in_specs, arrays = [*in_specs, pl.BlockSpec(memory_space=pltpu.SMEM)], [*arrays, slopes]
     if q_ids is not None and kv_ids is not None:
         in_specs = [
             pl.BlockSpec((None, 1, spec.block_q), lambda n, s, g, row, q_block, *_: (row[s], 0, q_block[s])),
@@ -172,7 +183,7 @@ def backward(
     grad_k_spec = pl.BlockSpec((None, None, spec.block_k, dim), of_grad_k)
     pairs = batch * heads * spec.visible_pairs()
     call = pl.pallas_call(
-        partial(_kernel, spec=spec, segmented=q_ids is not None),
+        partial(_kernel, spec=spec, segmented=q_ids is not None, sinking=slopes is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(kv_heads * parts, schedule.steps, groups),

@@ -11,13 +11,22 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import (
+    baichuan,
     bloom,
+    chatglm,
+    falcon,
     gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     granite,
+    internlm2,
+    internlm3,
     llama,
     mistral,
+    olmo2,
+    olmo3,
     opt,
     phi3,
     qwen2,
@@ -38,7 +47,16 @@ FAMILIES: dict[str, Family] = {
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
+    "falcon": falcon.FAMILY,
     "phi3": phi3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "olmo3": olmo3.FAMILY,
+    "glm": glm.FAMILY,
+    "glm4": glm4.FAMILY,
+    "chatglm": chatglm.FAMILY,
+    "internlm2": internlm2.FAMILY,
+    "internlm3": internlm3.FAMILY,
+    "baichuan": baichuan.FAMILY,
 }
 
 # Published shapes by name.

@@ -11,18 +11,13 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import read_decoder, read_flag
-from jaxlm.models.families.rows import make_fused, make_rows
+from jaxlm.models.families.rows import QKV, make_fused, make_rows
 from jaxlm.spec import AttentionSpec, DecoderSpec, FeedForwardSpec, LayerSpec, NormSpec
 
 TRAINED_LENGTH = 2048
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    if read_flag(config, "apply_residual_connection_post_layernorm"):
-        raise UserError(
-            "config.json: apply_residual_connection_post_layernorm is true, which is not supported: "
-            "hidden states are added as they are before the norm, as in all published models"
-        )
     read_flag(config, "slow_but_exact")  # which sums the same products in another order
     size = 4 * config["hidden_size"]
     if config.get("n_inner") not in (None, size):
@@ -77,9 +72,6 @@ FAMILY = Family(
     name="bloom",
     architecture="BloomForCausalLM",
     defaults=dict(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=8,
         rms_norm_eps=1e-5,
         max_position_embeddings=TRAINED_LENGTH,
         tie_word_embeddings=True,
@@ -105,11 +97,7 @@ FAMILY = Family(
             "lm_head": "lm_head",
         }
     ),
-    fused=make_fused(
-        f"{_LAYER}.self_attention.query_key_value",
-        "H (1 + 1 + 1) h",
-        ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
-    ),
+    fused=make_fused(f"{_LAYER}.self_attention.query_key_value", "H (1 + 1 + 1) h", QKV),
     keys={
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",

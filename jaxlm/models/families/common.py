@@ -39,6 +39,7 @@ UNREAD: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "use_parallel_residual": (False,),
     "parallel_attn": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
     "attention_chunk_size": (),
@@ -76,9 +77,7 @@ def check_values(config: dict[str, Any], family: Family) -> None:
     if missing:
         raise UserError(f"config.json: missing: {', '.join(missing)}")
     for key in SIZES + _OPTIONAL_SIZES:
-        value = config.get(key)
-        if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
-            raise UserError(f"config.json: {named[key]} is {value!r}; expected a positive whole number")
+        read_size({named[key]: config.get(key)}, named[key])
     for key in _POSITIVE:
         if key in config and not (is_number(config[key]) and config[key] > 0):
             raise UserError(f"config.json: {named[key]} is {config[key]!r}; expected a positive number")
@@ -113,6 +112,18 @@ def read_flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
     if value is not None and type(value) is not bool:
         raise UserError(f"config.json: {key} is {value!r}; expected true or false")
     return default if value is None else value
+
+
+def read_size(config: dict[str, Any], key: str) -> int | None:
+    """A key that is a positive whole number, null, or not there.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+        raise UserError(f"config.json: {key} is {value!r}; expected a positive whole number")
+    return value
 
 
 def read_positive(config: dict[str, Any], key: str) -> float | None:

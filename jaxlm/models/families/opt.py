@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
-from jaxlm.models.families.common import read_activation, read_decoder, read_flag
+from jaxlm.models.families.common import read_activation, read_decoder, read_flag, read_size
 from jaxlm.models.families.rows import make_rows
 from jaxlm.spec import AttentionSpec, DecoderSpec, FeedForwardSpec, LayerSpec, LearnedPositionsSpec, NormSpec
 
@@ -19,9 +18,7 @@ POSITION_OFFSET = 2  # rows below it are those of padding
 def _read(config: dict[str, Any]) -> DecoderSpec:
     bias, affine = read_flag(config, "enable_bias", True), read_flag(config, "layer_norm_elementwise_affine", True)
     before, removed = read_flag(config, "do_layer_norm_before", True), read_flag(config, "_remove_final_layer_norm")
-    size, hidden = config.get("word_embed_proj_dim"), config["hidden_size"]
-    if size is not None and (type(size) is not int or size < 1):
-        raise UserError(f"config.json: word_embed_proj_dim is {size!r}; expected a positive whole number")
+    size = read_size(config, "word_embed_proj_dim")
     return read_decoder(
         "opt",
         config,
@@ -30,7 +27,7 @@ def _read(config: dict[str, Any]) -> DecoderSpec:
         layer=dict(norms="pre" if before else "sum"),
         norm=NormSpec(1e-5, "layer", bias=affine, scale=affine),
         final_norm=before and not removed,
-        embedding_size=None if size == hidden else size,
+        embedding_size=None if size == config["hidden_size"] else size,
         learned_positions=LearnedPositionsSpec(config["max_position_embeddings"] + POSITION_OFFSET, POSITION_OFFSET),
     )
 

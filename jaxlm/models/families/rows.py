@@ -30,6 +30,7 @@ _LINEARS: dict[str, tuple[str, str, Condition, Condition]] = {
     "mlp/up_proj": ("D F", "F D", always, lambda _, layer: layer.feed_forward.bias),
     "mlp/down_proj": ("F D", "D F", always, lambda _, layer: layer.feed_forward.bias),
 }
+QKV = ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj")  # what is often stored as one
 # Norm of the hidden states -> whether there is one.
 _NORMS: dict[str, Condition] = {
     "embed_norm": lambda spec, _: spec.embedding_norm,

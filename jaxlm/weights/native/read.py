@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import tensorstore as ts
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.models.adapters import SAVEABLE, resolve_lora
+from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import AdapterSource, Index, LeafInfo, check_leaves, full_index, index_shape
-from jaxlm.weights.names import Shape, adapter_shapes, leaf_shapes
+from jaxlm.weights.names import Shape, adapter_shapes, grows, leaf_shapes
 from jaxlm.weights.native.layout import (
     ARRAYS,
     HF_CONFIG,
@@ -180,11 +181,10 @@ def _check_adapter(adapter: AdapterSource, where: Path) -> None:
 
 def saved_shapes(config: DecoderSpec, lora: LoraConfig, leaves: Mapping[str, LeafInfo]) -> dict[str, Shape]:
     """Shapes of the modules saved in full. Embedding and head may have other rows (added tokens) than the base."""
-    shapes = {}
-    for module in lora.modules_to_save:
-        path = f"modules_to_save/{SAVEABLE[module]}"
-        shape = leaf_shapes(config)[SAVEABLE[module]]
-        if module != "norm" and path in leaves and len(leaves[path].shape) == 2:
-            shape = (leaves[path].shape[0], shape[1])
+    shapes, of_base = {}, leaf_shapes(config)
+    for row in itertools.chain.from_iterable(saved_modules(config, lora).values()):
+        path, shape = f"modules_to_save/{row.path}", of_base[row.path]
+        if grows(row) and path in leaves and len(leaves[path].shape) == len(shape):
+            shape = (leaves[path].shape[0], *shape[1:])
         shapes[path] = shape
     return shapes

@@ -1,0 +1,40 @@
+"""GLM-4 and ChatGLM, held to transformers' GLM."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models.families import read_config
+from jaxlm.nn.positions import apply_partial_rope, rope_cos_sin
+from tests.models.parity import check_family
+from tests.models.small import SMALL, small_spec
+
+
+@pytest.mark.parametrize(("family", "variant"), [("glm", "whole heads")])
+def test_glm_is_that_of_transformers(family: str, variant: str) -> None:
+    check_family(family, variant)
+
+
+def test_half_of_a_head_turns_in_pairs_of_neighbours() -> None:
+    """Heads of 8 dims at positions 0, 1 and 2, as printed by transformers' GLM."""
+    spec = small_spec("glm")
+    assert (spec.attention.head_dim, spec.attention.rotary_dim) == (8, 4)
+    q = jnp.arange(24, dtype=jnp.float32).reshape(1, 3, 1, 8) / 10
+    cos, sin = rope_cos_sin(spec.attention.rotary, 4, 64, jnp.arange(3)[None])
+    found = apply_partial_rope(q, cos, sin, spec.attention.rotary_interleaved)
+    expected = [
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+        [-0.325082, 1.159449, 0.98895, 1.109945, 1.2, 1.3, 1.4, 1.5],
+        [-2.211641, 0.747426, 1.761643, 1.935618, 2.0, 2.1, 2.2, 2.3],
+    ]
+    np.testing.assert_allclose(found[0, :, 0], expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("family", ["glm", "glm4"])
+def test_what_a_missing_key_of_glm_means(family: str) -> None:
+    sizes = {key: value for key, value in SMALL[family]["plain"].items() if key not in ("head_dim", "eos_token_id")}
+    spec = read_config({"model_type": family, **sizes, "eos_token_id": None})
+    assert (spec.attention.head_dim, spec.attention.rotary_dim, spec.attention.qkv_bias) == (128, 64, True)
+    assert spec.eos_token_id == (151329, 151336, 151338)
