@@ -38,8 +38,8 @@ def resolve_experts(
         raise UserError(f"moe.router: the model has no trained router (it is {old.router}), so it cannot be 'learned'")
     if router == "learned" and not any(row.path == "mlp/router" for row in family_of(shape).rows):
         raise UserError(
-            f"moe.router: learned, but the files of {shape.family} have no name for a router that is trained; activation "
-            "and modality need none"
+            f"moe.router: learned, but the files of {shape.family} have no name for a router that is trained; "
+            "activation and modality need none"
         )
     if run.ranges:
         ranges = run.ranges
