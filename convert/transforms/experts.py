@@ -204,12 +204,7 @@ def moe_config(
         moe = resolve_experts(config, run, fresh=True).experts
     except UserError as error:
         text = str(error)
-        for key, option in (
-            ("top_k", "--top-k"),
-            ("ranges", "--range"),
-            ("shared", "--shared"),
-            ("router", "--router"),
-        ):
+        for key, option in (("top_k", "--top-k"), ("ranges", "--range"), ("shared", "--shared")):
             text = text.replace(f"moe.{key}", option)
         raise UserError(text) from None
     assert moe is not None

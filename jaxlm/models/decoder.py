@@ -233,10 +233,11 @@ class Decoder(nn.Module):
         if s.final_norm:
             self.norm = Norm(s.norm, self.dtype, self.param_dtype)
         if s.embedding_size is not None:
-            into, out = (s.embedding_size, s.hidden_size), (s.hidden_size, s.embedding_size)
+            # [outputs, inputs], as the output matrix.
+            into, out = (s.hidden_size, s.embedding_size), (s.embedding_size, s.hidden_size)
             normal, boxed = nn.initializers.normal(s.initializer_range), nn.with_logical_partitioning
-            self.project_in = _Matrix(into, boxed(normal, (None, "embed")), self.param_dtype, "kernel")
-            self.project_out = _Matrix(out, boxed(normal, ("embed", None)), self.param_dtype, "kernel")
+            self.project_in = _Matrix(into, boxed(normal, ("embed", None)), self.param_dtype, "kernel")
+            self.project_out = _Matrix(out, boxed(normal, (None, "embed")), self.param_dtype, "kernel")
         if s.learned_positions is not None:
             # Rows over devices as those of the vocabulary.
             shape = s.learned_positions.num_rows, s.hidden_size
@@ -258,7 +259,7 @@ class Decoder(nn.Module):
         if self.spec.embedding_scale is not None:
             x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
         if self.spec.embedding_size is not None:
-            x = jnp.dot(x, self.project_in().astype(self.dtype))
+            x = jnp.dot(x, self.project_in().astype(self.dtype).T)
         if self.spec.learned_positions is not None:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -306,7 +307,7 @@ class Decoder(nn.Module):
         if self.spec.logits_scale is not None:
             x = x * self.spec.logits_scale
         if self.spec.embedding_size is not None:
-            x = jnp.dot(x.astype(self.dtype), self.project_out().astype(self.dtype))
+            x = jnp.dot(x.astype(self.dtype), self.project_out().astype(self.dtype).T)
         matrix = self.embed_tokens() if self.spec.tied_head else self.lm_head()
         return x, _unit_rows(matrix) if self.spec.normed_head else matrix
 

@@ -33,25 +33,17 @@ def random_model(family: str, variant: str, std: float = 0.3, **more: Any) -> tu
     return module, spec, tree_of(dict(module.named_parameters()), spec)
 
 
-def check_family(family: str, variant: str, **more: Any) -> None:
+def check_family(family: str, variant: str, experts: str = "dense", **more: Any) -> None:
     """Holds a small model to transformers': rows whole, packed and padded; with caches, also of beams; streamed.
 
     Args:
         variant: a key of SMALL[family].
+        experts: how a layer of experts computes (see `ExpertsFeedForward`).
         more: values of its configuration.
     """
-    module, spec, params = random_model(family, variant, **more)
-    check_module(module, spec, params, spec)
-
-
-def check_module(module: Any, spec: DecoderSpec, params: dict[str, Any], names: DecoderSpec) -> None:
-    """The same for a module that is at hand.
-
-    Args:
-        names: the description whose names are those of the module's tensors.
-    """
     torch = pytest.importorskip("torch")
-    model = Decoder(spec, remat="none")
+    module, spec, params = random_model(family, variant, **more)
+    model = Decoder(spec, remat="none", experts=experts)
     rng = np.random.default_rng(3)
     ids = rng.integers(0, spec.vocab_size, (len(ROWS), T)).astype(np.int32)
     segments, positions = np.zeros_like(ids), np.zeros_like(ids)
@@ -81,7 +73,7 @@ def check_module(module: Any, spec: DecoderSpec, params: dict[str, Any], names: 
     (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert_close(logits[is_text], expected[is_text])
     np.testing.assert_allclose(value, total.item(), rtol=2e-5)
-    wanted = tree_of({name: parameter.grad for name, parameter in module.named_parameters()}, names)
+    wanted = tree_of({name: parameter.grad for name, parameter in module.named_parameters()}, spec)
     # A bias of k adds the same to all scores of a query, so its gradient is 0 but for rounding.
     rounding = 1e-6 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     pairs = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted), strict=True)

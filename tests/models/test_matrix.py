@@ -28,7 +28,6 @@ from jaxlm.models.families import FAMILIES
 from jaxlm.models.unrolled import prefill
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.planning.compiled import compile_step
-from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -38,9 +37,8 @@ from tests.convert.tiny import make_adapter
 from tests.models import matrix
 from tests.models.compare import random_tree
 from tests.models.matrix import CAPABILITIES, REFUSED, YES
-from tests.models.parity import check_module, random_model
-from tests.models.small import OWN, SMALL, hf_model, small_spec, tree_of
-from tests.models.test_own_names import TWINS, write_files
+from tests.models.parity import check_family, random_model
+from tests.models.small import OWN, SMALL, hf_class, hf_model, small_spec, tree_of
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 Settle = Callable[..., None]
@@ -79,29 +77,7 @@ def run(*words: object) -> None:
 
 
 def plain(family: str) -> str:
-    return next(iter((SMALL | OWN)[family]))
-
-
-def random_plain(family: str, **more: Any) -> tuple[Any, DecoderSpec, dict[str, Any], DecoderSpec]:
-    """A module with random values, its description, its parameters here, and the description with its tensors' names.
-
-    Where transformers has no module of a family, it is one that computes the same.
-    """
-    if family in OWN:
-        twin, variant, values, *_ = TWINS[family][plain(family)]
-        module, names, params = random_model(twin, variant, **values, **more)
-        return module, small_spec(family), params, names
-    module, spec, params = random_model(family, plain(family), **more)
-    return module, spec, params, spec
-
-
-def save(family: str, directory: Path, **more: Any) -> Any:
-    """The small model in files; returns the module."""
-    if family in OWN:
-        return write_files(family, plain(family), directory)[0]
-    module = hf_model(family, **more)
-    module.save_pretrained(directory)
-    return module
+    return next(iter({**SMALL, **OWN}[family]))
 
 
 def tree_from(source: LeafReader) -> dict[str, Any]:
@@ -118,26 +94,19 @@ def tree_from(source: LeafReader) -> dict[str, Any]:
 
 def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path, settle: Settle) -> None:
     """config.json as transformers reads it, and every tensor."""
-    transformers = pytest.importorskip("transformers")
-    from safetensors.numpy import load_file
-
-    save(family, tmp_path / "hf", dtype="bfloat16")
+    hf_model(family, dtype="bfloat16").save_pretrained(tmp_path / "hf")
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
     run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
-    stored, back = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
-    buffers = {name for name in stored if name.endswith("inv_freq")}
-    assert back.keys() == stored.keys() - buffers
-    assert all(array.tobytes() == stored[name].tobytes() for name, array in back.items())
-    if family not in OWN:
-        cls = getattr(transformers, FAMILIES[family].architecture)
-        theirs, ours = (cls.from_pretrained(tmp_path / name) for name in ("hf", "back"))
-        assert ours.config.to_diff_dict().keys() == theirs.config.to_diff_dict().keys()
-        assert all(tensor.equal(ours.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    theirs, ours = (hf_class(family).from_pretrained(tmp_path / name) for name in ("hf", "back"))
+    assert ours.config.to_diff_dict().keys() == theirs.config.to_diff_dict().keys()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.equal(ours.state_dict()[name]), name
     settle("convert")
 
 
 def test_logits_gradients_and_greedy_tokens(family: str, settle: Settle) -> None:
-    check_module(*random_plain(family))
+    check_family(family, plain(family))
     settle("logits", "gradients", "generate")
 
 
@@ -153,11 +122,9 @@ def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None
     torch = pytest.importorskip("torch")
     from safetensors.numpy import load_file
 
-    if family in OWN:
-        pytest.skip("transformers has no module of this family that PEFT could put an adapter on")
-    base = save(family, tmp_path / "hf")
-    spec = small_spec(family)
-    params = tree_of(dict(base.named_parameters()), spec)
+    base = hf_model(family)
+    base.save_pretrained(tmp_path / "hf")
+    spec, params = small_spec(family), tree_of(dict(base.named_parameters()), small_spec(family))
     adapted = make_adapter(base, tmp_path / "peft", target_modules=linears_of(base))
     try:
         run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "hf")
@@ -182,7 +149,7 @@ def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None
 def test_beams_and_int8(family: str, settle: Settle) -> None:
     """A search with penalties gives transformers' tokens; int8 gives the logits of the weights it stands for."""
     torch = pytest.importorskip("torch")
-    module, spec, params, _ = random_plain(family)
+    module, spec, params = random_model(family, plain(family))
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     model = Decoder(spec)
     weights = jax.tree.map(jnp.asarray, unstack({"params": params}, spec))
@@ -225,19 +192,21 @@ class TreeSource:
 
 def test_experts(family: str, tmp_path: Path, settle: Settle) -> None:
     """Divided, with all experts in use: the dense model's logits, up to the order of sums; and dense again."""
-    save(family, tmp_path / "hf")
+    base = hf_model(family)
+    base.save_pretrained(tmp_path / "hf")
     try:
         run("moefy", tmp_path / "hf", tmp_path / "moe", "--experts", "4", "--top-k", "text=4")
     except UserError as error:
         settle("experts", refused=str(error))
         return
-    source, before = open_model(tmp_path / "moe"), open_model(tmp_path / "hf")
+    source = open_model(tmp_path / "moe")
     ids = np.random.default_rng(1).integers(0, 37, (2, 9)).astype(np.int32)
-    dense = jax.jit(Decoder(before.config).apply)({"params": tree_from(before)}, ids)
+    spec = small_spec(family)
+    dense = jax.jit(Decoder(spec).apply)({"params": tree_of(dict(base.named_parameters()), spec)}, ids)
     divided = jax.jit(Decoder(source.config, experts="loop").apply)({"params": tree_from(source)}, ids)
     np.testing.assert_allclose(divided, dense, rtol=1e-4, atol=1e-4)
     run("demoefy", tmp_path / "moe", tmp_path / "dense")
-    after = open_model(tmp_path / "dense")
+    before, after = open_model(tmp_path / "hf"), open_model(tmp_path / "dense")
     assert all(np.array_equal(before.read(path, ()), after.read(path, ())) for path in before.leaves)
     settle("experts")
 
@@ -266,6 +235,8 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     segments = np.broadcast_to(np.repeat([1, 2, 0], [5, 5, 2]), ids.shape).astype(np.int32)
     positions = np.broadcast_to(np.r_[0:5, 0:5, 0:2], ids.shape).astype(np.int32)
     batch = dict(input_ids=ids, loss_mask=segments > 0, segment_ids=segments, positions=positions)
+    if spec.experts is not None:
+        batch["modality_ids"] = np.where(segments > 0, 0, -1).astype(np.int8)
     losses = []
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
