@@ -49,6 +49,8 @@ class MaskSpec:
     between them and the queries: `causal` is False. Padding then sees nothing and is seen by nothing; a query that sees
     nothing gets 0.
 
+    With a prefix, segment ids below 0 are those of tokens that the whole segment sees, -n of segment n.
+
     A score is product * scale; then, with a soft cap, cap * tanh(score / cap); then, with ALiBi, less slope * distance;
     then, with a relative bias, plus that of its head at its distance. The distance is that in the row: of tokens of one
     segment, which lie side by side, that of their position ids too.
@@ -60,6 +62,7 @@ class MaskSpec:
     scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: 1/sqrt(h)
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
     alibi: bool = flax.struct.field(pytree_node=False, default=False)
+    prefix: bool = flax.struct.field(pytree_node=False, default=False)
     key_segment_ids: jax.Array | None = None  # [B, S] int32, 0 = padding; None: the keys are those of the queries' rows
     bias: jax.Array | None = None  # [H, T + S - 1] float32, trained; by place of key - place of query, from -(T - 1) on
 
@@ -96,10 +99,12 @@ class MaskSpec:
         mask = None
         if self.causal and k_end - 1 > q_start:
             mask = cols <= rows
+            if self.prefix and self.segment_ids is not None:
+                mask = mask | (self.segment_ids[:, None, k_start:k_end] < 0)
         if self.window is not None and q_end - 1 - k_start >= self.window:
             near = rows - cols < self.window
             mask = near if mask is None else mask & near
-        mask = None if mask is None else mask[None, None]
+        mask = None if mask is None else mask[None, None] if mask.ndim == 2 else mask[:, None]
         if self.segment_ids is not None:
             same = self.same_segment(np.s_[:, None, q_start:q_end, None], np.s_[:, None, None, k_start:k_end])
             mask = same if mask is None else mask & same
@@ -110,7 +115,8 @@ class MaskSpec:
         assert self.segment_ids is not None
         queries = self.segment_ids[rows]
         if self.key_segment_ids is None:
-            return queries == self.segment_ids[cols]
+            keys = self.segment_ids[cols]
+            return jnp.abs(queries) == jnp.abs(keys) if self.prefix else queries == keys
         keys = self.key_segment_ids[cols]
         return (queries == keys) & (keys != 0)
 
@@ -254,7 +260,7 @@ def _blockwise_fwd(
     mask = _with_arrays(single, segments, bias)
     q_heads, k_heads, v_heads = _grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
     outputs, normalisers = [], []
-    for rows, cols in _blocks(q.shape[1], k.shape[1], mask.causal, mask.window):
+    for rows, cols in _blocks(q.shape[1], k.shape[1], mask.causal and not mask.prefix, mask.window):
         scores, _ = _scores(q_heads, k_heads, mask, rows, cols)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         if mask.key_segment_ids is not None:
@@ -283,7 +289,7 @@ def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[A
     grad_k = jnp.zeros(k_heads.shape, jnp.float32)
     grad_v = jnp.zeros(v_heads.shape, jnp.float32)
     grad_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    for rows, cols in _blocks(q.shape[1], k.shape[1], mask.causal, mask.window):
+    for rows, cols in _blocks(q.shape[1], k.shape[1], mask.causal and not mask.prefix, mask.window):
         scores, slope = _scores(q_heads, k_heads, mask, rows, cols)
         weights = jnp.exp(scores - lse[:, :, :, rows])
         grad_rows = grad_heads[:, :, :, rows]
@@ -415,7 +421,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
 def _serving(backend: str | AttentionBackend, mask: MaskSpec) -> AttentionBackend:
     """The backend, refused where it would compute other scores."""
     chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
-    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi, mask.bias is not None)
+    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi, mask.bias is not None, mask.prefix)
     if lack is not None:
         raise UserError(f"attention: {chosen.name!r} cannot serve: {lack}; use 'auto' or 'xla'")
     return chosen
