@@ -25,6 +25,7 @@ from jaxlm.jsonfields import build
 DEFAULT_THETA = 10000.0
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROUTERS = ("activation", "activation_released", "learned", "modality")
+EXPERT_WEIGHTS = ("k_times", "normalised", "shares")
 LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -294,6 +295,10 @@ class ExpertsSpec:
         shared: router modality: the first `shared` experts serve every modality.
         layout: the Hugging Face layout that the model came in, and goes out in unless another is asked for: 'dense'
             (with the experts in files beside it) or 'mixtral'. It changes nothing that is computed.
+        weights: router learned: what the outputs of a token's experts are weighted with. normalised: the softmax over
+            them, so that the weights sum to 1 (Mixtral, Qwen3-MoE); shares: their shares of the softmax over all
+            experts (Qwen3-MoE without norm_topk_prob); k_times: k times the softmax over them, so that equal weights
+            give the plain sum, as in the dense layer, and for a k of 1 the share.
     """
 
     num_experts: int
@@ -303,8 +308,11 @@ class ExpertsSpec:
     top_k: tuple[int, ...] = ()
     shared: int = 0
     layout: str = dataclasses.field(default="dense", compare=False)
+    weights: str = "k_times"
 
     def __post_init__(self) -> None:
+        if self.weights not in EXPERT_WEIGHTS:
+            raise UserError(f"moe.weights: {self.weights!r} is not one of {', '.join(EXPERT_WEIGHTS)}")
         if self.layout not in LAYOUTS:
             raise UserError(f"moe.layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.num_experts < 1:

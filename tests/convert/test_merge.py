@@ -143,6 +143,8 @@ def test_layers_that_differ(adapter: dict[str, Any], tmp_path: Path, run: Callab
             torch.testing.assert_close(value, reference[key], rtol=0, atol=1e-6)
     source = open_model(tmp_path / "base")
     merged = MergedSource(source, want)
+    written = open_model(tmp_path / "merged")
     for path, leaf in merged.leaves.items():
+        np.testing.assert_array_equal(merged.read(path, ()), written.read(path, ()))
         index = tuple(slice(size // 3, size) for size in leaf.shape)
         np.testing.assert_allclose(merged.read(path, index), merged.read(path, ())[index], atol=1e-6)

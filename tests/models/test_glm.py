@@ -12,9 +12,8 @@ from tests.models.parity import check_family
 from tests.models.small import SMALL, small_spec
 
 
-@pytest.mark.parametrize(("family", "variant"), [("glm", "plain"), ("glm", "whole heads"), ("glm4", "plain")])
-def test_glm_is_that_of_transformers(family: str, variant: str) -> None:
-    check_family(family, variant)
+def test_glm_without_biases_that_turns_whole_heads() -> None:
+    check_family("glm", "whole heads")
 
 
 def test_half_of_a_head_turns_in_pairs_of_neighbours() -> None:

@@ -174,8 +174,18 @@ def test_tokens_of_each_modality_are_weighted_by_their_own_k() -> None:
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("router", ["activation", "activation_released", "learned", "modality"])
-@pytest.mark.parametrize("compute", ["dense", "loop", "ragged"])
+ROUTERS = ["activation", "activation_released", "learned", "modality"]
+FAST = {("learned", "loop"), ("modality", "ragged"), *((router, "dense") for router in ROUTERS)}
+
+
+@pytest.mark.parametrize(
+    ("router", "compute"),
+    [
+        pytest.param(router, compute, marks=() if (router, compute) in FAST else pytest.mark.slow)
+        for router in ROUTERS
+        for compute in ("dense", "loop", "ragged")
+    ],
+)
 def test_all_experts_on_is_the_dense_model(router: str, compute: str) -> None:
     config = moe_config(router, (8, 8, 8))
     model = Decoder(config, experts=compute, remat="none")
@@ -204,14 +214,21 @@ LORAS = {
 @pytest.mark.parametrize(
     ("router", "lora", "compute"),
     [
-        *(("learned", lora, "loop") for lora in LORAS),
-        *(("modality", lora, "ragged") for lora in LORAS),
-        ("learned", "lora", "ragged"),
-        ("modality", "lora", "loop"),
-        ("activation", "none", "ragged"),
+        ("learned", "each", "loop"),
+        ("modality", "lora", "ragged"),
         ("activation", "lora", "loop"),
-        ("activation", "each", "loop"),
         ("activation_released", "gate", "loop"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *(("learned", lora, "loop") for lora in LORAS if lora != "each"),
+                *(("modality", lora, "ragged") for lora in LORAS if lora != "lora"),
+                ("learned", "lora", "ragged"),
+                ("modality", "lora", "loop"),
+                ("activation", "none", "ragged"),
+                ("activation", "each", "loop"),
+            ]
+        ),
     ],
 )
 def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:

@@ -32,6 +32,7 @@ from jaxlm.models.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
 )
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": mistral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
@@ -125,7 +127,9 @@ _SIZES_WITH_DEFAULTS = ("max_position_embeddings",)
 
 
 def write_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model, for old and new transformers; of a model of experts: that of its dense form.
+    """The `config.json` of a model, for old and new transformers.
+
+    For a model of experts it is that of the dense form, unless the family's files hold experts.
 
     Args:
         dtype: what the weights are stored in, e.g. 'bfloat16'.
@@ -137,7 +141,8 @@ def write_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
     usual = write_decoder(spec, family.architecture, dtype) | family.write(spec)
     named = {family.keys.get(key, key): value for key, value in usual.items()}
     config = {key: value for key, value in named.items() if key}
-    for name, value, other in differences(spec.with_experts(None), read_config(config)):
+    described = spec.with_experts(None) if family.experts is None else spec
+    for name, value, other in differences(described, read_config(config)):
         raise UserError(
             f"config.json: {family.architecture} has no place for {name} {value!r}: whoever reads it would take "
             f"{other!r}"

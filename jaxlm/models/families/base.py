@@ -71,6 +71,21 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class PerExpert:
+    """How files hold the matrices of a layer that is divided into experts: each expert's by itself.
+
+    Args:
+        names: path of the layer's linear layer ('mlp/up_proj') -> name of an expert's matrix, with '{}' for the number
+            of the layer and for that of the expert.
+        stacked: what files of some versions have instead: a tensor [E, rows, columns] of all experts of a layer, by its
+            name -> the linear layers whose rows it holds for each expert, in turn.
+    """
+
+    names: Mapping[str, str]
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Family:
     """Decoders of one Hugging Face architecture.
 
@@ -84,12 +99,14 @@ class Family:
         write: the keys that config.json has beyond those of every family.
         rows: the name table, in the order of HF's files.
         fused: the stored tensors that hold several leaves.
+        experts: how files hold experts, in a family whose models come with them; their config.json says which.
         aliases: other names of the architecture, and of `model_type` in lower case.
         refused: architectures that are not read, though a part of them may be of this family -> why, and the way out.
         keys: key of config.json that most families share -> what this family calls it; empty where it has none.
         old_keys: what files of some versions call a key -> the key that most families share.
         reads: keys of `common.UNREAD` that this family's `read` honours.
         renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
+        in_transformers: whether transformers has the architecture; else it comes with code in its repository.
         shapes: published models by name.
     """
 
@@ -100,12 +117,14 @@ class Family:
     write: Callable[[DecoderSpec], dict[str, Any]]
     rows: tuple[Row, ...]
     fused: tuple[Fused, ...] = ()
+    experts: PerExpert | None = None
     aliases: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     old_keys: Mapping[str, str] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    in_transformers: bool = True
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
     model_type: str = ""
     is_config: Callable[[Mapping[str, Any]], bool] = lambda _: True

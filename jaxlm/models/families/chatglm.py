@@ -96,6 +96,7 @@ FAMILY = Family(
             "mlp/gate_proj": f"{_LAYER}.mlp.gate_proj",
             "mlp/up_proj": f"{_LAYER}.mlp.up_proj",
             "mlp/down_proj": f"{_LAYER}.mlp.dense_4h_to_h",
+            "mlp/router": f"{_LAYER}.mlp.router.weight",
             "norm": "transformer.encoder.final_layernorm",
             "lm_head": "transformer.output_layer",
         }
@@ -123,6 +124,7 @@ FAMILY = Family(
         "rope_theta": "",
         "rope_scaling": "",
     },
+    in_transformers=False,
     # Zhipu's model cards.
     shapes={
         "chatglm2-6b": _shape(max_position_embeddings=32768),
