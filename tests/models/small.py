@@ -159,6 +159,24 @@ _BAICHUAN |= {key: _PLAIN[key] for key in _PLAIN.keys() - {"num_key_value_heads"
 
 # Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "chatglm_6b": {
+        "plain": dict(
+            architectures=["ChatGLMModel"],
+            model_type="chatglm",
+            position_encoding_2d=True,
+            vocab_size=37,
+            hidden_size=16,
+            inner_hidden_size=24,
+            num_layers=3,
+            num_attention_heads=2,
+            max_sequence_length=64,
+            bos_token_id=30,
+            gmask_token_id=31,
+            mask_token_id=32,
+            eos_token_id=33,
+            pad_token_id=3,
+        )
+    },
     "chatglm": {
         "plain": dict(
             architectures=["ChatGLMModel"],

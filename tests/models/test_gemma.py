@@ -15,10 +15,7 @@ from tests.models.small import SMALL
 
 transformers = pytest.importorskip("transformers")
 
-<<<<<<< HEAD
-=======
 # The plain ones: test_matrix.py.
->>>>>>> vocab-and-matrix
 CASES = [(family, variant) for family in ("gemma", "gemma2", "gemma3_text") for variant in [*SMALL[family]][1:]]
 
 

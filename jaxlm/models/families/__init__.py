@@ -14,6 +14,7 @@ from jaxlm.models.families import (
     baichuan,
     bloom,
     chatglm,
+    chatglm_6b,
     falcon,
     gemma,
     gemma2,
@@ -60,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "glm": glm.FAMILY,
     "glm4": glm4.FAMILY,
     "chatglm": chatglm.FAMILY,
+    "chatglm_6b": chatglm_6b.FAMILY,
     "internlm2": internlm2.FAMILY,
     "internlm3": internlm3.FAMILY,
     "baichuan": baichuan.FAMILY,
@@ -91,7 +93,8 @@ def _named_family(config: dict[str, Any]) -> Family:
     name = listed[0]
     kind = str(config.get("model_type")).lower() if name is None else name
     for family in FAMILIES.values():
-        if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
+        names = family.model_type or family.name if name is None else family.architecture
+        if (kind == names or kind in family.aliases) and family.is_config(config):
             return family
         if kind in family.refused:
             raise UserError(f"config.json: architecture {kind!r} is not supported: {family.refused[kind]}")
@@ -157,7 +160,7 @@ def usual_names(config: dict[str, Any]) -> dict[str, Any]:
     The code that came with it (`auto_map`) is not what is written.
     """
     family = _named_family(config)
-    usual = {"architectures": [family.architecture], "model_type": family.name}
+    usual = {"architectures": [family.architecture], "model_type": family.model_type or family.name}
     if all(not config.get(key) or config[key] == value for key, value in usual.items()):
         return config
     return {key: value for key, value in config.items() if key != "auto_map"} | usual
