@@ -4,10 +4,10 @@
     python benchmarks/tpu_aot.py step [--attention pallas_tpu splash xla] [--topology v5e:4x4] [--rows 2]
 
 Needs libtpu (`pip install libtpu`), on any x86-64 Linux machine. `kernels`: instruction bundles of the code of a tile,
-i.e. cycles if nothing stalls, beside those of JAX's splash attention. `step`: LLaMA-2-7B, full fine-tuning with AdamW,
-FSDP over all chips, packed rows: bytes per chip, the scheduler's estimated cycles (bodies of loops times their trips;
-it gives none for Pallas kernels, which are counted) and collectives. Yardsticks for two programs on one topology, not
-predictions of seconds.
+i.e. cycles if nothing stalls, with and without ALiBi, beside those of JAX's splash attention. `step`: LLaMA-2-7B, full
+fine-tuning with AdamW, FSDP over all chips, packed rows: bytes per chip, the scheduler's estimated cycles (bodies of
+loops times their trips; it gives none for Pallas kernels, which are counted) and collectives. Yardsticks for two
+programs on one topology, not predictions of seconds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.devices.program import read_program
 from jaxlm.kernels.flash_attention import flash_attention
 from jaxlm.nn import attention as attention_module
+from jaxlm.nn.positions import alibi_slopes
 from jaxlm.sharding import BATCH, ROW_AXES
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -80,8 +81,11 @@ def compile_kernel(chip: str, which: str, length: int, heads: int, kv_heads: int
 
     def run(q: Any, k: Any, v: Any, ids: Any) -> Any:
         mask = attention_module.MaskSpec(ids)
-        ours = which == "pallas_tpu"
-        call = (lambda *a: flash_attention(*a, ids)[0]) if ours else (lambda *a: splash_attention(*a, mask))
+        slopes = jnp.asarray(alibi_slopes(heads)) if which == "pallas_tpu_alibi" else None
+        ours = which != "splash"
+        call = (
+            (lambda *a: flash_attention(*a, ids, slopes=slopes)[0]) if ours else (lambda *a: splash_attention(*a, mask))
+        )
         out, back = jax.vjp(call, q, k, v)
         return out, back(out)
 
@@ -110,6 +114,7 @@ def kernels(chips: list[str]) -> None:
     for chip in chips:
         for which, heads, kv_heads, length in (
             ("pallas_tpu", 32, 32, 2048),
+            ("pallas_tpu_alibi", 32, 32, 2048),
             ("pallas_tpu", 64, 8, 4096),
             ("splash", 32, 32, 2048),
         ):

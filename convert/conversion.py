@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,11 @@ from convert.formats.mixtral import check_mixtral
 from convert.formats.peft import write_peft
 from convert.formats.tiktoken import is_tiktoken, write_tokenizer_json
 from convert.source import FORMATS, adapter_format, format_of, is_adapter, open_adapter, open_model
+from convert.transforms.architecture import RenamedSource
 from jaxlm.config.plain import plain
 from jaxlm.config.reading import build
 from jaxlm.errors import UserError
+from jaxlm.models.families import family_of
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import AdapterSource, CastSource, LeafSource, ParamSource, total_bytes
 from jaxlm.weights.manifest import Hasher
@@ -132,6 +134,7 @@ def convert(
     max_positions: int | None = None,
     shard_size: str | int = SHARD_SIZE,
     layout: Literal["dense", "mixtral"] | None = None,
+    architecture: str | None = None,
     shards: int = 1,
     joined: bool = False,
     crc: bool = False,
@@ -153,6 +156,7 @@ def convert(
         max_positions: the longest row of Meta's model in tokens, which its files do not say; None: as published.
         shard_size: to hf: the largest weight file, as '5GB' or a number of bytes.
         layout: to hf: how a model of experts is laid out, 'dense' or 'mixtral'; None: as it came.
+        architecture: to hf: writes a model as another architecture that computes the same; None: its own.
         shards: to meta: number of files, the model-parallel size to run with.
         joined: to mindspore: writes w_qkv and w_gate_hidden.
         crc: to mindspore: ends the file with its CRC-32.
@@ -187,6 +191,10 @@ def convert(
     if opened.adapter is None:
         _check_effects("from", opened.format, reading, {"config": "mindspore"})
     _check_effects("to", form, writing, _WRITTEN_TO)
+    if architecture is not None:
+        if form != "hf" or not isinstance(architecture, str):
+            raise UserError(f"architecture: {architecture!r} is for models that are written as hf, and names one")
+        opened = with_architecture(opened, architecture)
     return write(form, opened, destination, writing, progress)
 
 
@@ -245,6 +253,17 @@ def _open_model(path: str | Path, form: str | None, to: str | None, options: Rea
         raise UserError(f"--groups {groups}: {path} holds no concatenated tensors")
     model = source if options.dtype == "keep" else CastSource(source, options.dtype)
     return Opened(model, format=actual, assumed=tuple(assumed))
+
+
+def with_architecture(opened: Opened, architecture: str) -> Opened:
+    """A model that was opened, to be written as another architecture; see `RenamedSource`.
+
+    Raises:
+        UserError: it is an adapter, or see there.
+    """
+    if opened.model is None:
+        raise UserError(f"--architecture {architecture}: {opened.source.path} is an adapter; it takes its base's names")
+    return replace(opened, model=RenamedSource(opened.model, architecture))
 
 
 def _open_adapter(path: str | Path, form: str | None, to: str | None, options: ReadOptions) -> Opened:
@@ -388,8 +407,8 @@ def _write_model(
     directory = output.directory
     if form == "hf":
         write_hf(source, directory, options.shard_size, output, options.layout)
-        if is_chatglm(directory):
-            rewrite_tokenizer(directory)
+        if is_chatglm(directory) and family_of(source.config).in_transformers:
+            rewrite_tokenizer(directory)  # which the architecture's own code reads as it is
         return _add_tokenizer_json(source, directory) if from_meta else ()
     if form == "jax":
         native.write_model(source, directory, output)

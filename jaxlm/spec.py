@@ -27,6 +27,7 @@ from jaxlm.jsonfields import build
 DEFAULT_THETA = 10000.0
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROUTERS = ("activation", "activation_released", "learned", "modality")
+EXPERT_WEIGHTS = ("k_times", "normalised", "shares")
 LAYOUTS = ("dense", "mixtral")
 TEXT = "text"  # the modality of every token that belongs to no other
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -94,12 +95,15 @@ class RopeSpec:
     truncate: bool | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    frequency_dtype: str | None = None  # what frequencies are rounded to: 'float16' in ChatGLM-6B; None for nothing
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope: rope_type {self.rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
         if not self.rope_theta > 0:
             raise UserError(f"rope: rope_theta is {self.rope_theta!r}; expected a positive number")
+        if self.frequency_dtype not in (None, "float16"):
+            raise UserError(f"rope: frequency_dtype {self.frequency_dtype!r} is not 'float16'")
         for name in _NEEDED.get(self.rope_type, ("factor",)):
             if getattr(self, name) is None:
                 raise UserError(f"rope: rope_type {self.rope_type!r} needs a {name!r}")
@@ -173,6 +177,22 @@ class RelativeBiasSpec:
 
 
 @dataclass(frozen=True)
+class PrefixSpec:
+    """GLM's rows (arXiv:2103.10360): the tokens of a text in front of the first `start_id` see each other.
+
+    From that token on, positions stay what the first mask token's is; the first half of each head turns by them, the
+    second half by the number of tokens since, which is 0 in front.
+
+    Args:
+        start_id: the token that an answer begins with.
+        mask_ids: the mask tokens; the first of them that the text has counts.
+    """
+
+    start_id: int
+    mask_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Grouped-query attention: of a row to itself, or to the states that an encoder gave (`LayerSpec.cross_attention`).
 
@@ -196,6 +216,7 @@ class AttentionSpec:
         causal: whether a token sees no later ones.
         relative_bias: what is added to scores by distance; None for nothing. The table belongs to the model, whose
             layers may share it.
+        prefix: which tokens of a text see each other, and its positions; None: each sees those before it.
     """
 
     num_heads: int
@@ -214,6 +235,7 @@ class AttentionSpec:
     qk_norm_over: str = "head"
     causal: bool = True
     relative_bias: RelativeBiasSpec | None = None
+    prefix: PrefixSpec | None = None
 
     def __post_init__(self) -> None:
         sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
@@ -238,6 +260,10 @@ class AttentionSpec:
                 raise UserError(f"rope: {name} has {len(factors)} numbers; {pairs} pairs of dims turn")
         if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
             raise UserError("config: rotary_dim and rotary_interleaved describe rotary positions, but rope is null")
+        if self.prefix is not None and (self.rope is None or self.head_dim % 4 or self.rotary_dim or self.window):
+            raise UserError(
+                "config: a layer with a prefix turns both halves of a head that 4 divides, without a window"
+            )
         if self.rope is not None and self.alibi:
             raise UserError(
                 "config: a layer has rotary positions or alibi, not both; set rope to null or alibi to false"
@@ -274,6 +300,10 @@ class ExpertsSpec:
         shared: router modality: the first `shared` experts serve every modality.
         layout: the Hugging Face layout that the model came in, and goes out in unless another is asked for: 'dense'
             (with the experts in files beside it) or 'mixtral'. It changes nothing that is computed.
+        weights: router learned: what the outputs of a token's experts are weighted with. normalised: the softmax over
+            them, so that the weights sum to 1 (Mixtral, Qwen3-MoE); shares: their shares of the softmax over all
+            experts (Qwen3-MoE without norm_topk_prob); k_times: k times the softmax over them, so that equal weights
+            give the plain sum, as in the dense layer, and for a k of 1 the share.
     """
 
     num_experts: int
@@ -283,8 +313,11 @@ class ExpertsSpec:
     top_k: tuple[int, ...] = ()
     shared: int = 0
     layout: str = dataclasses.field(default="dense", compare=False)
+    weights: str = "k_times"
 
     def __post_init__(self) -> None:
+        if self.weights not in EXPERT_WEIGHTS:
+            raise UserError(f"moe.weights: {self.weights!r} is not one of {', '.join(EXPERT_WEIGHTS)}")
         if self.layout not in LAYOUTS:
             raise UserError(f"moe.layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         if self.num_experts < 1:
@@ -364,6 +397,8 @@ class LayerSpec:
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
         residual_scale: what attention and feed-forward give is multiplied with it before it is added (Granite); None
             for nothing.
+        normed_residual: what attention and feed-forward give is added to what they see, their norm of the hidden
+            states, times this (ChatGLM-6B); None: to the hidden states.
         cross_attention: attention to an encoder's states, between the two, with a norm of its own; None for none.
     """
 
@@ -372,10 +407,13 @@ class LayerSpec:
     norms: str = "pre"
     parallel: str | None = None
     residual_scale: float | None = None
+    normed_residual: float | None = None
     cross_attention: AttentionSpec | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("residual_scale",))
+        _check_positive(self, ("residual_scale", "normed_residual"))
+        if self.normed_residual is not None and (self.norms != "pre" or self.parallel is not None):
+            raise UserError("config: normed_residual belongs to norms 'pre' and a feed-forward layer behind attention")
         if self.norms not in NORM_PLACES:
             raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
         if not self.norm_before and self.parallel is not None:
@@ -567,12 +605,14 @@ class DecoderSpec(_Layered):
         self._check_layers()
         if len({layer.feed_forward.experts for layer in self.period} - {None}) > 1:
             raise UserError("config: layers are divided into experts in different ways; they must share one division")
+        if len({layer.attention.prefix for layer in self.period}) > 1:
+            raise UserError("config: layers have different prefixes; they must share one")
         if not all(layer.attention.causal for layer in self.period):
             raise UserError("config: a layer of the decoder is causal; causal false is for the encoder's")
         if any((layer.cross_attention is None) == (self.encoder is not None) for layer in self.period):
             raise UserError("config: the layers of a decoder have cross_attention if and only if there is an encoder")
-        if self.encoder is not None and self.learned_positions is not None:
-            raise UserError("config: learned_positions are not supported in models with an encoder; set them to null")
+        if self.encoder is not None and (self.learned_positions is not None or self.prefix is not None):
+            raise UserError("config: learned_positions and prefix are not supported in models with an encoder")
         _check_one_bias(self.period)
 
     def refuse_encoder(self, what: str) -> None:
@@ -623,6 +663,11 @@ class DecoderSpec(_Layered):
     def feed_forward(self) -> FeedForwardSpec:
         """The feed-forward layer that all layers share; raises as `uniform_layer`."""
         return self.uniform_layer.feed_forward
+
+    @property
+    def prefix(self) -> PrefixSpec | None:
+        """Which tokens of a text see each other; None: each sees those before it."""
+        return self.period[0].attention.prefix
 
     @property
     def experts(self) -> ExpertsSpec | None:

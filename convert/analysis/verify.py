@@ -12,6 +12,9 @@ import ml_dtypes
 import numpy as np
 
 from convert.formats.peft import peft_tensors
+from convert.transforms.fused_adapter import as_stored
+from jaxlm.models.adapters import resolve_lora, saved_modules
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec, differences
 from jaxlm.weights.hf import hf_tensors
 from jaxlm.weights.leaves import AdapterSource, ParamSource
@@ -23,6 +26,8 @@ from jaxlm.weights.tensors import TensorSpec
 _STEP = 1 << 14
 # Fields of a configuration that change nothing in what a model computes for a text.
 _NOT_COMPUTED = {"initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+# Settings that say where an adapter is, at which ranks and scales.
+_PLACES = {"rank", "alpha", "targets", "rank_pattern", "alpha_pattern", "rslora", "modules_to_save"}
 
 
 @dataclass
@@ -102,13 +107,22 @@ def compare_models(first: ParamSource, second: ParamSource, advance: Callable[[i
 def compare_adapters(first: AdapterSource, second: AdapterSource, advance: Callable[[int], None]) -> Report:
     """Compares two low-rank adapters, their ranks and scales too."""
     report = _compare(peft_tensors(first), peft_tensors(second), advance)
+    # The same ranks and scales of the same linear layers may be written in other words.
+    same = _placed(first) == _placed(second)
     for option in dataclasses.fields(first.lora):
         values = getattr(first.lora, option.name), getattr(second.lora, option.name)
-        if values[0] != values[1]:
+        if values[0] != values[1] and not (same and option.name in _PLACES):
             (report.notes if option.name == "dropout" else report.config)[option.name] = values
-    if first.layers != second.layers:
+    if first.layers != second.layers and not same:
         report.config["layers"] = first.layers, second.layers
     return report
+
+
+def _placed(adapter: AdapterSource) -> tuple[dict[str, LoraSpec], list[str]]:
+    """Where an adapter is, at which ranks and scales, and which modules it saves whole."""
+    stored = as_stored(adapter)
+    specs = resolve_lora(stored.config, dataclasses.replace(stored.lora, dropout=0.0), stored.layers)
+    return specs, sorted(saved_modules(stored.config, stored.lora))
 
 
 def _compare_fields(first: DecoderSpec, second: DecoderSpec, report: Report) -> None:

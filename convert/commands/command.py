@@ -170,7 +170,10 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
         "meta": f"run it with {options.shards} processes (consolidated.NN.pth); max_seq_len up to {length}",
         "mindspore": f"load_checkpoint: {destination}/model.ckpt in MindFormers' YAML",
     }
-    architecture, parameters = family_of(source.config).architecture, num_params(source.config)
+    family, parameters = family_of(source.config), num_params(source.config)
+    architecture = family.architecture
+    if not family.in_transformers:
+        following["hf"] = f"copy the code of {architecture} beside it, or write it with --architecture"
     print(f"{'model':12} {architecture}, {parameters:,} parameters, {size} in {dtype}")
     print(f"{'next':12} {following[written.format]}")
     _say_template(written)
@@ -222,8 +225,11 @@ def _say_hf_experts(source: ParamSource, destination: str, layout: str | None) -
 
     moe = source.config.experts
     assert moe is not None
-    k = moe.top_k[0]
-    if hf_layout(source, layout) != "mixtral":
+    k, layout = moe.top_k[0], hf_layout(source, layout)
+    if layout == "own":
+        print(f"{'experts':12} {moe.num_experts}, of which transformers computes {k} for every token, as jaxlm")
+        return
+    if layout != "mixtral":
         print(
             f"{'experts':12} transformers computes all {moe.num_experts} for every token: to it this is a dense model. "
             f"jaxlm reads {destination}/{FOLDER} and chooses, router {moe.router}"

@@ -28,6 +28,13 @@ def add_format_verbs(verbs: Any) -> None:
         "Mixtral's, for a learned router with one k (default: the one that it came in; dense if it was made here)",
     )
 
+    verb.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="write it as another architecture that computes the same, e.g. GlmForCausalLM for ChatGLM3, or "
+        "LlamaForCausalLM for InternLM2 (default: its own)",
+    )
+
     verb = add_verb(verbs, "peft-to-jax", _convert, "a PEFT LoRA adapter becomes a jaxlm adapter")
     verb.add_argument("source", metavar="ADAPTER", help="directory with adapter_config.json and adapter_model.*")
     verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
@@ -108,7 +115,7 @@ def _add_meta_source(verb: argparse.ArgumentParser) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     """Runs the verb `A-to-B`, whose source must be of format A."""
-    from convert.conversion import ReadOptions, WriteOptions, open_source
+    from convert.conversion import ReadOptions, WriteOptions, open_source, with_architecture
     from jaxlm.weights.output import parse_size
 
     given = vars(options)
@@ -121,6 +128,8 @@ def _convert(options: argparse.Namespace) -> None:
     how = {name: given[name] for name in reading if name in given}
     to = "peft" if adapter and to == "hf" else to
     opened = open_source(options.source, form, to, ReadOptions(adapter, **how))
+    if given.get("architecture") is not None:
+        opened = with_architecture(opened, given["architecture"])
     writing = WriteOptions(
         parse_size(shard_size or SHARD_SIZE),
         given.get("layout"),

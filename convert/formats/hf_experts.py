@@ -29,7 +29,7 @@ from jaxlm.jsontext import read_object
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.version1 import ExpertsFields
 from jaxlm.spec import DecoderSpec, ExpertsSpec
-from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, write_dense
+from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, write_files
 from jaxlm.weights.leaves import DerivedSource, ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, hf_entries, leaf_shapes
 from jaxlm.weights.output import Advance
@@ -164,6 +164,7 @@ def _moe(where: Path, values: Any) -> ExpertsSpec:
         "top_k": numbers(values["top_k"]),
         "shared": numbers([values.get("shared", 0)]),
         "layout": isinstance(values.get("layout", "dense"), str),
+        "weights": isinstance(values.get("weights", "k_times"), str),
     }
     for key, fits in good.items():
         if not fits:
@@ -201,8 +202,18 @@ def _sha256(file: Path) -> str:
 
 
 def hf_layout(source: ParamSource, layout: str | None) -> str:
-    """'dense' or 'mixtral': the layout that was asked for, else the one that the model came in."""
-    moe = source.config.experts
+    """'dense' or 'mixtral': the layout that was asked for, else the one that the model came in; 'own': its family's.
+
+    Raises:
+        UserError: one was asked for, and the family's files hold experts themselves.
+    """
+    moe, family = source.config.experts, family_of(source.config)
+    if moe is not None and family.experts is not None:
+        if layout is not None:
+            raise UserError(
+                f"--layout {layout}: the files of {family.architecture} hold experts themselves; leave --layout out"
+            )
+        return "own"
     return layout or (moe.layout if moe else "dense")
 
 
@@ -224,9 +235,12 @@ def write_hf(
     layout = hf_layout(source, layout)
     if layout == "mixtral":
         write_mixtral(source, directory, shard_size, advance)
+    elif layout == "own":
+        write_files(source, directory, shard_size, advance)
+        return
     else:
         plain = source if source.config.experts is None else DenseSource(source, strict=False)
-        write_dense(plain, directory, shard_size, advance)
+        write_files(plain, directory, shard_size, advance)
     if source.config.experts is not None:
         write_folder(source, directory, advance, layout == "mixtral")
 
@@ -242,8 +256,7 @@ def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral
     assert moe is not None
     folder = directory / FOLDER
     folder.mkdir()
-    values = dataclasses.asdict(ExpertsFields.of(moe))
-    del values["layout"]  # the directory shows it
+    values = ExpertsFields.of(dataclasses.replace(moe, layout="dense")).to_dict()  # the directory shows the layout
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "moe": values}
     if mixtral:
         content["architecture"] = family_of(source.config).architecture

@@ -480,7 +480,8 @@ def params_for(config: DecoderSpec) -> dict[str, Any]:
             raise UserError(f"the model's llama3 rope {write_rope(rope)} differs from Meta's (1, 4 and 8192)")
     elif rope.rope_type != "default":
         raise UserError(f"the model has rope_type {rope.rope_type!r}; Meta's format has 'default' and 'llama3'")
-    write_config(config, "float32")  # which refuses what no LLaMA computes, by name
+    # Which refuses what no LLaMA computes, by name.
+    write_config(dataclasses.replace(config, family="llama"), "float32")
     return params
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,15 @@ import numpy as np
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
 from jaxlm.models.families import write_config
-from jaxlm.models.families.common import check_theta_is_kept
+from jaxlm.models.families.common import ACTIVATION_WORDS, check_theta_is_kept
 from jaxlm.spec import DecoderSpec, ExpertsSpec
+from jaxlm.weights.experts import expert_tensors, experts_entries, join_experts
 from jaxlm.weights.hf import HfSource, copy_files
-from jaxlm.weights.leaves import ParamSource, cast, main_dtype, stored_blocks
-from jaxlm.weights.names import Entry, Shape, hf_entries, transposed
+from jaxlm.weights.leaves import ParamSource, main_dtype, stored_blocks
+from jaxlm.weights.names import hf_entries
 from jaxlm.weights.output import Advance
 from jaxlm.weights.safetensors import write_safetensors
-from jaxlm.weights.tensors import JoinedColumns, JoinedRows, Tensor, TensorSpec, WrappedTensor
+from jaxlm.weights.tensors import Tensor, TensorSpec, WrappedTensor
 
 ARCHITECTURE, KIND = "MixtralForCausalLM", "mixtral"
 # What a key that is not in a config.json means; source: transformers' MixtralConfig.
@@ -50,7 +50,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 _MOE = "model.layers.{}.block_sparse_moe"
 _EXPERT = re.compile(r"model\.layers\.(\d{1,9})\.block_sparse_moe\.experts\.(\d{1,9})\.w[123]\.weight")
-_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+_PARTS = {"mlp/gate_proj": "w1", "mlp/up_proj": "w3", "mlp/down_proj": "w2"}
+_EXPERTS = {path: f"{_MOE}.experts.{{}}.{part}.weight" for path, part in _PARTS.items()}
 
 
 def is_mixtral(config: dict[str, Any]) -> bool:
@@ -84,6 +85,8 @@ class MixtralSource(HfSource):
                 "by the expert's share of the softmax over all, so it would be another model; to train it on with two "
                 "experts for a token, write 2 there"
             )
+        if content.get("hidden_act", "silu") not in ACTIVATION_WORDS["silu"]:
+            raise UserError(f"{where}: hidden_act is {content['hidden_act']!r}; experts are computed with 'silu' alone")
         dense = {key: value for key, value in content.items() if key not in ("num_local_experts", "num_experts")}
         like_mistral = dense | {
             "architectures": ["MistralForCausalLM"],
@@ -105,47 +108,18 @@ class MixtralSource(HfSource):
         super().prepare(weights, tensors)
         moe = self.config.experts
         assert moe is not None
-        size = self.config.feed_forward.size // moe.num_experts
-        shapes = {"w1": (size, self.config.hidden_size), "w2": (self.config.hidden_size, size)}
-        shapes["w3"] = shapes["w1"]
-        for entry in hf_entries(self.config):
-            if entry.layer is None:
-                continue
-            stem, linear = _MOE.format(entry.layer), entry.path.split("/")[2]
-            if entry.path == ROUTER and f"{stem}.gate.weight" in tensors:
-                tensors[entry.name] = tensors.pop(f"{stem}.gate.weight")
-            elif linear in _PARTS:
-                part = _PARTS[linear]
-                names = [f"{stem}.experts.{expert}.{part}.weight" for expert in range(moe.num_experts)]
-                tensors[entry.name] = self._joined(weights, entry.name, names, tensors, shapes[part], moe.top_k[0])
+        for router in hf_entries(self.config):
+            if router.path == ROUTER and (gate := f"{_MOE.format(router.layer)}.gate.weight") in tensors:
+                tensors[router.name] = tensors.pop(gate)
+        for entry in experts_entries(self.config, _EXPERTS):
+            whole = join_experts(weights, tensors, entry)
+            tensors[entry.whole.name] = _Divided(whole, moe.top_k[0]) if entry.side_by_side else whole
         left = next((name for name in tensors if _EXPERT.fullmatch(name)), None)
         if left is not None:
             raise UserError(
                 f"{weights}: tensor {left!r} has no place: config.json says {moe.num_experts} experts in "
                 f"{self.config.num_layers} layers"
             )
-
-    def _joined(
-        self, weights: Path, name: str, names: list[str], tensors: dict[str, Tensor], shape: Shape, k: int
-    ) -> Tensor:
-        parts: list[Tensor] = []
-        for part in names:
-            if part not in tensors:
-                raise UserError(f"{weights}: tensor {part!r} is missing; copy the model again")
-            tensor = tensors.pop(part)
-            if tensor.shape != shape:
-                raise UserError(
-                    f"{weights}: tensor {part!r} has shape {list(tensor.shape)}, config.json means {list(shape)}"
-                )
-            if parts and tensor.dtype != parts[0].dtype:
-                raise UserError(
-                    f"{weights}: {part!r} is {tensor.dtype.name} and {names[0]!r} is {parts[0].dtype.name}; experts "
-                    "are joined, so they need one dtype: save the model in one dtype first"
-                )
-            parts.append(tensor)
-        if ".down_proj." in name:
-            return _Divided(JoinedColumns(name, tuple(parts)), k)
-        return JoinedRows(name, tuple((tensor, 0, shape[0]) for tensor in parts))
 
 
 @dataclass(frozen=True)
@@ -174,6 +148,11 @@ def check_mixtral(source: ParamSource) -> None:
         raise UserError(
             f"--layout mixtral: Mixtral's router is a trained matrix, that of {source.path} is {moe.router}; make one "
             f"(convert distil-router), or {instead}"
+        )
+    if moe.weights != "k_times":
+        raise UserError(
+            f"--layout mixtral: the weights of a token's experts in {source.path} are {moe.weights}; what is written "
+            "in it has k_times the softmax over them, as `convert moefy` makes it"
         )
     if len(set(moe.top_k)) > 1:
         used = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
@@ -211,52 +190,19 @@ def mixtral_config(source: ParamSource) -> dict[str, Any]:
 
 def mixtral_tensors(source: ParamSource) -> list[TensorSpec]:
     """The tensors in Mixtral's layout, to be read once, in this order."""
-    specs: list[TensorSpec] = []
-    for entry in hf_entries(source.config):
-        dtype, linear = source.leaves[entry.path].dtype, entry.path.split("/")[-2]
-        if entry.path == ROUTER:
-            name = f"{_MOE.format(entry.layer)}.gate.weight"
-            specs.append(TensorSpec(name, entry.layout.stored, dtype, stored_blocks(source, entry)))
-        elif linear in _PARTS:
-            specs += _expert_tensors(source, entry, _PARTS[linear])
-        else:
-            specs.append(TensorSpec(entry.name, entry.layout.stored, dtype, stored_blocks(source, entry)))
-    return specs
-
-
-def _expert_tensors(source: ParamSource, entry: Entry, part: str) -> list[TensorSpec]:
-    """One matrix of a layer as those of its experts, which are written one after the other."""
     moe = source.config.experts
     assert moe is not None
-    size = source.config.feed_forward.size // moe.num_experts
-    dtype, shape = source.leaves[entry.path].dtype, entry.layout.stored
-    shape = (shape[0], size) if part == "w2" else (size, shape[1])
-    pieces = _pieces(source, entry, part == "w2", size, moe.top_k[0])
-    names = [f"{_MOE.format(entry.layer)}.experts.{expert}.{part}.weight" for expert in range(moe.num_experts)]
-    return [TensorSpec(name, shape, dtype, _Next(pieces, name == names[-1])) for name in names]
-
-
-def _pieces(source: ParamSource, entry: Entry, down: bool, size: int, k: int) -> Generator[np.ndarray, None, None]:
-    """The matrices of the experts of one layer; the layer's is in memory meanwhile."""
-    assert entry.layer is not None
-    leaf = source.read(entry.path, (slice(entry.layer, entry.layer + 1),))[0]  # down [F, D], the others [D, F]
-    for start in range(0, source.config.feed_forward.size, size):
-        neurons = slice(start, start + size)
-        matrix = transposed(leaf[neurons] if down else leaf[:, neurons])
-        yield cast(matrix.astype(np.float32) * np.float32(k), matrix.dtype, entry.name) if down else matrix
-
-
-class _Next:
-    """The next piece of a stream. The last one closes it: what it holds would stay until all layers are written."""
-
-    def __init__(self, stream: Generator[np.ndarray, None, None], last: bool) -> None:
-        self._stream = stream
-        self._last = last
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        yield next(self._stream)
-        if self._last:
-            self._stream.close()
+    experts = {entry.whole.name: entry for entry in experts_entries(source.config, _EXPERTS)}
+    specs: list[TensorSpec] = []
+    for entry in hf_entries(source.config):
+        divided = experts.get(entry.name)
+        if divided is not None:
+            specs += expert_tensors(source, divided, moe.top_k[0] if divided.side_by_side else 1)
+            continue
+        name = f"{_MOE.format(entry.layer)}.gate.weight" if entry.path == ROUTER else entry.name
+        dtype = source.leaves[entry.path].dtype
+        specs.append(TensorSpec(name, entry.layout.stored, dtype, stored_blocks(source, entry)))
+    return specs
 
 
 def write_mixtral(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:

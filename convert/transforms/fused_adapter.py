@@ -46,15 +46,15 @@ class FusedAdapter:
 
     def __init__(self, adapter: AdapterSource, adapted: Mapping[str, Adapted]) -> None:
         self._adapter = adapter
-        self.config = adapter.config
-        self.partition = adapter.partition
+        self.config = adapter.config.with_experts(None)  # to PEFT a layer of experts is the dense one
+        self.partition = None
         self.path = adapter.path
         self.layers = adapter.layers
         self.base = adapter.base
         self.peft_config = adapter.peft_config
         self.tokenizer_files = adapter.tokenizer_files
         self.prompt_files = adapter.prompt_files
-        lora, linears = as_one_adapter(adapter.config, adapter.lora), linears_of(adapter.config)
+        lora, linears = as_one_adapter(adapter.config, adapter.lora), linears_of(self.config)
         self._rslora = lora.rslora
         self._parts: dict[str, dict[str, Adapted]] = {}
         for name, each in adapted.items():

@@ -41,13 +41,16 @@ class LoraConfig:
         rank: R of the two factors.
         alpha: the adapter is scaled by alpha / rank (alpha / sqrt(rank) with rslora).
         dropout: probability of dropping an input of the adapter while training.
-        targets: linear layers by name: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj.
+        targets: linear layers by name, jaxlm's (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) or those of
+            the family's modules in Hugging Face's code (query_key_value, fc1), in full or by their last parts;
+            all-linear: all that are linear layers there, as in PEFT.
         rank_pattern: other ranks by module name or regular expression, as in PEFT, e.g.
             {"layers.0.self_attn.q_proj": 16}.
         alpha_pattern: other alphas, likewise.
         rslora: rank-stabilised scaling.
         dora: weight-decomposed adapters (DoRA).
-        modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens.
+        modules_to_save: modules trained in full beside the adapter, e.g. [embed_tokens, lm_head] after adding tokens;
+            by jaxlm's names or Hugging Face's.
         per_expert: in a model of experts, gate_proj, up_proj and down_proj have an adapter of this rank for each
             expert, not one for all.
         init_from: start from the weights of this adapter (PEFT directory or LoRA run directory) with a

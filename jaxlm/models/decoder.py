@@ -31,7 +31,7 @@ from jaxlm.nn.experts import ExpertsFeedForward
 from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.nn.norms import Norm
-from jaxlm.nn.positions import relative_bias, rope_cos_sin
+from jaxlm.nn.positions import prefix_positions, relative_bias, rope_cos_sin
 from jaxlm.nn.routers import modality_ids as ids_of_modalities
 from jaxlm.nn.self_attention import SelfAttention
 from jaxlm.spec import ENCODER, DecoderSpec, EncoderSpec, LayerSpec, NormSpec
@@ -118,10 +118,13 @@ class Block(nn.Module):
             source: what a layer with cross-attention attends to.
 
         Returns:
-            x with attention added [B, T, D], the input of the feed-forward part [B, T, D], keys and values.
+            what the feed-forward part is added to [B, T, D], mostly x with attention added; what that part sees
+            [B, T, D]; keys and values.
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         normed = self.input_layernorm(x) if self.spec.norm_before else x
+        if self.spec.normed_residual is not None:
+            x = normed * jnp.asarray(self.spec.normed_residual, self.dtype)
         attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache, bias)
         if self.spec.norms in ("post", "both"):
             attended = self.attention_output_norm(attended)
@@ -136,7 +139,10 @@ class Block(nn.Module):
             return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
             return middle, normed, key_values
-        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), key_values
+        normed = self.post_attention_layernorm(x if self.spec.parallel else middle)
+        if self.spec.normed_residual is not None:
+            middle = normed * jnp.asarray(self.spec.normed_residual, self.dtype)
+        return middle, normed, key_values
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """x [B, T, D] of `attend` with the output of the feed-forward part added."""
@@ -285,10 +291,11 @@ class Decoder(nn.Module):
         if s.final_norm:
             self.norm = Norm(s.norm, self.dtype, self.param_dtype)
         if s.embedding_size is not None:
-            into, out = (s.embedding_size, s.hidden_size), (s.hidden_size, s.embedding_size)
+            # [outputs, inputs], as the output matrix.
+            into, out = (s.hidden_size, s.embedding_size), (s.embedding_size, s.hidden_size)
             normal, boxed = nn.initializers.normal(s.initializer_range), nn.with_logical_partitioning
-            self.project_in = _Matrix(into, boxed(normal, (None, "embed")), self.param_dtype, "kernel")
-            self.project_out = _Matrix(out, boxed(normal, ("embed", None)), self.param_dtype, "kernel")
+            self.project_in = _Matrix(into, boxed(normal, ("embed", None)), self.param_dtype, "kernel")
+            self.project_out = _Matrix(out, boxed(normal, (None, "embed")), self.param_dtype, "kernel")
         if s.learned_positions is not None:
             # Rows over devices as those of the vocabulary.
             shape = s.learned_positions.num_rows, s.hidden_size
@@ -314,7 +321,7 @@ class Decoder(nn.Module):
         if self.spec.embedding_scale is not None:
             x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
         if self.spec.embedding_size is not None:
-            x = jnp.dot(x, self.project_in().astype(self.dtype))
+            x = jnp.dot(x, self.project_in().astype(self.dtype).T)
         if self.spec.learned_positions is not None:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -372,15 +379,30 @@ class Decoder(nn.Module):
         if self.spec.logits_scale is not None:
             x = x * self.spec.logits_scale
         if self.spec.embedding_size is not None:
-            x = jnp.dot(x.astype(self.dtype), self.project_out().astype(self.dtype))
+            x = jnp.dot(x.astype(self.dtype), self.project_out().astype(self.dtype).T)
         matrix = self.embed_tokens() if self.spec.tied_head else self.lm_head()
         return x, _unit_rows(matrix) if self.spec.normed_head else matrix
 
     # --- inputs of the layers beside x --------------------------------------------------------------------------------
 
     @nn.nowrap
-    def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
-        """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree."""
+    def prefixed(
+        self, input_ids: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Positions, places in the answer and segment ids (see `prefix_positions`); as given without a prefix."""
+        if self.spec.prefix is None:
+            return positions, None, segment_ids
+        return prefix_positions(self.spec.prefix, input_ids, positions, segment_ids)
+
+    @nn.nowrap
+    def angles(
+        self, positions: jax.Array, lengths: jax.Array | None = None, places: jax.Array | None = None
+    ) -> tuple[Angles, ...]:
+        """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree.
+
+        Args:
+            places: [B, T], those in the answer, by which the second half of a head turns where there is a prefix.
+        """
         by_rope: dict[Any, Angles] = {}
         result: list[Angles] = []
         for layer in self.spec.period:
@@ -388,6 +410,11 @@ class Decoder(nn.Module):
                 result.append((None, None))
                 continue
             key = layer.attention.rope, layer.attention.rotary_dim or layer.attention.head_dim
+            if places is not None:
+                half, longest = (key[0], key[1] // 2), self.spec.max_position_embeddings
+                pairs = zip(*(rope_cos_sin(*half, longest, by, lengths) for by in (positions, places)), strict=True)
+                cos, sin = (jnp.concatenate(pair, axis=-1) for pair in pairs)
+                by_rope[key] = cos, sin
             if key not in by_rope:
                 by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
             result.append(by_rope[key])
@@ -431,11 +458,12 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         x = self.embed(input_ids, positions)
-        angles = self.angles(positions)
         if self.spec.experts is None:
             modality_ids = None
         elif modality_ids is None:
             modality_ids = self.modality(input_ids, segment_ids)
+        positions, places, segment_ids = self.prefixed(input_ids, positions, segment_ids)
+        angles = self.angles(positions, places=places)
         options = [self._block_options(layer, deterministic) for layer in self.spec.period]
         more: tuple[Any, ...] = segment_ids, modality_ids
         if self.spec.encoder is not None:
@@ -571,7 +599,7 @@ def abstract_layer(model: Decoder, number: int) -> Any:
     def init(key: jax.Array) -> Any:
         ids = jnp.zeros((1, 8), jnp.int32)
         x = jnp.zeros((1, 8, model.spec.hidden_size), model.dtype)
-        angles = model.angles(ids)[number % len(model.spec.period)]
+        angles = model.angles(ids, places=ids if model.spec.prefix else None)[number % len(model.spec.period)]
         more: tuple[Any, ...] = ()
         if model.spec.encoder is not None:
             relative = model.spec.relative_bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
@@ -51,6 +52,15 @@ def resolve_experts(
         if stop > shape.vocab_size:
             raise UserError(f"moe.ranges: {name} ends at token {stop}, the model has {shape.vocab_size}")
     pairs = tuple((start, stop) for start, stop in ranges.values())
-    layout = old.layout if old else "dense"
-    moe = ExpertsSpec(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, layout)
-    return shape.with_experts(moe)
+    kept = {} if old is None else {"layout": old.layout, "weights": old.weights}
+    moe = ExpertsSpec(experts, router, names, pairs, tuple(top_k[name] for name in names), shared, **kept)
+    if old is None:
+        return shape.with_experts(moe)
+    # A layer of a model that comes with experts in some of its layers stays dense where it is.
+    return shape.with_layers(
+        lambda layer: (
+            layer
+            if layer.feed_forward.experts is None
+            else replace(layer, feed_forward=replace(layer.feed_forward, experts=moe))
+        )
+    )

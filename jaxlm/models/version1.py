@@ -30,6 +30,7 @@ class ExpertsFields:
     top_k: tuple[int, ...] = ()
     shared: int = 0
     layout: str = "dense"
+    weights: str = "k_times"
 
     @classmethod
     def of(cls, experts: ExpertsSpec) -> ExpertsFields:
@@ -41,6 +42,12 @@ class ExpertsFields:
         """The division that they describe."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ExpertsSpec(values.pop("experts"), **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; what came later is left out where it says what was."""
+        values = dataclasses.asdict(self)
+        later = {"layout": "dense", "weights": "k_times"}
+        return {key: value for key, value in values.items() if key not in later or value != later[key]}
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,7 @@ class ModelFields:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, as they were recorded, and hashed."""
         values = dataclasses.asdict(self)
-        if self.moe is not None and self.moe.layout == "dense":
-            del values["moe"]["layout"]  # as before there was another
-        return values
+        return values if self.moe is None else values | {"moe": self.moe.to_dict()}
 
 
 def recorded(spec: DecoderSpec) -> dict[str, Any]:

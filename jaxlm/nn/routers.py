@@ -5,10 +5,11 @@
 - activation_released: what SciMind's published code computes. A token's scores are zeroed for the modalities it does
   not belong to, and top-k of zeros picks the first experts: so every token also uses experts 0 to k' - 1 of the other
   modalities' k'. Ties go to the lowest index; a product with zero would leave -0.0, which JAX sorts below 0.0.
-- learned: a linear router on the layer's input; the output is weighted by k times the softmax over the chosen, so that
-  a router that does not discriminate gives the plain sum. With k = 1 that would be 1 whatever the router says, and the
-  task could not train it: there the weight is the chosen one's share of the softmax over all experts, as in the Switch
-  Transformer (arXiv:2101.03961, equation 2).
+- learned: a linear router on the layer's input. The output of a layer that was divided (`ExpertsSpec.weights` k_times)
+  is weighted by k times the softmax over the chosen, so that a router that does not discriminate gives the plain sum.
+  With k = 1 that would be 1 whatever the router says, and the task could not train it: there the weight is the chosen
+  one's share of the softmax over all experts, as in the Switch Transformer (arXiv:2101.03961, equation 2). Models that
+  come with experts have the softmax over the chosen (normalised), or their shares of that over all (shares).
 - modality: a fixed set for each modality: the shared experts, and others of its own.
 
 Shapes: E experts, k experts of a token; ... dims of the tokens, [B, T] as a rule: rows and lengths may lie on different
@@ -82,20 +83,27 @@ def route_by_modality(experts: ExpertsSpec, modality: jax.Array) -> Routing:
 
 
 def route_learned(experts: ExpertsSpec, logits: jax.Array, noise: jax.Array | None, modality: jax.Array) -> Routing:
-    """The k best experts by logits [..., E] (plus noise, when training), weighted by k times the softmax over them.
+    """The k best experts by logits [..., E] (plus noise, when training), weighted as `ExpertsSpec.weights` says.
 
-    For tokens whose k is 1 the softmax is over all experts, so that its gradient is not zero.
+    With k_times, for tokens whose k is 1, the softmax is over all experts, so that its gradient is not zero.
     """
     routing = route_by_scores(experts, logits if noise is None else logits + noise, modality)
+
+    def of_all() -> jax.Array:
+        return jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), routing.experts, axis=-1)
+
+    if experts.weights == "shares":
+        return routing.replace(weights=jnp.where(routing.live, of_all(), 0.0))  # type: ignore[attr-defined]
     chosen = jnp.where(routing.live, jnp.take_along_axis(logits, routing.experts, axis=-1), -jnp.inf)
     # Padding has no live expert: a softmax over nothing must not become NaN, nor its gradient.
     largest = jnp.max(jnp.where(routing.live, chosen, -1e30), axis=-1, keepdims=True)
     powers = jnp.where(routing.live, jnp.exp(jnp.where(routing.live, chosen, 0.0) - largest), 0.0)
     shares = powers / jnp.maximum(powers.sum(axis=-1, keepdims=True), 1e-30)
+    if experts.weights == "normalised":
+        return routing.replace(weights=shares)  # type: ignore[attr-defined]
     own_k = _own_k(experts, modality)[..., None]
     if 1 in experts.top_k:
-        of_all = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), routing.experts, axis=-1)
-        shares = jnp.where(own_k == 1, jnp.where(routing.live, of_all, 0.0), shares)
+        shares = jnp.where(own_k == 1, jnp.where(routing.live, of_all(), 0.0), shares)
     return routing.replace(weights=shares * own_k)  # type: ignore[attr-defined]
 
 
@@ -127,7 +135,8 @@ def choose_compute(
     """
     scored = experts.router.startswith("activation")
     # With a router that scores activations only the down projection can skip anything.
-    touched = [adapters[name] for name in (("down_proj",) if scored else LINEARS) if name in adapters]
+    names = ("down_proj",) if scored else (*LINEARS, "gate_up_proj")
+    touched = [adapters[name] for name in names if name in adapters]
     why_dense = ""
     if any(spec.dora for spec in touched):
         why_dense = "DoRA scales whole columns of the weights"

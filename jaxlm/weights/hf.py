@@ -18,6 +18,7 @@ from jaxlm.models.families import family_of, read_config, usual_names, write_con
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer.files import find_tokenizer_files
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
+from jaxlm.weights.experts import expert_tensors, join_experts, own_experts, split_stacked
 from jaxlm.weights.files import find_weights, read_tensors
 from jaxlm.weights.leaves import (
     Index,
@@ -160,6 +161,9 @@ class HfSource(StackedTensors):
                 weights, tensors, copy, name, "they are one in this architecture; convert with transformers first"
             )
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
+        split_stacked(weights, tensors, self.config)
+        for entry in own_experts(self.config):
+            tensors[entry.whole.name] = join_experts(weights, tensors, entry)
         self.prepare(weights, tensors)
         entries, fused = hf_entries(self.config), fused_entries(self.config)
         wholes = {part.name: whole for whole in fused for part in whole.parts}
@@ -310,8 +314,12 @@ def copy_files(files: list[Path], directory: Path) -> None:
 def hf_tensors(source: ParamSource) -> list[TensorSpec]:
     """The tensors of a model as HF names and lays them out, to be read once, in this order."""
     fused = {part.name: whole for whole in fused_entries(source.config) for part in whole.parts}
+    experts = {entry.whole.name: entry for entry in own_experts(source.config)}
     tensors = []
     for entry in hf_entries(source.config):
+        if entry.name in experts:
+            tensors += expert_tensors(source, experts[entry.name])
+            continue
         dtype, whole = source.leaves[entry.path].dtype, fused.get(entry.name)
         if whole is None:
             tensors.append(TensorSpec(entry.name, entry.layout.stored, dtype, stored_blocks(source, entry)))
@@ -337,11 +345,11 @@ def _fused_blocks(source: ParamSource, whole: FusedEntry) -> Iterator[np.ndarray
             yield few.to_stored(np.ascontiguousarray(leaf))
 
 
-def write_dense(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
-    """Writes a dense model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
+def write_files(source: ParamSource, directory: Path, shard_size: int, advance: Advance) -> None:
+    """Writes a model as a Hugging Face directory (safetensors), one piece of a tensor at a time.
 
     Args:
-        source: `config.experts` is None.
+        source: a dense model, or one of experts whose family's files hold them.
         directory: an existing, empty directory.
         shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
         advance: called with the bytes written.

@@ -15,6 +15,7 @@ from jaxlm.data.records import Record
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
 from tests.convert.tiny import make_hf_model
+from tests.models.small import hf_model
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -194,3 +195,15 @@ def test_whose_template_it_is(tmp_path: Path) -> None:
     save(tmp_path, "out")
     with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(tmp_path).render_chat(TALK)
+
+
+def test_under_its_own_architecture_it_stays_as_it_is(tmp_path: Path, run: Callable[..., str]) -> None:
+    """The code of that repository reads it; transformers' GLM does not."""
+    save(tmp_path / "own")
+    hf_model("chatglm", padded_vocab_size=400).save_pretrained(tmp_path / "own")
+    run("hf-to-jax", tmp_path / "own", tmp_path / "jax")
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+    run("jax-to-hf", tmp_path / "jax", tmp_path / "glm", "--architecture", "GlmForCausalLM")
+    assert (tmp_path / "glm" / "tokenizer.json").is_file() and not (tmp_path / "glm" / "tokenizer.model").exists()

@@ -301,6 +301,12 @@ def test_shards_that_do_not_fit(tmp_path: Path, refused: Callable[..., str]) -> 
         ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'linear'"),
         ("Llama", {"rope_parameters": LLAMA31 | {"low_freq_factor": 2.0}}, "differs from Meta's"),
         ("Llama", {"vocab_size": 37}, "cannot be split evenly (37"),
+        # Which has LLaMA's names, but turns its heads otherwise.
+        (
+            "Glm",
+            {"attention_bias": False, "head_dim": 6, "pad_token_id": None, "partial_rotary_factor": 0.7},
+            "has no place for attention.rotary_dim",
+        ),
     ],
 )
 def test_what_meta_cannot_hold(

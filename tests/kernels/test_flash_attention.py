@@ -344,6 +344,19 @@ def test_sharded() -> None:
     assert np.all(np.isneginf(found[1][0, 16:])) and np.all(np.isfinite(found[1][0, :16]))
 
 
+def test_heads_moved_along_the_sequence_axis_keep_their_slopes() -> None:
+    """Heads are over two mesh axes in there: every device takes its own."""
+    from jaxlm.config import MeshConfig
+    from jaxlm.devices.mesh import make_mesh, use_mesh
+
+    q, k, v, _ = tensors(16, (8, 2))
+    mask = MaskSpec(alibi=True)
+    config = MeshConfig(data=1, fsdp=1, sequence=2, tensor=2)
+    with use_mesh(make_mesh(config, jax.devices()[:4])), pltpu.force_tpu_interpret_mode():
+        found = jax.jit(lambda *args: attention(*args, mask, "pallas_tpu"))(q, k, v)
+    np.testing.assert_allclose(found, reference_attention(q, k, v, mask), rtol=0, atol=2e-5)
+
+
 def test_errors() -> None:
     q, k, v, _ = tensors(8, (4, 2))
     ids = np.ones((2, 8), np.int32)

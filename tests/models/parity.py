@@ -33,16 +33,17 @@ def random_model(family: str, variant: str, std: float = 0.3, **more: Any) -> tu
     return module, spec, tree_of(dict(module.named_parameters()), spec)
 
 
-def check_family(family: str, variant: str, **more: Any) -> None:
+def check_family(family: str, variant: str, experts: str = "dense", **more: Any) -> None:
     """Holds a small model to transformers': rows whole, packed and padded; with caches, also of beams; streamed.
 
     Args:
         variant: a key of SMALL[family].
+        experts: how a layer of experts computes (see `ExpertsFeedForward`).
         more: values of its configuration.
     """
     torch = pytest.importorskip("torch")
     module, spec, params = random_model(family, variant, **more)
-    model = Decoder(spec, remat="none")
+    model = Decoder(spec, remat="none", experts=experts)
     rng = np.random.default_rng(3)
     ids = rng.integers(0, spec.vocab_size, (len(ROWS), T)).astype(np.int32)
     segments, positions = np.zeros_like(ids), np.zeros_like(ids)

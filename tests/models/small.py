@@ -43,6 +43,7 @@ _TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
 }
+_MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=5)
 _EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
 # Phi-3's configuration class takes the head dim to be D / H, and its embedding learns nothing of padding.
 _PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_id=None)
@@ -100,6 +101,26 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "plain": SIZES | _GEMMA | dict(num_hidden_layers=5, rope_parameters=_TWO_ROPES, layer_types=_EVERY_THIRD),
         "local": SIZES | _GEMMA | dict(final_logit_softcapping=3.0, attention_bias=True, tie_word_embeddings=False),
     },
+    "qwen3_moe": {
+        "plain": SIZES | _MOE | dict(norm_topk_prob=True),
+        "shares": SIZES | _MOE | dict(num_experts_per_tok=3, attention_bias=True, tie_word_embeddings=True),
+        "dense_layers": SIZES
+        | _MOE
+        | dict(
+            norm_topk_prob=True, num_hidden_layers=5, decoder_sparse_step=2, use_sliding_window=True, sliding_window=4
+        ),
+    },
+    "ministral": {
+        "plain": SIZES | dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "everywhere": SIZES | _TIED | dict(sliding_window=4),
+    },
+    "smollm3": {
+        "plain": SIZES | dict(num_hidden_layers=5, no_rope_layer_interval=2, rope_theta=500.0, pad_token_id=None),
+        "windows": SIZES
+        | _BIASES
+        | dict(no_rope_layers=[1, 0, 0], use_sliding_window=True, sliding_window=4)
+        | dict(tie_word_embeddings=False, pad_token_id=None),
+    },
     "granite": {
         "plain": SIZES
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
@@ -156,6 +177,24 @@ _BAICHUAN |= {key: _PLAIN[key] for key in _PLAIN.keys() - {"num_key_value_heads"
 
 # Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "chatglm_6b": {
+        "plain": dict(
+            architectures=["ChatGLMModel"],
+            model_type="chatglm",
+            position_encoding_2d=True,
+            vocab_size=37,
+            hidden_size=16,
+            inner_hidden_size=24,
+            num_layers=3,
+            num_attention_heads=2,
+            max_sequence_length=64,
+            bos_token_id=30,
+            gmask_token_id=31,
+            mask_token_id=32,
+            eos_token_id=33,
+            pad_token_id=3,
+        )
+    },
     "chatglm": {
         "plain": dict(
             architectures=["ChatGLMModel"],
@@ -192,19 +231,37 @@ VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant 
 def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
     """The spec of a small model, read from the config.json that transformers writes, or from one of OWN."""
     if family in OWN:
-        return read_config((OWN[family][variant] if variant else next(iter(OWN[family].values()))) | more)
+        return read_config(own_values(family, variant) | more)
     return read_config(
         hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
     )
 
 
+def own_values(family: str, variant: str = "") -> dict[str, Any]:
+    """config.json of a small model of OWN; the first variant by default."""
+    return OWN[family][variant] if variant else next(iter(OWN[family].values()))
+
+
+def hf_class(family: str) -> Any:
+    """The PyTorch module of a family: transformers', or ours for a family of OWN."""
+    if family in OWN:
+        from tests.models.own_modules import own_class  # which needs PyTorch
+
+        return own_class(family, FAMILIES[family].architecture)
+    return getattr(pytest.importorskip("transformers"), FAMILIES[family].architecture)
+
+
 def hf_config(family: str, variant: str = "", **more: Any) -> Any:
-    """transformers' configuration of a small model.
+    """transformers' configuration of a small model, or one of its kind for a family of OWN.
 
     Args:
         variant: a key of SMALL[family]; the first one by default.
     """
     transformers = pytest.importorskip("transformers")
+    if family in OWN:
+        from tests.models.own_modules import own_config  # which needs PyTorch
+
+        return own_config(family, own_values(family, variant) | more)
     values = SMALL[family][variant] if variant else next(iter(SMALL[family].values()))
     return transformers.AutoConfig.for_model(family, **(values | more))
 
@@ -212,15 +269,31 @@ def hf_config(family: str, variant: str = "", **more: Any) -> Any:
 def hf_model(family: str, variant: str = "", dtype: str = "float32", seed: int = 0, **more: Any) -> Any:
     """A small transformers model in which every parameter is random, biases and norms too."""
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = hf_config(family, variant, **more)
     config._attn_implementation = "eager"
-    model = getattr(transformers, FAMILIES[family].architecture)(config)
+    config._experts_implementation = "eager"  # PyTorch's grouped product takes no experts as narrow as these
+    model = hf_class(family)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.to(getattr(torch, dtype)).eval()
+
+
+def whole_experts(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The stacked matrices of experts that transformers 5 has as those of the layers that they are parts of."""
+    result = {}
+    for name, array in arrays.items():
+        layer, _, stacked = name.rpartition(".experts.")
+        if stacked == "gate_up_proj":  # [E, 2 f, D]
+            halves = np.split(array, 2, axis=1)
+            for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+                result[f"{layer}.{part}.weight"] = half.reshape(-1, half.shape[2])
+        elif stacked == "down_proj":  # [E, D, f]
+            result[f"{layer}.down_proj.weight"] = array.transpose(1, 0, 2).reshape(array.shape[1], -1)
+        else:
+            result[name] = array
+    return result
 
 
 def tree_of(tensors: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
@@ -229,7 +302,7 @@ def tree_of(tensors: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
     Raises:
         AssertionError: a tensor is left over.
     """
-    arrays = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    arrays = whole_experts({name: tensor.detach().float().numpy() for name, tensor in tensors.items()})
     for fused in fused_entries(spec):
         if fused.name in arrays:
             whole = arrays.pop(fused.name)

@@ -38,7 +38,7 @@ from tests.models import matrix
 from tests.models.compare import random_tree
 from tests.models.matrix import CAPABILITIES, REFUSED, YES
 from tests.models.parity import check_family, random_model
-from tests.models.small import SMALL, WITH_ENCODER, hf_model, small_spec, tree_of
+from tests.models.small import OWN, SMALL, WITH_ENCODER, hf_class, hf_model, small_spec, tree_of
 
 pytestmark = pytest.mark.parametrize(
     "family", [name for name in FAMILIES if name not in WITH_ENCODER]
@@ -79,7 +79,7 @@ def run(*words: object) -> None:
 
 
 def plain(family: str) -> str:
-    return next(iter(SMALL[family]))
+    return next(iter({**SMALL, **OWN}[family]))
 
 
 def tree_from(source: LeafReader) -> dict[str, Any]:
@@ -96,13 +96,10 @@ def tree_from(source: LeafReader) -> dict[str, Any]:
 
 def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path, settle: Settle) -> None:
     """config.json as transformers reads it, and every tensor."""
-    transformers = pytest.importorskip("transformers")
     hf_model(family, dtype="bfloat16").save_pretrained(tmp_path / "hf")
     run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
     run("jax-to-hf", tmp_path / "jax", tmp_path / "back")
-    theirs, ours = (
-        getattr(transformers, FAMILIES[family].architecture).from_pretrained(tmp_path / name) for name in ("hf", "back")
-    )
+    theirs, ours = (hf_class(family).from_pretrained(tmp_path / name) for name in ("hf", "back"))
     assert ours.config.to_diff_dict().keys() == theirs.config.to_diff_dict().keys()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
@@ -240,6 +237,8 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     segments = np.broadcast_to(np.repeat([1, 2, 0], [5, 5, 2]), ids.shape).astype(np.int32)
     positions = np.broadcast_to(np.r_[0:5, 0:5, 0:2], ids.shape).astype(np.int32)
     batch = dict(input_ids=ids, loss_mask=segments > 0, segment_ids=segments, positions=positions)
+    if spec.experts is not None:
+        batch["modality_ids"] = np.where(segments > 0, 0, -1).astype(np.int8)
     losses = []
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from convert.commands.main import main
 from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.inference.model import unstack
@@ -62,9 +63,18 @@ def test_positions_of_packed_documents_are_their_own_where_layers_are_streamed()
     modules = {"embed_tokens": "embedding", "embed_positions": "embedding", "project_in": "kernel"}
     leaves = {f"{module}/{name}": params[module][name] for module, name in modules.items()}
     (states,) = streamed.embedded(spec, lambda path, index: leaves[path][index], [streamed.Tokens(IDS[:1], positions)])
-    tokens = leaves["embed_tokens/embedding"][IDS[:1]] @ leaves["project_in/kernel"]
+    tokens = leaves["embed_tokens/embedding"][IDS[:1]] @ leaves["project_in/kernel"].T
     expected = tokens + leaves["embed_positions/embedding"][positions + 2]
     np.testing.assert_allclose(states, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_350m_there_and_back_is_bit_equal(tmp_path: Path) -> None:
+    hf_model("opt", "350m").save_pretrained(tmp_path / "hf")
+    assert main(["hf-to-jax", str(tmp_path / "hf"), str(tmp_path / "jax")]) == 0
+    assert main(["jax-to-hf", str(tmp_path / "jax"), str(tmp_path / "back")]) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert before.keys() == after.keys() and "model.decoder.project_out.weight" in before
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
 
 
 def test_files_of_the_model_without_a_head_are_read(tmp_path: Path) -> None:

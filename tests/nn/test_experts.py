@@ -174,8 +174,18 @@ def test_tokens_of_each_modality_are_weighted_by_their_own_k() -> None:
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("router", ["activation", "activation_released", "learned", "modality"])
-@pytest.mark.parametrize("compute", ["dense", "loop", "ragged"])
+ROUTERS = ["activation", "activation_released", "learned", "modality"]
+FAST = {("learned", "loop"), ("modality", "ragged"), *((router, "dense") for router in ROUTERS)}
+
+
+@pytest.mark.parametrize(
+    ("router", "compute"),
+    [
+        pytest.param(router, compute, marks=() if (router, compute) in FAST else pytest.mark.slow)
+        for router in ROUTERS
+        for compute in ("dense", "loop", "ragged")
+    ],
+)
 def test_all_experts_on_is_the_dense_model(router: str, compute: str) -> None:
     config = moe_config(router, (8, 8, 8))
     model = Decoder(config, experts=compute, remat="none")
@@ -197,6 +207,8 @@ LORAS = {
     "each": LoraConfig(rank=2, per_expert=True, targets=("v_proj", "gate_proj", "up_proj", "down_proj")),
     "gate": LoraConfig(rank=2, targets=("gate_proj",)),
     "down": LoraConfig(rank=2, targets=("down_proj", "up_proj"), rank_pattern={"layers.0.mlp.down_proj": 1}),
+    "fused": LoraConfig(rank=2, targets=("gate_up_proj", "down_proj")),
+    "fused each": LoraConfig(rank=2, per_expert=True, targets=("gate_up_proj",)),
 }
 
 
@@ -204,20 +216,30 @@ LORAS = {
 @pytest.mark.parametrize(
     ("router", "lora", "compute"),
     [
-        *(("learned", lora, "loop") for lora in LORAS),
-        *(("modality", lora, "ragged") for lora in LORAS),
-        ("learned", "lora", "ragged"),
-        ("modality", "lora", "loop"),
-        ("activation", "none", "ragged"),
+        ("learned", "each", "loop"),
+        ("modality", "lora", "ragged"),
+        ("learned", "fused", "loop"),
         ("activation", "lora", "loop"),
-        ("activation", "each", "loop"),
         ("activation_released", "gate", "loop"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *(("learned", lora, "loop") for lora in LORAS if lora not in ("each", "fused")),
+                *(("modality", lora, "ragged") for lora in LORAS if lora != "lora"),
+                ("learned", "lora", "ragged"),
+                ("modality", "lora", "loop"),
+                ("activation", "none", "ragged"),
+                ("activation", "each", "loop"),
+            ]
+        ),
     ],
 )
 def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     """Values and gradients, with padding, remat, biases and adapters."""
     config = moe_config(router, shared=1 if router == "modality" else 0)
-    config = config.with_feed_forward(bias=lora in ("none", "lora"))
+    config = config.with_feed_forward(bias=lora in ("none", "lora", "fused"))
+    if "fused" in lora:
+        config = dataclasses.replace(config, family="phi3")
     specs = {} if LORAS[lora] is None else resolve_lora(config, LORAS[lora])  # type: ignore[arg-type]
     masked, sparse = (Decoder(config, specs, experts=kind, remat="full") for kind in ("dense", compute))
     variables = variables_of(masked, 3)
@@ -240,14 +262,15 @@ def test_the_task_trains_the_router(k: int, compute: str) -> None:
         assert_trees_close(found, loss_and_grads(Decoder(config, remat="none"), variables, SEGMENTS), 1e-4)
 
 
-def test_adapters_of_experts_are_apart() -> None:
+@pytest.mark.parametrize("gate_up", [("gate_proj", "up_proj"), ("gate_up_proj",)], ids=["apart", "fused"])
+def test_adapters_of_experts_are_apart(gate_up: tuple[str, ...]) -> None:
     """One for each expert: as if every expert were a layer with an adapter of its own."""
-    config = dataclasses.replace(moe_config("modality", (8, 8, 8)), num_layers=1)
-    lora = LoraConfig(rank=2, alpha=6, per_expert=True, targets=("gate_proj", "up_proj", "down_proj"))
+    config = dataclasses.replace(moe_config("modality", (8, 8, 8)), num_layers=1, family="phi3")
+    lora = LoraConfig(rank=2, alpha=6, per_expert=True, targets=(*gate_up, "down_proj"))
     specs = resolve_lora(config, lora)
     assert {spec.rank for spec in specs.values()} == {16} and {spec.scales for spec in specs.values()} == {(3.0,)}
     model = Decoder(config, specs, remat="none")
-    start = nn.unbox(model.init({"params": jax.random.key(0)}, IDS))["lora"]["layers"]["mlp"]
+    start = nn.unbox(jax.jit(model.init)({"params": jax.random.key(0)}, IDS))["lora"]["layers"]["mlp"]
     blocks = np.asarray(start["down_proj"]["lora_A"][0]).reshape(8, 6, 8, 2)  # expert, neuron, owner, rank
     assert all((np.abs(blocks[e, :, o]) > 0).all() == (e == o) for e in range(8) for o in range(8))
     assert np.abs(blocks).max() <= 6**-0.5  # PEFT's bound for a layer of an expert's 6 neurons

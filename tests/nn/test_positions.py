@@ -1,4 +1,4 @@
-"""Both ways of rotating against transformers' own, values and gradient."""
+"""Both ways of rotating against transformers' own, values and gradient; ALiBi's slopes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.positions import apply_rope, rotate_by_halves, rotate_by_product
+from jaxlm.nn.positions import alibi_slopes, apply_rope, rotate_by_halves, rotate_by_product
 
 torch = pytest.importorskip("torch")
 llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -34,6 +34,13 @@ def test_rotation_and_gradient(rotate: Rotate, dtype: jnp.dtype, close: float) -
     assert ours.dtype == dtype
     np.testing.assert_allclose(np.asarray(ours, np.float32), expected.detach().numpy(), atol=close)
     np.testing.assert_allclose(np.asarray(back(grad)[0], np.float32), theirs.grad.numpy(), atol=close)
+
+
+@pytest.mark.parametrize("heads", [4, 6, 12, 16, 32, 71])
+def test_slopes_are_those_of_bloom(heads: int) -> None:
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    expected = bloom.build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64), heads, torch.float32)[:, 0, 1]
+    np.testing.assert_allclose(alibi_slopes(heads), expected, rtol=1e-6)
 
 
 def test_swapping_by_a_product_loses_nothing() -> None:

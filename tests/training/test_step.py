@@ -386,6 +386,7 @@ def test_router_penalties_count_once_however_a_step_is_cut(micro_steps: int) -> 
         np.testing.assert_allclose(figures["loss"], once["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_routers_of_a_period_are_reported_by_layer() -> None:
     """Dense and expert layers in turn, and one left over: as many penalties and counts as layers of experts."""
     moe = ExpertsSpec(4, "learned", ("text",), (), (2,))

@@ -14,6 +14,7 @@ from jaxlm.models.families import (
     baichuan,
     bloom,
     chatglm,
+    chatglm_6b,
     falcon,
     gemma,
     gemma2,
@@ -24,6 +25,7 @@ from jaxlm.models.families import (
     internlm2,
     internlm3,
     llama,
+    ministral,
     mistral,
     mt5,
     olmo2,
@@ -32,6 +34,8 @@ from jaxlm.models.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
+    smollm3,
     t5,
 )
 from jaxlm.models.families.base import Family
@@ -41,11 +45,14 @@ from jaxlm.spec import DecoderSpec, differences
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "ministral": ministral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
+    "smollm3": smollm3.FAMILY,
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
@@ -56,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "glm": glm.FAMILY,
     "glm4": glm4.FAMILY,
     "chatglm": chatglm.FAMILY,
+    "chatglm_6b": chatglm_6b.FAMILY,
     "internlm2": internlm2.FAMILY,
     "internlm3": internlm3.FAMILY,
     "baichuan": baichuan.FAMILY,
@@ -89,7 +97,8 @@ def _named_family(config: dict[str, Any]) -> Family:
     name = listed[0]
     kind = str(config.get("model_type")).lower() if name is None else name
     for family in FAMILIES.values():
-        if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
+        names = family.model_type or family.name if name is None else family.architecture
+        if (kind == names or kind in family.aliases) and family.is_config(config):
             return family
         if kind in family.refused:
             raise UserError(f"config.json: architecture {kind!r} is not supported: {family.refused[kind]}")
@@ -126,7 +135,9 @@ _SIZES_WITH_DEFAULTS = ("max_position_embeddings",)
 
 
 def write_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model, for old and new transformers; of a model of experts: that of its dense form.
+    """The `config.json` of a model, for old and new transformers.
+
+    For a model of experts it is that of the dense form, unless the family's files hold experts.
 
     Args:
         dtype: what the weights are stored in, e.g. 'bfloat16'.
@@ -138,7 +149,8 @@ def write_config(spec: DecoderSpec, dtype: str) -> dict[str, Any]:
     usual = write_decoder(spec, family.architecture, dtype) | family.write(spec)
     named = {family.keys.get(key, key): value for key, value in usual.items()}
     config = {key: value for key, value in named.items() if key}
-    for name, value, other in differences(spec.with_experts(None), read_config(config)):
+    described = spec.with_experts(None) if family.experts is None else spec
+    for name, value, other in differences(described, read_config(config)):
         raise UserError(
             f"config.json: {family.architecture} has no place for {name} {value!r}: whoever reads it would take "
             f"{other!r}"
@@ -152,7 +164,7 @@ def usual_names(config: dict[str, Any]) -> dict[str, Any]:
     The code that came with it (`auto_map`) is not what is written.
     """
     family = _named_family(config)
-    usual = {"architectures": [family.architecture], "model_type": family.name}
+    usual = {"architectures": [family.architecture], "model_type": family.model_type or family.name}
     if all(not config.get(key) or config[key] == value for key, value in usual.items()):
         return config
     return {key: value for key, value in config.items() if key != "auto_map"} | usual

@@ -11,7 +11,7 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import read_decoder
-from jaxlm.models.families.rows import LLAMA_NAMES, make_fused, make_rows
+from jaxlm.models.families.rows import LLAMA_ROWS, make_fused
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 
 _WIDTH_13B = 5120  # by which other programs know that a model has ALiBi
@@ -72,7 +72,7 @@ FAMILY = Family(
     defaults=dict(rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2, pad_token_id=0),
     read=_read,
     write=_write,
-    rows=make_rows({path: name for path, name in LLAMA_NAMES.items() if "router" not in path}),
+    rows=LLAMA_ROWS,
     fused=make_fused(
         "model.layers.{}.self_attn.W_pack",
         "H h + K h + K h",
@@ -80,6 +80,7 @@ FAMILY = Family(
     ),
     aliases=("BaiChuanForCausalLM",),
     keys={"num_key_value_heads": "", "head_dim": "", "rope_parameters": "", "rope_theta": "", "rope_scaling": ""},
+    in_transformers=False,
     # Baichuan's model cards.
     shapes={
         "baichuan-7b": _shape(False, False, 32, 4096, 11008, 32),

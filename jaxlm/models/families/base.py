@@ -84,17 +84,35 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class PerExpert:
+    """How files hold the matrices of a layer that is divided into experts: each expert's by itself.
+
+    Args:
+        names: path of the layer's linear layer ('mlp/up_proj') -> name of an expert's matrix, with '{}' for the number
+            of the layer and for that of the expert.
+        stacked: what files of some versions have instead: a tensor [E, rows, columns] of all experts of a layer, by its
+            name -> the linear layers whose rows it holds for each expert, in turn.
+    """
+
+    names: Mapping[str, str]
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Family:
     """Decoders of one Hugging Face architecture.
 
     Args:
-        name: `DecoderSpec.family`, and `model_type` in config.json.
+        name: `DecoderSpec.family`, and `model_type` in config.json unless that is another.
         architecture: in config.json.
+        model_type: in config.json, where another family has it too.
+        is_config: whether a config.json is this family's, where another has the same names.
         defaults: what a key that is not in a config.json means, where transformers' configuration class says so.
         read: config.json, with the defaults, to the spec.
         write: the keys that config.json has beyond those of every family.
         rows: the name table, in the order of HF's files.
         fused: the stored tensors that hold several leaves.
+        experts: how files hold experts, in a family whose models come with them; their config.json says which.
         aliases: other names of the architecture, and of `model_type` in lower case.
         refused: architectures that are not read, though a part of them may be of this family -> why, and the way out.
         keys: key of config.json that most families share -> what this family calls it; empty where it has none.
@@ -105,6 +123,7 @@ class Family:
         unused: patterns of tensors that files may have and nothing is computed with.
         head_by_tensors: whether the head is tied is told by the tensors, whatever config.json says: it has one of its
             own where the files have one that differs from the embedding.
+        in_transformers: whether transformers has the architecture; else it comes with code in its repository.
         shapes: published models by name.
     """
 
@@ -115,6 +134,7 @@ class Family:
     write: Callable[[DecoderSpec], dict[str, Any]]
     rows: tuple[Row, ...]
     fused: tuple[Fused, ...] = ()
+    experts: PerExpert | None = None
     aliases: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +144,10 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     head_by_tensors: bool = False
+    in_transformers: bool = True
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
+    model_type: str = ""
+    is_config: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
     @property
     def linears(self) -> dict[str, Row]:

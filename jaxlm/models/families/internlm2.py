@@ -62,6 +62,7 @@ FAMILY = Family(
             "mlp/gate_proj": f"{_LAYER}.feed_forward.w1",
             "mlp/up_proj": f"{_LAYER}.feed_forward.w3",
             "mlp/down_proj": f"{_LAYER}.feed_forward.w2",
+            "mlp/router": f"{_LAYER}.feed_forward.router.weight",
             "input_layernorm": f"{_LAYER}.attention_norm",
             "post_attention_layernorm": f"{_LAYER}.ffn_norm",
             "norm": "model.norm",
@@ -74,6 +75,7 @@ FAMILY = Family(
         ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
     ),
     keys={"attention_bias": "bias"},
+    in_transformers=False,
     # Shanghai AI Laboratory's model cards.
     shapes={
         "internlm2-1.8b": _shape(24, 2048, 8192, 16, 8),

@@ -55,14 +55,14 @@ _NORMS: dict[str, Condition] = {
     "feed_forward_output_norm": lambda _, layer: layer.norm_after,
     "norm": lambda spec, _: spec.final_norm,
 }
-# Matrix outside of the layers -> (its parameter, dims, dims in HF's files, whether there is one).
-_MATRICES: dict[str, tuple[str, str, str, Condition]] = {
-    "embed_tokens": ("embedding", "V W", "V W", always),
-    "embed_positions": ("embedding", "N D", "N D", lambda spec, _: spec.learned_positions is not None),
-    "project_in": ("kernel", "W D", "D W", lambda spec, _: spec.embedding_size is not None),
-    "project_out": ("kernel", "D W", "W D", lambda spec, _: spec.embedding_size is not None),
-    "lm_head": ("kernel", "V W", "V W", lambda spec, _: not spec.tied_head),
-    "relative_bias": ("embedding", "U H", "U H", lambda _, layer: layer.attention.relative_bias is not None),
+# Matrix outside of the layers -> (its parameter, dims, whether there is one).
+_MATRICES: dict[str, tuple[str, str, Condition]] = {
+    "embed_tokens": ("embedding", "V W", always),
+    "embed_positions": ("embedding", "N D", lambda spec, _: spec.learned_positions is not None),
+    "project_in": ("kernel", "D W", lambda spec, _: spec.embedding_size is not None),
+    "project_out": ("kernel", "W D", lambda spec, _: spec.embedding_size is not None),
+    "lm_head": ("kernel", "V W", lambda spec, _: not spec.tied_head),
+    "relative_bias": ("embedding", "U H", lambda _, layer: layer.attention.relative_bias is not None),
 }
 
 
@@ -107,8 +107,8 @@ def _rows_of(path: str, hf: str) -> list[Row]:
     if path in _NORMS:
         return _norm(path, hf, _NORMS[path])
     if path in _MATRICES:
-        name, dims, hf_dims, exists = _MATRICES[path]
-        return [Row(f"{path}/{name}", f"{hf}.weight", dims, hf_dims, exists)]
+        name, dims, exists = _MATRICES[path]
+        return [Row(f"{path}/{name}", f"{hf}.weight", dims, dims, exists)]
     if path in ("self_attn/q_norm", "self_attn/k_norm"):
         all_heads = "Q" if path.endswith("q_norm") else "M"
         return [
