@@ -25,6 +25,7 @@ from jaxlm.models.adapters import (
     hf_names,
     in_hf_names,
     is_named,
+    linears_of,
     places,
     resolve_lora,
     saveable,
@@ -226,9 +227,10 @@ def _targets(
                     f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
                     f"{config.num_layers} layers ({hf_names(config)})"
                 )
+    numbers = {layer for _, layer in modules}
     for layer in named or []:
-        if type(layer) is not int or not 0 <= layer < config.num_layers:
-            raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {config.num_layers} layers")
+        if type(layer) is not int or layer not in numbers:
+            raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {len(numbers)} layers")
     targeted = {
         key
         for key, module in modules.items()
@@ -239,16 +241,23 @@ def _targets(
     if not targeted:
         raise UserError(f"{where}: target_modules {wanted!r} match no linear layer of the base model")
     layers = {layer for _, layer in targeted}
+    having = {name: set(linear.layers) for name, linear in linears_of(config).items()}
     own = {name: {layer for layer in linear.layers if (name, layer) in targeted} for name, linear in linears.items()}
-    if all(own[name] in (set(), layers & set(linear.layers)) for name, linear in linears.items()):
-        every = len(layers) == config.num_layers
-        return tuple(name for name in linears if own[name]), None if every else tuple(sorted(layers))
+    # Encoder and decoder have linear layers of one name, which mean all of them.
+    apart = {_short(name) for name in linears if own[name]} & {_short(name) for name in linears if not own[name]}
+    if not apart and all(own[name] in (set(), layers & having[name]) for name in linears):
+        names = dict.fromkeys(_short(name) for name in linears if own[name])
+        return tuple(names), None if layers == numbers else tuple(sorted(layers))
     # Layers of their own for some of the linear layers: these are named one by one.
     targets: list[str] = []
-    for name, linear in linears.items():
-        whole = own[name] == set(linear.layers)
-        targets += [name] if whole else [modules[name, layer] for layer in sorted(own[name])]
+    for name in linears:
+        whole = own[name] == having[name] and _short(name) not in apart
+        targets += [_short(name)] if whole else [modules[name, layer] for layer in sorted(own[name])]
     return tuple(targets), None
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _modules(config: DecoderSpec) -> dict[str, tuple[Row, ...]]:
@@ -317,7 +326,7 @@ def _saved_entries(module: str, tensors: Mapping[str, Tensor], config: DecoderSp
 def _check_outside_layers(weights: Path, tensors: Mapping[str, Tensor], config: DecoderSpec) -> None:
     """Refuses modules of layers that are saved in full."""
     rows = [row for row in family_of(config).rows if row.in_layer]
-    inside = {f"{PEFT_PREFIX}{row.hf.format(number)}" for row in rows for number in range(config.num_layers)}
+    inside = {f"{PEFT_PREFIX}{row.hf.format(number)}" for row in rows for number in range(config.total_layers)}
     for name in tensors:
         if name in inside:
             outside = (short_name(config, rows[0].hf_module, _is_saved) for rows in saveable(config).values())
@@ -411,8 +420,8 @@ def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
 
 def write_peft(source: AdapterSource, directory: Path, advance: Advance) -> None:
     """Writes an adapter as a PEFT directory, in the dtype it is stored in."""
-    write_safetensors_file(directory / "adapter_model.safetensors", peft_tensors(source), advance)
     config = peft_config_for(source, directory / "adapter_config.json")
+    write_safetensors_file(directory / "adapter_model.safetensors", peft_tensors(source), advance)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
     copy_files(source.tokenizer_files, directory)

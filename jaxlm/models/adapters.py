@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.families.base import Family, Fused, Row
 from jaxlm.nn.lora import FUSED, LoraSpec
-from jaxlm.spec import DecoderSpec
+from jaxlm.spec import ENCODER, DecoderSpec
 
 ALL = "all-linear"  # every linear layer of the model's layers, as in PEFT
 
@@ -33,20 +33,23 @@ class AdaptedLinear:
         name: jaxlm's: 'q_proj'; 'qkv_proj' for layers that are stored as one.
         rows: of its matrix, or of the matrices that are stored as one.
         layers: numbers of the layers that have it.
+        hf_layers: those of them in which it is a linear layer to Hugging Face's implementation: not a part of one, and
+            not experts that are matrices of their own there.
         fused: how the matrices are stored as one; None where there is one.
-        part_of: the linear layer that it is stored in; empty for one that Hugging Face's implementation has.
+        part_of: the linear layer that it is stored in, or empty.
     """
 
     name: str
     rows: tuple[Row, ...]
     layers: tuple[int, ...]
+    hf_layers: tuple[int, ...]
     fused: Fused | None = None
     part_of: str = ""
 
     @property
     def path(self) -> str:
-        """Where its leaves are, below the layer's stack: 'self_attn/q_proj'."""
-        return f"{self.rows[0].path.rpartition('/')[0].rpartition('/')[0]}/{self.name}"
+        """Where its leaves are, below the layer's stack: 'self_attn/q_proj'; an encoder's begin with 'encoder/'."""
+        return f"{self.rows[0].path.rpartition('/')[0].rpartition('/')[0]}/{self.name.rpartition('/')[2]}"
 
     @property
     def feed_forward(self) -> bool:
@@ -60,14 +63,15 @@ class AdaptedLinear:
 
     def names(self, layer: int) -> tuple[str, str]:
         """Hugging Face's name in a layer, and jaxlm's."""
-        return self.hf_module.format(layer), f"layers.{layer}.{self.path.replace('/', '.')}"
+        part, path = (ENCODER, self.path.removeprefix(ENCODER)) if self.rows[0].in_encoder else ("", self.path)
+        return self.hf_module.format(layer), f"{part}layers/{layer}/{path}".replace("/", ".")
 
 
 def linears_of(model: DecoderSpec) -> dict[str, AdaptedLinear]:
     """Every linear layer of a model by jaxlm's name; those stored as one come before their parts."""
     family, linears = family_of(model), dict[str, AdaptedLinear]()
     fused = _fused_linears(family)
-    for row in family.linears.values():
+    for row in (row for row in family.rows if row.linear):
         layers = _layers_with(model, (row,))
         whole = fused.get(row.path)
         together: tuple[int, ...] = ()
@@ -75,12 +79,21 @@ def linears_of(model: DecoderSpec) -> dict[str, AdaptedLinear]:
             rows = tuple(family.linears[path.split("/")[-2]] for path in whole[1].paths)
             together = _layers_with(model, rows)
             if together:
-                linears.setdefault(whole[0], AdaptedLinear(whole[0], rows, together, whole[1]))
+                linears.setdefault(whole[0], AdaptedLinear(whole[0], rows, together, together, whole[1]))
         assert not together or together == layers, f"{row.path}: stored by itself in some layers only"
-        if layers:
-            part_of = whole[0] if whole is not None and together else ""
-            linears[row.linear] = AdaptedLinear(row.linear, (row,), layers, part_of=part_of)
+        if whole is not None and together:
+            linears[row.linear] = AdaptedLinear(row.linear, (row,), layers, (), part_of=whole[0])
+        elif layers:
+            linears[row.linear] = AdaptedLinear(row.linear, (row,), layers, _outside_experts(model, row, layers))
     return linears
+
+
+def _outside_experts(model: DecoderSpec, row: Row, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the layers in which the family's files have a matrix as it is, and not one for each expert."""
+    experts = family_of(model).experts
+    if experts is None or row.path.removesuffix("/kernel") not in experts.names:
+        return layers
+    return tuple(number for number in layers if model.layer(number).feed_forward.experts is None)
 
 
 def _fused_linears(family: Family) -> dict[str, tuple[str, Fused]]:
@@ -96,13 +109,15 @@ def _fused_linears(family: Family) -> dict[str, tuple[str, Fused]]:
 
 def _layers_with(model: DecoderSpec, rows: tuple[Row, ...]) -> tuple[int, ...]:
     """Numbers of the layers that have all of these tensors."""
-    kinds = [all(row.when(model, layer) for row in rows) for layer in model.period]
-    return tuple(number for number in range(model.num_layers) if kinds[number % len(kinds)])
+    part = model.part(rows[0].in_encoder)
+    kinds = [all(row.when(model, layer) for row in rows) for layer in part.period]
+    return tuple(number for number in range(part.num_layers) if kinds[number % len(kinds)])
 
 
 def hf_linears(model: DecoderSpec) -> dict[str, AdaptedLinear]:
     """Those that Hugging Face's implementation has, which are the ones that PEFT can adapt."""
-    return {name: linear for name, linear in linears_of(model).items() if not linear.part_of}
+    linears = linears_of(model).items()
+    return {name: dataclasses.replace(each, layers=each.hf_layers) for name, each in linears if each.hf_layers}
 
 
 def hf_names(model: DecoderSpec) -> str:
@@ -127,11 +142,12 @@ def check_names(lora: LoraConfig) -> None:
     linears, saved = dict[str, None](), set[str]()
     for family in FAMILIES.values():
         fused = _fused_linears(family).values()
-        linears |= dict.fromkeys([*family.linears, *(name for name, _ in fused)])
-        modules = [*(row.hf_module for row in family.linears.values()), *(_module(each) for _, each in fused)]
+        matrices = [row for row in family.rows if row.linear]
+        linears |= dict.fromkeys([*(row.linear.rpartition("/")[2] for row in matrices), *(name for name, _ in fused)])
+        modules = [*(row.hf_module for row in matrices), *(_module(each) for _, each in fused)]
         linears |= dict.fromkeys(map(_last, modules))
         outside = [row for row in family.rows if not row.in_layer]
-        saved |= {row.path.split("/")[0] for row in outside} | {_last(row.hf_module) for row in outside}
+        saved |= {_saved_name(row) for row in outside} | {_last(row.hf_module) for row in outside}
     for target in lora.targets:
         if target != ALL and _last(target) not in linears:
             raise _unknown_target(target, ", ".join(linears), linears)
@@ -271,8 +287,9 @@ def adapted_linears(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...
 
     result = {}
     for name, linear in linears.items():
-        ranks, alphas = [0] * model.num_layers, [0.0] * model.num_layers
-        for number in range(model.num_layers):
+        count = model.part(linear.rows[0].in_encoder).num_layers
+        ranks, alphas = [0] * count, [0.0] * count
+        for number in range(count):
             if (name, number) in carrying:
                 ranks[number] = int(value("rank_pattern", (name, number), lora.rank))
                 alphas[number] = value("alpha_pattern", (name, number), lora.alpha)
@@ -289,13 +306,7 @@ def resolve_lora(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] |
     experts = model.experts.num_experts if lora.per_expert and model.experts is not None else 1
     specs = {}
     for name, adapted in adapted_linears(model, lora, layers).items():
-        linear = adapted.linear
-        if linear.fused is not None and linear.feed_forward and model.experts is not None:
-            raise UserError(
-                f"lora.targets: {_last(linear.hf_module)} is divided into experts in this model, and an adapter for "
-                f"all of it is not supported; name its parts: {', '.join(row.linear for row in linear.rows)}"
-            )
-        of_experts = experts if linear.feed_forward else 1
+        of_experts = experts if adapted.linear.feed_forward else 1
         specs[name] = LoraSpec(adapted.ranks, adapted.scales(lora.rslora), lora.dropout, lora.dora, of_experts)
     return specs
 
@@ -308,17 +319,35 @@ def in_hf_names(
     Args:
         adapted: what `lora` comes to; no parts of linear layers that are stored as one.
         layers: as for `adapted_linears`.
+
+    Raises:
+        UserError: it adapts experts, which are not linear layers to PEFT.
     """
     hf, every = hf_linears(model), linears_of(model)
     carrying = {(name, n) for name, each in adapted.items() for n, rank in enumerate(each.ranks) if rank}
+    for name, n in sorted(carrying):
+        if n not in every[name].hf_layers:
+            raise UserError(
+                f"lora.targets: {name} of layer {n} belongs to experts, which are not linear layers in transformers, "
+                "so PEFT has no adapter of them; make one model of base and adapter (convert merge)"
+            )
 
     def same(wanted: str, rule: Callable[[str, str], bool]) -> bool:
         return places(hf, wanted, rule, (0,)) & carrying == places(every, wanted, rule) & carrying
 
     patterns = (*lora.rank_pattern, *lora.alpha_pattern)
+    if model.encoder is not None:
+        lora = dataclasses.replace(lora, targets=tuple(_hf_word(target, hf, every) for target in lora.targets))
     if all(same(target, is_named) for target in lora.targets) and all(same(pattern, fits) for pattern in patterns):
         return lora
     return in_full(model, lora, adapted, layers)
+
+
+def _hf_word(target: str, hf: Mapping[str, AdaptedLinear], every: Mapping[str, AdaptedLinear]) -> str:
+    """The last part of Hugging Face's names that means what a target means, which encoder and decoder may both have."""
+    meant = places(every, target, is_named)
+    words = {_last(every[name].hf_module) for name, _ in meant}
+    return next((word for word in words if places(hf, word, is_named, (0,)) == meant), target)
 
 
 def in_full(
@@ -343,8 +372,9 @@ def in_full(
 
 def _names_for_peft(model: DecoderSpec, linear: AdaptedLinear, layers: set[int], of: set[int]) -> tuple[str, ...]:
     """The last parts of its name for all layers `of` that are in question; else each layer's in full."""
-    if layers == of:
-        return (short_name(model, linear.hf_module, is_named),)
+    short = short_name(model, linear.hf_module, is_named)
+    if layers == of and "{}" not in short:
+        return (short,)
     return tuple(linear.hf_module.format(n) for n in sorted(layers))
 
 
@@ -404,10 +434,14 @@ def saveable(model: DecoderSpec) -> dict[str, tuple[Row, ...]]:
     """What PEFT's modules_to_save may name: the modules outside of the layers, by jaxlm's name, with their tensors."""
     modules: dict[str, tuple[Row, ...]] = {}
     for row in sorted((row for row in family_of(model).rows if not row.in_layer), key=lambda row: row.path):
-        if row.when(model, model.period[0]):
-            name = row.path.split("/")[0]
+        if row.when(model, model.part(row.in_encoder).period[0]):
+            name = _saved_name(row)
             modules[name] = (*modules.get(name, ()), row)
     return modules
+
+
+def _saved_name(row: Row) -> str:
+    return row.path.rpartition("/")[0]
 
 
 def saved_modules(model: DecoderSpec, lora: LoraConfig) -> dict[str, tuple[Row, ...]]:

@@ -69,7 +69,9 @@ def run_layers(
     def run(p: int, params: Any, x: jax.Array, number: jax.Array, tokens: Tokens) -> tuple[jax.Array, Result]:
         if tokens.modality is None:
             tokens = dataclasses.replace(tokens, modality=decoder.modality(tokens.input_ids, tokens.segment_ids))
-        angles = decoder.angles(tokens.positions)[p]
+        positions, places, segments = decoder.prefixed(tokens.input_ids, tokens.positions, tokens.segment_ids)
+        angles = decoder.angles(positions, places=places)[p]
+        tokens = dataclasses.replace(tokens, segment_ids=segments)
         return step(decoder.block(p), params, x, number, angles, tokens)
 
     for number in range(spec.num_layers):
@@ -92,7 +94,7 @@ def logits(spec: DecoderSpec, read: Read, input_ids: np.ndarray) -> np.ndarray:
     def step(
         block: Block, params: Any, x: jax.Array, number: jax.Array, angles: Angles, tokens: Tokens
     ) -> tuple[jax.Array, None]:
-        after, _ = cast(Any, block.apply({"params": params}, x, number, angles, None, tokens.modality))
+        after, _ = cast(Any, block.apply({"params": params}, x, number, angles, tokens.segment_ids, tokens.modality))
         return after, None
 
     chunks = [Tokens(input_ids, positions)]
@@ -127,6 +129,7 @@ def _norm_params(spec: DecoderSpec, read: Read, path: str) -> dict[str, np.ndarr
 
 def embedded(spec: DecoderSpec, read: Read, chunks: Sequence[Tokens]) -> list[np.ndarray]:
     """What the first layer sees [B, T, D] of each chunk; only the embedding's rows of tokens that occur are read."""
+    spec.refuse_encoder("reading a model layer by layer")
     known = np.unique(np.concatenate([chunk.input_ids.ravel() for chunk in chunks]))
     table = np.concatenate([read("embed_tokens/embedding", (slice(i, i + 1),)) for i in known]).astype(np.float32)
     part = Decoder(dataclasses.replace(spec, vocab_size=len(known)))

@@ -415,9 +415,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
 def _serving(backend: str | AttentionBackend, mask: MaskSpec) -> AttentionBackend:
     """The backend, refused where it would compute other scores."""
     chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
-    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi, mask.bias is not None)
-    if mask.prefix is not None and chosen.name not in ("xla", "reference"):
-        lack = "has no prefix that is seen from both sides"
+    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi, mask.bias is not None, mask.prefix is not None)
     if lack is not None:
         raise UserError(f"attention: {chosen.name!r} cannot serve: {lack}; use 'auto' or 'xla'")
     return chosen
