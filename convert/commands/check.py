@@ -113,6 +113,8 @@ def _print_decoder(config: dict[str, Any]) -> None:
     for number, layer in enumerate(spec.period):
         attention, rope = layer.attention, layer.attention.rope
         positions = f"rope {rope.rope_type} {rope.rope_theta:g}" if rope else "alibi" if attention.alibi else "no rope"
+        if attention.rotary_dim is not None:
+            positions += f" on {attention.rotary_dim} dims"
         where = "every layer" if len(spec.period) == 1 else f"layer {number} of every {len(spec.period)}"
         print(
             f"{where}: F {layer.feed_forward.size}, H {attention.num_heads}, K {attention.num_kv_heads}, "
