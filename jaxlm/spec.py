@@ -92,12 +92,15 @@ class RopeSpec:
     truncate: bool | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    frequency_dtype: str | None = None  # what frequencies are rounded to: 'float16' in ChatGLM-6B; None for nothing
 
     def __post_init__(self) -> None:
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope: rope_type {self.rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
         if not self.rope_theta > 0:
             raise UserError(f"rope: rope_theta is {self.rope_theta!r}; expected a positive number")
+        if self.frequency_dtype not in (None, "float16"):
+            raise UserError(f"rope: frequency_dtype {self.frequency_dtype!r} is not 'float16'")
         for name in _NEEDED.get(self.rope_type, ("factor",)):
             if getattr(self, name) is None:
                 raise UserError(f"rope: rope_type {self.rope_type!r} needs a {name!r}")
@@ -171,6 +174,22 @@ class RelativeBiasSpec:
 
 
 @dataclass(frozen=True)
+class PrefixSpec:
+    """GLM's rows (arXiv:2103.10360): the tokens of a text in front of the first `start_id` see each other.
+
+    From that token on, positions stay what the first mask token's is; the first half of each head turns by them, the
+    second half by the number of tokens since, which is 0 in front.
+
+    Args:
+        start_id: the token that an answer begins with.
+        mask_ids: the mask tokens; the first of them that the text has counts.
+    """
+
+    start_id: int
+    mask_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Causal grouped-query self-attention.
 
@@ -193,6 +212,7 @@ class AttentionSpec:
         soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
         relative_bias: what is added to scores by distance; None for nothing. The table belongs to the model, whose
             layers may share it.
+        prefix: which tokens of a text see each other, and its positions; None: each sees those before it.
     """
 
     num_heads: int
@@ -210,6 +230,7 @@ class AttentionSpec:
     alibi: bool = False
     qk_norm_over: str = "head"
     relative_bias: RelativeBiasSpec | None = None
+    prefix: PrefixSpec | None = None
 
     def __post_init__(self) -> None:
         sizes = ("num_heads", "num_kv_heads", "head_dim", "window", "rotary_dim", "scale", "soft_cap")
@@ -234,6 +255,10 @@ class AttentionSpec:
                 raise UserError(f"rope: {name} has {len(factors)} numbers; {pairs} pairs of dims turn")
         if self.rope is None and (self.rotary_dim is not None or self.rotary_interleaved):
             raise UserError("config: rotary_dim and rotary_interleaved describe rotary positions, but rope is null")
+        if self.prefix is not None and (self.rope is None or self.head_dim % 4 or self.rotary_dim or self.window):
+            raise UserError(
+                "config: a layer with a prefix turns both halves of a head that 4 divides, without a window"
+            )
         if self.rope is not None and self.alibi:
             raise UserError(
                 "config: a layer has rotary positions or alibi, not both; set rope to null or alibi to false"
@@ -367,6 +392,8 @@ class LayerSpec:
             attention sees, through a norm of its own (GPT-NeoX); shared_norm: through the same norm (GPT-J, Phi).
         residual_scale: what attention and feed-forward give is multiplied with it before it is added (Granite); None
             for nothing.
+        normed_residual: what attention and feed-forward give is added to what they see, their norm of the hidden
+            states, times this (ChatGLM-6B); None: to the hidden states.
     """
 
     attention: AttentionSpec
@@ -374,9 +401,12 @@ class LayerSpec:
     norms: str = "pre"
     parallel: str | None = None
     residual_scale: float | None = None
+    normed_residual: float | None = None
 
     def __post_init__(self) -> None:
-        _check_positive(self, ("residual_scale",))
+        _check_positive(self, ("residual_scale", "normed_residual"))
+        if self.normed_residual is not None and (self.norms != "pre" or self.parallel is not None):
+            raise UserError("config: normed_residual belongs to norms 'pre' and a feed-forward layer behind attention")
         if self.norms not in NORM_PLACES:
             raise UserError(f"config: norms {self.norms!r} is not one of {', '.join(NORM_PLACES)}")
         if not self.norm_before and self.parallel is not None:
@@ -477,6 +507,8 @@ class DecoderSpec:
             raise UserError("config: period repeats one description; write it once, as where weights lie depends on it")
         if len({layer.feed_forward.experts for layer in self.period} - {None}) > 1:
             raise UserError("config: layers are divided into experts in different ways; they must share one division")
+        if len({layer.attention.prefix for layer in self.period}) > 1:
+            raise UserError("config: layers have different prefixes; they must share one")
 
     def layer(self, number: int) -> LayerSpec:
         """The description of a layer."""
@@ -516,6 +548,11 @@ class DecoderSpec:
     def feed_forward(self) -> FeedForwardSpec:
         """The feed-forward layer that all layers share; raises as `uniform_layer`."""
         return self.uniform_layer.feed_forward
+
+    @property
+    def prefix(self) -> PrefixSpec | None:
+        """Which tokens of a text see each other; None: each sees those before it."""
+        return self.period[0].attention.prefix
 
     @property
     def experts(self) -> ExpertsSpec | None:

@@ -174,6 +174,8 @@ class Engine:
     def _longest_kept(self, request: Request) -> tuple[int, int]:
         """The free row that holds most of a prompt, and how many tokens; the prompt's last one is always read again."""
         best, known, switch = 0, 0, self._spec.switch_length
+        if self._spec.prefix is not None:
+            return best, known  # what a token is given depends on the whole prompt
         for row, tokens in self._kept.items() if request.options.samples == 1 else ():
             if switch is not None and (len(tokens) > switch) != (len(request.prompt) > switch):
                 continue  # its keys are turned as those of a text of another length

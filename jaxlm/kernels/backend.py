@@ -58,6 +58,7 @@ class ShapeKey:
         soft_cap: that of the scores; None for none.
         alibi: whether scores sink with distance.
         relative_bias: whether scores have a trained bias by distance.
+        prefix: whether the first tokens of a text see each other.
     """
 
     platform: str
@@ -73,6 +74,7 @@ class ShapeKey:
     soft_cap: float | None = None
     alibi: bool = False
     relative_bias: bool = False
+    prefix: bool = False
 
     @property
     def device(self) -> str:
@@ -92,7 +94,8 @@ class ShapeKey:
         capped = "" if self.soft_cap is None else " capped"
         alibi = " alibi" if self.alibi else ""
         relative = " relative" if self.relative_bias else ""
-        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}{alibi}{relative}"
+        prefix = " prefix" if self.prefix else ""
+        return f"h{self.head_dim} g{self.heads // self.kv_heads}{packed}{window}{capped}{alibi}{relative}{prefix}"
 
 
 def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, device: Any = None) -> ShapeKey:
@@ -119,6 +122,7 @@ def shape_key(attention: AttentionSpec, dtype: str, length: int, packed: bool, d
         soft_cap=attention.soft_cap,
         alibi=attention.alibi,
         relative_bias=attention.relative_bias is not None,
+        prefix=attention.prefix is not None,
     )
 
 
@@ -166,7 +170,9 @@ _LACKS: Mapping[str, Callable[[ShapeKey], str | None]] = {
 }
 
 
-def unserved_scores(name: str, soft_cap: float | None, alibi: bool, relative_bias: bool) -> str | None:
+def unserved_scores(
+    name: str, soft_cap: float | None, alibi: bool, relative_bias: bool, prefix: bool = False
+) -> str | None:
     """What of the scores an implementation does not compute, in words; None if nothing. All of them take any scale."""
     if soft_cap is not None and name == "cudnn":
         return "has no soft cap on scores"
@@ -174,12 +180,14 @@ def unserved_scores(name: str, soft_cap: float | None, alibi: bool, relative_bia
         return "has no ALiBi"
     if relative_bias and name not in ("xla", "reference"):
         return "has no relative bias"
+    if prefix and name not in ("xla", "reference"):
+        return "has no prefix that is seen from both sides"
     return None
 
 
 def why_not(name: str, key: ShapeKey) -> str | None:
     """Why an implementation cannot serve, in words; None if it can."""
-    return _LACKS[name](key) or unserved_scores(name, key.soft_cap, key.alibi, key.relative_bias)
+    return _LACKS[name](key) or unserved_scores(name, key.soft_cap, key.alibi, key.relative_bias, key.prefix)
 
 
 # Tables -----------------------------------------------------------------------------------

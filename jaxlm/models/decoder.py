@@ -30,7 +30,7 @@ from jaxlm.nn.experts import ExpertsFeedForward
 from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.nn.norms import Norm
-from jaxlm.nn.positions import rope_cos_sin
+from jaxlm.nn.positions import prefix_positions, rope_cos_sin
 from jaxlm.nn.routers import modality_ids as ids_of_modalities
 from jaxlm.nn.self_attention import SelfAttention
 from jaxlm.spec import DecoderSpec, LayerSpec, NormSpec
@@ -108,10 +108,13 @@ class Block(nn.Module):
             cache: keys and values of earlier tokens, in generation (see `SelfAttention`).
 
         Returns:
-            x with attention added [B, T, D], the input of the feed-forward part [B, T, D], keys and values.
+            what the feed-forward part is added to [B, T, D], mostly x with attention added; what that part sees
+            [B, T, D]; keys and values.
         """
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         normed = self.input_layernorm(x) if self.spec.norm_before else x
+        if self.spec.normed_residual is not None:
+            x = normed * jnp.asarray(self.spec.normed_residual, self.dtype)
         attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
         if self.spec.norms in ("post", "both"):
             attended = self.attention_output_norm(attended)
@@ -122,7 +125,10 @@ class Block(nn.Module):
             return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
             return middle, normed, key_values
-        return middle, self.post_attention_layernorm(x if self.spec.parallel else middle), key_values
+        normed = self.post_attention_layernorm(x if self.spec.parallel else middle)
+        if self.spec.normed_residual is not None:
+            middle = normed * jnp.asarray(self.spec.normed_residual, self.dtype)
+        return middle, normed, key_values
 
     def add_feed_forward(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """x [B, T, D] of `attend` with the output of the feed-forward part added."""
@@ -314,8 +320,23 @@ class Decoder(nn.Module):
     # --- inputs of the layers beside x --------------------------------------------------------------------------------
 
     @nn.nowrap
-    def angles(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[Angles, ...]:
-        """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree."""
+    def prefixed(
+        self, input_ids: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Positions, places in the answer and segment ids (see `prefix_positions`); as given without a prefix."""
+        if self.spec.prefix is None:
+            return positions, None, segment_ids
+        return prefix_positions(self.spec.prefix, input_ids, positions, segment_ids)
+
+    @nn.nowrap
+    def angles(
+        self, positions: jax.Array, lengths: jax.Array | None = None, places: jax.Array | None = None
+    ) -> tuple[Angles, ...]:
+        """cos and sin (see `rope_cos_sin`) for each layer of the period; computed once where layers agree.
+
+        Args:
+            places: [B, T], those in the answer, by which the second half of a head turns where there is a prefix.
+        """
         by_rope: dict[Any, Angles] = {}
         result: list[Angles] = []
         for layer in self.spec.period:
@@ -323,6 +344,11 @@ class Decoder(nn.Module):
                 result.append((None, None))
                 continue
             key = layer.attention.rope, layer.attention.rotary_dim or layer.attention.head_dim
+            if places is not None:
+                half, longest = (key[0], key[1] // 2), self.spec.max_position_embeddings
+                pairs = zip(*(rope_cos_sin(*half, longest, by, lengths) for by in (positions, places)), strict=True)
+                cos, sin = (jnp.concatenate(pair, axis=-1) for pair in pairs)
+                by_rope[key] = cos, sin
             if key not in by_rope:
                 by_rope[key] = rope_cos_sin(*key, self.spec.max_position_embeddings, positions, lengths)
             result.append(by_rope[key])
@@ -357,11 +383,12 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         x = self.embed(input_ids, positions)
-        angles = self.angles(positions)
         if self.spec.experts is None:
             modality_ids = None
         elif modality_ids is None:
             modality_ids = self.modality(input_ids, segment_ids)
+        positions, places, segment_ids = self.prefixed(input_ids, positions, segment_ids)
+        angles = self.angles(positions, places=places)
         x = self._scan(x, angles, segment_ids, modality_ids, deterministic)
         return self._normed(x)
 
@@ -472,7 +499,7 @@ def abstract_layer(model: Decoder, number: int) -> Any:
     def init(key: jax.Array) -> Any:
         ids = jnp.zeros((1, 8), jnp.int32)
         x = jnp.zeros((1, 8, model.spec.hidden_size), model.dtype)
-        angles = model.angles(ids)[number % len(model.spec.period)]
+        angles = model.angles(ids, places=ids if model.spec.prefix else None)[number % len(model.spec.period)]
         return model.block(number).init(key, x, jnp.int32(0), angles, None, model.modality(ids))
 
     return jax.eval_shape(init, jax.random.key(0))

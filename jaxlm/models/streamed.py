@@ -69,7 +69,9 @@ def run_layers(
     def run(p: int, params: Any, x: jax.Array, number: jax.Array, tokens: Tokens) -> tuple[jax.Array, Result]:
         if tokens.modality is None:
             tokens = dataclasses.replace(tokens, modality=decoder.modality(tokens.input_ids, tokens.segment_ids))
-        angles = decoder.angles(tokens.positions)[p]
+        positions, places, segments = decoder.prefixed(tokens.input_ids, tokens.positions, tokens.segment_ids)
+        angles = decoder.angles(positions, places=places)[p]
+        tokens = dataclasses.replace(tokens, segment_ids=segments)
         return step(decoder.block(p), params, x, number, angles, tokens)
 
     for number in range(spec.num_layers):
@@ -92,7 +94,7 @@ def logits(spec: DecoderSpec, read: Read, input_ids: np.ndarray) -> np.ndarray:
     def step(
         block: Block, params: Any, x: jax.Array, number: jax.Array, angles: Angles, tokens: Tokens
     ) -> tuple[jax.Array, None]:
-        after, _ = cast(Any, block.apply({"params": params}, x, number, angles, None, tokens.modality))
+        after, _ = cast(Any, block.apply({"params": params}, x, number, angles, tokens.segment_ids, tokens.modality))
         return after, None
 
     chunks = [Tokens(input_ids, positions)]

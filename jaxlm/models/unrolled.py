@@ -21,7 +21,8 @@ from jaxlm.models.decoder import Angles, Decoder
 from jaxlm.nn.attention import KVCache
 from jaxlm.spec import DecoderSpec
 
-# For each layer: keys and values [R, K, S, h].
+# For each layer: keys and values [R, K, S, h]; where tokens see later ones, behind them the texts themselves
+# [R, 1, S, 1] int32, which positions depend on, and an empty array beside them, so that all is moved and grown alike.
 Caches = list[tuple[jax.Array, jax.Array]]
 # {"params": {…, "layers": [one layer's parameters, …]}, "lora": [one layer's factors, or {}, …]}
 Weights = dict[str, Any]
@@ -46,12 +47,15 @@ def prefill(
         Logits [R, V] float32 after each row's last token, and the caches.
     """
     params = weights["params"]
-    x, angles, modality = _start(decoder, _embed_params(params), tokens, None, lengths)
+    x, angles, modality, segments = _start(decoder, _embed_params(params), tokens, lengths)
     caches: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
-        x, kv = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, slots)
+        x, kv = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, segments, slots)
         caches.append(kv)
+    if decoder.spec.prefix is not None:
+        texts = tokens[:, None, :, None]
+        caches.append(_grow_layer((texts, texts[..., :0]), slots))
     return _finish(decoder, _head_params(params), x, lengths - 1), caches
 
 
@@ -70,23 +74,24 @@ def extend(
         As `prefill`.
     """
     params = weights["params"]
-    x, angles, modality = _start(decoder, _embed_params(params), tokens, starts, starts + lengths)
+    held = _texts(decoder, caches)
+    x, angles, modality, texts = _go_on(decoder, _embed_params(params), tokens, starts, starts + lengths, held)
     places = _places(tokens, starts)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
         x, kv = _extend_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number])
         result.append(kv)
-    return _finish(decoder, _head_params(params), x, lengths - 1), result
+    return _finish(decoder, _head_params(params), x, lengths - 1), _with_texts(result, texts, caches)
 
 
 def last_layer(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """What the last layer gives of texts, [R, T, D]; arguments as those of `prefill`."""
     params = weights["params"]
-    x, angles, modality = _start(decoder, _embed_params(params), tokens, None, lengths)
+    x, angles, modality, segments = _start(decoder, _embed_params(params), tokens, lengths)
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
-        x, _ = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, tokens.shape[1])
+        x, _ = _prefill_layer(decoder, p, layer, lora, number, x, angles[p], modality, segments, tokens.shape[1])
     return x
 
 
@@ -138,12 +143,55 @@ def _last_norm(decoder: Decoder, head: Any, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def _start(
-    decoder: Decoder, embed: Any, tokens: jax.Array, starts: jax.Array | None, lengths: jax.Array
+    decoder: Decoder, embed: Any, tokens: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, tuple[Angles, ...], jax.Array | None, jax.Array | None]:
+    places = _places(tokens, None)
+    present = (places < lengths[:, None]).astype(jnp.int32)  # 0 in the padding, which uses no expert
+    x, modality = _embed(decoder, embed, tokens, places), decoder.modality(tokens, present)
+    if decoder.spec.prefix is None:
+        # No mask for the padding: it stands behind the text, and nothing looks ahead.
+        return x, decoder.angles(places, lengths), modality, None
+    positions, answer, segments = decoder.prefixed(tokens, places, present)
+    return x, decoder.angles(positions, lengths, answer), modality, segments
+
+
+def _next(
+    decoder: Decoder, embed: Any, tokens: jax.Array, places: jax.Array, lengths: jax.Array, texts: jax.Array | None
 ) -> tuple[jax.Array, tuple[Angles, ...], jax.Array | None]:
+    """The input of the first layer and the angles, of tokens behind those that the caches hold; the texts with them.
+
+    Args:
+        tokens: [R, T], at `places` [R, T] of rows that have `lengths` [R] tokens with them.
+        texts: [R, 1, S, 1] where there is a prefix.
+    """
+    x = _embed(decoder, embed, tokens, places)
+    if texts is None:
+        return x, decoder.angles(places, lengths), None
+    texts = texts.at[jnp.arange(len(tokens))[:, None], 0, places, 0].set(tokens.astype(texts.dtype), mode="drop")
+    ids = texts[:, 0, :, 0]
+    every = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    by_slot = decoder.prefixed(ids, every, (every < lengths[:, None]).astype(jnp.int32))[:2]
+    at = jnp.minimum(places, ids.shape[1] - 1)
+    positions, answer = (jnp.take_along_axis(cast(jax.Array, values), at, axis=1) for values in by_slot)
+    return x, decoder.angles(positions, lengths, answer), texts
+
+
+@partial(jax.jit, static_argnums=0)
+def _go_on(
+    decoder: Decoder, embed: Any, tokens: jax.Array, starts: jax.Array, lengths: jax.Array, texts: jax.Array | None
+) -> tuple[jax.Array, tuple[Angles, ...], jax.Array | None, jax.Array | None]:
     places = _places(tokens, starts)
     present = (places < lengths[:, None]).astype(jnp.int32)  # 0 in the padding, which uses no expert
-    x = _embed(decoder, embed, tokens, places)
-    return x, decoder.angles(places, lengths), decoder.modality(tokens, present)
+    x, angles, texts = _next(decoder, embed, tokens, places, lengths, texts)
+    return x, angles, decoder.modality(tokens, present), texts
+
+
+def _texts(decoder: Decoder, caches: Caches) -> jax.Array | None:
+    return None if decoder.spec.prefix is None else caches[-1][0]
+
+
+def _with_texts(result: Caches, texts: jax.Array | None, caches: Caches) -> Caches:
+    return result if texts is None else [*result, (texts, caches[-1][1])]
 
 
 def _run_layer(
@@ -156,14 +204,15 @@ def _run_layer(
     angles: Angles,
     modality: jax.Array | None,
     cache: KVCache | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     variables = {"params": layer, "lora": lora} if lora else {"params": layer}
     block = decoder.block(period_index, keep_kv=True)
-    x, kept = cast(tuple[jax.Array, KVCache], block.apply(variables, x, number, angles, None, modality, cache))
+    x, kept = cast(tuple[jax.Array, KVCache], block.apply(variables, x, number, angles, segments, modality, cache))
     return x, (kept.k, kept.v)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 8), donate_argnums=5)
+@partial(jax.jit, static_argnums=(0, 1, 9), donate_argnums=5)
 def _prefill_layer(
     decoder: Decoder,
     period_index: int,
@@ -173,10 +222,10 @@ def _prefill_layer(
     x: jax.Array,
     angles: Angles,
     modality: jax.Array | None,
+    segments: jax.Array | None,
     slots: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # No mask for the padding: it stands behind the text, and nothing looks ahead.
-    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality)
+    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, None, segments)
     return x, _with_slots(kv, slots)
 
 
@@ -216,14 +265,15 @@ def next_logits(
     A pure function of arrays, for the inside of a loop.
     """
     params, tokens, places = weights["params"], token[:, None], place[:, None]
-    x = _embed(decoder, _embed_params(params), tokens, places)
-    angles, modality = decoder.angles(places, place + 1), decoder.modality(tokens)
+    held = _texts(decoder, caches)
+    x, angles, texts = _next(decoder, _embed_params(params), tokens, places, place + 1, held)
+    modality = decoder.modality(tokens)
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
         x, kv = _inner_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number])
         result.append(kv)
-    return _head(decoder, _head_params(params), x[:, 0]), result
+    return _head(decoder, _head_params(params), x[:, 0]), _with_texts(result, texts, caches)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

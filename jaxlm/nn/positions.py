@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.spec import RelativeBiasSpec, RopeSpec
+from jaxlm.spec import PrefixSpec, RelativeBiasSpec, RopeSpec
 
 
 def _powers(theta: float | jax.Array, head_dim: int) -> jax.Array:
@@ -104,6 +104,8 @@ def rope_frequencies(
         inv_freq = inv_freq / rope.factor
     elif rope.rope_type == "llama3":
         inv_freq = _llama3(inv_freq, rope)
+    if rope.frequency_dtype is not None:
+        inv_freq = inv_freq.astype(rope.frequency_dtype).astype(jnp.float32)
     return inv_freq, 1.0
 
 
@@ -141,6 +143,41 @@ def document_lengths(positions: jax.Array) -> jax.Array:
     ends = jnp.where(after == positions + 1, positions.shape[1], jnp.arange(positions.shape[1]))
     end = jax.lax.cummin(ends, axis=1, reverse=True)
     return jnp.take_along_axis(positions, end, axis=1) + 1
+
+
+def prefix_positions(
+    prefix: PrefixSpec, ids: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Positions, the numbers of tokens since the answer began, and segment ids, each [B, T] int32.
+
+    Segment ids are -n for the tokens of segment n which the whole segment sees.
+
+    Args:
+        ids, positions: [B, T].
+        segment_ids: [B, T], 0 for padding; the tokens of a segment lie side by side. None: one segment.
+    """
+    segments = jnp.ones_like(positions) if segment_ids is None else segment_ids
+    places = jnp.arange(ids.shape[1])
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+
+    def counted(values: jax.Array) -> jax.Array:
+        """The sum of a segment's values up to each token."""
+        values = values.astype(jnp.int32)
+        total = jnp.cumsum(values, axis=1)
+        return total - jnp.take_along_axis(total - values, first, axis=1)
+
+    is_answer = counted(ids == prefix.start_id) > 0
+    standing, is_told = positions, jnp.zeros(ids.shape, bool)
+    for mask_id in prefix.mask_ids:
+        number = counted(ids == mask_id)
+        place = counted(jnp.where((ids == mask_id) & (number == 1), positions, 0))
+        standing, is_told = jnp.where((number > 0) & ~is_told, place, standing), is_told | (number > 0)
+    return (
+        jnp.where(is_answer, standing, positions),
+        counted(is_answer),
+        jnp.where(is_answer, segments, -segments),
+    )
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -190,6 +227,12 @@ def relative_bias(
     distances = np.arange(-(length - 1), kv_length)
     buckets = relative_buckets(distances, spec.num_buckets, spec.max_distance, bidirectional)
     return table.astype(jnp.float32)[buckets].T
+
+
+def apply_rope_by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """As `apply_rope` of each half of a head by itself, by its half of cos and sin."""
+    parts = (jnp.split(part, 2, axis=-1) for part in (x, cos, sin))
+    return jnp.concatenate([apply_rope(*half) for half in zip(*parts, strict=True)], axis=-1)
 
 
 def apply_partial_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool = False) -> jax.Array:

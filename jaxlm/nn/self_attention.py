@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import UserError
@@ -11,7 +12,7 @@ from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
 from jaxlm.nn.linear import WithLinears
 from jaxlm.nn.norms import Norm
-from jaxlm.nn.positions import apply_partial_rope
+from jaxlm.nn.positions import apply_partial_rope, apply_rope_by_halves
 from jaxlm.spec import AttentionSpec
 
 
@@ -43,7 +44,8 @@ class SelfAttention(WithLinears):
         Args:
             layer: index of this layer.
             cos, sin: [B, T, h/2] float32, or for fewer dims (see `rope_cos_sin`); None without rotary positions.
-            segment_ids: [B, T] int32, 0 for padding; None: one segment.
+            segment_ids: [B, T] int32, 0 for padding; None: one segment. With a prefix, -n for its tokens in segment n
+                (see `prefix_positions`).
             deterministic: whether nothing is dropped.
             bias: by distance, where the description has a relative bias (see `positions.relative_bias`); the vector of
                 a cache where there is one.
@@ -69,6 +71,8 @@ class SelfAttention(WithLinears):
         def turned(heads: jax.Array) -> jax.Array:
             if cos is None or sin is None:
                 return heads
+            if s.prefix is not None:
+                return apply_rope_by_halves(heads, cos, sin)
             return apply_partial_rope(heads, cos, sin, s.rotary_interleaved)
 
         q = normed("q_norm", project("q_proj", s.num_heads, "heads"))
@@ -78,7 +82,10 @@ class SelfAttention(WithLinears):
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
         mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi, bias=bias)
         if cache is None:
-            mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
+            if s.prefix is None or segment_ids is None:
+                mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
+            else:
+                mask = mask.replace(segment_ids=jnp.abs(segment_ids), prefix=segment_ids < 0)  # type: ignore[attr-defined]
             out = attention(q, k, v, mask, self.backend)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:

@@ -97,6 +97,17 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
             norm_topk_prob=True, num_hidden_layers=5, decoder_sparse_step=2, use_sliding_window=True, sliding_window=4
         ),
     },
+    "ministral": {
+        "plain": SIZES | dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "everywhere": SIZES | _TIED | dict(sliding_window=4),
+    },
+    "smollm3": {
+        "plain": SIZES | dict(num_hidden_layers=5, no_rope_layer_interval=2, rope_theta=500.0, pad_token_id=None),
+        "windows": SIZES
+        | _BIASES
+        | dict(no_rope_layers=[1, 0, 0], use_sliding_window=True, sliding_window=4)
+        | dict(tie_word_embeddings=False, pad_token_id=None),
+    },
     "granite": {
         "plain": SIZES
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),
@@ -148,6 +159,24 @@ _BAICHUAN |= {key: _PLAIN[key] for key in _PLAIN.keys() - {"num_key_value_heads"
 
 # Families that transformers has no module of -> variant -> config.json. The first variant is the plain one.
 OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "chatglm_6b": {
+        "plain": dict(
+            architectures=["ChatGLMModel"],
+            model_type="chatglm",
+            position_encoding_2d=True,
+            vocab_size=37,
+            hidden_size=16,
+            inner_hidden_size=24,
+            num_layers=3,
+            num_attention_heads=2,
+            max_sequence_length=64,
+            bos_token_id=30,
+            gmask_token_id=31,
+            mask_token_id=32,
+            eos_token_id=33,
+            pad_token_id=3,
+        )
+    },
     "chatglm": {
         "plain": dict(
             architectures=["ChatGLMModel"],

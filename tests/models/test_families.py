@@ -139,7 +139,8 @@ def test_a_family_is_a_small_file() -> None:
     for family in FAMILIES:
         text = (Path(families.__file__).parent / f"{family}.py").read_text()
         assert len(text.splitlines()) <= 150, family
-        others = {other.architecture for name, other in FAMILIES.items() if name != family}
+        own = FAMILIES[family].architecture  # ChatGLM-6B and its successors share one
+        others = {other.architecture for other in FAMILIES.values()} - {own}
         assert not any(f'"{other}"' in text for other in others), family
     assert all(name == family.name for name, family in FAMILIES.items())
 

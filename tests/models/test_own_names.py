@@ -263,8 +263,6 @@ def test_published_numbers_of_parameters(shape: str, billions: float) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"position_encoding_2d": True}, "this is ChatGLM-6B, the first of its name"),
-        ({"inner_hidden_size": 24}, "this is ChatGLM-6B, the first of its name"),
         ({"rmsnorm": False}, "rmsnorm is False"),
         ({"add_bias_linear": True}, "add_bias_linear is True"),
         ({"pre_seq_len": 128}, "pre_seq_len is 128"),

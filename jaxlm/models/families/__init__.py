@@ -14,6 +14,7 @@ from jaxlm.models.families import (
     baichuan,
     bloom,
     chatglm,
+    chatglm_6b,
     falcon,
     gemma,
     gemma2,
@@ -24,6 +25,7 @@ from jaxlm.models.families import (
     internlm2,
     internlm3,
     llama,
+    ministral,
     mistral,
     olmo2,
     olmo3,
@@ -32,6 +34,7 @@ from jaxlm.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
@@ -40,12 +43,14 @@ from jaxlm.spec import DecoderSpec, differences
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "ministral": ministral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
+    "smollm3": smollm3.FAMILY,
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,
@@ -56,6 +61,7 @@ FAMILIES: dict[str, Family] = {
     "glm": glm.FAMILY,
     "glm4": glm4.FAMILY,
     "chatglm": chatglm.FAMILY,
+    "chatglm_6b": chatglm_6b.FAMILY,
     "internlm2": internlm2.FAMILY,
     "internlm3": internlm3.FAMILY,
     "baichuan": baichuan.FAMILY,
@@ -87,7 +93,8 @@ def _named_family(config: dict[str, Any]) -> Family:
     name = listed[0]
     kind = str(config.get("model_type")).lower() if name is None else name
     for family in FAMILIES.values():
-        if kind in ((family.name,) if name is None else (family.architecture,)) or kind in family.aliases:
+        names = family.model_type or family.name if name is None else family.architecture
+        if (kind == names or kind in family.aliases) and family.is_config(config):
             return family
         if kind in family.refused:
             raise UserError(f"config.json: architecture {kind!r} is not supported: {family.refused[kind]}")
@@ -153,7 +160,7 @@ def usual_names(config: dict[str, Any]) -> dict[str, Any]:
     The code that came with it (`auto_map`) is not what is written.
     """
     family = _named_family(config)
-    usual = {"architectures": [family.architecture], "model_type": family.name}
+    usual = {"architectures": [family.architecture], "model_type": family.model_type or family.name}
     if all(not config.get(key) or config[key] == value for key, value in usual.items()):
         return config
     return {key: value for key, value in config.items() if key != "auto_map"} | usual

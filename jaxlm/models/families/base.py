@@ -90,8 +90,10 @@ class Family:
     """Decoders of one Hugging Face architecture.
 
     Args:
-        name: `DecoderSpec.family`, and `model_type` in config.json.
+        name: `DecoderSpec.family`, and `model_type` in config.json unless that is another.
         architecture: in config.json.
+        model_type: in config.json, where another family has it too.
+        is_config: whether a config.json is this family's, where another has the same names.
         defaults: what a key that is not in a config.json means, where transformers' configuration class says so.
         read: config.json, with the defaults, to the spec.
         write: the keys that config.json has beyond those of every family.
@@ -124,6 +126,8 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_transformers: bool = True
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
+    model_type: str = ""
+    is_config: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
     @property
     def linears(self) -> dict[str, Row]:

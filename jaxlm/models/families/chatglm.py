@@ -1,6 +1,6 @@
 """ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B's first release (arXiv:2406.12793): what GLM computes, in names of their own.
 
-ChatGLM-6B, the first one, shares the name of the architecture and is told apart by its 2-D positions.
+ChatGLM-6B, the first one, shares the name of the architecture and is a family of its own (`chatglm_6b`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
+from jaxlm.models.families.chatglm_6b import is_first
 from jaxlm.models.families.common import is_number, read_decoder, read_flag
 from jaxlm.models.families.rows import make_fused, make_rows
 from jaxlm.spec import DEFAULT_THETA, DecoderSpec, RopeSpec, uniform_decoder
@@ -26,11 +27,6 @@ _FIXED: dict[str, Any] = {
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
-    if config.get("position_encoding_2d") or config.get("inner_hidden_size"):
-        raise UserError(
-            "config.json: this is ChatGLM-6B, the first of its name (position_encoding_2d, inner_hidden_size), which "
-            "is not supported; ChatGLM2-6B, ChatGLM3-6B and GLM-4 are"
-        )
     for key, only in _FIXED.items():
         value = config.get(key)
         if value is not None and value != only:
@@ -85,6 +81,7 @@ FAMILY = Family(
     name="chatglm",
     architecture="ChatGLMModel",
     defaults=dict(num_key_value_heads=1, head_dim=128, max_position_embeddings=2048, rms_norm_eps=1e-5),
+    is_config=lambda config: not is_first(config),
     read=_read,
     write=_write,
     rows=make_rows(
