@@ -9,6 +9,8 @@ where their weights lie, and is the rule that the decoder and the table of names
     P = 1    layers/…      [L, …]        every layer
     P > 1    layers/{p}/…  [L // P, …]   layer n = i * P + p at index i, one scan over the repetitions
              tail/{p}/…    [1, …]        the L % P layers after the last whole period, n = L - L % P + p
+
+An encoder's layers lie likewise, below 'encoder/'.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import build
@@ -33,6 +35,7 @@ NORMS = ("rms", "layer")
 PARALLEL = ("own_norm", "shared_norm")
 NORM_PLACES = ("pre", "post", "both", "sum")
 QK_NORM_OVER = ("head", "all")
+ENCODER = "encoder/"  # where the paths of an encoder's leaves begin
 
 
 def _check_positive(spec: Any, names: tuple[str, ...], zero: tuple[str, ...] = ()) -> None:
@@ -191,7 +194,7 @@ class PrefixSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Causal grouped-query self-attention.
+    """Grouped-query attention: of a row to itself, or to the states that an encoder gave (`LayerSpec.cross_attention`).
 
     Args:
         num_heads: H.
@@ -210,6 +213,7 @@ class AttentionSpec:
         rotary_interleaved: dims 2 i and 2 i + 1 turn together (GPT-J), not i and i + h / 2.
         scale: what scores are multiplied with; None for h**-0.5.
         soft_cap: scaled scores become cap * tanh(score / cap) (Gemma 2); None for no cap.
+        causal: whether a token sees no later ones.
         relative_bias: what is added to scores by distance; None for nothing. The table belongs to the model, whose
             layers may share it.
         prefix: which tokens of a text see each other, and its positions; None: each sees those before it.
@@ -229,6 +233,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     alibi: bool = False
     qk_norm_over: str = "head"
+    causal: bool = True
     relative_bias: RelativeBiasSpec | None = None
     prefix: PrefixSpec | None = None
 
@@ -394,6 +399,7 @@ class LayerSpec:
             for nothing.
         normed_residual: what attention and feed-forward give is added to what they see, their norm of the hidden
             states, times this (ChatGLM-6B); None: to the hidden states.
+        cross_attention: attention to an encoder's states, between the two, with a norm of its own; None for none.
     """
 
     attention: AttentionSpec
@@ -402,6 +408,7 @@ class LayerSpec:
     parallel: str | None = None
     residual_scale: float | None = None
     normed_residual: float | None = None
+    cross_attention: AttentionSpec | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, ("residual_scale", "normed_residual"))
@@ -415,6 +422,21 @@ class LayerSpec:
             )
         if self.parallel not in (None, *PARALLEL):
             raise UserError(f"config: parallel {self.parallel!r} is not one of {', '.join(PARALLEL)}")
+        cross = self.cross_attention
+        if cross is None:
+            return
+        if self.norms != "pre" or self.parallel is not None:
+            raise UserError("config: a layer with cross_attention has norms 'pre', and is not parallel")
+        heads = ((each.num_heads, each.num_kv_heads, each.head_dim) for each in (cross, self.attention))
+        if len(set(heads)) > 1:
+            raise UserError(
+                "config: cross_attention has the heads of the layer's attention; set them to the same numbers"
+            )
+        if cross.rope or cross.alibi or cross.relative_bias or cross.causal or cross.window or cross.qk_norm:
+            raise UserError(
+                "config: cross_attention sees all of the source: set causal to false, and rope, alibi, relative_bias, "
+                "window and qk_norm to none"
+            )
 
     @property
     def norm_before(self) -> bool:
@@ -441,15 +463,92 @@ class Stack:
     layer: LayerSpec
     numbers: range
 
+    def leaf(self, path: str) -> str:
+        """The whole path of a leaf, given as a row of the name table has it."""
+        return f"{self.path}/{path.removeprefix(ENCODER)}"
+
 
 def is_stacked(path: str) -> bool:
     """Whether a leaf belongs to a `Stack`, so that its first dim is the layer."""
-    return path.startswith(("layers/", "tail/"))
+    return path.removeprefix(ENCODER).startswith(("layers/", "tail/"))
+
+
+class _Layered:
+    """What decoder and encoder share: layers by a period that repeats."""
+
+    num_layers: int
+    period: tuple[LayerSpec, ...]
+    _below: ClassVar[str] = ""  # where the paths of its stacks begin
+
+    def _check_layers(self) -> None:
+        if not self.period:
+            raise UserError("config: period is empty; it describes at least one layer")
+        if len(self.period) > 1 and len(set(self.period)) == 1:
+            raise UserError("config: period repeats one description; write it once, as where weights lie depends on it")
+
+    def layer(self, number: int) -> LayerSpec:
+        """The description of a layer."""
+        return self.period[number % len(self.period)]
+
+    def layers(self) -> Iterator[LayerSpec]:
+        """The description of every layer, in order."""
+        return (self.layer(number) for number in range(self.num_layers))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Where the weights of all layers lie (the rule in this module's docstring)."""
+        size, whole, below = len(self.period), self.num_layers - self.num_layers % len(self.period), self._below
+        if size == 1:
+            return (Stack(f"{below}layers", self.period[0], range(self.num_layers)),)
+        full = [Stack(f"{below}layers/{p}", self.period[p], range(p, whole, size)) for p in range(size) if whole]
+        rest = enumerate(range(whole, self.num_layers))
+        return (*full, *(Stack(f"{below}tail/{p}", self.period[p], range(n, n + 1)) for p, n in rest))
+
+    @property
+    def relative_bias(self) -> RelativeBiasSpec | None:
+        """Of the self-attention, one table for all layers; None for none."""
+        return self.period[0].attention.relative_bias
 
 
 @dataclass(frozen=True)
-class DecoderSpec:
-    """A decoder-only language model.
+class EncoderSpec(_Layered):
+    """An encoder of another text, the source, whose states the decoder's layers attend to.
+
+    It has the decoder's hidden size, embedding of tokens and kind of norms; a norm of its own stands at its end.
+
+    Args:
+        num_layers, period: as those of `DecoderSpec`; attention sees all of the source.
+        start_token_id: the token that every text of the decoder begins with.
+    """
+
+    num_layers: int
+    period: tuple[LayerSpec, ...]
+    start_token_id: int
+    _below: ClassVar[str] = ENCODER
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("num_layers", "start_token_id"), zero=("num_layers", "start_token_id"))
+        self._check_layers()
+        for layer in self.period:
+            if layer.attention.causal or layer.cross_attention is not None or layer.feed_forward.experts is not None:
+                raise UserError("config: a layer of the encoder is not causal, and has no cross_attention or experts")
+            if layer.attention.rope is not None:
+                raise UserError("config: a layer of the encoder has no rope; set it to null")
+        _check_one_bias(self.period)
+
+
+def _check_one_bias(period: tuple[LayerSpec, ...]) -> None:
+    """Refuses layers that cannot share one table of relative bias."""
+    tables = {
+        (layer.attention.relative_bias, layer.attention.relative_bias and layer.attention.num_heads) for layer in period
+    }
+    if len(tables) > 1:
+        raise UserError("config: layers differ in their relative_bias; one table serves them all")
+
+
+@dataclass(frozen=True)
+class DecoderSpec(_Layered):
+    """A language model that continues a text, and may read another one by an encoder.
 
     Args:
         family: the key of its family (see `models.families`).
@@ -472,6 +571,7 @@ class DecoderSpec:
         normed_head: each row of the output matrix is divided by its length (Baichuan 2).
         max_position_embeddings: number of positions that the model was trained for, before any RoPE scaling.
         initializer_range: standard deviation of fresh weights.
+        encoder: reads the source; None for a decoder alone.
         bos_token_id, eos_token_id, pad_token_id: what the checkpoint says of its special tokens.
     """
 
@@ -495,38 +595,53 @@ class DecoderSpec:
     pad_token_id: int | None = None
     embedding_size: int | None = None
     final_norm: bool = True
+    encoder: EncoderSpec | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings", "initializer_range")
         # A spec without layers counts what lies outside of them.
         numbers = ("logits_soft_cap", "logits_scale", "embedding_size")
         _check_positive(self, (*sizes, *numbers), zero=("num_layers",))
-        if not self.period:
-            raise UserError("config: period is empty; it describes at least one layer")
-        if len(self.period) > 1 and len(set(self.period)) == 1:
-            raise UserError("config: period repeats one description; write it once, as where weights lie depends on it")
+        self._check_layers()
         if len({layer.feed_forward.experts for layer in self.period} - {None}) > 1:
             raise UserError("config: layers are divided into experts in different ways; they must share one division")
         if len({layer.attention.prefix for layer in self.period}) > 1:
             raise UserError("config: layers have different prefixes; they must share one")
+        if not all(layer.attention.causal for layer in self.period):
+            raise UserError("config: a layer of the decoder is causal; causal false is for the encoder's")
+        if any((layer.cross_attention is None) == (self.encoder is not None) for layer in self.period):
+            raise UserError("config: the layers of a decoder have cross_attention if and only if there is an encoder")
+        if self.encoder is not None and self.learned_positions is not None:
+            raise UserError("config: learned_positions are not supported in models with an encoder; set them to null")
+        _check_one_bias(self.period)
 
-    def layer(self, number: int) -> LayerSpec:
-        """The description of a layer."""
-        return self.period[number % len(self.period)]
+    def refuse_encoder(self, what: str) -> None:
+        """For code that can do nothing with a model that has an encoder; `what` names it.
 
-    def layers(self) -> Iterator[LayerSpec]:
-        """The description of every layer, in order."""
-        return (self.layer(number) for number in range(self.num_layers))
+        Raises:
+            UserError: it has one.
+        """
+        if self.encoder is not None:
+            raise UserError(f"{what}: a {self.family} model has an encoder, which is not supported here")
+
+    def part(self, encoder: bool) -> DecoderSpec | EncoderSpec:
+        """The layers of the decoder, or those of its encoder."""
+        if not encoder:
+            return self
+        assert self.encoder is not None
+        return self.encoder
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """Where the weights of all layers lie (the rule in this module's docstring)."""
-        size, whole = len(self.period), self.num_layers - self.num_layers % len(self.period)
-        if size == 1:
-            return (Stack("layers", self.period[0], range(self.num_layers)),)
-        full = [Stack(f"layers/{p}", layer, range(p, whole, size)) for p, layer in enumerate(self.period) if whole]
-        rest = enumerate(range(whole, self.num_layers))
-        return (*full, *(Stack(f"tail/{p}", self.period[p], range(n, n + 1)) for p, n in rest))
+    def total_layers(self) -> int:
+        """Number of layers, those of the encoder included."""
+        return self.num_layers + (0 if self.encoder is None else self.encoder.num_layers)
+
+    @property
+    def attention_layers(self) -> tuple[AttentionSpec, ...]:
+        """Every kind of attention in the model, the decoder's first: to itself, to the source, the encoder's."""
+        cross = (layer.cross_attention for layer in self.period if layer.cross_attention is not None)
+        encoder = () if self.encoder is None else self.encoder.period
+        return (*(layer.attention for layer in self.period), *cross, *(layer.attention for layer in encoder))
 
     @property
     def uniform_layer(self) -> LayerSpec:

@@ -119,7 +119,9 @@ def _describe_model(model: ParamSource, checksum: bool) -> Description:
     description.tokenizer = _tokenizer(model.tokenizer_dir) if model.tokenizer_files else None
     if checksum:
         total = sum_of(block for spec in hf_tensors(model) for block in spec.blocks)
-        description.checksum = {"sum": total, "with_rotary_buffers": total + inv_freq_sum(model.config)}
+        description.checksum = {"sum": total}
+        if all(layer.rope is not None for layer in model.config.attention_layers):
+            description.checksum["with_rotary_buffers"] = total + inv_freq_sum(model.config)
     return description
 
 

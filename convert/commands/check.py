@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from convert.analysis.describe import Description
     from convert.analysis.probe import Agreement
     from convert.analysis.verify import Report
-    from jaxlm.spec import FeedForwardSpec
+    from jaxlm.spec import FeedForwardSpec, LayerSpec
     from jaxlm.weights.leaves import ParamSource
 
 _WORST = 10
@@ -110,12 +110,21 @@ def _print_decoder(config: dict[str, Any]) -> None:
         f"{family_of(spec).architecture}: L {spec.num_layers}, D {spec.hidden_size}, V {spec.vocab_size}, "
         f"tied {spec.tied_head}, positions {spec.max_position_embeddings}"
     )
-    for number, layer in enumerate(spec.period):
+    _print_layers(spec.period, "")
+    if spec.encoder is not None:
+        print(f"encoder: L {spec.encoder.num_layers}; the decoder begins with token {spec.encoder.start_token_id}")
+        _print_layers(spec.encoder.period, "encoder, ")
+
+
+def _print_layers(period: tuple[LayerSpec, ...], part: str) -> None:
+    for number, layer in enumerate(period):
         attention, rope = layer.attention, layer.attention.rope
         positions = f"rope {rope.rope_type} {rope.rope_theta:g}" if rope else "alibi" if attention.alibi else "no rope"
         if attention.rotary_dim is not None:
             positions += f" on {attention.rotary_dim} dims"
-        where = "every layer" if len(spec.period) == 1 else f"layer {number} of every {len(spec.period)}"
+        if attention.relative_bias is not None:
+            positions = f"distances in {attention.relative_bias.num_buckets} buckets"
+        where = part + ("every layer" if len(period) == 1 else f"layer {number} of every {len(period)}")
         print(
             f"{where}: F {layer.feed_forward.size}, H {attention.num_heads}, K {attention.num_kv_heads}, "
             f"h {attention.head_dim}, {positions}, window {attention.window}"

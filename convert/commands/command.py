@@ -163,9 +163,9 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
     from jaxlm.weights.names import num_params
 
     size, dtype = disk_size(total_bytes(source.leaves)), main_dtype(source.leaves)
-    length = source.config.max_position_embeddings
+    length, kind = source.config.max_position_embeddings, "CausalLM" if source.config.encoder is None else "Seq2SeqLM"
     following = {
-        "hf": f"AutoModelForCausalLM.from_pretrained({json.dumps(destination, ensure_ascii=False)})",
+        "hf": f"AutoModelFor{kind}.from_pretrained({json.dumps(destination, ensure_ascii=False)})",
         "jax": f"python -m jaxlm.train --config CONFIG --model.path {shlex.quote(destination)}",
         "meta": f"run it with {options.shards} processes (consolidated.NN.pth); max_seq_len up to {length}",
         "mindspore": f"load_checkpoint: {destination}/model.ckpt in MindFormers' YAML",

@@ -227,9 +227,10 @@ def _targets(
                     f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
                     f"{config.num_layers} layers ({hf_names(config)})"
                 )
+    numbers = {layer for _, layer in modules}
     for layer in named or []:
-        if type(layer) is not int or not 0 <= layer < config.num_layers:
-            raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {config.num_layers} layers")
+        if type(layer) is not int or layer not in numbers:
+            raise UserError(f"{where}: layers_to_transform names {layer!r}; the base has {len(numbers)} layers")
     targeted = {
         key
         for key, module in modules.items()
@@ -242,15 +243,21 @@ def _targets(
     layers = {layer for _, layer in targeted}
     having = {name: set(linear.layers) for name, linear in linears_of(config).items()}
     own = {name: {layer for layer in linear.layers if (name, layer) in targeted} for name, linear in linears.items()}
-    if all(own[name] in (set(), layers & having[name]) for name in linears):
-        every = len(layers) == config.num_layers
-        return tuple(name for name in linears if own[name]), None if every else tuple(sorted(layers))
+    # Encoder and decoder have linear layers of one name, which mean all of them.
+    apart = {_short(name) for name in linears if own[name]} & {_short(name) for name in linears if not own[name]}
+    if not apart and all(own[name] in (set(), layers & having[name]) for name in linears):
+        names = dict.fromkeys(_short(name) for name in linears if own[name])
+        return tuple(names), None if layers == numbers else tuple(sorted(layers))
     # Layers of their own for some of the linear layers: these are named one by one.
     targets: list[str] = []
     for name in linears:
-        whole = own[name] == having[name]
-        targets += [name] if whole else [modules[name, layer] for layer in sorted(own[name])]
+        whole = own[name] == having[name] and _short(name) not in apart
+        targets += [_short(name)] if whole else [modules[name, layer] for layer in sorted(own[name])]
     return tuple(targets), None
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _modules(config: DecoderSpec) -> dict[str, tuple[Row, ...]]:
@@ -319,7 +326,7 @@ def _saved_entries(module: str, tensors: Mapping[str, Tensor], config: DecoderSp
 def _check_outside_layers(weights: Path, tensors: Mapping[str, Tensor], config: DecoderSpec) -> None:
     """Refuses modules of layers that are saved in full."""
     rows = [row for row in family_of(config).rows if row.in_layer]
-    inside = {f"{PEFT_PREFIX}{row.hf.format(number)}" for row in rows for number in range(config.num_layers)}
+    inside = {f"{PEFT_PREFIX}{row.hf.format(number)}" for row in rows for number in range(config.total_layers)}
     for name in tensors:
         if name in inside:
             outside = (short_name(config, rows[0].hf_module, _is_saved) for rows in saveable(config).values())

@@ -66,6 +66,7 @@ class _Reordered(DerivedSource):
         router: LeafReader | None = None,
     ) -> None:
         super().__init__(source)
+        source.config.refuse_encoder("dividing feed-forward layers into experts")
         self._order = order
         self._partition = partition
         self._router = router

@@ -69,17 +69,17 @@ def _adapted_kernels(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> dict[s
     """Those of an adapter by their paths."""
     linears = linears_of(spec)
     return {
-        f"{stack.path}/{row.path}": _Kernel(
+        stack.leaf(row.path): _Kernel(
             row.linear,
             own,
             stack.numbers,
             num_input_dims(spec, row.linear),
-            f"{stack.path}/{linears[name].path}/lora_A",
-            f"{stack.path}/{row.path.removesuffix('/kernel')}",
+            stack.leaf(f"{linears[name].path}/lora_A"),
+            stack.leaf(row.path.removesuffix("/kernel")),
         )
         for name, own in specs.items()
         for row in linears[name].rows
-        for stack in spec.stacks
+        for stack in spec.part(row.in_encoder).stacks
     }
 
 

@@ -275,7 +275,7 @@ def _single(
             pass
         answers = session.answers()[0]
         for number, answer in enumerate(answers, 1):
-            text = cut_at_stop(answer_text(prompter.tokenizer, ids, answer.ids), options.stop)[0]
+            text = cut_at_stop(answer_text(prompter.tokenizer, session.beginnings[0], answer.ids), options.stop)[0]
             show(f"[{number}] {text.strip()}\n")
     seconds = time.perf_counter() - started
     tokens = sum(len(answer.ids) for answer in answers)

@@ -44,6 +44,8 @@ class DataConfig:
         validation: a number of records split off the training sources (seeded), a share of them (0.1), or a list of
             sources.
         sequence_length: tokens of a row.
+        encoder_length: tokens of a row of questions, for a model with an encoder, whose rows of answers have
+            sequence_length; null: as many.
         packing: first_fit (or true) puts whole records into rows with segment ids; group_texts concatenates
             and cuts like HF's run_clm; false pads one record a row.
         train_on_inputs: also learn the prompt, not only the answer.
@@ -62,6 +64,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     validation: int | float | tuple[SourceConfig, ...] = 0
     sequence_length: int = 512
+    encoder_length: int | None = None
     packing: bool | Literal["first_fit", "group_texts"] = True
     train_on_inputs: bool = False
     add_bos: bool | None = None
@@ -71,6 +74,10 @@ class DataConfig:
     drop_unknown: bool = False
     too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
     workers: int = 0
+
+    def row_length(self, field: str) -> int:
+        """Tokens of a row of a batch's field: those of the encoder begin with 'encoder_'."""
+        return (self.encoder_length or self.sequence_length) if field.startswith("encoder_") else self.sequence_length
 
     @property
     def packing_mode(self) -> str:

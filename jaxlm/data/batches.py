@@ -28,6 +28,8 @@ BATCH_DTYPES: dict[str, Any] = {
     "positions": np.int32,
     "modality_ids": np.int8,
 }
+# Further ones of a model with an encoder.
+ENCODER_DTYPES: dict[str, Any] = {"encoder_ids": np.int32, "encoder_segment_ids": np.int32}
 
 
 class BatchSource:
@@ -39,6 +41,9 @@ class BatchSource:
         segment_ids int32: 1, 2, … for the documents of a row, 0 where padded;
         positions int32: from 0 in each segment;
         modality_ids int8: 0 for text, 1, 2, … for the modalities that have tokens of their own, -1 where padded.
+    With an encoder also, each [A, B, S]:
+        encoder_ids int32, 0 where padded: what is read for the documents of the row, one behind the other;
+        encoder_segment_ids int32: the document's number, 0 where padded.
 
     Row a * B_global + b of a global batch is row b of micro-step a; a host has some of the b. Rows run on over
     epochs, so a batch may hold rows of two. A run by epochs fills its last batch with empty rows.
@@ -54,6 +59,7 @@ class BatchSource:
         local_rows: this host's b, rising; None for all.
         ranges: token ids [start, stop) of the modalities 1, 2, ...; every other token is text, 0.
         known: what `counters` said of an earlier start on the same data: the epochs before need no plan.
+        encoder_length: S, for examples that have something for an encoder.
     """
 
     def __init__(
@@ -69,8 +75,10 @@ class BatchSource:
         local_rows: Sequence[int] | None = None,
         ranges: Sequence[tuple[int, int]] = (),
         known: Mapping[str, Any] | None = None,
+        encoder_length: int = 0,
     ) -> None:
         self._examples = examples
+        self._encoder_length = encoder_length
         self._plan = plan
         self._length = sequence_length
         self._ranges = tuple(ranges)
@@ -130,6 +138,9 @@ class BatchSource:
             raise IndexError(f"step {step} of {self._steps}")
         shape = (self._accumulation, len(self._local), self._length)
         batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+        if self._examples.encoder_ids is not None:
+            shape = (*shape[:-1], self._encoder_length)
+            batch |= {name: np.zeros(shape, dtype) for name, dtype in ENCODER_DTYPES.items()}
         for a in range(self._accumulation):
             for local, b in enumerate(self._local):
                 row = (step * self._accumulation + a) * self._rows + b
@@ -154,6 +165,14 @@ class BatchSource:
             row["positions"][target] = np.arange(length) + (at if plan.one_segment else 0)
             at += length
         row["loss_mask"][0] = False  # nothing in the row predicts its first token
+        if plan.encoder_starts is None or plan.encoder_lengths is None or self._examples.encoder_ids is None:
+            return
+        at = 0
+        for segment, piece in enumerate(range(plan.rows[index], plan.rows[index + 1]), 1):
+            start, length = int(plan.encoder_starts[piece]), int(plan.encoder_lengths[piece])
+            row["encoder_ids"][at : at + length] = self._examples.encoder_ids[start : start + length]
+            row["encoder_segment_ids"][at : at + length] = segment
+            at += length
 
     def _epoch_of(self, row: int) -> int:
         before, _ = self._ends[bisect.bisect_right(self._ends, row, key=lambda end: end[1]) - 1]

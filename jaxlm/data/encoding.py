@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from jaxlm.config import DataConfig
 from jaxlm.data.records import Record
-from jaxlm.data.rendering import Rendered, Segment, Template
+from jaxlm.data.rendering import Rendered, Segment, Span, Template
 from jaxlm.errors import UserError
 from jaxlm.modalities import TextError
 from jaxlm.tokenizer import Encoding, Tokenizer
@@ -25,11 +25,13 @@ class Example:
         input_ids: int32 [n].
         loss_mask: bool [n]: True where the token is a target to learn.
         ends: places of the special tokens that end an answer.
+        encoder_ids: int32 [m], what an encoder reads; None for a decoder alone, whose `input_ids` hold all of it.
     """
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     ends: tuple[int, ...] = ()
+    encoder_ids: NDArray[np.int32] | None = None
 
 
 def encode_rendered(
@@ -109,6 +111,56 @@ def _join(
     return Example(np.array(ids, np.int32), mask, tuple(dict.fromkeys(ends)))
 
 
+def encode_pairs(
+    prompts: Sequence[Rendered],
+    records: Sequence[Rendered],
+    tokenizer: Tokenizer,
+    *,
+    add_bos: bool,
+    add_eos: bool,
+    start_id: int,
+) -> list[Example]:
+    """Records for an encoder and a decoder: the prompt is read by the one, its last answer written by the other.
+
+    The two are tokenised apart, and each ends with one eos. Nothing of the prompt is trained.
+
+    Args:
+        prompts: everything before the last answers, see `Template.render_prompt`.
+        records: the whole records.
+        start_id: the token that the decoder begins with.
+
+    Raises:
+        UserError: bos or eos is asked for and the tokenizer has none.
+        TextError: as `encode_rendered`.
+    """
+    sources = [source_ids(prompt.input_ids, tokenizer, add_eos) for prompt in _encoded(prompts, tokenizer, add_bos)]
+    texts = [
+        Rendered((Segment((Span("".join(record.answers[-1:]), True),), True),), special_tokens=record.special_tokens)
+        for record in records
+    ]
+    answers = encode_rendered(texts, tokenizer, add_bos=False, add_eos=add_eos, train_on_inputs=False)
+    examples = []
+    for record, source, answer in zip(records, sources, answers, strict=True):
+        # An answer that is not to be learned is the last one all the same.
+        last = record.segments[-1].spans if record.segments else ()
+        learned = bool(record.answers) and any(span.trained for span in last)
+        ids = np.concatenate([[start_id], answer.input_ids]).astype(np.int32)
+        mask = np.concatenate([[False], np.full(len(answer.input_ids), learned)])
+        examples.append(Example(ids, mask, tuple(end + 1 for end in answer.ends), source))
+    return examples
+
+
+def _encoded(prompts: Sequence[Rendered], tokenizer: Tokenizer, add_bos: bool) -> list[Example]:
+    return encode_rendered(prompts, tokenizer, add_bos=add_bos, add_eos=False, train_on_inputs=False)
+
+
+def source_ids(prompt: NDArray[np.int32], tokenizer: Tokenizer, add_eos: bool) -> NDArray[np.int32]:
+    """What an encoder reads of a prompt: with one eos at its end."""
+    if not add_eos or (len(prompt) and prompt[-1] == tokenizer.eos_id):
+        return prompt
+    return np.append(prompt, np.int32(_required(tokenizer, "eos")))
+
+
 def _required(tokenizer: Tokenizer, name: str) -> int:
     index: int | None = getattr(tokenizer, f"{name}_id")
     if index is None:
@@ -172,6 +224,7 @@ def prompt_ids(
     tokenizer: Tokenizer,
     add_bos: bool | None = None,
     add_eos: bool | None = None,
+    for_encoder: bool = False,
 ) -> list[int]:
     """Token ids of everything before the record's last answer, for inference.
 
@@ -181,6 +234,7 @@ def prompt_ids(
         tokenizer: the tokenizer.
         add_bos: begin with bos unless the template does; None: if the tokenizer itself does.
         add_eos: earlier answers end with eos; None: if the tokenizer has one.
+        for_encoder: an encoder reads the prompt: eos stands at its end alone.
 
     Raises:
         UserError: for what the template or the tokenizer cannot read.
@@ -189,7 +243,9 @@ def prompt_ids(
     bos = tokenizer.adds_bos if add_bos is None else add_bos
     eos = tokenizer.eos_id is not None if add_eos is None else add_eos
     try:
-        example = encode_rendered([rendered], tokenizer, add_bos=bos, add_eos=eos, train_on_inputs=False)[0]
+        inside = eos and not for_encoder
+        example = encode_rendered([rendered], tokenizer, add_bos=bos, add_eos=inside, train_on_inputs=False)[0]
     except TextError as error:
         raise UserError(f"{record.name}: {error}") from None
-    return [int(index) for index in example.input_ids]
+    ids = source_ids(example.input_ids, tokenizer, eos) if for_encoder else example.input_ids
+    return [int(index) for index in ids]

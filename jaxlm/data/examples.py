@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data.encoding import Example, encode_rendered, resolve_ends
+from jaxlm.data.encoding import Example, encode_pairs, encode_rendered, resolve_ends
 from jaxlm.data.messages import unused
 from jaxlm.data.records import Record, read_records
 from jaxlm.data.report import SourceReport
@@ -37,6 +38,8 @@ class Examples:
         offsets: int64 [examples + 1].
         source: int32 [examples], which source each came from.
         record: int64 [examples], which record: the pieces of a long document share one.
+        encoder_ids: int32 [tokens of encoders], example i is [encoder_offsets[i], encoder_offsets[i + 1]).
+        encoder_offsets: int64 [examples + 1]; None for a decoder alone.
     """
 
     input_ids: NDArray[np.int32]
@@ -44,13 +47,18 @@ class Examples:
     offsets: NDArray[np.int64]
     source: NDArray[np.int32]
     record: NDArray[np.int64]
+    encoder_ids: NDArray[np.int32] | None = None
+    encoder_offsets: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
         part = slice(self.offsets[index], self.offsets[index + 1])
-        return Example(self.input_ids[part], self.loss_mask[part])
+        source = None
+        if self.encoder_ids is not None and self.encoder_offsets is not None:
+            source = self.encoder_ids[self.encoder_offsets[index] : self.encoder_offsets[index + 1]]
+        return Example(self.input_ids[part], self.loss_mask[part], encoder_ids=source)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -64,7 +72,10 @@ class Examples:
     def digest(self) -> str:
         """SHA-256 of the contents."""
         digest = hashlib.sha256()
-        for array in (self.input_ids, self.loss_mask, self.offsets, self.source):
+        arrays = [self.input_ids, self.loss_mask, self.offsets, self.source]
+        if self.encoder_ids is not None and self.encoder_offsets is not None:
+            arrays += [self.encoder_ids, self.encoder_offsets]
+        for array in arrays:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -75,14 +86,21 @@ def from_list(
     """Flat arrays of single examples, with the source and record of each."""
     ids = [example.input_ids for example in examples] or [np.zeros(0, np.int32)]
     masks = [example.loss_mask for example in examples] or [np.zeros(0, np.bool_)]
-    lengths = np.array([0, *(len(example.input_ids) for example in examples)], np.int64)
+    sources = [example.encoder_ids for example in examples if example.encoder_ids is not None]
+    assert len(sources) in (0, len(examples))
     return Examples(
         np.concatenate(ids),
         np.concatenate(masks),
-        np.cumsum(lengths),
+        _offsets(ids),
         np.asarray(source, np.int32),
         np.asarray(record, np.int64),
+        np.concatenate(sources) if sources else None,
+        _offsets(sources) if sources else None,
     )
+
+
+def _offsets(arrays: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+    return np.cumsum([0, *map(len, arrays)], dtype=np.int64)
 
 
 def chosen_template(
@@ -102,6 +120,7 @@ def build_examples(
     tokenizer: Tokenizer,
     vocab_size: int,
     progress: Progress | None = None,
+    start_id: int | None = None,
 ) -> tuple[Examples, tuple[SourceReport, ...]]:
     """Reads and tokenises all records of the sources.
 
@@ -113,12 +132,14 @@ def build_examples(
         tokenizer: the tokenizer.
         vocab_size: rows of the model's embedding.
         progress: called now and then.
+        start_id: for an encoder and a decoder: the token that the decoder begins with; None: a decoder alone.
 
     Raises:
         UserError: unusable records or sources, a token the model does not have, or nothing left to learn.
     """
     config, _ = resolve_ends(config, tokenizer)
     assert config.add_bos is not None and config.add_eos is not None
+    check_streams(config, start_id)
     all_examples: list[Example] = []
     origin: list[int] = []
     number_of: list[int] = []
@@ -130,6 +151,11 @@ def build_examples(
         name, why = chosen_template(source, tokenizer, first)
         records = itertools.chain(first, records)
         template = load_template(name, tokenizer, source.columns)
+        if start_id is not None and template.name == "text":
+            raise UserError(
+                f"data: {source.path}: template text has no question, and the model's encoder reads one; choose a "
+                "template with questions and answers, e.g. alpaca, or name the columns that hold them"
+            )
         report = SourceReport(source.path, name, why)
         reports.append(report)
         while batch := list(itertools.islice(records, _BATCH)):
@@ -141,15 +167,19 @@ def build_examples(
                     report.lost[role] = report.lost.get(role, 0) + 1
                 for column in unused(record, template.used(record)):
                     report.unused[column] = report.unused.get(column, 0) + 1
+            ends = dict(add_bos=config.add_bos, add_eos=config.add_eos)
             try:
-                encoded = encode_rendered(
-                    rendered,
-                    tokenizer,
-                    add_bos=config.add_bos,
-                    add_eos=config.add_eos,
-                    train_on_inputs=config.train_on_inputs,
-                    running=config.packing_mode == "group_texts",
-                )
+                if start_id is None:
+                    encoded = encode_rendered(
+                        rendered,
+                        tokenizer,
+                        **ends,
+                        train_on_inputs=config.train_on_inputs,
+                        running=config.packing_mode == "group_texts",
+                    )
+                else:
+                    prompts = [template.render_prompt(record) for record in batch]
+                    encoded = encode_pairs(prompts, rendered, tokenizer, **ends, start_id=start_id)
             except TextError as error:
                 raise UserError(f"data: {batch[error.number].name}: {error}") from None
             for record, example in zip(batch, encoded, strict=True):
@@ -173,15 +203,19 @@ def _fit(record: Record, example: Example, config: DataConfig, report: SourceRep
     """The example in pieces that fit a row, counted; none when it is dropped."""
     report.records += 1
     length, room = len(example.input_ids), config.sequence_length
+    source, source_room = example.encoder_ids, config.row_length("encoder_ids")
     pieces = [example]
-    if config.packing_mode != "group_texts" and length > room:
+    over = 0 if source is None else max(0, len(source) - source_room)
+    if config.packing_mode != "group_texts" and (length > room or over):
         action = config.too_long
         if action == "auto":  # a document loses nothing by being cut in pieces; an answer loses its question
             action = "split" if report.template == "text" else "truncate"
         if action == "error":
+            what = f"{length} tokens, data.sequence_length is {room}"
+            if source is not None and over:
+                what = f"a question of {len(source)} tokens, data.encoder_length is {source_room}"
             raise UserError(
-                f"data: {record.name} has {length} tokens, data.sequence_length is {room}; "
-                "raise it, or set data.too_long to truncate, split or drop"
+                f"data: {record.name} has {what}; raise it, or set data.too_long to truncate, split or drop"
             )
         if action == "drop":
             report.dropped_too_long += 1
@@ -192,12 +226,17 @@ def _fit(record: Record, example: Example, config: DataConfig, report: SourceRep
         pieces = [_piece(example, start, stop) for start, stop in itertools.pairwise(borders)]
         if action == "truncate":
             report.truncated += 1
-            report.tokens_cut += length - room
+            report.tokens_cut += max(0, length - room) + over
             del pieces[1:]
+            if source is not None and over:
+                # Its last token says that the question ends there, as transformers' truncation keeps it.
+                source = np.concatenate([source[: source_room - 1], source[-1:]])
         else:
             report.split += 1
             for piece in pieces:
                 piece.loss_mask[0] = False  # nothing in the row predicts it
+    if source is not None:
+        pieces = [dataclasses.replace(piece, encoder_ids=source) for piece in pieces]
     kept = [piece for piece in pieces if piece.loss_mask.any()]
     if not kept:
         report.dropped_without_target += 1
@@ -211,6 +250,29 @@ def _fit(record: Record, example: Example, config: DataConfig, report: SourceRep
         report.ends += len(ends)
         report.end_ids |= {int(piece.input_ids[end]) for end in ends}
     return kept
+
+
+def check_streams(config: DataConfig, start_id: int | None) -> None:
+    """Refuses settings that mean nothing for a decoder alone or, with a `start_id`, for one with an encoder.
+
+    Raises:
+        UserError: the first of them.
+    """
+    if start_id is None:
+        if config.encoder_length is not None:
+            raise UserError("data.encoder_length: the model has no encoder; leave it out, sequence_length says all")
+        return
+    for key, value, instead in (
+        ("packing", "group_texts", "true or false"),
+        ("too_long", "split", "truncate, drop or error"),
+        ("train_on_inputs", True, "false"),
+    ):
+        if getattr(config, key) == value:
+            shown = str(value).lower()
+            raise UserError(
+                f"data.{key}: {shown} is not supported with an encoder, whose question and answer are two texts; set "
+                f"it to {instead}"
+            )
 
 
 def _piece(example: Example, start: int, stop: int) -> Example:
@@ -233,6 +295,8 @@ def _check(
             "train: false stands on every answer"
         )
     largest = int(examples.input_ids.max())
+    if examples.encoder_ids is not None and len(examples.encoder_ids):
+        largest = max(largest, int(examples.encoder_ids.max()))
     if largest >= vocab_size:
         raise UserError(
             f"data: token id {largest} ({tokenizer.token(largest)!r}) of the tokenizer {tokenizer.path} is outside of "

@@ -29,11 +29,16 @@ class _Planner:
     weights: tuple[float, ...]
     mode: str
     sequence_length: int
+    encoder_length: int
     seed: int
 
     def __call__(self, epoch: int) -> Plan:
-        order = epoch_order(self.examples.source, self.weights, self.seed, epoch)
-        return plan_rows(self.mode, self.examples.offsets, order, self.sequence_length, self.seed, epoch)
+        order, offsets = (
+            epoch_order(self.examples.source, self.weights, self.seed, epoch),
+            self.examples.encoder_offsets,
+        )
+        encoder = None if offsets is None else (offsets, self.encoder_length)
+        return plan_rows(self.mode, self.examples.offsets, order, self.sequence_length, self.seed, epoch, encoder)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Data:
         return _hash({**section, "workers": 0, "seed": seed}, self.digests)
 
     def _planner(self, examples: Examples, weights: tuple[float, ...]) -> _Planner:
-        return _Planner(examples, weights, self.config.packing_mode, self.config.sequence_length, self.seed)
+        config, encoder_length = self.config, self.config.row_length("encoder_ids")
+        return _Planner(examples, weights, config.packing_mode, config.sequence_length, encoder_length, self.seed)
 
     def train_rows(self, epoch: int) -> Plan:
         """The rows of an epoch."""
@@ -110,6 +116,7 @@ class Data:
             local_rows=local_rows,
             ranges=self.ranges,
             known=known,
+            encoder_length=self.config.row_length("encoder_ids"),
         )
         return Batches(source, self.config.workers)
 
@@ -130,6 +137,7 @@ class Data:
             rows=batch_size,
             local_rows=local_rows,
             ranges=self.ranges,
+            encoder_length=self.config.row_length("encoder_ids"),
         )
         return Batches(EvaluationSource(source), 0)
 
@@ -143,6 +151,7 @@ def build_data(
     max_positions: int,
     progress: Progress | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
+    start_id: int | None = None,
 ) -> Data:
     """Reads, tokenises and splits the data of a run.
 
@@ -154,6 +163,7 @@ def build_data(
         max_positions: the longest row that the model takes.
         progress: called with a source's path and the number of its records read so far.
         ranges: token ids of each modality but text, in the order of the model's; None: the tokenizer's.
+        start_id: for a model with an encoder: the token that its decoder begins with.
 
     Raises:
         UserError: anything wrong with the configuration or the data.
@@ -176,7 +186,7 @@ def build_data(
                 "between 0 and 1 (e.g. 0.1), or a list of sources"
             )
     config, note = resolve_ends(config, tokenizer)
-    train, reports = build_examples(config.train, config, tokenizer, vocab_size, progress)
+    train, reports = build_examples(config.train, config, tokenizer, vocab_size, progress, start_id)
     check_ends(reports, config, tokenizer)
     validation: Examples | None = None
     validation_reports: tuple[SourceReport, ...] = ()
@@ -185,7 +195,9 @@ def build_data(
             train, validation = split_off(train, config.validation, seed)
             reports, validation_reports = count_split(reports, train, validation)
     elif config.validation:
-        validation, validation_reports = build_examples(config.validation, config, tokenizer, vocab_size, progress)
+        validation, validation_reports = build_examples(
+            config.validation, config, tokenizer, vocab_size, progress, start_id
+        )
     digests = tuple("none" if examples is None else examples.digest() for examples in (train, validation))
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]

@@ -21,12 +21,15 @@ class Plan:
         lengths: int64 [pieces].
         rows: int64 [rows + 1]: row r has the pieces [rows[r], rows[r + 1]).
         one_segment: the pieces of a row are one running text; otherwise each is a document of its own.
+        encoder_starts, encoder_lengths: int64 [pieces], what an encoder reads for each; None for a decoder alone.
     """
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     rows: NDArray[np.int64]
     one_segment: bool
+    encoder_starts: NDArray[np.int64] | None = None
+    encoder_lengths: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows) - 1
@@ -48,7 +51,13 @@ class Plan:
 
 
 def plan_rows(
-    mode: str, offsets: NDArray[np.int64], order: NDArray[np.int64], sequence_length: int, seed: int, epoch: int
+    mode: str,
+    offsets: NDArray[np.int64],
+    order: NDArray[np.int64],
+    sequence_length: int,
+    seed: int,
+    epoch: int,
+    encoder: tuple[NDArray[np.int64], int] | None = None,
 ) -> Plan:
     """The rows of an epoch.
 
@@ -59,6 +68,7 @@ def plan_rows(
         sequence_length: T, tokens of a row. Under first_fit and none no record may be longer.
         seed: the order of rows is a function of seed and epoch only.
         epoch: see seed.
+        encoder: the offsets of what an encoder reads for each record, and the tokens of a row of it.
     """
     random = np.random.default_rng([seed, epoch, 0])
     if mode == "group_texts":
@@ -68,12 +78,20 @@ def plan_rows(
     starts, lengths = offsets[:-1][order], np.diff(offsets)[order]
     if len(lengths) and int(lengths.max()) > sequence_length:
         raise AssertionError("a record is longer than a row")
+    of_encoder = None
+    if encoder is not None:
+        of_encoder = encoder[0][:-1][order], np.diff(encoder[0])[order]
+        if len(order) and int(of_encoder[1].max()) > encoder[1]:
+            raise AssertionError("a record is longer than a row of the encoder")
     if mode == "none":
-        return Plan(starts, lengths, np.arange(len(order) + 1, dtype=np.int64), False)
-    members = first_fit(lengths.tolist(), sequence_length)
+        return Plan(starts, lengths, np.arange(len(order) + 1, dtype=np.int64), False, *(of_encoder or ()))
+    if encoder is None or of_encoder is None:
+        members = first_fit(lengths.tolist(), sequence_length)
+    else:
+        members = first_fit_pairs(np.stack([lengths, of_encoder[1]], 1).tolist(), (sequence_length, encoder[1]))
     flat = np.array([index for row in members for index in row], np.int64)
     rows = np.cumsum([0, *(len(row) for row in members)]).astype(np.int64)
-    return Plan(starts[flat], lengths[flat], rows, False)
+    return Plan(starts[flat], lengths[flat], rows, False, *(part[flat] for part in of_encoder or ()))
 
 
 def first_fit(lengths: Sequence[int], capacity: int, window: int = WINDOW) -> list[list[int]]:
@@ -102,6 +120,30 @@ def first_fit(lengths: Sequence[int], capacity: int, window: int = WINDOW) -> li
         space[k] -= length
         if space[k] < smallest:
             del open_rows[k], space[k]
+    return rows
+
+
+def first_fit_pairs(
+    lengths: Sequence[Sequence[int]], capacity: tuple[int, int], window: int = WINDOW
+) -> list[list[int]]:
+    """As `first_fit`, for items of two lengths each, which both must fit."""
+    rows: list[list[int]] = []
+    open_rows: list[tuple[list[int], list[int]]] = []  # the items, and the space left for each length
+    smallest = [min(each) for each in zip(*lengths, strict=True)] if lengths else []
+    for index, pair in enumerate(lengths):
+        k = next((k for k, (_, left) in enumerate(open_rows) if left[0] >= pair[0] and left[1] >= pair[1]), None)
+        if k is None:
+            if len(open_rows) == window:
+                share = [min(left[0] / capacity[0], left[1] / capacity[1]) for _, left in open_rows]
+                del open_rows[min(range(window), key=share.__getitem__)]
+            rows.append([])
+            open_rows.append((rows[-1], list(capacity)))
+            k = len(open_rows) - 1
+        members, left = open_rows[k]
+        members.append(index)
+        left[:] = left[0] - pair[0], left[1] - pair[1]
+        if left[0] < smallest[0] or left[1] < smallest[1]:
+            del open_rows[k]
     return rows
 
 

@@ -30,7 +30,8 @@ def preview(
     """Prints the rows of a batch as text: ⟦what is trained⟧ stands in brackets and in colour.
 
     Args:
-        batch: input_ids, loss_mask and segment_ids of shape [A, B, T] or [B, T].
+        batch: input_ids, loss_mask and segment_ids of shape [A, B, T] or [B, T]; encoder_ids and encoder_segment_ids
+            where an encoder reads something, which stands before each document.
         tokenizer: turns ids into text; special tokens are written out.
         console: where to print.
         shown: rows of earlier batches that were printed.
@@ -39,13 +40,16 @@ def preview(
     Returns:
         The number of rows of this batch that were printed.
     """
-    ids, mask, segments = (np.asarray(batch[name]) for name in ("input_ids", "loss_mask", "segment_ids"))
-    length = ids.shape[-1]
-    rows = zip(*(array.reshape(-1, length) for array in (ids, mask, segments)), strict=True)
+    fields = ["input_ids", "loss_mask", "segment_ids"]
+    with_encoder = "encoder_ids" in batch
+    if with_encoder:
+        fields += ["encoder_ids", "encoder_segment_ids"]
+    arrays = [np.asarray(batch[name]) for name in fields]
+    rows = zip(*(array.reshape(-1, array.shape[-1]) for array in arrays), strict=True)
     if shown == 0:
         console.print(f"{OPEN}trained{CLOSE} and not trained", style="dim", highlight=False)
     number = shown
-    for row_ids, row_mask, row_segments in rows:
+    for row_ids, row_mask, row_segments, *source in rows:
         used = row_segments > 0
         if most is not None and not used.any():
             continue
@@ -62,6 +66,11 @@ def preview(
             in_segment = row_segments == segment
             if documents > 1:
                 console.print(f"-- document {segment} ({int(in_segment.sum())} tokens)", style="dim", highlight=False)
+            if with_encoder:
+                read = source[0][source[1] == segment]
+                console.print(f"the encoder reads ({len(read)} tokens):", style="dim", highlight=False)
+                console.print(_document(read, np.zeros(len(read), bool), tokenizer), soft_wrap=True)
+                console.print("the decoder writes:", style="dim", highlight=False)
             console.print(_document(row_ids[in_segment], row_mask[in_segment], tokenizer), soft_wrap=True)
     return number - shown
 

@@ -63,6 +63,7 @@ def place(
         UserError: for a mesh or an adapter that does not fit.
     """
     spec, platform = source.config, jax.default_backend()
+    spec.refuse_encoder("perplexity")
     dtype = compute_dtype(config.dtype)
     layers = [layer.attention for layer in spec.period]
     attention, reason, _ = choose_for_layers(config.attention, layers, dtype, longest, True)

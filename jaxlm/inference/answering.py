@@ -56,14 +56,14 @@ def complete(
             if options.stop and options.num_beams == 1:
                 for row, answers in enumerate(session.answers()):
                     for sample, answer in enumerate(answers):
-                        text = answer_text(tokenizer, prompts[numbers[row]], answer.ids)
+                        text = answer_text(tokenizer, session.beginnings[row], answer.ids)
                         if not answer.complete and cut_at_stop(text, options.stop)[1]:
                             session.stop(row, sample)
         completions: dict[int, list[Completion]] = {}
-        for number, answers in zip(numbers, session.answers(), strict=True):
+        for number, beginning, answers in zip(numbers, session.beginnings, session.answers(), strict=True):
             completions[number] = []
             for answer in answers:
-                text, stopped = cut_at_stop(answer_text(tokenizer, prompts[number], answer.ids), options.stop)
+                text, stopped = cut_at_stop(answer_text(tokenizer, beginning, answer.ids), options.stop)
                 finish = "stop" if stopped else answer.finish
                 completions[number].append(Completion(text.strip() if strip else text, answer.ids, finish))
         yield completions

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlm.inference.sampling import Method, Settings, penalize
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.unrolled import Caches, Weights, next_logits
+from jaxlm.models.unrolled import Caches, Weights, next_logits, reordered
 
 WORST = -1e9  # transformers' score of what must not be chosen; finite, so that two of them still compare
 
@@ -216,7 +216,7 @@ def search(
         rows = state.tokens.reshape(len(last), -1)
         logits, caches = next_logits(decoder, weights, caches, rows[jnp.arange(len(last)), last], last)
         state, origin = advance(logits, state, settings, stops, length_penalty, method=method, beams=beams)
-        return step + 1, [(k[origin], v[origin]) for k, v in caches], state
+        return step + 1, reordered(caches, origin), state
 
     _, caches, state = jax.lax.while_loop(unfinished, one_more, (jnp.int32(0), caches, state))
     return caches, state

@@ -31,7 +31,7 @@ FLUSH = 4
 
 def stream_answer(session: Session, prompter: Prompter, options: Decoding, show: Callable[[str], None]) -> Answer:
     """Runs a session of one prompt, showing its first answer piece by piece; returns it."""
-    stream = TextStream(prompter.tokenizer, session.prompts[0], options.stop)
+    stream = TextStream(prompter.tokenizer, session.beginnings[0], options.stop)
     strip = not prompter.is_text
     shown = ""
     answer: Answer | None = None
@@ -143,7 +143,9 @@ class Chat:
             self._say(f"the answer ends here because of {limit}")
         self._turn += 1
         if self._prompter.takes_turns:
-            text = cut_at_stop(answer_text(self._prompter.tokenizer, ids, answer.ids), self._options.stop)[0]
+            text = cut_at_stop(
+                answer_text(self._prompter.tokenizer, self._generator.beginning(ids), answer.ids), self._options.stop
+            )[0]
             self._messages += [turn, {"role": "assistant", "content": text.strip()}]
 
     def _command(self, name: str, rest: str) -> None:

@@ -101,8 +101,8 @@ class Engine:
         model: weights on their devices.
         rows: how many answers can be under way at once; rounded up to what the mesh divides.
         keep: a released row keeps its text as long as it is free, and a prompt that begins with it reads only the rest.
-            Rows over several groups of devices, and dynamic RoPE, where a longer text turns all of its keys anew, keep
-            nothing.
+            Rows over several groups of devices, dynamic RoPE, where a longer text turns all of its keys anew, and
+            encoders, whose states all see the whole prompt, keep nothing.
     """
 
     def __init__(self, model: DeviceModel, rows: int, keep: bool = False) -> None:
@@ -111,7 +111,8 @@ class Engine:
         self.rows = self._cache.rows
         alone = divisible(1, model.mesh) == 1
         ropes = (layer.attention.rope for layer in self._spec.period)
-        self._keep = keep and alone and all(rope is None or rope.rope_type != "dynamic" for rope in ropes)
+        readable_on = self._spec.encoder is None and all(rope is None or rope.rope_type != "dynamic" for rope in ropes)
+        self._keep = keep and alone and readable_on
         self._slots: dict[int, Slot] = {}
         self._kept: dict[int, list[int]] = {}  # the tokens whose keys and values a free row holds
         self._clear()
@@ -219,7 +220,7 @@ class Engine:
         return self._begin(logits, requests, samples, None if whole else rows)
 
     def _limit(self, request: Request) -> int:
-        return min(len(request.prompt) + request.options.max_new_tokens, self._model.max_length)
+        return min(len(self._model.beginning(request.prompt)) + request.options.max_new_tokens, self._model.max_length)
 
     def _begin(
         self, logits: jax.Array, requests: list[Request], samples: int, rows: list[int] | None
@@ -234,7 +235,7 @@ class Engine:
         limits = [self._limit(request) for request in requests for _ in range(samples)]
         room = max(bucket(max(limits)), 0 if self._state is None else self._state.tokens.shape[1])
         empty = count - len(limits)
-        prompts = [list(request.prompt) for request in requests for _ in range(samples)] + [[]] * empty
+        prompts = [self._model.beginning(request.prompt) for request in requests for _ in range(samples)] + [[]] * empty
         keys = np.concatenate(
             [row_keys(request.options.seed, [request.number], samples) for request in requests]
             + [np.zeros((empty, 2), np.uint32)]

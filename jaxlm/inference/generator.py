@@ -69,8 +69,9 @@ class Session(ABC):
         self._model, self._requests, self._flush = model, requests, flush
 
     @property
-    def prompts(self) -> list[list[int]]:
-        return [list(request.prompt) for request in self._requests]
+    def beginnings(self) -> list[list[int]]:
+        """The text that each answer continues: the prompt, unless an encoder has read it."""
+        return [self._model.beginning(request.prompt) for request in self._requests]
 
     @abstractmethod
     def steps(self) -> Iterator[None]:
@@ -139,14 +140,15 @@ class BeamSession(Session):
     def _search(self) -> Iterator[None]:
         model, options, cache = self._model, self._options, self._cache
         vocab_size, beams = model.decoder.spec.vocab_size, options.num_beams
-        prompts = self.prompts + [[]] * (cache.rows // beams - len(self._requests))
+        fill: list[list[int]] = [[]] * (cache.rows // beams - len(self._requests))
+        prompts, read = self.beginnings + fill, [list(request.prompt) for request in self._requests] + fill
         limits = [min(max(1, len(prompt)) + options.max_new_tokens, model.max_length) for prompt in prompts]
         method = Method.of(options, vocab_size)
         static: dict[str, Any] = dict(method=method, beams=Beams(beams, options.early_stopping, len(self._stop_ids)))
         stops, penalty = jnp.asarray(sorted(self._stop_ids), jnp.int32), jnp.float32(options.length_penalty)
         settings = Settings.of(options, cache.rows, vocab_size)
         state = new_beams(prompts, limits, bucket(max(limits)), beams, vocab_size, method)
-        logits, caches = cache.read(prompts, limits)
+        logits, caches = cache.read(read, limits)
         cache.place(caches, beams)
         state, _ = advance(jnp.repeat(logits, beams, axis=0), state, settings, stops, penalty, **static)
         while True:
@@ -170,14 +172,14 @@ class BeamSession(Session):
         return [
             [
                 answer_of(
-                    host.done_tokens[row, rank, len(request.prompt) : int(host.done_lengths[row, rank])].tolist(),
+                    host.done_tokens[row, rank, len(beginning) : int(host.done_lengths[row, rank])].tolist(),
                     self._options,
                     self._stop_ids,
                     complete=True,
                 )
                 for rank in range(self._options.samples)
             ]
-            for row, request in enumerate(self._requests)
+            for row, beginning in enumerate(self.beginnings)
         ]
 
     def stop(self, prompt: int, sample: int = 0) -> None:

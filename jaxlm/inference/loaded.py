@@ -22,7 +22,8 @@ from jaxlm.inference.generator import Generator
 from jaxlm.inference.options import check_decoding, check_stop_ids
 from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.rows import bucket, divisible, fetch
-from jaxlm.models.unrolled import hidden_states, last_layer, logits_of
+from jaxlm.models.encoder_decoder import source_caches
+from jaxlm.models.unrolled import hidden_states, last_layer, logits_of, read_on
 from jaxlm.sharding import ROW_AXES
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer
@@ -121,6 +122,7 @@ class LoadedModel:
         Raises:
             UserError: for an empty text, one beyond the model's context, or an id that the model does not have.
         """
+        self.spec.refuse_encoder("logits: use log_probs, which takes a prompt and what is written")
         ids = _plain(ids)
         return self._logits(ids, 0, len(ids))
 
@@ -130,7 +132,8 @@ class LoadedModel:
         Args:
             prompt: a text as it stands (no template; the tokenizer's own bos in front), or token ids.
             continuation: of the same kind. Texts are cut into tokens together with the prompt; a token that holds
-                characters of both belongs to the continuation, as in training.
+                characters of both belongs to the continuation, as in training. With an encoder, which reads the prompt,
+                they are cut apart, and eos ends the prompt.
 
         Raises:
             UserError: as `logits`; also when prompt and continuation are not of one kind, or one of them has no token.
@@ -140,6 +143,8 @@ class LoadedModel:
                 "log_probs: prompt and continuation must both be texts or both be token ids; "
                 "see LoadedModel.tokenizer.encode and LoadedModel.prompt_ids"
             )
+        if self.spec.encoder is not None:
+            return self._log_probs_of_target(prompt, continuation)
         if isinstance(prompt, str):
             ids, first = self._joined(prompt, cast(str, continuation))
         else:
@@ -148,11 +153,35 @@ class LoadedModel:
             raise UserError(
                 f"log_probs: {'the prompt' if first == 0 else 'the continuation'} has no tokens; each needs one"
             )
-        logits = self._logits(ids, first - 1, len(ids) - 1)
-        scores = logits - logits.max(axis=-1, keepdims=True)
-        scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
-        chosen: np.ndarray = np.take_along_axis(scores, np.array(ids[first:])[:, None], axis=1)[:, 0]
-        return chosen
+        return _log_probs_of(ids[first:], self._logits(ids, first - 1, len(ids) - 1))
+
+    def _log_probs_of_target(self, prompt: str | Ids, continuation: str | Ids) -> np.ndarray:
+        """`log_probs` of what the decoder writes when the encoder has read the prompt."""
+        texts = isinstance(prompt, str)
+        source = self._plain_ids(prompt) if isinstance(prompt, str) else _plain(prompt)
+        if texts and self.tokenizer.adds_eos and self.tokenizer.eos_id is not None:
+            source.append(self.tokenizer.eos_id)
+        target = (
+            list(self.tokenizer.encode(_whole(cast(str, continuation))).ids)
+            if texts
+            else _plain(cast(Ids, continuation))
+        )
+        for ids in (source, target):
+            self._check(ids)
+        generator = self._generator
+        beginning = generator.beginning(source)
+        tokens = np.zeros((2, bucket(max(len(source), len(target) + 1))), np.int32)
+        tokens[0, : len(source)], tokens[1, : len(target)] = source, [*beginning, *target[:-1]]
+        lengths = np.array([len(source), len(target)], np.int32)
+        rows = divisible(1, generator.mesh)
+        sharding = NamedSharding(generator.mesh, P(ROW_AXES))
+        with use_mesh(generator.mesh):
+            read, written = (jax.device_put(np.repeat(each[None], rows, axis=0), sharding) for each in tokens)
+            sizes, new = (jax.device_put(np.repeat(each, rows), sharding) for each in lengths)
+            caches = source_caches(generator.decoder, generator.weights, read, sizes, written.shape[1])
+            x, _ = read_on(generator.decoder, generator.weights, caches, written, jnp.zeros_like(new), new)
+            logits = logits_of(generator.decoder, generator.weights, x[0])
+            return _log_probs_of(target, fetch(logits, generator.mesh)[: len(target)])
 
     def _joined(self, prompt: str, continuation: str) -> tuple[list[int], int]:
         """Tokens of both texts, and the number of those that belong to the prompt alone."""
@@ -179,6 +208,7 @@ class LoadedModel:
         Raises:
             UserError: as `logits`.
         """
+        self.spec.refuse_encoder("embed")
         if pooling not in ("mean", "last"):
             raise UserError(f"embed: pooling {pooling!r} must be mean or last")
         _check_batch_size(batch_size)
@@ -233,6 +263,14 @@ class LoadedModel:
             logits = logits_of(generator.decoder, generator.weights, x[0, positions])
             rows: np.ndarray = fetch(logits, generator.mesh)[:count]
         return rows
+
+
+def _log_probs_of(ids: Ids, logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms [T] of the probabilities that logits [T, V] give ids."""
+    scores = logits - logits.max(axis=-1, keepdims=True)
+    scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+    chosen: np.ndarray = np.take_along_axis(scores, np.array(ids)[:, None], axis=1)[:, 0]
+    return chosen
 
 
 def _decoding(options: Decoding | None, settings: Mapping[str, Any]) -> Decoding:

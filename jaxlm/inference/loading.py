@@ -43,6 +43,7 @@ class PromptSettings:
     Args:
         trained: what the model's own files say of its training.
         warnings: what speaks against the tokenizer.
+        for_encoder: an encoder reads the prompts.
     """
 
     tokenizer: Tokenizer
@@ -51,9 +52,11 @@ class PromptSettings:
     add_bos: bool | None
     trained: PromptFile
     warnings: list[str]
+    for_encoder: bool = False
 
     def prompter(self, columns: Mapping[str, str] | None = None, system: str | None = None) -> Prompter:
-        return Prompter(self.template, self.tokenizer, columns, self.add_bos, system, self.trained.add_eos)
+        eos, encoder = self.trained.add_eos, self.for_encoder
+        return Prompter(self.template, self.tokenizer, columns, self.add_bos, system, eos, encoder)
 
 
 def prompt_settings(
@@ -76,7 +79,8 @@ def prompt_settings(
     warnings = check_tokenizer(loaded, spec, own, "tokenizer" if tokenizer else "")
     trained = trained_prompt(files.trained_path)
     name, reason = _template(template, trained, loaded)
-    return PromptSettings(loaded, name, reason, trained.add_bos if add_bos is None else add_bos, trained, warnings)
+    bos, encoder = trained.add_bos if add_bos is None else add_bos, files.merged.config.encoder is not None
+    return PromptSettings(loaded, name, reason, bos, trained, warnings, encoder)
 
 
 def _own_tokenizer(source: ParamSource) -> Tokenizer | None:
@@ -164,8 +168,9 @@ def placement(
     platform, spec = jax.default_backend(), files.merged.config
     compute = compute_dtype(dtype)
     # Prompts have any length; the longest ones are what takes time.
-    layers = [layer.attention for layer in spec.period]
-    backend, reason, shape = choose_for_layers(attention, layers, compute, spec.max_length, False)
+    backend, reason, shape = choose_for_layers(attention, spec.attention_layers, compute, spec.max_length, False)
+    if int8:
+        spec.refuse_encoder("model.int8")
     _, adapter = files.parts(merge)
     specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
     experts, why = ("dense", "") if spec.experts is None else choose_compute("auto", platform, spec.experts, specs)

@@ -39,10 +39,13 @@ def abstract_weights(decoder: Decoder, weight_type: type[StoredWeight] | None = 
 
     by_period = [layer(p) for p in range(min(len(decoder.spec.period), decoder.spec.num_layers))]
     layers = [by_period[number % len(decoder.spec.period)] for number in range(decoder.spec.num_layers)]
-    return {
+    weights = {
         "params": {**top, "layers": [tree["params"] for tree in layers]},
         "lora": [tree.get("lora", {}) for tree in layers],
     }
+    if decoder.spec.encoder is not None:
+        weights["encoder_lora"] = abstract_variables(decoder).get("lora", {}).get("encoder", {})
+    return weights
 
 
 def load_weights(
@@ -78,7 +81,14 @@ def load_weights(
             assert adapter is not None
             lora = _load_layer(lora_box, mesh, adapter, stack, index)
         factors.append(lora)
-    return {"params": {**params, "layers": layers}, "lora": factors}
+    weights = {"params": {**params, "layers": layers}, "lora": factors}
+    if "encoder_lora" in boxed:
+        tree = {"encoder": boxed["encoder_lora"]}
+        bare = nn.unbox(tree)
+        read = model.read if adapter is None else adapter.read
+        own = load_sharded(bare, tree_shardings(tree, mesh), read, stored_chunks(adapter, bare))
+        weights["encoder_lora"] = own.get("encoder", {})
+    return weights
 
 
 def layer_places(spec: DecoderSpec) -> list[tuple[str, int]]:
@@ -132,10 +142,11 @@ def unstack(variables: Mapping[str, Any], spec: DecoderSpec) -> Weights:
     params, lora = dict(variables["params"]), variables.get("lora", {})
     places = layer_places(spec)
     top = {name: tree for name, tree in params.items() if name not in ("layers", "tail")}
-    return {
+    weights = {
         "params": {**top, "layers": [layer_at(params, *place) for place in places]},
         "lora": [layer_at(lora, *place) for place in places],
     }
+    return weights if spec.encoder is None else weights | {"encoder_lora": lora.get("encoder", {})}
 
 
 def layer_at(stacks: Mapping[str, Any], path: str, index: int) -> Any:

@@ -28,6 +28,7 @@ class Prompter:
         add_bos: begin with bos unless the template does; None: if the tokenizer itself does.
         system: system message of a conversation.
         add_eos: earlier answers of a conversation end with eos; None: if the tokenizer has one.
+        for_encoder: an encoder reads the prompts, which end with eos.
 
     Raises:
         UserError: for an unknown template, or a system message that the template has no place for.
@@ -41,13 +42,14 @@ class Prompter:
         add_bos: bool | None = None,
         system: str | None = None,
         add_eos: bool | None = None,
+        for_encoder: bool = False,
     ) -> None:
         self._columns = dict(columns or {})
         self._template: Template = load_template(template, tokenizer, self._columns)
         self.tokenizer = tokenizer
         self._bos_because = tokenizer.adds_why if add_bos is None else "as in training, or by add_bos"
         self._add_bos = tokenizer.adds_bos if add_bos is None else add_bos
-        self._add_eos = add_eos
+        self._add_eos, self._for_encoder = add_eos, for_encoder
         self._asks_for = self._template.asks_for if isinstance(self._template, TaskTemplate) else ()
         self.takes_turns = isinstance(self._template, (ChatTemplate, ConversationTemplate))
         self.system: str | None = None
@@ -127,4 +129,4 @@ class Prompter:
             raise UserError(f"{record.name} is empty: there is nothing to answer")
 
     def _ids(self, record: Record) -> list[int]:
-        return prompt_ids(self._template, record, self.tokenizer, self._add_bos, self._add_eos)
+        return prompt_ids(self._template, record, self.tokenizer, self._add_bos, self._add_eos, self._for_encoder)

@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.devices.mesh import rows_axis_size
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.unrolled import Caches, Weights, extend, grow, prefill, repeat_rows
+from jaxlm.models.encoder_decoder import read_sources
+from jaxlm.models.unrolled import Caches, LayerCache, Weights, extend, grow, prefill, repeat_rows
+from jaxlm.nn.cross_attention import Source
 from jaxlm.sharding import ROW_AXES
 
 # Slots that a cache has at first behind the longest prompt; it grows as answers do.
@@ -71,8 +73,13 @@ class DeviceModel:
 
     @property
     def max_length(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Tokens that prompt and answer may have together; with an encoder, each of them."""
         return self.decoder.spec.max_length
+
+    def beginning(self, prompt: Sequence[int]) -> list[int]:
+        """What the text of the decoder begins with when it answers a prompt, which an encoder may have read apart."""
+        encoder = self.decoder.spec.encoder
+        return list(prompt) if encoder is None or not prompt else [encoder.start_token_id]
 
     def check_prompt(self, ids: Sequence[int], name: str = "the prompt") -> None:
         """Raises UserError for an empty prompt, one that fills the context, or an id that the model does not have."""
@@ -118,21 +125,22 @@ class CacheRows:
 
         Args:
             prompts: an empty one only fills up the batch; their number is divisible.
-            limits: most tokens, prompt and answer, of each.
+            limits: most tokens of the decoder's text, its beginning and the answer, of each.
 
         Returns:
             Logits [n, V] after each prompt, and the caches of n rows.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        width = bucket(longest)
-        slots = max(min(bucket(max(limits)), bucket(longest + FIRST_SLOTS)), width)
+        width = bucket(max(len(prompt) for prompt in prompts))
+        longest = max(len(self._model.beginning(prompt)) for prompt in prompts)
+        slots = max(min(bucket(max(limits)), bucket(longest + FIRST_SLOTS)), bucket(longest))
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         lengths = np.array([max(1, len(prompt)) for prompt in prompts], np.int32)
         sharding = NamedSharding(self._model.mesh, P(ROW_AXES))
         placed = jax.device_put(tokens, sharding), jax.device_put(lengths, sharding)
-        return prefill(self._model.decoder, self._model.weights, *placed, slots)
+        read = prefill if self._model.decoder.spec.encoder is None else read_sources
+        return read(self._model.decoder, self._model.weights, *placed, slots)
 
     def place(self, caches: Caches, copies: int, rows: Sequence[int] | None = None) -> None:
         """Puts caches into rows, each `copies` times.
@@ -151,7 +159,11 @@ class CacheRows:
         elif self.slots < slots:
             self.caches = grow(self.caches, slots)
         numbers = jnp.asarray(rows, jnp.int32)
-        self.caches = [_put(old, new, copies, numbers) for old, new in zip(self.caches, caches, strict=True)]
+        pairs = zip(self.caches, caches, strict=True)
+        self.caches = [
+            (*_put(old[:2], new[:2], copies, numbers), *_put_sources(old[2:], new[2:], copies, numbers, self.rows))
+            for old, new in pairs
+        ]
 
     def read_on(self, row: int, known: int, tokens: Sequence[int]) -> jax.Array:
         """Reads more tokens into one row, whose first `known` ones the caches hold; logits [1, V] after them."""
@@ -161,7 +173,7 @@ class CacheRows:
         padded[0, : len(tokens)] = tokens
         starts, added = jnp.array([known], jnp.int32), jnp.array([len(tokens)], jnp.int32)
         alone = self.rows == 1
-        caches = self.caches if alone else [_take(kv, np.int32(row)) for kv in self.caches]
+        caches = self.caches if alone else [_take(kv[:2], np.int32(row)) for kv in self.caches]
         logits, caches = extend(self._model.decoder, self._model.weights, caches, jnp.asarray(padded), starts, added)
         self.place(caches, 1, None if alone else [row])
         return logits
@@ -214,9 +226,38 @@ def _in_rows(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @partial(jax.jit, static_argnums=1)
-def _empty(kv: tuple[jax.Array, jax.Array], rows: int) -> tuple[jax.Array, jax.Array]:
-    k, v = (jnp.zeros((rows, *x.shape[1:]), x.dtype) for x in kv)
-    return _in_rows(k, v)
+def _empty(kv: LayerCache, rows: int) -> LayerCache:
+    k, v, *source = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), kv)
+    return (*_in_rows(k, v), *map(_source_in_rows, source))
+
+
+def _source_in_rows(source: Source) -> Source:
+    assert source.k is not None and source.v is not None
+    k, v = _in_rows(source.k, source.v)
+    rows = nn.with_logical_constraint(source.segment_ids, ("batch", None))
+    return source.replace(segment_ids=rows, k=k, v=v)  # type: ignore[attr-defined]
+
+
+@partial(jax.jit, static_argnums=(2, 4))
+def _put_sources(
+    old: tuple[Source, ...], new: tuple[Source, ...], copies: int, rows: jax.Array, count: int
+) -> tuple[Source, ...]:
+    """The sources of `count` rows, each with its own, with those of `new`, each `copies` times, in `rows`."""
+    if not old:
+        return ()
+    (mine,), (theirs,) = old, new
+    length = max(mine.segment_ids.shape[1], theirs.segment_ids.shape[1])
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        axis = old.ndim // 2  # of the length, in [R, S] and [R, K, S, h]
+        old, new = (
+            jnp.pad(x, [(0, length - x.shape[axis]) if dim == axis else (0, 0) for dim in range(x.ndim)])
+            for x in (old, new)
+        )
+        old = jnp.repeat(old, count // old.shape[0], axis=0)
+        return old.at[rows].set(jnp.repeat(new, copies, axis=0), mode="drop")
+
+    return (_source_in_rows(jax.tree.map(put, mine, theirs)),)
 
 
 @partial(jax.jit, static_argnums=2, donate_argnums=0)

@@ -19,6 +19,7 @@ from jaxlm.devices.mesh import use_mesh
 from jaxlm.inference.model import layer_at, layer_places
 from jaxlm.inference.rows import bucket, divisible, fetch
 from jaxlm.models.decoder import Decoder
+from jaxlm.models.encoder_decoder import read_sources
 from jaxlm.models.unrolled import extend, prefill
 from jaxlm.sharding import RULES
 
@@ -57,7 +58,6 @@ def greedy_answers(
     """
     rows = divisible(len(prompts), mesh)
     lengths = np.array([*map(len, prompts), *[1] * (rows - len(prompts))], np.int32)
-    limits = np.minimum(lengths + max_tokens, model.spec.max_length)
     tokens = np.zeros((rows, bucket(int(lengths.max()))), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -67,13 +67,18 @@ def greedy_answers(
         "lora": _Layers(variables.get("lora", {}), model),
     }
     answers: list[list[int]] = [[] for _ in range(rows)]
+    read, placed = prefill, (jnp.asarray(tokens), jnp.asarray(lengths))
+    if model.spec.encoder is not None:
+        weights["encoder_lora"] = variables.get("lora", {}).get("encoder", {})
+        read, lengths = read_sources, np.ones_like(lengths)  # the decoder's text begins with one token
+    limits = np.minimum(lengths + max_tokens, model.spec.max_length)
     running = lengths < limits
     running[len(prompts) :] = False
     # One new token cannot be divided over the mesh axis `sequence`.
     rules = [("length", None) if name == "length" else (name, axes) for name, axes in RULES]
     with use_mesh(mesh), nn.logical_axis_rules(rules):
-        slots = max(tokens.shape[1], bucket(int(limits.max())))
-        logits, caches = prefill(model, weights, jnp.asarray(tokens), jnp.asarray(lengths), slots)
+        slots = max(bucket(int(lengths.max())), bucket(int(limits.max())))
+        logits, caches = read(model, weights, *placed, slots)
         while True:
             best = fetch(jnp.argmax(logits, axis=-1), mesh).astype(np.int32)
             running &= ~np.isin(best, list(stop_ids))

@@ -20,7 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.families.base import Family, Fused, Row
 from jaxlm.nn.lora import FUSED, LoraSpec
-from jaxlm.spec import DecoderSpec
+from jaxlm.spec import ENCODER, DecoderSpec
 
 ALL = "all-linear"  # every linear layer of the model's layers, as in PEFT
 
@@ -48,8 +48,8 @@ class AdaptedLinear:
 
     @property
     def path(self) -> str:
-        """Where its leaves are, below the layer's stack: 'self_attn/q_proj'."""
-        return f"{self.rows[0].path.rpartition('/')[0].rpartition('/')[0]}/{self.name}"
+        """Where its leaves are, below the layer's stack: 'self_attn/q_proj'; an encoder's begin with 'encoder/'."""
+        return f"{self.rows[0].path.rpartition('/')[0].rpartition('/')[0]}/{self.name.rpartition('/')[2]}"
 
     @property
     def feed_forward(self) -> bool:
@@ -63,14 +63,15 @@ class AdaptedLinear:
 
     def names(self, layer: int) -> tuple[str, str]:
         """Hugging Face's name in a layer, and jaxlm's."""
-        return self.hf_module.format(layer), f"layers.{layer}.{self.path.replace('/', '.')}"
+        part, path = (ENCODER, self.path.removeprefix(ENCODER)) if self.rows[0].in_encoder else ("", self.path)
+        return self.hf_module.format(layer), f"{part}layers/{layer}/{path}".replace("/", ".")
 
 
 def linears_of(model: DecoderSpec) -> dict[str, AdaptedLinear]:
     """Every linear layer of a model by jaxlm's name; those stored as one come before their parts."""
     family, linears = family_of(model), dict[str, AdaptedLinear]()
     fused = _fused_linears(family)
-    for row in family.linears.values():
+    for row in (row for row in family.rows if row.linear):
         layers = _layers_with(model, (row,))
         whole = fused.get(row.path)
         together: tuple[int, ...] = ()
@@ -108,8 +109,9 @@ def _fused_linears(family: Family) -> dict[str, tuple[str, Fused]]:
 
 def _layers_with(model: DecoderSpec, rows: tuple[Row, ...]) -> tuple[int, ...]:
     """Numbers of the layers that have all of these tensors."""
-    kinds = [all(row.when(model, layer) for row in rows) for layer in model.period]
-    return tuple(number for number in range(model.num_layers) if kinds[number % len(kinds)])
+    part = model.part(rows[0].in_encoder)
+    kinds = [all(row.when(model, layer) for row in rows) for layer in part.period]
+    return tuple(number for number in range(part.num_layers) if kinds[number % len(kinds)])
 
 
 def hf_linears(model: DecoderSpec) -> dict[str, AdaptedLinear]:
@@ -140,11 +142,12 @@ def check_names(lora: LoraConfig) -> None:
     linears, saved = dict[str, None](), set[str]()
     for family in FAMILIES.values():
         fused = _fused_linears(family).values()
-        linears |= dict.fromkeys([*family.linears, *(name for name, _ in fused)])
-        modules = [*(row.hf_module for row in family.linears.values()), *(_module(each) for _, each in fused)]
+        matrices = [row for row in family.rows if row.linear]
+        linears |= dict.fromkeys([*(row.linear.rpartition("/")[2] for row in matrices), *(name for name, _ in fused)])
+        modules = [*(row.hf_module for row in matrices), *(_module(each) for _, each in fused)]
         linears |= dict.fromkeys(map(_last, modules))
         outside = [row for row in family.rows if not row.in_layer]
-        saved |= {row.path.split("/")[0] for row in outside} | {_last(row.hf_module) for row in outside}
+        saved |= {_saved_name(row) for row in outside} | {_last(row.hf_module) for row in outside}
     for target in lora.targets:
         if target != ALL and _last(target) not in linears:
             raise _unknown_target(target, ", ".join(linears), linears)
@@ -284,8 +287,9 @@ def adapted_linears(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...
 
     result = {}
     for name, linear in linears.items():
-        ranks, alphas = [0] * model.num_layers, [0.0] * model.num_layers
-        for number in range(model.num_layers):
+        count = model.part(linear.rows[0].in_encoder).num_layers
+        ranks, alphas = [0] * count, [0.0] * count
+        for number in range(count):
             if (name, number) in carrying:
                 ranks[number] = int(value("rank_pattern", (name, number), lora.rank))
                 alphas[number] = value("alpha_pattern", (name, number), lora.alpha)
@@ -332,9 +336,18 @@ def in_hf_names(
         return places(hf, wanted, rule, (0,)) & carrying == places(every, wanted, rule) & carrying
 
     patterns = (*lora.rank_pattern, *lora.alpha_pattern)
+    if model.encoder is not None:
+        lora = dataclasses.replace(lora, targets=tuple(_hf_word(target, hf, every) for target in lora.targets))
     if all(same(target, is_named) for target in lora.targets) and all(same(pattern, fits) for pattern in patterns):
         return lora
     return in_full(model, lora, adapted, layers)
+
+
+def _hf_word(target: str, hf: Mapping[str, AdaptedLinear], every: Mapping[str, AdaptedLinear]) -> str:
+    """The last part of Hugging Face's names that means what a target means, which encoder and decoder may both have."""
+    meant = places(every, target, is_named)
+    words = {_last(every[name].hf_module) for name, _ in meant}
+    return next((word for word in words if places(hf, word, is_named, (0,)) == meant), target)
 
 
 def in_full(
@@ -359,8 +372,9 @@ def in_full(
 
 def _names_for_peft(model: DecoderSpec, linear: AdaptedLinear, layers: set[int], of: set[int]) -> tuple[str, ...]:
     """The last parts of its name for all layers `of` that are in question; else each layer's in full."""
-    if layers == of:
-        return (short_name(model, linear.hf_module, is_named),)
+    short = short_name(model, linear.hf_module, is_named)
+    if layers == of and "{}" not in short:
+        return (short,)
     return tuple(linear.hf_module.format(n) for n in sorted(layers))
 
 
@@ -420,10 +434,14 @@ def saveable(model: DecoderSpec) -> dict[str, tuple[Row, ...]]:
     """What PEFT's modules_to_save may name: the modules outside of the layers, by jaxlm's name, with their tensors."""
     modules: dict[str, tuple[Row, ...]] = {}
     for row in sorted((row for row in family_of(model).rows if not row.in_layer), key=lambda row: row.path):
-        if row.when(model, model.period[0]):
-            name = row.path.split("/")[0]
+        if row.when(model, model.part(row.in_encoder).period[0]):
+            name = _saved_name(row)
             modules[name] = (*modules.get(name, ()), row)
     return modules
+
+
+def _saved_name(row: Row) -> str:
+    return row.path.rpartition("/")[0]
 
 
 def saved_modules(model: DecoderSpec, lora: LoraConfig) -> dict[str, tuple[Row, ...]]:

@@ -12,7 +12,7 @@ Shapes: B batch, T length, D model, h head dim, V vocabulary, L layers, P layers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,15 +25,16 @@ from jax.typing import DTypeLike
 from jaxlm.kernels.backend import AttentionBackend
 from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy, soft_capped
 from jaxlm.nn.attention import KVCache
+from jaxlm.nn.cross_attention import CrossAttention, Source
 from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import ExpertsFeedForward
 from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.nn.norms import Norm
-from jaxlm.nn.positions import prefix_positions, rope_cos_sin
+from jaxlm.nn.positions import prefix_positions, relative_bias, rope_cos_sin
 from jaxlm.nn.routers import modality_ids as ids_of_modalities
 from jaxlm.nn.self_attention import SelfAttention
-from jaxlm.spec import DecoderSpec, LayerSpec, NormSpec
+from jaxlm.spec import ENCODER, DecoderSpec, EncoderSpec, LayerSpec, NormSpec
 
 # What the forward pass stores for the backward pass; everything else of a layer is computed again.
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -90,6 +91,11 @@ class Block(nn.Module):
             self.mlp: Any = FeedForward(*shared, self.spec.feed_forward)
         else:
             self.mlp = ExpertsFeedForward(*shared, self.spec.feed_forward, self.experts, self.router_noise)
+        if self.spec.cross_attention is not None:
+            self.cross_attention_layernorm = norm()
+            own = adapters_below(self.adapters, "cross_attn/")
+            shared = (self.hidden_size, self.init_std, own, self.dtype, self.param_dtype)
+            self.cross_attn = CrossAttention(*shared, self.spec.cross_attention, self.attention)
 
     def attend(
         self,
@@ -98,6 +104,8 @@ class Block(nn.Module):
         angles: Angles,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        bias: jax.Array | None = None,
+        source: Source | None = None,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """The layer up to its feed-forward part.
 
@@ -106,6 +114,8 @@ class Block(nn.Module):
             layer: index of this layer in the model.
             segment_ids: [B, T] int32, 0 for padding; None: one segment.
             cache: keys and values of earlier tokens, in generation (see `SelfAttention`).
+            bias: of the self-attention, by distance (see `MaskSpec.bias`).
+            source: what a layer with cross-attention attends to.
 
         Returns:
             what the feed-forward part is added to [B, T, D], mostly x with attention added; what that part sees
@@ -115,12 +125,16 @@ class Block(nn.Module):
         normed = self.input_layernorm(x) if self.spec.norm_before else x
         if self.spec.normed_residual is not None:
             x = normed * jnp.asarray(self.spec.normed_residual, self.dtype)
-        attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache)
+        attended, key_values = self.self_attn(normed, layer, *angles, segment_ids, self.deterministic, cache, bias)
         if self.spec.norms in ("post", "both"):
             attended = self.attention_output_norm(attended)
         middle = x + self._scaled(attended)
         if self.spec.norms == "sum":
             middle = self.attention_output_norm(middle)
+        if self.spec.cross_attention is not None:
+            assert source is not None
+            normed = self.cross_attention_layernorm(middle)
+            middle = middle + self._scaled(self.cross_attn(normed, layer, source, segment_ids, self.deterministic))
         if not self.spec.norm_before:
             return middle, middle, key_values
         if self.spec.parallel == "shared_norm":
@@ -149,13 +163,15 @@ class Block(nn.Module):
         segment_ids: jax.Array | None = None,
         modality: jax.Array | None = None,
         cache: KVCache | None = None,
+        bias: jax.Array | None = None,
+        source: Source | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """x [B, T, D] -> [B, T, D], and keys and values with `keep_kv`, else None; arguments as in `attend`.
 
         Args:
             modality: [B, T] integers, for a layer of experts.
         """
-        x, normed, key_values = self.attend(x, layer, angles, segment_ids, cache)
+        x, normed, key_values = self.attend(x, layer, angles, segment_ids, cache, bias, source)
         if self.spec.feed_forward.experts is None:
             out = self.mlp(normed, layer, self.deterministic)
         else:
@@ -165,9 +181,17 @@ class Block(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         return x, key_values if self.keep_kv else None
 
+    def source_keys(self, states: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [P, K, S, h] of an encoder's states [P, S, D], for `Source`."""
+        k, v = self.cross_attn.keys(states, layer)
+        return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
 
 class Period(nn.Module):
-    """The P layers of a period, one after the other; a scan body like `Block`, over `layer` [P] and angles of each."""
+    """The P layers of a period, one after the other; a scan body like `Block`, over `layer` [P] and angles of each.
+
+    `more` is what all of them are given besides.
+    """
 
     blocks: tuple[Callable[..., Any], ...]  # `Block` with all arguments but its name
 
@@ -177,11 +201,10 @@ class Period(nn.Module):
         x: jax.Array,
         layers: jax.Array,
         angles: tuple[Angles, ...],
-        segment_ids: jax.Array | None,
-        modality: jax.Array | None,
+        *more: Any,
     ) -> tuple[jax.Array, None]:
         for p, block in enumerate(self.blocks):
-            x, _ = block(name=str(p))(x, layers[p], angles[p], segment_ids, modality)
+            x, _ = block(name=str(p))(x, layers[p], angles[p], *more)
         return x, None
 
 
@@ -196,16 +219,45 @@ class Tail(nn.Module):
         x: jax.Array,
         layers: jax.Array,
         angles: tuple[Angles, ...],
-        segment_ids: jax.Array | None,
-        modality: jax.Array | None,
+        *more: Any,
     ) -> jax.Array:
         for p, block in enumerate(self.blocks):
-            x, _ = block(name=str(p))(x, layers[p : p + 1], angles[p], segment_ids, modality)
+            x, _ = block(name=str(p))(x, layers[p : p + 1], angles[p], *more)
         return x
 
 
+class Encoder(nn.Module):
+    """The layers that read the source, and the norm behind them.
+
+    Attributes:
+        spec: of the layers.
+        norm: see `DecoderSpec.norm`.
+        init_std, dtype, param_dtype: see `WithLinears`.
+    """
+
+    spec: EncoderSpec
+    norm: NormSpec
+    init_std: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, segment_ids: jax.Array | None, options: Sequence[Mapping[str, Any]], remat: str
+    ) -> jax.Array:
+        """States [P, S, D] of embeddings [P, S, D]; `options` and `remat` as in `run_stacks`."""
+        bias = None
+        if self.spec.relative_bias is not None:
+            table = _bias_table(self.spec, self.init_std, self.param_dtype, name="relative_bias")()
+            bias = relative_bias(table, self.spec.relative_bias, x.shape[1], x.shape[1], bidirectional=True)
+        angles: tuple[Angles, ...] = ((None, None),) * len(options)
+        x = run_stacks(x, angles, options, self.spec.num_layers, remat, segment_ids, None, None, bias)
+        out: jax.Array = Norm(self.norm, self.dtype, self.param_dtype, name="norm")(x)
+        return out
+
+
 class Decoder(nn.Module):
-    """Decoder-only language model; hashable, so that jitted functions can take it as a static argument.
+    """Language model, with or without an encoder; hashable, so that jitted functions take it as a static argument.
 
     Attributes:
         spec: its description.
@@ -252,6 +304,10 @@ class Decoder(nn.Module):
             self.embed_norm = Norm(s.norm, self.dtype, self.param_dtype)
         if not s.tied_head:
             self.lm_head = _Matrix(*matrix, "kernel")
+        if s.relative_bias is not None:
+            self.relative_bias = _bias_table(s, s.initializer_range, self.param_dtype)
+        if s.encoder is not None:
+            self.encoder = Encoder(s.encoder, s.norm, s.initializer_range, self.dtype, self.param_dtype)
 
     # --- the parts of a decoder ---------------------------------------------------------------------------------------
 
@@ -278,6 +334,16 @@ class Decoder(nn.Module):
     def block(self, number: int, keep_kv: bool = False) -> Block:
         """Layer `number`, to be applied to its own parameters, without dropout."""
         return Block(**self._block_options(self.spec.layer(number), True), keep_kv=keep_kv, parent=None)
+
+    def encode(self, ids: jax.Array, segment_ids: jax.Array | None = None, deterministic: bool = True) -> jax.Array:
+        """The encoder's states [P, S, D] of sources [P, S]; `segment_ids` [P, S] are 0 in the padding."""
+        assert self.spec.encoder is not None
+        options = [
+            self._block_options(layer, deterministic) | {"adapters": adapters_below(self.adapters, ENCODER)}
+            for layer in self.spec.encoder.period
+        ]
+        states: jax.Array = self.encoder(self.embed(ids), segment_ids, options, self.remat)
+        return states
 
     @nn.nowrap
     def _block_options(self, layer: LayerSpec, deterministic: bool) -> dict[str, Any]:
@@ -354,6 +420,11 @@ class Decoder(nn.Module):
             result.append(by_rope[key])
         return tuple(result)
 
+    def bias(self, length: int, kv_length: int) -> jax.Array | None:
+        """The relative bias of the layers' self-attention, as `positions.relative_bias` has it; None without one."""
+        spec = self.spec.relative_bias
+        return None if spec is None else relative_bias(self.relative_bias(), spec, length, kv_length, False)
+
     @nn.nowrap
     def modality(self, input_ids: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array | None:
         """Modality ids [B, T] by the ranges of token ids in the spec; None for a dense model."""
@@ -370,6 +441,8 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
         modality_ids: jax.Array | None = None,
+        encoder_ids: jax.Array | None = None,
+        encoder_segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What the output matrix takes [B, T, D], and that matrix [V, D] (see `_normed`).
 
@@ -379,6 +452,8 @@ class Decoder(nn.Module):
             segment_ids: [B, T] int32; tokens see only their own segment. None: one segment.
             deterministic: no dropout.
             modality_ids: [B, T] integers, for a model of experts; None: by the ranges of token ids in its spec.
+            encoder_ids: [B, S] int32, the source, for a model with an encoder.
+            encoder_segment_ids: [B, S] int32, 0 for padding: a token sees the source of its own segment. None: as one.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
@@ -389,36 +464,16 @@ class Decoder(nn.Module):
             modality_ids = self.modality(input_ids, segment_ids)
         positions, places, segment_ids = self.prefixed(input_ids, positions, segment_ids)
         angles = self.angles(positions, places=places)
-        x = self._scan(x, angles, segment_ids, modality_ids, deterministic)
-        return self._normed(x)
-
-    def _scan(
-        self,
-        x: jax.Array,
-        angles: tuple[Angles, ...],
-        segment_ids: jax.Array | None,
-        modality: jax.Array | None,
-        deterministic: bool,
-    ) -> jax.Array:
-        """All layers, one loop over the repetitions of the period."""
-        block: Any = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         options = [self._block_options(layer, deterministic) for layer in self.spec.period]
-        size, layers = len(options), jnp.arange(self.spec.num_layers)
-        if size == 1:
-            scanned = _stacked(block, self.spec.num_layers)
-            x, _ = scanned(**options[0], name="layers")(x, layers, angles[0], segment_ids, modality)
-            return x
-        repeats, rest = divmod(self.spec.num_layers, size)
-        if repeats:
-            blocks = tuple(partial(block, **each) for each in options)
-            rows = layers[: repeats * size].reshape(repeats, size)
-            x, _ = _stacked(Period, repeats)(blocks, name="layers")(x, rows, angles, segment_ids, modality)
-        if rest:
-            single = tuple(partial(_stacked(block, 1), **each) for each in options[:rest])
-            x = Tail(single, name="tail")(x, layers[repeats * size :], angles, segment_ids, modality)
-        return x
+        more: tuple[Any, ...] = segment_ids, modality_ids
+        if self.spec.encoder is not None:
+            assert encoder_ids is not None
+            if encoder_segment_ids is None:
+                encoder_segment_ids = jnp.ones_like(encoder_ids)
+            states = self.encode(encoder_ids, encoder_segment_ids, deterministic)
+            more = (*more, None, self.bias(*[input_ids.shape[1]] * 2), Source(encoder_segment_ids, states))
+        x = run_stacks(x, angles, options, self.spec.num_layers, self.remat, *more)
+        return self._normed(x)
 
     def __call__(
         self,
@@ -426,9 +481,10 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         deterministic: bool = True,
+        **source: Any,
     ) -> jax.Array:
-        """Logits [B, T, V] float32."""
-        return self._logits(*self.hidden(input_ids, positions, segment_ids, deterministic))
+        """Logits [B, T, V] float32; `source` is what `hidden` takes besides."""
+        return self._logits(*self.hidden(input_ids, positions, segment_ids, deterministic, **source))
 
     def loss(
         self,
@@ -439,6 +495,7 @@ class Decoder(nn.Module):
         deterministic: bool = True,
         accuracy: bool = False,
         modality_ids: jax.Array | None = None,
+        **source: Any,
     ) -> LossOutput:
         """Weighted next-token cross-entropy, without logits of the whole batch.
 
@@ -448,24 +505,62 @@ class Decoder(nn.Module):
                 weights[:, 0] is ignored.
             accuracy: also count tokens whose largest logit is right.
             modality_ids: [B, T], see `hidden`.
+            source: what `hidden` takes besides.
 
         Returns:
             LossOutput with sums over the batch, float32 scalars.
         """
-        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
+        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids, **source)
         labels = jnp.roll(input_ids, -1, axis=1)
         shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
         cap = self.spec.logits_soft_cap
         return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy, soft_cap=cap)
 
 
-def _stacked(body: Any, length: int) -> Any:
-    """A scan over `length` layers whose tensors lie in a stack."""
+def run_stacks(
+    x: jax.Array,
+    angles: tuple[Angles, ...],
+    options: Sequence[Mapping[str, Any]],
+    num_layers: int,
+    remat: str,
+    *more: Any,
+) -> jax.Array:
+    """All layers, one loop over the repetitions of the period; their modules are those of the caller.
+
+    Args:
+        options: of `Block`, for each layer of the period.
+        remat: see `Decoder`.
+        more: what all layers are given besides x, their number and angles, in the order of `Block`.
+    """
+    block: Any = Block
+    if remat != "none":
+        block = nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    size, layers = len(options), jnp.arange(num_layers)
+    if size == 1:
+        x, _ = _stacked(block, num_layers, len(more))(**options[0], name="layers")(x, layers, angles[0], *more)
+        return x
+    repeats, rest = divmod(num_layers, size)
+    if repeats:
+        blocks = tuple(partial(block, **each) for each in options)
+        rows = layers[: repeats * size].reshape(repeats, size)
+        x, _ = _stacked(Period, repeats, len(more))(blocks, name="layers")(x, rows, angles, *more)
+    if rest:
+        single = tuple(partial(_stacked(block, 1, len(more)), **each) for each in options[:rest])
+        x = Tail(single, name="tail")(x, layers[repeats * size :], angles, *more)
+    return x
+
+
+def _stacked(body: Any, length: int, inputs: int) -> Any:
+    """A scan over `length` layers whose tensors lie in a stack.
+
+    Args:
+        inputs: number of those that all layers are given alike.
+    """
     return nn.scan(
         body,
         variable_axes={"params": 0, "lora": 0, "moe": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, *[nn.broadcast] * inputs),
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -487,10 +582,15 @@ def output_logits(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Arra
     return logits.reshape(*x.shape[:-1], -1)
 
 
+def example_inputs(spec: DecoderSpec) -> dict[str, Any]:
+    """What a model is applied to where only the shapes of its parameters matter."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return {"input_ids": tokens} | ({} if spec.encoder is None else {"encoder_ids": tokens})
+
+
 def abstract_variables(model: Decoder) -> Any:
     """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(lambda key, ids: model.init({"params": key}, ids), jax.random.key(0), tokens)
+    return jax.eval_shape(lambda key: model.init({"params": key}, **example_inputs(model.spec)), jax.random.key(0))
 
 
 def abstract_layer(model: Decoder, number: int) -> Any:
@@ -500,7 +600,12 @@ def abstract_layer(model: Decoder, number: int) -> Any:
         ids = jnp.zeros((1, 8), jnp.int32)
         x = jnp.zeros((1, 8, model.spec.hidden_size), model.dtype)
         angles = model.angles(ids, places=ids if model.spec.prefix else None)[number % len(model.spec.period)]
-        return model.block(number).init(key, x, jnp.int32(0), angles, None, model.modality(ids))
+        more: tuple[Any, ...] = ()
+        if model.spec.encoder is not None:
+            relative = model.spec.relative_bias
+            bias = None if relative is None else jnp.zeros((model.spec.period[0].attention.num_heads, 15), jnp.float32)
+            more = None, bias, Source(jnp.ones_like(ids), x)
+        return model.block(number).init(key, x, jnp.int32(0), angles, None, model.modality(ids), *more)
 
     return jax.eval_shape(init, jax.random.key(0))
 
@@ -517,6 +622,20 @@ class _Matrix(nn.Module):
     def __call__(self) -> jax.Array:
         value: jax.Array = self.param(self.param_name, self.initializer, self.shape, self.param_dtype)
         return value
+
+
+def _bias_table(spec: DecoderSpec | EncoderSpec, init_std: float, param_dtype: DTypeLike, **more: Any) -> _Matrix:
+    """The table [U, H] of a relative bias."""
+    attention = spec.period[0].attention
+    assert attention.relative_bias is not None
+    init = nn.with_logical_partitioning(nn.initializers.normal(init_std), (None, "heads"))
+    shape = attention.relative_bias.num_buckets, attention.num_heads
+    return _Matrix(shape, init, param_dtype, "embedding", **more)
+
+
+def adapters_below(adapters: Mapping[str, LoraSpec], path: str) -> Mapping[str, LoraSpec]:
+    """The adapters of linear layers whose names begin with a path ('encoder/'), by the rest of them."""
+    return FrozenDict({name.removeprefix(path): spec for name, spec in adapters.items() if name.startswith(path)})
 
 
 def with_saved_modules(params: Any, lora: Any) -> dict[str, Any]:

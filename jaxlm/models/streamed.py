@@ -129,6 +129,7 @@ def _norm_params(spec: DecoderSpec, read: Read, path: str) -> dict[str, np.ndarr
 
 def embedded(spec: DecoderSpec, read: Read, chunks: Sequence[Tokens]) -> list[np.ndarray]:
     """What the first layer sees [B, T, D] of each chunk; only the embedding's rows of tokens that occur are read."""
+    spec.refuse_encoder("reading a model layer by layer")
     known = np.unique(np.concatenate([chunk.input_ids.ravel() for chunk in chunks]))
     table = np.concatenate([read("embed_tokens/embedding", (slice(i, i + 1),)) for i in known]).astype(np.float32)
     part = Decoder(dataclasses.replace(spec, vocab_size=len(known)))

@@ -21,10 +21,13 @@ from jaxlm.models.decoder import Angles, Decoder
 from jaxlm.nn.attention import KVCache
 from jaxlm.spec import DecoderSpec
 
-# For each layer: keys and values [R, K, S, h]; where tokens see later ones, behind them the texts themselves
-# [R, 1, S, 1] int32, which positions depend on, and an empty array beside them, so that all is moved and grown alike.
-Caches = list[tuple[jax.Array, jax.Array]]
-# {"params": {…, "layers": [one layer's parameters, …]}, "lora": [one layer's factors, or {}, …]}
+# For each layer: keys and values [R, K, S, h]. With an encoder then the `Source` with its own of these, of P rows, each
+# of which R / P rows see. Where tokens see later ones, behind the layers the texts themselves [R, 1, S, 1] int32, which
+# positions depend on, and an empty array beside them, so that all is moved and grown alike.
+LayerCache = tuple[Any, ...]
+Caches = list[LayerCache]
+# {"params": {…, "layers": [one layer's parameters, …]}, "lora": [one layer's factors, or {}, …]}; with an encoder its
+# layers are stacked, in "params" and in "encoder_lora".
 Weights = dict[str, Any]
 
 
@@ -64,6 +67,18 @@ def extend(
 ) -> tuple[jax.Array, Caches]:
     """Reads more tokens behind those that the caches hold.
 
+    Returns:
+        Logits [R, V] float32 after each row's last token, and the caches; arguments as those of `read_on`.
+    """
+    x, caches = read_on(decoder, weights, caches, tokens, starts, lengths)
+    return _finish(decoder, _head_params(weights["params"]), x, lengths - 1), caches
+
+
+def read_on(
+    decoder: Decoder, weights: Weights, caches: Caches, tokens: jax.Array, starts: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, Caches]:
+    """Reads more tokens behind those that the caches hold.
+
     Args:
         caches: given up to this function.
         tokens: [R, T] int32, the new tokens, each row padded at its end.
@@ -71,18 +86,19 @@ def extend(
         lengths: [R] int32, number of new tokens, at least 1.
 
     Returns:
-        As `prefill`.
+        What the last layer gives [R, T, D], and the caches.
     """
     params = weights["params"]
     held = _texts(decoder, caches)
     x, angles, modality, texts = _go_on(decoder, _embed_params(params), tokens, starts, starts + lengths, held)
     places = _places(tokens, starts)
+    bias = _jitted_bias(decoder, _bias_params(params), caches[0][0].shape[2]) if _bias_params(params) else None
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
-        x, kv = _extend_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number])
+        x, kv = _extend_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number], bias)
         result.append(kv)
-    return _finish(decoder, _head_params(params), x, lengths - 1), _with_texts(result, texts, caches)
+    return x, _with_texts(result, texts, caches)
 
 
 def last_layer(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -113,6 +129,18 @@ def _embed_params(params: Mapping[str, Any]) -> dict[str, Any]:
 def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
     names = ("norm", "project_out", "lm_head" if "lm_head" in params else "embed_tokens")
     return {name: params[name] for name in names if name in params}
+
+
+def _bias_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: params[name] for name in ("relative_bias",) if name in params}
+
+
+def _bias(decoder: Decoder, table: Any, slots: int) -> jax.Array | None:
+    """The relative bias of a cache of this number of slots."""
+    return cast(jax.Array | None, decoder.apply({"params": table}, slots, 1, method="bias"))
+
+
+_jitted_bias = jax.jit(_bias, static_argnums=(0, 2))
 
 
 def _places(tokens: jax.Array, starts: jax.Array | None) -> jax.Array:
@@ -204,11 +232,13 @@ def _run_layer(
     angles: Angles,
     modality: jax.Array | None,
     cache: KVCache | None = None,
+    *more: Any,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     variables = {"params": layer, "lora": lora} if lora else {"params": layer}
     block = decoder.block(period_index, keep_kv=True)
-    x, kept = cast(tuple[jax.Array, KVCache], block.apply(variables, x, number, angles, segments, modality, cache))
+    inputs = x, number, angles, segments, modality, cache, *more
+    x, kept = cast(tuple[jax.Array, KVCache], block.apply(variables, *inputs))
     return x, (kept.k, kept.v)
 
 
@@ -225,7 +255,7 @@ def _prefill_layer(
     segments: jax.Array | None,
     slots: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, None, segments)
+    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, segments=segments)
     return x, _with_slots(kv, slots)
 
 
@@ -239,9 +269,13 @@ def _cached_layer(
     angles: Angles,
     modality: jax.Array | None,
     places: jax.Array,
-    kv: tuple[jax.Array, jax.Array],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, KVCache(*kv, places))
+    kv: LayerCache,
+    bias: jax.Array | None,
+) -> tuple[jax.Array, LayerCache]:
+    k, v, *source = kv
+    more = KVCache(k, v, places), bias, *source
+    x, (k, v) = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, *more)
+    return x, (k, v, *source)
 
 
 _extend_layer = jax.jit(_cached_layer, static_argnums=(0, 1), donate_argnums=(5, 9))
@@ -268,10 +302,11 @@ def next_logits(
     held = _texts(decoder, caches)
     x, angles, texts = _next(decoder, _embed_params(params), tokens, places, place + 1, held)
     modality = decoder.modality(tokens)
+    bias = _bias(decoder, _bias_params(params), caches[0][0].shape[2])
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
-        x, kv = _inner_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number])
+        x, kv = _inner_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number], bias)
         result.append(kv)
     return _head(decoder, _head_params(params), x[:, 0]), _with_texts(result, texts, caches)
 
@@ -281,7 +316,7 @@ def next_logits(
 
 def grow(caches: Caches, slots: int) -> Caches:
     """The caches with room for `slots` tokens; layer by layer, so that only one is held twice."""
-    return [_grow_layer(kv, slots) for kv in caches]
+    return [(*_grow_layer((k, v), slots), *source) for k, v, *source in caches]
 
 
 @partial(jax.jit, static_argnums=1)
@@ -302,8 +337,13 @@ def _repeat_layer(kv: tuple[jax.Array, jax.Array], times: int) -> tuple[jax.Arra
 
 
 def repeat_rows(caches: Caches, times: int) -> Caches:
-    """Each row `times` times, one after the other: several samples or beams of a prompt."""
-    return caches if times == 1 else [_repeat_layer(kv, times) for kv in caches]
+    """Each row `times` times, one after the other: several samples or beams of a prompt, which see one source."""
+    return caches if times == 1 else [(*_repeat_layer((k, v), times), *source) for k, v, *source in caches]
+
+
+def reordered(caches: Caches, origin: jax.Array) -> Caches:
+    """Each row as a continuation of the row `origin` [R], which is one of those that see the same source."""
+    return [(k[origin], v[origin], *source) for k, v, *source in caches]
 
 
 def cache_bytes(spec: DecoderSpec, rows: int, slots: int, dtype: DTypeLike) -> int:

@@ -17,7 +17,7 @@ from jaxlm.spec import AttentionSpec
 
 
 class SelfAttention(WithLinears):
-    """Causal grouped-query self-attention.
+    """Grouped-query self-attention.
 
     Attributes:
         spec: heads, biases, norms and window.
@@ -80,7 +80,7 @@ class SelfAttention(WithLinears):
         k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
         k = checkpoint_name(turned(k), "k")
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
-        mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi, bias=bias)
+        mask = MaskSpec(causal=s.causal, window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi, bias=bias)
         if cache is None:
             if s.prefix is None or segment_ids is None:
                 mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]

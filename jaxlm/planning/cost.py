@@ -86,15 +86,18 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     tokens = config.train.global_batch_size * length
     devices = math.prod(mesh.shape.values())
     full = initializer.lora is None
-    model_flops = flops_per_token(c, length, full) * tokens
+    encoder_length = config.data.row_length("encoder_ids")
+    model_flops = flops_per_token(c, length, full, encoder_length) * tokens
+    # An encoder's layers count by the tokens that they read for one of the decoder's.
+    layers = c.num_layers + (0 if c.encoder is None else c.encoder.num_layers * encoder_length / length)
 
     recomputed = _recomputed(setup)
-    per_layer = layer_params(initializer.params) / c.num_layers
+    per_layer = layer_params(initializer.params) / c.total_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
     attention = 2 * layer_mean(c, lambda layer: layer.attention.num_heads * layer.attention.head_dim) * length
-    scores_again = 0.5 * attention * c.num_layers
-    again = c.num_layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
+    scores_again = 0.5 * attention * layers
+    again = layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
     hardware = (model_flops + tokens * (again + scores_again)) / devices
 
     micro_tokens = rows * length // mesh.shape[SEQUENCE]
@@ -111,22 +114,20 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     network = setup.accumulation * trained_shard * 2 * (1 - 1 / slices)
     if tensor > 1:
         # Two sums of hidden states a layer, forward, backward and once more where they are recomputed.
-        sums = c.num_layers * (4 + 2 * (recomputed[0] > 0))
+        sums = layers * (4 + 2 * (recomputed[0] > 0))
         links += setup.accumulation * sums * 2 * (1 - 1 / tensor) * micro_tokens * c.hidden_size * itemsize
     sequence = mesh.shape[SEQUENCE]
     if sequence > 1:
         # From parts of rows to parts of heads and back: q, k, v and the output, forward, backward, recomputed.
         width = layer_mean(c, lambda layer: 2 * _qkv_width(layer) - _kv_width(layer)) / tensor
-        times = setup.accumulation * c.num_layers * (2 + recomputed[1])
+        times = setup.accumulation * layers * (2 + recomputed[1])
         links += times * micro_tokens * width * (1 - 1 / sequence) * itemsize
     # Parameters, moments and gradients are read, the first two written; weights are written once gathered and read.
     state = 2 * (trained_shard + memory.optimizer) + memory.gradients
     through = state + passes * 2 * itemsize * weights
     # Inputs and outputs of the products, forward and twice backward, and what is kept is written and read.
     layer_io = (11 * c.hidden_size + 3 * layer_mean(c, lambda layer: layer.feed_forward.size) / tensor) * itemsize
-    through += setup.accumulation * (
-        micro_tokens * c.num_layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations
-    )
+    through += setup.accumulation * (micro_tokens * layers * layer_io * (3 + recomputed[0]) + 2 * memory.activations)
     return Cost(tokens, model_flops, hardware, links, through, network)
 
 

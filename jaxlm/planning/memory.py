@@ -98,6 +98,7 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     """
     model, mesh, rows = setup.model, setup.mesh, setup.micro_batch
     length, lora = setup.config.data.sequence_length // mesh.shape[SEQUENCE], initializer.lora
+    lengths = length, setup.config.data.row_length("encoder_ids")
     shape = local_shape(model.spec, mesh.shape[TENSOR])
     frozen = _frozen_bytes(setup, initializer)
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
@@ -113,15 +114,15 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
-    layer_weights = itemsize * layer_params(initializer.params) // shape.num_layers // mesh.shape[TENSOR]
+    layer_weights = itemsize * layer_params(initializer.params) // shape.total_layers // mesh.shape[TENSOR]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(
         parameters=frozen + trained,
         optimizer=bytes_per_device(initializer.opt_state, initializer.opt_shardings),
         gradients=trained + summed,
-        activations=rows * kept_bytes(shape, lora, model, length, model.remat),
-        layer=int(LAYER_SHARE * rows * kept_bytes(shape, lora, model, length, "none") / shape.num_layers),
+        activations=rows * kept_bytes(shape, lora, model, lengths, model.remat),
+        layer=int(LAYER_SHARE * rows * kept_bytes(shape, lora, model, lengths, "none") / shape.total_layers),
         loss=itemsize * table + (4 * table + stages) * head_trains + logits + states,
         gathered=layer_weights * (GATHERED_LAYERS + GATHERED_GRADIENTS * (lora is None) if split else 1),
         embedding=(4 * table * (2 if summed else 1) + stages) * (split and table_trains),
@@ -154,7 +155,8 @@ def _shard_count(tree: Any, shardings: Any) -> int:
 
 def layer_params(params: Any) -> int:
     """Number of parameters of all layers."""
-    return count(params["layers"]) + count(params.get("tail", {}))
+    parts = (params, params.get("encoder", {}))
+    return sum(count(part.get(stack, {})) for part in parts for stack in ("layers", "tail"))
 
 
 def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
@@ -172,15 +174,24 @@ def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
         return dataclasses.replace(
             layer,
             attention=dataclasses.replace(attention, num_heads=heads[0], num_kv_heads=heads[1]),
+            cross_attention=None
+            if layer.cross_attention is None
+            else dataclasses.replace(layer.cross_attention, num_heads=heads[0], num_kv_heads=heads[1]),
             feed_forward=dataclasses.replace(
                 feed_forward, size=feed_forward.size // tensor, experts=None if feed_forward.experts is None else moe
             ),
         )
 
-    return dataclasses.replace(shape.with_layers(part), vocab_size=-(-shape.vocab_size // tensor))
+    encoder = shape.encoder
+    if encoder is not None:
+        encoder = dataclasses.replace(encoder, period=tuple(map(part, encoder.period)))
+    shape = dataclasses.replace(shape, period=tuple(map(part, shape.period)), encoder=encoder)
+    return dataclasses.replace(shape, vocab_size=-(-shape.vocab_size // tensor))
 
 
-def kept_bytes(shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, length: int, remat: str) -> int:
+def kept_bytes(
+    shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, lengths: tuple[int, int], remat: str
+) -> int:
     """Bytes per row that the layers' forward passes keep for their backward passes.
 
     They are the arrays that `jax.vjp` of the loss keeps and that are stacked over layers, for two batch sizes; what
@@ -189,27 +200,29 @@ def kept_bytes(shape: DecoderSpec, lora: LoraConfig | None, model: Decoder, leng
     Args:
         shape: the model on one device.
         model: the model that names dtypes, attention and the experts' computation.
+        lengths: of a row of the decoder, and of one of the encoder.
     """
     adapters = tuple(resolve_lora(shape, lora).items()) if lora else ()
     settings = model.dtype, model.param_dtype, model.attention, remat, model.experts, model.router_noise
-    return _kept_bytes(shape, adapters, settings, length)
+    return _kept_bytes(shape, adapters, settings, lengths)
 
 
 @cache
 def _kept_bytes(
-    shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], length: int
+    shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], settings: tuple[Any, ...], lengths: tuple[int, int]
 ) -> int:
     # Whole periods only, whose arrays are stacked over the repetitions; the layers of the tail keep as much as others.
     size = len(shape.period)
     whole = max(size, shape.num_layers - shape.num_layers % size)
-    repeats = whole // size
+    # An encoder's layers are all of one description.
+    repeats = {whole // size} | (set() if shape.encoder is None else {shape.encoder.num_layers})
     # Two batches whose number of rows is not the number of repetitions, which marks stacked arrays.
-    few, many = [rows for rows in (1, 2, 3, 4) if rows != repeats][:2]
+    few, many = [rows for rows in (1, 2, 3, 4) if rows not in repeats][:2]
     local = Decoder(dataclasses.replace(shape, num_layers=whole), dict(adapters), *settings)
 
     def kept(rows: int) -> int:
-        leaves = jax.tree.leaves(_kept(local, rows, length))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim > 1 and leaf.shape[0] == repeats)
+        leaves = jax.tree.leaves(_kept(local, rows, lengths))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim > 1 and leaf.shape[0] in repeats)
 
     return (kept(many) - kept(few)) // (many - few) * shape.num_layers // whole
 
@@ -219,13 +232,17 @@ def _variables(shape: DecoderSpec, adapters: tuple[tuple[str, LoraSpec], ...], d
     return nn.unbox(abstract_variables(Decoder(shape, dict(adapters), *dtypes)))
 
 
-def _kept(model: Decoder, rows: int, length: int) -> Any:
+def _kept(model: Decoder, rows: int, lengths: tuple[int, int]) -> Any:
     variables = _variables(model.spec, tuple(model.adapters.items()), (model.dtype, model.param_dtype))
     part = "lora" if "lora" in variables else "params"
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    ids, source = (jax.ShapeDtypeStruct((rows, length), jnp.int32) for length in lengths)
+    weights = jax.ShapeDtypeStruct((rows, lengths[0]), jnp.float32)
 
-    def backward(variables: Any, ids: jax.Array, weights: jax.Array) -> Any:
+    def backward(variables: Any, ids: jax.Array, weights: jax.Array, source: jax.Array) -> Any:
+        more: dict[str, Any] = (
+            {} if model.spec.encoder is None else {"encoder_ids": source, "encoder_segment_ids": source}
+        )
+
         def loss(trained: Any) -> jax.Array:
             out, _ = model.apply(
                 {**variables, part: trained},
@@ -237,9 +254,10 @@ def _kept(model: Decoder, rows: int, length: int) -> Any:
                 rngs={"dropout": jax.random.key(0)},
                 method="loss",
                 mutable=["moe"],
+                **more,
             )
             return out.loss
 
         return jax.vjp(loss, variables[part])[1]
 
-    return jax.eval_shape(backward, variables, ids, weights)
+    return jax.eval_shape(backward, variables, ids, weights, source)

@@ -11,7 +11,7 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
-from jaxlm.tokenizer import chatglm
+from jaxlm.tokenizer import chatglm, spiece
 from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, read_fast, read_gpt2
 from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
 from jaxlm.tokenizer.files import find_tokenizer_files, main_file
@@ -258,7 +258,7 @@ def _find_main(directory: Path) -> Path:
     parts = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if name in names]
     if not parts:
         raise UserError(
-            f"{directory} holds no tokenizer: neither tokenizer.json nor tokenizer.model; "
+            f"{directory} holds no tokenizer: neither tokenizer.json nor tokenizer.model nor spiece.model; "
             "copy one there, or name one (tokenizer.path in train, --tokenizer in generate)"
         )
     what = f" of the class {settings.tokenizer_class}" if settings is not None and settings.tokenizer_class else ""
@@ -288,7 +288,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif path.is_file():
         directory, main = path.parent, path
         # A settings file belongs to the tokenizer only if it stands beside a file with the usual name.
-        main_names = ("tokenizer.json", "tokenizer.model")
+        main_names = ("tokenizer.json", "tokenizer.model", spiece.FILE)
         beside_it = find_tokenizer_files(directory) if path.name in main_names else []
         files = [path, *(file for file in beside_it if file.name not in main_names)]
     else:
@@ -305,6 +305,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif main.suffix == ".model" and settings.tokenizer_class == chatglm.CLASS:
         own = chatglm.ChatGLM(main, added)
         backend, settings = own, chatglm.chat_settings(settings, own)
+    elif main.name == spiece.FILE:
+        backend = spiece.Spiece(main, added, settings)
     elif main.suffix == ".model":
         backend = SentencePiece(main, added, settings.special, settings.legacy)
     else:

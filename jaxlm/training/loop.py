@@ -108,7 +108,9 @@ class TrainingRun:
         self.out = Path(job.config.output_dir)
         self.files = _checkpoint_files(job, history, self.out)
         self.writer = _metrics_writer(job, self.out, start.step) if hosts.process == 0 else None
-        flops = flops_per_token(job.model, job.config.data.sequence_length, job.config.lora is None)
+        data = job.config.data
+        lengths = data.sequence_length, data.row_length("encoder_ids")
+        flops = flops_per_token(job.model, lengths[0], job.config.lora is None, lengths[1])
         self.report = ProgressReport(terminal, self.total, start.step, flops, hosts.log)
         self.routing = RoutingReport(job.model.experts)
         self._skipped = int(start.state.skipped)

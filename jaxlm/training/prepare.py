@@ -24,6 +24,7 @@ from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.families import load_shape
 from jaxlm.models.resolve import resolve_experts
 from jaxlm.processes.distributed import Hosts
+from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.fit import check_with_model
 from jaxlm.training.job import Job
@@ -80,7 +81,7 @@ def prepare(
         adapter = open_adapter(config.lora.init_from, source or model)
         _check_adapter(config.lora, adapter, model)
     check_with_model(config, model, hosts, console.print)
-    prompts = _sample_prompts(config, tokenizer, model.max_length)
+    prompts = _sample_prompts(config, tokenizer, model)
     data = read_data(config, tokenizer, model, console)
     config = dataclasses.replace(config, data=data.config)  # with what it leaves to the tokenizer
     if source is None:
@@ -147,6 +148,7 @@ def read_data(config: RunConfig, tokenizer: Tokenizer, model: Any, console: Cons
             vocab_size=model.vocab_size,
             max_positions=model.max_length,
             ranges=None if model.experts is None else model.experts.ranges,
+            start_id=None if model.encoder is None else model.encoder.start_token_id,
         )
     console.print("\n".join([*data.report.lines(), *data.report.remarks()]), highlight=False, markup=False)
     return data
@@ -193,7 +195,7 @@ def _check_adapter(lora: LoraConfig, adapter: Any, model: Any) -> None:
             raise UserError(f"lora.{key}: {here!r}, but the adapter {lora.init_from} has {there!r}; set it to that")
 
 
-def _sample_prompts(config: RunConfig, tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
+def _sample_prompts(config: RunConfig, tokenizer: Tokenizer, model: DecoderSpec) -> list[list[int]]:
     """train.sample_prompts in the template of the first source, as tokens up to where the answers begin."""
     if not config.train.sample_prompts:
         return []
@@ -204,11 +206,11 @@ def _sample_prompts(config: RunConfig, tokenizer: Tokenizer, max_length: int) ->
         # Whatever schema the template reads, it finds the question.
         fields = {"instruction": text, "text": text, "messages": [{"role": "user", "content": text}]}
         record = Record("train.sample_prompts", fields)
-        prompt = prompt_ids(template, record, tokenizer, config.data.add_bos, config.data.add_eos)
-        if not 0 < len(prompt) < max_length:
-            raise UserError(
-                f"train.sample_prompts: {text[:40]!r} is {len(prompt)} tokens, the model takes 1 to {max_length - 1}"
-            )
+        encoder = model.encoder is not None
+        prompt = prompt_ids(template, record, tokenizer, config.data.add_bos, config.data.add_eos, encoder)
+        most = model.max_length - 1
+        if not 0 < len(prompt) <= most:
+            raise UserError(f"train.sample_prompts: {text[:40]!r} is {len(prompt)} tokens, the model takes 1 to {most}")
         prompts.append(prompt)
     return prompts
 

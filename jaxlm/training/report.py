@@ -18,22 +18,38 @@ from rich.text import Text
 
 from jaxlm.devices.chips import peak_flops
 from jaxlm.errors import UserError
-from jaxlm.spec import DecoderSpec
-from jaxlm.weights.names import num_params
+from jaxlm.spec import ENCODER, DecoderSpec
+from jaxlm.weights.names import leaf_shapes, num_elements, num_params
 
 
-def flops_per_token(model: DecoderSpec, length: int, full: bool) -> float:
+def flops_per_token(model: DecoderSpec, length: int, full: bool, encoder_length: int | None = None) -> float:
     """FLOPs of one training token: 6 N for full fine-tuning, 4 N for adapters, plus causal attention.
 
     N counts the matrices a token is multiplied with (no embedding look-up); adapters themselves are
     neglected. Attention is 4 L H h T FLOPs a token forward (scores and values) and twice that backward,
     halved because causal. Recomputation does not count (MFU, arXiv:2204.02311 appendix B).
+
+    With an encoder, a token of the decoder brings encoder_length / length tokens of the source along.
     """
+    share = (encoder_length or length) / length
     learned = 0 if model.learned_positions is None else model.learned_positions.num_rows
     looked_up = 0 if model.tied_head else model.vocab_size
-    matrices = num_params(model) - looked_up * model.embedding_dims - learned * model.hidden_size
+    matrices: float = num_params(model) - looked_up * model.embedding_dims - learned * model.hidden_size
     attention = 12 * sum(layer.attention.num_heads * layer.attention.head_dim for layer in model.layers()) * length / 2
+    if model.encoder is not None:
+        shapes = leaf_shapes(model)
+        of_source = sum(num_elements(shapes[path]) for path in shapes if reads_source(path))
+        matrices += of_source * (share - 1)
+        to_source = (layer.attention for layer in model.layers())
+        own = (layer.attention for layer in model.encoder.layers())
+        attention += 12 * length * share * sum(each.num_heads * each.head_dim for each in to_source)
+        attention += 12 * length * share**2 * sum(each.num_heads * each.head_dim for each in own)
     return (6 if full else 4) * matrices + attention
+
+
+def reads_source(path: str) -> bool:
+    """Whether a leaf is multiplied with tokens of the source."""
+    return path.startswith(ENCODER) or "/cross_attn/k_proj/" in path or "/cross_attn/v_proj/" in path
 
 
 class MetricsWriter:

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from rich.console import Console
 
 from jaxlm.config import MoeRunConfig, RunConfig
-from jaxlm.data.batches import BATCH_DTYPES
+from jaxlm.data.batches import BATCH_DTYPES, ENCODER_DTYPES
 from jaxlm.devices.chips import Topology
 from jaxlm.devices.compiler_options import compiler_options
 from jaxlm.devices.mesh import (
@@ -106,10 +106,11 @@ class TrainSetup:
 
     def abstract_batch(self, micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves [A, B, T] of a batch that the objective reads, with their placement."""
-        shape = (micro_steps, rows, self.config.data.sequence_length)
-        sharding = NamedSharding(self.mesh, BATCH)
+        sharding, dtypes = NamedSharding(self.mesh, BATCH), BATCH_DTYPES | ENCODER_DTYPES
+        lengths = {name: self.config.data.row_length(name) for name in self.objective.fields}
         return {
-            name: jax.ShapeDtypeStruct(shape, BATCH_DTYPES[name], sharding=sharding) for name in self.objective.fields
+            name: jax.ShapeDtypeStruct((micro_steps, rows, length), dtypes[name], sharding=sharding)
+            for name, length in lengths.items()
         }
 
     def abstract_frozen(self, initializer: Initializer) -> dict[str, Any]:
@@ -248,7 +249,11 @@ def set_up(
         devices = list(jax.devices() if devices is None else devices)
         chip = devices[0]
         mesh = make_mesh(config.mesh, devices, experts_count)
-    layers = [layer.attention for layer in shape.period]
+    layers = shape.attention_layers
+    if shape.encoder is not None and mesh.shape[SEQUENCE] > 1:
+        raise UserError(
+            f"mesh.sequence: {mesh.shape[SEQUENCE]} is not supported for a model with an encoder; set it to 1"
+        )
     for attention in layers:
         _check_sequence(mesh, config.data.sequence_length, attention.num_heads, attention.num_kv_heads)
     backend, why, key = choose_for_layers(

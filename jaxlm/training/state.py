@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
 from jaxlm.models.adapters import saved_modules
-from jaxlm.models.decoder import Decoder, abstract_variables, with_saved_modules
+from jaxlm.models.decoder import Decoder, abstract_variables, example_inputs, with_saved_modules
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 from jaxlm.weights.leaves import LeafReader
@@ -121,7 +121,7 @@ class Initializer:
         """Fresh base parameters, created in their shards."""
 
         def init(key: jax.Array) -> Any:
-            return nn.unbox(self.model.init({"params": key}, jnp.zeros((1, 8), jnp.int32))["params"])
+            return nn.unbox(self.model.init({"params": key}, **example_inputs(self.model.spec))["params"])
 
         with use_mesh(self.mesh):
             return jax.jit(init, out_shardings=self.params_shardings)(jax.random.key(seed))
@@ -130,9 +130,8 @@ class Initializer:
         """A fresh adapter on `params`: B zero, DoRA magnitudes and saved modules taken from the base."""
 
         def init(key: jax.Array, base: Any) -> Any:
-            _, new = self.model.apply(
-                {"params": base}, jnp.zeros((1, 8), jnp.int32), rngs={"params": key}, mutable=["lora"]
-            )
+            inputs = example_inputs(self.model.spec)
+            _, new = self.model.apply({"params": base}, **inputs, rngs={"params": key}, mutable=["lora"])
             collection = dict(nn.unbox(new["lora"]))
             if "modules_to_save" in self.trainable["lora"]:
                 collection["modules_to_save"] = _pick(base, self.trainable["lora"]["modules_to_save"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -148,12 +149,17 @@ class HfSource(StackedTensors):
         weights = find_weights(path)
         if weights is None:
             raise UserError(f"{path}: has config.json but no weights: {_missing_weights(path)}")
-        renamed = family_of(self.config).renamed
+        family = family_of(self.config)
+        unused = "|".join((BUFFERS, *family.unused))
         tensors: dict[str, Tensor] = {
-            _usual_name(name, renamed): tensor
+            _usual_name(name, family.renamed): tensor
             for name, tensor in read_tensors(weights).items()
-            if not re.fullmatch(BUFFERS, name)
+            if not re.fullmatch(unused, name)
         }
+        for copy, name in family.copies.items():
+            drop_copy(
+                weights, tensors, copy, name, "they are one in this architecture; convert with transformers first"
+            )
         check_num_layers(path / "config.json", self.config.num_layers, len(tensors))
         split_stacked(weights, tensors, self.config)
         for entry in own_experts(self.config):
@@ -180,8 +186,12 @@ class HfSource(StackedTensors):
 
     def prepare(self, weights: Path, tensors: dict[str, Tensor]) -> None:
         """Gives the tensors found the names and shapes that the family's files have."""
-        names = {row.path: row.hf for row in family_of(self.config).rows}
-        drop_tied_head(weights, tensors, self._head, names["embed_tokens/embedding"], self.config)
+        family = family_of(self.config)
+        head, embedding = self._head, next(row.hf for row in family.rows if row.path == "embed_tokens/embedding")
+        if family.head_by_tensors:
+            own = head in tensors and not (embedding in tensors and same_bytes(tensors[head], tensors[embedding]))
+            self.config = dataclasses.replace(self.config, tied_head=not own)
+        drop_tied_head(weights, tensors, head, embedding, self.config)
 
     @property
     def _head(self) -> str:
@@ -224,14 +234,25 @@ def drop_tied_head(where: Path, tensors: dict[str, Tensor], head: str, embedding
     Raises:
         UserError: when it is not the embedding.
     """
-    if not config.tied_head or head not in tensors or embedding not in tensors:
+    if config.tied_head:
+        why = "the configuration ties the head to the embedding (tie_word_embeddings); set it to false to keep both"
+        drop_copy(where, tensors, head, embedding, why)
+
+
+def drop_copy(where: Path, tensors: dict[str, Tensor], copy: str, name: str, why: str) -> None:
+    """Takes out a tensor that is another one again.
+
+    Args:
+        why: what is wrong where it is not, and the way out.
+
+    Raises:
+        UserError: it is not.
+    """
+    if copy not in tensors or name not in tensors:
         return
-    if not same_bytes(tensors[head], tensors[embedding]):
-        raise UserError(
-            f"{where}: the configuration ties the head to the embedding (tie_word_embeddings), but {head} differs from "
-            f"{embedding}; set tie_word_embeddings to false to keep both"
-        )
-    del tensors[head]
+    if not same_bytes(tensors[copy], tensors[name]):
+        raise UserError(f"{where}: {copy} differs from {name}: {why}")
+    del tensors[copy]
 
 
 def _usual_name(name: str, renamed: Mapping[str, str]) -> str:

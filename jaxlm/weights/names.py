@@ -21,7 +21,7 @@ from jaxlm.models.adapters import AdaptedLinear, linears_of
 from jaxlm.models.families import family_of
 from jaxlm.models.families.base import Row
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.spec import DecoderSpec, LayerSpec, Stack
+from jaxlm.spec import ENCODER, DecoderSpec, LayerSpec, Stack
 
 Shape = tuple[int, ...]
 
@@ -115,17 +115,18 @@ def make_layout(dims: str, stored_dims: str, sizes: Mapping[str, int]) -> Layout
     return Layout(tuple(stored), tuple(sizes[letter] for letter in view), perm)
 
 
-def _row_sizes(spec: DecoderSpec, layer: LayerSpec | None) -> dict[str, int]:
-    """Letter -> size, of one layer or of what lies outside of them."""
+def _row_sizes(spec: DecoderSpec, layer: LayerSpec) -> dict[str, int]:
+    """Letter -> size, of one layer and of what lies outside of them."""
     sizes = {"D": spec.hidden_size, "V": spec.vocab_size, "W": spec.embedding_dims}
     if spec.learned_positions is not None:
         sizes["N"] = spec.learned_positions.num_rows
-    if layer is not None:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        sizes |= {"H": attention.num_heads, "K": attention.num_kv_heads, "h": attention.head_dim}
-        sizes |= {"G": attention.num_heads // attention.num_kv_heads, "F": feed_forward.size}
-        sizes |= {"Q": sizes["H"] * sizes["h"], "M": sizes["K"] * sizes["h"]}
-        sizes["E"] = 1 if feed_forward.experts is None else feed_forward.experts.num_experts
+    if layer.attention.relative_bias is not None:
+        sizes["U"] = layer.attention.relative_bias.num_buckets
+    attention, feed_forward = layer.attention, layer.feed_forward
+    sizes |= {"H": attention.num_heads, "K": attention.num_kv_heads, "h": attention.head_dim}
+    sizes |= {"G": attention.num_heads // attention.num_kv_heads, "F": feed_forward.size}
+    sizes |= {"Q": sizes["H"] * sizes["h"], "M": sizes["K"] * sizes["h"]}
+    sizes["E"] = 1 if feed_forward.experts is None else feed_forward.experts.num_experts
     return sizes
 
 
@@ -152,16 +153,15 @@ class Leaf:
 
 def model_leaves(spec: DecoderSpec) -> Iterator[Leaf]:
     """Every leaf of a model, in the order of its family's rows and, in a row, of `spec.stacks`."""
-    outside = _row_sizes(spec, None)
-    inside = [(stack, _row_sizes(spec, stack.layer)) for stack in spec.stacks]
     for row in family_of(spec).rows:
+        part = spec.part(row.in_encoder)
         if row.in_layer:
-            for stack, sizes in inside:
+            for stack in part.stacks:
                 if row.when(spec, stack.layer):
-                    layout = make_layout(row.dims, row.hf_dims, sizes)
-                    yield Leaf(row, f"{stack.path}/{row.path}", stack.numbers, layout)
-        elif row.when(spec, spec.period[0]):
-            yield Leaf(row, row.path, None, make_layout(row.dims, row.hf_dims, outside))
+                    layout = make_layout(row.dims, row.hf_dims, _row_sizes(spec, stack.layer))
+                    yield Leaf(row, stack.leaf(row.path), stack.numbers, layout)
+        elif row.when(spec, part.period[0]):
+            yield Leaf(row, row.path, None, make_layout(row.dims, row.hf_dims, _row_sizes(spec, part.period[0])))
 
 
 def stored_entries(spec: DecoderSpec, names: Mapping[str, str] | None, owner: str) -> list[Entry]:
@@ -176,21 +176,19 @@ def stored_entries(spec: DecoderSpec, names: Mapping[str, str] | None, owner: st
     Raises:
         UserError: when the format has no name for one of the model's tensors.
     """
-    entries: list[Entry] = []
-    by_layer: dict[int, list[Entry]] = {number: [] for number in range(spec.num_layers)}
-    place = None
+    # What lies outside of the layers, and in its place the layers of the decoder, or of the encoder, by number.
+    blocks: dict[str, dict[int, list[Entry]]] = {}
     for leaf in model_leaves(spec):
         name = leaf.row.hf if names is None else names.get(leaf.row.path)
         if name is None:
             raise UserError(f"the model has {leaf.row.hf.format(0)!r}, for which {owner} format has no place")
         if leaf.layers is None:
-            entries.append(Entry(name, leaf.path, None, leaf.layout))
+            blocks[leaf.path] = {0: [Entry(name, leaf.path, None, leaf.layout)]}
             continue
-        place = len(entries) if place is None else place
+        by_number = blocks.setdefault(f"{ENCODER if leaf.row.in_encoder else ''}layers", {})
         for index, number in enumerate(leaf.layers):
-            by_layer[number].append(Entry(name.format(number), leaf.path, index, leaf.layout))
-    layers = [entry for number in by_layer for entry in by_layer[number]]
-    return [*entries[:place], *layers, *entries[place:]] if layers else entries
+            by_number.setdefault(number, []).append(Entry(name.format(number), leaf.path, index, leaf.layout))
+    return [entry for block in blocks.values() for number in sorted(block) for entry in block[number]]
 
 
 def hf_entries(spec: DecoderSpec) -> list[Entry]:
@@ -293,7 +291,7 @@ def adapter_leaves(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> Iterator
     """
     for linear in linears_of(spec).values():
         if linear.name in specs:
-            for stack in spec.stacks:
+            for stack in spec.part(linear.rows[0].in_encoder).stacks:
                 if set(stack.numbers) <= set(linear.layers):
                     yield from _factor_leaves(spec, linear, stack, specs[linear.name].rank, specs[linear.name].dora)
 
@@ -304,7 +302,7 @@ def _factor_leaves(spec: DecoderSpec, linear: AdaptedLinear, stack: Stack, rank:
 
     def leaf(path: str, module: str, name: str, dims: str, stored_dims: str) -> Leaf:
         row = Row(path, f"{PEFT_PREFIX}{module}.{name}", dims, stored_dims)
-        return Leaf(row, f"{stack.path}/{path}", stack.numbers, make_layout(dims, stored_dims, sizes))
+        return Leaf(row, stack.leaf(path), stack.numbers, make_layout(dims, stored_dims, sizes))
 
     inputs, _ = _linear_letters(linear.rows[0])
     yield leaf(f"{linear.path}/lora_A", linear.hf_module, "lora_A.weight", f"{inputs} R", f"R ({inputs})")
@@ -328,8 +326,9 @@ def adapted_layers(
 
     Layouts have the layer's own rank, which may be below the stacked one.
     """
-    stacks = {number: stack for stack in spec.stacks for number in stack.numbers}
     for linear in linears_of(spec).values():
+        part = spec.part(linear.rows[0].in_encoder)
+        stacks = {number: stack for stack in part.stacks for number in stack.numbers}
         for number in linear.layers if linear.name in specs else ():
             own, stack = specs[linear.name], stacks[number]
             if own.ranks[number] > 0:
@@ -361,7 +360,7 @@ def fused_factors(spec: DecoderSpec, specs: Mapping[str, LoraSpec]) -> list[Fuse
 
 def outside_layout(spec: DecoderSpec, row: Row) -> Layout:
     """The layout of a tensor outside of the layers."""
-    return make_layout(row.dims, row.hf_dims, _row_sizes(spec, None))
+    return make_layout(row.dims, row.hf_dims, _row_sizes(spec, spec.part(row.in_encoder).period[0]))
 
 
 def grows(row: Row) -> bool:

@@ -50,6 +50,19 @@ _PHI3 = SIZES | dict(hidden_size=24, bos_token_id=1, eos_token_id=2, pad_token_i
 _PARTIAL = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=2 / 3)
 _GLM = SIZES | dict(head_dim=8, eos_token_id=2, pad_token_id=None)
 _LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 3.0, 6.0])
+_ENCODER: dict[str, Any] = dict(
+    vocab_size=37,
+    d_model=16,
+    d_kv=6,
+    d_ff=24,
+    num_layers=3,
+    num_decoder_layers=2,
+    num_heads=4,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=20,
+    dropout_rate=0.0,
+    decoder_start_token_id=0,
+)
 
 # Family -> variant -> what its configuration class in transformers is given. The first variant is the plain one.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {
@@ -150,6 +163,11 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         ),
         "biases": SIZES | _TIED | dict(attention_bias=True),
     },
+    "t5": {
+        "plain": _ENCODER | dict(feed_forward_proj="relu"),
+        "gated": _ENCODER | dict(feed_forward_proj="gated-gelu", scale_decoder_outputs=False),
+    },
+    "mt5": {"plain": _ENCODER},
 }
 _PLAIN = {key: value for key, value in SIZES.items() if key != "head_dim"}
 _INTERNLM2 = _PLAIN | dict(architectures=["InternLM2ForCausalLM"], model_type="internlm2", bias=False)
@@ -205,6 +223,8 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "2-13b": _BAICHUAN | dict(model_max_length=64, z_loss_weight=0),
     },
 }
+# Families whose models have an encoder.
+WITH_ENCODER = ("t5", "mt5")
 VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant in variants]
 
 

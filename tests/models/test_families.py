@@ -17,7 +17,7 @@ from jaxlm.models import families
 from jaxlm.models.adapters import resolve_lora, saveable
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.families import FAMILIES, read_config, write_config
-from jaxlm.spec import DecoderSpec, ExpertsSpec
+from jaxlm.spec import DecoderSpec, ExpertsSpec, is_stacked
 from jaxlm.weights.experts import own_experts
 from jaxlm.weights.names import (
     adapter_leaves,
@@ -28,7 +28,7 @@ from jaxlm.weights.names import (
     num_params,
     peft_entries,
 )
-from tests.models.small import OWN, SMALL, VARIANTS, hf_config, hf_model, small_spec, whole_experts
+from tests.models.small import OWN, SMALL, VARIANTS, WITH_ENCODER, hf_config, hf_model, small_spec, whole_experts
 
 EXPERTS = ExpertsSpec(4, "learned", top_k=(2,))
 # Families whose feed-forward layers can be divided into experts, and whose layers are named as LLaMA's.
@@ -62,13 +62,13 @@ def test_rows_are_what_the_module_declares(family: str, shape: str) -> None:
     lora = LoraConfig(rank=3, targets=("all-linear",), dora=True)
     specs = resolve_lora(spec, lora)
     boxed = abstract_variables(Decoder(spec, specs))
-    declared = {
+    declared = {"lora": {}} | {
         name: {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         for name, tree in nn.unbox(boxed).items()
     }
     assert leaf_shapes(spec) == declared["params"]
     assert {leaf.path: leaf.shape for leaf in adapter_leaves(spec, specs)} == declared["lora"]
-    outside = {path for path in declared["params"] if not path.startswith(("layers/", "tail/"))}
+    outside = {path for path in declared["params"] if not is_stacked(path)}
     assert outside == {row.path for rows in saveable(spec).values() for row in rows}
     if spec.experts is None:
         assert num_params(spec) == sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.unbox(boxed["params"])))
@@ -138,7 +138,7 @@ def test_a_family_is_a_small_file() -> None:
     assert {file.stem for file in files} >= {*FAMILIES}
     for family in FAMILIES:
         text = (Path(families.__file__).parent / f"{family}.py").read_text()
-        assert len(text.splitlines()) <= 150, family
+        assert len(text.splitlines()) <= (150 if family not in WITH_ENCODER else 200), family
         own = FAMILIES[family].architecture  # ChatGLM-6B and its successors share one
         others = {other.architecture for other in FAMILIES.values()} - {own}
         assert not any(f'"{other}"' in text for other in others), family

@@ -16,7 +16,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.models.families import FAMILIES, SHAPES, common, load_shape, read_config, write_config
 from jaxlm.spec import DecoderSpec, NormSpec, RopeSpec, flatten
 from tests.models import hf
-from tests.models.small import SMALL
+from tests.models.small import SMALL, WITH_ENCODER
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = dict(
 )
 NO_NULL_KV_HEADS = tuple(f"{name}ForCausalLM" for name in ("Qwen3Moe", "Ministral", "Mistral", "Gemma", "Glm", "Glm4"))
 LAYERS_DIFFER = ("gemma2", "gemma3_text", "olmo3", "smollm3")  # by default, so that no field is that of all layers
+OTHERS = (*LAYERS_DIFFER, *WITH_ENCODER)
 WINDOWED = ("mistral", "ministral", "qwen2", "qwen3", "qwen3_moe", "phi3")  # whose configs have a sliding window
 # jaxlm's name of each key of config.json.
 FIELDS = {
@@ -80,7 +81,7 @@ def assert_same(found: DecoderSpec, want: Any) -> None:
     assert given == expected
 
 
-@pytest.mark.parametrize("architecture", [name for name, family in KINDS.items() if family not in LAYERS_DIFFER])
+@pytest.mark.parametrize("architecture", [name for name, family in KINDS.items() if family not in OTHERS])
 def test_a_missing_key_means_what_it_means_to_transformers(architecture: str) -> None:
     """All missing at once, and each alone: null where transformers takes it."""
     sizes = named(architecture, **SIZES)
@@ -119,7 +120,9 @@ def test_what_transformers_fills_in_is_what_a_missing_key_means(family: str) -> 
     """All that a config.json may leave out at once, and each key of a small model alone."""
     architecture = FAMILIES[family].architecture
     # As many heads as defaults of the number of kv heads divide.
-    small = next(iter(SMALL[family].values())) | dict(hidden_size=64, num_attention_heads=32)
+    small = next(iter(SMALL[family].values()))
+    if family not in WITH_ENCODER:
+        small = small | dict(hidden_size=64, num_attention_heads=32)
     sizes = {key: value for key, value in small.items() if key in hf_sizes(family)}
     for values in (sizes, *({name: small[name] for name in small if name != key} for key in small.keys() - sizes)):
         whole = theirs(architecture, **values).to_dict()

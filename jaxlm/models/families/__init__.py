@@ -27,6 +27,7 @@ from jaxlm.models.families import (
     llama,
     ministral,
     mistral,
+    mt5,
     olmo2,
     olmo3,
     opt,
@@ -35,6 +36,7 @@ from jaxlm.models.families import (
     qwen3,
     qwen3_moe,
     smollm3,
+    t5,
 )
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
@@ -65,6 +67,8 @@ FAMILIES: dict[str, Family] = {
     "internlm2": internlm2.FAMILY,
     "internlm3": internlm3.FAMILY,
     "baichuan": baichuan.FAMILY,
+    "t5": t5.FAMILY,
+    "mt5": mt5.FAMILY,
 }
 
 # Published shapes by name.

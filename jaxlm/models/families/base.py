@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxlm.spec import DecoderSpec, LayerSpec
+from jaxlm.spec import ENCODER, DecoderSpec, LayerSpec
 
 
 def always(_: DecoderSpec, __: LayerSpec) -> bool:
@@ -19,16 +19,18 @@ class Row:
     """One tensor of the name table: the leaf, and the name and layout that it has in Hugging Face's files.
 
     Layouts are written in the project's letters (D model, H query heads, K kv heads, h head dim, F feed-forward, V
-    vocabulary, E experts; N learned positions, Q = H h, M = K h, W dims of an embedding). Parentheses join dims that
-    the file stores as one: HF keeps `q_proj` as a matrix `(H h) D`, jaxlm as `D H h`. A linear layer's stored matrix is
-    [outputs, inputs].
+    vocabulary, E experts; N learned positions, U buckets of distances, Q = H h, M = K h, W dims of an embedding).
+    Parentheses join dims that the file stores as one: HF keeps `q_proj` as a matrix `(H h) D`, jaxlm as `D H h`. A
+    linear layer's stored matrix is [outputs, inputs].
 
     Args:
-        path: of the leaf; in a layer, below the layer's stack (see `DecoderSpec.stacks`).
+        path: of the leaf; in a layer, below the layer's stack (see `DecoderSpec.stacks`). An encoder's begin with
+            'encoder/'.
         hf: name in Hugging Face's files; '{}' is the number of the layer, and says that the row is one of a layer's.
         dims: of the leaf, without the stack.
         hf_dims: of the tensor in HF's files.
-        when: whether there is such a tensor, given the model and the layer (outside of the layers: its first).
+        when: whether there is such a tensor, given the model and the layer (outside of the layers:
+            the first one): one of the encoder's where the row is.
     """
 
     path: str
@@ -43,9 +45,20 @@ class Row:
         return "{}" in self.hf
 
     @property
+    def in_encoder(self) -> bool:
+        """Whether it belongs to an encoder."""
+        return self.path.startswith(ENCODER)
+
+    @property
     def linear(self) -> str:
-        """'q_proj' where the row is the matrix of a layer's linear layer, else empty."""
-        return self.path.split("/")[-2] if self.in_layer and self.path.endswith("/kernel") else ""
+        """'q_proj' where the row is the matrix of a layer's linear layer, else empty.
+
+        The second ones of a model with an encoder have their place in front: 'cross_attn/q_proj', 'encoder/q_proj'.
+        """
+        if not (self.in_layer and self.path.endswith("/kernel")):
+            return ""
+        *_, parent, name, _ = self.path.split("/")
+        return f"{ENCODER if self.in_encoder else ''}{'cross_attn/' if parent == 'cross_attn' else ''}{name}"
 
     @property
     def hf_module(self) -> str:
@@ -107,6 +120,10 @@ class Family:
         reads: keys of `common.UNREAD` that this family's `read` honours.
         renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
         in_transformers: whether transformers has the architecture; else it comes with code in its repository.
+        copies: tensors that files may have -> those that they repeat.
+        unused: patterns of tensors that files may have and nothing is computed with.
+        head_by_tensors: whether the head is tied is told by the tensors, whatever config.json says: it has one of its
+            own where the files have one that differs from the embedding.
         shapes: published models by name.
     """
 
@@ -125,6 +142,9 @@ class Family:
     reads: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_transformers: bool = True
+    copies: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    head_by_tensors: bool = False
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
     model_type: str = ""
     is_config: Callable[[Mapping[str, Any]], bool] = lambda _: True

@@ -6,14 +6,24 @@ computes, in every family: a family's file says what its modules are called.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from jaxlm.models.families.base import Fused, Row, always
-from jaxlm.spec import DecoderSpec, LayerSpec
+from jaxlm.spec import ENCODER, DecoderSpec, LayerSpec
 
 Condition = Callable[[DecoderSpec, LayerSpec], bool]
+
+
+def _has_cross(_: DecoderSpec, layer: LayerSpec) -> bool:
+    return layer.cross_attention is not None
+
+
+def _cross_bias(layer: LayerSpec, field: str) -> bool:
+    return layer.cross_attention is not None and bool(getattr(layer.cross_attention, field))
+
 
 # Linear layer -> (dims, dims in HF's files, whether there is one, whether it has a bias).
 _LINEARS: dict[str, tuple[str, str, Condition, Condition]] = {
@@ -21,6 +31,10 @@ _LINEARS: dict[str, tuple[str, str, Condition, Condition]] = {
     "self_attn/k_proj": ("D K h", "(K h) D", always, lambda _, layer: layer.attention.qkv_bias),
     "self_attn/v_proj": ("D K h", "(K h) D", always, lambda _, layer: layer.attention.qkv_bias),
     "self_attn/o_proj": ("H h D", "D (H h)", always, lambda _, layer: layer.attention.o_bias),
+    "cross_attn/q_proj": ("D H h", "(H h) D", _has_cross, lambda _, layer: _cross_bias(layer, "qkv_bias")),
+    "cross_attn/k_proj": ("D K h", "(K h) D", _has_cross, lambda _, layer: _cross_bias(layer, "qkv_bias")),
+    "cross_attn/v_proj": ("D K h", "(K h) D", _has_cross, lambda _, layer: _cross_bias(layer, "qkv_bias")),
+    "cross_attn/o_proj": ("H h D", "D (H h)", _has_cross, lambda _, layer: _cross_bias(layer, "o_bias")),
     "mlp/gate_proj": (
         "D F",
         "F D",
@@ -36,6 +50,7 @@ _NORMS: dict[str, Condition] = {
     "embed_norm": lambda spec, _: spec.embedding_norm,
     "input_layernorm": lambda _, layer: layer.norm_before,
     "post_attention_layernorm": lambda _, layer: layer.norm_before and layer.parallel != "shared_norm",
+    "cross_attention_layernorm": _has_cross,
     "attention_output_norm": lambda _, layer: layer.norm_after,
     "feed_forward_output_norm": lambda _, layer: layer.norm_after,
     "norm": lambda spec, _: spec.final_norm,
@@ -47,6 +62,7 @@ _MATRICES: dict[str, tuple[str, str, Condition]] = {
     "project_in": ("kernel", "D W", lambda spec, _: spec.embedding_size is not None),
     "project_out": ("kernel", "W D", lambda spec, _: spec.embedding_size is not None),
     "lm_head": ("kernel", "V W", lambda spec, _: not spec.tied_head),
+    "relative_bias": ("embedding", "U H", lambda _, layer: layer.attention.relative_bias is not None),
 }
 
 
@@ -55,7 +71,8 @@ def make_rows(names: Mapping[str, str], when: Condition = always) -> tuple[Row, 
 
     Args:
         names: path of each module below its layer ('self_attn/q_proj') or outside of the layers ('embed_tokens') ->
-            HF's name, with '{}' for the number of the layer; in the order of HF's files. 'mlp/router' is a tensor.
+            HF's name, with '{}' for the number of the layer; in the order of HF's files. 'mlp/router' is a tensor. An
+            encoder's begin with 'encoder/'.
         when: a further condition: whether the modules have these names.
     """
     rows = [row for path, hf in names.items() for row in _rows_of(path, hf)]
@@ -79,6 +96,9 @@ def make_fused(hf: str, dims: str, parts: tuple[str, ...]) -> tuple[Fused, ...]:
 
 
 def _rows_of(path: str, hf: str) -> list[Row]:
+    if path.startswith(ENCODER):
+        rows = _rows_of(path.removeprefix(ENCODER), hf)
+        return [dataclasses.replace(row, path=f"{ENCODER}{row.path}") for row in rows]
     if path in _LINEARS:
         dims, hf_dims, exists, biased = _LINEARS[path]
         outputs = re.findall(r"\([^)]*\)|\S+", hf_dims)[0]

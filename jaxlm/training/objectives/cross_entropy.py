@@ -28,7 +28,7 @@ class CrossEntropy:
         normalisation: see `target_weights`.
         group_rows: rows of one device's micro-batch, see `target_weights`.
         packed: rows hold several documents. Otherwise the attention needs no segment ids: padding stands behind the
-            document, where no token looks.
+            document, where no token looks; but for an encoder, whose tokens look there too.
         moe: factors of the routers' losses.
     """
 
@@ -42,7 +42,8 @@ class CrossEntropy:
     @property
     def fields(self) -> tuple[str, ...]:
         routed = () if self.model.spec.experts is None else ("modality_ids",)
-        return ("input_ids", "loss_mask", "segment_ids", "positions", *routed)
+        source = () if self.model.spec.encoder is None else ("encoder_ids", "encoder_segment_ids")
+        return ("input_ids", "loss_mask", "segment_ids", "positions", *routed, *source)
 
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "weights": target_weights(batch["loss_mask"], self.normalisation, self.group_rows)}
@@ -72,15 +73,19 @@ class CrossEntropy:
 
     def _apply(self, trainable: Any, frozen: Any, micro: Batch, **options: Any) -> tuple[LossOutput, Any]:
         """The model's loss of a micro-batch, and what its routers noted: {} for a dense model."""
+        source: dict[str, Any] = {}
+        if self.model.spec.encoder is not None:
+            source = {name: micro[name] for name in ("encoder_ids", "encoder_segment_ids")}
         result = self.model.apply(
             model_variables(trainable, frozen),
             micro["input_ids"],
             micro["weights"],
             positions=micro["positions"],
-            segment_ids=micro["segment_ids"] if self.packed else None,
+            segment_ids=micro["segment_ids"] if self.packed or source else None,
             modality_ids=None if self.model.spec.experts is None else micro["modality_ids"],
             method="loss",
             mutable=["moe"],
+            **source,
             **options,
         )
         return cast(tuple[LossOutput, Any], result)
