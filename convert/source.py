@@ -31,6 +31,7 @@ from convert.transforms.merge import MergedSource
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.locate import at_home, find_base, missing
+from jaxlm.models.families import family_of
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.files import find_weights
 from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ModelFiles, ParamSource
@@ -291,5 +292,6 @@ def stored_adapter(
     if base_config is None:
         kind = "PEFT" if peft else "MindSpore"
         raise UserError(f"{path}: a {kind} adapter does not record the shape of its base; give the base model too")
-    dense = base_config.with_experts(None)
-    return PeftSource(path, dense) if peft else MindSporeAdapter(path, dense, alpha)
+    # To other systems a model that `convert moefy` divided is the dense one; some families have experts of their own.
+    theirs = base_config if family_of(base_config).experts is not None else base_config.with_experts(None)
+    return PeftSource(path, theirs) if peft else MindSporeAdapter(path, theirs, alpha)

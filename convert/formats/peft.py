@@ -25,6 +25,7 @@ from jaxlm.models.adapters import (
     hf_names,
     in_hf_names,
     is_named,
+    linears_of,
     places,
     resolve_lora,
     saveable,
@@ -239,14 +240,15 @@ def _targets(
     if not targeted:
         raise UserError(f"{where}: target_modules {wanted!r} match no linear layer of the base model")
     layers = {layer for _, layer in targeted}
+    having = {name: set(linear.layers) for name, linear in linears_of(config).items()}
     own = {name: {layer for layer in linear.layers if (name, layer) in targeted} for name, linear in linears.items()}
-    if all(own[name] in (set(), layers & set(linear.layers)) for name, linear in linears.items()):
+    if all(own[name] in (set(), layers & having[name]) for name in linears):
         every = len(layers) == config.num_layers
         return tuple(name for name in linears if own[name]), None if every else tuple(sorted(layers))
     # Layers of their own for some of the linear layers: these are named one by one.
     targets: list[str] = []
-    for name, linear in linears.items():
-        whole = own[name] == set(linear.layers)
+    for name in linears:
+        whole = own[name] == having[name]
         targets += [name] if whole else [modules[name, layer] for layer in sorted(own[name])]
     return tuple(targets), None
 
@@ -411,8 +413,8 @@ def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
 
 def write_peft(source: AdapterSource, directory: Path, advance: Advance) -> None:
     """Writes an adapter as a PEFT directory, in the dtype it is stored in."""
-    write_safetensors_file(directory / "adapter_model.safetensors", peft_tensors(source), advance)
     config = peft_config_for(source, directory / "adapter_config.json")
+    write_safetensors_file(directory / "adapter_model.safetensors", peft_tensors(source), advance)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
     copy_files(source.tokenizer_files, directory)

@@ -43,7 +43,7 @@ class LoraConfig:
         dropout: probability of dropping an input of the adapter while training.
         targets: linear layers by name, jaxlm's (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) or those of
             the family's modules in Hugging Face's code (query_key_value, fc1), in full or by their last parts;
-            all-linear: every one of the layers.
+            all-linear: all that are linear layers there, as in PEFT.
         rank_pattern: other ranks by module name or regular expression, as in PEFT, e.g.
             {"layers.0.self_attn.q_proj": 16}.
         alpha_pattern: other alphas, likewise.

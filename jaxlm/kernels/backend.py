@@ -181,7 +181,7 @@ def unserved_scores(
     if relative_bias and name not in ("xla", "reference"):
         return "has no relative bias"
     if prefix and name not in ("xla", "reference"):
-        return "has no tokens that see later ones"
+        return "has no prefix that is seen from both sides"
     return None
 
 

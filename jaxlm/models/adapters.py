@@ -33,13 +33,16 @@ class AdaptedLinear:
         name: jaxlm's: 'q_proj'; 'qkv_proj' for layers that are stored as one.
         rows: of its matrix, or of the matrices that are stored as one.
         layers: numbers of the layers that have it.
+        hf_layers: those of them in which it is a linear layer to Hugging Face's implementation: not a part of one, and
+            not experts that are matrices of their own there.
         fused: how the matrices are stored as one; None where there is one.
-        part_of: the linear layer that it is stored in; empty for one that Hugging Face's implementation has.
+        part_of: the linear layer that it is stored in, or empty.
     """
 
     name: str
     rows: tuple[Row, ...]
     layers: tuple[int, ...]
+    hf_layers: tuple[int, ...]
     fused: Fused | None = None
     part_of: str = ""
 
@@ -75,12 +78,21 @@ def linears_of(model: DecoderSpec) -> dict[str, AdaptedLinear]:
             rows = tuple(family.linears[path.split("/")[-2]] for path in whole[1].paths)
             together = _layers_with(model, rows)
             if together:
-                linears.setdefault(whole[0], AdaptedLinear(whole[0], rows, together, whole[1]))
+                linears.setdefault(whole[0], AdaptedLinear(whole[0], rows, together, together, whole[1]))
         assert not together or together == layers, f"{row.path}: stored by itself in some layers only"
-        if layers:
-            part_of = whole[0] if whole is not None and together else ""
-            linears[row.linear] = AdaptedLinear(row.linear, (row,), layers, part_of=part_of)
+        if whole is not None and together:
+            linears[row.linear] = AdaptedLinear(row.linear, (row,), layers, (), part_of=whole[0])
+        elif layers:
+            linears[row.linear] = AdaptedLinear(row.linear, (row,), layers, _outside_experts(model, row, layers))
     return linears
+
+
+def _outside_experts(model: DecoderSpec, row: Row, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the layers in which the family's files have a matrix as it is, and not one for each expert."""
+    experts = family_of(model).experts
+    if experts is None or row.path.removesuffix("/kernel") not in experts.names:
+        return layers
+    return tuple(number for number in layers if model.layer(number).feed_forward.experts is None)
 
 
 def _fused_linears(family: Family) -> dict[str, tuple[str, Fused]]:
@@ -102,7 +114,8 @@ def _layers_with(model: DecoderSpec, rows: tuple[Row, ...]) -> tuple[int, ...]:
 
 def hf_linears(model: DecoderSpec) -> dict[str, AdaptedLinear]:
     """Those that Hugging Face's implementation has, which are the ones that PEFT can adapt."""
-    return {name: linear for name, linear in linears_of(model).items() if not linear.part_of}
+    linears = linears_of(model).items()
+    return {name: dataclasses.replace(each, layers=each.hf_layers) for name, each in linears if each.hf_layers}
 
 
 def hf_names(model: DecoderSpec) -> str:
@@ -289,13 +302,7 @@ def resolve_lora(model: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] |
     experts = model.experts.num_experts if lora.per_expert and model.experts is not None else 1
     specs = {}
     for name, adapted in adapted_linears(model, lora, layers).items():
-        linear = adapted.linear
-        if linear.fused is not None and linear.feed_forward and model.experts is not None:
-            raise UserError(
-                f"lora.targets: {_last(linear.hf_module)} is divided into experts in this model, and an adapter for "
-                f"all of it is not supported; name its parts: {', '.join(row.linear for row in linear.rows)}"
-            )
-        of_experts = experts if linear.feed_forward else 1
+        of_experts = experts if adapted.linear.feed_forward else 1
         specs[name] = LoraSpec(adapted.ranks, adapted.scales(lora.rslora), lora.dropout, lora.dora, of_experts)
     return specs
 
@@ -308,9 +315,18 @@ def in_hf_names(
     Args:
         adapted: what `lora` comes to; no parts of linear layers that are stored as one.
         layers: as for `adapted_linears`.
+
+    Raises:
+        UserError: it adapts experts, which are not linear layers to PEFT.
     """
     hf, every = hf_linears(model), linears_of(model)
     carrying = {(name, n) for name, each in adapted.items() for n, rank in enumerate(each.ranks) if rank}
+    for name, n in sorted(carrying):
+        if n not in every[name].hf_layers:
+            raise UserError(
+                f"lora.targets: {name} of layer {n} belongs to experts, which are not linear layers in transformers, "
+                "so PEFT has no adapter of them; make one model of base and adapter (convert merge)"
+            )
 
     def same(wanted: str, rule: Callable[[str, str], bool]) -> bool:
         return places(hf, wanted, rule, (0,)) & carrying == places(every, wanted, rule) & carrying

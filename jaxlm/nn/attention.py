@@ -49,7 +49,8 @@ class MaskSpec:
     between them and the queries: `causal` is False. Padding then sees nothing and is seen by nothing; a query that sees
     nothing gets 0.
 
-    With a prefix, segment ids below 0 are those of tokens that the whole segment sees, -n of segment n.
+    Under a causal mask, keys of a prefix are seen by the queries before them too: a prompt by all of its own tokens
+    (prefix LM, arXiv:1910.10683; ChatGLM-6B).
 
     A score is product * scale; then, with a soft cap, cap * tanh(score / cap); then, with ALiBi, less slope * distance;
     then, with a relative bias, plus that of its head at its distance. The distance is that in the row: of tokens of one
@@ -62,9 +63,9 @@ class MaskSpec:
     scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: 1/sqrt(h)
     soft_cap: float | None = flax.struct.field(pytree_node=False, default=None)
     alibi: bool = flax.struct.field(pytree_node=False, default=False)
-    prefix: bool = flax.struct.field(pytree_node=False, default=False)
     key_segment_ids: jax.Array | None = None  # [B, S] int32, 0 = padding; None: the keys are those of the queries' rows
     bias: jax.Array | None = None  # [H, T + S - 1] float32, trained; by place of key - place of query, from -(T - 1) on
+    prefix: jax.Array | None = None  # [B, T] bool: which tokens are in the prefix of their segment; None: none
 
     def scaled(self, products: jax.Array, dim: int) -> jax.Array:
         """Products of vectors of `dim` numbers, or gradients of scores, times the scale."""
@@ -99,12 +100,13 @@ class MaskSpec:
         mask = None
         if self.causal and k_end - 1 > q_start:
             mask = cols <= rows
-            if self.prefix and self.segment_ids is not None:
-                mask = mask | (self.segment_ids[:, None, k_start:k_end] < 0)
+        if self.prefix is not None and mask is not None:
+            mask = mask | self.prefix[:, None, k_start:k_end]
         if self.window is not None and q_end - 1 - k_start >= self.window:
             near = rows - cols < self.window
             mask = near if mask is None else mask & near
-        mask = None if mask is None else mask[None, None] if mask.ndim == 2 else mask[:, None]
+        if mask is not None:
+            mask = mask[None, None] if self.prefix is None else mask[:, None]
         if self.segment_ids is not None:
             same = self.same_segment(np.s_[:, None, q_start:q_end, None], np.s_[:, None, None, k_start:k_end])
             mask = same if mask is None else mask & same
@@ -115,8 +117,7 @@ class MaskSpec:
         assert self.segment_ids is not None
         queries = self.segment_ids[rows]
         if self.key_segment_ids is None:
-            keys = self.segment_ids[cols]
-            return jnp.abs(queries) == jnp.abs(keys) if self.prefix else queries == keys
+            return queries == self.segment_ids[cols]
         keys = self.key_segment_ids[cols]
         return (queries == keys) & (keys != 0)
 
@@ -176,19 +177,21 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec) -> j
     The gradient is its own, as in FlashAttention (arXiv:2205.14135): only the output and the log-normalisers are kept,
     weights are formed again (docs/kernels.md, "XLA's form in blocks").
     """
-    single = mask.replace(segment_ids=None, key_segment_ids=None, bias=None)  # type: ignore[attr-defined]
-    return _blockwise(q, k, v, (mask.segment_ids, mask.key_segment_ids), mask.bias, single)
+    arrays = {name: getattr(mask, name) for name in ("segment_ids", "key_segment_ids", "prefix")}
+    single = mask.replace(**dict.fromkeys(arrays), bias=None)  # type: ignore[attr-defined]
+    return _blockwise(q, k, v, arrays, mask.bias, single)
 
 
-def _blocks(length: int, kv_length: int, causal: bool, window: int | None) -> list[tuple[slice, slice]]:
+def _blocks(length: int, kv_length: int, mask: MaskSpec) -> list[tuple[slice, slice]]:
     """(queries, keys) of each block."""
+    window, forward = mask.window, mask.causal and mask.prefix is None
     size = max(QUERY_BLOCK, math.ceil(length / MAX_BLOCKS))
     return [
         (
             slice(start, min(start + size, length)),
             slice(
                 0 if window is None else max(0, start - window + 1),
-                min(start + size, length) if causal else kv_length,
+                min(start + size, length) if forward else kv_length,
             ),
         )
         for start in range(0, length, size)
@@ -228,39 +231,30 @@ def _seen(x: jax.Array, mask: MaskSpec, rows: slice, cols: slice) -> jax.Array:
 
     A NaN that some queries of a block see still reaches all of them: telling those apart would take a second product.
     """
-    keys = x[:, :, cols]
-    if mask.segment_ids is None:
-        return keys  # such keys are not among `cols`
-    same = mask.same_segment(np.s_[:, rows, None], np.s_[:, None, cols])
-    return jnp.where(same.any(axis=1)[:, None, :, None], keys, jnp.zeros((), x.dtype))
-
-
-# Of the queries and of the keys, as in MaskSpec.
-Segments = tuple[jax.Array | None, jax.Array | None]
+    keys, seen = x[:, :, cols], None
+    if mask.prefix is not None:
+        dense = mask.dense(rows.start, rows.stop, cols.start, cols.stop)
+        seen = None if dense is None else dense[:, 0]
+    elif mask.segment_ids is not None:  # keys out of a causal block's reach are not among `cols`
+        seen = mask.same_segment(np.s_[:, rows, None], np.s_[:, None, cols])
+    return keys if seen is None else jnp.where(seen.any(axis=1)[:, None, :, None], keys, jnp.zeros((), x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, bias: jax.Array | None, single: MaskSpec
+    q: jax.Array, k: jax.Array, v: jax.Array, arrays: dict[str, Any], bias: jax.Array | None, single: MaskSpec
 ) -> jax.Array:
-    """`xla_attention`; `single` is the mask without its arrays, which is static."""
-    return _blockwise_fwd(q, k, v, segments, bias, single)[0]
-
-
-def _with_arrays(single: MaskSpec, segments: Segments, bias: jax.Array | None) -> MaskSpec:
-    mask: MaskSpec = single.replace(  # type: ignore[attr-defined]
-        segment_ids=segments[0], key_segment_ids=segments[1], bias=bias
-    )
-    return mask
+    """`xla_attention`; `single` is the mask without its arrays, which is static, `arrays` those without a gradient."""
+    return _blockwise_fwd(q, k, v, arrays, bias, single)[0]
 
 
 def _blockwise_fwd(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments, bias: jax.Array | None, single: MaskSpec
+    q: jax.Array, k: jax.Array, v: jax.Array, arrays: dict[str, Any], bias: jax.Array | None, single: MaskSpec
 ) -> tuple[jax.Array, Any]:
-    mask = _with_arrays(single, segments, bias)
+    mask = single.replace(**arrays, bias=bias)  # type: ignore[attr-defined]
     q_heads, k_heads, v_heads = _grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)
     outputs, normalisers = [], []
-    for rows, cols in _blocks(q.shape[1], k.shape[1], mask.causal and not mask.prefix, mask.window):
+    for rows, cols in _blocks(q.shape[1], k.shape[1], mask):
         scores, _ = _scores(q_heads, k_heads, mask, rows, cols)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         if mask.key_segment_ids is not None:
@@ -274,12 +268,12 @@ def _blockwise_fwd(
     # Named for remat policies, which do not see into a function with a gradient of its own.
     out = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)).astype(q.dtype), "attention_out")
     lse = checkpoint_name(jnp.concatenate(normalisers, axis=3), "attention_out")
-    return out, (q, k, v, segments, bias, out, lse)
+    return out, (q, k, v, arrays, bias, out, lse)
 
 
 def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[Any, ...]:
-    q, k, v, segments, bias, out, lse = residuals
-    mask = _with_arrays(single, segments, bias)
+    q, k, v, arrays, bias, out, lse = residuals
+    mask = single.replace(**arrays, bias=bias)  # type: ignore[attr-defined]
     kv_heads, dtype = k.shape[2], q.dtype
     q_heads, k_heads, v_heads = _grouped(q, kv_heads), k.swapaxes(1, 2), v.swapaxes(1, 2)
     grad_heads = _grouped(grad.astype(dtype), kv_heads)
@@ -289,7 +283,7 @@ def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[A
     grad_k = jnp.zeros(k_heads.shape, jnp.float32)
     grad_v = jnp.zeros(v_heads.shape, jnp.float32)
     grad_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    for rows, cols in _blocks(q.shape[1], k.shape[1], mask.causal and not mask.prefix, mask.window):
+    for rows, cols in _blocks(q.shape[1], k.shape[1], mask):
         scores, slope = _scores(q_heads, k_heads, mask, rows, cols)
         weights = jnp.exp(scores - lse[:, :, :, rows])
         grad_rows = grad_heads[:, :, :, rows]
@@ -309,7 +303,7 @@ def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[A
         _ungrouped(jnp.concatenate(grad_q, axis=3)).astype(q.dtype),
         grad_k.swapaxes(1, 2).astype(k.dtype),
         grad_v.swapaxes(1, 2).astype(v.dtype),
-        (None, None),
+        dict.fromkeys(arrays),
         None if bias is None or grad_bias is None else grad_bias.astype(bias.dtype),
     )
 
@@ -421,7 +415,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend:
 def _serving(backend: str | AttentionBackend, mask: MaskSpec) -> AttentionBackend:
     """The backend, refused where it would compute other scores."""
     chosen = AttentionBackend(backend) if isinstance(backend, str) else backend
-    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi, mask.bias is not None, mask.prefix)
+    lack = unserved_scores(chosen.name, mask.soft_cap, mask.alibi, mask.bias is not None, mask.prefix is not None)
     if lack is not None:
         raise UserError(f"attention: {chosen.name!r} cannot serve: {lack}; use 'auto' or 'xla'")
     return chosen
@@ -435,6 +429,7 @@ def _check_shapes(q: jax.Array, k: jax.Array, mask: MaskSpec) -> None:
             "queries and keys have segment ids, or none"
         )
     assert mask.bias is None or mask.bias.shape == (q.shape[2], sum(lengths) - 1), "bias is [H, T + S - 1]"
+    assert mask.prefix is None or (mask.causal and mask.window is None), "a prefix is the exception of a causal mask"
 
 
 def kv_head_copies(kv_heads: int, devices: int) -> int:
@@ -468,7 +463,7 @@ def _whole_rows(
     if copies > 1:  # gathered: more devices than one want each
         k, v = (jnp.repeat(_to(("batch", "attention_length", "kv_heads", None), x), copies, axis=2) for x in (k, v))
     q, k, v = (_to(_WHOLE, x) for x in (q, k, v))
-    for name in ("segment_ids", "key_segment_ids"):
+    for name in ("segment_ids", "key_segment_ids", "prefix"):
         if getattr(mask, name) is not None:
             mask = mask.replace(**{name: _to(_WHOLE[:2], getattr(mask, name))})  # type: ignore[attr-defined]
     return q, k, v, mask
@@ -497,7 +492,8 @@ def cached_attention(
     Args:
         q: [B, T, H, h]; k, v: [B, T, K, h], all at `cache.places`; a place beyond the last slot is not written.
         mask: causal and without segments. A query sees slots up to its own place, the last `window` of them. A relative
-            bias is [H, S] here, for distances from -(S - 1) to 0.
+            bias is [H, S] here, for distances from -(S - 1) to 0. There is no prefix: a new token sees one that lies
+            before it like any other, and one that it is part of is read by `attention`, as a whole.
         backend: 'pallas_tpu' reads only the slots that are seen, for up to MAX_TOKENS new tokens; all others, and more
             new tokens, compute with all slots.
 
@@ -505,7 +501,7 @@ def cached_attention(
         [B, T, H, h] in q's dtype (scores and softmax in float32), and the new cache.
     """
     assert cache.places is not None
-    assert mask.causal and mask.segment_ids is None
+    assert mask.causal and mask.segment_ids is None and mask.prefix is None
     assert mask.bias is None or mask.bias.shape == (q.shape[2], cache.k.shape[2]), "bias is [H, S]"
     name = _serving(backend, mask).name
     attend: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = partial(

@@ -141,10 +141,15 @@ def by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
     return matrix.reshape(matrix.shape[0], experts, -1).swapaxes(0, 1)
 
 
-def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> tuple[jax.Array, jax.Array]:
+def entering(
+    x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any, shared: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Inputs [..., I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
 
     An adapter is further inputs x A and further rows B; a bias is an input of ones. So one product does it all.
+
+    Args:
+        shared: x A of an adapter that both share.
     """
     inputs, rows = [x], [jnp.concatenate([by_expert(p.kernel, experts, 1) for p in (gate, up)], axis=-1)]
     for part, before in ((gate, True), (up, False)):
@@ -156,9 +161,13 @@ def entering(x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any) -> t
             inputs.append(jnp.ones((*x.shape[:-1], 1), x.dtype))
             extra.append(part.bias[None])
         for matrix in extra:
-            own = by_expert(matrix.astype(x.dtype), experts, 1)
-            both = (own, jnp.zeros_like(own)) if before else (jnp.zeros_like(own), own)
+            half = by_expert(matrix.astype(x.dtype), experts, 1)
+            both = (half, jnp.zeros_like(half)) if before else (jnp.zeros_like(half), half)
             rows.append(jnp.concatenate(both, axis=-1))
+    if shared is not None:
+        own = [by_expert(p.b.astype(x.dtype), experts, 1) for p in (gate, up) if p.b is not None]
+        inputs.append(shared)
+        rows.append(jnp.concatenate(own, axis=-1))
     return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.dispatch import Routing, by_expert, entering, leave_experts, over_devices, over_tensor, run_experts
 from jaxlm.nn.linear import Linear, LinearParts, WithLinears
-from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.lora import FUSED, LoraSpec
 from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned, router_losses
 from jaxlm.spec import ExpertsSpec, FeedForwardSpec
 
@@ -41,6 +41,9 @@ class _PerExpert:
     def _factors(self: Any, spec: LoraSpec, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         a, b = super()._factors(spec, layer)  # type: ignore[misc]
         return (_own_ranks(a, spec, layer, 0), b) if self._enters_by_neurons else (a, _own_ranks(b, spec, layer, 1))
+
+    def _own_factor(self: Any, spec: LoraSpec, layer: jax.Array) -> jax.Array:
+        return _own_ranks(super()._own_factor(spec, layer), spec, layer, 1)  # type: ignore[misc]
 
     @property
     def _enters_by_neurons(self: Any) -> bool:
@@ -112,7 +115,7 @@ class ExpertsFeedForward(WithLinears):
 
     def _projection(self, name: str, parts: bool = False) -> Any:
         """A linear layer, to apply or to take apart, whose adapter is one for each expert where its spec says so."""
-        adapter = self.adapters.get(name)
+        adapter = self.adapters.get("gate_up_proj" if name in FUSED["gate_up_proj"] else name, self.adapters.get(name))
         per_expert = adapter is not None and adapter.experts > 1
         if parts:
             linear_type: type[Linear] = PerExpertLinearParts if per_expert else LinearParts
@@ -123,8 +126,9 @@ class ExpertsFeedForward(WithLinears):
         return self._linear(name, inputs, outputs, self.spec.bias, linear_type)
 
     def _hidden(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
-        gate = self._projection("gate_proj")(x, layer, deterministic)
-        up = self._projection("up_proj")(x, layer, deterministic)
+        entered = self._entered("gate_up_proj", {"embed": self.hidden_size}, x, layer, deterministic)
+        gate = self._projection("gate_proj")(x, layer, deterministic, entered)
+        up = self._projection("up_proj")(x, layer, deterministic, entered)
         return nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
 
     def _masked(self, x: jax.Array, layer: jax.Array, deterministic: bool, mask: jax.Array) -> jax.Array:
@@ -157,7 +161,8 @@ class ExpertsFeedForward(WithLinears):
     def _sparse(self, x: jax.Array, layer: jax.Array, deterministic: bool, routing: Routing) -> jax.Array:
         """Only the pairs of token and expert that there are."""
         count = self.experts.num_experts
-        gate, up = (self._projection(name, parts=True)(layer) for name in ("gate_proj", "up_proj"))
+        entered = self._entered("gate_up_proj", {"embed": self.hidden_size}, x, layer, deterministic)
+        gate, up = (self._projection(name, parts=True)(layer, entered) for name in ("gate_proj", "up_proj"))
 
         def drop(value: jax.Array, rate: float) -> jax.Array:
             dropped: jax.Array = nn.Dropout(rate)(value, deterministic=deterministic)
@@ -165,7 +170,7 @@ class ExpertsFeedForward(WithLinears):
 
         x = x.astype(self.dtype)
         leaving, finish = self._leaving(layer, deterministic)
-        inputs, gate_up = entering(x, gate, up, count, drop)
+        inputs, gate_up = entering(x, gate, up, count, drop, None if entered is None else entered.product)
         run = over_devices(partial(run_experts, experts=count, implementation=self.compute), count)
         return finish(run(inputs, routing, gate_up, by_expert(leaving, count, 0)))
 

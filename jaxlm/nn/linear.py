@@ -134,6 +134,10 @@ class Linear(nn.Module):
             "lora_B", ("lora_rank", *self.out_axes), lambda: jnp.zeros((spec.rank, *self.out_dims), jnp.float32)
         )
 
+    def _own_factor(self, spec: LoraSpec, layer: jax.Array) -> jax.Array:
+        """B of an adapter whose A is shared."""
+        return self._second_factor(spec)
+
     def _factors(self, spec: LoraSpec, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The adapter's A [*in, R], times its scale, and B [R, *out]."""
         a, b = self._first_factor(spec, layer), self._second_factor(spec)
@@ -153,7 +157,7 @@ class Linear(nn.Module):
             a, b = self._factors(spec, layer)
             dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
         else:
-            a, b, dropped = entered.a, self._second_factor(spec), entered.dropped
+            a, b, dropped = entered.a, self._own_factor(spec, layer), entered.dropped
         plain = times(kernel, x, in_dims, self.dtype)
         product = matmul(dropped, a, in_dims, self.dtype) if entered is None else entered.product
         update = matmul(product, b, 1, self.dtype)
@@ -209,7 +213,7 @@ class Parts:
 
     Attributes:
         kernel: [I, O] in the compute dtype.
-        a, b: [I, R] (scaled) and [R, O] of a LoRA adapter, or None.
+        a, b: [I, R] (scaled) and [R, O] of a LoRA adapter, or None; a is None where it is shared.
         bias: [O], or None.
         dropout: on the adapter's input.
     """
@@ -225,10 +229,13 @@ class LinearParts(Linear):
     """The same parameters as `Linear`, handed out instead of applied."""
 
     @nn.compact
-    def __call__(self, layer: jax.Array) -> Parts:  # type: ignore[override]
+    def __call__(self, layer: jax.Array, entered: Entered | None = None) -> Parts:  # type: ignore[override]
         kernel = self._kernel()
         a = b = None
-        if self.adapter is not None:
+        if entered is not None:
+            assert not entered.spec.dora
+            b = as_matrix(self._own_factor(entered.spec, layer), 1)
+        elif self.adapter is not None:
             assert not self.adapter.dora
             a, b = self._factors(self.adapter, layer)
             a, b = as_matrix(a, len(self.in_dims)), as_matrix(b, 1)

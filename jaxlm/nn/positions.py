@@ -148,7 +148,9 @@ def document_lengths(positions: jax.Array) -> jax.Array:
 def prefix_positions(
     prefix: PrefixSpec, ids: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Positions, the numbers of tokens since the answer began, and segment ids (see `MaskSpec`), each [B, T] int32.
+    """Positions, the numbers of tokens since the answer began, and segment ids, each [B, T] int32.
+
+    Segment ids are -n for the tokens of segment n which the whole segment sees.
 
     Args:
         ids, positions: [B, T].

@@ -135,7 +135,8 @@ def choose_compute(
     """
     scored = experts.router.startswith("activation")
     # With a router that scores activations only the down projection can skip anything.
-    touched = [adapters[name] for name in (("down_proj",) if scored else LINEARS) if name in adapters]
+    names = ("down_proj",) if scored else (*LINEARS, "gate_up_proj")
+    touched = [adapters[name] for name in names if name in adapters]
     why_dense = ""
     if any(spec.dora for spec in touched):
         why_dense = "DoRA scales whole columns of the weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import UserError
@@ -43,7 +44,8 @@ class SelfAttention(WithLinears):
         Args:
             layer: index of this layer.
             cos, sin: [B, T, h/2] float32, or for fewer dims (see `rope_cos_sin`); None without rotary positions.
-            segment_ids: [B, T] int32, 0 for padding; None: one segment. With a prefix, as in `MaskSpec`.
+            segment_ids: [B, T] int32, 0 for padding; None: one segment. With a prefix, -n for its tokens in segment n
+                (see `prefix_positions`).
             deterministic: whether nothing is dropped.
             bias: by distance, where the description has a relative bias (see `positions.relative_bias`); the vector of
                 a cache where there is one.
@@ -80,7 +82,10 @@ class SelfAttention(WithLinears):
         v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
         mask = MaskSpec(window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi, bias=bias)
         if cache is None:
-            mask = mask.replace(segment_ids=segment_ids, prefix=s.prefix is not None)  # type: ignore[attr-defined]
+            if s.prefix is None or segment_ids is None:
+                mask = mask.replace(segment_ids=segment_ids)  # type: ignore[attr-defined]
+            else:
+                mask = mask.replace(segment_ids=jnp.abs(segment_ids), prefix=segment_ids < 0)  # type: ignore[attr-defined]
             out = attention(q, k, v, mask, self.backend)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:

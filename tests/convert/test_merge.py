@@ -13,8 +13,12 @@ import pytest
 
 from convert.source import open_adapter, open_model
 from convert.transforms.merge import MergedSource, merge_in_order
+from jaxlm.config import LoraConfig
+from jaxlm.models.adapters import hf_linears
+from jaxlm.weights.native.write import write_adapter
 from tests.convert.tiny import make_adapter, make_hf_model
 from tests.models import small
+from tests.models.adapted import InMemory
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -148,3 +152,29 @@ def test_layers_that_differ(adapter: dict[str, Any], tmp_path: Path, run: Callab
         np.testing.assert_array_equal(merged.read(path, ()), written.read(path, ()))
         index = tuple(slice(size // 3, size) for size in leaf.shape)
         np.testing.assert_allclose(merged.read(path, index), merged.read(path, ())[index], atol=1e-6)
+
+
+def test_experts_are_not_linear_layers_to_peft(
+    tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """Qwen3-MoE: what PEFT adapts is there and back; an adapter of experts is jaxlm's own, and can be merged."""
+    base = small.hf_model("qwen3_moe", "dense_layers")
+    base.save_pretrained(tmp_path / "base")
+    make_adapter(base, tmp_path / "peft", target_modules=["q_proj", "o_proj"])
+    run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "base")
+    run("jax-to-peft", tmp_path / "jax", tmp_path / "back")
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
+    assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+    spec = small.small_spec("qwen3_moe", "dense_layers")
+    assert hf_linears(spec)["gate_proj"].layers == (0, 2, 4)
+    adapter = InMemory(spec, LoraConfig(rank=2, targets=("q_proj", "gate_proj")))
+    (tmp_path / "own").mkdir()
+    write_adapter(adapter, tmp_path / "own", str(tmp_path / "base"), lambda _: None)
+    assert "gate_proj of layer 1 belongs to experts" in refused("jax-to-peft", tmp_path / "own", tmp_path / "other")
+    source = open_model(tmp_path / "base")
+    merged = MergedSource(source, open_adapter(tmp_path / "own", source))
+    path = "layers/1/mlp/gate_proj"
+    product = adapter.arrays[f"{path}/lora_A"] @ adapter.arrays[f"{path}/lora_B"]
+    np.testing.assert_allclose(
+        merged.read(f"{path}/kernel", ()), source.read(f"{path}/kernel", ()) + 8 * product, rtol=0, atol=1e-5
+    )

@@ -97,6 +97,17 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
             norm_topk_prob=True, num_hidden_layers=5, decoder_sparse_step=2, use_sliding_window=True, sliding_window=4
         ),
     },
+    "ministral": {
+        "plain": SIZES | dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "everywhere": SIZES | _TIED | dict(sliding_window=4),
+    },
+    "smollm3": {
+        "plain": SIZES | dict(num_hidden_layers=5, no_rope_layer_interval=2, rope_theta=500.0, pad_token_id=None),
+        "windows": SIZES
+        | _BIASES
+        | dict(no_rope_layers=[1, 0, 0], use_sliding_window=True, sliding_window=4)
+        | dict(tie_word_embeddings=False, pad_token_id=None),
+    },
     "granite": {
         "plain": SIZES
         | dict(embedding_multiplier=1.5, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=0.7),

@@ -173,7 +173,7 @@ def test_prefixes_in_blocks_of_queries() -> None:
     dice = np.random.default_rng(0)
     q, k, v, weights = (jnp.asarray(dice.normal(0, 1, (1, 600, 2, 4)).astype(np.float32)) for _ in range(4))
     segments = jnp.asarray(np.repeat([-1, 1, -2, 2, 0], [290, 20, 270, 15, 5])[None].astype(np.int32))
-    mask = MaskSpec(segment_ids=segments, prefix=True)
+    mask = MaskSpec(segment_ids=jnp.abs(segments), prefix=segments < 0)
     found, wanted = (
         jax.jit(jax.value_and_grad(lambda *x, f=f: (f(*x, mask) * weights)[:, :595].sum(), (0, 1, 2)))(q, k, v)
         for f in (xla_attention, reference_attention)

@@ -21,14 +21,14 @@ from convert.transforms.merge import MergedSource
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import hf_linears, linears_of, resolve_lora
-from jaxlm.models.decoder import Decoder, abstract_variables
+from jaxlm.models.decoder import Decoder
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
-from jaxlm.weights.leaves import LeafInfo
 from jaxlm.weights.names import adapter_shapes, fused_factors, peft_entries
 from jaxlm.weights.native.write import write_adapter
 from tests.models import small
-from tests.models.compare import assert_trees_close, random_tree
+from tests.models.adapted import InMemory
+from tests.models.compare import assert_trees_close
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -47,8 +47,10 @@ ADAPTERS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 FAMILY = "phi3"
 CASES = [
-    *((FAMILY, name) for name in ADAPTERS),
-    *((name, "dora") for name in ("bloom", "falcon", "glm")),
+    (FAMILY, "rslora"),
+    ("bloom", "dora"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(FAMILY, "lora"), (FAMILY, "dora")]),
+    *(pytest.param(name, "dora", marks=pytest.mark.slow) for name in ("falcon", "glm")),
 ]
 IDS = np.random.default_rng(1).integers(0, 37, (2, 12)).astype(np.int32)
 
@@ -161,33 +163,6 @@ def test_files_there_and_back_and_merged(family: str, name: str, tmp_path: Path)
             assert torch.allclose(a[key], value, atol=1e-6, rtol=0), key
 
 
-class InMemory:
-    """An adapter as a run would have trained it, every factor random."""
-
-    path, base, layers, partition, peft_config = Path("memory"), None, None, None, None
-
-    def __init__(self, spec: DecoderSpec, lora: LoraConfig, base: Any) -> None:
-        self.tokenizer_files, self.prompt_files = list[Path](), list[Path]()
-        self.config, self.lora, self.specs = spec, lora, resolve_lora(spec, lora)
-        tree = random_tree(nn.unbox(abstract_variables(Decoder(spec, self.specs)))["lora"], 3)
-        leaves = {path: 0.3 * np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        linears = linears_of(spec)
-        for path, leaf in leaves.items():
-            *_, linear, factor = path.split("/")
-            own = self.specs.get(linear) or self.specs[linears[linear].part_of]
-            for n, rank in enumerate(own.ranks):
-                if factor == "magnitude":
-                    leaf[n] = np.abs(leaf[n]) + 0.5
-                else:
-                    leaf[n][(..., slice(rank, None)) if factor == "lora_A" else slice(rank, None)] = 0
-        self.arrays = leaves
-        self.tree = traverse_util.unflatten_dict(leaves, sep="/")
-        self.leaves = {path: LeafInfo(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self.arrays[path][index].copy()
-
-
 PARTS: dict[str, LoraConfig] = {
     "some": LoraConfig(rank=2, alpha=6.0, targets=("q_proj", "v_proj", "up_proj", "o_proj")),
     "ranks": LoraConfig(
@@ -203,12 +178,20 @@ PARTS: dict[str, LoraConfig] = {
 }
 
 
-@pytest.mark.parametrize(("family", "name"), [*((FAMILY, name) for name in PARTS), ("bloom", "ranks")])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (FAMILY, "some"),
+        (FAMILY, "rslora"),
+        ("bloom", "ranks"),
+        *(pytest.param(FAMILY, name, marks=pytest.mark.slow) for name in ("ranks", "dora", "layers")),
+    ],
+)
 def test_an_adapter_of_parts_is_one_of_the_whole_to_peft(family: str, name: str, tmp_path: Path) -> None:
     """Another linear layer of PEFT's, of all ranks together, which computes the same; merging gives the same too."""
     small.hf_model(family).save_pretrained(tmp_path / "base")
     base, spec = base_tree(tmp_path), small.small_spec(family)
-    adapter = InMemory(spec, PARTS[name], base)
+    adapter = InMemory(spec, PARTS[name])
     (tmp_path / "jax").mkdir()
     write_adapter(adapter, tmp_path / "jax", str(tmp_path / "base"), lambda _: None)
     expected = logits(spec, adapter.specs, base, adapter.tree)
@@ -228,11 +211,38 @@ def test_an_adapter_of_parts_is_one_of_the_whole_to_peft(family: str, name: str,
         assert scales.ranks == (4, 4, 4) and scales.scales == adapter.specs["q_proj"].scales
 
 
+def test_an_adapter_of_gate_and_up_follows_the_neurons_into_experts(tmp_path: Path) -> None:
+    """`moefy` moves neurons, which are rows of the second factor: there and back, and merged, it is PEFT's."""
+    model = build(FAMILY, "dora", tmp_path)
+    options = ["--experts", 4, "--router", "activation", "--top-k", "text=4"]
+    run("moefy", tmp_path / "base", tmp_path / "moe", *options)
+    run("peft-to-jax", tmp_path / "peft", tmp_path / "jax", "--base", tmp_path / "moe")
+    run("jax-to-peft", tmp_path / "jax", tmp_path / "back")
+    before, after, moved = (
+        load_file(tmp_path / "peft" / "adapter_model.safetensors"),
+        load_file(tmp_path / "back" / "adapter_model.safetensors"),
+        open_adapter(tmp_path / "jax").read("layers/mlp/up_proj/lora_B", ()),
+    )
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not np.array_equal(
+        moved, open_adapter(tmp_path / "peft", open_model(tmp_path / "base")).read("layers/mlp/up_proj/lora_B", ())
+    )
+    adapter = open_adapter(tmp_path / "jax")
+    lora = traverse_util.unflatten_dict({path: adapter.read(path, ()) for path in adapter.leaves}, sep="/")
+    source = open_model(tmp_path / "moe")
+    moe = traverse_util.unflatten_dict({path: source.read(path, ()) for path in source.leaves}, sep="/")
+    specs = resolve_lora(source.config, adapter.lora, adapter.layers)
+    np.testing.assert_allclose(logits(source.config, specs, moe, lora), torch_logits(model), rtol=0, atol=2e-5)
+    run("merge", tmp_path / "moe", tmp_path / "jax", tmp_path / "merged")
+    run("demoefy", tmp_path / "merged", tmp_path / "dense", "--format", "hf")
+    merged = load_file(tmp_path / "dense" / "model.safetensors")
+    for key, value in model.merge_and_unload().state_dict().items():
+        assert torch.allclose(merged[key], value, atol=1e-6, rtol=0), key
+
+
 def test_dora_of_some_parts_is_not_written_to_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small.hf_model(FAMILY).save_pretrained(tmp_path / "base")
-    adapter = InMemory(
-        small.small_spec(FAMILY), LoraConfig(rank=2, targets=("q_proj", "v_proj"), dora=True), base_tree(tmp_path)
-    )
+    adapter = InMemory(small.small_spec(FAMILY), LoraConfig(rank=2, targets=("q_proj", "v_proj"), dora=True))
     (tmp_path / "jax").mkdir()
     write_adapter(adapter, tmp_path / "jax", str(tmp_path / "base"), lambda _: None)
     assert main(["jax-to-peft", str(tmp_path / "jax"), str(tmp_path / "peft")]) != 0

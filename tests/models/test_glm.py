@@ -9,7 +9,7 @@ import pytest
 from jaxlm.models.families import read_config
 from jaxlm.nn.positions import apply_partial_rope, rope_cos_sin
 from tests.models.parity import check_family
-from tests.models.small import SMALL, small_spec
+from tests.models.small import SMALL, hf_config, small_spec
 
 
 def test_glm_without_biases_that_turns_whole_heads() -> None:
@@ -37,3 +37,17 @@ def test_what_a_missing_key_of_glm_means(family: str) -> None:
     spec = read_config({"model_type": family, **sizes, "eos_token_id": None})
     assert (spec.attention.head_dim, spec.attention.rotary_dim, spec.attention.qkv_bias) == (128, 64, True)
     assert spec.eos_token_id == (151329, 151336, 151338)
+
+
+@pytest.mark.parametrize("family", ["glm", "glm4"])
+def test_both_spellings_of_the_part_that_turns(family: str) -> None:
+    """That of the files of 2024, with keys of their own, and that of transformers 5."""
+    old = {"partial_rotary_factor": 0.25, "rope_theta": 5e6, "rope_scaling": None}
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.25}}
+    read = {
+        name: read_config({"model_type": family, **SMALL[family]["plain"], **keys})
+        for name, keys in (("old", old), ("new", new))
+    }
+    assert read["old"] == read["new"] and read["old"].attention.rotary_dim == 2
+    theirs = hf_config(family, **old).rope_parameters
+    assert (theirs["rope_theta"], theirs["partial_rotary_factor"]) == (5e6, 0.25)

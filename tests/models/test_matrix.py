@@ -235,6 +235,8 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     segments = np.broadcast_to(np.repeat([1, 2, 0], [5, 5, 2]), ids.shape).astype(np.int32)
     positions = np.broadcast_to(np.r_[0:5, 0:5, 0:2], ids.shape).astype(np.int32)
     batch = dict(input_ids=ids, loss_mask=segments > 0, segment_ids=segments, positions=positions)
+    if spec.experts is not None:
+        batch["modality_ids"] = np.where(segments > 0, 0, -1).astype(np.int8)
     losses = []
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))

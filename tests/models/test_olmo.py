@@ -9,7 +9,7 @@ from jaxlm.models.families import read_config
 from tests.models.parity import check_family
 from tests.models.small import SMALL, hf_config
 
-CASES = [(family, variant) for family in ("olmo2", "olmo3") for variant in SMALL[family]]
+CASES = [(family, variant) for family in ("olmo2", "olmo3") for variant in [*SMALL[family]][1:]]
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)

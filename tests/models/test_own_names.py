@@ -24,9 +24,9 @@ from convert.conversion import convert
 from convert.source import open_model
 from jaxlm.errors import UserError
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.families import read_config
+from jaxlm.models.families import SHAPES, read_config
 from jaxlm.spec import RopeSpec
-from jaxlm.weights.names import leaf_shapes
+from jaxlm.weights.names import leaf_shapes, num_params
 from tests.models.parity import check_family
 from tests.models.small import OWN, hf_model, small_spec, tree_of
 
@@ -222,6 +222,30 @@ def test_an_architecture_that_computes_something_else_is_refused(
     with pytest.raises(UserError, match="architecture: 'llama' is for models that are written as hf"):
         convert(tmp_path / "own", tmp_path / "out", "jax", architecture="llama")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"),
+    [
+        ("chatglm2-6b", 6.24),
+        ("internlm2-1.8b", 1.89),
+        ("internlm2-7b", 7.74),
+        ("internlm2-20b", 19.86),
+        ("internlm3-8b", 8.80),
+        ("baichuan-7b", 7.00),
+        ("baichuan-13b", 13.26),
+        ("baichuan2-7b", 7.51),
+        ("baichuan2-13b", 13.90),
+        ("glm-4-9b-0414", 9.40),
+        ("glm-4-32b-0414", 32.57),
+        ("phi-3-mini-4k", 3.82),
+        ("phi-4", 14.66),
+        ("yi-34b", 34.39),
+        ("deepseek-llm-67b", 67.43),
+    ],
+)
+def test_published_numbers_of_parameters(shape: str, billions: float) -> None:
+    assert round(num_params(SHAPES[shape]) / 1e9, 2) == billions
 
 
 # --- ChatGLM ---------------------------------------------------------------------------------------------------------

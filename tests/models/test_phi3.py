@@ -124,6 +124,9 @@ FACTORS = dict(short_factor=[1, 1.1, 1.2], long_factor=[1.5, 3, 6])
         {"rope_parameters": FACTORS | {"rope_type": "longrope", "factor": 3.0, "attention_factor": 1.5}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.4}, "partial_rotary_factor": 0.7},
         {"rope_scaling": None, "partial_rotary_factor": 0.7, "rope_theta": 5e5},
+        # As Phi-4-mini.
+        {"rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [3, 4]}}
+        | {"partial_rotary_factor": 0.7, "original_max_position_embeddings": 16},
     ],
 )
 def test_positions_are_those_that_transformers_reads(values: dict[str, Any]) -> None:

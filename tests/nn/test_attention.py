@@ -212,6 +212,53 @@ def test_not_causal() -> None:
         np.testing.assert_allclose(jax.jit(lambda *a, run=run: run(*a, mask))(q, k, v), expected, rtol=0, atol=1e-5)
 
 
+# Two rows: three documents, the second all prefix, padding behind; one document.
+DOCUMENTS = np.stack([np.repeat([1, 2, 3, 0], [7, 5, 9, 3]), np.ones(24, int)]).astype(np.int32)
+PREFIX = np.stack([np.isin(np.arange(24), [0, 1, 2, *range(7, 12), 12]), np.arange(24) < 17])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_prefix_is_seen_from_both_sides(packed: bool) -> None:
+    """Values against the formula, gradients of the blocks against the plain form; over the sequence axis too."""
+    q, k, v = tensors(2, 24, 4, 2)
+    cotangent = tensors(2, 24, 4, 2, seed=1)[0]
+    ids = DOCUMENTS if packed else np.ones_like(DOCUMENTS)
+    visible = (np.tri(24, dtype=bool) | PREFIX[:, None]) & (ids[:, :, None] == ids[:, None])
+    scores = np.einsum("btkgd,bskd->bkgts", q.reshape(2, 24, 2, 2, 4), k) / 2.0
+    weights = jax.nn.softmax(np.where(visible[:, None, None], scores, -np.inf), axis=-1)
+    expected = np.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
+
+    def run(q: Any, k: Any, v: Any, implementation: str) -> Any:
+        out = attention(q, k, v, MaskSpec(jnp.asarray(ids) if packed else None, prefix=PREFIX), implementation)
+        return jnp.sum(out * cotangent), out
+
+    both = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True), static_argnums=3)
+    (_, plain), plain_grads = both(q, k, v, "reference")
+    (_, fast), grads = both(q, k, v, "xla")
+    with use_mesh(make_mesh(MeshConfig(data=1, fsdp=1, sequence=2), jax.devices()[:2])):
+        (_, split), _ = jax.jit(both.__wrapped__, static_argnums=3)(q, k, v, "xla")
+    for out in (plain, fast, split):
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+    for a, b in zip(grads, plain_grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_broken_keys_behind_a_prefix_do_not_reach_it() -> None:
+    """Blocks look at all keys then, those of the answer among them."""
+    q, k, v = tensors(2, 24, 4, 2)
+    attend = jax.jit(lambda *a: xla_attention(*a, MaskSpec(prefix=PREFIX)))
+    clean = attend(q, k, v)
+    k[:, 20:], v[:, 20:] = np.nan, np.inf
+    np.testing.assert_array_equal(attend(q, k, v)[1, :16], clean[1, :16])
+
+
+@pytest.mark.parametrize("name", ["cudnn", "pallas_tpu", "pallas_gpu"])
+def test_backends_without_a_prefix_say_so(name: str) -> None:
+    q, k, v = tensors(1, 24, 2, 2)
+    with pytest.raises(UserError, match=f"'{name}' cannot serve: has no prefix .*; use 'auto' or 'xla'"):
+        attention(q, k, v, MaskSpec(prefix=PREFIX[:1]), name)
+
+
 def test_bfloat16_scores_are_float32() -> None:
     """bfloat16 in and out costs the rounding of inputs, weights and output, 2^-9 relative each, and no more."""
     q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in tensors(2, 19, 4, 2, dim=16))

@@ -207,6 +207,8 @@ LORAS = {
     "each": LoraConfig(rank=2, per_expert=True, targets=("v_proj", "gate_proj", "up_proj", "down_proj")),
     "gate": LoraConfig(rank=2, targets=("gate_proj",)),
     "down": LoraConfig(rank=2, targets=("down_proj", "up_proj"), rank_pattern={"layers.0.mlp.down_proj": 1}),
+    "fused": LoraConfig(rank=2, targets=("gate_up_proj", "down_proj")),
+    "fused each": LoraConfig(rank=2, per_expert=True, targets=("gate_up_proj",)),
 }
 
 
@@ -216,12 +218,13 @@ LORAS = {
     [
         ("learned", "each", "loop"),
         ("modality", "lora", "ragged"),
+        ("learned", "fused", "loop"),
         ("activation", "lora", "loop"),
         ("activation_released", "gate", "loop"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                *(("learned", lora, "loop") for lora in LORAS if lora != "each"),
+                *(("learned", lora, "loop") for lora in LORAS if lora not in ("each", "fused")),
                 *(("modality", lora, "ragged") for lora in LORAS if lora != "lora"),
                 ("learned", "lora", "ragged"),
                 ("modality", "lora", "loop"),
@@ -234,7 +237,9 @@ LORAS = {
 def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     """Values and gradients, with padding, remat, biases and adapters."""
     config = moe_config(router, shared=1 if router == "modality" else 0)
-    config = config.with_feed_forward(bias=lora in ("none", "lora"))
+    config = config.with_feed_forward(bias=lora in ("none", "lora", "fused"))
+    if "fused" in lora:
+        config = dataclasses.replace(config, family="phi3")
     specs = {} if LORAS[lora] is None else resolve_lora(config, LORAS[lora])  # type: ignore[arg-type]
     masked, sparse = (Decoder(config, specs, experts=kind, remat="full") for kind in ("dense", compute))
     variables = variables_of(masked, 3)
@@ -257,14 +262,15 @@ def test_the_task_trains_the_router(k: int, compute: str) -> None:
         assert_trees_close(found, loss_and_grads(Decoder(config, remat="none"), variables, SEGMENTS), 1e-4)
 
 
-def test_adapters_of_experts_are_apart() -> None:
+@pytest.mark.parametrize("gate_up", [("gate_proj", "up_proj"), ("gate_up_proj",)], ids=["apart", "fused"])
+def test_adapters_of_experts_are_apart(gate_up: tuple[str, ...]) -> None:
     """One for each expert: as if every expert were a layer with an adapter of its own."""
-    config = dataclasses.replace(moe_config("modality", (8, 8, 8)), num_layers=1)
-    lora = LoraConfig(rank=2, alpha=6, per_expert=True, targets=("gate_proj", "up_proj", "down_proj"))
+    config = dataclasses.replace(moe_config("modality", (8, 8, 8)), num_layers=1, family="phi3")
+    lora = LoraConfig(rank=2, alpha=6, per_expert=True, targets=(*gate_up, "down_proj"))
     specs = resolve_lora(config, lora)
     assert {spec.rank for spec in specs.values()} == {16} and {spec.scales for spec in specs.values()} == {(3.0,)}
     model = Decoder(config, specs, remat="none")
-    start = nn.unbox(model.init({"params": jax.random.key(0)}, IDS))["lora"]["layers"]["mlp"]
+    start = nn.unbox(jax.jit(model.init)({"params": jax.random.key(0)}, IDS))["lora"]["layers"]["mlp"]
     blocks = np.asarray(start["down_proj"]["lora_A"][0]).reshape(8, 6, 8, 2)  # expert, neuron, owner, rank
     assert all((np.abs(blocks[e, :, o]) > 0).all() == (e == o) for e in range(8) for o in range(8))
     assert np.abs(blocks).max() <= 6**-0.5  # PEFT's bound for a layer of an expert's 6 neurons

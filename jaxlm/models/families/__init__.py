@@ -25,6 +25,7 @@ from jaxlm.models.families import (
     internlm2,
     internlm3,
     llama,
+    ministral,
     mistral,
     olmo2,
     olmo3,
@@ -33,6 +34,7 @@ from jaxlm.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
 )
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import check_values, write_decoder
@@ -41,12 +43,14 @@ from jaxlm.spec import DecoderSpec, differences
 FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
+    "ministral": ministral.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3_text.FAMILY,
+    "smollm3": smollm3.FAMILY,
     "granite": granite.FAMILY,
     "opt": opt.FAMILY,
     "bloom": bloom.FAMILY,

@@ -238,9 +238,11 @@ def _of_layers(fields: dict[str, Any] | Sequence[dict[str, Any]] | None, num_lay
 def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str, Any]:
     """The keys that LLaMA and its relatives share, for old and new transformers.
 
-    Where layers differ, they say the first one; the family's `write` says the rest.
+    Where layers differ, they say the first one, and the first one's rotary positions that has any; the family's `write`
+    says the rest.
     """
     layer = spec.period[0]
+    rope = next((each.attention.rope for each in spec.period if each.attention.rope is not None), None)
     config = {
         "architectures": [architecture],
         "model_type": spec.family,
@@ -258,14 +260,14 @@ def write_decoder(spec: DecoderSpec, architecture: str, dtype: str) -> dict[str,
         "use_cache": True,
         "tie_word_embeddings": spec.tied_head,
     }
-    if layer.attention.rope is not None:
-        rope = write_rope(layer.attention.rope)
-        is_plain = layer.attention.rope.rope_type == "default"
+    if rope is not None:
+        written = write_rope(rope)
+        scaling = {key: value for key, value in written.items() if key != "rope_theta"}
         config |= {
-            "rope_parameters": rope,
+            "rope_parameters": written,
             # The two old keys, for transformers 4 and everything built on it.
-            "rope_theta": layer.attention.rope.rope_theta,
-            "rope_scaling": None if is_plain else {key: value for key, value in rope.items() if key != "rope_theta"},
+            "rope_theta": rope.rope_theta,
+            "rope_scaling": None if rope.rope_type == "default" else scaling,
         }
     return config | {
         "attention_dropout": 0.0,

@@ -55,7 +55,16 @@ _LLAMA2: dict[str, Any] = dict(max_position_embeddings=4096)
 _TOKENS3: dict[str, Any] = dict(vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
 _LLAMA3 = _TOKENS3 | dict(max_position_embeddings=8192, rope=RopeSpec(rope_theta=500000.0))
 _LLAMA31 = _TOKENS3 | dict(max_position_embeddings=131072, rope=_rope(8.0))
+_SMOLLM2: dict[str, Any] = dict(vocab_size=49152, bos_token_id=0, eos_token_id=0, tied_head=True)
+_SMOLLM2 |= dict(max_position_embeddings=8192)
 _LLAMA32 = _TOKENS3 | dict(max_position_embeddings=131072, rope=_rope(32.0), tied_head=True)
+_YI: dict[str, Any] = dict(
+    vocab_size=64000, max_position_embeddings=4096, rope=RopeSpec(rope_theta=5e6), pad_token_id=0
+)
+_DEEPSEEK: dict[str, Any] = dict(
+    vocab_size=102400, max_position_embeddings=4096, norm_eps=1e-6, bos_token_id=100000, eos_token_id=100001
+)
+_SMOL: dict[str, Any] = dict(vocab_size=49152, tied_head=True, bos_token_id=0, eos_token_id=0)
 
 FAMILY = Family(
     name="llama",
@@ -70,7 +79,7 @@ FAMILY = Family(
         r"(model\.layers\.\d+)\.ln1\.weight": r"\1.input_layernorm.weight",
         r"(model\.layers\.\d+)\.ln2\.weight": r"\1.post_attention_layernorm.weight",
     },
-    # Meta's model cards.
+    # Meta's, Hugging Face's and DeepSeek's model cards.
     shapes={
         "llama-7b": _shape(32, 4096, 11008, 32, norm_eps=1e-6),
         "llama-13b": _shape(40, 5120, 13824, 40, norm_eps=1e-6),
@@ -85,5 +94,16 @@ FAMILY = Family(
         "llama-3.1-70b": _shape(80, 8192, 28672, 64, 8, **_LLAMA31),
         "llama-3.2-1b": _shape(16, 2048, 8192, 32, 8, **_LLAMA32),
         "llama-3.2-3b": _shape(28, 3072, 8192, 24, 8, **_LLAMA32),
+        "smollm2-135m": _shape(30, 576, 1536, 9, 3, rope=RopeSpec(rope_theta=1e5), **_SMOLLM2),
+        "smollm2-360m": _shape(32, 960, 2560, 15, 5, rope=RopeSpec(rope_theta=1e5), **_SMOLLM2),
+        "smollm2-1.7b": _shape(24, 2048, 8192, 32, rope=RopeSpec(rope_theta=1.3e5), **_SMOLLM2),
+        # Of others whose architecture it is, from theirs.
+        "yi-6b": _shape(32, 4096, 11008, 32, 4, **_YI),
+        "yi-34b": _shape(60, 7168, 20480, 56, 8, **_YI),
+        "deepseek-llm-7b": _shape(30, 4096, 11008, 32, **_DEEPSEEK),
+        "deepseek-llm-67b": _shape(95, 8192, 22016, 64, 8, **_DEEPSEEK),
+        "smollm-135m": _shape(30, 576, 1536, 9, 3, **_SMOL),
+        "smollm-360m": _shape(32, 960, 2560, 15, 5, **_SMOL),
+        "smollm-1.7b": _shape(24, 2048, 8192, 32, **_SMOL),
     },
 )

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxlm.errors import UserError
 from jaxlm.models.families.base import Family
 from jaxlm.models.families.common import read_decoder
+from jaxlm.models.families.layer_types import read_windows
 from jaxlm.models.families.rows import LLAMA_ROWS
 from jaxlm.spec import DecoderSpec, uniform_decoder
 
 
 def _read(config: dict[str, Any]) -> DecoderSpec:
+    types, window = config.get("layer_types"), config["sliding_window"]
+    if types is not None and set(read_windows(config, [])) != {window}:
+        raise UserError(
+            f"config.json: layer_types is {types!r}, which transformers does not read with this architecture, and "
+            f"sliding_window {window!r}, which it would have in all layers; the architecture MinistralForCausalLM has "
+            "windows by layer"
+        )
     return read_decoder("mistral", config, attention=dict(window=config["sliding_window"]))
 
 
@@ -27,6 +36,11 @@ FAMILY = Family(
     read=_read,
     write=_write,
     rows=LLAMA_ROWS,
+    refused={
+        "Mistral3ForConditionalGeneration": "it sees images too; save its text model by itself, with transformers: "
+        "m = Mistral3ForConditionalGeneration.from_pretrained(MODEL); t = MistralForCausalLM(m.config.text_config); "
+        "t.model = m.model.language_model; t.lm_head = m.lm_head; t.save_pretrained(TEXT_MODEL)"
+    },
     # Mistral's model card.
     shapes={
         "mistral-7b": uniform_decoder(
