@@ -23,7 +23,6 @@ from jaxlm.models import streamed
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.families import SHAPES, read_config, write_config
 from jaxlm.models.unrolled import extend, prefill
-from jaxlm.nn.attention import MaskSpec, reference_attention, xla_attention
 from jaxlm.nn.positions import prefix_positions
 from jaxlm.spec import PrefixSpec
 from jaxlm.weights.names import num_params
@@ -166,17 +165,3 @@ def test_positions_of_packed_texts() -> None:
     np.testing.assert_array_equal(found[0], [[0, 1, 2, 3, 2, 2, 2, 0, 1, 2, 3, 1, 1, 0]])
     np.testing.assert_array_equal(found[1], [[0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 1, 2, 0]])
     np.testing.assert_array_equal(found[2], [[-1, -1, -1, -1, 1, 1, 1, -2, -2, -2, -2, 2, 2, 0]])
-
-
-def test_prefixes_in_blocks_of_queries() -> None:
-    """Rows longer than a block, whose first tokens see tokens of later blocks: values and gradients."""
-    dice = np.random.default_rng(0)
-    q, k, v, weights = (jnp.asarray(dice.normal(0, 1, (1, 600, 2, 4)).astype(np.float32)) for _ in range(4))
-    segments = jnp.asarray(np.repeat([-1, 1, -2, 2, 0], [290, 20, 270, 15, 5])[None].astype(np.int32))
-    mask = MaskSpec(segment_ids=jnp.abs(segments), prefix=segments < 0)
-    found, wanted = (
-        jax.jit(jax.value_and_grad(lambda *x, f=f: (f(*x, mask) * weights)[:, :595].sum(), (0, 1, 2)))(q, k, v)
-        for f in (xla_attention, reference_attention)
-    )
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
-    assert_trees_close(found[1], wanted[1], 1e-5)
