@@ -37,6 +37,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("norm", None),
     ("layers", None),
     ("lora_rank", None),
+    ("buckets", None),
 )
 
 

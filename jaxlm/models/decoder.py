@@ -628,7 +628,7 @@ def _bias_table(spec: DecoderSpec | EncoderSpec, init_std: float, param_dtype: D
     """The table [U, H] of a relative bias."""
     attention = spec.period[0].attention
     assert attention.relative_bias is not None
-    init = nn.with_logical_partitioning(nn.initializers.normal(init_std), (None, "heads"))
+    init = nn.with_logical_partitioning(nn.initializers.normal(init_std), ("buckets", "heads"))
     shape = attention.relative_bias.num_buckets, attention.num_heads
     return _Matrix(shape, init, param_dtype, "embedding", **more)
 

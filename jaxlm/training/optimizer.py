@@ -82,7 +82,8 @@ def parameter_axes(boxed: Any) -> Axes:
 
 
 def _is_matrix(axes: tuple[str | None, ...]) -> bool:
-    return len(flat_dims(axes)) > 1
+    # What is added to scores, a number for each bucket of distances, is a bias.
+    return len(flat_dims(axes)) > 1 and "buckets" not in axes
 
 
 def _matrices(params: Any, axes: Axes) -> Any:

@@ -8,22 +8,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.commands.main import main
-from jaxlm.config import Decoding, LoraConfig, MeshConfig
+from jaxlm.config import Decoding, LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import unstack
 from jaxlm.models.adapters import resolve_lora
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.encoder_decoder import read_sources
 from jaxlm.models.families import SHAPES, read_config, write_config
 from jaxlm.spec import DecoderSpec
+from jaxlm.training.optimizer import make_optimizer, parameter_axes
 from jaxlm.weights.names import num_params
 from tests.models.small import hf_model, small_spec, tree_of
 
@@ -364,3 +366,17 @@ def test_adapters_are_those_of_peft(case: str, tmp_path: Path) -> None:
     run("merge", tmp_path / "hf", tmp_path / "jax", tmp_path / "merged")
     merged = tree_from(open_model(tmp_path / "merged"))
     np.testing.assert_allclose(decoder.clone(adapters={}).apply({"params": merged}, **batch), found, atol=1e-4)
+
+
+def test_weight_decay_leaves_biases_of_distances_alone() -> None:
+    """As in transformers' Trainer, which goes by the word 'bias' in relative_attention_bias."""
+    spec = small_spec("t5")
+    trainable = {"params": abstract_variables(Decoder(spec))["params"]}
+    options = OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5)
+    optimizer = make_optimizer(options, lambda step: 0.1, parameter_axes(trainable))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), nn.unbox(trainable))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {
+        jax.tree_util.keystr(path): bool(leaf.any()) for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert all(moved[path] == ("norm" not in path and "relative_bias" not in path) for path in moved)
