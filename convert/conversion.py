@@ -19,7 +19,7 @@ from convert.formats.chat_template import TrainedTemplate, trained_template_or_n
 from convert.formats.chatglm import is_chatglm, rewrite_tokenizer
 from convert.formats.hf_experts import hf_layout, write_hf
 from convert.formats.meta import MetaSource, write_meta
-from convert.formats.mindspore import DEFAULT_ALPHA, MindSporeSource, check_experts, find_config, write_mindspore
+from convert.formats.mindspore import DEFAULT_ALPHA, MindSporeSource, check_model, find_config, write_mindspore
 from convert.formats.mixtral import check_mixtral
 from convert.formats.peft import write_peft
 from convert.formats.tiktoken import is_tiktoken, write_tokenizer_json
@@ -384,7 +384,7 @@ def _check_model(form: str, source: ParamSource, options: WriteOptions) -> None:
     if form == "hf" and hf_layout(source, options.layout) == "mixtral":
         check_mixtral(source)
     if form == "mindspore":
-        check_experts(source)
+        check_model(source)
     if form == "hf" and options.shard_size < 1:
         raise UserError(f"--shard-size {options.shard_size}: must be positive")
     if form == "meta" and options.shards < 1:

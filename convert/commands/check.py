@@ -120,6 +120,8 @@ def _print_layers(period: tuple[LayerSpec, ...], part: str) -> None:
     for number, layer in enumerate(period):
         attention, rope = layer.attention, layer.attention.rope
         positions = f"rope {rope.rope_type} {rope.rope_theta:g}" if rope else "alibi" if attention.alibi else "no rope"
+        if attention.rotary_dim is not None:
+            positions += f" on {attention.rotary_dim} dims"
         if attention.relative_bias is not None:
             positions = f"distances in {attention.relative_bias.num_buckets} buckets"
         where = part + ("every layer" if len(period) == 1 else f"layer {number} of every {len(period)}")

@@ -11,6 +11,7 @@ Names differ from HF's, layouts do not (MindFormers rotates halves, too). Three 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.adapters import linears_of, resolve_lora
-from jaxlm.models.families import SHAPES, family_of
+from jaxlm.models.families import SHAPES, family_of, write_config
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.hf import (
@@ -437,8 +438,24 @@ def _lora_of(
 # ---- writing
 
 
-def check_experts(source: ParamSource) -> None:
-    """Refuses a model of experts that SciMind's code would compute in another way, with the ways out."""
+# Families of which MindFormers' LLaMA computes every model: biases and a window are keys of its YAML.
+_LIKE_LLAMA = ("llama", "mistral", "qwen2")
+
+
+def check_model(source: ParamSource) -> None:
+    """Refuses a model that MindFormers' LLaMA, or SciMind's code, would compute in another way, with the ways out."""
+    _ = source.config.uniform_layer  # which refuses layers that differ
+    refusals = []
+    for family in _LIKE_LLAMA:
+        try:
+            write_config(dataclasses.replace(source.config, family=family), "float32")
+        except UserError as error:
+            refusals.append(str(error).removeprefix("config.json: "))
+    if len(refusals) == len(_LIKE_LLAMA):
+        raise UserError(
+            f"{source.path}: {refusals[0]}. MindFormers' LLaMA would compute another model; take Hugging Face's format "
+            "(convert jax-to-hf)"
+        )
     moe = source.config.experts
     if moe is not None and not moe.router.startswith("activation"):
         raise UserError(
@@ -466,7 +483,7 @@ def write_mindspore(
     Raises:
         UserError: for a model of experts whose router does not go by activation.
     """
-    check_experts(source)
+    check_model(source)
     moe = source.config.experts
     if moe is not None:
         order = source.partition

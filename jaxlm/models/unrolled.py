@@ -21,9 +21,9 @@ from jaxlm.models.decoder import Angles, Decoder
 from jaxlm.nn.attention import KVCache
 from jaxlm.spec import DecoderSpec
 
-# For each layer: keys and values [R, K, S, h]; where tokens see later ones, behind them the texts themselves
-# [R, 1, S, 1] int32, which positions depend on, and an empty array beside them, so that all is moved and grown alike.
-# With an encoder each layer also has the `Source` with its keys and values, of P rows, each of which R / P rows see.
+# For each layer: keys and values [R, K, S, h]. With an encoder then the `Source` with its own of these, of P rows, each
+# of which R / P rows see. Where tokens see later ones, behind the layers the texts themselves [R, 1, S, 1] int32, which
+# positions depend on, and an empty array beside them, so that all is moved and grown alike.
 LayerCache = tuple[Any, ...]
 Caches = list[LayerCache]
 # {"params": {…, "layers": [one layer's parameters, …]}, "lora": [one layer's factors, or {}, …]}; with an encoder its
@@ -232,8 +232,8 @@ def _run_layer(
     angles: Angles,
     modality: jax.Array | None,
     cache: KVCache | None = None,
-    segments: jax.Array | None = None,
     *more: Any,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     variables = {"params": layer, "lora": lora} if lora else {"params": layer}
     block = decoder.block(period_index, keep_kv=True)
@@ -255,7 +255,7 @@ def _prefill_layer(
     segments: jax.Array | None,
     slots: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, None, segments)
+    x, kv = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, segments=segments)
     return x, _with_slots(kv, slots)
 
 
@@ -273,7 +273,7 @@ def _cached_layer(
     bias: jax.Array | None,
 ) -> tuple[jax.Array, LayerCache]:
     k, v, *source = kv
-    more = KVCache(k, v, places), None, bias, *source
+    more = KVCache(k, v, places), bias, *source
     x, (k, v) = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, *more)
     return x, (k, v, *source)
 

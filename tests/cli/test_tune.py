@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,18 @@ def test_only_right_results_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = next(one.problem for one in found if one.choice.name == "xla")
         assert problem.startswith(f"wrong: {what}")
         assert fastest(found)[0].choice == AttentionBackend("reference")
+
+
+def test_a_relative_bias_is_part_of_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(CASE, relative_bias=True)
+    right = attention_module.IMPLEMENTATIONS["xla"]
+    assert check(case, AttentionBackend("xla")) == ""
+
+    def without(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return right(q, k, v, mask.replace(bias=None))
+
+    monkeypatch.setitem(attention_module.IMPLEMENTATIONS, "xla", without)
+    assert check(case, AttentionBackend("xla")).startswith("wrong: output")
 
 
 def test_a_trial_that_does_not_fit_in_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:

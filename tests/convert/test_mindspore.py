@@ -24,6 +24,7 @@ from jaxlm.weights.files import read_tensors
 from jaxlm.weights.leaves import LeafInfo
 from jaxlm.weights.mindspore_ckpt import CkptWriter, read_ckpt
 from tests.convert.tiny import logits, make_adapter, make_hf_model
+from tests.models.small import hf_model
 
 GOLDEN = Path(__file__).parent / "golden"
 # What was given to MindSpore.
@@ -583,3 +584,20 @@ def test_config_json_is_written(tmp_path: Path, run: Callable[..., str]) -> None
     assert json.loads((tmp_path / "ms" / "config.json").read_text())["dtype"] == "float16"
     assert (tmp_path / "ms" / "tokenizer.model").read_bytes() == b"sp"
     assert open_model(tmp_path / "ms").tokenizer_files[-1].name == "tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("granite", "LlamaForCausalLM has no place for attention.scale 0.3"),
+        ("gemma", "LlamaForCausalLM has no place for norm.offset 1.0"),
+        ("smollm3", "a smollm3 model's layers differ from each other"),
+    ],
+)
+def test_what_mindformers_would_compute_otherwise_is_not_written(
+    family: str, words: str, tmp_path: Path, refused: Callable[..., str], run: Callable[..., str]
+) -> None:
+    """Though every tensor has a name there."""
+    hf_model(family).save_pretrained(tmp_path / "hf")
+    run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
+    assert words in refused("jax-to-mindspore", tmp_path / "jax", tmp_path / "out")

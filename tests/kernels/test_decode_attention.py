@@ -73,7 +73,7 @@ def test_against_the_plain_form(places: Any, heads: tuple[int, int], slots: int,
 def test_scale_and_soft_cap_of_scores() -> None:
     made = problem([[14, 15, 16, 17], [36, 37, 38, 39]], (4, 2), 40)
     usual = both(made, None)[0]
-    for scores in (dict(scale=0.7), dict(soft_cap=0.5), dict(scale=0.7, soft_cap=0.5), dict(alibi=True)):
+    for scores in (dict(scale=0.7), dict(soft_cap=0.5), dict(scale=0.7, soft_cap=0.5)):
         plain, fast = both(made, None, **scores)
         np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
         assert np.abs(plain - usual).max() > 0.05
@@ -84,6 +84,7 @@ def test_alibi_in_groups_and_windows() -> None:
     made = problem([[14, 15, 16, 17], [36, 37, 38, 39]], (6, 2), 40)
     plain, fast = both(made, 30, alibi=True, soft_cap=0.5)
     np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-5)
+    assert np.abs(plain - both(made, 30, soft_cap=0.5)[0]).max() > 0.05
 
 
 def test_a_place_behind_the_last_slot() -> None:
@@ -121,15 +122,12 @@ def problem(topology, rows, tokens, heads, kv_heads, slots, dim, dtype="bfloat16
     compile("decode", topology, run, *shapes)
 
 problem("v5e:2x2", 8, 1, 32, 32, 2048, 128)
-problem("v6e:2x2", 8, 1, 64, 8, 8192, 128)
-problem("v5p:2x2x1", 1, 8, 14, 2, 1100, 64, window=1000)
-problem("v5e:2x2", 2, 2, 4, 4, 700, 80, "float32")
+problem("v6e:2x2", 8, 1, 64, 8, 8192, 128, alibi=True)
+problem("v5p:2x2x1", 1, 8, 71, 1, 1100, 64, alibi=True, window=1000)
+problem("v5e:2x2", 2, 2, 12, 4, 700, 80, "float32", alibi=True)
 problem("v5e:2x2", 8, 1, 16, 8, 2048, 256, soft_cap=50.0, window=1024)
-problem("v5e:2x2", 8, 1, 32, 32, 2048, 128, alibi=True)
-problem("v6e:2x2", 1, 8, 71, 1, 1100, 64, alibi=True)
-problem("v5p:2x2x1", 1, 2, 12, 4, 700, 64, alibi=True)
 """
 
 
 def test_compiles_for_tpus() -> None:
-    assert len(compile_for_tpus(AHEAD)) == 8
+    assert len(compile_for_tpus(AHEAD)) == 5

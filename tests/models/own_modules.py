@@ -5,11 +5,14 @@ They have the families' own names and fused layers, and the interface of transfo
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from jaxlm.models.families import FAMILIES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -218,14 +221,84 @@ class OwnModel(transformers.PreTrainedModel, transformers.GenerationMixin):
         return CausalLMOutput(logits=head(x))
 
 
+class FirstChatGLM(OwnModel):
+    """ChatGLM-6B: texts whose tokens in front of the answer see each other, positions in two dimensions."""
+
+    def __init__(self, config: Any) -> None:
+        transformers.PreTrainedModel.__init__(self, config)
+        d, f = config.hidden_size, config.inner_hidden_size
+        self.d = argparse.Namespace(embed="transformer.word_embeddings")
+        self._put("transformer.word_embeddings", torch.nn.Embedding(config.vocab_size, d))
+        for number in range(config.num_layers):
+            at = f"transformer.layers.{number}"
+            self._put(f"{at}.input_layernorm", torch.nn.LayerNorm(d))
+            self._put(f"{at}.attention.query_key_value", torch.nn.Linear(d, 3 * d))
+            self._put(f"{at}.attention.dense", torch.nn.Linear(d, d))
+            self._put(f"{at}.post_attention_layernorm", torch.nn.LayerNorm(d))
+            self._put(f"{at}.mlp.dense_h_to_4h", torch.nn.Linear(d, f))
+            self._put(f"{at}.mlp.dense_4h_to_h", torch.nn.Linear(f, d))
+        self._put("transformer.final_layernorm", torch.nn.LayerNorm(d))
+        self._put("lm_head", torch.nn.Linear(d, config.vocab_size, bias=False))
+        self.post_init()
+        self.generation_config.use_cache = False
+
+    def forward(self, input_ids: Any, **_: Any) -> Any:
+        """Logits of whole texts [B, T]."""
+        return CausalLMOutput(logits=torch.stack([self._logits(ids) for ids in input_ids]))
+
+    def _logits(self, ids: Any) -> Any:
+        part, c, text, length = self.get_submodule, self.config, ids.tolist(), len(ids)
+        start = text.index(c.bos_token_id) if c.bos_token_id in text else length
+        positions, answer = torch.arange(length), torch.zeros(length, dtype=torch.long)
+        answer[start:] = torch.arange(length - start) + 1
+        for token in (c.mask_token_id, c.gmask_token_id):  # the second counts where both are there
+            if token in text[: start + 1]:
+                positions[start:] = text.index(token)
+        hidden = torch.arange(length)[None] > torch.arange(length)[:, None]
+        hidden[:, :start] = False
+        x, heads, scale = part(self.d.embed)(ids), c.num_attention_heads, (2 * c.num_layers) ** 0.5
+        for number in range(c.num_layers):
+            at = f"transformer.layers.{number}"
+            seen = part(f"{at}.input_layernorm")(x)
+            q, k, v = part(f"{at}.attention.query_key_value")(seen).unflatten(-1, (heads, -1)).chunk(3, dim=-1)
+            q, k = (
+                torch.cat(
+                    [in_16_bits(a, by) for a, by in zip(y.chunk(2, dim=-1), (positions, answer), strict=True)], -1
+                )
+                for y in (q, k)
+            )
+            # A layer divides by its number, for the sake of 16 bits, and multiplies with it in 32.
+            scores = torch.einsum("qnh,knh->nqk", q / (q.shape[-1] ** 0.5 * (number + 1)), k)
+            weights = (scores.masked_fill(hidden, -10000.0) * (number + 1)).softmax(-1)
+            x = seen * scale + part(f"{at}.attention.dense")(torch.einsum("nqk,knh->qnh", weights, v).flatten(-2))
+            seen = part(f"{at}.post_attention_layernorm")(x)
+            inner = torch.nn.functional.gelu(part(f"{at}.mlp.dense_h_to_4h")(seen), approximate="tanh")
+            x = seen * scale + part(f"{at}.mlp.dense_4h_to_h")(inner)
+        return part("lm_head")(part("transformer.final_layernorm")(x))
+
+
+def in_16_bits(x: Any, positions: Any) -> Any:
+    """x [T, heads, h], first half against second half, turned by frequencies that are rounded to 16 bits."""
+    frequencies = (1 / 10000 ** (torch.arange(0, x.shape[-1], 2) / x.shape[-1])).half().float()
+    angles = (positions[:, None] * frequencies)[:, None]
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 def own_config(family: str, values: dict[str, Any]) -> Any:
     """The configuration of a module, whose class has the family's name."""
-    cls = type(f"{family}Config", (transformers.PretrainedConfig,), {"model_type": family})
+    cls = _config_class(family)
     given = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
     return cls(**{"tie_word_embeddings": False} | given)
 
 
 def own_class(family: str, architecture: str) -> Any:
     """The module's class, with the name that the family's code gives it."""
-    cls = type(f"{family}Config", (transformers.PretrainedConfig,), {"model_type": family})
-    return type(architecture, (OwnModel,), {"config_class": cls})
+    base = FirstChatGLM if family == "chatglm_6b" else OwnModel
+    return type(architecture, (base,), {"config_class": _config_class(family)})
+
+
+def _config_class(family: str) -> Any:
+    model_type = FAMILIES[family].model_type or family
+    return type(f"{family}Config", (transformers.PretrainedConfig,), {"model_type": model_type})

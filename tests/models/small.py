@@ -231,7 +231,8 @@ VARIANTS = [(family, variant) for family, variants in SMALL.items() for variant 
 def small_spec(family: str, variant: str = "", **more: Any) -> DecoderSpec:
     """The spec of a small model, read from the config.json that transformers writes, or from one of OWN."""
     if family in OWN:
-        return read_config(own_values(family, variant) | more)
+        named = {FAMILIES[family].keys.get(key, key): value for key, value in more.items()}
+        return read_config(own_values(family, variant) | named)
     return read_config(
         hf_config(family, variant, **more).to_dict() | {"architectures": [FAMILIES[family].architecture]}
     )

@@ -26,8 +26,8 @@ SIZES: dict[str, Any] = dict(
 )
 NO_NULL_KV_HEADS = tuple(f"{name}ForCausalLM" for name in ("Qwen3Moe", "Ministral", "Mistral", "Gemma", "Glm", "Glm4"))
 LAYERS_DIFFER = ("gemma2", "gemma3_text", "olmo3", "smollm3")  # by default, so that no field is that of all layers
-WINDOWED = ("mistral", "ministral", "qwen2", "qwen3", "qwen3_moe", "phi3")  # whose configs have a sliding window
 OTHERS = (*LAYERS_DIFFER, *WITH_ENCODER)
+WINDOWED = ("mistral", "ministral", "qwen2", "qwen3", "qwen3_moe", "phi3")  # whose configs have a sliding window
 # jaxlm's name of each key of config.json.
 FIELDS = {
     "num_key_value_heads": "attention.num_kv_heads",

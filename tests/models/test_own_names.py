@@ -207,6 +207,15 @@ def test_a_model_goes_out_under_another_architecture(family: str, architecture: 
     torch.testing.assert_close(found(ids).logits, module(ids).logits, rtol=1e-5, atol=1e-5)  # another attention
 
 
+def test_inspect_names_the_architecture_and_the_part_that_turns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files("chatglm", "plain", tmp_path / "own")
+    assert main(["inspect", str(tmp_path / "own")]) == 0
+    said = capsys.readouterr().out
+    assert "ChatGLMModel: L 3" in said and "h 8, rope default 500000 on 4 dims" in said
+
+
 def test_an_architecture_that_computes_something_else_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxlm.kernels.flash_attention.common import LOG2_E
 from jaxlm.kernels.flash_attention.gpu_common import (
     COLUMN,
     COMPUTE_REGISTERS,
@@ -205,6 +206,8 @@ def _grad_kv(
     groups, n_k = q.shape[2] // kv_heads, length // spec.block_k
     rows, queries = spec.block_k // WARPGROUPS, spec.block_q
     tile, slots = (rows, queries), _stages(dim)
+    if slopes is not None:  # what a query gets, counted from its block's first, is read with lse
+        lse = lse + (slopes * LOG2_E)[:, None] * (jnp.arange(lse.shape[2]) % queries)
     arrays = [make_ranges(spec, batch, q_ids, kv_ids, by_keys=True), q, k, v, grad, lse, delta]
     segmented, sinking = q_ids is not None and kv_ids is not None, slopes is not None
     arrays += [q_ids, kv_ids] if q_ids is not None and kv_ids is not None else []
@@ -241,11 +244,9 @@ def _grad_kv(
                     pairs = ((keys, queries_), (values, grads)) if "k" in wanted else ((keys, queries_),)
                     s, *back = products(pairs, tile, spec)
                     s, bend = bent(s, spec)
-                    lse_ = vector(lse_smem.at[slot], COLUMN, spec)
                     if sinking:
-                        s += across(places(slope, index, rows, ROW, spec), tile, 0)
-                        lse_ += places(slope, index, queries, COLUMN, spec, i * queries - start)
-                    weights = jnp.exp2(s - across(lse_, tile, 1))
+                        s += across(places(slope, index, rows, ROW, spec, start - i * queries), tile, 0)
+                    weights = jnp.exp2(s - across(vector(lse_smem.at[slot], COLUMN, spec), tile, 1))
                     seen = None
                     if masked:
                         query_ids = vector(q_ids_smem[0].at[slot], COLUMN, spec) if ids else None

@@ -119,11 +119,11 @@ class Family:
         old_keys: what files of some versions call a key -> the key that most families share.
         reads: keys of `common.UNREAD` that this family's `read` honours.
         renamed: pattern of a tensor's name that files of some versions have -> the name in `rows` (for `re.sub`).
+        in_transformers: whether transformers has the architecture; else it comes with code in its repository.
         copies: tensors that files may have -> those that they repeat.
         unused: patterns of tensors that files may have and nothing is computed with.
         head_by_tensors: whether the head is tied is told by the tensors, whatever config.json says: it has one of its
             own where the files have one that differs from the embedding.
-        in_transformers: whether transformers has the architecture; else it comes with code in its repository.
         shapes: published models by name.
     """
 
@@ -141,10 +141,10 @@ class Family:
     old_keys: Mapping[str, str] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    in_transformers: bool = True
     copies: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     head_by_tensors: bool = False
-    in_transformers: bool = True
     shapes: Mapping[str, DecoderSpec] = field(default_factory=dict)
     model_type: str = ""
     is_config: Callable[[Mapping[str, Any]], bool] = lambda _: True
