@@ -137,3 +137,26 @@ def test_it_is_asked_converted_and_planned(model: Path, tmp_path: Path, capsys: 
     assert "encoder: L 2; the decoder begins with token 0" in shown and "distances in 8 buckets" in shown
     assert train(["--config", str(file), "--preview", "1"]) == 0
     assert "the encoder reads" in capsys.readouterr().out
+
+
+def test_an_adapter_is_trained_asked_and_given_to_peft(model: Path, tmp_path: Path) -> None:
+    """Names of T5's own; the run's answers, on the fly and merged, are those of PEFT's files in transformers."""
+    peft = pytest.importorskip("peft")
+    lora = {"rank": 2, "alpha": 8, "targets": ["q", "v", "wi_0", "wo"], "rank_pattern": {"encoder.block.1.*": 3}}
+    changes: dict[str, Any] = {"lora": lora, "optimizer": {"learning_rate": 0.1}, "data": {"validation": 0}}
+    assert train(["--config", str(settings(model, tmp_path, **changes)), "--train.epochs", "4"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.1
+    assert convert(["jax-to-peft", str(tmp_path / "run"), str(tmp_path / "peft")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    base = transformers.T5ForConditionalGeneration.from_pretrained(model)
+    question = tokenizer(RECORDS[1]["instruction"]).input_ids
+    before = base.generate(torch.tensor([question]), max_new_tokens=8, do_sample=False)[0, 1:].tolist()
+    module = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    with torch.no_grad():
+        wanted = module.generate(input_ids=torch.tensor([question]), max_new_tokens=8, do_sample=False)[0, 1:].tolist()
+    assert wanted != before
+    for merge in (False, True):
+        (answer,) = jaxlm.load(tmp_path / "run", merge_adapter=merge).generate([question], max_new_tokens=8)
+        assert [*answer.ids, 1][: len(wanted)] == wanted
