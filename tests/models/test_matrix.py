@@ -59,7 +59,7 @@ def settle(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> Settl
             outcome = REFUSED if words else YES
             assert capability in CAPABILITIES
             request.node.user_properties.append(("matrix", (family, capability, outcome, words)))
-            said = matrix.read_page().get(family, {}).get(capability, outcome)
+            said, _ = matrix.read_page().get(family, {}).get(capability, (outcome, ""))
             if not request.config.getoption("--matrix"):
                 assert outcome == said, f"docs/models.md says {said}; write it: pytest {matrix.COMMAND}"
 
