@@ -611,8 +611,8 @@ class DecoderSpec(_Layered):
             raise UserError("config: a layer of the decoder is causal; causal false is for the encoder's")
         if any((layer.cross_attention is None) == (self.encoder is not None) for layer in self.period):
             raise UserError("config: the layers of a decoder have cross_attention if and only if there is an encoder")
-        if self.encoder is not None and self.learned_positions is not None:
-            raise UserError("config: learned_positions are not supported in models with an encoder; set them to null")
+        if self.encoder is not None and (self.learned_positions is not None or self.prefix is not None):
+            raise UserError("config: learned_positions and prefix are not supported in models with an encoder")
         _check_one_bias(self.period)
 
     def refuse_encoder(self, what: str) -> None:

@@ -31,7 +31,7 @@ CAPABILITIES = {
 }
 YES, REFUSED, NO, NOT_RUN = "yes", "refused", "no", "not run"
 HEADER = "| family |"
-COMMAND = "tests/models/test_matrix.py --matrix"
+COMMAND = "tests/models/test_matrix.py tests/models/test_t5.py --matrix"
 
 
 def read_page() -> dict[str, dict[str, tuple[str, str]]]:
@@ -50,6 +50,21 @@ def read_page() -> dict[str, dict[str, tuple[str, str]]]:
     return {
         family: {name: read(cell) for name, cell in zip(names[1:], cells, strict=True)} for family, *cells in families
     }
+
+
+def settle(request: pytest.FixtureRequest, family: str, *capabilities: str, refused: str = "") -> None:
+    """Notes the capabilities that hold, or one and the words in which it is refused.
+
+    The page must say the same, unless it is being written.
+    """
+    words = " ".join(refused.split())
+    for capability in capabilities:
+        outcome = REFUSED if words else YES
+        assert capability in CAPABILITIES
+        request.node.user_properties.append(("matrix", (family, capability, outcome, words)))
+        said, _ = read_page().get(family, {}).get(capability, (outcome, ""))
+        if not request.config.getoption("--matrix"):
+            assert outcome == said, f"docs/models.md says {said}; write it: pytest {COMMAND}"
 
 
 class Matrix:

@@ -36,7 +36,6 @@ from jaxlm.weights.leaves import LeafReader
 from tests.convert.tiny import make_adapter
 from tests.models import matrix
 from tests.models.compare import random_tree
-from tests.models.matrix import CAPABILITIES, REFUSED, YES
 from tests.models.parity import check_family, random_model
 from tests.models.small import OWN, SMALL, WITH_ENCODER, hf_class, hf_model, small_spec, tree_of
 
@@ -48,20 +47,10 @@ Settle = Callable[..., None]
 
 @pytest.fixture
 def settle(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> Settle:
-    """Called with the capabilities that hold, or with one and the words in which it is refused.
-
-    The page must say the same, unless it is being written.
-    """
+    """Called with the capabilities that hold, or with one and the words of a refusal (see `matrix.settle`)."""
 
     def settled(*capabilities: str, refused: str = "") -> None:
-        words = " ".join(refused.replace(f"{tmp_path}/", "").split())
-        for capability in capabilities:
-            outcome = REFUSED if words else YES
-            assert capability in CAPABILITIES
-            request.node.user_properties.append(("matrix", (family, capability, outcome, words)))
-            said, _ = matrix.read_page().get(family, {}).get(capability, (outcome, ""))
-            if not request.config.getoption("--matrix"):
-                assert outcome == said, f"docs/models.md says {said}; write it: pytest {matrix.COMMAND}"
+        matrix.settle(request, family, *capabilities, refused=refused.replace(f"{tmp_path}/", ""))
 
     return settled
 
@@ -239,6 +228,8 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     batch = dict(input_ids=ids, loss_mask=segments > 0, segment_ids=segments, positions=positions)
     if spec.experts is not None:
         batch["modality_ids"] = np.where(segments > 0, 0, -1).astype(np.int8)
+    if spec.encoder is not None:
+        batch |= {"encoder_ids": ids[:, ::-1].copy(), "encoder_segment_ids": segments}
     losses = []
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
