@@ -131,9 +131,9 @@ def test_a_late_epoch_needs_no_plan_of_the_earlier_ones(
     planned: list[int] = []
     plan = loader.plan_rows
 
-    def counted(mode: str, offsets: Any, order: Any, sequence_length: int, seed: int, epoch: int) -> Any:
+    def counted(mode: str, offsets: Any, order: Any, length: int, seed: int, epoch: int, encoder: Any) -> Any:
         planned.append(epoch)
-        return plan(mode, offsets, order, sequence_length, seed, epoch)
+        return plan(mode, offsets, order, length, seed, epoch, encoder)
 
     monkeypatch.setattr(loader, "plan_rows", counted)
     data = make(tokenizer, tmp_path, count=12, packing=packing)
