@@ -392,8 +392,27 @@ def _saved_names(config: DecoderSpec, lora: LoraConfig) -> tuple[list[str], bool
     return [short_name(config, row.hf_module, _is_saved) for row in rows], tied
 
 
+def _check_experts(source: AdapterSource) -> None:
+    family = family_of(source.config)
+    if family.experts is None or source.config.experts is None:
+        return
+    divided = {name for name, row in family.linears.items() if row.path.removesuffix("/kernel") in family.experts.names}
+    targets = sorted(divided & set(source.lora.targets))
+    if targets:
+        raise UserError(
+            f"{source.path}: its factors of {', '.join(targets)} are those of all experts of a layer together, but "
+            f"{family.architecture} has each expert by itself; fold it into the model instead: convert merge BASE "
+            f"{source.path} OUT"
+        )
+
+
 def peft_tensors(source: AdapterSource) -> list[TensorSpec]:
-    """The tensors of an adapter as PEFT names and lays them out, neurons in the dense model's order."""
+    """The tensors of an adapter as PEFT names and lays them out, neurons in the dense model's order.
+
+    Raises:
+        UserError: it is on linear layers of experts that the model's files, and so PEFT, hold each by itself.
+    """
+    _check_experts(source)
     source = as_stored(in_original_order(source))
     specs = resolve_lora(source.config, as_one_adapter(source.config, source.lora), source.layers)
     wholes = {part.name: whole for whole in fused_factors(source.config, specs) for part in whole.parts}

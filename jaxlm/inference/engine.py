@@ -102,7 +102,8 @@ class Engine:
         rows: how many answers can be under way at once; rounded up to what the mesh divides.
         keep: a released row keeps its text as long as it is free, and a prompt that begins with it reads only the rest.
             Rows over several groups of devices, dynamic RoPE, where a longer text turns all of its keys anew, and
-            encoders, whose states all see the whole prompt, keep nothing.
+            encoders, whose states all see the whole prompt, keep nothing; with longrope a text serves those on the same
+            side of `RopeSpec.switch_length`.
     """
 
     def __init__(self, model: DeviceModel, rows: int, keep: bool = False) -> None:

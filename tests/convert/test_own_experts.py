@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from convert.formats.peft import peft_tensors
 from convert.source import open_model
-from tests.models.small import SMALL, hf_model, tree_of
+from jaxlm.config import LoraConfig
+from jaxlm.errors import UserError
+from tests.models.small import SMALL, hf_model, small_spec, tree_of
 
 
 def save(directory: Path, variant: str = "plain", stacked: bool = False, dtype: str = "bfloat16") -> Any:
@@ -110,3 +114,11 @@ def test_another_layout_is_refused(tmp_path: Path, run: Callable[..., str], refu
     for layout in ("dense", "mixtral"):
         message = refused("jax-to-hf", tmp_path / "jax", tmp_path / "out", "--layout", layout)
         assert f"--layout {layout}: the files of Qwen3MoeForCausalLM hold experts themselves" in message
+
+
+def test_an_adapter_on_all_experts_together_has_no_name_in_pefts_format() -> None:
+    source: Any = SimpleNamespace(
+        path=Path("adapter"), config=small_spec("qwen3_moe"), lora=LoraConfig(targets=("q_proj", "up_proj"))
+    )
+    with pytest.raises(UserError, match=r"adapter: its factors of up_proj .* each expert by itself.*convert merge"):
+        peft_tensors(source)

@@ -1,4 +1,7 @@
-"""The table of what each family can do: `pytest tests/models/test_matrix.py --matrix` writes docs/models.md from it."""
+"""The table of what each family can do: `pytest tests/models/test_matrix.py --matrix` writes docs/models.md from it.
+
+Cells whose tests did not run (`-k bloom`) stay as they were; every run of a test compares its cell.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +34,21 @@ HEADER = "| family |"
 COMMAND = "tests/models/test_matrix.py tests/models/test_t5.py --matrix"
 
 
-def read_page() -> dict[str, dict[str, str]]:
-    """Family -> capability -> cell, without the number of its note."""
+def read_page() -> dict[str, dict[str, tuple[str, str]]]:
+    """Family -> capability -> what the page says: the outcome, and the words of a refusal."""
     if not PAGE.is_file():
         return {}
-    rows = [
-        line.strip().strip("|").split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"
-    ]
-    names, *lines = [[cell.strip() for cell in row] for row in rows]
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line[:1] == "|"]
+    notes = dict(found.groups() for line in lines if (found := re.fullmatch(r"(\d+)\. `(.+)`", line)))
+
+    def read(cell: str) -> tuple[str, str]:
+        outcome, _, number = cell.rstrip("]").partition(" [")
+        return outcome, notes[number] if number else ""
+
+    names, _, *families = rows
     return {
-        line[0]: {name: re.sub(r" \[\d+\]$", "", cell) for name, cell in zip(names[1:], line[1:], strict=True)}
-        for line in lines[1:]
+        family: {name: read(cell) for name, cell in zip(names[1:], cells, strict=True)} for family, *cells in families
     }
 
 
@@ -55,7 +62,7 @@ def settle(request: pytest.FixtureRequest, family: str, *capabilities: str, refu
         outcome = REFUSED if words else YES
         assert capability in CAPABILITIES
         request.node.user_properties.append(("matrix", (family, capability, outcome, words)))
-        said = read_page().get(family, {}).get(capability, outcome)
+        said, _ = read_page().get(family, {}).get(capability, (outcome, ""))
         if not request.config.getoption("--matrix"):
             assert outcome == said, f"docs/models.md says {said}; write it: pytest {COMMAND}"
 
@@ -82,7 +89,9 @@ class Matrix:
         if self.failed or not self.cells:
             terminalreporter.write_line(f"{PAGE.name} is not written: {len(self.failed)} tests failed")
             return
-        PAGE.write_text(page_of(self.cells), encoding="utf-8")
+        known = read_page()
+        cells = {family: {**known.get(family, {}), **self.cells.get(family, {})} for family in {*known, *self.cells}}
+        PAGE.write_text(page_of(cells), encoding="utf-8")
         terminalreporter.write_line(f"written: {PAGE}")
 
 

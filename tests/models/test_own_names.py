@@ -200,6 +200,8 @@ def test_a_model_goes_out_under_another_architecture(family: str, architecture: 
     assert main(["hf-to-jax", str(tmp_path / "own"), str(tmp_path / "jax")]) == 0
     words = ["--architecture", architecture]
     assert main(["jax-to-hf", str(tmp_path / "jax"), str(tmp_path / "out"), *words]) == 0
+    own_keys = OWN[family]["plain"].keys() - module.config.to_dict().keys()
+    assert not own_keys & json.loads((tmp_path / "out" / "config.json").read_text()).keys() and own_keys
     found = type(module).from_pretrained(tmp_path / "out", dtype="float32")
     assert found.state_dict().keys() == module.state_dict().keys()
     assert all(tensor.equal(module.state_dict()[name]) for name, tensor in found.state_dict().items())
