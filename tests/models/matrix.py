@@ -86,13 +86,10 @@ class Matrix:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if hasattr(terminalreporter.config, "workerinput"):
             return
-        if self.failed or not self.cells:
-            terminalreporter.write_line(f"{PAGE.name} is not written: {len(self.failed)} tests failed")
-            return
         known = read_page()
         cells = {family: {**known.get(family, {}), **self.cells.get(family, {})} for family in {*known, *self.cells}}
         PAGE.write_text(page_of(cells), encoding="utf-8")
-        terminalreporter.write_line(f"written: {PAGE}")
+        terminalreporter.write_line(f"written: {PAGE}, but for what failed: {', '.join(self.failed) or 'nothing'}")
 
 
 def page_of(cells: dict[str, dict[str, tuple[str, str]]]) -> str:

@@ -260,7 +260,7 @@ def test_eight_devices_are_one(family: str, settle: Settle) -> None:
 
 RUN = """
 model: {shape: made up, dtype: bfloat16, remat: full}
-data: {train: [{path: text.jsonl, template: text}], sequence_length: 256}
+data: {train: [{path: text.jsonl, template: text}], sequence_length: 16}
 train: {global_batch_size: 8, micro_batch_size: 2, epochs: 1}
 output_dir: out
 """
@@ -269,9 +269,8 @@ output_dir: out
 @pytest.mark.slow
 def test_a_step_for_tpus(family: str, settle: Settle) -> None:
     pytest.importorskip("libtpu")
-    spec = small_spec(family, max_position_embeddings=256)
     try:
-        found = compile_step(load_run_yaml(RUN, "the test"), spec, parse_topology("v5e:2x2"), quick=True)
+        found = compile_step(load_run_yaml(RUN, "the test"), small_spec(family), parse_topology("v5e:2x2"), quick=True)
     except UserError as error:
         settle("TPU compile", refused=str(error))
         return
