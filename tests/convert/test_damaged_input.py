@@ -428,8 +428,12 @@ def test_layers_that_are_not_there(models: Path) -> None:
     file = models / "hf" / "config.json"
     whole = file.read_text()
     try:
-        file.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": 1 << 30}))
-        with pytest.raises(UserError, match=r"has 1073741824 layers, but there are 21 tensors"):
-            HfSource(models / "hf")
+        for layers, words in (
+            (60_000, "has 60000 layers, but there are 21 tensors"),
+            (1 << 30, "at most 65,536 layers"),
+        ):
+            file.write_text(json.dumps(json.loads(whole) | {"num_hidden_layers": layers}))
+            with pytest.raises(UserError, match=words):
+                HfSource(models / "hf")
     finally:
         file.write_text(whole)

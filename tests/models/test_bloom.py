@@ -20,6 +20,7 @@ from tests.models.small import SMALL, hf_config, hf_model, small_spec
 
 
 @pytest.mark.parametrize("variant", list(SMALL["bloom"])[1:])  # test_matrix.py has the first
+@pytest.mark.slow
 def test_bloom_is_that_of_transformers(variant: str) -> None:
     check_family("bloom", variant)
 

@@ -14,6 +14,7 @@ from tests.models.small import SMALL, hf_config, small_spec
 
 
 @pytest.mark.parametrize("variant", list(SMALL["falcon"])[1:])  # test_matrix.py has the first
+@pytest.mark.slow
 def test_falcon_is_that_of_transformers(variant: str) -> None:
     check_family("falcon", variant)
 

@@ -20,6 +20,7 @@ CASES = [(family, variant) for family in ("gemma", "gemma2", "gemma3_text") for 
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
+@pytest.mark.slow
 def test_gemma_is_that_of_transformers(family: str, variant: str) -> None:
     check_family(family, variant)
 

@@ -12,6 +12,7 @@ from tests.models.parity import check_family
 from tests.models.small import SMALL, hf_config, small_spec
 
 
+@pytest.mark.slow
 def test_glm_without_biases_that_turns_whole_heads() -> None:
     check_family("glm", "whole heads")
 

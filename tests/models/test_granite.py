@@ -10,6 +10,7 @@ from tests.models.parity import check_family
 from tests.models.small import hf_config, small_spec
 
 
+@pytest.mark.slow
 def test_biases_and_a_tied_head() -> None:
     check_family("granite", "biases")
 

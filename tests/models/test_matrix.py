@@ -137,6 +137,7 @@ def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None
     settle("LoRA↔PEFT")
 
 
+@pytest.mark.slow
 def test_beams_and_int8(family: str, settle: Settle) -> None:
     """A search with penalties gives transformers' tokens; int8 gives the logits of the weights it stands for."""
     torch = pytest.importorskip("torch")
@@ -181,6 +182,7 @@ class TreeSource:
         return np.asarray(self.leaves[path][index])
 
 
+@pytest.mark.slow
 def test_experts(family: str, tmp_path: Path, settle: Settle) -> None:
     """Divided, with all experts in use: the dense model's logits, up to the order of sums; and dense again."""
     base = hf_model(family)
@@ -239,6 +241,7 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     return losses, jax.device_get(state.trainable)
 
 
+@pytest.mark.slow
 def test_training(family: str, settle: Settle) -> None:
     losses, _ = trained(family)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.97 * losses[0], losses

@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize(("family", "variant"), [("ministral", "everywhere"), ("smollm3", "windows")])
+@pytest.mark.slow
 def test_each_is_that_of_transformers(family: str, variant: str) -> None:
     check_family(family, variant)
 

@@ -13,6 +13,7 @@ CASES = [(family, variant) for family in ("olmo2", "olmo3") for variant in [*SMA
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
+@pytest.mark.slow
 def test_olmo_is_that_of_transformers(family: str, variant: str) -> None:
     check_family(family, variant)
 

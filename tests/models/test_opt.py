@@ -27,6 +27,7 @@ IDS = np.random.default_rng(3).integers(0, 37, (2, T)).astype(np.int32)
 
 
 @pytest.mark.parametrize("variant", list(SMALL["opt"])[1:])  # test_matrix.py has the first
+@pytest.mark.slow
 def test_opt_is_that_of_transformers(variant: str) -> None:
     check_family("opt", variant)
 

@@ -289,6 +289,7 @@ def test_heads_of_chatglm_without_groups() -> None:
 
 
 @pytest.mark.parametrize("variant", ["2-7b", "2-13b"])
+@pytest.mark.slow
 def test_baichuan_computes_what_its_description_says(variant: str) -> None:
     check_family("baichuan", variant)
 

@@ -27,10 +27,12 @@ torch = pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("variant", ["window", "partial"])
+@pytest.mark.slow
 def test_phi3_is_that_of_transformers(variant: str) -> None:
     check_family("phi3", variant)
 
 
+@pytest.mark.slow
 def test_longrope_is_that_of_transformers() -> None:
     """Texts that are longer than what the first factors serve, from the first look on."""
     check_family("phi3", "longrope", original_max_position_embeddings=2)

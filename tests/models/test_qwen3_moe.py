@@ -21,6 +21,7 @@ E, F, D = 8, 5, 16  # experts, neurons of each, model
 
 
 @pytest.mark.parametrize("variant", SMALL["qwen3_moe"])
+@pytest.mark.slow
 def test_qwen3_moe_is_that_of_transformers(variant: str) -> None:
     check_family("qwen3_moe", variant, experts="loop" if variant == "plain" else "dense")
 

@@ -78,6 +78,9 @@ def check_values(config: dict[str, Any], family: Family) -> None:
         raise UserError(f"config.json: missing: {', '.join(missing)}")
     for key in SIZES + _OPTIONAL_SIZES:
         read_size({named[key]: config.get(key)}, named[key])
+    if (config.get("num_hidden_layers") or 0) > MAX_LAYERS:
+        name, value = named["num_hidden_layers"], config["num_hidden_layers"]
+        raise UserError(f"config.json: {name} is {value}; a model has at most {MAX_LAYERS:,} layers")
     for key in _POSITIVE:
         if key in config and not (is_number(config[key]) and config[key] > 0):
             raise UserError(f"config.json: {named[key]} is {config[key]!r}; expected a positive number")
@@ -98,6 +101,8 @@ def check_values(config: dict[str, Any], family: Family) -> None:
             )
 
 
+# Layers are described one by one where they differ.
+MAX_LAYERS = 1 << 16
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 _POSITIVE = ("rms_norm_eps", "initializer_range")
 
@@ -195,7 +200,9 @@ def read_decoder(
         feed_forward.setdefault("size", config.get("intermediate_size"))
         return LayerSpec(AttentionSpec(**attention), FeedForwardSpec(**feed_forward), **(layer or {}))
 
-    per_layer = zip(*(_of_layers(part, config["num_hidden_layers"]) for part in (attention, feed_forward)), strict=True)
+    lengths = {len(part) for part in (attention, feed_forward) if part is not None and not isinstance(part, dict)}
+    num_described = max(lengths, default=1)  # one description will do where no list has one for each layer
+    per_layer = zip(*(_of_layers(part, num_described) for part in (attention, feed_forward)), strict=True)
     period = shortest_period([described(*parts) for parts in per_layer])
     if len(period) > MAX_PERIOD:
         raise UserError(
