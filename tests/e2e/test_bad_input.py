@@ -144,7 +144,7 @@ def test_hugging_face_directory(
     misshapen = message(whole | {lost: np.zeros((3, 3), np.float32)})
     assert lost in misshapen and "3" in misshapen
     assert "model.safetensors" in message(cut=100)
-    assert "BloomForCausalLM" in message(architectures=["BloomForCausalLM"])
+    assert "GPTJForCausalLM" in message(architectures=["GPTJForCausalLM"])
 
 
 def test_paths(capsys: pytest.CaptureFixture[str], tmp_path: Path, base_config: dict[str, Any]) -> None:
