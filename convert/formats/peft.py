@@ -34,6 +34,7 @@ from jaxlm.models.adapters import (
 )
 from jaxlm.models.families import family_of
 from jaxlm.models.families.base import Row
+from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import find_tokenizer_files
 from jaxlm.weights.files import read_tensors
@@ -108,10 +109,7 @@ class PeftSource(StackedTensors):
         tensors = _canonical_names(tensors, weights)
         saved = _saved_in_file(saved, tensors, config, weights)
         self.lora, self.layers = parse_config(peft_config, saved, config, where)
-        try:
-            specs = resolve_lora(config, self.lora, self.layers)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+        specs = _resolved(config, self.lora, self.layers, where)
         entries = peft_entries(config, specs)
         if not any(entry.name in tensors for entry in entries):
             raise UserError(f"{weights}: holds none of the LoRA tensors, e.g. no {entries[0].name!r}; save it again")
@@ -376,8 +374,18 @@ def peft_config_for(source: AdapterSource, where: Path) -> dict[str, Any]:
     own = source.path / "jaxlm" / "adapter_config.json"
     where = own if own.is_file() else where
     parsed, layers = parse_config(original, lora.modules_to_save, source.config, where)
-    same = resolve_lora(source.config, parsed, layers) == resolve_lora(source.config, lora, source.layers)
+    same = _resolved(source.config, parsed, layers, where) == resolve_lora(source.config, lora, source.layers)
     return original if same else original | values
+
+
+def _resolved(
+    config: DecoderSpec, lora: LoraConfig, layers: tuple[int, ...] | None, where: Path
+) -> dict[str, LoraSpec]:
+    """`resolve_lora`; errors name the adapter_config.json."""
+    try:
+        return resolve_lora(config, lora, layers)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _saved_names(config: DecoderSpec, lora: LoraConfig) -> tuple[list[str], bool]:

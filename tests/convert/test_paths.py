@@ -110,7 +110,9 @@ def test_a_tokenizer_in_parts(tmp_path: Path) -> None:
     fast.model.save(str(tmp_path))
     settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"has vocab\.json and merges\.txt, but no tokenizer\.json") as error:
+    with pytest.raises(
+        UserError, match=r"has vocab\.json and merges\.txt of the class Qwen2Tokenizer, but no tokenizer\.json"
+    ) as error:
         load_tokenizer(tmp_path)
     command = str(error.value).split("Run once: python -c ")[1].strip('"')
     subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)

@@ -41,7 +41,10 @@ WITHOUT_MODEL = [
     ({"optimizer": {"end_ratio": 2}}, "optimizer.end_ratio: 2.0 must be between 0 and 1"),
     ({"optimizer": {"warmup_ratio": 0.1}}, "give warmup_steps or warmup_ratio, not both"),
     ({"lora": {"targets": ["q_prj"]}}, "lora.targets: 'q_prj' is not a linear layer of the model"),
-    ({"lora": {"modules_to_save": ["embed"]}}, "lora.modules_to_save: 'embed' is not one of embed_norm, embed_positions, embed_tokens"),
+    (
+        {"lora": {"modules_to_save": ["embed"]}},
+        "lora.modules_to_save: 'embed' is not one of embed_norm, embed_positions, embed_tokens",
+    ),
     ({"lora": {"rank_pattern": {"q_proj(": 4}}}, "lora.rank_pattern: 'q_proj(' is not a regular expression"),
     ({"lora": {"init_from": "nowhere/adapter"}}, "lora.init_from: nowhere/adapter: no such directory"),
     ({"model": {"path": "nowhere/base"}}, "model.path: nowhere/base: no such directory"),

@@ -65,6 +65,7 @@ def test_a_family_that_is_not_there_is_left_out_by_name(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_base_in_small(tmp_path: Path) -> None:
     words = {
+        "XLA_FLAGS": "",  # one device, as on a laptop
         "TRAIN": "--train.steps 4",
         "GENERATE": "--max_new_tokens 4",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -92,7 +92,7 @@ def architectures() -> list[str]:
 def _named_family(config: dict[str, Any]) -> Family:
     """The family that a `config.json` names, by its architecture or, without one, its model_type."""
     listed = config.get("architectures") or [None]
-    if not isinstance(listed, list):
+    if not isinstance(listed, list) or not isinstance(listed[0], str | None):
         raise UserError(f"config.json: architectures is {listed!r}; expected a list of one name")
     name = listed[0]
     kind = str(config.get("model_type")).lower() if name is None else name
