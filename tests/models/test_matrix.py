@@ -35,7 +35,7 @@ from jaxlm.training.step import make_train_step
 from jaxlm.weights.leaves import LeafReader
 from tests.convert.tiny import make_adapter
 from tests.models import matrix
-from tests.models.compare import random_tree
+from tests.models.compare import TreeSource, random_tree
 from tests.models.parity import check_family, random_model
 from tests.models.small import OWN, SMALL, WITH_ENCODER, hf_class, hf_model, small_spec, tree_of
 
@@ -167,19 +167,6 @@ def test_beams_and_int8(family: str, settle: Settle) -> None:
     np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
     assert 0 < np.abs(found - float32).max() < 0.2 * np.abs(float32).max()
     settle("int8")
-
-
-class TreeSource:
-    """A tree of arrays, read like a checkpoint."""
-
-    def __init__(self, tree: Any) -> None:
-        self.leaves = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self.leaves[path][index])
 
 
 @pytest.mark.slow
