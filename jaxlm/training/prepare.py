@@ -17,6 +17,7 @@ from jaxlm.config.files import dump_yaml
 from jaxlm.data.encoding import prompt_ids
 from jaxlm.data.examples import chosen_template
 from jaxlm.data.loader import Data, build_data
+from jaxlm.data.prefix import check_prefix
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
 from jaxlm.errors import UserError
@@ -150,6 +151,8 @@ def read_data(config: RunConfig, tokenizer: Tokenizer, model: Any, console: Cons
             ranges=None if model.experts is None else model.experts.ranges,
             start_id=None if model.encoder is None else model.encoder.start_token_id,
         )
+    for examples in (data.train, data.validation):
+        check_prefix(model.prefix, examples, tokenizer, data.config.packing_mode)
     console.print("\n".join([*data.report.lines(), *data.report.remarks()]), highlight=False, markup=False)
     return data
 
