@@ -10,7 +10,6 @@ import contextlib
 import glob
 import re
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -59,7 +58,7 @@ def open_location(path: str, key: str) -> Location:
     if scheme in ("file", "local"):
         # What datasets and others write; all that works on a path works on it.
         rest = path.partition("://")[2]
-        return Path(urllib.request.url2pathname(rest) if "%" in rest else rest)
+        return Path(urllib.parse.unquote(rest))
     from upath import UPath  # takes its time, and only addresses need it
 
     with _told(path, scheme, key):

@@ -17,7 +17,8 @@ from jaxlm.config import SourceConfig
 from jaxlm.data.compressed import inner_ending
 from jaxlm.data.entries import Entry, read_entries
 from jaxlm.errors import UserError
-from jaxlm.locate import at_home
+from jaxlm.hub import download_data, is_address, read_address
+from jaxlm.locate import at_home, on_disk
 from jaxlm.remote import Location, files_below, matches, open_location, reading, scheme_of
 
 FORMATS = {
@@ -58,6 +59,8 @@ def check_source(source: SourceConfig) -> None:
         UserError: nothing is there, of an unknown kind, or not readable.
     """
     _check_limit(source)
+    if is_address(source.path):
+        return  # of the hub: what it has is said when it is fetched
     for file in _files(source):
         _format(file, source)
         if scheme_of(str(file)) is None:  # behind an address, the listing has named it
@@ -118,6 +121,8 @@ def _plain(name: str, column: str, value: Any) -> Any:
 def _root(source: SourceConfig) -> Location:
     """What a source's path means on this machine, or behind its address."""
     path = source.path
+    if is_address(path):
+        return on_disk(path, "data", "data")
     return open_location(path, "data") if scheme_of(path) is not None else at_home(path)
 
 
@@ -143,6 +148,8 @@ def _files(source: SourceConfig) -> Sequence[Location]:
         raise UserError(
             f"data: split is {source.split!r}, but {source.path} is not a directory written by datasets' save_to_disk"
         )
+    if is_address(source.path):
+        return _known(download_data(read_address(source.path, "data"), "data"), source)
     root = _root(source)
     with reading(root, "data"):
         is_file, is_dir = root.is_file(), root.is_dir()
@@ -154,7 +161,11 @@ def _files(source: SourceConfig) -> Sequence[Location]:
             where = " (paths are relative to the working directory)" if scheme_of(source.path) is None else ""
             raise UserError(f"data: {source.path} does not exist{where}")
         return files
-    files = files_below(root, "data")
+    return _known(files_below(root, "data"), source)
+
+
+def _known(files: Sequence[Location], source: SourceConfig) -> Sequence[Location]:
+    """Those of a folder's files that are of a known kind."""
     if source.format == "auto":
         files = [path for path in files if inner_ending(path) in FORMATS]
     if not files:
