@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +48,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.evaluat
 
 def _main(argv: Sequence[str], prog: str) -> int:
     config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    config = with_commits(config, lambda line: print(line, file=sys.stderr))
+    if config.predictions is not None:
+        predictions = on_disk(config.predictions, "data", "predictions")
+        config = dataclasses.replace(config, predictions=str(predictions))
+    if config.metric_tokenizer is not None:
+        metric_tokenizer = on_disk(config.metric_tokenizer, "small", "metric_tokenizer")
+        config = dataclasses.replace(config, metric_tokenizer=str(metric_tokenizer))
     return _perplexity(config) if config.task == "perplexity" else _run(config)
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import download_all, with_commits
 from jaxlm.cli.parser import parse_run
 from jaxlm.cli.words import Flag
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import at_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +64,7 @@ def _main(argv: Sequence[str], prog: str, stop: Stop) -> int:
         if "stage" in flags:
             check_stage(configs[0], flags["stage"])
         if preview is not None:
+            configs = _pinned(configs, lambda line: print(line, file=sys.stderr))
             check_files(configs, first_host=False)
             _preview(configs[0], preview)
             return 0
@@ -98,11 +101,13 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
         hosts.agree("versions", versions())
         for config in configs:
             hosts.agree("configuration", run_settings(config))
+        configs = _pinned(configs, console.print, hosts)
         hosts.check("files", _problem(check_files, configs, hosts.process == 0))
         # Also those of later stages: whoever starts the same command again is told at once.
         for config in configs:
             hosts.take_directory(Path(config.output_dir), console.print)
         hosts.check("devices and settings", _problem(check_without_model, configs))
+        download_all(configs, hosts)
         for number, config in enumerate(configs, 1):
             stop.starting(Path(config.output_dir), hosts, number == len(configs))
             hosts.check_shared(Path(config.output_dir))
@@ -113,6 +118,16 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
             if outcomes[-1].interrupted is not None:
                 break
     return outcomes
+
+
+def _pinned(configs: Sequence[RunConfig], say: Callable[[str], None], hosts: Hosts | None = None) -> list[RunConfig]:
+    """The runs with the commits that their names of the hub mean; see `with_commits`."""
+    made: set[Path] = set()
+    pinned = []
+    for config in configs:
+        pinned.append(with_commits(config, say, hosts, config.output_dir, frozenset(made)))
+        made.add(at_home(config.output_dir).absolute())
+    return pinned
 
 
 def _problem(check: Callable[..., None], *what: Any) -> str | None:

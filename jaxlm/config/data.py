@@ -13,7 +13,8 @@ class SourceConfig:
     """One data source.
 
     Args:
-        path: file, folder, glob, or directory written by HF datasets' save_to_disk.
+        path: file, folder, glob, or directory written by HF datasets' save_to_disk; or an address of one that fsspec
+            reads (s3://, gs://, https://), or hf://datasets/owner/name/file.
         format: json, jsonl, csv, parquet, text or hf; auto goes by the file name.
         template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own
             chat template, `text` for plain text; auto goes by the columns found.

@@ -14,7 +14,7 @@ class ModelConfig:
 
     Args:
         path: directory of the model to start from: Hugging Face, converted jaxlm, a run directory or one of
-            its checkpoints.
+            its checkpoints; or a name of the Hugging Face hub, hf://owner/name[@revision].
         shape: instead of a path, a fresh model: a known shape (llama-2-7b) or a JSON file like HF's config.json.
         dtype: compute dtype of matrix products; softmax, norms and loss are always float32.
         param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only
@@ -134,7 +134,7 @@ class TokenizerConfig:
     """Where the tokenizer comes from.
 
     Args:
-        path: a directory or SentencePiece .model file; null means the model's own.
+        path: a directory, a SentencePiece .model file, or a name of the hub; null means the model's own.
         modalities: kinds of things with tokens of their own; a fresh model's tokenizer gets them, another's must have
             them (`convert extend-vocab` adds them). Empty: as recorded beside the tokenizer.
         train_on: text files (or folders) to train a SentencePiece model on, when a fresh model has none.

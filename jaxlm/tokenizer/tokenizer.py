@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.locate import on_disk
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
 from jaxlm.tokenizer import chatglm, chatglm_6b, spiece
@@ -283,7 +284,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UserError: nothing to load there, or a file is broken.
     """
-    path = Path(path)
+    path = on_disk(path, "small", "tokenizer")
     if path.is_dir():
         directory = path
         main = _find_main(directory)

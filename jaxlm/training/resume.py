@@ -25,6 +25,7 @@ from jaxlm.config import RunConfig, to_dict
 from jaxlm.data.batches import BatchSource
 from jaxlm.data.loader import Data
 from jaxlm.errors import UserError
+from jaxlm.hub import is_address
 from jaxlm.locate import at_home
 from jaxlm.models.version1 import ModelFields, read_model, recorded
 from jaxlm.spec import DecoderSpec, differences, is_stacked
@@ -273,6 +274,8 @@ def _same_place(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(_same_place, old, new))
     if not isinstance(old, str) or not isinstance(new, str):
         return False
+    if is_address(old) or is_address(new):
+        return old == new
     first, second = (os.path.abspath(at_home(text)) for text in (old, new))  # noqa: PTH100 (no links)
     return first == second
 
