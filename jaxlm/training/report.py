@@ -102,7 +102,16 @@ class MetricsWriter:
     def write(self, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        flat = {
+            **values,
+            **{
+                f"{key}/{name}": v
+                for key, group in values.items()
+                if isinstance(group, dict)
+                for name, v in group.items()
+            },
+        }
+        numbers = {key: value for key, value in flat.items() if isinstance(value, (int, float))}
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
