@@ -30,6 +30,7 @@ BATCH_DTYPES: dict[str, Any] = {
 ENCODER_DTYPES: dict[str, Any] = {"encoder_ids": np.int32, "encoder_segment_ids": np.int32}
 # Beside them in training: int64 [sources], the tokens of each source in the rows of all hosts.
 SOURCE_TOKENS = "source_tokens"
+CHUNK = 2**14  # tokens written at a time: their places stay in the processor's cache
 
 
 class BatchSource:
@@ -81,6 +82,7 @@ class BatchSource:
         self._ranges = tuple(ranges)
         self._accumulation = accumulation
         self._num_sources = num_sources
+        self._at_a_time = max(1, CHUNK // sequence_length)  # rows
         mine = np.arange(rows) if local_rows is None else np.array(local_rows, np.int64)
         self._local_rows = len(mine)
         # By place in the global batch, the place among this host's rows; -1 for those of others.
@@ -103,7 +105,10 @@ class BatchSource:
             if self._num_sources:
                 source_tokens += self._tokens_by_source(share.rows.pieces(share.numbers))
             here = self._local[share.places]
-            self._fill(batch, here[here >= 0], share.rows.pieces(share.numbers[here >= 0]))
+            numbers, places = share.numbers[here >= 0], here[here >= 0]
+            for at in range(0, len(numbers), self._at_a_time):
+                some = slice(at, at + self._at_a_time)
+                self._fill(batch, places[some], share.rows.pieces(numbers[some]))
         for number, (start, stop) in enumerate(self._ranges, 1):
             batch["modality_ids"][(batch["input_ids"] >= start) & (batch["input_ids"] < stop)] = number
         batch["modality_ids"][batch["segment_ids"] == 0] = PADDING

@@ -16,6 +16,7 @@ import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data import Batches, Data, build_data, planner
+from jaxlm.data import batches as batches_module
 from jaxlm.data.batches import BATCH_DTYPES, ENCODER_DTYPES, SOURCE_TOKENS
 from jaxlm.data.examples import Examples
 from jaxlm.data.report import Report
@@ -74,7 +75,10 @@ def test_batches_have_their_shapes_segments_and_positions(tokenizer: Tokenizer, 
 @pytest.mark.parametrize("encoder", [False, True])
 @pytest.mark.parametrize("packing", MODES)
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_batch_is_what_a_plain_loop_writes(packing: Any, encoder: bool, version: int) -> None:
+def test_a_batch_is_what_a_plain_loop_writes(
+    packing: Any, encoder: bool, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "CHUNK", 32)  # two rows at a time
     random = np.random.default_rng(0)
     lengths, more = random.integers(1, 17, 120), {}
     if encoder:
