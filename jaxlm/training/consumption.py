@@ -63,15 +63,19 @@ def plot_consumption(metrics: Sequence[Mapping[str, Any]], target: Path) -> None
     names = list(lines[-1]["consumed_tokens"])
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), dpi=120, sharex=True)
     tokens = [[line["consumed_tokens"].get(name, 0) for line in lines] for name in names]
-    above.stackplot(steps, tokens, labels=names, alpha=0.8)
+    areas = above.stackplot(steps, tokens, alpha=0.8)
     for name in names:
-        below.plot(steps, [line["passes"].get(name, 0.0) for line in lines], label=name)
-    above.set(ylabel="tokens consumed", title=target.parent.name)
+        below.plot(steps, [line["passes"].get(name, 0.0) for line in lines])
+    above.set(ylabel="tokens consumed")
     below.set(xlabel="step", ylabel="passes")
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
-    above.legend(loc="upper left", fontsize="small")
+    # A name may begin with '_', which matplotlib leaves out, or hold '$', which it takes for a formula.
+    shown = [f"{lines[-1]['passes'][name]:.2f} x {name if len(name) <= 50 else f'…{name[-49:]}'}" for name in names]
+    for text in above.legend(areas, shown, loc="upper left", fontsize="small").get_texts():
+        text.set_parse_math(False)
+    above.set_title(target.parent.name, parse_math=False)
     figure.tight_layout()
     figure.savefig(target)
     pyplot.close(figure)
