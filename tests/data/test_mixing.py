@@ -68,6 +68,12 @@ def test_all_rows_of_a_source_come_before_any_comes_again(last_rows: Any) -> Non
         assert set(seen) == set(range(max(1, first), 24 if number == 0 else 29))
 
 
+def test_sources_of_the_same_lengths_are_not_shuffled_alike() -> None:
+    batches = data_of((30, 30), mixing=MixingConfig(per_batch=(30, 30))).train_batches(60)
+    first, second = ([d for d in documents(batches[0]) if (d > 30) == late] for late in (False, True))
+    assert sorted(second) == [d + 30 for d in sorted(first)] and second != [d + 30 for d in first]
+
+
 def test_a_batch_is_a_function_of_seed_and_step() -> None:
     mixing = MixingConfig(per_batch=(5, 3))
     data = data_of((40, 9), lengths=np.random.default_rng(0).integers(1, LENGTH, 49), mixing=mixing, packing=True)

@@ -89,6 +89,12 @@ def test_less_is_left_empty_than_by_first_fit(capacity: int, scale: float) -> No
     assert plan.padding(capacity) < 0.03 and len(plan) <= 1.0025 * len(first_fit(lengths, capacity))
 
 
+def test_one_row_may_be_torn_into_many() -> None:
+    """4,000 full rows may become ten more, but only one of them has documents to give."""
+    lengths = [8] * 3999 + [1] * 8
+    assert len(packed(lengths, 8)) == num_rows(np.bincount(lengths), 8) == 4007
+
+
 def test_documents_may_come_several_times_or_not_at_all() -> None:
     plan = packed([3, 4, 5], 7, documents=[0, 0, 2])
     assert sorted(plan.starts.tolist()) == [0, 0, 7]
