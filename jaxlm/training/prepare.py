@@ -15,10 +15,10 @@ from rich.console import Console
 from jaxlm.config import DistributedConfig, LoraConfig, RunConfig
 from jaxlm.config.files import dump_yaml
 from jaxlm.data.encoding import prompt_ids
-from jaxlm.data.examples import chosen_template
 from jaxlm.data.loader import Data, build_data
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
+from jaxlm.data.tokenise import chosen_template
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.families import load_shape
