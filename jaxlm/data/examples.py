@@ -5,49 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.encoding import Example, resolve_ends
+from jaxlm.data.records import is_token_source
 from jaxlm.data.report import SourceReport
+from jaxlm.data.split import drawn_examples
+from jaxlm.data.store.source import read_chunks
 from jaxlm.data.tokenise import Tokeniser, check_streams, read_batches
-from jaxlm.data.tokens import Chunk, add_report
+from jaxlm.data.tokens import Chunk, Tokens, add_report
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
 # Called with the source's path and the number of its records done so far.
 Progress = Callable[[str, int], None]
-
-
-class Tokens(Protocol):
-    """Many examples, flat, wherever they lie: `Examples` in memory, `StoredTokens` in a store's mapped files.
-
-    Attributes are those of `Examples`; ids may have another integer type.
-    """
-
-    @property
-    def input_ids(self) -> NDArray[Any]: ...
-    @property
-    def loss_mask(self) -> NDArray[np.bool_]: ...
-    @property
-    def offsets(self) -> NDArray[np.int64]: ...
-    @property
-    def source(self) -> NDArray[np.int32]: ...
-    @property
-    def record(self) -> NDArray[np.int64]: ...
-    @property
-    def encoder_ids(self) -> NDArray[Any] | None: ...
-    @property
-    def encoder_offsets(self) -> NDArray[np.int64] | None: ...
-    @property
-    def lengths(self) -> NDArray[np.int64]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
-    def digest(self) -> str: ...
-    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -182,8 +156,12 @@ def build_examples(
     chunks: list[tuple[int, Chunk]] = []
     reports: list[SourceReport] = []
     for number, source in enumerate(sources):
-        for batch in read_batches(number, source, tokenizer):
-            chunk = tokeniser.chunk(batch)
+        made = (
+            read_chunks(source, config, tokenizer, start_id)
+            if is_token_source(source)
+            else map(tokeniser.chunk, read_batches(number, source, tokenizer))
+        )
+        for chunk in made:
             chunks.append((number, chunk))
             add_report(reports, number, chunk.report)
             if progress is not None:
@@ -191,6 +169,12 @@ def build_examples(
     examples = from_chunks(chunks, start_id is not None)
     check_examples(examples, largest_id(examples), reports, tokenizer, vocab_size)
     return examples, tuple(reports)
+
+
+def split_off(examples: Examples, count: int | float, seed: int) -> tuple[Examples, Examples]:
+    """(the rest, records drawn at random): training and validation data, see `drawn_examples`."""
+    drawn = drawn_examples(examples, count, seed)
+    return examples.take(np.flatnonzero(~drawn)), examples.take(np.flatnonzero(drawn))
 
 
 def largest_id(examples: Examples) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.encoding import Example, encode_pairs, encode_rendered
 from jaxlm.data.messages import unused
-from jaxlm.data.records import Record, read_records
+from jaxlm.data.records import Record, is_token_source, read_records
 from jaxlm.data.rendering import Template
 from jaxlm.data.report import SourceReport
 from jaxlm.data.templates import explain_choice, load_template
@@ -22,8 +22,8 @@ from jaxlm.errors import UserError
 from jaxlm.modalities import TextError
 from jaxlm.tokenizer import Tokenizer
 
-_RECORDS = 512  # of a batch at most
-_CHARACTERS = 1 << 21  # of a batch, about, so that memory is bounded whatever a record's size
+RECORDS = 512  # of a batch at most
+CHARACTERS = 1 << 21  # of a batch, about, so that memory is bounded whatever a record's size
 _LOOKED_AT = 100  # records by which `auto` chooses
 
 
@@ -51,6 +51,8 @@ def chosen_template(
     source: SourceConfig, tokenizer: Tokenizer, first: Sequence[Record] | None = None
 ) -> tuple[str, str]:
     """A source's template and why it is that one; empty where it was named. `first`: records that were read already."""
+    if is_token_source(source):
+        return "text", "tokens as the store has them"
     if source.template != "auto":
         return source.template, ""
     if first is None:
@@ -72,7 +74,7 @@ def read_batches(number: int, source: SourceConfig, tokenizer: Tokenizer) -> Ite
     for record in itertools.chain(first, records):
         batch.append(record)
         characters += _characters(record.data)
-        if len(batch) == _RECORDS or characters >= _CHARACTERS:
+        if len(batch) == RECORDS or characters >= CHARACTERS:
             yield Batch(number, source.path, name, why, batch, characters)
             batch, characters = [], 0
     if batch:
@@ -158,11 +160,11 @@ class Tokeniser:
                 report.records += 1
                 report.dropped_unknown += 1
             else:
-                pieces.append(_fit(record, example, config, report))
+                pieces.append(fit_row(record.name, example, config, report))
         return chunk_of(pieces, report, self.start_id is not None)
 
 
-def _fit(record: Record, example: Example, config: DataConfig, report: SourceReport) -> list[Example]:
+def fit_row(name: str, example: Example, config: DataConfig, report: SourceReport) -> list[Example]:
     """The example in pieces that fit a row, counted; none when it is dropped."""
     report.records += 1
     length, room = len(example.input_ids), config.sequence_length
@@ -177,9 +179,7 @@ def _fit(record: Record, example: Example, config: DataConfig, report: SourceRep
             what = f"{length} tokens, data.sequence_length is {room}"
             if source is not None and over:
                 what = f"a question of {len(source)} tokens, data.encoder_length is {source_room}"
-            raise UserError(
-                f"data: {record.name} has {what}; raise it, or set data.too_long to truncate, split or drop"
-            )
+            raise UserError(f"data: {name} has {what}; raise it, or set data.too_long to truncate, split or drop")
         if action == "drop":
             report.dropped_too_long += 1
             return []

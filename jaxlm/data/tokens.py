@@ -5,12 +5,41 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxlm.data.encoding import Example
 from jaxlm.data.report import SourceReport
+
+
+class Tokens(Protocol):
+    """Many examples, flat, wherever they lie: `Examples` in memory, `StoredTokens` in a store's mapped files.
+
+    Attributes are those of `Examples`; ids may have another integer type.
+    """
+
+    @property
+    def input_ids(self) -> NDArray[Any]: ...
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]: ...
+    @property
+    def offsets(self) -> NDArray[np.int64]: ...
+    @property
+    def source(self) -> NDArray[np.int32]: ...
+    @property
+    def record(self) -> NDArray[np.int64]: ...
+    @property
+    def encoder_ids(self) -> NDArray[Any] | None: ...
+    @property
+    def encoder_offsets(self) -> NDArray[np.int64] | None: ...
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+    def digest(self) -> str: ...
+    def release(self) -> None: ...
 
 
 @dataclass(frozen=True)
