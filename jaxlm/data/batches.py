@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlm.data.examples import Examples
 from jaxlm.data.order import Order
 from jaxlm.data.packing import Pieces
+from jaxlm.data.tokens import Tokens
 from jaxlm.modalities import PADDING
 
 Batch = dict[str, NDArray[Any]]
@@ -64,7 +64,7 @@ class BatchSource:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Tokens,
         order: Order,
         sequence_length: int,
         *,
@@ -112,6 +112,7 @@ class BatchSource:
         for number, (start, stop) in enumerate(self._ranges, 1):
             batch["modality_ids"][(batch["input_ids"] >= start) & (batch["input_ids"] < stop)] = number
         batch["modality_ids"][batch["segment_ids"] == 0] = PADDING
+        self._examples.release()
         shape = self._accumulation, self._local_rows, -1
         batch = {name: array.reshape(shape) for name, array in batch.items()}
         return batch | {SOURCE_TOKENS: source_tokens} if self._num_sources else batch

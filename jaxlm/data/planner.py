@@ -11,7 +11,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlm.data.examples import Examples
 from jaxlm.data.packing import (
     PackedPlan,
     Rows,
@@ -23,6 +22,7 @@ from jaxlm.data.packing import (
     plan_rows,
 )
 from jaxlm.data.patterns import num_rows, pack
+from jaxlm.data.tokens import Tokens
 
 # How first_fit fills rows. 1: one document after the other, 64 rows open; the number of rows depends on the order.
 # 2: by lengths (patterns.py).
@@ -42,11 +42,11 @@ class Documents:
         capacity: tokens of a row.
     """
 
-    def __init__(self, examples: Examples, capacity: int) -> None:
+    def __init__(self, examples: Tokens, capacity: int) -> None:
         self.examples = examples
         self.capacity = capacity
 
-    def __reduce__(self) -> tuple[type[Documents], tuple[Examples, int]]:
+    def __reduce__(self) -> tuple[type[Documents], tuple[Tokens, int]]:
         return Documents, (self.examples, self.capacity)
 
     @cached_property
