@@ -65,6 +65,19 @@ def check_source(source: SourceConfig) -> None:
             pass
 
 
+def source_files(source: SourceConfig) -> list[tuple[Path, str]] | None:
+    """The files of a source in order, each with its kind as `entries.read_entries` takes it.
+
+    None for a directory of `datasets`.
+
+    Raises:
+        UserError: nothing is there, or of an unknown kind.
+    """
+    if _is_hf(source):
+        return None
+    return [(file, _format(file, source)) for file in _files(source)]
+
+
 def _check_limit(source: SourceConfig) -> None:
     if source.limit is not None and source.limit < 1:
         raise UserError(f"data: limit of {source.path} is {source.limit}; it must be at least 1")
