@@ -220,3 +220,8 @@ def test_rensa_that_is_missing_is_named(texts: list[str], tmp_path: Path, monkey
         UserError, match=r"rensa is not installed; pip install 'jaxlm\[prepare\]', or set dedup.minhash: numpy"
     ):
         deduplicated(write(tmp_path / "in", texts), tmp_path / "out", minhash="rensa")
+
+
+def test_ascii_words_are_those_of_any_script() -> None:
+    text = "".join(map(chr, range(128))) * 2 + " A_b c's 3.5 wt.%\tx\n\x1fy\x0bz"
+    np.testing.assert_array_equal(minhash.word_hashes(text), minhash.any_word_hashes(text))
