@@ -65,7 +65,7 @@ def check_source(source: SourceConfig) -> None:
             pass
 
 
-def source_files(source: SourceConfig) -> list[tuple[Path, str]] | None:
+def record_files(source: SourceConfig) -> list[tuple[Path, str]] | None:
     """The files of a source in order, each with its kind as `entries.read_entries` takes it.
 
     None for a directory of `datasets`.

@@ -13,7 +13,7 @@ from jaxlm.config import SourceConfig
 from jaxlm.config.prepare import DocumentsConfig
 from jaxlm.data.compressed import COMPRESSED
 from jaxlm.data.entries import Entry, read_entries
-from jaxlm.data.records import read_records, source_files
+from jaxlm.data.records import read_records, record_files
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 from jaxlm.locate import at_home
@@ -102,7 +102,7 @@ def plan_shards(sources: Iterable[DocumentsConfig], block_bytes: int) -> list[Sh
             "documents": source.documents,
             "split": source.split,
         }
-        files = source_files(config)
+        files = record_files(config)
         if files is None:
             shards.append(Shard(str(at_home(source.path)), "hf", **common))
             continue
