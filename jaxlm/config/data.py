@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxlm.locate import NameOrPath, ReadPath
+from jaxlm.locate import NameOrPath, ReadPath, WrittenPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +13,10 @@ class SourceConfig:
     """One data source.
 
     Args:
-        path: file, folder, glob, or directory written by HF datasets' save_to_disk.
-        format: json, jsonl, csv, parquet, text or hf; auto goes by the file name.
+        path: file, folder, glob, directory written by HF datasets' save_to_disk, or a store of tokens: its .idx or its
+            directory.
+        format: json, jsonl, csv, parquet, text or hf; megatron or knowlm for a store, whose tokens are taken as they
+            are; auto goes by the file name.
         template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own
             chat template, `text` for plain text; auto goes by the columns found.
         weight: how often a record is seen per epoch: 2.0 twice, 0.5 a seeded half.
@@ -26,7 +28,7 @@ class SourceConfig:
     """
 
     path: ReadPath
-    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf"] = "auto"
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf", "megatron", "knowlm"] = "auto"
     template: NameOrPath = "auto"
     weight: float = 1.0
     columns: dict[str, str] = field(default_factory=dict)
@@ -59,6 +61,9 @@ class DataConfig:
         too_long: what to do with a record longer than a row: truncate, split into pieces, drop (each reported) or
             error; auto splits plain text and truncates the rest.
         workers: loader processes; 0 loads in a thread.
+        cache: where sources are tokenised once for all later starts: auto, below the user's cache directory
+            ($JAXLM_CACHE_DIR, or jaxlm in $XDG_CACHE_HOME) and only for more than 16 MiB of files; a directory, for
+            sources of any size; none tokenises into memory at every start.
     """
 
     train: tuple[SourceConfig, ...] = ()
@@ -74,6 +79,7 @@ class DataConfig:
     drop_unknown: bool = False
     too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
     workers: int = 0
+    cache: WrittenPath = "auto"
 
     def row_length(self, field: str) -> int:
         """Tokens of a row of a batch's field: those of the encoder begin with 'encoder_'."""

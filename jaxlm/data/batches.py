@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlm.data.examples import Examples
 from jaxlm.data.packing import Plan
+from jaxlm.data.tokens import Tokens
 from jaxlm.errors import UserError
 from jaxlm.modalities import PADDING
 
@@ -64,7 +64,7 @@ class BatchSource:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Tokens,
         plan: Callable[[int], Plan],
         sequence_length: int,
         *,
@@ -149,6 +149,7 @@ class BatchSource:
         for number, (start, stop) in enumerate(self._ranges, 1):
             batch["modality_ids"][(batch["input_ids"] >= start) & (batch["input_ids"] < stop)] = number
         batch["modality_ids"][batch["segment_ids"] == 0] = PADDING
+        self._examples.release()
         return batch
 
     def _fill(self, row: Batch, number: int) -> None:

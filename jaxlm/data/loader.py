@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.config import DataConfig
+import numpy as np
+
+from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.batches import Batches, BatchSource, EvaluationSource
 from jaxlm.data.encoding import resolve_ends
-from jaxlm.data.examples import Examples, Progress, build_examples
+from jaxlm.data.examples import Progress, build_examples, check_examples
 from jaxlm.data.packing import Plan, epoch_order, plan_rows
 from jaxlm.data.report import Report, SourceReport, check_ends
-from jaxlm.data.split import count_split, split_off
+from jaxlm.data.split import count_split, drawn_examples
+from jaxlm.data.store.build import Work
+from jaxlm.data.store.cache import Cache
+from jaxlm.data.tokenise import check_streams
+from jaxlm.data.tokens import Tokens
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
@@ -25,7 +31,7 @@ from jaxlm.tokenizer import Tokenizer
 class _Planner:
     """Rows by epoch; a class and not a closure, so that it can be sent to worker processes."""
 
-    examples: Examples
+    examples: Tokens
     weights: tuple[float, ...]
     mode: str
     sequence_length: int
@@ -58,8 +64,8 @@ class Data:
 
     config: DataConfig
     seed: int
-    train: Examples
-    validation: Examples | None
+    train: Tokens
+    validation: Tokens | None
     report: Report
     fingerprint: str
     ranges: tuple[tuple[int, int], ...] = ()
@@ -69,7 +75,7 @@ class Data:
         """As version 1 of checkpoints has it: with all keys of their data section, as written down then."""
         return _hash({**section, "workers": 0, "seed": seed}, self.digests)
 
-    def _planner(self, examples: Examples, weights: tuple[float, ...]) -> _Planner:
+    def _planner(self, examples: Tokens, weights: tuple[float, ...]) -> _Planner:
         config, encoder_length = self.config, self.config.row_length("encoder_ids")
         return _Planner(examples, weights, config.packing_mode, config.sequence_length, encoder_length, self.seed)
 
@@ -152,6 +158,7 @@ def build_data(
     progress: Progress | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
     start_id: int | None = None,
+    cache: Cache | None = None,
 ) -> Data:
     """Reads, tokenises and splits the data of a run.
 
@@ -164,6 +171,7 @@ def build_data(
         progress: called with a source's path and the number of its records read so far.
         ranges: token ids of each modality but text, in the order of the model's; None: the tokenizer's.
         start_id: for a model with an encoder: the token that its decoder begins with.
+        cache: where large sources are tokenised into stores; None: all of them into memory.
 
     Raises:
         UserError: anything wrong with the configuration or the data.
@@ -186,18 +194,29 @@ def build_data(
                 "between 0 and 1 (e.g. 0.1), or a list of sources"
             )
     config, note = resolve_ends(config, tokenizer)
-    train, reports = build_examples(config.train, config, tokenizer, vocab_size, progress, start_id)
+
+    def read(
+        sources: Sequence[SourceConfig], held_out: int | float
+    ) -> tuple[Tokens, Tokens | None, tuple[SourceReport, ...], tuple[SourceReport, ...]]:
+        if cache is None or not cache.wants(sources):
+            examples, reports = build_examples(sources, config, tokenizer, vocab_size, progress, start_id)
+            if not held_out:
+                return examples, None, reports, ()
+            drawn = drawn_examples(examples, held_out, seed)
+            reports, others = count_split(reports, examples, drawn)
+            parts = (examples.take(np.flatnonzero(part)) for part in (~drawn, drawn))
+            return next(parts), next(parts), reports, others
+        check_streams(config, start_id)
+        stored, other = cache.open(Work(tuple(sources), config, tokenizer, start_id), held_out, seed)
+        reports = stored.manifest.reports()
+        check_examples(stored, stored.manifest.largest_id, reports, tokenizer, vocab_size)
+        return stored, other, reports, other.manifest.reports() if other is not None else ()
+
+    drawn_share: int | float = config.validation if isinstance(config.validation, (int, float)) else 0
+    train, validation, reports, validation_reports = read(config.train, drawn_share)
     check_ends(reports, config, tokenizer)
-    validation: Examples | None = None
-    validation_reports: tuple[SourceReport, ...] = ()
-    if isinstance(config.validation, (int, float)):
-        if config.validation > 0:
-            train, validation = split_off(train, config.validation, seed)
-            reports, validation_reports = count_split(reports, train, validation)
-    elif config.validation:
-        validation, validation_reports = build_examples(
-            config.validation, config, tokenizer, vocab_size, progress, start_id
-        )
+    if not isinstance(config.validation, (int, float)) and config.validation:
+        validation, _, validation_reports, _ = read(config.validation, 0)
     digests = tuple("none" if examples is None else examples.digest() for examples in (train, validation))
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]
@@ -219,6 +238,7 @@ _IN_TOKENS = {
     "add_bos",
     "add_eos",
     "allow_no_end",
+    "cache",
     "date",
     "drop_unknown",
     "too_long",

@@ -40,6 +40,7 @@ FREE = (
     "model.remat",
     "lora.init_from",
     "data.workers",
+    "data.cache",
     "data.allow_no_end",
     "train.epochs",
     "train.steps",
