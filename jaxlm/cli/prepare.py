@@ -21,6 +21,7 @@ STEPS = {
     "filter": "repair texts, and take out those that break a rule",
     "dedup": "take out equal and nearly equal documents",
     "split": "cut documents into samples of whole sentences, as token ids",
+    "build": "write a token store, which data.train of a run opens",
 }
 DESCRIPTION = (
     "Prepares documents for training. Without a verb all `steps` of the configuration are run; a verb runs one of "
@@ -121,7 +122,7 @@ def _show(report: StepReport) -> None:
     masks = sorted({kind for masked in counts.masked.values() for kind in masked})
     others = [
         name
-        for name in ("repaired", "samples", "tokens", "short_samples")
+        for name in ("repaired", "samples", "tokens", "short_samples", "trained_tokens", "cut", "split")
         if any(name in n for n in counts.numbers.values())
     ]
     table = Table(title=f"{report.step}: documents")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxlm.locate import ReadPath, WrittenPath
+from jaxlm.locate import NameOrPath, ReadPath, WrittenPath
 
 Action = Literal["keep", "mask", "drop"]
 
@@ -15,23 +15,27 @@ class DocumentsConfig:
     """One source of documents.
 
     Args:
-        path: file, folder, glob, or directory written by HF datasets' save_to_disk.
+        path: file, folder, glob, or directory written by HF datasets' save_to_disk; for build also a store of tokens.
         name: what reports call it; null: its path. Sources of one name are counted together.
-        format: json, jsonl, csv, parquet, text or hf; auto goes by the file name.
+        format: json, jsonl, csv, parquet, text or hf, megatron or knowlm for a store; auto goes by the file name.
         split: split of an HF datasets directory that has several.
         documents: for text files, whether a document is a line or a whole file.
         text: the column that holds the text, or an expression with columns in braces, e.g. "{title}\\n{abstract}".
         language: the rule by which `split` finds sentences: english, chinese or code (lines); auto asks each document
             how much of it is written in Chinese characters.
+        template: for build as the first step: how a record becomes text, as in data.train; text takes the key `text`.
+        columns: the template's field names mapped to the columns of this file.
     """
 
     path: ReadPath
     name: str | None = None
-    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf"] = "auto"
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf", "megatron", "knowlm"] = "auto"
     split: str | None = None
     documents: Literal["line", "file"] = "line"
     text: str = "text"
     language: Literal["auto", "english", "chinese", "code"] = "auto"
+    template: NameOrPath = "text"
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,18 +198,45 @@ class SplitConfig:
 
     Args:
         length: most tokens of a sample.
+        encode: document: a text is tokenised whole, and cut where sentences end; sentence: each sentence by itself, as
+            KnowLM does, so that SentencePiece puts a space in front of each.
         overlap: a sample that has room is filled with the sentences before it, which then stand in two samples.
         delimiters: which signs end a Chinese sentence: corrected: ; ! ? ； ？ 。 ！ and the line break; released: as
             KnowLM's code, where also ( ) [ ] \\ and n are glued to the sentence before when they stand alone.
-        keep_newlines: keep delimiters and line breaks; false cuts them off, as KnowLM without --do_keep_newlines.
+        keep_newlines: keep delimiters and line breaks; false cuts them off, as KnowLM without --do_keep_newlines, and
+            needs encode: sentence.
         min_tokens: samples of fewer tokens are dropped.
     """
 
     length: int = 1024
+    encode: Literal["document", "sentence"] = "document"
     overlap: bool = True
     delimiters: Literal["corrected", "released"] = "corrected"
     keep_newlines: bool = True
     min_tokens: int = 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Documents, records or samples to a token store; keys as in `data` of a training run.
+
+    Args:
+        sequence_length: most tokens of an example; samples of split stay as they are.
+        train_on_inputs: also learn prompts.
+        add_bos: begin each record with the tokenizer's bos token; null: if the tokenizer itself does so.
+        add_eos: end answers and documents with the tokenizer's eos token; null: if it has one.
+        drop_unknown: leave out records with a token that the tokenizer does not know.
+        too_long: truncate, split, drop or error; auto splits plain text and truncates the rest.
+        knowlm: also write KnowLM's own store: knowlm.bin, .idx, .dis and .tmp.
+    """
+
+    sequence_length: int = 2048
+    train_on_inputs: bool = False
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    drop_unknown: bool = False
+    too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
+    knowlm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +268,7 @@ class PrepareConfig:
         filter: repairs, quality rules, languages, personal data.
         dedup: duplicates.
         split: samples of whole sentences.
+        build: the token store.
         engine: who runs it.
         block_bytes: files of lines are worked on in pieces of about this size; other files, and compressed ones, are a
             piece each.
@@ -245,12 +277,13 @@ class PrepareConfig:
     """
 
     sources: tuple[DocumentsConfig, ...] = ()
-    steps: tuple[Literal["filter", "dedup", "split"], ...] = ("filter", "dedup", "split")
+    steps: tuple[Literal["filter", "dedup", "split", "build"], ...] = ("filter", "dedup", "build")
     output_dir: WrittenPath = "prepared"
     tokenizer: ReadPath | None = None
     filter: FilterConfig = field(default_factory=FilterConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    build: BuildConfig = field(default_factory=BuildConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     block_bytes: int = 256_000_000
     compression: Literal["none", "zst"] = "none"

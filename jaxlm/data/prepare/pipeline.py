@@ -14,11 +14,12 @@ from typing import Any
 
 from jaxlm.config.plain import plain
 from jaxlm.config.prepare import PrepareConfig
-from jaxlm.data.prepare import dedup, filter, split
+from jaxlm.data.prepare import build, dedup, filter, split
 from jaxlm.data.prepare.counts import Counts, add_up
 from jaxlm.data.prepare.engines import Engine
 from jaxlm.data.prepare.shards import Shard, plan_shards, refuse_bad
 from jaxlm.data.prepare.work import Phase, Step, open_step, replacing, write_json
+from jaxlm.data.records import TOKEN_FORMATS
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.lock import Lock
@@ -27,9 +28,10 @@ PHASES: dict[str, Callable[[Step], Iterator[Phase]]] = {
     "filter": filter.phases,
     "dedup": dedup.phases,
     "split": split.phases,
+    "build": build.phases,
 }
 # The phase of a step that writes what the next one reads.
-WRITES = {"filter": "filter", "dedup": "write", "split": "split"}
+WRITES = {"filter": "filter", "dedup": "write", "split": "split", "build": "tokenise"}
 
 # Called with the step, the phase, the number of its tasks, and how many of them are done.
 Progress = Callable[[str, str, int, int], None]
@@ -104,8 +106,12 @@ def _check(config: PrepareConfig, only: str | None) -> list[str]:
         raise UserError("sources: none is given; write sources: [{path: corpus/*.jsonl}]")
     if len(set(config.steps)) != len(config.steps) or not config.steps:
         raise UserError(f"steps: {list(config.steps)}; expected some of {', '.join(PHASES)}, each once")
-    if "split" in config.steps[:-1]:
-        raise UserError(f"steps: {list(config.steps)}; split gives tokens, so nothing but build can follow it")
+    for name, following in (("split", ("build",)), ("build", ())):
+        rest = config.steps[config.steps.index(name) + 1 :] if name in config.steps else ()
+        if any(step not in following for step in rest):
+            can = " or ".join(following) or "nothing"
+            raise UserError(f"steps: {list(config.steps)}; {name} gives tokens, so that {can} can follow it")
+    _check_sources(config)
     if only is not None and only not in config.steps:
         raise UserError(f"steps: {list(config.steps)} have no {only!r}; add it in its place")
     if config.block_bytes < 1:
@@ -119,7 +125,20 @@ def _check(config: PrepareConfig, only: str | None) -> list[str]:
         dedup.check(config.dedup)
     if "split" in names:
         split.check(config)
+    if "build" in names:
+        build.check(config)
     return names
+
+
+def _check_sources(config: PrepareConfig) -> None:
+    """UserError for a source that the first step cannot read."""
+    for source in config.sources:
+        if config.steps[0] != "build" and (source.template != "text" or source.format in TOKEN_FORMATS):
+            key = "template" if source.template != "text" else "format"
+            raise UserError(
+                f"sources: {key} of {source.path} is {getattr(source, key)!r}, which only build reads; "
+                f"{config.steps[0]} works on texts (the key `text` of the source)"
+            )
 
 
 def open_in_place(config: PrepareConfig, name: str) -> Step:
@@ -147,9 +166,9 @@ def open_in_place(config: PrepareConfig, name: str) -> Step:
     elif name == "dedup":
         options["dedup"] = dedup.decides(config.dedup)
     else:
-        options["split"] = plain(dataclasses.asdict(config.split))
+        options[name] = plain(dataclasses.asdict(config.split)) if name == "split" else build.decides(config)
         options["tokenizer"] = _digest_of(Path(config.tokenizer or ""))
-    if name != "split":
+    if name in ("filter", "dedup"):
         options["compression"] = config.compression
     return open_step(Path(config.output_dir) / name, name, config, shards, options)
 
@@ -169,9 +188,10 @@ def _written(folder: Path, name: str, config: PrepareConfig) -> list[Shard]:
     """What a complete step wrote, as shards of the next one."""
     number = len(read_object(folder / "plan.json")["plan"])
     shards = []
+    ending = ".parquet" if name == "split" else ".jsonl.zst" if config.compression == "zst" else ".jsonl"
     for at in range(number):
         mark = read_object(folder / "marks" / f"{WRITES[name]}-{at:05d}.json")
-        path = folder / f"part-{at:05d}.jsonl{'.zst' if config.compression == 'zst' else ''}"
+        path = folder / f"part-{at:05d}{ending}"
         if not path.is_file() or path.stat().st_size != mark["bytes"]:
             mark_path = folder / "marks" / f"{WRITES[name]}-{at:05d}.json"
             raise UserError(
@@ -179,7 +199,8 @@ def _written(folder: Path, name: str, config: PrepareConfig) -> list[Shard]:
                 f"{folder / 'report.json'}, then run {name} again"
             )
         status = path.stat()
-        shards.append(Shard(str(path), "part", "", nbytes=status.st_size, mtime_ns=status.st_mtime_ns))
+        kind = "samples" if name == "split" else "part"
+        shards.append(Shard(str(path), kind, "", nbytes=status.st_size, mtime_ns=status.st_mtime_ns))
     return shards
 
 
@@ -254,7 +275,11 @@ def _finish(step: Step) -> StepReport:
     marks = list(step.marks(WRITES[step.name], len(step.shards)))
     counts = add_up(marks, most)
     extra: dict[str, int] = {"bad": sum(mark["bad"] for mark in marks)}
-    if step.name == "dedup":
+    if step.name == "build":
+        facts = step.mark("join", 0)
+        counts.numbers.update({source: collections.Counter(numbers) for source, numbers in facts["sources"].items()})
+        extra["examples"] = facts["num_examples"]
+    elif step.name == "dedup":
         facts = step.mark("clusters", 0)
         extra |= {"equal": facts["equal"], "near": facts["near"], "large_clusters": facts["large_clusters"]}
     report = {
@@ -286,6 +311,6 @@ def _finish(step: Step) -> StepReport:
             f"{step.folder / 'examples.jsonl'} shows the first ones. Loosen the rule, and remove {step.folder}"
         )
     write_json(step.folder / "report.json", report)
-    if step.name == "dedup":
-        dedup.clean(step)
+    if step.name in ("dedup", "build"):
+        (dedup if step.name == "dedup" else build).clean(step)
     return StepReport(step.name, step.folder, counts, extra)

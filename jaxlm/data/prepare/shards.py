@@ -13,7 +13,7 @@ from jaxlm.config import SourceConfig
 from jaxlm.config.prepare import DocumentsConfig
 from jaxlm.data.compressed import COMPRESSED
 from jaxlm.data.entries import Entry, read_entries
-from jaxlm.data.records import read_records, record_files
+from jaxlm.data.records import Record, is_token_source, read_records, record_files, token_index
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 from jaxlm.locate import at_home
@@ -44,8 +44,11 @@ class Shard:
 
     Args:
         path: the file; for kind 'hf' the directory.
-        kind: json, jsonl, csv, parquet, text, hf; 'part' for what an earlier step wrote.
-        source, text, language, documents, split: as `DocumentsConfig` has them, `source` being its name.
+        kind: json, jsonl, csv, parquet, text, hf; 'part' for documents that an earlier step wrote, 'samples' for what
+            split wrote, 'tokens' for a store.
+        source, text, language, documents, split, template, columns: as `DocumentsConfig` has them, `source` being its
+            name.
+        tokens: of kind 'tokens', the store's format.
         begin, end: bytes of the block: the lines that begin in it; end None: to the end.
         nbytes: the file's size when the work was planned; None where nothing is watched.
         mtime_ns: its time of change.
@@ -58,6 +61,9 @@ class Shard:
     language: str = "auto"
     documents: str = "line"
     split: str | None = None
+    template: str = "text"
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokens: str = "auto"
     begin: int = 0
     end: int | None = None
     nbytes: int | None = None
@@ -101,7 +107,14 @@ def plan_shards(sources: Iterable[DocumentsConfig], block_bytes: int) -> list[Sh
             "language": source.language,
             "documents": source.documents,
             "split": source.split,
+            "template": source.template,
+            "columns": source.columns,
         }
+        if is_token_source(config):
+            status = token_index(config).stat()
+            watched = {**common, "nbytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            shards.append(Shard(str(token_index(config)), "tokens", tokens=source.format, **watched))
+            continue
         files = record_files(config)
         if files is None:
             shards.append(Shard(str(at_home(source.path)), "hf", **common))
@@ -156,32 +169,39 @@ def refuse_bad(count: int, most: int, first: list[str]) -> None:
         )
 
 
-def read_documents(shard: Shard, bad: Bad) -> Iterator[Document]:
-    """The documents of a shard in order; records without text (empty or white space) too.
+def read_shard(shard: Shard, bad: Bad) -> Iterator[Record]:
+    """The records of a shard in order.
 
     Raises:
         UserError: more broken records than are let pass, a file broken as a whole, or one that changes meanwhile.
     """
     shard.check_unchanged()
-    render = _renderer(shard.text)
     for entry in _entries(shard):
         problem = entry.problem
         if problem is None and not isinstance(entry.value, Mapping):
             problem = f"a record must be an object with named fields, found {type(entry.value).__name__}"
         if problem is None:
-            text = render(entry.value)
-            if isinstance(text, str):
-                value = entry.value if shard.kind == "part" else {}
-                yield Document(
-                    value.get("id", entry.name),
-                    value.get("source", shard.source),
-                    text,
-                    value.get("language", shard.language),
-                )
-                continue
-            problem = text.words
-        bad.add(entry.name, problem)
+            yield Record(entry.name, dict(entry.value))
+        else:
+            bad.add(entry.name, problem)
     shard.check_unchanged()
+
+
+def read_documents(shard: Shard, bad: Bad) -> Iterator[Document]:
+    """The documents of a shard in order; records without text (empty or white space) too.
+
+    Raises:
+        UserError: as `read_shard`; what has no text column is broken too.
+    """
+    render = _renderer(shard.text)
+    for record in read_shard(shard, bad):
+        text = render(record.data)
+        if isinstance(text, str):
+            own = record.data if shard.kind == "part" else {}
+            language = own.get("language", shard.language)
+            yield Document(own.get("id", record.name), own.get("source", shard.source), text, language)
+        else:
+            bad.add(record.name, text.words)
 
 
 def _entries(shard: Shard) -> Iterator[Entry]:

@@ -16,7 +16,7 @@ from jaxlm.data.prepare.shards import Bad, Document, read_documents
 from jaxlm.data.prepare.windows import Cutter
 from jaxlm.data.prepare.work import Mark, Phase, Step, replacing, sha256
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import Encoding, Tokenizer, load_tokenizer
 
 _ROWS = 4096  # samples of a row group
 
@@ -50,6 +50,8 @@ def check(config: PrepareConfig) -> None:
         raise UserError(
             f"split.min_tokens: {config.split.min_tokens} must be between 1 and split.length, {config.split.length}"
         )
+    if config.split.encode == "document" and not config.split.keep_newlines:
+        raise UserError("split.keep_newlines: false cuts texts apart, which needs split.encode: sentence")
     _cutter(config)
     if any(source.language in ("auto", "english") for source in config.sources):
         splitter("english", config.split.keep_newlines, config.split.delimiters)("One. Two.")
@@ -99,8 +101,8 @@ def _cutter(config: PrepareConfig) -> Cutter:
         raise UserError("tokenizer: split needs one, e.g. --tokenizer models/llama/tokenizer.model")
     tokenizer = _tokenizer(config.tokenizer)
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, special_tokens=False)]
+    def encode(texts: Sequence[str]) -> list[Encoding]:
+        return tokenizer.encode_batch(texts, special_tokens=False)
 
     released = config.split.delimiters == "released"
     return Cutter(
@@ -109,6 +111,7 @@ def _cutter(config: PrepareConfig) -> Cutter:
         eos=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
         space=tokenizer.id_of("▁"),
         length=config.split.length,
+        whole=config.split.encode == "document",
         overlap=config.split.overlap,
         recut=not released,
     )

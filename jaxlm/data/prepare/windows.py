@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
-from jaxlm.data.prepare.sentences import Language, Splitter
+import numpy as np
 
-# Token ids of texts, without bos and eos.
-Encoder = Callable[[Sequence[str]], list[list[int]]]
+from jaxlm.data.prepare.sentences import Language, Splitter
+from jaxlm.tokenizer import Encoding
+
+# Tokens of texts, without bos and eos.
+Encoder = Callable[[Sequence[str]], list[Encoding]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Cutter:
         eos: ids behind it.
         space: the id that SentencePiece puts in front of every text ("▁"); None: the tokenizer has none.
         length: most tokens of a sample.
+        whole: whether a document is tokenised as one text; else each sentence by itself, as KnowLM does.
         overlap: see `segments`.
         recut: pieces that are too long even when cut by characters are cut once more, by tokens; KnowLM leaves them to
             its loader, which cuts their ends off.
@@ -31,30 +36,47 @@ class Cutter:
     eos: tuple[int, ...]
     space: int | None
     length: int
+    whole: bool = False
     overlap: bool = True
     recut: bool = True
 
     def samples(self, text: str, split: Splitter, language: Language) -> list[list[int]]:
-        """The samples of a document, in order; none of a blank one.
+        """The samples of a document, in order; none of a blank one. bos is in front of the first, eos behind the last.
 
-        Each sentence is tokenised by itself; bos is in front of the first, eos behind the last.
+        Args:
+            text: the document.
+            split: takes it apart into sentences.
+            language: whose rule it is for a sentence that is too long.
         """
         if not text.strip() or text == r"\n":
             return []
         sentences = split(text)
+        encoded = self._of_whole(text, sentences) if self.whole else [each.ids for each in self.encode(sentences)]
         last = len(sentences) - 1
         pieces: list[list[int]] = []
-        for place, (sentence, ids) in enumerate(zip(sentences, self.encode(sentences), strict=True)):
+        for place, (sentence, ids) in enumerate(zip(sentences, encoded, strict=True)):
             bos, eos = self.bos if place == 0 else (), self.eos if place == last else ()
-            whole = [*bos, *ids, *eos]
-            if len(whole) <= self.length:
-                pieces.append(whole)
-            elif language == "chinese":
-                pieces += self._by_characters(sentence, len(whole), bos, eos)
+            tokens = [*bos, *ids, *eos]
+            if not tokens:
+                continue
+            if len(tokens) <= self.length:
+                pieces.append(tokens)
+            elif language == "chinese" and not self.whole:
+                pieces += self._by_characters(sentence, len(tokens), bos, eos)
             else:
-                pieces += self._by_tokens(whole)
+                pieces += self._by_tokens(tokens)
         pairs = segments([len(piece) for piece in pieces], self.length, self.overlap)
         return [[index for piece in pieces[begin:end] for index in piece] for begin, end in pairs]
+
+    def _of_whole(self, text: str, sentences: Sequence[str]) -> list[list[int]]:
+        """The tokens of each sentence when all of the text is tokenised: a token is where its last character is."""
+        encoding = self.encode([text])[0]
+        borders = np.cumsum([len(sentence) for sentence in sentences])
+        assert borders[-1] == len(text)
+        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
+        owners = np.searchsorted(borders, ends)
+        cuts = [0, *np.searchsorted(owners, np.arange(1, len(sentences))).tolist(), len(encoding.ids)]
+        return [encoding.ids[begin:end] for begin, end in itertools.pairwise(cuts)]
 
     def _by_tokens(self, ids: list[int]) -> list[list[int]]:
         return [ids[begin : begin + self.length] for begin in range(0, len(ids), self.length)]
@@ -69,8 +91,8 @@ class Cutter:
         size = -(-len(sentence) // num_blocks)
         blocks = [sentence[at * size : (at + 1) * size] for at in range(num_blocks)]
         pieces = []
-        for place, ids in enumerate(self.encode(blocks)):
-            piece = [*(bos if place == 0 else ()), *ids, *(eos if place == num_blocks - 1 else ())]
+        for place, encoding in enumerate(self.encode(blocks)):
+            piece = [*(bos if place == 0 else ()), *encoding.ids, *(eos if place == num_blocks - 1 else ())]
             if piece and piece[0] == self.space:
                 piece = piece[1:]
             if not piece:

@@ -155,7 +155,7 @@ def perform(folder: str, phase: str, run: Callable[[Step, int], Mark], number: i
 def _identity(shard: Shard) -> dict[str, Any]:
     """What says which text a shard is; times of change do not, as a copy has others, nor where earlier steps wrote."""
     values = {key: value for key, value in dataclasses.asdict(shard).items() if key != "mtime_ns"}
-    return {**values, "path": Path(shard.path).name} if shard.kind == "part" else values
+    return {**values, "path": Path(shard.path).name} if shard.kind in ("part", "samples") else values
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:

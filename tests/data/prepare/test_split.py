@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from jaxlm.data.prepare.sentences import is_cjk, split_chinese, split_english, splitter
 from jaxlm.data.prepare.windows import Cutter, segments
+from jaxlm.tokenizer import Encoding, Tokenizer
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
 
@@ -42,8 +44,8 @@ def test_runs_are_knowlms(golden: dict[str, Any]) -> None:
         assert segments(case["lengths"], case["max"]) == [tuple(run) for run in case["segments"]], case
 
 
-def fake_encode(texts: Sequence[str]) -> list[list[int]]:
-    return [[29871, *map(ord, text)] for text in texts]
+def fake_encode(texts: Sequence[str]) -> list[Encoding]:
+    return [Encoding([29871, *map(ord, text)], []) for text in texts]
 
 
 def test_samples_are_knowlms_to_the_token(golden: dict[str, Any]) -> None:
@@ -64,8 +66,8 @@ def test_the_golden_store_is_met_to_the_token() -> None:
     tokenizer = load_tokenizer(folder / "sp.model")
     assert tokenizer.bos_id is not None and tokenizer.eos_id is not None
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch(texts, special_tokens=False)]
+    def encode(texts: Sequence[str]) -> list[Encoding]:
+        return tokenizer.encode_batch(texts, special_tokens=False)
 
     index = (folder / "g.idx").read_bytes()
     lengths = np.frombuffer(index[len(index) * 8 // 10 :], "<u2").tolist()
@@ -91,8 +93,8 @@ def test_without_overlap_every_sentence_stands_once() -> None:
 def test_no_sample_is_too_long_and_no_token_is_lost() -> None:
     """Characters that are several tokens each, which blocks of characters alone would not keep to the length."""
 
-    def bytes_of(texts: Sequence[str]) -> list[list[int]]:
-        return [[3 + byte for byte in text.encode()] for text in texts]
+    def bytes_of(texts: Sequence[str]) -> list[Encoding]:
+        return [Encoding([3 + byte for byte in text.encode()], []) for text in texts]
 
     text = "aaaaaaaa" + "石" * 30 + "。短。"
     cutter = Cutter(bytes_of, (), (), None, 10, overlap=False)
@@ -117,3 +119,34 @@ def test_a_sentence_of_code_is_a_line() -> None:
 def test_which_texts_are_in_chinese_characters() -> None:
     assert is_cjk("石英是一种矿物 SiO2。") and is_cjk("ひらがな") and is_cjk("한국어")
     assert not is_cjk("Quartz (石英) is a mineral.") and not is_cjk("123") and not is_cjk("")
+
+
+@pytest.mark.parametrize("length", [8, 12, 40])
+@pytest.mark.parametrize("language", ["chinese", "english", "code"])
+def test_a_document_tokenised_whole_is_cut_without_a_change(tokenizer: Tokenizer, length: int, language: Any) -> None:
+    """Samples that do not overlap are the document's own tokens, and begin where sentences do when they fit."""
+    if language == "english":
+        pytest.importorskip("nupunkt")
+    text = (
+        "What is granite? The rock cools slowly.  Quartz!\nWhy is it\n\n石英 和 长石。 石英和长石；长石？ how of melt. "
+        * 3
+    )
+
+    def encode(texts: Sequence[str]) -> list[Encoding]:
+        return tokenizer.encode_batch(texts, special_tokens=False)
+
+    cutter = Cutter(encode, (1,), (2,), None, length, whole=True, overlap=False)
+    samples = cutter.samples(text, splitter(language, True, "corrected"), language)
+    assert [index for sample in samples for index in sample] == [1, *tokenizer.encode(text, False).ids, 2]
+    assert len(samples) > 1 and max(map(len, samples)) <= length
+    overlapping = dataclasses.replace(cutter, overlap=True).samples(
+        text, splitter(language, True, "corrected"), language
+    )
+    assert len(overlapping) == len(samples) and sum(map(len, overlapping)) >= sum(map(len, samples))
+
+
+def test_tokens_belong_to_the_sentence_where_they_end() -> None:
+    """A token that begins with the white space between two sentences opens the second."""
+    encoding = Encoding([5, 6, 7, 8], [(0, 0), (0, 2), (2, 5), (5, 6)])
+    cutter = Cutter(lambda texts: [encoding], (), (), None, 2, whole=True, overlap=False)
+    assert cutter.samples("A. BC.", lambda text: ["A. ", "BC."], "english") == [[5, 6], [7, 8]]
