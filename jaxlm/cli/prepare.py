@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli import stores
 from jaxlm.cli.parser import parse_config_and_flags
 from jaxlm.cli.words import Flag
 from jaxlm.config import PrepareConfig
@@ -27,7 +29,8 @@ DESCRIPTION = (
     "Prepares documents for training. Without a verb all `steps` of the configuration are run; a verb runs one of "
     "them: "
     + "; ".join(f"{name}: {what}" for name, what in STEPS.items())
-    + ". A step that was stopped, killed or interrupted goes on where it was."
+    + ". A step that was stopped, killed or interrupted goes on where it was. Other verbs, each with a --help of its "
+    "own: " + "; ".join(f"{name}: {what}" for name, what in stores.VERBS.items()) + "."
 )
 FLAGS = {
     "shard": Flag(
@@ -48,11 +51,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.prepare
 
 def _main(words: list[str], prog: str) -> int:
     verb = words.pop(0) if words and not words[0].startswith("-") else None
+    if verb in stores.VERBS:
+        return stores.run(verb, words, prog)
     if verb is not None and verb not in STEPS:
-        import difflib
-
-        near = difflib.get_close_matches(verb, STEPS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(STEPS)}"
+        known = [*STEPS, *stores.VERBS]
+        near = difflib.get_close_matches(verb, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"{verb!r} is not a verb of {prog}; {hint}")
     config, flags = parse_config_and_flags(
         words, PrepareConfig, prog=prog, description=DESCRIPTION, aliases={}, flags=FLAGS
