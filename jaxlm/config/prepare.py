@@ -142,7 +142,7 @@ class FilterConfig:
         email: e-mail addresses: keep, mask (as <email>) or drop the document.
         phone: telephone numbers: keep, mask (as <phone>) or drop.
         identifier: numbers like those of identity cards, bank accounts and credit cards: keep, mask (as <id>) or drop.
-        examples: documents taken out that are shown for each rule and source, the first ones.
+        examples: documents taken out that are shown for each rule, the first ones.
     """
 
     repair: bool = True
@@ -172,7 +172,8 @@ class DedupConfig:
         threshold: the Jaccard similarity of two sets of n-grams from which on two documents are near duplicates.
         ngram: words of an n-gram; characters in Chinese, Japanese and Korean.
         bands: groups of hashes; documents that share one are compared.
-        rows: hashes of a group. With b bands and r rows, pairs of similarity (1/b)^(1/r) are found half of the time.
+        rows: hashes of a group. With b bands and r rows, a pair of similarity s is found with the probability
+            1 - (1 - s^r)^b.
         minhash: who computes the hashes: rensa, or numpy (slower, and other hashes).
         max_bucket: documents of a bucket that are all compared with one another; in a larger one each is compared with
             its neighbours and with the first.
