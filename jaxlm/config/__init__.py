@@ -8,6 +8,7 @@ from jaxlm.config.data import DataConfig, MixingConfig, SourceConfig
 from jaxlm.config.inference import Decoding, EvaluateConfig, GenerateConfig, InferenceModelConfig
 from jaxlm.config.model import LoraConfig, ModalityConfig, ModelConfig, MoeRunConfig, TokenizerConfig
 from jaxlm.config.plain import flatten, to_dict
+from jaxlm.config.prepare import PrepareConfig
 from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "MoeRunConfig",
     "OptimizerConfig",
+    "PrepareConfig",
     "RunConfig",
     "SourceConfig",
     "TokenizerConfig",

@@ -237,6 +237,19 @@ def _format(file: Location, source: SourceConfig) -> str:
     return kind
 
 
+def record_files(source: SourceConfig) -> list[tuple[Path, str]] | None:
+    """The files of a source in order, each with its kind as `entries.read_entries` takes it.
+
+    None for a directory of `datasets`.
+
+    Raises:
+        UserError: nothing is there, or of an unknown kind.
+    """
+    if _is_hf(source):
+        return None
+    return [(file, _format(file, source)) for file in _files(source)]
+
+
 def _read_hf(source: SourceConfig) -> Iterator[Record]:
     import datasets  # takes a second, and only these sources need it
 
