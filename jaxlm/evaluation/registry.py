@@ -11,6 +11,8 @@ from jaxlm.evaluation.task import Task
 # Name for --task -> module of `jaxlm.evaluation.tasks`, which has it as TASK or in TASKS (by name).
 MODULES: dict[str, str] = {
     "multiple_choice": "multiple_choice",
+    "numbers": "numbers",
+    "qa": "qa",
 }
 # Tasks of `jaxlm evaluate` that have a command of their own, and are run one at a time.
 ALONE = ("perplexity", "smiles2text", "text2smiles")
