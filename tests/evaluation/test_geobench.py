@@ -1,0 +1,221 @@
+"""GeoBench: K2's counting and its prompts, from its files where they are at hand, else from small ones of our own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlm.errors import UserError
+from jaxlm.evaluation.metrics import geobench, next_token
+from jaxlm.tokenizer import load_tokenizer
+
+SAMPLES = Path(__file__).parents[2] / "../shared/data"
+NPEE = {
+    "noun": {"question": ["moraine"], "answer": ["Debris that a glacier leaves."]},
+    "choice": {
+        "question": [
+            "Which rock is igneous:\nChoose from:\n\nA. Basalt\nB. Chalk\nC. Slate",
+            "The hardest is:\nChoose from:\n\nA. Talc\nB. Gypsum\nC. Quartz\nD. Calcite",
+        ],
+        "answer": ["A", "C"],
+    },
+    "tf": {"question": ["Halite dissolves in water"], "answer": ["True"]},
+}
+AP = [
+    {
+        "id": "same",
+        "question": {
+            "stem": "Chalk is",
+            "choices": [{"label": "A", "text": "a rock"}, {"label": "B", "text": "a gas"}],
+        },
+        "answerKey": "A",
+    }
+]
+
+
+def sample(name: str) -> Path:
+    path = SAMPLES / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here")
+    return path
+
+
+def written(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "geobench.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_token_ids_are_those_of_k2s_table() -> None:
+    """LLaMA's letters and truth values, as K2's table lists them, and as they stand in its examples."""
+    tokenizer = load_tokenizer(sample("llama_tokenizer.model"))
+    ids = next_token.label_ids(lambda text: tokenizer.encode(text).ids, "ABCDEFGH")
+    assert ids["k2"] == (319, 350, 315, 360, 382, 383, 402, 379)
+    assert ids["plain"] == (29909, 29933, 29907, 29928, 29923, 29943, 29954, 29950)
+    truth = next_token.label_ids(lambda text: tokenizer.encode(text).ids, ["True", "False"])
+    assert truth == {"k2": (5852, 7700), "plain": (5574, 8824)}
+
+
+def test_a_label_of_several_tokens_has_no_form() -> None:
+    letters = {"A": 1, "B": 2}
+
+    def encode(text: str) -> list[int]:
+        """A piece for white space in front, as of a tokenizer whose letters never begin a word."""
+        return [0, *(letters.get(sign, 9) for sign in text)]
+
+    assert next_token.label_ids(encode, "AB") == {"plain": (1, 2)}
+    with pytest.raises(UserError, match="no single token for each of A, C, D"):
+        next_token.label_ids(encode, "ACD")  # C and D are one token
+    with pytest.raises(UserError, match="no single token"):
+        next_token.label_ids(encode, ["True", "False"])
+
+
+def test_choice_entropy_and_shares_by_hand() -> None:
+    probability = {1: 0.1, 2: 0.3, 3: 0.5, 4: 0.0}
+    values = next_token.by_form({"k2": (1, 2), "plain": (3, 4)}, probability)
+    assert values == {"k2": [0.1, 0.3], "plain": [0.5, 0.0], "max": [0.5, 0.3]}
+    assert [next_token.choose(value) for value in values.values()] == [1, 0, 0]
+    assert next_token.choose([0.2, 0.2]) == 0  # the first one of equal ones, as argmax
+    assert next_token.shares([0.1, 0.3]) == pytest.approx([0.25, 0.75])
+    assert next_token.entropy([0.1, 0.3]) == pytest.approx(2 - 0.75 * math.log2(3))
+    assert next_token.entropy([0.0, 0.2]) == 0.0 and next_token.entropy([0.0, 0.0]) == 1.0
+    with pytest.raises(UserError, match="NaN"):
+        next_token.choose([0.1, math.nan])
+
+
+@given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=8))
+def test_entropy_and_choice_against_numpy_and_scipy(values: list[float]) -> None:
+    import numpy as np
+    from scipy.stats import entropy
+
+    assert next_token.entropy(values) == pytest.approx(entropy(values, base=2), abs=1e-9)
+    assert next_token.choose(values) == int(np.argmax(values))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Which:\nA. x\nB. y\nC. z", 3),
+        ("Which:\nA. x\nB. y\nD. z", 2),  # {A, B, D}: the third is not C
+        ("Which:\nB. y\nC. z", 0),
+        ("A-type granite:\nA. x\nB. y", 2),  # a hyphen touches the first A
+        ("X-ray\nA. a\nB. b\nC. U-Pb\nD. d", 4),
+        ("\nA. a\nB.", 2),
+        ("\nA. a\nB. b\nC", 2),  # nothing stands behind the last letter
+    ],
+)
+def test_options_are_counted_by_k2s_rule(text: str, expected: int) -> None:
+    assert geobench.num_options(text) == expected
+
+
+@given(st.text(alphabet="ABCDE .\n-x", max_size=30))
+def test_counting_options_against_another_formulation(text: str) -> None:
+    """A walk over the signs instead of a pattern, and a walk over the alphabet instead of a sort."""
+    letters = {
+        sign
+        for before, sign, behind in zip(text, text[1:], text[2:], strict=False)
+        if sign in "ABCDE" and not (before.isalnum() or before == "-" or behind.isalnum() or behind == "-")
+    }
+    ranks = [sum(other < letter for other in letters) for letter in letters]
+    expected = sum("ABCDE"[rank] == letter for rank, letter in zip(ranks, letters, strict=True))
+    assert geobench.num_options(text) == expected
+
+
+def test_questions_that_can_never_score(tmp_path: Path) -> None:
+    """K2's file has two: four options, of which the rule sees three, and the answer is D."""
+    text = "Which one\nChoose from:\n\nA. a\nB. b\nC. c\nD-layer"
+    (question,) = geobench.read_questions(written(tmp_path, {"choice": {"question": [text], "answer": ["D"]}}))
+    assert question.labels == ("A", "B", "C") and question.is_counted and not question.can_score
+
+
+def test_the_random_line_of_k2s_file() -> None:
+    """153 questions of four options, 28 of three and one of five: 0.26255."""
+    groups = ((153, "ABCD"), (28, "ABC"), (1, "ABCDE"))
+    questions = [geobench.Question("q", "choice", "", tuple(labels), "A") for n, labels in groups for _ in range(n)]
+    assert geobench.random_line(questions) == pytest.approx(0.26255, abs=5e-6)
+    passed_over = geobench.Question("q", "choice", "", ("A",), "AB")
+    assert geobench.random_line([*questions, passed_over]) == geobench.random_line(questions)
+
+
+def test_the_examples_are_written_to_the_byte() -> None:
+    """Each block of K2's file again, from its stem, options and answer."""
+    text = sample("k2_multiple_choice_samples_wa.txt").read_bytes().decode()
+    blocks = text.rstrip("\n").split("\n\n\n")
+    assert len(blocks) == 4
+    for block in blocks:
+        lines = block.split("\n")
+        options = dict(line.split(". ", 1) for line in lines[4:8])
+        question = geobench.Question("q", "apstudy", geobench.question_text(lines[2], options), (), lines[-1])
+        assert geobench.answered(question, "wa") == block + "\n"
+    path = SAMPLES / "k2_multiple_choice_samples_wa.txt"
+    with_line, without = geobench.few_shot(path, "wa"), geobench.few_shot(path, "woa")
+    assert with_line.startswith(text) and with_line == text + "\n"
+    assert with_line.count("The answer is:\n") == 4 and without == with_line.replace("The answer is:\n", "")
+
+
+def test_prompts(tmp_path: Path) -> None:
+    choice, _, tf = geobench.read_questions(written(tmp_path, NPEE))[1:]
+    assert geobench.choice_prompt(choice, "wa") == (
+        "### Instruction:\nIdentify the choice that best completes the statement or answers the question.\n"
+        "Which rock is igneous:\nChoose from:\n\nA. Basalt\nB. Chalk\nC. Slate\n\n### Response:\nThe answer is:\n"
+    )
+    assert geobench.choice_prompt(choice, "woa", "EXAMPLES").startswith("EXAMPLES### Instruction:\n")
+    assert geobench.choice_prompt(choice, "woa").endswith("C. Slate\n\n### Response:\n")
+    assert "True or False" in geobench.choice_prompt(tf, "wa")
+
+
+def test_questions_are_read(tmp_path: Path) -> None:
+    questions = geobench.read_questions(written(tmp_path, NPEE))
+    assert [(q.kind, q.labels, q.answer) for q in questions][1:] == [
+        ("choice", ("A", "B", "C"), "A"),
+        ("choice", ("A", "B", "C", "D"), "C"),
+        ("tf", ("True", "False"), "True"),
+    ]
+    (question,) = geobench.read_questions(written(tmp_path, AP))
+    assert question.text == "Chalk is\nChoose from:\nA. a rock\nB. a gas" and question.labels == ("A", "B")
+
+
+def test_the_published_questions() -> None:
+    questions = geobench.read_questions(sample("k2_geobench_apstudy.json"))
+    answers = [question.answer for question in questions]
+    counts = {letter: answers.count(letter) for letter in "ABCDE"}
+    assert len(questions) == 1395 and counts == {"C": 315, "B": 301, "D": 295, "E": 249, "A": 235}
+    assert geobench.random_line(questions) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([], "not a file of GeoBench"),
+        (
+            [{"instruction": "Summarize", "input": "", "output": ""}],
+            "question 1 is not a question of GeoBench's apstudy",
+        ),
+        ({}, "it is empty"),
+        ({"data": []}, "found the key 'data'"),
+        ({"choice": {"question": ["A"]}}, "choice: expected {question"),
+        ({"tf": {"question": ["a", "b"], "answer": ["True"]}}, "2 questions and 1 answers"),
+        ({"tf": {"question": ["a"], "answer": ["yes"]}}, "tf 1: the answer is 'yes'"),
+        ({"choice": {"question": ["none"], "answer": ["A"]}}, "choice 1: has no options"),
+        ([{**AP[0], "answerKey": "C"}], "answerKey is 'C'; expected one of A, B"),
+        ([{**AP[0], "answerKey": None}], "answerKey is None"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        geobench.read_questions(written(tmp_path, content))
+
+
+def test_other_examples_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "few.txt"
+    path.write_text("A question\nA\n")
+    with pytest.raises(UserError, match=r"few_shot: .*few.txt is not of the form"):
+        geobench.few_shot(path, "wa")
+    with pytest.raises(UserError, match="cannot be read"):
+        geobench.few_shot(tmp_path / "none.txt", "wa")
+    assert geobench.few_shot(None, "wa") == ""
