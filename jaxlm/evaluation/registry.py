@@ -9,7 +9,10 @@ from jaxlm.errors import UserError
 from jaxlm.evaluation.task import Task
 
 # Name for --task -> module of `jaxlm.evaluation.tasks`, which has it as TASK or in TASKS (by name).
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "geobench": "geobench",
+    "geobench_subjective": "geobench",
+}
 
 
 def get_task(name: str) -> Task:

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
 from jaxlm.evaluation.metrics import geobench, next_token
+from jaxlm.evaluation.registry import get_task
+from jaxlm.evaluation.task import Answer, Answers
+from jaxlm.evaluation.tasks.geobench import chosen_label
 from jaxlm.tokenizer import load_tokenizer
+from tests.evaluation.tasks import probabilities, read, requested, text_answers, values
 
 SAMPLES = Path(__file__).parents[2] / "../shared/data"
 NPEE = {
@@ -76,8 +80,7 @@ def test_a_label_of_several_tokens_has_no_form() -> None:
 
 
 def test_choice_entropy_and_shares_by_hand() -> None:
-    probability = {1: 0.1, 2: 0.3, 3: 0.5, 4: 0.0}
-    values = next_token.by_form({"k2": (1, 2), "plain": (3, 4)}, probability)
+    values = next_token.with_max({"k2": [0.1, 0.3], "plain": [0.5, 0.0]})
     assert values == {"k2": [0.1, 0.3], "plain": [0.5, 0.0], "max": [0.5, 0.3]}
     assert [next_token.choose(value) for value in values.values()] == [1, 0, 0]
     assert next_token.choose([0.2, 0.2]) == 0  # the first one of equal ones, as argmax
@@ -219,3 +222,116 @@ def test_other_examples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         geobench.few_shot(tmp_path / "none.txt", "wa")
     assert geobench.few_shot(None, "wa") == ""
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
+
+TASK, SUBJECTIVE = get_task("geobench"), get_task("geobench_subjective")
+
+
+def test_questions_to_a_model(tmp_path: Path) -> None:
+    """Both endings of each question, with the ids of its labels in both forms; other kinds are left alone."""
+    records, options = read(TASK, written(tmp_path, NPEE))
+    requests = requested(TASK, records, options)
+    assert [record["kind"] for record in records] == ["choice", "choice", "tf"]
+    assert [(request.record, request.part) for request in requests[:3]] == [
+        (0, "wa:k2+plain"),
+        (0, "woa:k2+plain"),
+        (1, "wa:k2+plain"),
+    ]
+    assert requests[0].ids == (10065, 10066, 10067, 65, 66, 67)  # type: ignore[attr-defined]
+    assert requests[-1].ids == (15000, 15001, 5000, 5001)  # type: ignore[attr-defined]
+    assert requests[-1].context.endswith("### Response:\n")  # type: ignore[union-attr]
+
+
+def test_examples_stand_in_front_of_choices_only(tmp_path: Path) -> None:
+    examples = tmp_path / "few.txt"
+    shot = geobench.answered(geobench.Question("q", "choice", "Q\nChoose from:\nA. a\nB. b", ("A", "B"), "B"), "wa")
+    examples.write_text(shot + "\n\n" + shot)
+    records, options = read(TASK, written(tmp_path, NPEE), few_shot=str(examples))
+    wa, woa, *_, tf = [str(request.context) for request in requested(TASK, records, options)]
+    assert wa.startswith(shot + "\n\n" + shot + "\n\n### Instruction:\n")
+    assert woa.count("The answer is:") == 0 and woa.count("### Response:\n") == 3
+    assert tf.count("### Instruction:") == 1
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    records, options = read(TASK, written(tmp_path, NPEE))
+    answers: list[Answers] = [
+        {"wa:k2+plain": probabilities(0.2, 0.1, 0.1, 0.1, 0.5, 0.1), "woa:k2+plain": Answer(error="too long")},
+        {"wa:k2+plain": probabilities(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.1)},
+        {"wa:plain": probabilities(0.3, 0.1)},
+    ]
+    figures = TASK.score(records, answers, options)
+    assert values(figures) == pytest.approx(
+        {
+            "choice_wa_k2_accuracy": 0.5,
+            "choice_wa_plain_accuracy": 0.5,
+            "choice_wa_max_accuracy": 0.5,
+            "choice_woa_k2_accuracy": 0.0,
+            "choice_woa_plain_accuracy": 0.0,
+            "choice_woa_max_accuracy": 0.0,
+            "tf_wa_plain_accuracy": 1.0,
+            "tf_wa_max_accuracy": 1.0,
+            "choice_random": (1 / 3 + 1 / 4) / 2,
+            "tf_random": 0.5,
+            "choice_wa_k2_entropy": (1.5 + 2) / 2,
+            "choice_wa_plain_entropy": (next_token.entropy([1, 5, 1]) + next_token.entropy([1, 1, 2, 1])) / 2,
+            "choice_wa_max_entropy": (next_token.entropy([2, 5, 1]) + next_token.entropy([1, 1, 2, 1])) / 2,
+            "tf_wa_plain_entropy": next_token.entropy([3, 1]),
+            "tf_wa_max_entropy": next_token.entropy([3, 1]),
+        }
+    )
+    assert figures["choice_wa_k2_accuracy"].values == {0: 1.0, 1: 0.0}
+    # Records of an earlier run's file of answers: lists in place of tuples.
+    again = json.loads(json.dumps(records))
+    assert TASK.check(again[0], options) is None and TASK.score(again, answers, options) == figures
+    assert "Can never score, because K2's rule does not see the right option: 0" in TASK.details(  # type: ignore[misc]
+        records, answers, figures, options
+    )
+
+
+def test_the_figure_is_drawn(tmp_path: Path) -> None:
+    import matplotlib.figure
+
+    records, options = read(TASK, written(tmp_path, NPEE))
+    answers: list[Answers] = [{"wa:plain": probabilities(*[0.1] * len(record["labels"]))} for record in records]
+    figure = matplotlib.figure.Figure()
+    TASK.plot(figure, records, answers, TASK.score(records, answers, options), options)  # type: ignore[misc]
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["choice_wa_plain", "choice_wa_max"]
+    assert len(axes.lines) >= 2  # where guessing is
+
+
+def test_written_answers(tmp_path: Path) -> None:
+    records, options = read(TASK, written(tmp_path, NPEE))
+    figures = TASK.score(records, text_answers(["The answer is A.", "B, not C", "It is True"]), options)
+    assert figures["choice_text_accuracy"].value == 0.5 and figures["tf_text_accuracy"].value == 1
+    assert chosen_label("none of them", ["A"]) is None and chosen_label("A-type, so B", ["A", "B"]) == "B"
+
+
+def test_free_answers(tmp_path: Path) -> None:
+    pytest.importorskip("rouge_score")
+    records, options = read(SUBJECTIVE, written(tmp_path, NPEE), max_new_tokens=7)
+    generate, likelihood = requested(SUBJECTIVE, records, options)
+    assert generate.settings.max_new_tokens == 7 and "moraine" in generate.context.text  # type: ignore[attr-defined, union-attr]
+    assert likelihood.continuations == (NPEE["noun"]["answer"][0],)  # type: ignore[attr-defined]
+    answers: list[Answers] = [
+        {
+            "answer": Answer(texts=("Debris of a glacier",)),
+            "reference": Answer(log_probs=(-6.0,), num_tokens=(4,), is_greedy=(False,)),
+        }
+    ]
+    figures = SUBJECTIVE.score(records, answers, options)
+    # Words: debris that a glacier leaves, and debris of a glacier: three in common, of five and four; pairs: one.
+    assert values(figures) == pytest.approx(
+        {"noun_rouge_1": 6 / 9, "noun_rouge_2": 2 / 7, "noun_rouge_l": 6 / 9, "noun_perplexity": math.exp(1.5)}
+    )
+    assert figures["noun_perplexity"].higher_is_better is False and figures["noun_perplexity"].n == 4
+
+
+def test_a_file_without_the_tasks_questions(tmp_path: Path) -> None:
+    path = written(tmp_path, AP)
+    with pytest.raises(UserError, match="no question of the kinds noun, completion, discussion"):
+        read(SUBJECTIVE, path)
+    assert TASK.check({"instruction": "x"}, TASK.options()) == "must have the fields answer, kind, labels, name, text"

@@ -11,9 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxlm.errors import UserError
 
-FORMS = ("k2", "plain", "max")
-Ids = Mapping[str, tuple[int, ...]]
-
 
 def label_ids(encode: Callable[[str], Sequence[int]], labels: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The token of each label, in the two forms that a tokenizer may have for it.
@@ -54,16 +51,9 @@ def label_ids(encode: Callable[[str], Sequence[int]], labels: Sequence[str]) -> 
     return forms
 
 
-def by_form(ids: Ids, probability: Mapping[int, float]) -> dict[str, list[float]]:
-    """The probability of each option in each form; `max` is the larger one of the two forms.
-
-    Args:
-        ids: form -> id of each option, of `label_ids`.
-        probability: id -> probability of the token.
-    """
-    values = {name: [probability[token] for token in tokens] for name, tokens in ids.items()}
-    values["max"] = [max(pair) for pair in zip(*values.values(), strict=True)]
-    return values
+def with_max(probabilities: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The probability of each option by form, and as `max` the larger one of the forms."""
+    return {**probabilities, "max": [max(pair) for pair in zip(*probabilities.values(), strict=True)]}
 
 
 def choose(probabilities: Sequence[float]) -> int:
