@@ -12,6 +12,9 @@ from jaxlm.evaluation.task import Task
 MODULES: dict[str, str] = {
     "geobench": "geobench",
     "geobench_subjective": "geobench",
+    "matbench": "mdp",
+    "mdp": "mdp",
+    "sii": "sii",
 }
 
 

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from jaxlm.errors import UserError
 from jaxlm.evaluation.metrics import regression
 from jaxlm.evaluation.metrics.regression import Pair
+from jaxlm.evaluation.registry import get_task
+from jaxlm.evaluation.task import Question
+from tests.evaluation.tasks import requested, text_answers, values
 
 SAMPLES = Path(__file__).parents[2] / "../shared/data"
 ANSWER = " JV default Voc: 1.05 \n JV default Jsc: 20.1 \n JV default FF: 0.75 \n JV default PCE: 15.8@@@"
@@ -38,7 +41,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_devices() -> None:
-    assert regression.reference_values("r", ANSWER) == {"Voc": 1.05, "Jsc": 20.1, "PCE": 15.8}
+    assert regression.reference_values(ANSWER) == {"Voc": 1.05, "Jsc": 20.1, "PCE": 15.8}
     assert regression.device_pairs(ANSWER, ANSWER.replace("1.05", "1.1")) == {
         "Voc": Pair(1.05, 1.1),
         "Jsc": Pair(20.1, 20.1),
@@ -68,7 +71,7 @@ def test_published_devices(name: str) -> None:
     if not (SAMPLES / name).is_file():
         pytest.skip(f"{name} is not here")
     for record in json.loads((SAMPLES / name).read_text()):
-        values = regression.reference_values("r", record["output"])
+        values = regression.reference_values(record["output"])
         pairs = {key: Pair(value, value) for key, value in values.items()}
         assert regression.device_pairs(record["output"], record["output"]) == pairs
         published = regression.device_pairs(record["output"], record["output"], as_published=True)
@@ -77,8 +80,8 @@ def test_published_devices(name: str) -> None:
 
 
 def test_a_record_of_another_suite_is_refused() -> None:
-    with pytest.raises(UserError, match="record 2: the output names no number for Voc, Jsc or PCE"):
-        regression.reference_values("record 2", "JV default Voc: high\nYes")
+    with pytest.raises(UserError, match="the output names no number for Voc, Jsc or PCE"):
+        regression.reference_values("JV default Voc: high\nYes")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +103,111 @@ def test_numbers(text: str, number: float | None, published: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("Yes", True), (" No, it is not", False), ("Yes/No", True), ("It is. Yes", None), ("", None)]
+    ("text", "expected", "published"),
+    [
+        ("Yes", True, True),
+        (" No, it is not", False, False),
+        ("yes.", True, None),
+        ("Nothing", None, False),
+        ("It is. Yes", None, None),
+        ("", None, None),
+    ],
 )
-def test_yes_or_no(text: str, expected: bool | None) -> None:
+def test_yes_or_no(text: str, expected: bool | None, published: bool | None) -> None:
     assert regression.yes_or_no(text) is expected
+    assert regression.yes_or_no(text, as_published=True) is published
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
+
+MDP, MATBENCH = get_task("mdp"), get_task("matbench")
+DEVICE = {"instruction": "What?", "input": "SLG###", "output": ANSWER}
+STEEL = {"instruction": "Strength? ->", "input": " Fe0.8C0.2\n", "output": " 1036.9\n"}
+METAL = {"instruction": "Is composition metal? ->", "output": " Yes, Ag is metal.\n"}
+
+
+def test_devices_are_asked() -> None:
+    (own,) = requested(MDP, [DEVICE], MDP.options())
+    assert own.context == Question("What?", "SLG###")
+    (published,) = requested(MDP, [DEVICE], MDP.options(as_published=True))
+    assert published.context == "instruction: What?, input: SLG###"
+    steel, metal = requested(MATBENCH, [STEEL, METAL], MATBENCH.options(as_published=True))
+    assert str(steel.context).endswith("\n    ### Input:\n     Fe0.8C0.2\n\n    ### Response:")
+    assert str(metal.context).endswith(
+        "request.\n    ### Instruction:\n    Is composition metal? ->\n    ### Response:"
+    )
+
+
+def test_figures_of_devices() -> None:
+    answers = text_answers([ANSWER, "JV default Voc: 1.15\nJV default PCE: none", ""])
+    figures = MDP.score([DEVICE] * 3, answers, MDP.options())
+    assert figures["voc_mae"].value == pytest.approx(0.05) and figures["voc_mae"].n == 2
+    assert figures["voc_rmse"].value == pytest.approx(0.1 / 2**0.5)
+    assert figures["voc_mae"].higher_is_better is False and figures["voc_r2"].higher_is_better
+    assert [figures[f"{name}_answered"].value for name in ("voc", "jsc", "pce")] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    published = MDP.score([DEVICE] * 3, answers, MDP.options(as_published=True))
+    assert published["voc_mae"].value == 0 and published["voc_mae"].n == 1
+    nothing = MDP.score([DEVICE], text_answers([""]), MDP.options())
+    assert math.isnan(nothing["voc_mae"].value) and nothing["voc_answered"].value == 0
+
+
+def test_devices_are_drawn_in_three_panels() -> None:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure()
+    answers = text_answers([ANSWER.replace("1.05", "1.5")])
+    MDP.plot(figure, [DEVICE], answers, {}, MDP.options())  # type: ignore[misc]
+    assert [axes.get_xlabel() for axes in figure.axes] == [
+        "Experimental Voc (V)",
+        "Experimental Jsc (mA/cm$^2$)",
+        "Experimental PCE (%)",
+    ]
+    assert figure.axes[0].get_xlim() == (0.5, 1.5) and figure.axes[1].get_ylim() == (5, 25)
+    assert "| Jsc | 20.1 | 0 |" in MDP.details([DEVICE], answers, {}, MDP.options())  # type: ignore[misc]
+
+
+def test_figures_of_matbench() -> None:
+    answers = text_answers(["about 1030.9 MPa", "unknown"])
+    figures = values(MATBENCH.score([STEEL] * 2, answers, MATBENCH.options()))
+    assert figures["mae"] == pytest.approx(6) and figures["answered"] == 0.5
+    published = values(MATBENCH.score([STEEL] * 2, answers, MATBENCH.options(as_published=True)))
+    assert published["mae"] == pytest.approx(1036.9)  # both are read as 0
+
+
+def test_verdicts_of_matbench() -> None:
+    other = METAL | {"output": " No, C is not metal.\n"}
+    records = [METAL, METAL, other, other, METAL]
+    answers = text_answers(["Yes", "No.", "Yes, it is", "no", "perhaps"])
+    figures = values(MATBENCH.score(records, answers, MATBENCH.options()))
+    # Right: 2 of 5. Yes: 1 hit, 1 wrong, 2 missed.
+    assert figures == pytest.approx({"accuracy": 0.4, "f1": 2 / (2 + 3), "answered": 0.8})
+    published = MATBENCH.score(records, answers, MATBENCH.options(as_published=True))
+    assert published["accuracy"].n == 3 and published["accuracy"].value == pytest.approx(1 / 3)
+    content = MATBENCH.files(records, answers, MATBENCH.options())["matbench.json"]  # type: ignore[misc]
+    assert json.loads(content)[1] == {"input": "", "output": False} and len(json.loads(content)) == 4
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["Yes", "No", "?"])), min_size=1))
+def test_f1_of_verdicts_against_precision_and_recall(pairs: list[tuple[bool, str]]) -> None:
+    records = [METAL if right else METAL | {"output": " No, C.\n"} for right, _ in pairs]
+    figures = MATBENCH.score(records, text_answers([text for _, text in pairs]), MATBENCH.options())
+    hits = sum(right and text == "Yes" for right, text in pairs)
+    said, positive = sum(text == "Yes" for _, text in pairs), sum(right for right, _ in pairs)
+    precision, recall = hits / said if said else 0.0, hits / positive if positive else 0.0
+    expected = 2 * precision * recall / (precision + recall) if hits else 0.0
+    value = figures["f1"].value
+    assert value == pytest.approx(expected) or (math.isnan(value) and not said and not positive)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (STEEL | {"output": " hard\n"}, "the output ' hard\\n' neither is a number nor begins with Yes or No"),
+        (STEEL | {"output": "nan"}, "neither is a number"),
+        (STEEL | {"input": 3}, "'input' is int"),
+        ({"text": "x"}, "has no 'instruction'"),
+    ],
+)
+def test_other_records_are_refused(record: dict[str, object], said: str) -> None:
+    assert said in str(MATBENCH.check(record, MATBENCH.options()))
+    assert MDP.check(record, MDP.options()) is not None

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from jaxlm.errors import UserError
 from jaxlm.evaluation.metrics import sii
+from jaxlm.evaluation.registry import get_task
+from jaxlm.evaluation.task import Answer, Answers, Question
+from tests.evaluation.tasks import requested
 
 SAMPLES = Path(__file__).parents[2] / "../shared/data"
 GOLDEN = SAMPLES / "golden/golden_sii_synthetic.json"
@@ -38,7 +41,7 @@ def written(values: dict[str, str]) -> str:
 def test_figures_of_the_notebook(as_published: bool) -> None:
     """All of them as published; corrected, those that the corrections do not touch."""
     content = json.loads(GOLDEN.read_text())
-    answer = sii.parse_reference("golden", written(content["answer"]))
+    answer = sii.parse_reference(written(content["answer"]))
     for name, expected in content["expected(P,R,F1,acc)"].items():
         change = content["predictions_change"][name]
         if change is None:
@@ -179,7 +182,7 @@ def test_relations_are_counted_once() -> None:
 
 def test_answers_are_parsed() -> None:
     text = written(ANSWER)
-    assert sii.parse_answer(text) == ANSWER == sii.parse_reference("r", text)
+    assert sii.parse_answer(text) == ANSWER == sii.parse_reference(text)
     assert sii.parse_answer("Here: Cell_area_measured: 0.1,\nModule:TRUE ### \nModule: no") == {
         "Cell_area_measured": "0.1",
         "Module": "TRUE",
@@ -197,16 +200,16 @@ def test_answers_are_parsed() -> None:
 @pytest.mark.skipif(not (SAMPLES / "darwin_sii_120.json").is_file(), reason="Darwin's records are not here")
 def test_published_records() -> None:
     records = json.loads((SAMPLES / "darwin_sii_120.json").read_text())
-    for number, record in enumerate(records):
-        reference = sii.parse_reference(str(number), record["output"])
+    for record in records:
+        reference = sii.parse_reference(record["output"])
         assert sii.parse_answer(record["output"]) == reference
         assert sii.document(reference, reference)["abc_d"].f1 == 1
 
 
 @pytest.mark.parametrize("text", ["", "JV default Voc: 1.0", written(dict(reversed(ANSWER.items())))])
 def test_a_record_of_another_suite_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="rec 3: line 1 of the output must be 'Substrate_stack_sequence: …'"):
-        sii.parse_reference("rec 3", text)
+    with pytest.raises(UserError, match="line 1 of the output must be 'Substrate_stack_sequence: …'"):
+        sii.parse_reference(text)
 
 
 def test_abilities_by_hand() -> None:
@@ -223,3 +226,50 @@ def test_abilities_by_hand() -> None:
     assert sii.abilities(answer, other, text, as_published=True)["normalisation"] == (4, 2)
     assert sii.abilities(answer, {}, text)["deduction"] == (0, 2)
     assert sii.abilities(answer, {}, text, as_published=True)["deduction"] == (0, 0)
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+TASK = get_task("sii")
+RECORD = {"instruction": "Summarize.", "input": "ITO on SLG; area 0.1", "output": written(ANSWER)}
+
+
+def test_a_model_is_asked_in_its_own_template_or_as_published() -> None:
+    (own,) = requested(TASK, [RECORD], TASK.options(max_new_tokens=9))
+    assert own.context == Question("Summarize.", "ITO on SLG; area 0.1")
+    assert own.settings.temperature == 0 and own.settings.max_new_tokens == 9  # type: ignore[attr-defined]
+    (published,) = requested(TASK, [RECORD], TASK.options(as_published=True))
+    assert published.context == (
+        "instruction: Summarize.If prediction is finished, add </s> at the end of the output., input: "
+        "ITO on SLG; area 0.1"
+    )
+    settings = published.settings  # type: ignore[attr-defined]
+    assert (settings.temperature, settings.top_p, settings.top_k) == (0.8, 0.75, 40)
+
+
+def test_figures_of_documents() -> None:
+    wrong = written(ANSWER | {"Cell_architecture": "nip"})
+    answers: list[Answers] = [
+        {"answer": Answer(texts=(RECORD["output"],), finishes=("stop",))},
+        {"answer": Answer(texts=(wrong,), finishes=("length",))},
+        {"answer": Answer(error="too long")},
+    ]
+    figures = TASK.score([RECORD] * 3, answers, TASK.options())
+    total = sum(len(sii.words(key, value)) for key, value in ANSWER.items())
+    share = (total - 1) / total
+    assert figures["ie_recall"].value == pytest.approx((1 + share + 0) / 3) and figures["ie_recall"].n == 3
+    assert figures["ie_f1"].values == pytest.approx({0: 1.0, 1: share, 2: 0.0})
+    assert figures["deduction"].n == 6 and figures["deduction"].value == pytest.approx(3 / 6)
+    assert figures["complete"].value == pytest.approx(2 / 3) and figures["finished"].value == 0.5
+    published = TASK.score([RECORD] * 3, answers, TASK.options(as_published=True))
+    assert published["ie_f1"].n == 2 and published["ie_f1"].value == round((1 + round(share, 4)) / 2, 4)
+    for options in (TASK.options(), TASK.options(as_published=True)):
+        assert TASK.details([RECORD] * 3, answers, published, options)  # type: ignore[misc]
+
+
+def test_records_are_checked() -> None:
+    options = TASK.options()
+    assert TASK.check(RECORD, options) is None
+    assert TASK.check({"question": "x"}, options) == "has no 'instruction'; columns found: question"
+    assert TASK.check(RECORD | {"output": 3}, options) == "'output' is int, expected a text"
+    assert "line 1 of the output" in str(TASK.check(RECORD | {"output": "JV default Voc: 1"}, options))

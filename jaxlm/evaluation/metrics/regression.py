@@ -71,7 +71,7 @@ def device_values(text: str) -> dict[str, float | None]:
     return values
 
 
-def reference_values(name: str, text: str) -> dict[str, float]:
+def reference_values(text: str) -> dict[str, float]:
     """The values of the right answer; Darwin's own records leave some empty.
 
     Raises:
@@ -80,10 +80,7 @@ def reference_values(name: str, text: str) -> dict[str, float]:
     found = device_values(text)
     values = {key: value for key in PROPERTIES if (value := found.get(key)) is not None}
     if not values:
-        raise UserError(
-            f"data: {name}: the output names no number for Voc, Jsc or PCE; expected lines 'JV default Voc: 1.05', "
-            "Jsc, FF, PCE and '@@@', as in Darwin's regression40.json"
-        )
+        raise UserError("the output names no number for Voc, Jsc or PCE, e.g. in a line 'JV default Voc: 1.05'")
     return values
 
 
@@ -95,7 +92,7 @@ def device_pairs(answer: str, given: str, as_published: bool = False) -> dict[st
     Else each property is paired by its name, and one that the model gives no number for is absent.
     """
     if not as_published:
-        right, found = reference_values("a record", answer), device_values(given)
+        right, found = reference_values(answer), device_values(given)
         return {name: Pair(value, guess) for name, value in right.items() if (guess := found.get(name)) is not None}
     sides = [
         [line for line in text.split("@")[0].strip("\n").split("\n") if "FF" not in line] for text in (answer, given)
@@ -118,10 +115,12 @@ def device_pairs(answer: str, given: str, as_published: bool = False) -> dict[st
 # --- Darwin's Matbench files ------------------------------------------------------------------------------------------
 
 
-def yes_or_no(text: str) -> bool | None:
-    """What the first word of an answer says; None when it says neither."""
+def yes_or_no(text: str, as_published: bool = False) -> bool | None:
+    """What the first word of an answer says; None when it says neither. As published, "Yes" or "No" is a part of it."""
     word = (text.split() or [""])[0]
-    return True if "Yes" in word else False if "No" in word else None
+    if as_published:
+        return True if "Yes" in word else False if "No" in word else None
+    return {"yes": True, "no": False}.get(word.strip(".,;:!?\"'()*").lower())
 
 
 def published_number(text: str) -> float:

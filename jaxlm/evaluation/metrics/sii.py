@@ -147,7 +147,7 @@ def parse_answer(text: str, as_published: bool = False) -> dict[str, str]:
     return values
 
 
-def parse_reference(name: str, text: str) -> dict[str, str]:
+def parse_reference(text: str) -> dict[str, str]:
     """The 31 values of the right answer.
 
     Raises:
@@ -158,10 +158,7 @@ def parse_reference(name: str, text: str) -> dict[str, str]:
     for place, key in enumerate(KEYS):
         line = lines[place].strip() if place < len(lines) else ""
         if not line.startswith(f"{key}:"):
-            raise UserError(
-                f"data: {name}: line {place + 1} of the output must be '{key}: …', found {line[:60]!r}; a record of "
-                "SII has 31 lines, as those of Darwin's sii40.json"
-            )
+            raise UserError(f"line {place + 1} of the output must be '{key}: …', found {line[:60]!r}")
         values[key] = line.removeprefix(f"{key}:").strip().removesuffix(",").strip()
     return values
 
