@@ -12,6 +12,7 @@ from jaxlm.evaluation.task import Task
 MODULES: dict[str, str] = {
     "geobench": "geobench",
     "geobench_subjective": "geobench",
+    "ie": "ie",
     "matbench": "mdp",
     "mdp": "mdp",
     "sii": "sii",
