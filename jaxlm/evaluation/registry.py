@@ -16,6 +16,7 @@ MODULES: dict[str, str] = {
     "matbench": "mdp",
     "mdp": "mdp",
     "sii": "sii",
+    "zbench": "zbench",
 }
 
 
