@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference.rows import DeviceModel, bucket, divisible, fetch, power_of_two
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.encoder_decoder import read_sources, source_caches
-from jaxlm.models.unrolled import Caches, extend, grow, head_params, last_layer, prefill, read_on, repeat_rows
+from jaxlm.models.unrolled import Caches, grow, head_params, last_layer, logits_of, prefill, read_on, repeat_rows
 from jaxlm.sharding import ROW_AXES
 from jaxlm.spec import DecoderSpec
 
@@ -207,10 +207,11 @@ def _read_contexts(model: DeviceModel, batch: Sequence[Choices], count: int) -> 
     slots = max(slots, power_of_two(common + tokens.shape[1]))
     caches = repeat_rows(grow(caches, max(slots, caches[0][0].shape[2])), count // alone)
     starts = np.full(count, common, np.int32)
-    return extend(decoder, weights, caches, *_placed(model, tokens, starts, lengths))
+    x, caches = _read_on(model, caches, tokens, starts, lengths)
+    return logits_of(decoder, weights, jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]), caches
 
 
-def _common(contexts: Sequence[Ids]) -> int:
+def _common(contexts: Sequence[tuple[int, ...]]) -> int:
     """Number of tokens that all contexts begin with; at least one of each is left over."""
     first, last = min(contexts), max(contexts)
     most = min(map(len, contexts)) - 1
@@ -218,7 +219,7 @@ def _common(contexts: Sequence[Ids]) -> int:
 
 
 def _read_continuations(
-    model: DeviceModel, caches: Caches, longer: dict[int, Ids], starts: list[int], count: int
+    model: DeviceModel, caches: Caches, longer: Mapping[int, Ids], starts: list[int], count: int
 ) -> tuple[Caches, dict[int, list[float]], dict[int, bool]]:
     """The caches, and of one continuation in some rows the log-probabilities of all tokens but the first."""
     size = bucket(max(map(len, longer.values())) - 1, 2)
@@ -229,8 +230,7 @@ def _read_continuations(
         targets += [(row, at, target) for at, target in enumerate(ids[1:])]
     # Rows without one are given a token that nothing sees.
     places[: len(starts)] = starts
-    placed = _placed(model, tokens, places, lengths)
-    x, caches = read_on(model.decoder, model.weights, caches, *placed)
+    x, caches = _read_on(model, caches, tokens, places, lengths)
     values, hits = _scores_at(model, x, targets)
     logs: dict[int, list[float]] = {row: [] for row in longer}
     all_hit = dict.fromkeys(longer, True)
@@ -255,7 +255,7 @@ def _pair_scores(model: DeviceModel, pairs: Sequence[tuple[Ids, Ids]], count: in
         texts = [[decoder.spec.encoder.start_token_id, *ids[:-1]] for _, ids in pairs]
         tokens, lengths = _padded(texts, count, max(map(len, texts)))
         caches = source_caches(decoder, weights, *_placed(model, sources, sizes), tokens.shape[1])
-        x, _ = read_on(decoder, weights, caches, *_placed(model, tokens, np.zeros(count, np.int32), lengths))
+        x, _ = _read_on(model, caches, tokens, np.zeros(count, np.int32), lengths)
         firsts = [0] * len(pairs)
     targets = [(row, firsts[row] + at, target) for row, (_, ids) in enumerate(pairs) for at, target in enumerate(ids)]
     values, hits = _scores_at(model, x, targets)
@@ -278,9 +278,18 @@ def _padded(texts: Sequence[Ids], count: int, longest: int) -> tuple[np.ndarray,
     return tokens, lengths
 
 
-def _placed(model: DeviceModel, *arrays: np.ndarray) -> list[jax.Array]:
+def _placed(model: DeviceModel, tokens: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
     sharding = NamedSharding(model.mesh, P(ROW_AXES))
-    return [jax.device_put(array, sharding) for array in arrays]
+    return jax.device_put(tokens, sharding), jax.device_put(lengths, sharding)
+
+
+def _read_on(
+    model: DeviceModel, caches: Caches, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray
+) -> tuple[jax.Array, Caches]:
+    """`unrolled.read_on` of arrays [R, T], [R] and [R] on the host."""
+    sharding = NamedSharding(model.mesh, P(ROW_AXES))
+    places = (jax.device_put(array, sharding) for array in (starts, lengths))
+    return read_on(model.decoder, model.weights, caches, jax.device_put(tokens, sharding), *places)
 
 
 def _scores_at(

@@ -15,9 +15,17 @@ MODULES: dict[str, str] = {
     "ie": "ie",
     "matbench": "mdp",
     "mdp": "mdp",
+    "multiple_choice": "multiple_choice",
     "sii": "sii",
     "zbench": "zbench",
 }
+# Tasks of `jaxlm evaluate` that have a command of their own, and are run one at a time.
+ALONE = ("perplexity", "smiles2text", "text2smiles")
+
+
+def names() -> list[str]:
+    """What --task may name."""
+    return [*sorted(MODULES), *ALONE]
 
 
 def get_task(name: str) -> Task:
@@ -27,8 +35,8 @@ def get_task(name: str) -> Task:
         UserError: there is none, with the nearest.
     """
     if name not in MODULES:
-        near = difflib.get_close_matches(name, MODULES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(MODULES))}"
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
         raise UserError(f"task: {name!r} is not a task; {hint}")
     module = importlib.import_module(f"jaxlm.evaluation.tasks.{MODULES[name]}")
     tasks: dict[str, Task] = getattr(module, "TASKS", None) or {module.TASK.name: module.TASK}

@@ -184,6 +184,7 @@ class Task:
         check: (record, options) -> what is wrong with it, else None; e.g. "has no 'question'". Every record of a file
             is checked before anything is asked.
         options: a frozen dataclass whose fields have defaults; they are given as --options.NAME VALUE.
+        check_options: raises UserError for options that cannot be meant, before a model is looked at; None: all can.
         read: (path, options) -> records; the default reads .json (a list), .jsonl, .csv, .tsv and .parquet.
         key: a field that must differ between records, where they have it.
         details: (records, answers, figures, options) -> Markdown for report.md, behind the table; None: nothing.
@@ -199,6 +200,7 @@ class Task:
     score: Callable[[Sequence[Row], Sequence[Answers], Any], dict[str, Figure]]
     check: Callable[[Row, Any], str | None]
     options: type = NoOptions
+    check_options: Callable[[Any], None] | None = None
     read: Callable[[Path, Any], list[Row]] | None = None
     key: str | None = "id"
     details: Callable[[Sequence[Row], Sequence[Answers], Mapping[str, Figure], Any], str] | None = None
