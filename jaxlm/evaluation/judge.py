@@ -55,11 +55,11 @@ class Judge:
         if not self.verdicts.exists():
             return {}
         content = self.verdicts.read_text(encoding="utf-8")
-        whole, newline, rest = content.rpartition("\n")
+        whole, newline, rest = content.rpartition("\n")  # not splitlines, which also parts inside of texts
         if rest:  # a line that was being written when the run was killed
             self.verdicts.write_text(whole + newline, encoding="utf-8")
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [json.loads(line) for line in whole.split("\n") if line]
             return {line["key"]: line["verdict"] for line in lines}
         except (ValueError, KeyError, TypeError):
             raise UserError(

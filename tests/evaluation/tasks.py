@@ -29,6 +29,8 @@ class Letters:
 def read(task: Task, path: Path, **options: Any) -> tuple[list[Row], Any]:
     """The records of a file, checked."""
     given = task.options(**options)
+    if task.check_options is not None:
+        task.check_options(given)
     if task.read is not None:
         records = task.read(path, given)
     else:

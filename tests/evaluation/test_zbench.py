@@ -39,7 +39,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-CELL = st.text(alphabet='a,"\n\r 中', max_size=5)
+CELL = st.text(alphabet='a,"\n 中', max_size=5)
 
 
 @given(st.lists(st.lists(CELL, min_size=3, max_size=3), min_size=2, max_size=4), st.sampled_from(["\n", "\r\n"]))
@@ -83,9 +83,8 @@ def test_published_tables_stay_as_they_are(name: str) -> None:
             {"people: GPT - 3.5": 60 / 63, "people: GPT - 4": 61 / 63, "people: 文心一言": 27 / 63, "answered": 0}
         )
         # In this file only the new cells differ: take them out, and the bytes are the old ones.
-        assert (
-            content.replace("jaxlm 答案评分,jaxlm,".encode(), b"").replace(",,答,".encode(), b",") == path.read_bytes()
-        )
+        without = content.decode().replace("jaxlm 答案评分,jaxlm,", "").replace(",,答,", ",")
+        assert without.encode() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_a_judge_that_fails_loses_nothing(tmp_path: Path, endpoint: tuple[str, l
     verdicts = tmp_path / "verdicts.jsonl"
     judge = Judge(url, "m", verdicts)
     prompts = [f"参考回答：\n甲\n\n系统的回答：\n{answer}" for answer in ("甲", "断", "乙")]
-    with pytest.raises(UserError, match="did not answer .* the same command goes on"):
+    with pytest.raises(UserError, match=r"did not answer .* the same command goes on"):
         judge.ask(prompts)
     assert len(verdicts.read_text().splitlines()) == 1
     verdicts.write_text("a table\n")

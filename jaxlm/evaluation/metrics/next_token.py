@@ -24,8 +24,8 @@ def label_ids(encode: Callable[[str], Sequence[int]], labels: Sequence[str]) -> 
         labels: the labels of all options.
 
     Returns:
-        form -> ids, one for each label. A form in which a label is several tokens, or two labels are one token, is left
-        out.
+        form -> ids, one for each label: its first token, where it has several. A form in which two labels begin with
+        the same token is left out.
 
     Raises:
         UserError: when no form is left.
@@ -38,15 +38,13 @@ def label_ids(encode: Callable[[str], Sequence[int]], labels: Sequence[str]) -> 
             tokens = list(encode(label if name == "k2" else ".\n" + label))
             if name == "plain":
                 tokens = tokens[len(line) :] if tokens[: len(line)] == line else []
-            if len(tokens) != 1:
-                break
-            ids += tokens
+            ids += tokens[:1]
         if len(ids) == len(labels) == len(set(ids)):
             forms[name] = tuple(ids)
     if not forms:
         raise UserError(
-            f"tokenizer: has no single token for each of {', '.join(labels)}, so that their probabilities cannot be "
-            "compared; choose a task that compares whole answers, e.g. multiple_choice"
+            f"tokenizer: {', '.join(labels)} do not begin with tokens of their own, so that their probabilities cannot "
+            "be compared; choose a task that compares whole answers, e.g. multiple_choice"
         )
     return forms
 

@@ -89,11 +89,18 @@ def _read(path: Path, kinds: Sequence[str], task: str) -> list[Row]:
     ]
 
 
+def _examples(options: Options) -> dict[str, str]:
+    """What stands in front of choices, by the ending of the prompt."""
+    path = None if options.few_shot is None else Path(options.few_shot)
+    return {ending: geobench.few_shot(path, ending) for ending in geobench.PROMPTS}
+
+
+def _check_options(options: Options) -> None:
+    _examples(options)
+
+
 def _requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> list[Request]:
-    examples = {
-        ending: geobench.few_shot(None if options.few_shot is None else Path(options.few_shot), ending)
-        for ending in geobench.PROMPTS
-    }
+    examples = _examples(options)
     forms: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
     requests: list[Request] = []
     for number, record in enumerate(records):
@@ -258,6 +265,7 @@ TASKS = {
             score=_score,
             check=_check,
             options=Options,
+            check_options=_check_options,
             read=lambda path, options: _read(path, CHOICES, "geobench"),
             key=None,  # every question of the apstudy file has the same id
             details=_details,

@@ -128,7 +128,6 @@ def _plot_devices(
         axes.plot([pair.answer for pair in pairs.values()], [pair.given for pair in pairs.values()], "o")
         axes.plot([low, high], [low, high], color="green", linewidth=1.0, linestyle="--")
         axes.set(xlim=(low, high), ylim=(low, high), xlabel=f"Experimental {title}", ylabel=f"Predicted {title}")
-    figure.tight_layout()
 
 
 # --- Matbench ---------------------------------------------------------------------------------------------------------

@@ -49,12 +49,11 @@ class Options:
 
 def read(path: Path, options: Options) -> list[Row]:
     """The questions of a table, with their lines as they stand."""
-    _judge(options)
     lines = zbench.read_lines(path)
+    header = lines[0] if lines else zbench.Line((), "")
+    names, places = [name.strip() for name in header.values()], zbench.layout(path, header.values())
     if len(lines) < 2:
         raise UserError(f"data: {path} holds no question")
-    header = lines[0]
-    names, places = [name.strip() for name in header.values()], zbench.layout(path, header.values())
     records: list[Row] = []
     for number, line in enumerate(lines[1:], 2):
         values = line.values()
@@ -106,6 +105,11 @@ def requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> 
             context = published_prompt(record["prompt"])
         asked.append(Generate(record=number, context=context, settings=settings))
     return asked
+
+
+def check_options(options: Options) -> None:
+    """Raises UserError for a judge without a model or a file."""
+    _judge(options)
 
 
 def _judge(options: Options) -> Judge | None:
@@ -194,6 +198,7 @@ TASK = Task(
     score=score,
     check=check,
     options=Options,
+    check_options=check_options,
     read=read,
     details=details,
     files=files,
