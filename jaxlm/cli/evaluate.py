@@ -49,7 +49,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.evaluat
 
 
 def _main(argv: Sequence[str], prog: str) -> int:
+    if argv and argv[0] == "compare":
+        from jaxlm.cli.compare import compare
+
+        return compare(argv[1:], prog)
     config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    if config.harness is not None:
+        from jaxlm.cli.harness import run_harness
+
+        return run_harness(config)
     from jaxlm.evaluation.registry import ALONE
     from jaxlm.evaluation.registry import names as known
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,29 @@ def open_model(
         "tokenizer": str(prompts.tokenizer.path),
     }
     return OpenModel(placed, prompts, prompter, facts)
+
+
+def model_settings(opened: OpenModel, batch_size: int) -> dict[str, Any]:
+    """What decides a model's answers: its numbers, by hashes, and how it is asked. Paths may change."""
+    from jaxlm.training.resume import base_fingerprint
+
+    files = opened.placed.files
+    adapter = None if files.adapter is None else base_fingerprint(files.base.config, files.adapter)
+    asked = {key: opened.facts[key] for key in ("dtype", "merge_adapter", "template", "add_bos")}
+    return {
+        "weights (hash of samples)": base_fingerprint(files.base.config, files.base),
+        "adapter (hash of samples)": adapter,
+        **asked,
+        "template (sha256)": template_hash(opened),
+        "batch_size": batch_size,
+    }
+
+
+def template_hash(opened: OpenModel) -> str:
+    """sha256 of the ids that a fixed question becomes in the model's template, and of a chat template's source."""
+    ids = opened.prompter.question("What is a rock?")
+    chat = opened.prompts.tokenizer.chat_template if opened.prompts.template == "chat" else None
+    return hashlib.sha256(json.dumps([ids, chat]).encode()).hexdigest()
 
 
 def _announce(

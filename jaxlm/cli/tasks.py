@@ -138,7 +138,7 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job]) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
     from rich.console import Console
 
-    from jaxlm.cli.opening import open_model
+    from jaxlm.cli.opening import model_settings, open_model
     from jaxlm.cli.start import quiet_logs, use_compilation_cache
     from jaxlm.processes.distributed import run_settings, start, versions
     from jaxlm.training.stop import StopAtOnce
@@ -162,7 +162,7 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job]) -> int:
         status = 0
         for job in jobs:
             directory = _directory(config, job.task.name)
-            settings = job.settings() | _model_settings(opened, config)
+            settings = job.settings() | model_settings(opened, config.batch_size)
             answers = _answers_before(directory, settings, config.overwrite, hosts)
             told = ("model", "adapter", "tokenizer", "dtype", "template")
             facts = {key: opened.facts[key] for key in told} | {"data": str(job.path), "versions": _versions()}
@@ -193,29 +193,6 @@ def _take(directory: Path, hosts: Hosts) -> None:
         except UserError as error:
             problem = str(error)
     hosts.check("output is free", problem)
-
-
-def _model_settings(opened: OpenModel, config: EvaluateConfig) -> dict[str, Any]:
-    """What decides a model's answers: its numbers, by hashes, and how it is asked. Paths may change."""
-    from jaxlm.training.resume import base_fingerprint
-
-    files = opened.placed.files
-    adapter = None if files.adapter is None else base_fingerprint(files.base.config, files.adapter)
-    asked = {key: opened.facts[key] for key in ("dtype", "merge_adapter", "template", "add_bos")}
-    return {
-        "weights (hash of samples)": base_fingerprint(files.base.config, files.base),
-        "adapter (hash of samples)": adapter,
-        **asked,
-        "template (sha256)": template_hash(opened),
-        "batch_size": config.batch_size,
-    }
-
-
-def template_hash(opened: OpenModel) -> str:
-    """sha256 of the ids that a fixed question becomes in the model's template, and of a chat template's source."""
-    ids = opened.prompter.question("What is a rock?")
-    chat = opened.prompts.tokenizer.chat_template if opened.prompts.template == "chat" else None
-    return hashlib.sha256(json.dumps([ids, chat]).encode()).hexdigest()
 
 
 def _answers_before(

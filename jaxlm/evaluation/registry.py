@@ -19,6 +19,8 @@ MODULES: dict[str, str] = {
     "mdp": "mdp",
     "molinstructions": "molinstructions",
     "multiple_choice": "multiple_choice",
+    "numbers": "numbers",
+    "qa": "qa",
     "sii": "sii",
     "zbench": "zbench",
 }

@@ -230,3 +230,20 @@ def test_answers_kept_in_memory_need_no_file() -> None:
     answered = Answered()
     answered.add({})
     assert answered.answers == {}
+
+
+def test_several_tasks_are_asked_in_one_command(tiny_model: Path, tmp_path: Path) -> None:
+    """Generated answers beside scored ones; each task has its file and its directory."""
+    asked = [{"question": "rock sand", "answer": "clay"}, {"question": "iron", "answer": ["zinc", "salt"]}]
+    texts, sums = write(tmp_path / "qa.json", asked), write(tmp_path / "n.json", [{"problem": "1 + 1", "answer": 2}])
+    given = ["--task", "qa,numbers", "--model", str(tiny_model), "--output", str(tmp_path / "out")]
+    given += ["--data", f"numbers={sums}", "--data", str(texts), "--options.max_new_tokens", "4", "--limit", "1"]
+    assert main([*given, "--compilation_cache", "none"]) == 0
+    for task, figures in (("qa", {"exact", "f1"}), ("numbers", {"acc", "answered"})):
+        scores = scores_of(tmp_path / "out" / task)
+        assert set(scores["figures"]) == figures and scores["figures"][min(figures)]["n"] == 1
+        (line,) = [
+            json.loads(line) for line in (tmp_path / "out" / task / "predictions.jsonl").read_text().splitlines()
+        ]
+        assert len(line["answers"]["answer"]["texts"]) == 1
+    assert scores_of(tmp_path / "out" / "qa")["first_request"]["text"] == "<s> Question: rock sand\nAnswer:"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from jaxlm.errors import UserError
@@ -77,6 +77,7 @@ def from_selfies(text: str) -> str | None:
     return str(smiles) or None
 
 
+@lru_cache(maxsize=65536)  # resamples of records compare the same molecules again and again
 def compare(reference: str, answer: str, morgan_radius: int = 2) -> Likeness:
     """Compares two SMILES.
 

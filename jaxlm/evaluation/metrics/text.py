@@ -34,10 +34,15 @@ def _scorer(stemmed: bool) -> Any:
     return RougeScorer(list(ROUGE.values()), use_stemmer=stemmed)
 
 
+@functools.lru_cache(maxsize=65536)  # resamples of records score the same texts again and again
+def _rouge(reference: str, prediction: str, stemmed: bool) -> tuple[float, ...]:
+    scores = _scorer(stemmed).score(reference, prediction)
+    return tuple(float(scores[key].fmeasure) for key in ROUGE.values())
+
+
 def rouge(reference: str, prediction: str, stemmed: bool = False) -> dict[str, float]:
     """F measures of ROUGE-1, ROUGE-2 and ROUGE-L of `rouge-score`: Latin letters and digits only, in small letters."""
-    scores = _scorer(stemmed).score(reference, prediction)
-    return {name: float(scores[key].fmeasure) for name, key in ROUGE.items()}
+    return dict(zip(ROUGE, _rouge(reference, prediction, stemmed), strict=True))
 
 
 def corpus_bleu(
@@ -71,6 +76,11 @@ def meteor(reference: Sequence[str], prediction: Sequence[str], nltk_data: Path)
     Raises:
         UserError: when WordNet is not there.
     """
+    return _meteor(tuple(reference), tuple(prediction), nltk_data)
+
+
+@functools.lru_cache(maxsize=65536)
+def _meteor(reference: tuple[str, ...], prediction: tuple[str, ...], nltk_data: Path) -> float:
     return float(_meteor_scorer(nltk_data)([list(reference)], list(prediction)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -38,6 +39,12 @@ class Options:
     max_new_tokens: int = 512
 
 
+# Resamples of records read the same texts again and again.
+_label, _json, _text = (
+    functools.lru_cache(maxsize=65536)(parse) for parse in (ie.parse_label, ie.parse_json_answer, ie.parse_text_answer)
+)
+
+
 def is_json(record: Row) -> bool:
     """Whether a record is of the newer format, with a label in JSON."""
     return "label" in record
@@ -62,19 +69,19 @@ def check(record: Row, options: Options) -> str | None:
 
 def _reference(record: Row, options: Options) -> Extracted:
     if is_json(record):
-        return ie.parse_label(record["label"], options.extract)
+        return _label(record["label"], options.extract)
     triples = record.get("kg")
     if options.extract == "RE" and isinstance(triples, list):  # CCKS 2023: [[head, relation, tail], …]
         if not all(isinstance(triple, list) and len(triple) == 3 for triple in triples):
             raise UserError("kg must be a list of [head, relation, tail]")
         return Extracted(tuple(tuple(str(part) for part in triple) for triple in triples))
-    return ie.parse_text_answer(record["output"], record["input"], options.extract, options.language)
+    return _text(record["output"], record["input"], options.extract, options.language)
 
 
 def _found(record: Row, text: str, options: Options) -> Extracted:
     if is_json(record):
-        return ie.parse_json_answer(text, options.extract, options.as_published)
-    return ie.parse_text_answer(text, record["input"], options.extract, options.language)
+        return _json(text, options.extract, options.as_published)
+    return _text(text, record["input"], options.extract, options.language)
 
 
 def requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> list[Request]:

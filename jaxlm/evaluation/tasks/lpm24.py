@@ -234,7 +234,8 @@ def _score_molecules(records: Sequence[Row], answers: Sequence[Answers], options
         valid = [smiles for answer in given if (smiles := molecules.canonical(answer)) is not None]
         wanted = [smiles for each in references if (smiles := molecules.canonical(each)) is not None]
         distance = molecules.frechet_distance(wanted, valid) if min(len(valid), len(wanted)) > 1 else float("nan")
-        figures["fcd"] = Figure(distance, None, len(valid), higher_is_better=False)
+        # Less is better; None, so that comparing models does not compute it on many resamples.
+        figures["fcd"] = Figure(distance, None, len(valid), higher_is_better=None)
     return figures
 
 

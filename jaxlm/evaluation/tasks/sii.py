@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
@@ -61,6 +63,22 @@ def requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> 
     return asked
 
 
+class _Scored(NamedTuple):
+    groups: dict[str, sii.Scores]
+    abilities: dict[str, sii.Hits]
+    is_complete: bool
+
+
+@functools.lru_cache(maxsize=4096)  # resamples of documents score the same ones again and again
+def _scored(output: str, text: str, answer: str, as_published: bool) -> _Scored:
+    reference, values = sii.parse_reference(output), sii.parse_answer(answer, as_published)
+    return _Scored(
+        sii.document(reference, values, as_published),
+        sii.abilities(reference, values, text, as_published),
+        all(key in values for key in sii.KEYS),
+    )
+
+
 def score(records: Sequence[Row], answers: Sequence[Answers], options: Options) -> dict[str, Figure]:
     """Extraction, relations and abilities; `complete`: documents with all values, `finished`: that came to an end."""
     collected: dict[str, dict[int, float]] = {f"{group}_{name}": {} for group in GROUPS for name in sii.Scores._fields}
@@ -68,14 +86,14 @@ def score(records: Sequence[Row], answers: Sequence[Answers], options: Options) 
     whole: dict[int, float] = {}
     ended: dict[int, float] = {}
     for number, record in enumerate(records):
-        reference = sii.parse_reference(record["output"])
-        values = sii.parse_answer(written(answers[number]), options.as_published)
-        for group, scores in sii.document(reference, values, options.as_published).items():
+        text = written(answers[number])
+        document = _scored(record["output"], record["input"], text, options.as_published)
+        for group, scores in document.groups.items():
             for name, value in scores._asdict().items():
                 collected[f"{group}_{name}"][number] = value
-        for name, found in sii.abilities(reference, values, record["input"], options.as_published).items():
+        for name, found in document.abilities.items():
             hits[name] = sii.Hits(hits[name].found + found.found, hits[name].all + found.all)
-        whole[number] = all(key in values for key in sii.KEYS)
+        whole[number] = document.is_complete
         if any(answer.finishes for answer in answers[number].values()):
             ended[number] = finished(answers[number])
     figures = {name: mean(values) for name, values in collected.items()}
