@@ -46,8 +46,10 @@ def encode_rendered(
     """Tokens and masks of rendered records, not truncated; the first token of each is masked.
 
     A token is a target when it covers at least one trained character, so a token across the border between prompt and
-    answer is trained. `running`: the records become one running text, where the first token of one is trained like the
-    others if all of them are (as HF's run_clm trains every document's bos).
+    answer is trained. What opens an answer (see `Tokenizer.opens_answers`) opens the last one, which alone is trained;
+    a text that is all answer begins with it, and a prompt ends with it. `running`: the records become one running text,
+    where the first token of one is trained like the others if all of them are (as HF's run_clm trains every document's
+    bos).
 
     Raises:
         UserError: bos or eos is asked for and the tokenizer has none.
@@ -86,11 +88,6 @@ def _join(
     masks: list[NDArray[np.bool_]] = []
     ends: list[int] = []
     length = 0
-    if add_bos and not record.has_bos:
-        opening = tokenizer.opening or (_required(tokenizer, "bos"),)
-        parts.append(np.array(opening, np.int32))
-        masks.append(np.zeros(len(opening), np.bool_))
-        length = len(opening)
     for segment in record.segments:
         encoding = next(encodings)
         own = np.ones(len(encoding.ids), np.bool_) if whole else _mask(segment, encoding)
@@ -112,10 +109,28 @@ def _join(
             length += 1
         if trained and (add_eos or brought):
             ends.append(length - 1)
-    mask = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
-    mask[:1] = running and mask[1:].all()
     ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    mask = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
+    if add_bos and not record.has_bos:
+        opening = tokenizer.opening or (_required(tokenizer, "bos"),)
+        at = 0
+        if tokenizer.opens_answers:
+            at = _last_answer(mask)
+            mask[:at] = False
+        ids = np.insert(ids, at, opening)
+        mask = np.insert(mask, at, np.zeros(len(opening), np.bool_))
+        ends = [end + len(opening) for end in ends if end >= at]  # the end of an answer that is learned
+    mask[:1] = running and mask[1:].all()
     return Example(ids, mask, tuple(dict.fromkeys(ends)))
+
+
+def _last_answer(mask: NDArray[np.bool_]) -> int:
+    """The place where the last trained tokens begin; behind all where none are."""
+    if not mask.any():
+        return len(mask)
+    stop = int(np.flatnonzero(mask)[-1])
+    before = np.flatnonzero(~mask[:stop])
+    return int(before[-1]) + 1 if len(before) else 0
 
 
 def encode_pairs(
@@ -223,7 +238,10 @@ def resolve_ends(config: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, 
     """
     bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
     eos = tokenizer.eos_id is not None if config.add_eos is None else config.add_eos
-    first = "no bos first" if not bos else f"bos {''.join(map(tokenizer.token, tokenizer.opening))} first"
+    opening = "".join(map(tokenizer.token, tokenizer.opening))
+    first = "no bos first" if not bos else f"bos {opening} first"
+    if bos and tokenizer.opens_answers:
+        first = f"{opening} in front of the last answer, which alone is trained"
     first += f" ({tokenizer.adds_why if config.add_bos is None else 'data.add_bos'})"
     last = f"eos {tokenizer.token(tokenizer.eos_id)} ends" if eos and tokenizer.eos_id is not None else "no eos ends"
     why = "data.add_eos" if config.add_eos is not None else "" if eos else "the tokenizer has none"

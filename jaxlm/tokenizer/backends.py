@@ -40,6 +40,7 @@ class Backend(Protocol):
         size: largest id + 1.
         special_ids: ids that decode(skip_special=True) leaves out.
         opening, closing: ids that its own rule puts in front of a text and behind it; None: it has no such rule.
+        opens_answers: `opening` stands between a prompt and its answer, not in front of the prompt.
         rule: what that rule is called.
     """
 
@@ -47,6 +48,7 @@ class Backend(Protocol):
     special_ids: frozenset[int]
     opening: tuple[int, ...] | None
     closing: tuple[int, ...] | None
+    opens_answers: bool
     rule: str
 
     def encode(
@@ -77,10 +79,11 @@ class SentencePiece:
 
     opening: tuple[int, ...] | None = None
     closing: tuple[int, ...] | None = None
+    opens_answers = False
     rule = "LLaMA's rule for a SentencePiece model"
 
     def __init__(self, path: Path, added: Sequence[AddedToken], special: Sequence[str], legacy: bool) -> None:
-        self.model = read_sentencepiece(path)
+        self.model = self.read(path)
         trained = self.model.vocab_size()
         self.added = {
             token.content: token.id
@@ -102,6 +105,10 @@ class SentencePiece:
         self._legacy = legacy
         self._continuing = self.model if legacy else _without_prefix(self.model)
         self._segments = _sentencepiece_segments(self.model)
+
+    def read(self, path: Path) -> Any:
+        """The SentencePieceProcessor of the file."""
+        return read_sentencepiece(path)
 
     def encode(
         self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
@@ -354,6 +361,7 @@ class Fast:
 
     opening: tuple[int, ...] | None
     closing: tuple[int, ...] | None
+    opens_answers = False
     rule = "the post_processor of tokenizer.json"
 
     def __init__(
