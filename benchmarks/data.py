@@ -286,7 +286,8 @@ def memory(options: argparse.Namespace) -> None:
 
     def manifest(sums: Digests, first: np.ndarray) -> Manifest:
         report = values_of(SourceReport("synthetic", "text"))
-        counts = (examples, sums.documents, sums.tokens, sums.trained, None, sums.largest, sums.contents.hexdigest())
+        counts = (examples, sums.documents, sums.tokens, sums.trained, None, sums.largest)
+        counts += (sums.contents.hexdigest(), sums.as_source)
         return Manifest("uint16", *counts, "", "", 32000, (report,), {}, "")
 
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
