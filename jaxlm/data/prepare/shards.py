@@ -17,6 +17,7 @@ from jaxlm.data.records import Record, is_token_source, read_records, record_fil
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 from jaxlm.locate import at_home
+from jaxlm.remote import Location, open_location
 
 KEY = "sources"  # as messages name what is read
 
@@ -120,11 +121,11 @@ def plan_shards(sources: Iterable[DocumentsConfig], block_bytes: int) -> list[Sh
             shards.append(Shard(str(at_home(source.path)), "hf", **common))
             continue
         for file, kind in files:
-            status = file.stat()
-            watched = {**common, "nbytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            about = file.stat()
+            watched = {**common, "nbytes": about.st_size, "mtime_ns": about.st_mtime_ns}
             in_lines = kind == "jsonl" or (kind == "text" and source.documents == "line")
-            num_blocks = max(1, round(status.st_size / block_bytes)) if in_lines and not _is_compressed(file) else 1
-            cuts = [status.st_size * block // num_blocks for block in range(num_blocks)]
+            num_blocks = max(1, round(about.st_size / block_bytes)) if in_lines and not _is_compressed(file) else 1
+            cuts = [about.st_size * block // num_blocks for block in range(num_blocks)]
             ends: list[int | None] = [*cuts[1:], None]
             shards += [
                 Shard(str(file), kind, **watched, begin=begin, end=end) for begin, end in zip(cuts, ends, strict=True)
@@ -132,7 +133,7 @@ def plan_shards(sources: Iterable[DocumentsConfig], block_bytes: int) -> list[Sh
     return shards
 
 
-def _is_compressed(file: Path) -> bool:
+def _is_compressed(file: Location) -> bool:
     return file.suffix.lower() in COMPRESSED
 
 
@@ -205,7 +206,7 @@ def read_documents(shard: Shard, bad: Bad) -> Iterator[Document]:
 
 
 def _entries(shard: Shard) -> Iterator[Entry]:
-    file = Path(shard.path)
+    file = open_location(shard.path, KEY)
     if shard.kind == "hf":
         source = SourceConfig(path=shard.path, format="hf", split=shard.split)
         return (Entry(record.name, record.data) for record in read_records(source))
@@ -215,7 +216,7 @@ def _entries(shard: Shard) -> Iterator[Entry]:
     return read_entries(file, kind, key=KEY, documents=shard.documents)
 
 
-def _lines(file: Path, shard: Shard) -> Iterator[Entry]:
+def _lines(file: Location, shard: Shard) -> Iterator[Entry]:
     """The lines that begin in a block; a line that is not UTF-8 or not JSON is an entry with a problem."""
     with file.open("rb") as stream:
         stream.seek(max(shard.begin - 1, 0))
@@ -241,7 +242,7 @@ def _lines(file: Path, shard: Shard) -> Iterator[Entry]:
                 yield Entry(_by_line(file, begin), problem=f"broken JSON: {error}")
 
 
-def _by_line(file: Path, place: int) -> str:
+def _by_line(file: Location, place: int) -> str:
     """The line that begins at a byte, by its number in the file."""
     number, left = 1, place
     with file.open("rb") as stream:
