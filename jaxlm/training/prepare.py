@@ -17,6 +17,7 @@ from jaxlm.config import DistributedConfig, LoraConfig, RunConfig
 from jaxlm.config.files import dump_yaml
 from jaxlm.data.encoding import prompt_ids
 from jaxlm.data.loader import Data, build_data
+from jaxlm.data.prefix import check_prefix
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
 from jaxlm.data.tokenise import chosen_template
@@ -158,6 +159,8 @@ def read_data(
             start_id=None if model.encoder is None else model.encoder.start_token_id,
             cache=cache,
         )
+    for examples in (data.train, data.validation):
+        check_prefix(model.prefix, examples, tokenizer, data.config.packing_mode)
     console.print("\n".join([*data.report.lines(), *data.report.remarks()]), highlight=False, markup=False)
     return data
 

@@ -40,6 +40,8 @@ from jaxlm.lock import InUse, Lock
 RULES = 1  # raised when the same sources become other tokens than before
 SMALL = 16 << 20  # bytes of sources below which `auto` tokenises into memory at each start: some seconds of one core
 _SAMPLE = 1 << 16  # bytes that are read of a file for its digest, at three places
+# Keys of a source that say how often its tokens are taken, not what they are.
+_MIXING = ("weight", "tokens", "max_passes")
 _SECONDS_SHOWN = 3.0  # in which another host sees a file that was written
 _BYTES_A_PROCESS = 4 << 20  # of sources: with less, one more process gains nothing
 _POLL = 0.5  # seconds between two looks at what other processes do
@@ -294,7 +296,7 @@ def _settings(work: Work) -> dict[str, Any]:
     values["data.packing"] = "group_texts" if config.packing_mode == "group_texts" else "records"
     values["start_id"] = work.start_id
     values["data.train"] = [
-        {k: v for k, v in dataclasses.asdict(source).items() if k != "weight"} for source in work.sources
+        {k: v for k, v in dataclasses.asdict(source).items() if k not in _MIXING} for source in work.sources
     ]
     return values
 
