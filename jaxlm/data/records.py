@@ -237,7 +237,7 @@ def _format(file: Location, source: SourceConfig) -> str:
     return kind
 
 
-def record_files(source: SourceConfig) -> list[tuple[Path, str]] | None:
+def record_files(source: SourceConfig) -> list[tuple[Location, str]] | None:
     """The files of a source in order, each with its kind as `entries.read_entries` takes it.
 
     None for a directory of `datasets`.
