@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli import stores
+from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config_and_flags
 from jaxlm.cli.words import Flag
 from jaxlm.config import PrepareConfig
@@ -61,6 +62,7 @@ def _main(words: list[str], prog: str) -> int:
     config, flags = parse_config_and_flags(
         words, PrepareConfig, prog=prog, description=DESCRIPTION, aliases={}, flags=FLAGS
     )
+    config = with_commits(config, lambda line: print(line, file=sys.stderr))
     return _run(config, verb, _share(flags))
 
 
