@@ -169,6 +169,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from convert.source import open_with_adapter
+    from jaxlm.data.prefix import check_prefix
     from jaxlm.evaluation import perplexity
     from jaxlm.evaluation.scorer import place
     from jaxlm.tokenizer import load_tokenizer
@@ -186,6 +187,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     settings = _settings(config, tokenizer, trained, template, spec.max_length)
     with console.status("reading and tokenising"):
         texts = perplexity.read_texts(config.data, template, tokenizer, settings, spec.vocab_size)
+    check_prefix(spec.prefix, texts.examples, tokenizer, "rows")
 
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
     with console.status("loading"):

@@ -34,6 +34,7 @@ ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processe
 SMALL_MODEL = 50e6
 FLAGS = {
     "preview": Flag("show a number of rows (default: 3) as text, trained tokens marked, then exit", int, 3),
+    "dry_run": Flag("read the data, say what the run would take of each source, then exit"),
     "verbose": Flag("say at start-up also what choices rest on"),
 }
 
@@ -63,10 +64,10 @@ def _main(argv: Sequence[str], prog: str, stop: Stop) -> int:
             check_config(config)
         if "stage" in flags:
             check_stage(configs[0], flags["stage"])
-        if preview is not None:
+        if preview is not None or flags.get("dry_run"):
             configs = _pinned(configs, lambda line: print(line, file=sys.stderr))
             check_files(configs, first_host=False)
-            _preview(configs[0], preview)
+            _preview(configs[0], preview or 0)
             return 0
         return _status(run_stages(configs, stop, bool(flags.get("verbose"))), configs, stop)
 
@@ -166,6 +167,7 @@ def _preview(config: RunConfig, rows: int) -> None:
 
     from convert.source import open_model
     from jaxlm.cli.start import quiet_logs
+    from jaxlm.data.mixing import table
     from jaxlm.data.preview import preview
     from jaxlm.training.prepare import describe_model, read_data, with_date
     from jaxlm.training.run_tokenizer import open_tokenizer
@@ -178,11 +180,12 @@ def _preview(config: RunConfig, rows: int) -> None:
     data = read_data(config, tokenizer, describe_model(config, source, tokenizer), console)
     train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps)
     shown = 0
-    for number in range(len(train)):
+    for number in range(len(train) if rows else 0):
         shown += preview(train[number], tokenizer, console, shown, rows)
         if shown == rows:
             break
     console.rule(f"{shown} rows of a run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
+    console.print("\n".join(table(data.shares(train))), highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_samples(prepared: Prepared, outcome: Outcome, console: Console) -> None:

@@ -86,7 +86,7 @@ class MoeRunConfig:
         z_loss: weight of the learned router's z loss.
         noise: standard deviation of noise on the learned router's logits while training.
         compute: dense computes every neuron and masks; the others compute those that are used: loop by blocks of rows
-            (CPU), ragged by XLA's grouped product, pallas_tpu by jaxlm's own; auto picks by device.
+            (CPU), ragged by XLA's grouped product, pallas_tpu and pallas_gpu by jaxlm's own; auto picks by device.
     """
 
     experts: int | None = None
@@ -97,7 +97,7 @@ class MoeRunConfig:
     balance_loss: float = 0.01
     z_loss: float = 0.001
     noise: float = 0.0
-    compute: Literal["auto", "dense", "loop", "ragged", "pallas_tpu"] = "auto"
+    compute: Literal["auto", "dense", "loop", "ragged", "pallas_tpu", "pallas_gpu"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

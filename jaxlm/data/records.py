@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxlm.config import SourceConfig
@@ -32,6 +33,9 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
+
+TOKEN_FORMATS = ("megatron", "knowlm")
+TOKENS = "tokens.idx"  # in the directory of a store
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,53 @@ def check_source(source: SourceConfig) -> None:
     _check_limit(source)
     if is_address(source.path):
         return  # of the hub: what it has is said when it is fetched
-    for file in _files(source):
-        _format(file, source)
+    for file in source_files(source):
+        if not (is_token_source(source) or _is_hf(source)):
+            _format(file, source)
         if scheme_of(str(file)) is None:  # behind an address, the listing has named it
             with file.open("rb"):  # OSError names it
                 pass
+
+
+def is_token_source(source: SourceConfig) -> bool:
+    """Whether a source holds tokens as they are, not records: Megatron-Core's, KnowLM's or jaxlm's own store."""
+    if source.format in TOKEN_FORMATS:
+        return True
+    root = at_home(source.path)
+    return source.format == "auto" and (root.suffix == ".idx" or (root / TOKENS).is_file())
+
+
+def token_index(source: SourceConfig) -> Path:
+    """The index of a source of tokens: the path itself, or the one in the directory of a store.
+
+    Raises:
+        UserError: there is none, or the source has keys that mean something for records only.
+    """
+    for key, value in (("template", source.template), ("columns", source.columns), ("split", source.split)):
+        if value and value not in ("auto", "text"):
+            raise UserError(
+                f"data: {key} of {source.path} is {value!r}, but a store holds tokens as they are; leave it out"
+            )
+    root = at_home(source.path)
+    index = root / TOKENS if root.is_dir() else root
+    if not index.is_file() or index.suffix != ".idx":
+        raise UserError(f"data: {source.path} is not the index of a store; give the .idx, or the directory of a store")
+    return index
+
+
+def source_files(source: SourceConfig) -> list[Location]:
+    """All files that a source reads, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    if is_token_source(source):
+        index = token_index(source)
+        beside = (index.with_suffix(".bin"), index.with_name("mask.bin"))
+        return [index, *(file for file in beside if file.is_file())]
+    if _is_hf(source):
+        return sorted(path for path in at_home(source.path).rglob("*") if path.is_file())
+    return list(_files(source))
 
 
 def _check_limit(source: SourceConfig) -> None:
@@ -186,9 +232,22 @@ def _format(file: Location, source: SourceConfig) -> str:
     if kind is None:
         raise UserError(
             f"data: {file}: the ending {ending or file.suffix!r} is unknown; "
-            "set format to one of json, jsonl, csv, parquet, text, hf"
+            "set format to one of json, jsonl, csv, parquet, text, hf, megatron, knowlm"
         )
     return kind
+
+
+def record_files(source: SourceConfig) -> list[tuple[Path, str]] | None:
+    """The files of a source in order, each with its kind as `entries.read_entries` takes it.
+
+    None for a directory of `datasets`.
+
+    Raises:
+        UserError: nothing is there, or of an unknown kind.
+    """
+    if _is_hf(source):
+        return None
+    return [(file, _format(file, source)) for file in _files(source)]
 
 
 def _read_hf(source: SourceConfig) -> Iterator[Record]:

@@ -22,8 +22,8 @@ import numpy as np
 import yaml
 
 from jaxlm.config import RunConfig, to_dict
-from jaxlm.data.batches import BatchSource
 from jaxlm.data.loader import Data
+from jaxlm.data.order import Order
 from jaxlm.errors import UserError
 from jaxlm.hub import is_address
 from jaxlm.locate import at_home
@@ -41,6 +41,7 @@ FREE = (
     "model.remat",
     "lora.init_from",
     "data.workers",
+    "data.cache",
     "data.allow_no_end",
     "train.epochs",
     "train.steps",
@@ -225,16 +226,16 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         raise _other("the base model at model.path is", reasons, checkpoint)
 
 
-def length_before(files: Mapping[str, bytes], source: BatchSource) -> int:
+def length_before(files: Mapping[str, bytes], order: Order) -> int:
     """Steps of the run that wrote a checkpoint, as it was configured then.
 
     Args:
-        source: batches of the run that goes on, in rows of the same number.
+        order: rows of the run that goes on, as many a step.
     """
     config = yaml.safe_load(files[RUN_YAML])["train"]
     if config.get("steps") is not None:
         return int(config["steps"])
-    return source.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
+    return order.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
 
 
 def _other(what: str, reasons: list[str], checkpoint: Path) -> UserError:
