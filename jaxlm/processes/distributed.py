@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxlm.config import DistributedConfig, GenerateConfig, RunConfig, flatten, to_dict
+from jaxlm.config import DistributedConfig, EvaluateConfig, GenerateConfig, RunConfig, flatten, to_dict
 from jaxlm.errors import UserError
 from jaxlm.lock import Lock
 from jaxlm.processes.cluster import find_cluster, find_process, on_tpu_vm, only_cpu
@@ -430,7 +430,7 @@ def _os_problem(key: str, action: Callable[[], None]) -> str | None:
     return None
 
 
-def run_settings(config: RunConfig | GenerateConfig) -> dict[str, Any]:
+def run_settings(config: RunConfig | GenerateConfig | EvaluateConfig) -> dict[str, Any]:
     """The keys that all processes must share: all but process_id."""
     values = flatten(_numbered(to_dict(config)))
     return {key: value for key, value in values.items() if key != "distributed.process_id"}
