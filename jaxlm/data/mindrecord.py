@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlm.data.encoding import Example
 from jaxlm.errors import UserError
 
 VERSION = "3.0"
@@ -41,6 +41,7 @@ SCIMIND_FIELDS = {"input_ids": "int32", "labels": "int32", "molecular_mask": "fl
 
 _TYPES = {"int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
 _RAW_ROW = (5).to_bytes(8, "little") + b"\x81\xa2id\x00"  # {"id": 0}
+_NAME = re.compile(r"\.mindrecord\d*$")
 _MAX_HEADER = 1 << 28  # bytes of a header: MindSpore allows 128 MiB
 _TABLES = (
     "CREATE TABLE INDEXES(  ROW_ID               INT  NOT NULL, PAGE_ID_RAW          INT  NOT NULL, "
@@ -69,6 +70,37 @@ def shards_of(file: Path) -> list[Path]:
             f"{file}: belongs to a data set of {len(shards)} files, of which {missing.name} is missing; copy it too"
         )
     return shards
+
+
+def has_own_name(path: Path) -> bool:
+    """Whether a name is one of MindRecord's: NAME.mindrecord, for several shards with their number behind."""
+    return _NAME.search(path.name) is not None
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files of a folder that are MindRecord by their names, in order."""
+    return sorted(path for path in folder.glob("*.mindrecord*") if has_own_name(path) and path.is_file())
+
+
+def mindrecord_files(path: Path) -> list[Path]:
+    """The files of a data set: those that belong to a file, or of all data sets in a folder, in order.
+
+    Raises:
+        UserError: as `shards_of`; a folder without any.
+    """
+    if not path.is_dir():
+        return shards_of(path)
+    files: dict[Path, None] = {}
+    for file in named_files(path):
+        files |= {} if file in files else dict.fromkeys(shards_of(file))
+    if not files:
+        raise UserError(f"{path}: holds no file NAME.mindrecord")
+    return list(files)
+
+
+def count_rows(file: Path) -> int:
+    """The number of rows of one file."""
+    return _Header.read(file).num_rows
 
 
 def is_mindrecord(file: Path) -> bool:
@@ -128,8 +160,8 @@ def read_rows(file: Path, fields: Sequence[str] | None = None) -> Iterator[dict[
             raise UserError(f"{file}.db: is not an index of MindRecord ({error}); copy it again") from None
 
 
-def read_examples(file: Path, pad_id: int | None = None) -> Iterator[Example]:
-    """The rows of one file as SciMind trains on them: tokens as they are, trained where the label is one.
+def read_scimind(file: Path, pad_id: int | None = None) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+    """The rows of one file as SciMind trains on them: input_ids [n], and loss_mask [n], trained where the label is one.
 
     A token's label is the token itself, since the model shifts them. What is not trained behind the last trained token,
     and is padding, is left off. Without `labels` everything is trained (SciMind's data set type "wiki").
@@ -160,7 +192,7 @@ def read_examples(file: Path, pad_id: int | None = None) -> Iterator[Example]:
             end = len(ids) - int(np.argmin(is_padding[::-1]) if not is_padding.all() else len(is_padding))
             ids, mask = ids[:end], mask[:end]
         mask[:1] = False  # nothing predicts it
-        yield Example(ids.astype(np.int32), mask)
+        yield ids.astype(np.int32), mask
 
 
 class _Damaged(Exception):
@@ -346,12 +378,17 @@ def _decoded(data: bytes, kind: str) -> NDArray[Any]:
 
 
 def scimind_row(
-    example: Example, length: int, first_modality_id: int = 32000, pad_id: int = 0
+    input_ids: NDArray[Any],
+    loss_mask: NDArray[np.bool_],
+    length: int,
+    first_modality_id: int = 32000,
+    pad_id: int = 0,
 ) -> dict[str, NDArray[Any]]:
     """An example as SciMind's preprocessing writes it.
 
     Args:
-        example: at most `length` tokens, bos first.
+        input_ids: at most `length` tokens, bos first.
+        loss_mask: which of them are trained.
         length: SciMind's seq_length + 1; shorter ones are padded.
         first_modality_id: ids from this one on are molecules and the like.
         pad_id: SciMind's 0.
@@ -359,12 +396,12 @@ def scimind_row(
     Returns:
         input_ids and labels int32 [length], molecular_mask float32 [length - 1] of what the model reads.
     """
-    count = len(example.input_ids)
+    count = len(input_ids)
     if count > length:
         raise ValueError(f"{count} tokens in a row of {length}")
     ids, labels = np.full(length, pad_id, np.int32), np.full(length, IGNORED, np.int32)
-    ids[:count] = example.input_ids
-    labels[:count] = np.where(example.loss_mask, example.input_ids, IGNORED)
+    ids[:count] = input_ids
+    labels[:count] = np.where(loss_mask, input_ids, IGNORED)
     return {
         "input_ids": ids,
         "labels": labels,

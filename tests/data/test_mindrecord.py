@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxlm.data.encoding import Example
 from jaxlm.data.mindrecord import (
     SCIMIND_FIELDS,
     MindRecordWriter,
-    read_examples,
     read_rows,
+    read_scimind,
     scimind_row,
     shards_of,
 )
@@ -47,7 +46,7 @@ def small(folder: Path, shards: int = 1, page_size: int = 200) -> Path:
     with MindRecordWriter(path, SCIMIND_FIELDS, shards=shards, page_size=page_size, header_size=3072) as writer:
         for number in range(12):
             ids = np.array([1, 32000 + number, 300, 2], np.int32)
-            writer.write(scimind_row(Example(ids, np.array([False, True, True, True])), 6))
+            writer.write(scimind_row(ids, np.array([False, True, True, True]), 6))
     return path
 
 
@@ -106,8 +105,8 @@ def test_files_of_mindspore_are_read_and_written_anew_alike(tmp_path: Path) -> N
 
 
 def test_examples_are_what_scimind_trains_on(tmp_path: Path) -> None:
-    example = Example(np.array([1, 5, 32010, 7, 2], np.int32), np.array([False, False, True, False, True]))
-    row = scimind_row(example, 9)
+    example = np.array([1, 5, 32010, 7, 2], np.int32), np.array([False, False, True, False, True])
+    row = scimind_row(*example, 9)
     assert row["input_ids"].tolist() == [1, 5, 32010, 7, 2, 0, 0, 0, 0]
     assert row["labels"].tolist() == [-100, -100, 32010, -100, 2, -100, -100, -100, -100]
     assert row["molecular_mask"].tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
@@ -115,13 +114,13 @@ def test_examples_are_what_scimind_trains_on(tmp_path: Path) -> None:
     with MindRecordWriter(tmp_path / "qa", SCIMIND_FIELDS) as writer:
         writer.write(row)
         writer.write(untrained)
-    first, second = read_examples(tmp_path / "qa")
-    assert np.array_equal(first.input_ids, example.input_ids) and np.array_equal(first.loss_mask, example.loss_mask)
-    assert second.input_ids.tolist() == [1, 5, 6] and not second.loss_mask.any()
+    first, second = read_scimind(tmp_path / "qa")
+    assert all(map(np.array_equal, first, example))
+    assert second[0].tolist() == [1, 5, 6] and not second[1].any()
     with MindRecordWriter(tmp_path / "wiki", {"input_ids": "int32"}) as writer:
         writer.write({"input_ids": np.array([4, 0, 0])})
-    (only,) = read_examples(tmp_path / "wiki")
-    assert only.input_ids.tolist() == [4, 0, 0] and only.loss_mask.tolist() == [False, True, True]
+    (only,) = read_scimind(tmp_path / "wiki")
+    assert only[0].tolist() == [4, 0, 0] and only[1].tolist() == [False, True, True]
     for change, message in (
         ({"labels": np.full(9, 3)}, "qa2?:1: a label is neither its token nor -100"),
         ({"labels": np.full(8, -100)}, ":1: 9 input_ids, but 8 labels"),
@@ -131,7 +130,7 @@ def test_examples_are_what_scimind_trains_on(tmp_path: Path) -> None:
         with MindRecordWriter(tmp_path / "other/qa", SCIMIND_FIELDS) as writer:
             writer.write({**row, **change})
         with pytest.raises(UserError, match=message):
-            list(read_examples(tmp_path / "other/qa"))
+            list(read_scimind(tmp_path / "other/qa"))
 
 
 def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path) -> None:
