@@ -8,7 +8,7 @@ from jaxlm.config.data import DataConfig, SourceConfig
 from jaxlm.config.inference import Decoding, EvaluateConfig, GenerateConfig, InferenceModelConfig
 from jaxlm.config.model import LoraConfig, ModalityConfig, ModelConfig, MoeRunConfig, TokenizerConfig
 from jaxlm.config.plain import flatten, to_dict
-from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TaskConfig, TrainConfig
 
 __all__ = [
     "DataConfig",
@@ -25,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "SourceConfig",
+    "TaskConfig",
     "TokenizerConfig",
     "TrainConfig",
     "flatten",
