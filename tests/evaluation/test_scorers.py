@@ -220,7 +220,7 @@ def test_bad_options_are_refused() -> None:
 def test_every_task_has_its_name() -> None:
     for name in MODULES:
         task = get_task(name)
-        assert task.name == name and task.summary.endswith(".") and task.expects
+        assert task.name == name and task.summary and task.expects
 
 
 def test_a_mean_without_records_is_no_number() -> None:
