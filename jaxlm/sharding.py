@@ -40,6 +40,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("buckets", None),
 )
 
+# Logical axes that are not split where that cannot be done evenly: a vocabulary of 32,001 rows (Alpaca's and Vicuna's),
+# the one kv head of a multi-query layer, of which each device then uses all (see `nn.self_attention`).
+WHOLE_IF_UNEVEN = ("vocab", "kv_heads")
+
 
 def flat_dims(axes: Sequence[str | None]) -> tuple[tuple[str | None, ...], ...]:
     """The dims of one layer's tensor as a checkpoint of another framework stores it, each as its logical axes.

@@ -17,15 +17,24 @@ from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.spec import DecoderSpec, differences
 from jaxlm.weights.hf import hf_tensors
-from jaxlm.weights.leaves import AdapterSource, ParamSource
-from jaxlm.weights.names import Shape
+from jaxlm.weights.leaves import AdapterSource, Index, ParamSource
+from jaxlm.weights.names import Shape, hf_entries
 from jaxlm.weights.partition import order_name
 from jaxlm.weights.tensors import TensorSpec
 
 # Numbers compared at a time, so that everything between stays in the cache.
 _STEP = 1 << 14
+# Numbers of a leaf that are read at a time.
+_ROWS = 1 << 22
 # Fields of a configuration that change nothing in what a model computes for a text.
-_NOT_COMPUTED = {"initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+_NOT_COMPUTED = {
+    "family",
+    "initializer_range",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 # Settings that say where an adapter is, at which ranks and scales.
 _PLACES = {"rank", "alpha", "targets", "rank_pattern", "alpha_pattern", "rslora", "modules_to_save"}
 
@@ -95,13 +104,35 @@ class Report:
 
 
 def compare_models(first: ParamSource, second: ParamSource, advance: Callable[[int], None]) -> Report:
-    """Compares two models; memory stays small. `advance` gets the bytes read of the first one."""
-    report = _compare(hf_tensors(first), hf_tensors(second), advance)
+    """Compares two models; memory stays small. `advance` gets the bytes read of the first one.
+
+    Those of two families, whose files have other names and join other layers, are compared by jaxlm's own leaves.
+    """
+    tensors = hf_tensors if first.config.family == second.config.family else leaf_tensors
+    report = _compare(tensors(first), tensors(second), advance)
     _compare_fields(first.config, second.config, report)
     orders = order_name(first.partition), order_name(second.partition)
     if orders[0] != orders[1]:
         report.config["partition"] = orders
     return report
+
+
+def leaf_tensors(source: ParamSource) -> list[TensorSpec]:
+    """The leaves of a model, layer by layer, to be read once: `layers/mlp/up_proj/kernel[3]`."""
+    tensors = []
+    for entry in hf_entries(source.config):
+        leaf = source.leaves[entry.path]
+        name = entry.path if entry.layer is None else f"{entry.path}[{entry.layer}]"
+        shape = leaf.shape if entry.layer is None else leaf.shape[1:]
+        tensors.append(TensorSpec(name, shape, leaf.dtype, _leaf_blocks(source, entry.path, entry.layer, shape)))
+    return tensors
+
+
+def _leaf_blocks(source: ParamSource, path: str, layer: int | None, shape: Shape) -> Iterator[np.ndarray]:
+    first: Index = () if layer is None else (slice(layer, layer + 1),)
+    rows = max(1, _ROWS * shape[0] // math.prod(shape))
+    for start in range(0, shape[0], rows):
+        yield source.read(path, (*first, slice(start, min(start + rows, shape[0])))).reshape(-1)
 
 
 def compare_adapters(first: AdapterSource, second: AdapterSource, advance: Callable[[int], None]) -> Report:

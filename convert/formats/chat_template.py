@@ -70,12 +70,15 @@ def find_trained_template(source: LeafSource) -> TrainedTemplate | None:
 
 
 def to_jinja(template: Template, tokenizer: Tokenizer, add_bos: bool) -> str | None:
-    """The chat template; None for a template that has no messages (text, chat), or that Jinja's few means cannot say.
+    """The chat template; None for a template that has no messages (text, chat), or that Jinja's few means cannot say,
+    or that speaks to a tokenizer whose opening stands in front of an answer.
 
     Args:
         tokenizer: whose bos and eos are written.
         add_bos: bos comes first.
     """
+    if tokenizer.opens_answers:
+        return None
     bos = _token(tokenizer, tokenizer.bos_id) if add_bos else None
     eos = _token(tokenizer, tokenizer.eos_id)
     if isinstance(template, ConversationTemplate):

@@ -395,6 +395,12 @@ def _saved_names(config: DecoderSpec, lora: LoraConfig) -> tuple[list[str], bool
         for wanted in lora.modules_to_save
         for module in saved_modules(config, dataclasses.replace(lora, modules_to_save=(wanted,)))
     ]
+    if config.encoder is not None and "embed_tokens" in modules:
+        name = _modules(config)["embed_tokens"][0].hf_module
+        raise UserError(
+            f"lora.modules_to_save: {name} is not what transformers computes with, but copies of it in encoder and "
+            "decoder, so PEFT has no place for it; make one model of base and adapter (convert merge)"
+        )
     tied = config.tied_head and "embed_tokens" in modules
     rows = [_modules(config)[module][0] for module in dict.fromkeys([*modules, "lm_head"] if tied else modules)]
     return [short_name(config, row.hf_module, _is_saved) for row in rows], tied

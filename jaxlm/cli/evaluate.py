@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +56,13 @@ def _main(argv: Sequence[str], prog: str) -> int:
 
         return compare(argv[1:], prog)
     config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
+    config = with_commits(config, lambda line: print(line, file=sys.stderr))
+    if config.predictions is not None:
+        predictions = on_disk(config.predictions, "data", "predictions")
+        config = dataclasses.replace(config, predictions=str(predictions))
+    if config.metric_tokenizer is not None:
+        metric_tokenizer = on_disk(config.metric_tokenizer, "small", "metric_tokenizer")
+        config = dataclasses.replace(config, metric_tokenizer=str(metric_tokenizer))
     if config.harness is not None:
         from jaxlm.cli.harness import run_harness
 
@@ -194,6 +203,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from convert.source import open_with_adapter
+    from jaxlm.data.prefix import check_prefix
     from jaxlm.evaluation import perplexity
     from jaxlm.evaluation.scorer import place
     from jaxlm.tokenizer import load_tokenizer
@@ -211,6 +221,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     settings = _settings(config, tokenizer, trained, template, spec.max_length)
     with console.status("reading and tokenising"):
         texts = perplexity.read_texts(data, template, tokenizer, settings, spec.vocab_size)
+    check_prefix(spec.prefix, texts.examples, tokenizer, "rows")
 
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
     with console.status("loading"):

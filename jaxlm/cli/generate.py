@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import download_all, with_commits
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import Decoding, GenerateConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,6 +120,10 @@ def _run(config: GenerateConfig) -> int:
         if hosts.processes > 1:
             hosts.agree("versions", versions())
             hosts.agree("configuration", run_settings(config))
+        config = with_commits(config, hosts.console(terminal).print, hosts)
+        download_all([config], hosts)
+        if config.predict_data is not None:
+            config = dataclasses.replace(config, predict_data=str(on_disk(config.predict_data, "data", "predict_data")))
         if config.save_file is not None:
             _take(Path(config.save_file), config.overwrite, hosts)
         if hosts.processes == 1:

@@ -53,8 +53,8 @@ class InferenceModelConfig:
     """Which model, and how it computes.
 
     Args:
-        path: directory of the model: Hugging Face, converted jaxlm, a run directory or one of its checkpoints. A LoRA
-            run brings its base along.
+        path: directory of the model: Hugging Face, converted jaxlm, a run directory or one of its checkpoints; or a
+            name of the Hugging Face hub, hf://owner/name[@revision]. A LoRA run brings its base along.
         adapter: LoRA adapter to apply on the fly: a PEFT directory, a converted one, or a LoRA run.
         merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
         dtype: dtype of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.

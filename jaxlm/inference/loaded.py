@@ -185,8 +185,11 @@ class LoadedModel:
 
     def _joined(self, prompt: str, continuation: str) -> tuple[list[int], int]:
         """Tokens of both texts, and the number of those that belong to the prompt alone."""
-        encoding = self.tokenizer.encode(_whole(prompt + continuation))
         opening = list(self.tokenizer.opening) if self.tokenizer.adds_bos else []
+        if self.tokenizer.opens_answers:
+            before, answer = (self.tokenizer.encode(_whole(text)).ids for text in (prompt, continuation))
+            return [*before, *opening, *answer], len(before) + len(opening)
+        encoding = self.tokenizer.encode(_whole(prompt + continuation))
         inside = sum(end <= len(prompt) for _, end in encoding.offsets)
         return [*opening, *encoding.ids], len(opening) + inside
 

@@ -17,7 +17,7 @@ from jaxlm.devices.mesh import load_sharded, stored_chunks, tree_shardings
 from jaxlm.models.decoder import Decoder, abstract_layer, abstract_variables
 from jaxlm.models.unrolled import Weights
 from jaxlm.nn.weight_types import StoredWeight, with_stored_weights
-from jaxlm.sharding import ROW_AXES, TENSOR
+from jaxlm.sharding import ROW_AXES, TENSOR, WHOLE_IF_UNEVEN
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import LeafReader
 
@@ -70,9 +70,8 @@ def load_weights(
         return adapter.read(name, index) if adapter is not None and name in saved else model.read(path, index)
 
     top = {name: tree for name, tree in boxed["params"].items() if name != "layers"}
-    # A vocabulary of 32,001 rows (Alpaca's and Vicuna's) must not keep the layers from being split.
     bare = nn.unbox(top)
-    params = load_sharded(bare, tree_shardings(top, mesh, ("vocab",)), read_top, stored_chunks(model, bare))
+    params = load_sharded(bare, tree_shardings(top, mesh, WHOLE_IF_UNEVEN), read_top, stored_chunks(model, bare))
     layers, factors = [], []
     for number, (stack, index) in enumerate(layer_places(decoder.spec)):
         layers.append(_load_layer(boxed["params"]["layers"][number], mesh, model, stack, index))
@@ -86,7 +85,7 @@ def load_weights(
         tree = {"encoder": boxed["encoder_lora"]}
         bare = nn.unbox(tree)
         read = model.read if adapter is None else adapter.read
-        own = load_sharded(bare, tree_shardings(tree, mesh), read, stored_chunks(adapter, bare))
+        own = load_sharded(bare, tree_shardings(tree, mesh, WHOLE_IF_UNEVEN), read, stored_chunks(adapter, bare))
         weights["encoder_lora"] = own.get("encoder", {})
     return weights
 
@@ -128,7 +127,7 @@ def _load_layer(boxed: Any, mesh: Mesh, source: LeafReader, stack: str, index: i
 
     tree = traverse_util.unflatten_dict(flat, sep="/")
     bare = nn.unbox(tree)
-    loaded = load_sharded(bare, tree_shardings(tree, mesh), read, stored_chunks(None, bare))
+    loaded = load_sharded(bare, tree_shardings(tree, mesh, WHOLE_IF_UNEVEN), read, stored_chunks(None, bare))
     arrays = traverse_util.flatten_dict(loaded, sep="/")
     for path, leaf in stored.items():
         arrays[path] = dataclasses.replace(

@@ -57,10 +57,12 @@ class Prompter:
 
     @property
     def beginning(self) -> str:
-        """What a prompt begins with, and what says so; for a start-up line."""
+        """What a prompt begins with (or ends, to open the answer), and what says so; for a start-up line."""
         if isinstance(self._template, ChatTemplate):
             return "bos as the template writes it"
         opening = "".join(map(self.tokenizer.token, self.tokenizer.opening))
+        if self._add_bos and self.tokenizer.opens_answers:
+            return f"{opening} behind it ({self._bos_because})"
         return f"{f'bos {opening}' if self._add_bos else 'no bos'} first ({self._bos_because})"
 
     @property

@@ -333,7 +333,8 @@ def in_hf_names(
             )
 
     def same(wanted: str, rule: Callable[[str, str], bool]) -> bool:
-        return places(hf, wanted, rule, (0,)) & carrying == places(every, wanted, rule) & carrying
+        # In a list it is a name to PEFT, and by itself also means linear layers outside of the layers.
+        return wanted != ALL and places(hf, wanted, rule, (0,)) & carrying == places(every, wanted, rule) & carrying
 
     patterns = (*lora.rank_pattern, *lora.alpha_pattern)
     if model.encoder is not None:

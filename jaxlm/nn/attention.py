@@ -437,6 +437,12 @@ def kv_head_copies(kv_heads: int, devices: int) -> int:
     return devices // math.gcd(kv_heads, devices)
 
 
+def kv_head_copies_here(kv_heads: int) -> int:
+    """The same for the devices that heads are split over on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else kv_head_copies(kv_heads, mesh.shape.get(TENSOR, 1))
+
+
 # Dims [B, T, H, h] outside of attention, and inside.
 _PARTS = ("batch", "length", "heads", None)
 _WHOLE = ("batch", "attention_length", "attention_heads", None)

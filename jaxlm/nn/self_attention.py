@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import UserError
 from jaxlm.kernels.backend import AttentionBackend
-from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention
+from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention, kv_head_copies_here
 from jaxlm.nn.linear import WithLinears
 from jaxlm.nn.norms import Norm
 from jaxlm.nn.positions import apply_partial_rope, apply_rope_by_halves
@@ -55,10 +55,12 @@ class SelfAttention(WithLinears):
             raise UserError("attention.relative_bias: this kind of model has no table of relative biases")
         entered = self._entered("qkv_proj", {"embed": self.hidden_size}, x, layer, deterministic)
 
-        def project(name: str, num_heads: int, axis: str) -> jax.Array:
+        def project(name: str, num_heads: int, axis: str, split: str | None) -> jax.Array:
             outputs = {axis: num_heads, "head_dim": s.head_dim}
             linear = self._linear(name, {"embed": self.hidden_size}, outputs, s.qkv_bias)
-            return nn.with_logical_constraint(linear(x, layer, deterministic, entered), ("batch", "length", axis, None))
+            return nn.with_logical_constraint(
+                linear(x, layer, deterministic, entered), ("batch", "length", split, None)
+            )
 
         def normed(name: str, heads: jax.Array) -> jax.Array:
             if s.qk_norm is None:
@@ -75,11 +77,17 @@ class SelfAttention(WithLinears):
                 return apply_rope_by_halves(heads, cos, sin)
             return apply_partial_rope(heads, cos, sin, s.rotary_interleaved)
 
-        q = normed("q_norm", project("q_proj", s.num_heads, "heads"))
+        # Where kv heads cannot be split evenly, every device computes all of them, and has copies of those it needs.
+        copies = kv_head_copies_here(s.num_kv_heads)
+        kv_split = "kv_heads" if copies == 1 else None
+        q = normed("q_norm", project("q_proj", s.num_heads, "heads", "heads"))
         q = checkpoint_name(turned(q), "q")
-        k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads"))
+        k = normed("k_norm", project("k_proj", s.num_kv_heads, "kv_heads", kv_split))
         k = checkpoint_name(turned(k), "k")
-        v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads"), "v")
+        v = checkpoint_name(project("v_proj", s.num_kv_heads, "kv_heads", kv_split), "v")
+        if copies > 1:
+            axes = ("batch", "length", "kv_heads", None)
+            k, v = (nn.with_logical_constraint(jnp.repeat(x, copies, axis=2), axes) for x in (k, v))
         mask = MaskSpec(causal=s.causal, window=s.window, scale=s.scale, soft_cap=s.soft_cap, alibi=s.alibi, bias=bias)
         if cache is None:
             if s.prefix is None or segment_ids is None:

@@ -170,7 +170,8 @@ def local_shape(shape: DecoderSpec, tensor: int) -> DecoderSpec:
 
     def part(layer: LayerSpec) -> LayerSpec:
         attention, feed_forward = layer.attention, layer.feed_forward
-        heads = max(1, attention.num_heads // tensor), max(1, attention.num_kv_heads // tensor)
+        kv_heads = attention.num_kv_heads // math.gcd(attention.num_kv_heads, tensor)  # with copies where uneven
+        heads = max(1, attention.num_heads // tensor), kv_heads
         return dataclasses.replace(
             layer,
             attention=dataclasses.replace(attention, num_heads=heads[0], num_kv_heads=heads[1]),

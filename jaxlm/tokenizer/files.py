@@ -8,13 +8,14 @@ from pathlib import Path
 from jaxlm.modalities import MODALITIES_FILE
 
 # What a tokenizer is loaded from, the first that is there; the other files say more about it.
-MAIN_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+MAIN_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "ice_text.model", "vocab.json")
 # Whatever belongs to a tokenizer (or to generation) in a model directory; the rest is weights and documentation.
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.model.v*",
     "tokenizer.json",
     "spiece.model",
+    "ice_text.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.locate import on_disk
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
-from jaxlm.tokenizer import chatglm, spiece
-from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, read_fast, read_gpt2
+from jaxlm.tokenizer import chatglm, chatglm_6b, spiece
+from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, as_arrays, read_fast, read_gpt2
 from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
-from jaxlm.tokenizer.files import find_tokenizer_files, main_file
+from jaxlm.tokenizer.files import MAIN_FILES, find_tokenizer_files, main_file
+from jaxlm.tokenizer.segments import Ids
 from jaxlm.tokenizer.settings import Settings, added_tokens, read_settings
 
 
@@ -35,6 +37,7 @@ class Tokenizer:
         adds_bos, adds_eos: whether the tokenizer itself puts bos in front of a text and eos behind it.
         adds_why: which file says so.
         opening: the ids that "bos" stands for: what the post-processor puts in front, else bos_id.
+        opens_answers: `opening` stands between a prompt and its answer (ChatGLM-6B), not in front of the prompt.
         chat_template: the Jinja source, or None.
         date: the date for chat templates that ask for it; None: the present.
         modalities: those with tokens of their own, `<smiles>CCO</smiles>` in texts; see `jaxlm.modalities`.
@@ -71,6 +74,7 @@ class Tokenizer:
         self.opening = backend.opening or (() if self.bos_id is None else (self.bos_id,))
         self.adds_bos, self.adds_eos, self.adds_why = _surroundings(settings, backend, self.eos_id)
         self.adds_bos &= bool(self.opening)
+        self.opens_answers = backend.opens_answers
 
     def complete(self, bos_id: int | None, eos_id: int | tuple[int, ...] | None, pad_id: int | None) -> None:
         """Takes ids from a model's configuration where the tokenizer's own files name no token for the role.
@@ -119,6 +123,23 @@ class Tokenizer:
         ]
         encoded = iter(self._backend.encode(plain, special_tokens, None))
         return [_joined(runs, encoded) for runs in split]
+
+    def encode_arrays(
+        self,
+        texts: Sequence[str],
+        special_tokens: bool | None = None,
+        continued: Sequence[bool] | None = None,
+        with_offsets: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        """As `encode_batch`, as arrays and in this thread; `with_offsets`: for each text, whether they are asked for.
+
+        Raises:
+            TextError: as `encode`.
+        """
+        wanted = [True] * len(texts) if with_offsets is None else with_offsets
+        if self._modalities is None:
+            return self._backend.encode_arrays(texts, special_tokens, continued, wanted)
+        return as_arrays(self.encode_batch(texts, special_tokens, continued))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, open_end: bool = False) -> str:
         """Text of `ids`. An id beyond the vocabulary (embeddings are often padded to a round number) gives nothing.
@@ -197,12 +218,13 @@ class Tokenizer:
         return self.chat_template is not None and "strftime_now" in self.chat_template
 
     def save(self, directory: str | Path) -> None:
-        """Copies the tokenizer's files as they came; a single file gets the name that `load_tokenizer` looks for."""
+        """Copies the tokenizer's files as they came; one of another name gets one that `load_tokenizer` knows."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for file in self._files:
             # copyfile, not copy: a read-only original would leave files that cannot be replaced.
-            shutil.copyfile(file, directory / (f"tokenizer{file.suffix}" if file == self.path else file.name))
+            is_named = file != self.path or file.name in MAIN_FILES
+            shutil.copyfile(file, directory / (file.name if is_named else f"tokenizer{file.suffix}"))
 
 
 def _joined(runs: Sequence[Run], encoded: Iterator[Encoding]) -> Encoding:
@@ -258,7 +280,7 @@ def _find_main(directory: Path) -> Path:
     parts = [name for name in ("vocab.json", "merges.txt", "vocab.txt", "tekken.json") if name in names]
     if not parts:
         raise UserError(
-            f"{directory} holds no tokenizer: neither tokenizer.json nor tokenizer.model nor spiece.model; "
+            f"{directory} holds no tokenizer: neither {' nor '.join(MAIN_FILES[:-1])}; "
             "copy one there, or name one (tokenizer.path in train, --tokenizer in generate)"
         )
     what = f" of the class {settings.tokenizer_class}" if settings is not None and settings.tokenizer_class else ""
@@ -280,7 +302,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UserError: nothing to load there, or a file is broken.
     """
-    path = Path(path)
+    path = on_disk(path, "small", "tokenizer")
     if path.is_dir():
         directory = path
         main = _find_main(directory)
@@ -288,7 +310,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif path.is_file():
         directory, main = path.parent, path
         # A settings file belongs to the tokenizer only if it stands beside a file with the usual name.
-        main_names = ("tokenizer.json", "tokenizer.model", spiece.FILE)
+        main_names = MAIN_FILES[:-1]
         beside_it = find_tokenizer_files(directory) if path.name in main_names else []
         files = [path, *(file for file in beside_it if file.name not in main_names)]
     else:
@@ -302,6 +324,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         backend = Fast(main, content, added, settings.special)
     elif main.suffix == ".json":
         backend = Fast(main, read_fast(main), added, settings.special)
+    elif main.name == chatglm_6b.FILE:
+        backend = chatglm_6b.IceText(main, added, settings)
+        settings = chatglm_6b.first_chat_settings(settings)
     elif main.suffix == ".model" and settings.tokenizer_class == chatglm.CLASS:
         own = chatglm.ChatGLM(main, added)
         backend, settings = own, chatglm.chat_settings(settings, own)

@@ -17,12 +17,10 @@ from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
 from jaxlm.models.adapters import saved_modules
 from jaxlm.models.decoder import Decoder, abstract_variables, example_inputs, with_saved_modules
+from jaxlm.sharding import WHOLE_IF_UNEVEN
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 from jaxlm.weights.leaves import LeafReader
-
-# A vocabulary of 32,001 rows (Alpaca's, Vicuna's) must not keep the layers from being split.
-WHOLE_IF_UNEVEN = ("vocab",)
 
 
 @flax.struct.dataclass

@@ -25,3 +25,16 @@ def random_tree(tree: Any, seed: int, std: float = 0.3) -> Any:
     """Normal values in the shapes of `tree` (arrays or ShapeDtypeStructs), float32."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: rng.normal(0.0, std, leaf.shape).astype(np.float32), tree)
+
+
+class TreeSource:
+    """A tree of arrays, read like a checkpoint."""
+
+    def __init__(self, tree: Any) -> None:
+        self.leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(self.leaves[path][index])

@@ -17,10 +17,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 # Capability -> what the test of its column did.
 CAPABILITIES = {
     "convert": "into jaxlm's format and back: every tensor bit-equal, `config.json` read by transformers",
+    "verify": "`convert verify` says equal of the two forms, and names the tensor of which one number differs",
+    "deltas": "`make-delta` and `apply-delta` give a tuned model back, bit for bit",
     "logits": "of whole, packed and padded rows, scanned, with caches and streamed, against transformers in float32",
     "gradients": "the gradient of the summed loss by every parameter, against PyTorch",
     "train": "full fine-tuning: the loss of a batch falls with every step",
     "LoRA↔PEFT": "an adapter of PEFT on every linear layer: its logits, and its files there and back bit-equal",
+    "LoRA training": "of all linear layers: the loss falls, and PEFT's form of the adapter gives the same logits",
     "generate": "greedy tokens, against transformers' `generate`",
     "beams": "tokens of a beam search with penalties, against transformers' `generate`",
     "int8": "generation from int8 weights: the model with rounded weights, in a third of the bytes",

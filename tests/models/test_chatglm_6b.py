@@ -18,7 +18,7 @@ from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
-from jaxlm.inference.model import unstack
+from jaxlm.inference.model import load_weights, unstack
 from jaxlm.models import streamed
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.families import SHAPES, read_config, write_config
@@ -26,7 +26,7 @@ from jaxlm.models.unrolled import extend, prefill
 from jaxlm.nn.positions import prefix_positions
 from jaxlm.spec import PrefixSpec
 from jaxlm.weights.names import num_params
-from tests.models.compare import assert_trees_close
+from tests.models.compare import TreeSource, assert_trees_close
 from tests.models.small import OWN, hf_model, small_spec, tree_of
 
 torch = pytest.importorskip("torch")
@@ -108,8 +108,11 @@ def test_caches_and_streamed_layers() -> None:
     np.testing.assert_allclose(found[0], logits[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_tokens_are_those_of_the_reference(beams: int) -> None:
+@pytest.mark.parametrize(
+    ("beams", "tensor"),
+    [(1, 1), (2, 1), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
+def test_tokens_are_those_of_the_reference(beams: int, tensor: int) -> None:
     """Prompts of several lengths at once, each read as a prefix."""
     prompts = [text[: text.index(SOP) + 1] for text in TEXTS]
     options = dict(do_sample=False, max_new_tokens=6, num_beams=beams, eos_token_id=None, pad_token_id=3)
@@ -120,8 +123,8 @@ def test_tokens_are_those_of_the_reference(beams: int) -> None:
             whole = model().generate(ids, attention_mask=torch.ones_like(ids), **options)
         wanted.append(tuple(whole[0, len(prompt) :].tolist()))
     assert len({*wanted}) == 3 and min(len({*answer}) for answer in wanted) > 1  # else it would say little
-    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    weights = jax.tree.map(jnp.asarray, unstack({"params": expected()[-1]}, SPEC))
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=tensor), jax.devices()[:tensor])
+    weights = load_weights(Decoder(SPEC), mesh, TreeSource(expected()[-1]), None)
     generator = Generator(Decoder(SPEC), weights, mesh, ())
     answers = generator.generate(prompts, Decoding(max_new_tokens=6, num_beams=beams))
     assert [answer[0].ids for answer in answers] == wanted

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from jaxlm.config import Decoding, LoraConfig, MeshConfig
+from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
+from jaxlm.inference.generator import Generator
+from jaxlm.inference.model import load_weights
+from jaxlm.models.decoder import Decoder
 from jaxlm.models.families import SHAPES, read_config, write_config
 from jaxlm.weights.names import num_params
+from tests.models.compare import TreeSource
 from tests.models.parity import check_family
-from tests.models.small import SMALL, hf_config, small_spec
+from tests.models.small import SMALL, hf_config, hf_model, small_spec, tree_of
+from tests.models.test_matrix import steps_on_one_batch
 
 
 @pytest.mark.parametrize("variant", list(SMALL["falcon"])[1:])  # test_matrix.py has the first
@@ -82,3 +91,26 @@ def test_a_switch_that_is_not_served_is_refused(values: dict[str, Any], message:
     config = hf_config("falcon").to_dict() | {"architectures": ["FalconForCausalLM"]}
     with pytest.raises(UserError, match=message):
         read_config(config | values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tensor"), [("falcon", 2), ("falcon", 4), ("llama", 4)])
+def test_devices_share_kv_heads(family: str, tensor: int) -> None:
+    """One or two kv heads over more devices: tokens, and the steps of training with an adapter, of one device."""
+    spec = small_spec(family)
+    assert tensor % spec.attention.num_kv_heads == 0 < tensor - spec.attention.num_kv_heads
+    params = tree_of(dict(hf_model(family).named_parameters()), spec)
+    model, prompts = Decoder(spec), [[5, 9, 30, 7, 8], [11, 3]]
+    answers = []
+    for devices in (1, tensor):
+        mesh = make_mesh(MeshConfig(fsdp=1, tensor=devices), jax.devices()[:devices])
+        generator = Generator(model, load_weights(model, mesh, TreeSource(params)), mesh, ())
+        found = generator.generate(prompts, Decoding(max_new_tokens=8))
+        answers.append([answer.ids for each in found for answer in each])
+    assert answers[0] == answers[1] and len({*answers[0][0]}) > 1
+    lora = LoraConfig(rank=2, alpha=8.0, targets=("all-linear",))
+    (wanted, one), (losses, many) = (
+        steps_on_one_batch(spec, lora, params, {"fsdp": 1, "tensor": devices}) for devices in (1, tensor)
+    )
+    np.testing.assert_allclose(losses, wanted, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-4), many, one)

@@ -15,7 +15,7 @@ import pytest
 
 from convert.commands.main import main
 from convert.source import open_adapter, open_model
-from jaxlm.config import Decoding, MeshConfig, OptimizerConfig
+from jaxlm.config import Decoding, LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
@@ -23,25 +23,32 @@ from jaxlm.errors import UserError
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import load_weights, unstack
 from jaxlm.models.adapters import resolve_lora
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import Decoder, with_saved_modules
 from jaxlm.models.families import FAMILIES
 from jaxlm.models.unrolled import prefill
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.planning.compiled import compile_step
+from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
 from jaxlm.training.step import make_train_step
 from jaxlm.weights.leaves import LeafReader
+from jaxlm.weights.native.write import write_adapter
 from tests.convert.tiny import make_adapter
 from tests.models import matrix
-from tests.models.compare import random_tree
+from tests.models.adapted import InMemory
+from tests.models.compare import TreeSource, random_tree
 from tests.models.parity import check_family, random_model
 from tests.models.small import OWN, SMALL, WITH_ENCODER, hf_class, hf_model, small_spec, tree_of
 
-pytestmark = pytest.mark.parametrize(
-    "family", [name for name in FAMILIES if name not in WITH_ENCODER]
-)  # see test_t5.py
+DECODERS = [name for name in FAMILIES if name not in WITH_ENCODER]  # the others are in test_t5.py
+every_family = pytest.mark.parametrize("family", DECODERS)
+# One that is stored as transformers computes with it, and one with linear layers that are stored as one.
+_QUICK = ("llama", "bloom")
+every_family_but_slowly = pytest.mark.parametrize(
+    "family", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+)
 Settle = Callable[..., None]
 
 
@@ -83,6 +90,7 @@ def tree_from(source: LeafReader) -> dict[str, Any]:
     return tree
 
 
+@every_family
 def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path, settle: Settle) -> None:
     """config.json as transformers reads it, and every tensor."""
     hf_model(family, dtype="bfloat16").save_pretrained(tmp_path / "hf")
@@ -96,6 +104,51 @@ def test_files_there_and_back_are_bit_equal(family: str, tmp_path: Path, settle:
     settle("convert")
 
 
+def on_a_grid(module: Any) -> Any:
+    """The model with every number rounded to a multiple of 1 / 1024, so that float32 holds sums and differences."""
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_((parameter * 1024).round() / 1024 + 0.0)  # -0 and 0 would be two
+    return module
+
+
+def check_deltas_and_verify(family: str, folder: Path) -> None:
+    """A delta is PyTorch's difference; with it the base is the tuned model, which `verify` says, and of a change not.
+
+    Raises:
+        AssertionError: it is otherwise.
+        UserError: a verb refuses.
+    """
+    torch = pytest.importorskip("torch")
+    modules = {name: on_a_grid(hf_model(family, seed=seed)) for seed, name in enumerate(("base", "tuned"))}
+    for name, module in modules.items():
+        module.save_pretrained(folder / name)
+    run("make-delta", folder / "base", folder / "tuned", folder / "delta")
+    run("apply-delta", folder / "base", folder / "delta", folder / "back")
+    base, tuned, delta, back = (
+        hf_class(family).from_pretrained(folder / name, dtype="float32").state_dict()
+        for name in ("base", "tuned", "delta", "back")
+    )
+    assert base.keys() == tuned.keys() == delta.keys() == back.keys()
+    for name, tensor in tuned.items():
+        assert tensor.equal(back[name]) and delta[name].equal(tensor - base[name]), name
+    run("hf-to-jax", folder / "tuned", folder / "jax")
+    assert main(["verify", str(folder / "jax"), str(folder / "back")]) == 0
+    parameter = next(iter(modules["tuned"].parameters()))
+    with torch.no_grad():
+        parameter[0, 0] += 0.5
+    modules["tuned"].save_pretrained(folder / "other")
+    assert main(["verify", "--no-logits", str(folder / "jax"), str(folder / "other")]) == 1
+
+
+@every_family_but_slowly
+def test_deltas_and_verify(family: str, tmp_path: Path, settle: Settle) -> None:
+    check_deltas_and_verify(family, tmp_path)
+    settle("deltas", "verify")
+
+
+@every_family
 def test_logits_gradients_and_greedy_tokens(family: str, settle: Settle) -> None:
     check_family(family, plain(family))
     settle("logits", "gradients", "generate")
@@ -108,6 +161,7 @@ def linears_of(module: Any) -> list[str]:
     return sorted({name.split(".")[-1] for name in names if any(part.isdigit() for part in name.split("."))})
 
 
+@every_family
 def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None:
     """On every linear layer: its logits, and its files there and back."""
     torch = pytest.importorskip("torch")
@@ -137,6 +191,7 @@ def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None
     settle("LoRA↔PEFT")
 
 
+@every_family
 @pytest.mark.slow
 def test_beams_and_int8(family: str, settle: Settle) -> None:
     """A search with penalties gives transformers' tokens; int8 gives the logits of the weights it stands for."""
@@ -169,19 +224,7 @@ def test_beams_and_int8(family: str, settle: Settle) -> None:
     settle("int8")
 
 
-class TreeSource:
-    """A tree of arrays, read like a checkpoint."""
-
-    def __init__(self, tree: Any) -> None:
-        self.leaves = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(self.leaves[path][index])
-
-
+@every_family
 @pytest.mark.slow
 def test_experts(family: str, tmp_path: Path, settle: Settle) -> None:
     """Divided, with all experts in use: the dense model's logits, up to the order of sums; and dense again."""
@@ -214,15 +257,29 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     Args:
         sizes: of the mesh's axes.
     """
-    spec = small_spec(family)
-    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())])
-    model = Decoder(spec, attention="reference")
+    return steps_on_one_batch(small_spec(family), None, None, {"fsdp": 1, **sizes})
+
+
+def steps_on_one_batch(
+    spec: DecoderSpec, lora: LoraConfig | None, params: Any, sizes: dict[str, int]
+) -> tuple[list[float], Any]:
+    """Losses of steps on one batch, and what was trained.
+
+    Args:
+        lora: what is trained; None: everything.
+        params: the model's parameters; None: random ones.
+        sizes: of the mesh's axes.
+    """
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+    model = Decoder(spec, {} if lora is None else resolve_lora(spec, lora), attention="reference")
     # Where a gradient is 0 but for rounding (a bias of k), a small eps would make whole steps of it.
     options = OptimizerConfig(learning_rate=2e-2, schedule="constant", eps=1e-4)
     schedule = make_schedule(options, 10)
-    initializer = Initializer(model, None, mesh, functools.partial(make_optimizer, options, schedule))
-    params = jax.device_put(random_tree(initializer.params, 1, 0.2), initializer.params_shardings)
-    state = initializer.new_state({"params": params}, 0)
+    initializer = Initializer(model, lora, mesh, functools.partial(make_optimizer, options, schedule))
+    params = random_tree(initializer.params, 1, 0.2) if params is None else params
+    params = jax.device_put(params, initializer.params_shardings)
+    trainable = {"params": params} if lora is None else {"lora": initializer.init_lora(params, 0)}
+    state = initializer.new_state(trainable, 0)
     step = make_train_step(CrossEntropy(model), initializer.optimizer, schedule, 1.0)
     ids = np.random.default_rng(0).integers(0, spec.vocab_size, (1, 8, 12)).astype(np.int32)
     segments = np.broadcast_to(np.repeat([1, 2, 0], [5, 5, 2]), ids.shape).astype(np.int32)
@@ -233,14 +290,54 @@ def trained(family: str, **sizes: int) -> tuple[list[float], Any]:
     if spec.encoder is not None:
         batch |= {"encoder_ids": ids[:, ::-1].copy(), "encoder_segment_ids": segments}
     losses = []
+    frozen = {} if lora is None else {"params": params}
     with use_mesh(mesh):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(initializer.state_shardings, None))
         for _ in range(STEPS):
-            state, found = jitted(state, {}, put_batch(batch, mesh))
+            state, found = jitted(state, frozen, put_batch(batch, mesh))
             losses.append(float(found["loss"]))
     return losses, jax.device_get(state.trainable)
 
 
+def check_lora_training(family: str, folder: Path, saved: tuple[str, ...] = ()) -> None:
+    """An adapter of all linear layers is trained; what PEFT makes of its files computes the same.
+
+    Args:
+        saved: modules that are trained whole.
+    """
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    spec, base = small_spec(family), hf_model(family)
+    base.save_pretrained(folder / "hf")
+    lora = LoraConfig(rank=2, alpha=8.0, targets=("all-linear",), modules_to_save=saved)
+    params = tree_of(dict(base.named_parameters()), spec)
+    losses, trained_tree = steps_on_one_batch(spec, lora, params, {"fsdp": 1})
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1e-3, losses
+    adapter = InMemory(spec, lora, trained_tree["lora"])
+    (folder / "jax").mkdir()
+    write_adapter(adapter, folder / "jax", str(folder / "hf"), lambda _: None)
+    run("jax-to-peft", folder / "jax", folder / "peft")
+    loaded = peft.PeftModel.from_pretrained(base, folder / "peft").eval()
+    ids = np.random.default_rng(1).integers(0, spec.vocab_size, (2, 9)).astype(np.int32)
+    tokens = torch.from_numpy(ids).long()
+    inputs = {} if spec.encoder is None else {"encoder_ids": ids[:, ::-1].copy()}
+    theirs: dict[str, Any] = {"input_ids": tokens}
+    if inputs:
+        theirs = {"input_ids": tokens.flip(1), "decoder_input_ids": tokens}
+    with torch.no_grad():
+        expected = loaded(**theirs).logits.numpy()
+    model = Decoder(spec, resolve_lora(spec, lora))
+    found = jax.jit(model.apply)(with_saved_modules(params, trained_tree["lora"]), ids, **inputs)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found - jax.jit(Decoder(spec).apply)({"params": params}, ids, **inputs)).max() > 1e-3
+
+
+@every_family_but_slowly
+def test_lora_training(family: str, tmp_path: Path, settle: Settle) -> None:
+    check_lora_training(family, tmp_path)
+    settle("LoRA training")
+
+
+@every_family
 @pytest.mark.slow
 def test_training(family: str, settle: Settle) -> None:
     losses, _ = trained(family)
@@ -248,6 +345,7 @@ def test_training(family: str, settle: Settle) -> None:
     settle("train")
 
 
+@every_family
 @pytest.mark.slow
 def test_eight_devices_are_one(family: str, settle: Settle) -> None:
     try:
@@ -269,6 +367,7 @@ output_dir: out
 """
 
 
+@every_family
 @pytest.mark.slow
 def test_a_step_for_tpus(family: str, settle: Settle) -> None:
     pytest.importorskip("libtpu")

@@ -194,7 +194,9 @@ def test_files_there_and_back_have_their_own_names(
 
 
 @pytest.mark.parametrize(("family", "architecture"), [("chatglm", "GlmForCausalLM"), ("internlm2", "llama")])
-def test_a_model_goes_out_under_another_architecture(family: str, architecture: str, tmp_path: Path) -> None:
+def test_a_model_goes_out_under_another_architecture(
+    family: str, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """transformers opens it, and has every tensor of the module that computes the same."""
     module, _ = write_files(family, "plain", tmp_path / "own")
     assert main(["hf-to-jax", str(tmp_path / "own"), str(tmp_path / "jax")]) == 0
@@ -207,6 +209,16 @@ def test_a_model_goes_out_under_another_architecture(family: str, architecture: 
     assert all(tensor.equal(module.state_dict()[name]) for name, tensor in found.state_dict().items())
     ids = torch.arange(11)[None]
     torch.testing.assert_close(found(ids).logits, module(ids).logits, rtol=1e-5, atol=1e-5)  # another attention
+    capsys.readouterr()
+    both = str(tmp_path / "own"), str(tmp_path / "out")
+    assert main(["verify", *both]) == 0  # whatever the two call their tensors
+    assert "note: configuration: family is" in capsys.readouterr().out
+    with torch.no_grad():
+        next(iter(found.parameters()))[3, 5] += 1
+    found.save_pretrained(tmp_path / "out")
+    assert main(["verify", "--no-logits", *both]) == 1
+    said = capsys.readouterr().out
+    assert "1 differ" in said and "embed_tokens/embedding" in said and "only in" not in said
 
 
 def test_inspect_names_the_architecture_and_the_part_that_turns(

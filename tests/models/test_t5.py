@@ -31,9 +31,12 @@ from jaxlm.planning.compiled import compile_step
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import make_optimizer, parameter_axes
 from jaxlm.weights.names import num_params
+from jaxlm.weights.native.write import write_adapter
+from tests.models.adapted import InMemory
+from tests.models.compare import random_tree
 from tests.models.matrix import settle
 from tests.models.small import WITH_ENCODER, hf_model, small_spec, tree_of
-from tests.models.test_matrix import RUN, trained
+from tests.models.test_matrix import RUN, check_deltas_and_verify, check_lora_training, trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -397,6 +400,44 @@ def test_training(family: str, request: pytest.FixtureRequest) -> None:
     # T5 1.0 begins near the loss of chance, as its logits are a quarter of what others' are here.
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0], losses
     settle(request, family, "train")
+
+
+@pytest.mark.parametrize("family", ["t5", pytest.param("mt5", marks=pytest.mark.slow)])
+def test_deltas_and_verify(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    check_deltas_and_verify(family, tmp_path)
+    settle(request, family, "deltas", "verify")
+
+
+@pytest.mark.parametrize("family", ["t5", pytest.param("mt5", marks=pytest.mark.slow)])
+def test_lora_training(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    check_lora_training(family, tmp_path)
+    settle(request, family, "LoRA training")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [("decoder.final_layer_norm",), ("final_layer_norm",)])
+def test_modules_are_saved_whole(saved: tuple[str, ...], tmp_path: Path) -> None:
+    check_lora_training("t5", tmp_path, saved)
+
+
+def test_the_embedding_is_saved_whole_but_not_for_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PEFT's modules_to_save: [shared] changes nothing, as transformers computes with copies; merged it does."""
+    from convert.source import open_model
+
+    module, spec, params = random_model("t5", "plain")
+    module.save_pretrained(tmp_path / "hf")
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("q",), modules_to_save=("shared",))
+    new = {"embed_tokens": {"embedding": params["embed_tokens"]["embedding"] + 1}}
+    factors = nn.unbox(abstract_variables(Decoder(spec, resolve_lora(spec, lora))))["lora"]
+    adapter = InMemory(spec, lora, {**random_tree(factors, 3), "modules_to_save": new})
+    (tmp_path / "jax").mkdir()
+    write_adapter(adapter, tmp_path / "jax", str(tmp_path / "hf"), lambda _: None)
+    run("merge", tmp_path / "hf", tmp_path / "jax", tmp_path / "merged")
+    merged = open_model(tmp_path / "merged").read("embed_tokens/embedding", ())
+    np.testing.assert_array_equal(merged, new["embed_tokens"]["embedding"])
+    capsys.readouterr()
+    assert main(["jax-to-peft", str(tmp_path / "jax"), str(tmp_path / "peft")]) == 2
+    assert "modules_to_save: shared is not what transformers computes with" in capsys.readouterr().err
 
 
 @pytest.mark.slow
