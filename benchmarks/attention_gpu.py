@@ -6,6 +6,7 @@ the square: 2 H h T^2 a row forward, 3.5 times that with the gradients. Every re
 timed. One call, a few minutes (PyTorch only where it is installed with CUDA):
 
     python benchmarks/attention_gpu.py [--lengths 1024,2048,4096,8192,16384] [--rounds 7] [--json OUT]
+    python benchmarks/attention_gpu.py --check     # every mask and head dim beside the plain form, and repeated runs
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.kernels.flash_attention import flash_attention
-from jaxlm.nn.attention import MaskSpec, cudnn_attention
+from jaxlm.nn.attention import MaskSpec, cudnn_attention, reference_attention
+from jaxlm.nn.positions import alibi_slopes
 
 HEADS, DIM, TOKENS = 32, 128, 16384
 PACKED, DOCUMENT = 8192, 1024
@@ -70,10 +72,7 @@ def of_torch(arrays: tuple[jax.Array, ...], backward: bool) -> Step | str:
         return "PyTorch is not installed"
     if not torch.cuda.is_available():
         return "PyTorch has no CUDA here"
-    tensors = [
-        torch.from_numpy(np.asarray(a, np.float32)).cuda().bfloat16().transpose(1, 2).requires_grad_() for a in arrays
-    ]
-    q, k, v, grad = tensors
+    q, k, v, grad = (torch.from_dlpack(a).clone().transpose(1, 2).requires_grad_() for a in arrays)
 
     def step() -> Any:
         with torch.set_grad_enabled(backward):
@@ -102,10 +101,69 @@ def error(found: Any, ours: Any) -> float:
     """Largest difference, of the largest value."""
     worst = 0.0
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(ours), strict=True):
-        a = a.detach().float().cpu().numpy() if hasattr(a, "detach") else np.asarray(a, np.float32)
-        b = np.asarray(b, np.float32)
-        worst = max(worst, float(np.abs(a - b).max() / np.abs(b).max()))
+        a = jnp.from_dlpack(a.detach().contiguous()) if hasattr(a, "detach") else a
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        worst = max(worst, float(jnp.abs(a - b).max() / jnp.abs(b).max()))
     return worst
+
+
+# (H, K, h, T, options): head dims, shared heads, lengths that blocks do not divide, and every mask.
+CHECKS: tuple[tuple[int, int, int, int, dict[str, Any]], ...] = (
+    (4, 4, 128, 1000, {}),
+    (8, 2, 64, 777, {"documents": 5}),
+    (4, 1, 128, 1500, {"documents": 3, "window": 300}),
+    (4, 4, 128, 900, {"soft_cap": 30.0}),
+    (2, 2, 256, 640, {"documents": 2}),
+    (4, 2, 80, 500, {"documents": 4}),
+    (8, 8, 128, 1024, {"documents": 2, "alibi": True}),
+    (4, 4, 96, 700, {"causal": False}),
+)
+
+
+def check_all() -> bool:
+    """Values and gradients beside the plain form in float32; False where one is wrong or changes between two runs."""
+    fine = True
+    for heads, kv_heads, dim, length, options in CHECKS:
+        keys = jax.random.split(jax.random.key(1), 4)
+        shapes = [(2, length, n, dim) for n in (heads, kv_heads, kv_heads, heads)]
+        exact = [jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True)]
+        exact = [a.astype(jnp.bfloat16).astype(jnp.float32) for a in exact]
+        arrays = [a.astype(jnp.bfloat16) for a in exact]
+        settings = dict(options)
+        documents, alibi = settings.pop("documents", 0), settings.pop("alibi", False)
+        ids = None
+        if documents:  # of unlike lengths, with padding behind the last
+            cuts = np.sort(np.random.default_rng(2).choice(np.arange(1, length - 40), documents, replace=False))
+            row = np.searchsorted(cuts, np.arange(length), side="right") + 1
+            ids = jnp.asarray(np.where(row > documents, 0, row)[None].repeat(2, 0), jnp.int32)
+        slopes = jnp.asarray(alibi_slopes(heads)) if alibi else None
+        mask = MaskSpec(ids, alibi=alibi, **settings)
+        ours = jax.jit(
+            with_gradients(
+                lambda q, k, v, ids=ids, slopes=slopes, settings=settings: flash_attention(
+                    q, k, v, ids, slopes=slopes, backend="gpu", **settings
+                )[0]
+            )
+        )
+
+        def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec = mask, ids: Any = ids) -> jax.Array:
+            out = reference_attention(q, k, v, mask)
+            return out if ids is None else jnp.where((ids == 0)[:, :, None, None], 0.0, out)
+
+        with jax.default_matmul_precision("highest"):
+            expected = jax.jit(with_gradients(plain))(*exact)
+        found = [ours(*arrays) for _ in range(3)]
+        errors = [
+            float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
+            for a, b in zip(found[0], expected, strict=True)
+        ]
+        same = all(bool((a == b).all()) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        right = all(e < 0.01 for e in errors)
+        fine &= right and same
+        verdict = ("right" if right else "WRONG") + ("" if same else ", CHANGES BETWEEN RUNS")
+        shown = " ".join(f"{name} {e:.1e}" for name, e in zip(("out", "dq", "dk", "dv"), errors, strict=True))
+        print(f"H {heads} K {kv_heads} h {dim} T {length} {options}: {shown}: {verdict}", flush=True)
+    return fine
 
 
 def compare(title: str, steps: dict[str, Step | str], work: float, rounds: int) -> list[dict[str, Any]]:
@@ -121,11 +179,9 @@ def compare(title: str, steps: dict[str, Step | str], work: float, rounds: int) 
             result = step()  # compiles
             wait(result)
         except (RuntimeError, ValueError) as reason:  # what libraries raise when they cannot serve
-            if name == "ours":
-                raise
             print(f"  {name:<12} not run: {str(reason).splitlines()[0][:120]}")
             continue
-        if name != "ours":
+        if name != "ours" and "ours" in ready:
             differences[name] = error(result, ready["ours"]())
             if differences[name] > 0.03:
                 print(f"  {name:<12} not timed: differs from ours by {differences[name]:.3f} of the largest value")
@@ -137,7 +193,7 @@ def compare(title: str, steps: dict[str, Step | str], work: float, rounds: int) 
             times[name].append(seconds(step))
     lines = []
     for name, taken in times.items():
-        ratios = sorted(theirs / ours for theirs, ours in zip(taken, times["ours"], strict=True))
+        ratios = sorted(theirs / ours for theirs, ours in zip(taken, times.get("ours", taken), strict=True))
         line = {
             "case": title,
             "name": name,
@@ -163,11 +219,14 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the lines there")
+    parser.add_argument("--check", action="store_true", help="only compare with the plain form; exit status 1: wrong")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     if device.platform != "gpu":
         parser.error(f"this needs a Hopper GPU, JAX sees {device.device_kind}")
     print(f"{device.device_kind}, JAX {jax.__version__}, H {HEADS}, h {DIM}, bfloat16, medians of {arguments.rounds}")
+    if arguments.check:
+        raise SystemExit(0 if check_all() else 1)
     ours = functools.partial(flash_attention, backend="gpu")
     lines = []
     for length in map(int, arguments.lengths.split(",")):

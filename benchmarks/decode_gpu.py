@@ -15,6 +15,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -27,7 +28,7 @@ from jaxlm.models.families import load_shape
 from jaxlm.models.unrolled import cache_bytes
 from jaxlm.nn.weight_types import Int8Weight
 
-PROMPT, NEW = 128, 256
+PROMPT = 128
 
 
 class RandomModel:
@@ -44,21 +45,22 @@ class RandomModel:
         layered = path.startswith("layers/")
         if path not in self.made:
             shape = self.shapes[path][1:] if layered else self.shapes[path]
-            self.made[path] = np.random.default_rng(len(path)).standard_normal(shape, np.float32) * 0.02
+            made = np.random.default_rng(len(path)).standard_normal(shape, np.float32) * 0.02
+            self.made[path] = made.astype(jnp.bfloat16)  # the model's: it is not cast again for every layer
         return self.made[path][None] if layered else self.made[path][index]
 
 
-def measure(generator: Generator, batch: int, rounds: int) -> tuple[float, float]:
+def measure(generator: Generator, batch: int, new: int, rounds: int) -> tuple[float, float]:
     """(seconds to the first token, seconds per step after it), medians."""
-    prompts = np.random.default_rng(0).integers(3, 32000, (batch, PROMPT)).tolist()
+    prompts = np.random.default_rng(0).integers(3, 250, (batch, PROMPT)).tolist()
     firsts, steps = [], []
     for turn in range(rounds + 1):
         marks = [time.perf_counter()]
-        for _ in generator.start(prompts, Decoding(max_new_tokens=NEW), flush=NEW).steps():
+        for _ in generator.start(prompts, Decoding(max_new_tokens=new), flush=new).steps():
             marks.append(time.perf_counter())
         if turn:  # the first one compiles
             firsts.append(marks[1] - marks[0])
-            steps.append((marks[-1] - marks[1]) / (NEW - 1))
+            steps.append((marks[-1] - marks[1]) / (new - 1))
     return statistics.median(firsts), statistics.median(steps)
 
 
@@ -69,9 +71,11 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second; default: H200")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--int8", action="store_true", help="also measure int8 weights")
+    parser.add_argument("--new", type=int, default=256, help="tokens of an answer")
     arguments = parser.parse_args()
+    new = arguments.new
     config = load_shape(arguments.shape)
-    print(f"{jax.devices()[0].device_kind}, {arguments.shape}, bfloat16, prompt {PROMPT}, {NEW} new tokens")
+    print(f"{jax.devices()[0].device_kind}, {arguments.shape}, bfloat16, prompt {PROMPT}, {new} new tokens")
     for int8 in (False, True) if arguments.int8 else (False,):
         decoder = Decoder(config, dtype="bfloat16", param_dtype="bfloat16")
         mesh, weight_type = make_mesh(MeshConfig(), jax.devices()[:1]), Int8Weight if int8 else None
@@ -80,8 +84,8 @@ def main() -> None:
         # The table is looked up, not read, unless it is the output matrix too.
         needed = weight_bytes(generator.weights) - (0 if config.tied_head else embedding)
         for batch in map(int, arguments.batches.split(",")):
-            first, step = measure(generator, batch, arguments.rounds)
-            least = (needed + cache_bytes(config, batch, PROMPT + NEW // 2, "bfloat16")) / arguments.bandwidth
+            first, step = measure(generator, batch, new, arguments.rounds)
+            least = (needed + cache_bytes(config, batch, PROMPT + new // 2, "bfloat16")) / arguments.bandwidth
             print(
                 f"{'int8' if int8 else 'bf16'} batch {batch}: first token {1e3 * first:.0f} ms, "
                 f"{batch / step:.1f} tokens/s, {100 * least / step:.0f} % of the memory's limit",

@@ -24,8 +24,8 @@ from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
 
 
-def layer(config: DecoderSpec, dtype: Any, tokens: int, compute: str | None) -> tuple[Callable[[], None], float]:
-    """A function that runs forward and backward once, compiled; and the seconds that took."""
+def layer(config: DecoderSpec, dtype: Any, tokens: int, compute: str | None) -> tuple[Callable[[], Any], float]:
+    """A function that runs forward and backward once, compiled, and gives the gradients; and the seconds that took."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, config.hidden_size)), dtype)
     modality = jnp.zeros((1, tokens), jnp.int32)
     common = (config.hidden_size, config.initializer_range, {}, dtype, dtype, config.feed_forward)
@@ -39,6 +39,17 @@ def layer(config: DecoderSpec, dtype: Any, tokens: int, compute: str | None) -> 
     started = time.perf_counter()
     run = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
     return lambda: jax.block_until_ready(run(params, x)), time.perf_counter() - started
+
+
+def check(config: DecoderSpec, dtype: Any, compute: str) -> float:
+    """Gradients of 1,024 tokens beside those of the plain twin: norm of the difference, of the norm."""
+    found, expected = (layer(config, dtype, 1024, name)[0]() for name in (compute, "dense"))
+
+    def far(a: jax.Array, b: jax.Array) -> float:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+
+    return max(jax.tree.leaves(jax.tree.map(far, found, expected)))
 
 
 def ratios(one: Callable[[], None], other: Callable[[], None], rounds: int) -> tuple[float, list[float]]:
@@ -61,9 +72,15 @@ def main() -> None:
     parser.add_argument("--neurons", type=int, default=3072)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compute", default="loop" if jax.default_backend() == "cpu" else "ragged")
+    parser.add_argument(
+        "--compute", default={"cpu": "loop"}.get(jax.default_backend(), f"pallas_{jax.default_backend()}")
+    )
     parser.add_argument("--plot", help="PNG of the ratio over k")
+    parser.add_argument("--cases", default="16:1,16:2,16:4,16:8,16:16,4:1,8:2,32:8,64:16", help="experts:k")
+    parser.add_argument("--check", action="store_true", help="first compare gradients with the plain twin's")
+    parser.add_argument("--short", action="store_true", help="only these cases, no growth with E nor with tokens")
     arguments = parser.parse_args()
+    cases = [tuple(map(int, case.split(":"))) for case in arguments.cases.split(",")]
     dtype = jnp.dtype(arguments.dtype)
     dense_config = uniform_decoder(
         "llama",
@@ -82,7 +99,10 @@ def main() -> None:
     dense, _ = layer(dense_config, dtype, arguments.tokens, None)
     print(f"{jax.devices()[0].device_kind}, D {arguments.hidden}, F {arguments.neurons}, {arguments.dtype}")
     points = []
-    for experts, k in [(16, 1), (16, 2), (16, 4), (16, 8), (16, 16), (4, 1), (8, 2), (32, 8), (64, 16)]:
+    if arguments.check:
+        worst = check(sparse(*cases[0]), dtype, arguments.compute)
+        print(f"{arguments.compute}: gradients differ from the plain twin's by {worst:.1e}", flush=True)
+    for experts, k in cases:
         run, seconds = layer(sparse(experts, k), dtype, arguments.tokens, arguments.compute)
         own, found = ratios(run, dense, arguments.rounds)
         ratio = statistics.median(found)
@@ -92,6 +112,8 @@ def main() -> None:
             f"({min(found):.2f} to {max(found):.2f}), {1e3 * own:.0f} ms, compiled in {seconds:.1f} s",
             flush=True,
         )
+    if arguments.short:
+        return
     for experts in (8, 16, 32, 64):  # more experts of the same size, of which a token uses as many: more to choose from
         wide = sparse(experts, 4).with_feed_forward(size=arguments.neurons // 16 * experts)
         run, _ = layer(wide, dtype, arguments.tokens, arguments.compute)

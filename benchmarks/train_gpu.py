@@ -18,18 +18,19 @@ import time
 from pathlib import Path
 
 import jax
+from by_op import by_op
 from train_step import build_step
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.chips import peak_flops
-from jaxlm.models.families import SHAPES
+from jaxlm.models.families import load_shape
 from jaxlm.training.report import flops_per_token
 
 
 def measure(
-    mode: str, rows: int, length: int, documents: int, remat: str, steps: int, params: str
+    name: str, mode: str, rows: int, length: int, documents: int, remat: str, steps: int, params: str, ops: bool
 ) -> dict[str, object]:
-    shape = SHAPES["llama-2-7b"]
+    shape = load_shape(name)
     lora = LoraConfig(rank=8, targets=("q_proj", "k_proj", "v_proj")) if mode == "lora" else None
     step = build_step(
         shape,
@@ -50,7 +51,9 @@ def measure(
         seconds.append(time.perf_counter() - started)
     speed = rows * length / statistics.median(seconds)
     device = jax.devices()[0]
-    peak = peak_flops(device.device_kind)
+    peak = peak_flops(device.device_kind) if device.platform == "gpu" else None
+    if ops:
+        print("\n".join(by_op(step.run)), flush=True)
     flops = flops_per_token(shape, length, full=lora is None)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {
@@ -76,6 +79,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8, help="documents packed into a row")
     parser.add_argument("--remat", default=None, choices=["none", "dots", "qkv_out", "qkv", "full"])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--shape", default="llama-2-7b")
+    parser.add_argument("--by_op", action="store_true", help="also print the costliest operations of a step")
     parser.add_argument("--params", default="bfloat16", choices=["bfloat16", "float32"])
     arguments = parser.parse_args()
     results = []
@@ -83,7 +88,17 @@ def main() -> None:
         rows = arguments.rows or {"full": 1, "lora": 2}[mode]
         remat = arguments.remat or {"full": "full", "lora": "qkv_out"}[mode]
         results.append(
-            measure(mode, rows, arguments.length, arguments.documents, remat, arguments.steps, arguments.params)
+            measure(
+                arguments.shape,
+                mode,
+                rows,
+                arguments.length,
+                arguments.documents,
+                remat,
+                arguments.steps,
+                arguments.params,
+                arguments.by_op,
+            )
         )
         print(json.dumps(results[-1]), flush=True)
     if os.environ.get("OUT"):

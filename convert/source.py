@@ -29,8 +29,9 @@ from convert.formats.peft import PeftSource
 from convert.transforms.adapter_order import in_order_of
 from convert.transforms.merge import MergedSource
 from jaxlm.errors import UserError
+from jaxlm.hub import plain_name
 from jaxlm.jsontext import read_object
-from jaxlm.locate import at_home, find_base, missing
+from jaxlm.locate import find_base, missing, on_disk
 from jaxlm.models.families import family_of
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.files import find_weights
@@ -85,7 +86,7 @@ ACCEPTED = (
 def _existing(path: str | Path) -> Path:
     if str(path).strip() == "":  # an unset variable of a shell; it would be the working directory
         raise UserError("the path of the model is empty; give one")
-    path = at_home(path)
+    path = on_disk(path)
     if path.exists():
         return path
     raise UserError(f"{missing(path)}; {ACCEPTED}")
@@ -169,7 +170,7 @@ def recorded_base(adapter: str | Path) -> str:
     Raises:
         UserError: it is not an adapter, or its base is not here.
     """
-    path = Path(adapter)
+    path = on_disk(adapter)
     native = find_native(path)
     recorded: Mapping[str, Any]
     if native is not None:
@@ -181,9 +182,11 @@ def recorded_base(adapter: str | Path) -> str:
     base = find_base(recorded, native or path)
     if base is None:
         name = recorded.get("base") or recorded.get("base_model_name_or_path")
+        # It may be large, and nobody asked for it: a name of the hub is offered, not fetched.
+        where = "BASE" if plain_name(str(name)) is None else f"hf://{name}"
         raise UserError(
             f"{adapter} is a LoRA adapter of {name!r}, which is not here; name its base: "
-            f"--model BASE --model.adapter {shlex.quote(str(adapter))}"
+            f"--model {where} --model.adapter {shlex.quote(str(adapter))}"
         )
     return str(base)
 

@@ -1,17 +1,21 @@
-"""Where files are: `~`, paths in a configuration, configurations that come with jaxlm, the base of an adapter."""
+"""Where files are: `~`, paths in a configuration, configurations that come with jaxlm, names of the Hugging Face hub,
+the base of an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import os
-import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from jaxlm.errors import UserError
+from jaxlm.hub import HubName, Want, download, downloaded_name, is_address, pinned, plain_name, read_address
+from jaxlm.remote import open_location, scheme_of
+
+Config = TypeVar("Config")
 
 # Types of configuration keys that hold a path. Read: `~` is expanded, and a relative one that a YAML file gives is
 # looked for in the working directory, then in the folder of that file. Named: what ends in .json is such a path, all
@@ -92,7 +96,7 @@ def _located(value: Any, hint: Any, key: str, folder: Path | None) -> Any:
         kind = next(_kinds(hint), None)
         if kind is not None and not value.strip():  # an unset variable of a shell; it would be the working directory
             raise UserError(f"{key}: the path is empty; give one, or leave the key out")
-        if kind is None or (kind == NAMED and not value.endswith(".json")):
+        if kind is None or is_address(value) or (kind == NAMED and not value.endswith(".json")):
             return value
         try:
             path = expand_user(value)
@@ -137,25 +141,94 @@ def _kinds(hint: Any) -> Iterator[str]:
             yield from (kind for kind in part.__metadata__ if kind in (READ, NAMED, WRITTEN))
 
 
-# A name on the Hugging Face hub: owner/name.
-_HUB_ID = re.compile(r"(?P<owner>[A-Za-z0-9][\w.-]*)/(?P<name>[A-Za-z0-9][\w.-]*)")
+def hub_name(path: str | Path, key: str = "model") -> HubName | None:
+    """What a path means on the Hugging Face hub: an address (hf://…), or owner/name where no such folder is here.
+
+    Raises:
+        UserError: it is an address, and not one of a model or a data set.
+    """
+    if is_address(path):
+        return read_address(str(path), key)
+    return None if at_home(path).exists() else plain_name(path)
+
+
+def on_disk(path: str | Path, want: Want = "model", key: str = "model") -> Path:
+    """Where a model, adapter, tokenizer or data set lies on this machine; one of the hub is downloaded first.
+
+    What is neither here nor a name of the hub is given back as it is: whoever opens it says what it expected.
+
+    Args:
+        path: a path, or a name of the hub. A folder of that name on this machine is taken before the hub's.
+        want: which of the hub's files are needed, see `hub.download`.
+        key: the key of the configuration that names it, for messages.
+
+    Raises:
+        UserError: see `hub.download`; a bucket's address, from which only data are read.
+    """
+    name = hub_name(path, key)
+    if name is None:
+        scheme = scheme_of(path)
+        if scheme is not None and scheme not in ("file", "local"):
+            raise UserError(
+                f"{key}: {path}: only data are read from {scheme}://; copy the directory here and give its path, or "
+                "a name of the Hugging Face hub (hf://owner/name)"
+            )
+        return at_home(path) if scheme is None else Path(str(open_location(str(path), key)))
+    if want != "data" and name.kind == "dataset":
+        raise UserError(f"{key}: {path}: is a data set, expected a model (hf://owner/name)")
+    if want == "data" and name.kind == "model":
+        raise UserError(f"{key}: {path}: is a model; a data set is hf://datasets/owner/name")
+    if is_address(path):
+        return download(name, want, key)
+    try:
+        return download(name, want, key)
+    except UserError as error:
+        raise UserError(not_found(path, error)) from None
+
+
+def not_found(path: str | Path, error: UserError) -> str:
+    """What to say about owner/name, which is neither here nor on the hub: it may be a path with a mistake."""
+    return f"{missing(path)}, and as a name on the Hugging Face hub: {error}"
 
 
 def missing(path: str | Path) -> str:
-    """What to say about a model, adapter or tokenizer that is not there; for a name on the hub also how to get it."""
-    text = f"{path}: no such directory or file (relative paths are looked for in {Path.cwd()})"
-    hub = _HUB_ID.fullmatch(str(path))
-    if hub is None or Path(hub["owner"]).exists():
-        return text
-    return (
-        f"{text}. Nothing is downloaded; if that is a model on the Hugging Face hub, download it once and give the "
-        f"directory: hf download {path} --local-dir {hub['name']} (a model with a licence to accept also needs hf auth "
-        "login)"
-    )
+    """What to say about a model, adapter or tokenizer that is not there."""
+    return f"{path}: no such directory or file (relative paths are looked for in {Path.cwd()})"
+
+
+def pin_names(config: Config, change: Callable[[str, str], str]) -> Config:
+    """A configuration with `change(path, key)` in place of every path that is read.
+
+    Args:
+        config: a dataclass whose types say which values are paths.
+        change: gets the path and its key, as `data.train[0].path`.
+    """
+    return typing.cast(Config, _changed(config, type(config), "", change))
+
+
+def _changed(value: Any, hint: Any, key: str, change: Callable[[str, str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value, key) if READ in _kinds(hint) else value
+    if isinstance(value, tuple):
+        return tuple(_changed(inner, hint, f"{key}[{number}]", change) for number, inner in enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        prefix = f"{key}." if key else ""
+        changes = {
+            field.name: _changed(getattr(value, field.name), hints[field.name], f"{prefix}{field.name}", change)
+            for field in dataclasses.fields(value)
+        }
+        return dataclasses.replace(value, **changes)
+    return value
 
 
 def record_base(base: str, directory: Path) -> dict[str, str]:
-    """How an adapter in `directory` records its base: where it is, and where from there, should both move together."""
+    """How an adapter in `directory` records its base: where it is, and where from there, should both move together.
+
+    One of the hub is recorded by its name, with the commit.
+    """
+    if (name := hub_name(base) or downloaded_name(base)) is not None:
+        return {"base": str(pinned(name, "base"))}
     where = Path(base).absolute()
     return {"base": str(where), "base_from_here": os.path.relpath(where, directory.absolute())}
 
@@ -171,6 +244,8 @@ def find_base(content: Mapping[str, Any], adapter: Path) -> Path | None:
     base = content.get("base") or content.get("base_model_name_or_path")
     if not base:
         return None
+    if is_address(base):
+        return on_disk(base)
     candidates = [Path(base)]
     if content.get("base_from_here"):
         candidates.append(adapter / content["base_from_here"])

@@ -30,6 +30,10 @@ SILENT_SECONDS = 45.0  # without one a holder on another host counts as gone; ne
 _mine: set[str] = set()  # tokens of the locks that this process holds
 
 
+class InUse(UserError):
+    """Another process has the lock, and is alive."""
+
+
 class Lock:
     """Holds a lock file as a context; `acquire` and `release` do the same.
 
@@ -140,7 +144,7 @@ class Lock:
             return  # it has just been given back
         if _is_here(holder):
             if _alive(holder):
-                raise UserError(self._refusal(holder, "this host"))
+                raise InUse(self._refusal(holder, "this host"))
         elif not self._silent(holder):
             return
         self._clear(holder)
@@ -164,7 +168,7 @@ class Lock:
             if beat is None or (_read(self.path) or {}).get("token") != holder.get("token"):
                 return False
             if beat != first:
-                raise UserError(self._refusal(holder, where))
+                raise InUse(self._refusal(holder, where))
         self._say(f"{self._what}: no sign of life; taking over what pid {holder.get('pid', '?')} on {where} left")
         return True
 

@@ -26,7 +26,15 @@ PAGES = sorted(
 )
 TREE = [f"/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 # Scripts of other projects, and names that stand for any.
-OTHERS = {"finetune.py", "tools/weight_diff.py", "run_clm.py", "apply_delta.py", "jaxlm/NAME.py", "jaxlm.X"}
+OTHERS = {
+    "finetune.py",
+    "tools/weight_diff.py",
+    "tools/download.py",
+    "run_clm.py",
+    "apply_delta.py",
+    "jaxlm/NAME.py",
+    "jaxlm.X",
+}
 
 
 def text_of(page: str) -> str:

@@ -15,7 +15,7 @@ import yaml
 from jaxlm.cli.parser import parse_config, parse_run
 from jaxlm.config import GenerateConfig, RunConfig, SourceConfig
 from jaxlm.errors import UserError
-from jaxlm.locate import at_home, find_base, find_config, missing, packaged_configs, record_base
+from jaxlm.locate import at_home, find_base, find_config, on_disk, packaged_configs, record_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -200,9 +200,13 @@ def test_a_base_is_found_where_it_was_and_where_it_went(home: Path) -> None:
 
 
 def test_a_name_of_the_hub_says_how_to_get_it(home: Path) -> None:
-    said = missing("meta-llama/Llama-2-7b-hf")
-    assert "hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf" in said
+    with pytest.raises(UserError) as caught:
+        on_disk("meta-llama/Llama-2-7b-hf")
+    said = str(caught.value)
+    assert said.startswith("meta-llama/Llama-2-7b-hf: no such directory or file (relative paths are looked for in")
+    assert "HF_HUB_OFFLINE forbids the network" in said
+    assert "run hf download meta-llama/Llama-2-7b-hf --local-dir Llama-2-7b-hf" in said
     for path in ("models", "a/b/c", "/a/b", "../a", "~/a"):
-        assert "hf download" not in missing(path)
+        assert on_disk(path) == at_home(path)
     Path("models").mkdir()
-    assert "hf download" not in missing("models/llama"), "a folder of that name is here, so a folder is meant"
+    assert on_disk("models/llama") == Path("models/llama"), "a folder of that name is here, so a folder is meant"

@@ -12,7 +12,8 @@ import numpy as np
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.batches import BatchSource
 from jaxlm.data.examples import Examples, build_examples, from_list
-from jaxlm.data.packing import plan_rows
+from jaxlm.data.order import EpochOrder
+from jaxlm.data.planner import Documents, Planner
 from jaxlm.errors import UserError
 from jaxlm.nn.routers import modality_ids
 from jaxlm.spec import ExpertsSpec
@@ -105,8 +106,8 @@ def make_rows(parts: Sequence[Examples], length: int, moe: ExpertsSpec, files: t
     """Packs examples into rows of `length` tokens, in an order drawn with a fixed seed."""
     items = [part[number] for part in parts for number in range(len(part))]
     examples = from_list(items, np.zeros(len(items), np.int32), np.arange(len(items)))
-    plan = plan_rows("first_fit", examples.offsets, np.arange(len(items)), length, 0, 0)
-    batches = BatchSource(examples, lambda _: plan, length, rows=ROWS)
+    planner = Planner(Documents(examples, length), (1.0,), "first_fit", length, seed=0, version=1)
+    batches = BatchSource(examples, EpochOrder(planner, ROWS), length, rows=ROWS)
     chunks = [batches[number] for number in range(len(batches))]
     ids, segments, positions = (
         np.concatenate([chunk[name] for chunk in chunks]) for name in ("input_ids", "segment_ids", "positions")

@@ -20,7 +20,8 @@ from convert.commands.formats import add_format_verbs
 from convert.commands.routing import add_routing_verbs
 from convert.commands.vocab import add_vocab_verb
 from jaxlm.errors import exit_status
-from jaxlm.locate import expand_user
+from jaxlm.hub import Want, is_address
+from jaxlm.locate import expand_user, on_disk
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "convert") -> int:
@@ -51,19 +52,24 @@ def _run(options: argparse.Namespace) -> int | None:
 
 
 def _expand(options: argparse.Namespace) -> None:
-    """`~` in paths, which a shell leaves alone in quotes and behind an `=`."""
+    """`~` in paths, which a shell leaves alone in quotes and behind an `=`; addresses of the hub, which are fetched."""
 
-    def expanded(value: object) -> object:
+    def expanded(value: object, name: str) -> object:
         if isinstance(value, list):
-            return [expanded(item) for item in value]
+            # The last of the models of `merge` and others is where the result goes.
+            ends = "destination" if name == "models" else name
+            return [expanded(item, name if number < len(value) else ends) for number, item in enumerate(value, 1)]
+        if isinstance(value, str) and is_address(value) and name != "destination":
+            want: Want = "small" if name == "tokenizer" else "data" if value.startswith("hf://datasets/") else "model"
+            return str(on_disk(value, want, name))
         if not isinstance(value, str) or not (value == "~" or (value.startswith("~") and "/" in value)):
             return value
         return expand_user(value)
 
     for name, value in vars(options).items():
         lists_tokens = name == "tokens" and isinstance(value, str) and "," in value
-        if name != "prompt" and not lists_tokens:
-            setattr(options, name, expanded(value))
+        if name not in ("prompt", "verb") and not lists_tokens:
+            setattr(options, name, expanded(value, name))
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,7 @@
-"""`python -m jaxlm.evaluate --task NAME --predictions FILE | --task perplexity --model DIR --data FILE`."""
+"""`python -m jaxlm.evaluate --task NAME --model DIR --data FILE | --task NAME --predictions FILE`.
+
+`--task perplexity` and LPM-24's two tasks are here, the others in `jaxlm.cli.tasks`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,9 +27,9 @@ if TYPE_CHECKING:
     from jaxlm.weights.native.prompt_json import PromptFile
 
 DESCRIPTION = (
-    "Compares answers with what is right, as the benchmark does: the file is what `jaxlm.generate --save_file` wrote "
-    "for records that bring the right answers along, or the benchmark's own table. Or, with --task perplexity, says "
-    "how well a model predicts the texts of a file, or the answers of instructions."
+    "Asks a model the questions of a benchmark's file and says how good its answers are, with standard errors; or, "
+    "with --predictions, how good the answers of a file are. With --task perplexity, says how well a model predicts "
+    "the texts of a file, or the answers of instructions. `evaluate compare A B ...` compares evaluations."
 )
 ALIASES = {
     "data": "data.path",
@@ -32,6 +37,7 @@ ALIASES = {
     "base_model": "model.path",
     "adapter": "model.adapter",
     "dtype": "model.dtype",
+    **{name: f"distributed.{name}" for name in ("coordinator", "num_processes", "process_id")},
 }
 CONTEXT = 2048  # tokens of a row at most, unless more are asked for
 
@@ -45,26 +51,61 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.evaluat
 
 
 def _main(argv: Sequence[str], prog: str) -> int:
+    if argv and argv[0] == "compare":
+        from jaxlm.cli.compare import compare
+
+        return compare(argv[1:], prog)
     config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
-    return _perplexity(config) if config.task == "perplexity" else _run(config)
+    config = with_commits(config, lambda line: print(line, file=sys.stderr))
+    if config.predictions is not None:
+        predictions = on_disk(config.predictions, "data", "predictions")
+        config = dataclasses.replace(config, predictions=str(predictions))
+    if config.metric_tokenizer is not None:
+        metric_tokenizer = on_disk(config.metric_tokenizer, "small", "metric_tokenizer")
+        config = dataclasses.replace(config, metric_tokenizer=str(metric_tokenizer))
+    if config.harness is not None:
+        from jaxlm.cli.harness import run_harness
+
+        return run_harness(config)
+    from jaxlm.evaluation.registry import ALONE
+    from jaxlm.evaluation.registry import names as known
+
+    names = [name.strip() for name in (config.task or "").split(",") if name.strip()]
+    if not names:
+        raise UserError(f"task: name one or several, e.g. --task multiple_choice; there are {', '.join(known())}")
+    if len(set(names)) < len(names):
+        raise UserError(f"task: {config.task}: a task stands twice; name each once")
+    alone = next((name for name in names if name in ALONE), None)
+    if alone is None:
+        from jaxlm.cli.tasks import run_tasks
+
+        return run_tasks(config, names)
+    if len(names) > 1:
+        raise UserError(f"task: {alone} is run by itself; leave the others out, and evaluate them in a second command")
+    if len(config.data) > 1:
+        raise UserError(f"data: {len(config.data)} files; {alone} takes one")
+    for key in ("output", "limit"):
+        if getattr(config, key) is not None:
+            way_out = "name the file with --save_file" if key == "output" else "for texts there is --data.limit"
+            raise UserError(f"{key}: is not for {alone}; {way_out}")
+    if config.options:
+        raise UserError(f"options.{next(iter(config.options))}: {alone} has no options")
+    return _perplexity(config) if alone == "perplexity" else _lpm24(config, alone)
 
 
-def _run(config: EvaluateConfig) -> int:
+def _lpm24(config: EvaluateConfig, task: str) -> int:
     from rich.console import Console
     from rich.table import Table
 
     from jaxlm.evaluation import lpm24
-    from jaxlm.evaluation.pairs import REFERENCES, read_pairs
+    from jaxlm.evaluation.pairs import read_pairs
 
-    if config.task is None or config.predictions is None:
-        raise UserError(
-            f"say the task (--task {' or '.join(REFERENCES)}) and the file (--predictions FILE); or --task perplexity, "
-            "--model DIR and --data FILE"
-        )
-    if config.data is not None:
-        raise UserError(f"data: is for --task perplexity; {config.task} compares the answers in --predictions")
-    pairs, missing = read_pairs(Path(config.predictions), config.task, config.reference, config.prediction)
-    if config.task == "text2smiles":
+    if config.predictions is None:
+        raise UserError(f"predictions: name the file of the answers, --predictions FILE; {task} asks no model")
+    if config.data:
+        raise UserError(f"data: is not for {task}, which compares the answers in --predictions")
+    pairs, missing = read_pairs(Path(config.predictions), task, config.reference, config.prediction)
+    if task == "text2smiles":
         metrics = lpm24.molecule_metrics(pairs)
         how = "fingerprints by RDKit, Morgan radius 2"
     else:
@@ -72,7 +113,7 @@ def _run(config: EvaluateConfig) -> int:
         metrics = lpm24.caption_metrics(pairs, tokens)
         how = f"BLEU over {'words and signs' if config.metric_tokenizer is None else config.metric_tokenizer}"
     console = Console()
-    console.print(f"{config.task}: {len(pairs):,} answers ({how})", highlight=False)
+    console.print(f"{task}: {len(pairs):,} answers ({how})", highlight=False)
     if missing:
         console.print(f"{missing:,} of them were not answered (see their 'error'); they count as wrong", style="bold")
     table = Table()
@@ -83,7 +124,7 @@ def _run(config: EvaluateConfig) -> int:
     console.print(table)
     if config.save_file is not None:
         content = {
-            "task": config.task,
+            "task": task,
             "predictions": config.predictions,
             "answers": len(pairs),
             "missing": missing,
@@ -100,10 +141,12 @@ def _run(config: EvaluateConfig) -> int:
 def _perplexity(config: EvaluateConfig) -> int:
     if config.model.path is None and config.model.adapter is None:
         raise UserError("model: name one, e.g. --model out/run")
-    if config.data is None:
+    if not config.data:
         raise UserError("data: name a file of texts or instructions, e.g. --data heldout.jsonl")
     if config.predictions is not None:
         raise UserError("predictions: are not for perplexity; its texts are --data")
+    if config.distributed.num_processes not in (None, 1):
+        raise UserError("distributed: perplexity is measured by one process; start one")
     if config.model.int8:
         raise UserError("model.int8: perplexity is measured with the weights as they are; leave it out")
     if config.batch_size < 1:
@@ -166,7 +209,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     from jaxlm.tokenizer import load_tokenizer
     from jaxlm.weights.native.prompt_json import trained_prompt
 
-    assert config.data is not None
+    data = config.data[0]
     files = open_with_adapter(config.model.path, config.model.adapter)
     path, adapter_path = files.path, files.adapter_path
     source, adapter = files.parts(config.model.merge_adapter)
@@ -174,10 +217,10 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     spec = source.config
     tokenizer = load_tokenizer(config.tokenizer or files.merged.tokenizer_dir)
     tokenizer.complete(spec.bos_token_id, spec.eos_token_id, spec.pad_token_id)
-    template, why = perplexity.choose(config.data, tokenizer, trained.template)
+    template, why = perplexity.choose(data, tokenizer, trained.template)
     settings = _settings(config, tokenizer, trained, template, spec.max_length)
     with console.status("reading and tokenising"):
-        texts = perplexity.read_texts(config.data, template, tokenizer, settings, spec.vocab_size)
+        texts = perplexity.read_texts(data, template, tokenizer, settings, spec.vocab_size)
     check_prefix(spec.prefix, texts.examples, tokenizer, "rows")
 
     longest = perplexity.row_length(texts.examples, int(texts.examples.lengths.max()))
@@ -203,7 +246,7 @@ def _score(config: EvaluateConfig, console: Console) -> tuple[Perplexity, Texts,
     facts = {
         "model": str(path),
         "adapter": adapter_path,
-        "data": config.data.path,
+        "data": data.path,
         "template": template,
         "dtype": scorer.dtype,
         "sequence_length": settings.length,

@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import download_all, with_commits
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import Decoding, GenerateConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxlm.inference.batch import FilePrompt, Result
     from jaxlm.inference.generator import Generator
-    from jaxlm.inference.loading import Placement, PromptSettings
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
 
@@ -119,6 +120,10 @@ def _run(config: GenerateConfig) -> int:
         if hosts.processes > 1:
             hosts.agree("versions", versions())
             hosts.agree("configuration", run_settings(config))
+        config = with_commits(config, hosts.console(terminal).print, hosts)
+        download_all([config], hosts)
+        if config.predict_data is not None:
+            config = dataclasses.replace(config, predict_data=str(on_disk(config.predict_data, "data", "predict_data")))
         if config.save_file is not None:
             _take(Path(config.save_file), config.overwrite, hosts)
         if hosts.processes == 1:
@@ -171,84 +176,23 @@ def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
 
 def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
     """The model on its devices, how to ask it, and the facts that identify both in the journal of a file."""
-    from convert.source import open_with_adapter
-    from jaxlm.inference.loading import placement, prompt_settings, same_place
+    from jaxlm.cli.opening import open_model
     from jaxlm.inference.options import check_stop_ids
-    from jaxlm.training.resume import base_fingerprint
 
-    files = open_with_adapter(config.model.path, config.model.adapter)
-    base, adapter = files.base, files.adapter
-    if adapter is not None and adapter.base and not same_place(adapter.base, files.path):
-        console.print(f"note       the adapter records another base, {adapter.base}; its shapes fit", markup=False)
-    prompts = prompt_settings(files, config.tokenizer, config.template, config.add_bos)
-    for problem in prompts.warnings:
-        console.print(f"warning    {problem}", markup=False)
-    prompter = prompts.prompter(config.columns, config.system)
-    check_stop_ids(config, files.merged.config.vocab_size)
-    model = config.model
-    placed = placement(files, model.dtype, model.int8, model.merge_adapter, model.attention, config.mesh)
-    # Hosts have tables of their own; with different programs they would wait for each other for ever.
-    hosts.agree("attention", {"model.attention": placed.attention.name})
-    if hosts.processes > 1:
-        hosts.agree("model", {"hash of the norms": base_fingerprint(base.config, base)})
-    started = time.perf_counter()
-    with console.status("loading"):
-        generator = placed.place(prompts)
-    _announce(placed, prompts, prompter, generator, time.perf_counter() - started, config.verbose, console)
-    facts = {
-        "model": str(base.path),
-        "adapter": None if adapter is None else str(adapter.path),
-        "dtype": placed.kept_in,
-        "merge_adapter": placed.merge,
-        "template": prompts.template,
-        "columns": config.columns,
-        "system": config.system,
-        "add_bos": prompts.add_bos,
-        "tokenizer": str(prompts.tokenizer.path),
-    }
-    return generator, prompter, facts
-
-
-def _announce(
-    placed: Placement,
-    prompts: PromptSettings,
-    prompter: Prompter,
-    generator: Generator,
-    seconds: float,
-    verbose: bool,
-    console: Console,
-) -> None:
-    """The start-up lines: which model, where it lies, how it is asked and how it computes."""
-    import jax
-
-    from jaxlm.devices.mesh import axis_sizes
-    from jaxlm.inference.model import weight_bytes
-    from jaxlm.kernels.backend import attention_details
-    from jaxlm.units import disk_size
-    from jaxlm.weights.names import num_params
-
-    files, config = placed.files, placed.files.merged.config
-    how = "merged" if placed.merge else "on the fly"
-    lora = "" if files.adapter is None else f" + {files.adapter.path} ({how})"
-    axes = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(placed.mesh).items() if size > 1) or "1 device"
-    size = disk_size(weight_bytes(generator.weights))
-    console.print(f"model      {files.base.path}{lora}", markup=False)
-    console.print(
-        f"           {num_params(config):,} parameters, {size} in {placed.kept_in}, on {jax.default_backend()} "
-        f"({axes}), loaded in {seconds:.1f} s; context {config.max_length:,} tokens",
-        markup=False,
+    opened = open_model(
+        config.model,
+        config.tokenizer,
+        config.template,
+        config.add_bos,
+        config.mesh,
+        console,
+        columns=config.columns,
+        system=config.system,
     )
-    console.print(f"template   {prompts.template}: {prompts.reason}; {prompter.beginning}", markup=False)
-    kernel = placed.attention.name == "pallas_tpu"
-    while_generating = "a kernel that reads the slots in use" if kernel else "plain, over all of the cache"
-    console.print(f"attention  {placed.attention_reason}; while writing: {while_generating}", markup=False)
-    if verbose:
-        console.print(f"           {attention_details(placed.attention, placed.shape)}", markup=False)
-    if config.experts is not None:
-        kind = f"{config.experts.num_experts}, router {config.experts.router}"
-        console.print(f"experts    {kind}; {placed.decoder.experts}: {placed.experts_reason}", markup=False)
-    if not generator.stop_ids:
-        console.print("warning    neither model nor tokenizer names an end token: answers end at max_new_tokens only")
+    check_stop_ids(config, opened.spec.vocab_size)
+    generator = opened.load(hosts, console, config.verbose)
+    facts = {**opened.facts, "columns": config.columns, "system": config.system}
+    return generator, opened.prompter, facts
 
 
 def _single(

@@ -40,11 +40,20 @@ def help_text(prog: str, description: str, flags: Mapping[str, Flag], root: type
         if section is not None:
             absent = " (absent unless given)" if type(None) in alternatives(kind) else ""
             lines += [f"{name}{absent}", *_entries(section, f"--{name}."), ""]
+            for inner, inner_kind in field_types(section).items():
+                if (nested := _absent_section(inner_kind)) is not None:
+                    lines += [f"{name}.{inner} (absent unless given)", *_entries(nested, f"--{name}.{inner}."), ""]
     if root is RunConfig:
         lines += ["a source, in data.train and data.validation (in YAML)", *_entries(SourceConfig, ""), ""]
     if aliases:
         lines += ["other names", *(f"  --{alias}: --{name}" for alias, name in aliases.items())]
     return "\n".join(lines).rstrip()
+
+
+def _absent_section(kind: Any) -> type | None:
+    """The dataclass of a section that may be absent."""
+    members = alternatives(kind)
+    return section_of(kind) if len(members) == 2 and members[1] is type(None) else None
 
 
 def _entry(head: str, meaning: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ VERBS = {
     "train": Verb("jaxlm.cli.train", "pretrain, fine-tune or LoRA-tune a model, by one configuration"),
     "generate": Verb("jaxlm.cli.generate", "answer a prompt, a conversation, or a file of prompts"),
     "evaluate": Verb("jaxlm.cli.evaluate", "perplexity of a model, or a benchmark's figures of its answers"),
+    "prepare": Verb("jaxlm.cli.prepare", "filter, deduplicate and split data of any size, into a token store"),
     "plan": Verb("jaxlm.cli.plan", "whether a run will fit on given devices, and how fast it can be"),
     "doctor": Verb("jaxlm.cli.doctor", "whether this machine has what a run needs, and what to mend"),
     "tune": Verb("jaxlm.cli.tune", "time the attention kernels on this device and keep the fastest"),

@@ -142,13 +142,26 @@ def parse_config(
     Raises:
         As `parse_run`.
     """
-    words = _words(argv, prog, description, {"print_config": PRINT_CONFIG}, root, aliases)
+    return parse_config_and_flags(argv, root, prog=prog, description=description, aliases=aliases, flags={})[0]
+
+
+def parse_config_and_flags(
+    argv: Sequence[str],
+    root: type[Config],
+    *,
+    prog: str,
+    description: str,
+    aliases: Mapping[str, str],
+    flags: Mapping[str, Flag],
+) -> tuple[Config, dict[str, Any]]:
+    """As `parse_config`, and the values of the command's own flags that were given."""
+    words = _words(argv, prog, description, {"print_config": PRINT_CONFIG, **flags}, root, aliases)
     values: dict[str, Any] = {}
     for file in words.files:
         values = merge(values, read_values(file, root))
     config = build(merge(values, words.overrides), root)
     _print_config_if_asked(words, config)
-    return config
+    return config, words.flags
 
 
 def _words(

@@ -90,6 +90,7 @@ def model_shape(config: RunConfig) -> DecoderSpec:
     """
     from convert.formats.hf_experts import read_hf_shape
     from convert.source import open_model
+    from jaxlm.locate import on_disk
     from jaxlm.modalities import resolve
     from jaxlm.models.families import load_shape
     from jaxlm.models.resolve import resolve_experts
@@ -100,7 +101,7 @@ def model_shape(config: RunConfig) -> DecoderSpec:
     elif config.model.path is None:
         raise UserError("model: give --model.shape (e.g. llama-2-7b, or a config.json) or --model.path")
     else:
-        path = Path(config.model.path)
+        path = on_disk(config.model.path, "small", "model.path")
         if not path.exists():
             raise UserError(
                 f"model.path: {path}: no such directory; a plan needs only the model's shape, e.g. --model.shape "

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.cli.hub import download_all, with_commits
 from jaxlm.cli.parser import parse_run
 from jaxlm.cli.words import Flag
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import at_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +34,7 @@ ALIASES = {name: f"distributed.{name}" for name in ("coordinator", "num_processe
 SMALL_MODEL = 50e6
 FLAGS = {
     "preview": Flag("show a number of rows (default: 3) as text, trained tokens marked, then exit", int, 3),
+    "dry_run": Flag("read the data, say what the run would take of each source, then exit"),
     "verbose": Flag("say at start-up also what choices rest on"),
 }
 
@@ -61,9 +64,10 @@ def _main(argv: Sequence[str], prog: str, stop: Stop) -> int:
             check_config(config)
         if "stage" in flags:
             check_stage(configs[0], flags["stage"])
-        if preview is not None:
+        if preview is not None or flags.get("dry_run"):
+            configs = _pinned(configs, lambda line: print(line, file=sys.stderr))
             check_files(configs, first_host=False)
-            _preview(configs[0], preview)
+            _preview(configs[0], preview or 0)
             return 0
         return _status(run_stages(configs, stop, bool(flags.get("verbose"))), configs, stop)
 
@@ -98,11 +102,13 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
         hosts.agree("versions", versions())
         for config in configs:
             hosts.agree("configuration", run_settings(config))
+        configs = _pinned(configs, console.print, hosts)
         hosts.check("files", _problem(check_files, configs, hosts.process == 0))
         # Also those of later stages: whoever starts the same command again is told at once.
         for config in configs:
             hosts.take_directory(Path(config.output_dir), console.print)
         hosts.check("devices and settings", _problem(check_without_model, configs))
+        download_all(configs, hosts)
         for number, config in enumerate(configs, 1):
             stop.starting(Path(config.output_dir), hosts, number == len(configs))
             hosts.check_shared(Path(config.output_dir))
@@ -113,6 +119,16 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
             if outcomes[-1].interrupted is not None:
                 break
     return outcomes
+
+
+def _pinned(configs: Sequence[RunConfig], say: Callable[[str], None], hosts: Hosts | None = None) -> list[RunConfig]:
+    """The runs with the commits that their names of the hub mean; see `with_commits`."""
+    made: set[Path] = set()
+    pinned = []
+    for config in configs:
+        pinned.append(with_commits(config, say, hosts, config.output_dir, frozenset(made)))
+        made.add(at_home(config.output_dir).absolute())
+    return pinned
 
 
 def _problem(check: Callable[..., None], *what: Any) -> str | None:
@@ -151,6 +167,7 @@ def _preview(config: RunConfig, rows: int) -> None:
 
     from convert.source import open_model
     from jaxlm.cli.start import quiet_logs
+    from jaxlm.data.mixing import table
     from jaxlm.data.preview import preview
     from jaxlm.training.prepare import describe_model, read_data, with_date
     from jaxlm.training.run_tokenizer import open_tokenizer
@@ -163,11 +180,12 @@ def _preview(config: RunConfig, rows: int) -> None:
     data = read_data(config, tokenizer, describe_model(config, source, tokenizer), console)
     train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps)
     shown = 0
-    for number in range(len(train)):
+    for number in range(len(train) if rows else 0):
         shown += preview(train[number], tokenizer, console, shown, rows)
         if shown == rows:
             break
     console.rule(f"{shown} rows of a run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
+    console.print("\n".join(table(data.shares(train))), highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_samples(prepared: Prepared, outcome: Outcome, console: Console) -> None:

@@ -4,10 +4,11 @@ Every key can be given on the command line (`--optimizer.learning_rate 1e-4`). N
 `--print_config` answer at once. `config.files` reads and writes the YAML.
 """
 
-from jaxlm.config.data import DataConfig, SourceConfig
+from jaxlm.config.data import DataConfig, MixingConfig, SourceConfig
 from jaxlm.config.inference import Decoding, EvaluateConfig, GenerateConfig, InferenceModelConfig
 from jaxlm.config.model import LoraConfig, ModalityConfig, ModelConfig, MoeRunConfig, TokenizerConfig
 from jaxlm.config.plain import flatten, to_dict
+from jaxlm.config.prepare import PrepareConfig
 from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 
 __all__ = [
@@ -19,10 +20,12 @@ __all__ = [
     "InferenceModelConfig",
     "LoraConfig",
     "MeshConfig",
+    "MixingConfig",
     "ModalityConfig",
     "ModelConfig",
     "MoeRunConfig",
     "OptimizerConfig",
+    "PrepareConfig",
     "RunConfig",
     "SourceConfig",
     "TokenizerConfig",

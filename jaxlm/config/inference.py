@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxlm.config.data import SourceConfig
 from jaxlm.config.run import DistributedConfig, MeshConfig
@@ -53,8 +53,8 @@ class InferenceModelConfig:
     """Which model, and how it computes.
 
     Args:
-        path: directory of the model: Hugging Face, converted jaxlm, a run directory or one of its checkpoints. A LoRA
-            run brings its base along.
+        path: directory of the model: Hugging Face, converted jaxlm, a run directory or one of its checkpoints; or a
+            name of the Hugging Face hub, hf://owner/name[@revision]. A LoRA run brings its base along.
         adapter: LoRA adapter to apply on the fly: a PEFT directory, a converted one, or a LoRA run.
         merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
         dtype: dtype of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
@@ -119,41 +119,56 @@ class GenerateConfig(Decoding):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Figures of a file of answers, or of a model on a file of texts.
+    """Figures of a model on the questions of a file, of a file of answers, or of a model on texts.
 
     Args:
-        task: smiles2text (captions of molecules) or text2smiles (molecules for captions), with LPM-24's figures;
-            perplexity of a model on texts.
-        predictions: the file: .json, .jsonl or .csv as `jaxlm.generate` writes it, or LPM-24's table (.tsv or .txt).
-        reference: column of the right answers; null: caption or molecule, or "ground truth".
-        prediction: column of the model's answers; null: prediction, answer or output.
-        metric_tokenizer: directory of the Hugging Face tokenizer whose pieces BLEU counts (LPM-24: SciBERT's); null:
-            words and signs.
-        save_file: the figures as JSON.
-        model: perplexity: the model.
-        tokenizer: perplexity: a directory or SentencePiece .model file; null means the model's own.
-        data: perplexity: the texts, as a source of `data.train`; of instructions the answers are scored.
+        task: names with commas between them; perplexity of a model on texts, and smiles2text (captions of molecules) or
+            text2smiles (molecules for captions) of --predictions, with LPM-24's figures, stand alone.
+        data: the questions. With several tasks one each, in their order, or as NAME=FILE. For perplexity: the texts, as
+            a source of `data.train`; of instructions the answers are scored.
+        limit: use only this number of records, the first ones.
+        options: of the tasks, e.g. --options.shots 5; see docs/evaluating.md.
+        output: a directory, in which each task has one: predictions.jsonl, scores.json, report.md, figures.png; null:
+            evaluation/ and the model's name. An interrupted run goes on when started again.
+        overwrite: begin anew where the directory has an evaluation with other settings.
+        predictions: score the answers of this file, without a model: a predictions.jsonl, or records with a column
+            prediction, answer or output. For LPM-24 also its table (.tsv or .txt).
+        harness: run these tasks of lm-evaluation-harness, with commas between them; see docs/evaluating.md.
+        reference: LPM-24: column of the right answers; null: caption or molecule, or "ground truth".
+        prediction: LPM-24: column of the model's answers; null: prediction, answer or output.
+        metric_tokenizer: LPM-24: directory of the Hugging Face tokenizer whose pieces BLEU counts (SciBERT's there);
+            null: words and signs.
+        save_file: LPM-24 and perplexity: the figures as JSON.
+        model: the model.
+        tokenizer: a directory or SentencePiece .model file; null means the model's own.
         sequence_length: perplexity: most tokens of a row; null: the model's context, at most 2048.
         stride: perplexity: new tokens of each further window of a longer text, the others are context; null:
             sequence_length - 1.
         train_on_inputs: perplexity: score prompts too.
-        add_bos: perplexity: begin each text with bos; null: as the model was trained, else as its tokenizer does.
+        add_bos: begin each text with bos; null: as the model was trained, else as its tokenizer does.
         add_eos: perplexity: score the end of each text too; null: of answers, not of plain texts.
-        batch_size: perplexity: rows of a device at a time.
-        mesh: perplexity: the devices; absent: rows and parameters over all of them.
+        batch_size: questions asked together; for perplexity, rows of a device at a time.
+        mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data; for perplexity
+            rows and parameters over all of them.
+        distributed: several processes.
         compilation_cache: directory of compiled programs; null means $JAX_COMPILATION_CACHE_DIR or the user's cache
             directory; none keeps nothing.
     """
 
-    task: Literal["smiles2text", "text2smiles", "perplexity"] | None = None
+    task: str | None = None
+    data: tuple[SourceConfig, ...] = ()
+    limit: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    output: WrittenPath | None = None
+    overwrite: bool = False
     predictions: ReadPath | None = None
+    harness: str | None = None
     reference: str | None = None
     prediction: str | None = None
     metric_tokenizer: ReadPath | None = None
     save_file: WrittenPath | None = None
     model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
     tokenizer: ReadPath | None = None
-    data: SourceConfig | None = None
     sequence_length: int | None = None
     stride: int | None = None
     train_on_inputs: bool = False
@@ -161,4 +176,5 @@ class EvaluateConfig:
     add_eos: bool | None = None
     batch_size: int = 8
     mesh: MeshConfig | None = None
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     compilation_cache: WrittenPath | None = None

@@ -14,7 +14,7 @@ class ModelConfig:
 
     Args:
         path: directory of the model to start from: Hugging Face, converted jaxlm, a run directory or one of
-            its checkpoints.
+            its checkpoints; or a name of the Hugging Face hub, hf://owner/name[@revision].
         shape: instead of a path, a fresh model: a known shape (llama-2-7b) or a JSON file like HF's config.json.
         dtype: compute dtype of matrix products; softmax, norms and loss are always float32.
         param_dtype: dtype in which parameters are kept. Trained parameters and the optimizer are exact only
@@ -86,7 +86,7 @@ class MoeRunConfig:
         z_loss: weight of the learned router's z loss.
         noise: standard deviation of noise on the learned router's logits while training.
         compute: dense computes every neuron and masks; the others compute those that are used: loop by blocks of rows
-            (CPU), ragged by XLA's grouped product, pallas_tpu by jaxlm's own; auto picks by device.
+            (CPU), ragged by XLA's grouped product, pallas_tpu and pallas_gpu by jaxlm's own; auto picks by device.
     """
 
     experts: int | None = None
@@ -97,7 +97,7 @@ class MoeRunConfig:
     balance_loss: float = 0.01
     z_loss: float = 0.001
     noise: float = 0.0
-    compute: Literal["auto", "dense", "loop", "ragged", "pallas_tpu"] = "auto"
+    compute: Literal["auto", "dense", "loop", "ragged", "pallas_tpu", "pallas_gpu"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class TokenizerConfig:
     """Where the tokenizer comes from.
 
     Args:
-        path: a directory or SentencePiece .model file; null means the model's own.
+        path: a directory, a SentencePiece .model file, or a name of the hub; null means the model's own.
         modalities: kinds of things with tokens of their own; a fresh model's tokenizer gets them, another's must have
             them (`convert extend-vocab` adds them). Empty: as recorded beside the tokenizer.
         train_on: text files (or folders) to train a SentencePiece model on, when a fresh model has none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxlm.config.data import DataConfig, MixingConfig
 from jaxlm.config.run import RunConfig
 from jaxlm.errors import UserError
 
@@ -54,11 +55,71 @@ def check_ranges(config: RunConfig) -> None:
     for source in config.data.train:
         wanted = "more than 0, at most 1e6"
         checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: 0 < v <= 1e6, wanted))
+        for name in ("tokens", "max_passes"):
+            value = getattr(source, name)
+            checks.append((f"data.train: {source.path}: {name}", value, lambda v: v is None or 0 < v < 1e15, "above 0"))
+    if config.data.mixing is not None and config.data.mixing.alpha is not None:
+        checks.append(("data.mixing.alpha", config.data.mixing.alpha, lambda v: 0 <= v <= 1, "between 0 and 1"))
     for source in config.data.validation if isinstance(config.data.validation, tuple) else ():
         wanted = "1: every validation record counts once"
         checks.append((f"data.validation: {source.path}: weight", source.weight, lambda v: v == 1, wanted))
+        for name in ("tokens", "max_passes"):
+            value = getattr(source, name)
+            checks.append(
+                (f"data.validation: {source.path}: {name}", value, lambda v: v is None, f"left out; {wanted}")
+            )
     for key, value, holds, wanted in checks:
         if not holds(value):
             raise UserError(f"{key}: {value} must be {wanted}")
+    _check_mixing(config.data)
+    per_batch = () if config.data.mixing is None else config.data.mixing.per_batch
+    if per_batch and sum(per_batch) != config.train.global_batch_size:
+        raise UserError(
+            f"data.mixing.per_batch: {' + '.join(map(str, per_batch))} rows are {sum(per_batch)}, but "
+            f"train.global_batch_size is {config.train.global_batch_size}; make the two the same"
+        )
     if config.optimizer.warmup_steps and config.optimizer.warmup_ratio:
         raise UserError("optimizer: give warmup_steps or warmup_ratio, not both")
+
+
+def _check_mixing(data: DataConfig) -> None:
+    """Refuses ways to share a run that exclude each other.
+
+    Raises:
+        UserError: the first of them.
+    """
+    mixing = data.mixing or MixingConfig()
+    for source in data.train:
+        if source.tokens is not None and source.weight != 1:
+            raise UserError(
+                f"data.train: {source.path}: weight {source.weight:g} and tokens {source.tokens:g} both say how often "
+                "it is seen; leave one of them out"
+            )
+        for name, value in (("tokens", source.tokens), ("weight", None if source.weight == 1 else source.weight)):
+            if mixing.per_batch and value is not None:
+                raise UserError(
+                    f"data.train: {source.path}: {name}: {value:g} has no meaning with data.mixing.per_batch, which "
+                    "says how much of a source there is in every batch; leave one of them out"
+                )
+        if mixing.alpha is not None and source.tokens is not None:
+            raise UserError(
+                f"data.train: {source.path}: tokens: {source.tokens:g} has no meaning with data.mixing.alpha, which "
+                "gives each source its share; leave one of them out"
+            )
+    if mixing.per_batch and mixing.alpha is not None:
+        raise UserError("data.mixing: give per_batch or alpha, not both")
+    if data.mixing is not None and not mixing.per_batch and mixing.alpha is None:
+        raise UserError(
+            "data.mixing: needs per_batch, e.g. [424, 80], or alpha, e.g. 0.3; leave it out to go by each source's "
+            "weight"
+        )
+    if mixing.per_batch and len(mixing.per_batch) != len(data.train):
+        raise UserError(
+            f"data.mixing.per_batch: {list(mixing.per_batch)} has {len(mixing.per_batch)} numbers, data.train has "
+            f"{len(data.train)} sources; give the rows of each, in that order"
+        )
+    if mixing.per_batch and min(mixing.per_batch) < 1:
+        raise UserError(
+            f"data.mixing.per_batch: {list(mixing.per_batch)} must be 1 or more for each source; leave a source out of "
+            "data.train that has none"
+        )

@@ -6,18 +6,16 @@ run was resumed. Grain only computes batches ahead of time.
 
 from __future__ import annotations
 
-import bisect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxlm.data.examples import Examples
-from jaxlm.data.packing import Plan
-from jaxlm.errors import UserError
+from jaxlm.data.order import Order
+from jaxlm.data.packing import Pieces
+from jaxlm.data.tokens import Tokens
 from jaxlm.modalities import PADDING
 
 Batch = dict[str, NDArray[Any]]
@@ -30,6 +28,9 @@ BATCH_DTYPES: dict[str, Any] = {
 }
 # Further ones of a model with an encoder.
 ENCODER_DTYPES: dict[str, Any] = {"encoder_ids": np.int32, "encoder_segment_ids": np.int32}
+# Beside them in training: int64 [sources], the tokens of each source in the rows of all hosts.
+SOURCE_TOKENS = "source_tokens"
+CHUNK = 2**14  # tokens written at a time: their places stay in the processor's cache
 
 
 class BatchSource:
@@ -45,165 +46,129 @@ class BatchSource:
         encoder_ids int32, 0 where padded: what is read for the documents of the row, one behind the other;
         encoder_segment_ids int32: the document's number, 0 where padded.
 
-    Row a * B_global + b of a global batch is row b of micro-step a; a host has some of the b. Rows run on over
-    epochs, so a batch may hold rows of two. A run by epochs fills its last batch with empty rows.
+    With `num_sources` also source_tokens, int64 [sources]: the tokens of each source in the rows of all hosts.
+
+    Row a * B_global + b of a global batch is row b of micro-step a; a host has some of the b.
 
     Args:
         examples: the tokens.
-        plan: gives the rows of an epoch.
+        order: which rows a step takes.
         sequence_length: T.
         rows: B_global, rows of a micro-step over all hosts.
         accumulation: A.
-        epochs: length of the run, fractions allowed; ignored when steps is given.
-        steps: length of the run.
         local_rows: this host's b, rising; None for all.
         ranges: token ids [start, stop) of the modalities 1, 2, ...; every other token is text, 0.
-        known: what `counters` said of an earlier start on the same data: the epochs before need no plan.
         encoder_length: S, for examples that have something for an encoder.
+        num_sources: count the tokens of this number of sources.
     """
 
     def __init__(
         self,
-        examples: Examples,
-        plan: Callable[[int], Plan],
+        examples: Tokens,
+        order: Order,
         sequence_length: int,
         *,
         rows: int,
         accumulation: int = 1,
-        epochs: float = 1.0,
-        steps: int | None = None,
         local_rows: Sequence[int] | None = None,
         ranges: Sequence[tuple[int, int]] = (),
-        known: Mapping[str, Any] | None = None,
         encoder_length: int = 0,
+        num_sources: int = 0,
     ) -> None:
+        self.order = order
         self._examples = examples
         self._encoder_length = encoder_length
-        self._plan = plan
         self._length = sequence_length
         self._ranges = tuple(ranges)
-        self._rows = rows
         self._accumulation = accumulation
-        self._local = range(rows) if local_rows is None else tuple(local_rows)
-        # (epoch, rows of all epochs up to and with it), rising, of some epochs. The read-ahead thread adds to it too.
-        self._ends: list[tuple[int, int]] = [(-1, 0)]
-        self._plans: dict[int, Plan] = {}
-        known = known or {}
-        if known.get("epoch"):
-            self._ends.append((int(known["epoch"]) - 1, int(known["rows_before"])))
-        self._epochs = epochs
-        self._total = self._rows_of(epochs, known) if steps is None else None
-        self._steps: int = math.ceil((self._total or 0) / (rows * accumulation)) if steps is None else steps
+        self._num_sources = num_sources
+        self._at_a_time = max(1, CHUNK // sequence_length)  # rows
+        mine = np.arange(rows) if local_rows is None else np.array(local_rows, np.int64)
+        self._local_rows = len(mine)
+        # By place in the global batch, the place among this host's rows; -1 for those of others.
+        places = np.full((accumulation, rows), -1)
+        places[:, mine] = np.arange(accumulation * len(mine)).reshape(accumulation, len(mine))
+        self._local = places.reshape(-1)
 
     def __len__(self) -> int:
-        return self._steps
-
-    def _rows_of(self, epochs: float, known: Mapping[str, Any]) -> int:
-        if known.get("epochs") == epochs:
-            return int(known["total_rows"])
-        whole = int(epochs)
-        part = math.ceil((epochs - whole) * self._size(whole)) if epochs > whole else 0
-        return self._end(whole - 1) + part
-
-    def steps_of(self, epochs: float, known: Mapping[str, Any]) -> int:
-        """The number of steps of a run of `epochs` passes over these data; `known` as for the class."""
-        return math.ceil(self._rows_of(epochs, known) / (self._rows * self._accumulation))
-
-    @property
-    def total_rows(self) -> int | None:
-        """Rows of a run by epochs; None for a run by steps."""
-        return self._total
-
-    def epoch(self, step: int) -> float:
-        """Passes over the data after `step` steps."""
-        row = step * self._rows * self._accumulation
-        if self._total is not None:
-            row = min(row, self._total)
-        epoch = self._epoch_of(row)
-        return epoch + (row - self._end(epoch - 1)) / self._size(epoch)
-
-    def counters(self, step: int) -> dict[str, Any]:
-        """Where `step` steps lead to, as plain values to be kept: with them earlier epochs need not be planned again.
-
-        How many rows an epoch has depends on its order, and a run may have thousands of epochs.
-        """
-        row = step * self._rows * self._accumulation
-        row = row if self._total is None else min(row, self._total)
-        epoch = self._epoch_of(max(0, row - 1))
-        counters: dict[str, Any] = {"epoch": epoch, "rows_before": self._end(epoch - 1)}
-        return counters if self._total is None else counters | {"epochs": self._epochs, "total_rows": self._total}
+        return len(self.order)
 
     def __getitem__(self, step: int) -> Batch:
-        if not 0 <= step < self._steps:
-            raise IndexError(f"step {step} of {self._steps}")
-        shape = (self._accumulation, len(self._local), self._length)
-        batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of {len(self)}")
+        rows = self._accumulation * self._local_rows
+        batch: Batch = {name: np.zeros((rows, self._length), dtype) for name, dtype in BATCH_DTYPES.items()}
         if self._examples.encoder_ids is not None:
-            shape = (*shape[:-1], self._encoder_length)
-            batch |= {name: np.zeros(shape, dtype) for name, dtype in ENCODER_DTYPES.items()}
-        for a in range(self._accumulation):
-            for local, b in enumerate(self._local):
-                row = (step * self._accumulation + a) * self._rows + b
-                if self._total is None or row < self._total:
-                    self._fill({name: array[a, local] for name, array in batch.items()}, row)
+            batch |= {name: np.zeros((rows, self._encoder_length), dtype) for name, dtype in ENCODER_DTYPES.items()}
+        source_tokens = np.zeros(self._num_sources, np.int64)
+        for share in self.order.shares(step):
+            if self._num_sources:
+                source_tokens += self._tokens_by_source(share.rows.pieces(share.numbers))
+            here = self._local[share.places]
+            numbers, places = share.numbers[here >= 0], here[here >= 0]
+            for at in range(0, len(numbers), self._at_a_time):
+                some = slice(at, at + self._at_a_time)
+                self._fill(batch, places[some], share.rows.pieces(numbers[some]))
         for number, (start, stop) in enumerate(self._ranges, 1):
             batch["modality_ids"][(batch["input_ids"] >= start) & (batch["input_ids"] < stop)] = number
         batch["modality_ids"][batch["segment_ids"] == 0] = PADDING
-        return batch
+        self._examples.release()
+        shape = self._accumulation, self._local_rows, -1
+        batch = {name: array.reshape(shape) for name, array in batch.items()}
+        return batch | {SOURCE_TOKENS: source_tokens} if self._num_sources else batch
 
-    def _fill(self, row: Batch, number: int) -> None:
-        epoch = self._epoch_of(number)
-        plan = self._epoch_plan(epoch)
-        index = number - self._end(epoch - 1)
-        at = 0
-        for segment, piece in enumerate(range(plan.rows[index], plan.rows[index + 1]), 1):
-            start, length = int(plan.starts[piece]), int(plan.lengths[piece])
-            target, source = slice(at, at + length), slice(start, start + length)
-            row["input_ids"][target] = self._examples.input_ids[source]
-            row["loss_mask"][target] = self._examples.loss_mask[source]
-            row["segment_ids"][target] = 1 if plan.one_segment else segment
-            row["positions"][target] = np.arange(length) + (at if plan.one_segment else 0)
-            at += length
-        row["loss_mask"][0] = False  # nothing in the row predicts its first token
-        if plan.encoder_starts is None or plan.encoder_lengths is None or self._examples.encoder_ids is None:
+    def _tokens_by_source(self, pieces: Pieces) -> NDArray[np.int64]:
+        document = np.searchsorted(self._examples.offsets, pieces.starts, side="right") - 1
+        source = self._examples.source[document]
+        return np.bincount(source, pieces.lengths, self._num_sources).astype(np.int64)
+
+    def _fill(self, batch: Batch, rows: NDArray[np.int64], pieces: Pieces) -> None:
+        """Writes the pieces into rows of the batch, one piece of a row behind the other."""
+        segment = (
+            np.arange(len(pieces.lengths)) - np.repeat(np.cumsum(pieces.counts) - pieces.counts, pieces.counts) + 1
+        )
+        to, token, position = _spread(rows, pieces.counts, pieces.starts, pieces.lengths, self._length)
+        batch["input_ids"].reshape(-1)[to] = self._examples.input_ids[token]
+        batch["loss_mask"].reshape(-1)[to] = self._examples.loss_mask[token]
+        if pieces.one_segment:
+            batch["segment_ids"].reshape(-1)[to] = 1
+            batch["positions"].reshape(-1)[to] = to % self._length
+        else:
+            batch["segment_ids"].reshape(-1)[to] = np.repeat(segment, pieces.lengths)
+            batch["positions"].reshape(-1)[to] = position
+        batch["loss_mask"][rows, 0] = False  # nothing in the row predicts its first token
+        if pieces.encoder_starts is None or pieces.encoder_lengths is None or self._examples.encoder_ids is None:
             return
-        at = 0
-        for segment, piece in enumerate(range(plan.rows[index], plan.rows[index + 1]), 1):
-            start, length = int(plan.encoder_starts[piece]), int(plan.encoder_lengths[piece])
-            row["encoder_ids"][at : at + length] = self._examples.encoder_ids[start : start + length]
-            row["encoder_segment_ids"][at : at + length] = segment
-            at += length
+        starts, lengths = pieces.encoder_starts, pieces.encoder_lengths
+        to, token, _ = _spread(rows, pieces.counts, starts, lengths, self._encoder_length)
+        batch["encoder_ids"].reshape(-1)[to] = self._examples.encoder_ids[token]
+        batch["encoder_segment_ids"].reshape(-1)[to] = np.repeat(segment, lengths)
 
-    def _epoch_of(self, row: int) -> int:
-        before, _ = self._ends[bisect.bisect_right(self._ends, row, key=lambda end: end[1]) - 1]
-        epoch = before + 1
-        while self._end(epoch) <= row:
-            epoch += 1
-        return epoch
 
-    def _size(self, epoch: int) -> int:
-        return self._end(epoch) - self._end(epoch - 1)
+def _spread(
+    rows: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    width: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """For each token of the pieces of some rows: where it goes, where it comes from, and its number within its piece.
 
-    def _end(self, epoch: int) -> int:
-        """Rows of the epochs 0 … epoch; 0 for -1."""
-        at, end = self._ends[bisect.bisect_right(self._ends, epoch, key=lambda end: end[0]) - 1]
-        while at < epoch:
-            at += 1
-            size = len(self._epoch_plan(at))
-            if size == 0:
-                raise UserError("data: an epoch has no rows; raise the sources' weights, or give more data")
-            end += size
-            bisect.insort(self._ends, (at, end))
-        return end
+    Args:
+        rows: int64 [rows], their numbers.
+        counts: int64 [rows], the number of pieces of each.
+        starts, lengths: int64 [pieces].
+        width: places of a row.
 
-    def _epoch_plan(self, epoch: int) -> Plan:
-        plan = self._plans.get(epoch)
-        if plan is None:
-            plan = self._plan(epoch)
-            # A batch needs at most the plans of neighbouring epochs; others are let go. The dict is replaced and not
-            # changed, because the read-ahead thread uses it too.
-            self._plans = {key: kept for key, kept in self._plans.items() if abs(key - epoch) == 1} | {epoch: plan}
-        return plan
+    Returns:
+        Each int64 [tokens].
+    """
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    first = np.cumsum(counts) - counts  # piece of each row
+    row_shift = rows * width - ends[first]
+    tokens = np.arange(ends[-1])
+    in_row = np.repeat(row_shift, ends[first + counts] - ends[first])
+    return tokens + in_row, tokens + np.repeat(starts - ends[:-1], lengths), tokens - np.repeat(ends[:-1], lengths)
 
 
 class EvaluationSource:
@@ -293,9 +258,14 @@ class Batches:
         return self.source[step]
 
     def counters(self, step: int) -> dict[str, Any]:
-        """See `BatchSource.counters`."""
+        """See `Order.counters`."""
+        return self.order.counters(step)
+
+    @property
+    def order(self) -> Order:
+        """Which rows a step takes."""
         assert isinstance(self.source, BatchSource)
-        return self.source.counters(step)
+        return self.source.order
 
     def iterator(self, step: int = 0) -> BatchIterator:
         """Batches from `step` on."""

@@ -14,7 +14,7 @@ from jaxlm.data.records import Record
 from jaxlm.data.rendering import Rendered, Segment, Span, Template
 from jaxlm.errors import UserError
 from jaxlm.modalities import TextError
-from jaxlm.tokenizer import Encoding, Tokenizer
+from jaxlm.tokenizer import Ids, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def encode_rendered(
     ]
     try:
         texts = [segment.text for segment in segments]
-        encodings = iter(tokenizer.encode_batch(texts, next(iter(special), None), continued))
+        placed = [_needs_places(segment) for segment in segments]
+        encodings = iter(tokenizer.encode_arrays(texts, next(iter(special), None), continued, placed))
     except TextError as error:
         owners = [number for number, record in enumerate(records) for _ in record.segments]
         raise TextError(owners[error.number], str(error)) from None
@@ -76,34 +77,39 @@ def encode_rendered(
 
 def _join(
     record: Rendered,
-    encodings: Iterator[Encoding],
+    encodings: Iterator[Ids],
     tokenizer: Tokenizer,
     add_bos: bool,
     add_eos: bool,
     whole: bool,
     running: bool,
 ) -> Example:
-    ids: list[int] = []
+    parts: list[NDArray[np.int32]] = []
     masks: list[NDArray[np.bool_]] = []
     ends: list[int] = []
+    length = 0
     for segment in record.segments:
         encoding = next(encodings)
-        own = _mask(segment, encoding)
+        own = np.ones(len(encoding.ids), np.bool_) if whole else _mask(segment, encoding)
         # Words that a template ends turns with are trained too, but no token stops a generation there.
-        stopping = (place for place in _ends(segment, encoding) if tokenizer.is_end(encoding.ids[place]))
-        ends += [len(ids) + place for place in stopping]
-        ids += encoding.ids
-        masks.append(np.ones(len(encoding.ids), np.bool_) if whole else own)
+        stopping = (place for place in _ends(segment, encoding) if tokenizer.is_end(int(encoding.ids[place])))
+        ends += [length + place for place in stopping]
+        parts.append(encoding.ids)
+        masks.append(own)
+        length += len(encoding.ids)
         if not segment.eos:
             continue
         trained = segment.spans[-1].trained
         # As alpaca-lora: an answer that brings its own eos gets no second one.
-        brought = bool(ids) and ids[-1] == tokenizer.eos_id
+        last = next((part[-1] for part in reversed(parts) if len(part)), None)
+        brought = last is not None and last == tokenizer.eos_id
         if add_eos and not brought:
-            ids.append(_required(tokenizer, "eos"))
+            parts.append(np.array([_required(tokenizer, "eos")], np.int32))
             masks.append(np.array([whole or trained]))
+            length += 1
         if trained and (add_eos or brought):
-            ends.append(len(ids) - 1)
+            ends.append(length - 1)
+    ids = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     mask = np.concatenate(masks) if masks else np.zeros(0, np.bool_)
     if add_bos and not record.has_bos:
         opening = tokenizer.opening or (_required(tokenizer, "bos"),)
@@ -111,11 +117,11 @@ def _join(
         if tokenizer.opens_answers:
             at = _last_answer(mask)
             mask[:at] = False
-        ids[at:at] = opening
+        ids = np.insert(ids, at, opening)
         mask = np.insert(mask, at, np.zeros(len(opening), np.bool_))
         ends = [end + len(opening) for end in ends if end >= at]  # the end of an answer that is learned
     mask[:1] = running and mask[1:].all()
-    return Example(np.array(ids, np.int32), mask, tuple(dict.fromkeys(ends)))
+    return Example(ids, mask, tuple(dict.fromkeys(ends)))
 
 
 def _last_answer(mask: NDArray[np.bool_]) -> int:
@@ -187,31 +193,39 @@ def _required(tokenizer: Tokenizer, name: str) -> int:
     return index
 
 
-def _mask(segment: Segment, encoding: Encoding) -> NDArray[np.bool_]:
+def _needs_places(segment: Segment) -> bool:
+    """Whether it matters which characters a segment's tokens stand for."""
+    spans = segment.spans
+    return any(span.trained != spans[0].trained or (span.end and span.trained) for span in spans)
+
+
+def _mask(segment: Segment, encoding: Ids) -> NDArray[np.bool_]:
     """bool [tokens]: which of a segment's tokens are trained."""
     if all(span.trained for span in segment.spans):
         return np.ones(len(encoding.ids), np.bool_)  # also tokens that stand for no character, like a leading "▁"
+    if not any(span.trained for span in segment.spans):
+        return np.zeros(len(encoding.ids), np.bool_)
+    assert encoding.begin is not None and encoding.end is not None
     lengths = [len(span.text) for span in segment.spans]
     characters = np.repeat([span.trained for span in segment.spans], lengths)
     trained_before = np.concatenate([[0], np.cumsum(characters)])
-    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     # A token that stands for no character (the space that SentencePiece puts in front, half of a letter that
     # normalisation takes apart) goes with those beside it.
-    empty = offsets[:, 0] == offsets[:, 1]
-    begin = np.where(empty, np.maximum(offsets[:, 0] - 1, 0), offsets[:, 0])
-    end = np.where(empty, np.minimum(offsets[:, 1] + 1, len(characters)), offsets[:, 1])
+    empty = encoding.begin == encoding.end
+    begin = np.where(empty, np.maximum(encoding.begin - 1, 0), encoding.begin)
+    end = np.where(empty, np.minimum(encoding.end + 1, len(characters)), encoding.end)
     result: NDArray[np.bool_] = trained_before[end] > trained_before[begin]
     return result
 
 
-def _ends(segment: Segment, encoding: Encoding) -> list[int]:
+def _ends(segment: Segment, encoding: Ids) -> list[int]:
     """Places of the tokens with which the segment's trained ends of answers end."""
     places, at = [], 0
     for span in segment.spans:
         begin, at = at, at + len(span.text)
         if span.end and span.trained and span.text:
-            covering = [k for k, (a, b) in enumerate(encoding.offsets) if a < at and b > begin]
-            places += covering[-1:]
+            assert encoding.begin is not None and encoding.end is not None
+            places += np.flatnonzero((encoding.begin < at) & (encoding.end > begin))[-1:].tolist()
     return places
 
 

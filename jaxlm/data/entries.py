@@ -1,7 +1,7 @@
 """The entries of a file, whatever they are: records, prompts, texts.
 
-JSON arrays, JSON lines, CSV, Parquet and text, all but Parquet also compressed (.gz, .zst, .bz2, .xz). Everything but a
-JSON array is streamed. Whoever reads decides what becomes of an entry that is broken.
+JSON arrays, JSON lines, CSV, Parquet and text, all but Parquet also compressed (.gz, .zst, .bz2, .xz). All but an
+object that holds a list of records is streamed. Whoever reads decides what becomes of an entry that is broken.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from jaxlm.data.compressed import open_text
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse, parse_at
+from jaxlm.remote import Location, reading
 
 # Lists of objects in one record, not of records.
 RECORD_LISTS = ("messages", "conversations", "conversation", "tools", "history")
+_SPACE = " \t\r\n"
+_SPACES = re.compile(rf"[{_SPACE}]*")
+_BLOCK = 1 << 20  # characters of a JSON array that are read at a time
 _SHAPES = "the file must be an array of records, or one record a line"
 
 
@@ -39,7 +42,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(
-    file: Path, kind: str, *, key: str, documents: str = "line", delimiter: str | None = None, strict: bool = True
+    file: Location, kind: str, *, key: str, documents: str = "line", delimiter: str | None = None, strict: bool = True
 ) -> Iterator[Entry]:
     """The entries of one file, in order.
 
@@ -77,16 +80,22 @@ def read_entries(
         raise UserError(f"{key}: {file} is not UTF-8 ({error}); convert it, e.g. with iconv") from None
 
 
-def refuse_twins(file: Path, names: Sequence[str], key: str) -> None:
+def refuse_twins(file: Location, names: Sequence[str], key: str) -> None:
     """Raises UserError when two columns have one name."""
     twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
     if twice is not None:
         raise UserError(f"{key}: {file} has two columns of the name {twice!r}; rename or remove one")
 
 
-def _read_json(file: Path, stream: IO[str], key: str) -> Iterator[Entry]:
-    blank, first = _first_line(stream)
-    if first.lstrip().startswith("{") and (value := _value(first)) is not None:
+def _read_json(file: Location, stream: IO[str], key: str) -> Iterator[Entry]:
+    lead = ""
+    while (sign := stream.read(1)) and sign in _SPACE:
+        lead += sign
+    if sign == "[":
+        yield from _json_array(file, lead + sign, stream, key)
+        return
+    blank, first = lead.count("\n"), sign + stream.readline()
+    if sign == "{" and (value := _value(first)) is not None:
         # JSON lines under the ending .json are common; they are streamed.
         more, second = _first_line(stream)
         if second:
@@ -99,14 +108,84 @@ def _read_json(file: Path, stream: IO[str], key: str) -> Iterator[Entry]:
             return
         try:
             values = parse(text)
+        except json.JSONDecodeError as error:
+            raise _broken(file, error.lineno, error, key) from None
         except ValueError as error:
-            raise _broken(file, text, error, key) from None
-    if isinstance(values, dict):
-        values = _records_within(file, values, key)
-    if not isinstance(values, list):
+            raise UserError(f"{key}: {file}: JSON that cannot be read: {error}") from None
+    if not isinstance(values, dict):
         raise UserError(f"{key}: {file} must hold an array of records, found {type(values).__name__}")
-    for number, value in enumerate(values, 1):
+    for number, value in enumerate(_records_within(file, values, key), 1):
         yield Entry(f"{file}:{number}", value)
+
+
+def _json_array(file: Location, text: str, stream: IO[str], key: str) -> Iterator[Entry]:
+    """The values of an array, read by blocks: only the values that begin in a block, and one more, are in memory.
+
+    Args:
+        text: what has been read of the file: up to and with the opening bracket.
+        stream: the rest.
+    """
+    at, lines = len(text), 0  # the next character of `text`, and the line breaks that stood before `text`
+    at_end = False
+
+    def more() -> None:
+        nonlocal text, at, lines, at_end
+        lines += text.count("\n", 0, at)
+        # A value longer than a block is parsed again for each; blocks that grow with it keep that linear.
+        block = stream.read(max(_BLOCK, len(text) - at))
+        text, at, at_end = text[at:] + block, 0, not block
+
+    def skip_space() -> str:
+        """The next character that is not white space; empty at the end."""
+        nonlocal at
+        while True:
+            at = _SPACES.match(text, at).end()  # type: ignore[union-attr]
+            if at < len(text) or at_end:
+                return text[at : at + 1]
+            more()
+
+    def broken(error: ValueError, number: int) -> UserError:
+        if isinstance(error, json.JSONDecodeError):
+            return _broken(file, lines + error.lineno, error, key)
+        return UserError(f"{key}: {file}:{number}: JSON that cannot be read: {error}")
+
+    sign = skip_space()
+    for number in itertools.count(1):
+        if sign == "]" and number == 1:
+            break
+        while True:
+            try:
+                value, end = parse_at(text, at)
+            except ValueError as error:
+                if at_end or not _may_be_cut(error, text):
+                    raise broken(error, number) from None
+            else:
+                if end < len(text) or at_end:  # at the end of a block a number may go on
+                    at = end
+                    break
+            more()
+        yield Entry(f"{file}:{number}", value)
+        sign = skip_space()
+        if sign == "]":
+            break
+        if sign != ",":
+            raise broken(json.JSONDecodeError("Expecting ',' delimiter", text, at), number)
+        at += 1
+        if not (sign := skip_space()) or sign == "]":
+            end_of_text = json.JSONDecodeError("Expecting value", text, at)
+            explained = "nothing stands between a comma and ']'; take the comma away" if sign else None
+            raise _broken(file, lines + end_of_text.lineno, end_of_text, key, explained)
+    at += 1
+    if skip_space():
+        raise broken(json.JSONDecodeError("Extra data", text, at), number)
+
+
+def _may_be_cut(error: ValueError, text: str) -> bool:
+    """Whether JSON is broken only because the rest of it has not been read yet."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    # A string is said to be unterminated where it begins; all else where it fails, at most a \\uXXXX before the end.
+    return error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
 
 
 def _first_line(stream: IO[str]) -> tuple[int, str]:
@@ -138,23 +217,14 @@ def _explained(error: ValueError) -> str:
     return error.msg
 
 
-def _broken(file: Path, text: str, error: ValueError, key: str) -> UserError:
-    """What is wrong with a JSON file, and in which of its records."""
-    if isinstance(error, json.JSONDecodeError):
-        return UserError(f"{key}: {file}:{error.lineno}: broken JSON: {_explained(error)} ({_SHAPES})")
-    begin, gap = text.find("["), re.compile(r"[\s,]*")
-    if begin >= 0 and not text[:begin].strip():
-        at = begin + 1
-        for number in itertools.count(1):
-            at = gap.match(text, at).end()  # type: ignore[union-attr]
-            try:
-                _, at = parse_at(text, at)
-            except ValueError as inner:
-                return UserError(f"{key}: {file}:{number}: JSON that cannot be read: {inner}")
-    return UserError(f"{key}: {file}: JSON that cannot be read: {error}")
+def _broken(
+    file: Location, line: int, error: json.JSONDecodeError, key: str, explained: str | None = None
+) -> UserError:
+    """What is wrong with a JSON file, and in which line."""
+    return UserError(f"{key}: {file}:{line}: broken JSON: {explained or _explained(error)} ({_SHAPES})")
 
 
-def _records_within(file: Path, content: dict[str, Any], key: str) -> list[Any]:
+def _records_within(file: Location, content: dict[str, Any], key: str) -> list[Any]:
     """The records of {"data": [record, ...]}, or the object itself as the only record."""
     if any(name in content for name in RECORD_LISTS):
         return [content]
@@ -176,7 +246,7 @@ def _records_within(file: Path, content: dict[str, Any], key: str) -> list[Any]:
     return [content]
 
 
-def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[Entry]:
+def _json_lines(file: Location, lines: Iterable[str]) -> Iterator[Entry]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -186,7 +256,7 @@ def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[Entry]:
             yield Entry(f"{file}:{number}", problem=f"broken JSON: {_explained(error)} ({_SHAPES})")
 
 
-def _read_csv(file: Path, stream: IO[str], key: str, delimiter: str | None, strict: bool) -> Iterator[Entry]:
+def _read_csv(file: Location, stream: IO[str], key: str, delimiter: str | None, strict: bool) -> Iterator[Entry]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     header, lead = stream.readline(), 0
     if named := re.fullmatch(r"sep=(.)\s*", header):  # Excel's own first line
@@ -217,13 +287,13 @@ def _delimiter(header: str) -> str:
     return next((sign for sign in (",", "\t", ";") if sign in bare), ",")
 
 
-def _read_parquet(file: Path, key: str) -> Iterator[Entry]:
+def _read_parquet(file: Location, key: str) -> Iterator[Entry]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with reading(file, key), file.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as table:
             refuse_twins(file, table.schema_arrow.names, key)
             for batch in table.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():

@@ -8,37 +8,27 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from jaxlm.config import DataConfig
+import numpy as np
+
+from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.batches import Batches, BatchSource, EvaluationSource
 from jaxlm.data.encoding import resolve_ends
-from jaxlm.data.examples import Examples, Progress, build_examples
-from jaxlm.data.packing import Plan, epoch_order, plan_rows
+from jaxlm.data.examples import Progress, build_examples, check_examples
+from jaxlm.data.mixing import SourceShare, source_limits, source_names, source_weights
+from jaxlm.data.order import BatchOrder, EpochOrder, Order
+from jaxlm.data.packing import Plan, written_out
+from jaxlm.data.planner import PACKING_VERSION, Documents, Planner, packing_version, planners_of_sources
 from jaxlm.data.report import Report, SourceReport, check_ends
-from jaxlm.data.split import count_split, split_off
+from jaxlm.data.split import count_split, drawn_examples
+from jaxlm.data.store.build import Work
+from jaxlm.data.store.cache import Cache
+from jaxlm.data.tokenise import check_streams
+from jaxlm.data.tokens import Tokens
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class _Planner:
-    """Rows by epoch; a class and not a closure, so that it can be sent to worker processes."""
-
-    examples: Examples
-    weights: tuple[float, ...]
-    mode: str
-    sequence_length: int
-    encoder_length: int
-    seed: int
-
-    def __call__(self, epoch: int) -> Plan:
-        order, offsets = (
-            epoch_order(self.examples.source, self.weights, self.seed, epoch),
-            self.examples.encoder_offsets,
-        )
-        encoder = None if offsets is None else (offsets, self.encoder_length)
-        return plan_rows(self.mode, self.examples.offsets, order, self.sequence_length, self.seed, epoch, encoder)
 
 
 @dataclass(frozen=True)
@@ -54,28 +44,93 @@ class Data:
         fingerprint: hash of all tokens and of everything that decides their order.
         ranges: token ids of each modality but text, see `BatchSource`.
         digests: of the tokens alone: training, validation ('none' where there are none).
+        packing_version: that the run began with.
     """
 
     config: DataConfig
     seed: int
-    train: Examples
-    validation: Examples | None
+    train: Tokens
+    validation: Tokens | None
     report: Report
     fingerprint: str
     ranges: tuple[tuple[int, int], ...] = ()
     digests: tuple[str, ...] = ()
+    packing_version: int = PACKING_VERSION
 
     def fingerprint_1(self, section: Mapping[str, Any], seed: int) -> str:
         """As version 1 of checkpoints has it: with all keys of their data section, as written down then."""
         return _hash({**section, "workers": 0, "seed": seed}, self.digests)
 
-    def _planner(self, examples: Examples, weights: tuple[float, ...]) -> _Planner:
-        config, encoder_length = self.config, self.config.row_length("encoder_ids")
-        return _Planner(examples, weights, config.packing_mode, config.sequence_length, encoder_length, self.seed)
+    def with_packing(self, version: int) -> Data:
+        """The same data, in rows as this version of packing fills them.
+
+        Raises:
+            UserError: it is newer than what is known here.
+        """
+        if version > PACKING_VERSION:
+            raise UserError(
+                f"data: the run was begun with version {version} of packing, this jaxlm knows {PACKING_VERSION}; "
+                "update it, or choose another output_dir"
+            )
+        fingerprint = _fingerprint(self.config, self.seed, self.digests, version)
+        return dataclasses.replace(self, fingerprint=fingerprint, packing_version=version)
+
+    @cached_property
+    def source_tokens(self) -> tuple[int, ...]:
+        """Tokens of each training source."""
+        return tuple(self._documents.tokens(len(self.config.train)).tolist())
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """The training sources as reports call them."""
+        return tuple(source_names(self.config))
+
+    @cached_property
+    def _documents(self) -> Documents:
+        return Documents(self.train, self.config.sequence_length)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        config = self.config
+        weights, limits = source_weights(config, self.source_tokens), source_limits(config)
+        encoder_length = config.row_length("encoder_ids")
+        mode, version = config.packing_mode, self.packing_version
+        return Planner(self._documents, weights, mode, encoder_length, self.seed, version, limits)
 
     def train_rows(self, epoch: int) -> Plan:
-        """The rows of an epoch."""
-        return self._planner(self.train, tuple(source.weight for source in self.config.train))(epoch)
+        """The rows of an epoch, written out."""
+        return written_out(self._planner(epoch))
+
+    def _order(self, batch: int, epochs: float, steps: int | None, known: Mapping[str, Any] | None) -> Order:
+        mixing = self.config.mixing
+        if mixing is None or not mixing.per_batch:
+            return EpochOrder(self._planner, batch, epochs, steps, known)
+        if self.train.encoder_offsets is not None and self.config.packed:
+            raise UserError(
+                "data.mixing.per_batch: rows of several questions and answers differ in number from pass to pass; set "
+                "data.packing: false"
+            )
+        if sum(mixing.per_batch) != batch:
+            raise UserError(
+                f"data.mixing.per_batch: {list(mixing.per_batch)} are {sum(mixing.per_batch)} rows, but "
+                f"train.global_batch_size is {batch}; make the two the same"
+            )
+        return BatchOrder(
+            planners_of_sources(self._planner, len(self.config.train)),
+            self.source_names,
+            mixing.per_batch,
+            drop=mixing.last_rows == "drop",
+            longest=mixing.epoch == "longest",
+            epochs=epochs,
+            steps=steps,
+            most=source_limits(self.config),
+        )
+
+    def shares(self, batches: Batches) -> list[SourceShare]:
+        """What a run takes of each source, as it is planned."""
+        passes = batches.order.passes(len(batches))
+        columns = zip(self.source_names, self.source_tokens, passes, strict=True)
+        return [SourceShare(*each) for each in columns]
 
     def train_batches(
         self,
@@ -107,16 +162,14 @@ class Data:
             raise UserError(f"train.epochs is {epochs}; it must be above 0")
         source = BatchSource(
             self.train,
-            self._planner(self.train, tuple(source.weight for source in self.config.train)),
+            self._order(global_batch_size, epochs, steps, known),
             self.config.sequence_length,
             rows=global_batch_size // accumulation,
             accumulation=accumulation,
-            epochs=epochs,
-            steps=steps,
             local_rows=local_rows,
             ranges=self.ranges,
-            known=known,
             encoder_length=self.config.row_length("encoder_ids"),
+            num_sources=len(self.config.train),
         )
         return Batches(source, self.config.workers)
 
@@ -130,14 +183,18 @@ class Data:
         if self.validation is None:
             raise AssertionError("there are no validation data")
         weights = (1.0,) * (int(self.validation.source.max()) + 1)
+        config, encoder_length = self.config, self.config.row_length("encoder_ids")
+        # Rows of validation stay those of version 1, so that figures of older runs can be compared to the last bit.
+        documents = Documents(self.validation, config.sequence_length)
+        planner = Planner(documents, weights, config.packing_mode, encoder_length, self.seed, version=1)
         source = BatchSource(
             self.validation,
-            self._planner(self.validation, weights),
-            self.config.sequence_length,
+            EpochOrder(planner, batch_size),
+            config.sequence_length,
             rows=batch_size,
             local_rows=local_rows,
             ranges=self.ranges,
-            encoder_length=self.config.row_length("encoder_ids"),
+            encoder_length=encoder_length,
         )
         return Batches(EvaluationSource(source), 0)
 
@@ -152,6 +209,7 @@ def build_data(
     progress: Progress | None = None,
     ranges: Sequence[tuple[int, int]] | None = None,
     start_id: int | None = None,
+    cache: Cache | None = None,
 ) -> Data:
     """Reads, tokenises and splits the data of a run.
 
@@ -164,6 +222,7 @@ def build_data(
         progress: called with a source's path and the number of its records read so far.
         ranges: token ids of each modality but text, in the order of the model's; None: the tokenizer's.
         start_id: for a model with an encoder: the token that its decoder begins with.
+        cache: where large sources are tokenised into stores; None: all of them into memory.
 
     Raises:
         UserError: anything wrong with the configuration or the data.
@@ -186,18 +245,29 @@ def build_data(
                 "between 0 and 1 (e.g. 0.1), or a list of sources"
             )
     config, note = resolve_ends(config, tokenizer)
-    train, reports = build_examples(config.train, config, tokenizer, vocab_size, progress, start_id)
+
+    def read(
+        sources: Sequence[SourceConfig], held_out: int | float
+    ) -> tuple[Tokens, Tokens | None, tuple[SourceReport, ...], tuple[SourceReport, ...]]:
+        if cache is None or not cache.wants(sources):
+            examples, reports = build_examples(sources, config, tokenizer, vocab_size, progress, start_id)
+            if not held_out:
+                return examples, None, reports, ()
+            drawn = drawn_examples(examples, held_out, seed)
+            reports, others = count_split(reports, examples, drawn)
+            parts = (examples.take(np.flatnonzero(part)) for part in (~drawn, drawn))
+            return next(parts), next(parts), reports, others
+        check_streams(config, start_id)
+        stored, other = cache.open(Work(tuple(sources), config, tokenizer, start_id), held_out, seed)
+        reports = stored.manifest.reports()
+        check_examples(stored, stored.manifest.largest_id, reports, tokenizer, vocab_size)
+        return stored, other, reports, other.manifest.reports() if other is not None else ()
+
+    drawn_share: int | float = config.validation if isinstance(config.validation, (int, float)) else 0
+    train, validation, reports, validation_reports = read(config.train, drawn_share)
     check_ends(reports, config, tokenizer)
-    validation: Examples | None = None
-    validation_reports: tuple[SourceReport, ...] = ()
-    if isinstance(config.validation, (int, float)):
-        if config.validation > 0:
-            train, validation = split_off(train, config.validation, seed)
-            reports, validation_reports = count_split(reports, train, validation)
-    elif config.validation:
-        validation, validation_reports = build_examples(
-            config.validation, config, tokenizer, vocab_size, progress, start_id
-        )
+    if not isinstance(config.validation, (int, float)) and config.validation:
+        validation, _, validation_reports, _ = read(config.validation, 0)
     digests = tuple("none" if examples is None else examples.digest() for examples in (train, validation))
     if ranges is None:
         ranges = [modality.range for modality in tokenizer.modalities]
@@ -208,7 +278,9 @@ def build_data(
             f"date: the chat template is told {tokenizer.date.isoformat(sep=' ')} (data.date), to the run's end"
         )
     report = Report(reports, validation_reports, tuple(notes))
-    return Data(config, seed, train, validation, report, _fingerprint(config, seed, digests), tuple(ranges), digests)
+    version = packing_version(config.packing_mode, start_id is not None)
+    fingerprint = _fingerprint(config, seed, digests, version)
+    return Data(config, seed, train, validation, report, fingerprint, tuple(ranges), digests, version)
 
 
 # What of the data section shows in the tokens themselves, or in neither tokens nor order.
@@ -219,14 +291,16 @@ _IN_TOKENS = {
     "add_bos",
     "add_eos",
     "allow_no_end",
+    "cache",
     "date",
     "drop_unknown",
     "too_long",
     "workers",
+    "mixing",  # goes in by itself
 }
 
 
-def _fingerprint(config: DataConfig, seed: int, digests: Sequence[str]) -> str:
+def _fingerprint(config: DataConfig, seed: int, digests: Sequence[str], packing: int) -> str:
     """Hash of all tokens and of what decides their order.
 
     Keys that have their default value are left out, so that a key that is newer than a checkpoint changes nothing.
@@ -236,9 +310,14 @@ def _fingerprint(config: DataConfig, seed: int, digests: Sequence[str]) -> str:
         for field in dataclasses.fields(config)
         if field.name not in _IN_TOKENS and getattr(config, field.name) != field.default
     }
-    weights = [source.weight for source in config.train]
-    if set(weights) != {1.0}:
-        given["weights"] = weights
+    if config.mixing is not None:
+        given["mixing"] = dataclasses.asdict(config.mixing)
+    if packing > 1:
+        given["packing_version"] = packing
+    for name, default in (("weight", 1.0), ("tokens", None), ("max_passes", None)):
+        values = [getattr(source, name) for source in config.train]
+        if set(values) != {default}:
+            given["weights" if name == "weight" else name] = values
     return _hash({**given, "seed": seed}, digests)
 
 

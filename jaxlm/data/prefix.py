@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxlm.data.examples import Examples
+from jaxlm.data.tokens import Tokens
 from jaxlm.errors import UserError
 from jaxlm.spec import PrefixSpec
 from jaxlm.tokenizer import Tokenizer
 
 
-def check_prefix(prefix: PrefixSpec | None, examples: Examples | None, tokenizer: Tokenizer, packing: str) -> None:
+def check_prefix(prefix: PrefixSpec | None, examples: Tokens | None, tokenizer: Tokenizer, packing: str) -> None:
     """Refuses targets in front of the token that an answer begins with: the model would see what it is to predict.
 
     Args:

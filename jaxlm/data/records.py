@@ -6,11 +6,10 @@ A source is a file, a folder or a pattern of files that `data.entries` reads, or
 
 from __future__ import annotations
 
-import glob
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from jaxlm.config import SourceConfig
 from jaxlm.data.compressed import inner_ending
 from jaxlm.data.entries import Entry, read_entries
 from jaxlm.errors import UserError
-from jaxlm.locate import at_home
+from jaxlm.hub import download_data, is_address, read_address
+from jaxlm.locate import at_home, on_disk
+from jaxlm.remote import Location, files_below, matches, open_location, reading, scheme_of
 
 FORMATS = {
     ".json": "json",
@@ -32,6 +33,9 @@ FORMATS = {
     ".text": "text",
     ".md": "text",
 }
+
+TOKEN_FORMATS = ("megatron", "knowlm")
+TOKENS = "tokens.idx"  # in the directory of a store
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,55 @@ def check_source(source: SourceConfig) -> None:
         UserError: nothing is there, of an unknown kind, or not readable.
     """
     _check_limit(source)
-    for file in _files(source):
-        _format(file, source)
-        with file.open("rb"):  # OSError names it
-            pass
+    if is_address(source.path):
+        return  # of the hub: what it has is said when it is fetched
+    for file in source_files(source):
+        if not (is_token_source(source) or _is_hf(source)):
+            _format(file, source)
+        if scheme_of(str(file)) is None:  # behind an address, the listing has named it
+            with file.open("rb"):  # OSError names it
+                pass
+
+
+def is_token_source(source: SourceConfig) -> bool:
+    """Whether a source holds tokens as they are, not records: Megatron-Core's, KnowLM's or jaxlm's own store."""
+    if source.format in TOKEN_FORMATS:
+        return True
+    root = at_home(source.path)
+    return source.format == "auto" and (root.suffix == ".idx" or (root / TOKENS).is_file())
+
+
+def token_index(source: SourceConfig) -> Path:
+    """The index of a source of tokens: the path itself, or the one in the directory of a store.
+
+    Raises:
+        UserError: there is none, or the source has keys that mean something for records only.
+    """
+    for key, value in (("template", source.template), ("columns", source.columns), ("split", source.split)):
+        if value and value not in ("auto", "text"):
+            raise UserError(
+                f"data: {key} of {source.path} is {value!r}, but a store holds tokens as they are; leave it out"
+            )
+    root = at_home(source.path)
+    index = root / TOKENS if root.is_dir() else root
+    if not index.is_file() or index.suffix != ".idx":
+        raise UserError(f"data: {source.path} is not the index of a store; give the .idx, or the directory of a store")
+    return index
+
+
+def source_files(source: SourceConfig) -> list[Location]:
+    """All files that a source reads, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    if is_token_source(source):
+        index = token_index(source)
+        beside = (index.with_suffix(".bin"), index.with_name("mask.bin"))
+        return [index, *(file for file in beside if file.is_file())]
+    if _is_hf(source):
+        return sorted(path for path in at_home(source.path).rglob("*") if path.is_file())
+    return list(_files(source))
 
 
 def _check_limit(source: SourceConfig) -> None:
@@ -115,20 +164,29 @@ def _plain(name: str, column: str, value: Any) -> Any:
     return value
 
 
+def _root(source: SourceConfig) -> Location:
+    """What a source's path means on this machine, or behind its address."""
+    path = source.path
+    if is_address(path):
+        return on_disk(path, "data", "data")
+    return open_location(path, "data") if scheme_of(path) is not None else at_home(path)
+
+
 def _is_hf(source: SourceConfig) -> bool:
     """Whether a source is a directory of `datasets`.
 
     Raises:
         UserError: it should be one by its format, and is not.
     """
-    root = at_home(source.path)
-    is_there = (root / "state.json").is_file() or (root / "dataset_dict.json").is_file()
+    root = _root(source)
+    with reading(root, "data"):
+        is_there = any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if source.format == "hf" and not is_there:
         raise UserError(f"data: {source.path} is not a directory written by datasets' save_to_disk")
     return is_there and source.format in ("hf", "auto")
 
 
-def _files(source: SourceConfig) -> list[Path]:
+def _files(source: SourceConfig) -> Sequence[Location]:
     """The files of a source, in order; none for a directory of `datasets`."""
     if _is_hf(source):
         return []
@@ -136,16 +194,24 @@ def _files(source: SourceConfig) -> list[Path]:
         raise UserError(
             f"data: split is {source.split!r}, but {source.path} is not a directory written by datasets' save_to_disk"
         )
-    root = at_home(source.path)
-    if root.is_file():
+    if is_address(source.path):
+        return _known(download_data(read_address(source.path, "data"), "data"), source)
+    root = _root(source)
+    with reading(root, "data"):
+        is_file, is_dir = root.is_file(), root.is_dir()
+    if is_file:
         return [root]
-    if not root.is_dir():
-        names = glob.glob(str(root), recursive=True)  # noqa: PTH207 (absolute patterns)
-        files = sorted(path for path in map(Path, names) if path.is_file())
+    if not is_dir:
+        files = matches(root, "data")
         if not files:
-            raise UserError(f"data: {source.path} does not exist (paths are relative to the working directory)")
+            where = " (paths are relative to the working directory)" if scheme_of(source.path) is None else ""
+            raise UserError(f"data: {source.path} does not exist{where}")
         return files
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return _known(files_below(root, "data"), source)
+
+
+def _known(files: Sequence[Location], source: SourceConfig) -> Sequence[Location]:
+    """Those of a folder's files that are of a known kind."""
     if source.format == "auto":
         files = [path for path in files if inner_ending(path) in FORMATS]
     if not files:
@@ -153,23 +219,43 @@ def _files(source: SourceConfig) -> list[Path]:
     return files
 
 
-def _format(file: Path, source: SourceConfig) -> str:
+def _format(file: Location, source: SourceConfig) -> str:
     if source.format != "auto":
         return source.format
-    kind = FORMATS.get(inner_ending(file))
+    ending = inner_ending(file)
+    kind = FORMATS.get(ending)
+    if ending in (".warc", ".wet", ".arc"):
+        raise UserError(
+            f"data: {file}: web archives are not read here; take their texts out with datatrove (its example "
+            "process_common_crawl_dump.py: WarcReader, Trafilatura, JsonlWriter), and give the .jsonl.gz that it writes"
+        )
     if kind is None:
         raise UserError(
-            f"data: {file}: the ending {inner_ending(file) or file.suffix!r} is unknown; "
-            "set format to one of json, jsonl, csv, parquet, text, hf"
+            f"data: {file}: the ending {ending or file.suffix!r} is unknown; "
+            "set format to one of json, jsonl, csv, parquet, text, hf, megatron, knowlm"
         )
     return kind
+
+
+def record_files(source: SourceConfig) -> list[tuple[Location, str]] | None:
+    """The files of a source in order, each with its kind as `entries.read_entries` takes it.
+
+    None for a directory of `datasets`.
+
+    Raises:
+        UserError: nothing is there, or of an unknown kind.
+    """
+    if _is_hf(source):
+        return None
+    return [(file, _format(file, source)) for file in _files(source)]
 
 
 def _read_hf(source: SourceConfig) -> Iterator[Record]:
     import datasets  # takes a second, and only these sources need it
 
     try:
-        loaded = datasets.load_from_disk(str(at_home(source.path)))
+        with reading(_root(source), "data"):
+            loaded = datasets.load_from_disk(str(_root(source)))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise UserError(f"data: {source.path} cannot be read as a data set: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):

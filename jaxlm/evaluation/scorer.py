@@ -62,13 +62,15 @@ def place(
     Raises:
         UserError: for a mesh or an adapter that does not fit.
     """
-    spec, platform = source.config, jax.default_backend()
+    spec = source.config
     spec.refuse_encoder("perplexity")
     dtype = compute_dtype(config.dtype)
     layers = [layer.attention for layer in spec.period]
     attention, reason, _ = choose_for_layers(config.attention, layers, dtype, longest, True)
     lora = {} if adapter is None else resolve_lora(spec, adapter.lora, adapter.layers)
-    experts = "dense" if spec.experts is None else choose_compute("auto", platform, spec.experts, lora)[0]
+    experts = (
+        "dense" if spec.experts is None else choose_compute("auto", jax.devices()[0], spec.experts, lora, dtype)[0]
+    )
     axes = mesh or MeshConfig()
     if axes.sequence != 1:
         raise UserError(f"mesh.sequence: {axes.sequence}: rows are not divided here; set it to 1")

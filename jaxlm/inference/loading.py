@@ -165,7 +165,7 @@ def placement(
     Raises:
         UserError: for a mesh or an adapter that cannot be used so.
     """
-    platform, spec = jax.default_backend(), files.merged.config
+    spec = files.merged.config
     compute = compute_dtype(dtype)
     # Prompts have any length; the longest ones are what takes time.
     backend, reason, shape = choose_for_layers(attention, spec.attention_layers, compute, spec.max_length, False)
@@ -173,7 +173,11 @@ def placement(
         spec.refuse_encoder("model.int8")
     _, adapter = files.parts(merge)
     specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
-    experts, why = ("dense", "") if spec.experts is None else choose_compute("auto", platform, spec.experts, specs)
+    experts, why = (
+        ("dense", "")
+        if spec.experts is None
+        else choose_compute("auto", jax.devices()[0], spec.experts, specs, compute)
+    )
     decoder = Decoder(spec, specs, compute, compute, backend, experts=experts)
     axes = mesh or auto_mesh(spec, jax.device_count())
     if axes.sequence != 1:

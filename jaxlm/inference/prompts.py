@@ -66,6 +66,16 @@ class Prompter:
         return f"{f'bos {opening}' if self._add_bos else 'no bos'} first ({self._bos_because})"
 
     @property
+    def name(self) -> str:
+        """The template's."""
+        return self._template.name
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether bos stands in front of what is asked, unless the template writes it."""
+        return self._add_bos
+
+    @property
     def is_text(self) -> bool:
         """The prompt is continued as it stands."""
         return self._template.name == "text"

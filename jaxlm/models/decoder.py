@@ -30,6 +30,7 @@ from jaxlm.nn.embedding import look_up
 from jaxlm.nn.experts import ExpertsFeedForward
 from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.matmul import with_least_rows
 from jaxlm.nn.norms import Norm
 from jaxlm.nn.positions import prefix_positions, relative_bias, rope_cos_sin
 from jaxlm.nn.routers import modality_ids as ids_of_modalities
@@ -578,7 +579,11 @@ def output_logits(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Arra
     """Logits [..., V] float32 of hidden states [..., D] by the output matrix [V, D]."""
     flat = x.reshape(-1, x.shape[-1]).astype(dtype)
     dims = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(flat, matrix.astype(dtype), dims, preferred_element_type=jnp.float32)
+
+    def multiply(flat: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(flat, matrix, dims, preferred_element_type=jnp.float32)
+
+    logits = with_least_rows(multiply, flat, matrix.astype(dtype))
     return logits.reshape(*x.shape[:-1], -1)
 
 

@@ -59,7 +59,7 @@ def prefill(
     if decoder.spec.prefix is not None:
         texts = tokens[:, None, :, None]
         caches.append(_grow_layer((texts, texts[..., :0]), slots))
-    return _finish(decoder, _head_params(params), x, lengths - 1), caches
+    return _finish(decoder, head_params(params), x, lengths - 1), caches
 
 
 def extend(
@@ -71,7 +71,7 @@ def extend(
         Logits [R, V] float32 after each row's last token, and the caches; arguments as those of `read_on`.
     """
     x, caches = read_on(decoder, weights, caches, tokens, starts, lengths)
-    return _finish(decoder, _head_params(weights["params"]), x, lengths - 1), caches
+    return _finish(decoder, head_params(weights["params"]), x, lengths - 1), caches
 
 
 def read_on(
@@ -113,12 +113,12 @@ def last_layer(decoder: Decoder, weights: Weights, tokens: jax.Array, lengths: j
 
 def logits_of(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array:
     """Logits [..., V] float32 of what the last layer gives [..., D]."""
-    return _jitted_head(decoder, _head_params(weights["params"]), x)
+    return _jitted_head(decoder, head_params(weights["params"]), x)
 
 
 def hidden_states(decoder: Decoder, weights: Weights, x: jax.Array) -> jax.Array:
     """The final hidden states [..., D] of what the last layer gives: behind the last norm."""
-    return _last_norm(decoder, _head_params(weights["params"]), x)
+    return _last_norm(decoder, head_params(weights["params"]), x)
 
 
 def _embed_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def _embed_params(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: params[name] for name in names if name in params}
 
 
-def _head_params(params: Mapping[str, Any]) -> dict[str, Any]:
+def head_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that `Decoder.head` takes."""
     names = ("norm", "project_out", "lm_head" if "lm_head" in params else "embed_tokens")
     return {name: params[name] for name in names if name in params}
 
@@ -308,7 +309,7 @@ def next_logits(
         p = number % len(angles)
         x, kv = _inner_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number], bias)
         result.append(kv)
-    return _head(decoder, _head_params(params), x[:, 0]), _with_texts(result, texts, caches)
+    return _head(decoder, head_params(params), x[:, 0]), _with_texts(result, texts, caches)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.kernels import grouped_matmul_gpu
 from jaxlm.kernels.expert_loop import Activation, loop_experts
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.groups import BLOCK, Groups, make_groups
@@ -62,15 +63,17 @@ class Moves:
     token: jax.Array
 
 
-def block_rows(pairs: int, experts: int) -> int:
+def block_rows(pairs: int, experts: int, implementation: str = "") -> int:
     """Rows of a block: large ones multiply faster, small ones waste less when experts have few tokens each."""
-    size = 8
+    size = grouped_matmul_gpu.TILE if implementation == "pallas_gpu" else 8
     while size < BLOCK and size * 2 * experts <= pairs:
         size *= 2
     return size
 
 
-def make_dispatch(experts: jax.Array, live: jax.Array, count: int, likely: int) -> tuple[Moves, Groups]:
+def make_dispatch(
+    experts: jax.Array, live: jax.Array, count: int, likely: int, implementation: str = ""
+) -> tuple[Moves, Groups]:
     """Sorts the pairs of token and expert by expert, in blocks of rows, stable in the order of tokens.
 
     Args:
@@ -78,11 +81,12 @@ def make_dispatch(experts: jax.Array, live: jax.Array, count: int, likely: int) 
         live: [N, k] bool.
         count: E.
         likely: about the number of live pairs.
+        implementation: what will multiply the rows.
     """
     tokens, k = experts.shape
     flat = jnp.where(live, experts, count).reshape(-1)
     counts = jnp.bincount(flat, length=count + 1)[:count]
-    groups, starts, rows = make_groups(counts, tokens * k, block_rows(likely, count))
+    groups, starts, rows = make_groups(counts, tokens * k, block_rows(likely, count, implementation))
     order = jnp.argsort(flat, stable=True)
     first = jnp.cumsum(counts) - counts
     expert = jnp.minimum(flat[order], count - 1)
@@ -192,7 +196,7 @@ def run_experts(
         # No token has more pairs than there are experts on this device: smaller buffers.
         first = jnp.argsort(~live, axis=1, stable=True)[:, :count]
         local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
-    moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts))
+    moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts), implementation)
     if implementation == "loop":
         return loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups, activation)
     hidden = grouped_matmul(to_experts(x, moves), gate_up, groups, implementation)
@@ -205,7 +209,7 @@ def leave_experts(h: jax.Array, used: jax.Array, down: jax.Array, implementation
     """Neurons [N, E, f] through the down projections [E, f, O] of the experts that are used [N, E]: [N, O]."""
     tokens, count, neurons = h.shape
     experts = jnp.broadcast_to(jnp.arange(count), used.shape)
-    moves, groups = make_dispatch(experts, used, count, max(1, used.size // 2))
+    moves, groups = make_dispatch(experts, used, count, max(1, used.size // 2), implementation)
     block = moves.token.shape[0] // groups.owner.shape[0]
     owner = jnp.repeat(groups.owner, block, total_repeat_length=moves.token.shape[0])
     pair = jnp.where(moves.token < tokens, moves.token * count + owner, tokens * count)

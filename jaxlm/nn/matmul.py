@@ -16,6 +16,9 @@ from jax.typing import DTypeLike
 from jaxlm.kernels.scatter import split_axes, sum_scattered
 from jaxlm.sharding import SEQUENCE
 
+# Of a product on an NVIDIA GPU: XLA's kernel for one row reads the matrix at half the speed (benchmarks/README.md).
+LEAST_ROWS = 8
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(
@@ -98,7 +101,24 @@ def _dot(a: jax.Array, b: jax.Array, a_dims: range, b_dims: range) -> jax.Array:
 
 
 def _times(x: jax.Array, kernel: jax.Array, rows: int, in_dims: int) -> jax.Array:
-    return _dot(x, kernel, range(rows, x.ndim), range(in_dims))
+    def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _dot(x, kernel, range(rows, x.ndim), range(in_dims))
+
+    return with_least_rows(multiply, x, kernel) if x.ndim == 2 and rows == 1 else multiply(x, kernel)
+
+
+def with_least_rows(multiply: Callable[..., jax.Array], x: jax.Array, *others: jax.Array) -> jax.Array:
+    """multiply(x, *others), x [n, I] -> [n, O]; on an NVIDIA GPU of LEAST_ROWS at least, with zeros behind x."""
+    rows = x.shape[0]
+    if rows >= LEAST_ROWS:
+        return multiply(x, *others)
+
+    def filled(x: jax.Array, *others: jax.Array) -> jax.Array:
+        y = multiply(jnp.pad(x, ((0, LEAST_ROWS - rows), (0, 0))), *others)
+        # XLA would see that only some rows are read, and multiply those alone.
+        return jax.lax.optimization_barrier(y)[:rows]
+
+    return cast(jax.Array, jax.lax.platform_dependent(x, *others, cuda=filled, default=multiply))
 
 
 def _times_transposed(grad: jax.Array, kernel: jax.Array, rows: int, in_dims: int) -> jax.Array:

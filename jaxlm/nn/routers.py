@@ -19,6 +19,7 @@ mesh axes, and only inside of `shard_map` can they become one dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,17 +123,22 @@ def router_losses(
 
 
 def choose_compute(
-    requested: str, platform: str, experts: ExpertsSpec, adapters: Mapping[str, LoraSpec]
+    requested: str, device: Any, experts: ExpertsSpec, adapters: Mapping[str, LoraSpec], dtype: str
 ) -> tuple[str, str]:
     """How a model's experts compute (see `nn.experts`), and why, for the start-up line.
 
     Args:
-        requested: 'auto', 'dense', 'loop', 'ragged' or 'pallas_tpu'.
-        platform: 'cpu', 'gpu' or 'tpu'.
+        requested: 'auto', 'dense', 'loop', 'ragged', 'pallas_tpu' or 'pallas_gpu'.
+        device: a device of JAX's, or a chip of `devices.chips`: what computes.
+        dtype: that it computes in.
 
     Raises:
         UserError: when the one asked for cannot serve.
     """
+    platform = device.platform
+    no_hopper = (
+        "" if platform == "gpu" and device.compute_capability == "9.0" else "a Hopper GPU (compute capability 9.0)"
+    )
     scored = experts.router.startswith("activation")
     # With a router that scores activations only the down projection can skip anything.
     names = ("down_proj",) if scored else (*LINEARS, "gate_up_proj")
@@ -155,9 +161,17 @@ def choose_compute(
             return "loop", f"{what}blocks of rows on a CPU"
         if platform == "tpu":
             return "pallas_tpu", f"{what}grouped products in Pallas (XLA's gradient multiplies with all experts)"
-        return "ragged", f"{what}grouped products on {platform}"
+        if not no_hopper and dtype != "float32":
+            return "pallas_gpu", f"{what}grouped products in Pallas (XLA's multiply with all experts)"
+        return (
+            "dense",
+            f"XLA's grouped product multiplies with all experts on this {platform}, so that skipping costs more",
+        )
     if requested == "pallas_tpu" and platform != "tpu":
         raise UserError(f"moe.compute: 'pallas_tpu' needs a TPU, this is {platform}; use 'auto', 'ragged' or 'loop'")
+    if requested == "pallas_gpu" and (no_hopper or dtype == "float32"):
+        lack = no_hopper or "a 16-bit model.dtype, not float32"
+        raise UserError(f"moe.compute: 'pallas_gpu' needs {lack}; this is {platform}; use 'auto', 'ragged' or 'loop'")
     if requested != "dense" and why_dense:
         raise UserError(f"moe.compute: {requested!r} cannot serve: {why_dense}; use 'auto' or 'dense'")
     return requested, "as configured"

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from jaxlm.config import DistributedConfig, GenerateConfig, RunConfig, flatten, to_dict
+from jaxlm.config import DistributedConfig, EvaluateConfig, GenerateConfig, RunConfig, flatten, to_dict
 from jaxlm.errors import UserError
 from jaxlm.lock import Lock
 from jaxlm.processes.cluster import find_cluster, find_process, on_tpu_vm, only_cpu
@@ -246,6 +247,33 @@ class Hosts:
             more = f"; and on {len(named) - 4} more" if len(named) > 4 else ""
             raise SharedError(f"{'; '.join(named[:4])}{more}")
 
+    def first_then_all(self, what: str, action: Callable[[], None]) -> None:
+        """Process 0 acts, then the others, which find what it put on shared storage; all wait, however long it takes.
+
+        Raises:
+            UserError: on every process, naming those whose action raised one.
+        """
+        if self._channel is None:
+            action()
+            return
+        for is_first in (True, False):
+            outcome: list[BaseException | None] = []
+            worker = threading.Thread(target=lambda done=outcome: done.append(_raised(action)), daemon=True)
+            if (self.process == 0) == is_first:
+                worker.start()
+            else:
+                outcome.append(None)
+            # No barrier may be as long as a download: whoever is busy says so more often than the time-out.
+            while True:
+                if not outcome:
+                    worker.join(min(10.0, self._timeout / 4))
+                if "busy" not in self.exchange(what, "" if outcome else "busy"):
+                    break
+            error = outcome[0]
+            if error is not None and not isinstance(error, UserError):
+                raise error
+            self.check(what, None if error is None else str(error))
+
     def take(self, lock: Lock) -> None:
         """Holds a lock until the processes' work ends, in any way; outside of their context it does nothing.
 
@@ -385,6 +413,15 @@ class Hosts:
             sys.stdout.flush()
 
 
+def _raised(action: Callable[[], None]) -> BaseException | None:
+    """What an action raises, so that a thread can hand it on."""
+    try:
+        action()
+    except BaseException as error:  # noqa: BLE001  (raised again by the thread that waits)
+        return error
+    return None
+
+
 def _os_problem(key: str, action: Callable[[], None]) -> str | None:
     try:
         action()
@@ -393,7 +430,7 @@ def _os_problem(key: str, action: Callable[[], None]) -> str | None:
     return None
 
 
-def run_settings(config: RunConfig | GenerateConfig) -> dict[str, Any]:
+def run_settings(config: RunConfig | GenerateConfig | EvaluateConfig) -> dict[str, Any]:
     """The keys that all processes must share: all but process_id."""
     values = flatten(_numbered(to_dict(config)))
     return {key: value for key, value in values.items() if key != "distributed.process_id"}

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object, read_value
+from jaxlm.tokenizer.segments import SPACE, Encoded, Ids, Segments, cutting_pattern
 from jaxlm.tokenizer.settings import AddedToken
 
 Offsets = list[tuple[int, int]]
@@ -51,6 +54,13 @@ class Backend(Protocol):
     def encode(
         self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
     ) -> list[Encoding]: ...
+    def encode_arrays(
+        self,
+        texts: Sequence[str],
+        special_tokens: bool | None,
+        continued: Sequence[bool] | None,
+        with_offsets: Sequence[bool],
+    ) -> list[Ids]: ...
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
     def token(self, index: int) -> str: ...
     def id_of(self, token: str) -> int | None: ...
@@ -94,6 +104,7 @@ class SentencePiece:
         )
         self._legacy = legacy
         self._continuing = self.model if legacy else _without_prefix(self.model)
+        self._segments = _sentencepiece_segments(self.model)
 
     def read(self, path: Path) -> Any:
         """The SentencePieceProcessor of the file."""
@@ -120,7 +131,7 @@ class SentencePiece:
             first.append(begins and last == 0)
         pieces: list[list[tuple[int, list[int], Offsets]]] = [[] for _ in texts]
         for (number, begin, _), item in zip(fragments, self._encode_plain(fragments, first), strict=True):
-            encoding = self._encoding(item)
+            encoding = _encoding(self.model, item)
             pieces[number].append((begin, encoding.ids, [(a + begin, b + begin) for a, b in encoding.offsets]))
         for number, begin, name in specials:
             pieces[number].append((begin, [names[name]], [(begin, begin + len(name))]))
@@ -131,6 +142,24 @@ class SentencePiece:
             result.append(Encoding([i for p in parts for i in p[1]], [o for p in parts for o in p[2]]))
         return result
 
+    def encode_arrays(
+        self,
+        texts: Sequence[str],
+        special_tokens: bool | None,
+        continued: Sequence[bool] | None,
+        with_offsets: Sequence[bool],
+    ) -> list[Ids]:
+        """As `encode`, by the table of segments where the model has one."""
+        names = {**self.added, **self.control} if special_tokens else self.added
+        if self._segments is None or names:
+            return as_arrays(self.encode(texts, special_tokens, continued))
+        result = []
+        for number, text in enumerate(texts):
+            begins = self._legacy or continued is None or not continued[number]
+            prefix = " " if begins and text else ""
+            result.append(self._segments.encode(prefix + text, bool(prefix), with_offsets[number]))
+        return result
+
     def _encode_plain(self, fragments: Sequence[tuple[int, int, str]], first: Sequence[bool]) -> list[Any]:
         result: list[Any] = [None] * len(fragments)
         for model, beginning in ((self.model, True), (self._continuing, False)):
@@ -139,15 +168,6 @@ class SentencePiece:
             for k, item in zip(chosen, encoded, strict=True):
                 result[k] = item
         return result
-
-    def _encoding(self, encoded: Mapping[str, Any]) -> Encoding:
-        ids, offsets = list(encoded["ids"]), list(encoded["offsets"])
-        # Bytes of one character come as (n, n) … (n, n + 1): give each of them the whole character.
-        for k in range(len(ids) - 2, -1, -1):
-            begin, end = offsets[k]
-            if begin == end == offsets[k + 1][0] and self.model.is_byte(ids[k]):
-                offsets[k] = offsets[k + 1]
-        return Encoding(ids, offsets)
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         # Runs of ordinary pieces are decoded by SentencePiece; special and added tokens are written out between them.
@@ -182,6 +202,71 @@ class SentencePiece:
             return self.added[token]
         index = int(self.model.piece_to_id(token))
         return index if self.model.id_to_piece(index) == token else None
+
+
+def _encoding(model: Any, encoded: Mapping[str, Any]) -> Encoding:
+    """What SentencePiece gives as "offset_mapping"."""
+    ids, offsets = list(encoded["ids"]), list(encoded["offsets"])
+    # Bytes of one character come as (n, n) … (n, n + 1): give each of them the whole character.
+    for k in range(len(ids) - 2, -1, -1):
+        begin, end = offsets[k]
+        if begin == end == offsets[k + 1][0] and model.is_byte(ids[k]):
+            offsets[k] = offsets[k + 1]
+    return Encoding(ids, offsets)
+
+
+@dataclass(frozen=True)
+class _PlainSentencePiece:
+    """One segment's tokens by SentencePiece."""
+
+    model: Any
+
+    def __call__(self, segment: str) -> Encoded:
+        whole = _encoding(self.model, self.model.encode(segment, return_type="offset_mapping"))
+        return whole.ids, whole.offsets
+
+
+@dataclass(frozen=True)
+class _PlainFast:
+    """One segment's tokens by the model of a tokenizer.json alone."""
+
+    model: Any
+
+    def __call__(self, segment: str) -> Encoded:
+        whole = self.model.encode(segment.replace(" ", SPACE), add_special_tokens=False)
+        return whole.ids, whole.offsets
+
+
+def as_arrays(encodings: Sequence[Encoding]) -> list[Ids]:
+    """Encodings as arrays, their offsets too."""
+    result = []
+    for encoding in encodings:
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        result.append(Ids(np.array(encoding.ids, np.int32), places[:, 0], places[:, 1]))
+    return result
+
+
+def _sentencepiece_segments(model: Any) -> Segments | None:
+    """A table of segments for a model that merges pieces and leaves texts as they are; None for others.
+
+    Without bytes for what is not in the vocabulary, several unknown characters are one token, across cuts.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    proto: Any = messages.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.serialized_model_proto())
+    rules, trainer = proto.normalizer_spec, proto.trainer_spec
+    changes_text = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.escape_whitespaces
+    merges = trainer.model_type == messages.TrainerSpec.BPE and trainer.byte_fallback  # type: ignore[attr-defined]
+    kinds = messages.ModelProto.SentencePiece  # type: ignore[attr-defined]
+    if changes_text or not merges or trainer.treat_whitespace_as_suffix or not rules.add_dummy_prefix:
+        return None
+    if any(piece.type == kinds.USER_DEFINED for piece in proto.pieces):
+        return None
+    pattern = cutting_pattern(p.piece for p in proto.pieces if p.type in (kinds.NORMAL, kinds.UNUSED))
+    if pattern is None:
+        return None
+    return Segments(pattern, _PlainSentencePiece(_without_prefix(model)), 0)
 
 
 def read_sentencepiece(path: Path) -> Any:
@@ -296,6 +381,10 @@ class Fast:
         self._lead = plain[0] if plain and _has(content.get("pre_tokenizer"), "prepend_scheme", "first") else None
         # Its work is done here: what it still does is to cut white space off the offsets (trim_offsets).
         self.model.post_processor = None
+        self._always_prefixed = content.get("pre_tokenizer") is None
+        self._segments = _fast_segments(content)
+        names = [[t.content for t in decoder.values() if not (t.special and ignored)] for ignored in (False, True)]
+        self._added = [re.compile("|".join(map(re.escape, each)) or r"(?!)") for each in names]
 
     def _make_special(self, tokens: Sequence[str]) -> None:
         """Tokens that play a role are special, whatever their flag says, as in transformers."""
@@ -336,6 +425,36 @@ class Fast:
             result[number] = Encoding(item.ids[1:], shifted)
         return result
 
+    def encode_arrays(
+        self,
+        texts: Sequence[str],
+        special_tokens: bool | None,
+        continued: Sequence[bool] | None,
+        with_offsets: Sequence[bool],
+    ) -> list[Ids]:
+        """As `encode`, by the table of segments where the model has one and a text no added token."""
+        result: list[Ids | None] = [None] * len(texts)
+        plain: list[int] = []
+        for number, text in enumerate(texts):
+            begins = continued is None or not continued[number]
+            if self._segments is None or not begins or self._added[special_tokens is False].search(text):
+                plain.append(number)
+                continue
+            # Metaspace puts no second space in front of one; Prepend does.
+            prefix = " " if text and (self._always_prefixed or text[0] not in f" {SPACE}") else ""
+            result[number] = self._segments.encode(prefix + text, bool(prefix), with_offsets[number])
+        if plain:
+            behind = None if continued is None else [continued[number] for number in plain]
+            if any(with_offsets[number] for number in plain) or (behind is not None and any(behind)):
+                encoded = as_arrays(self.encode([texts[number] for number in plain], special_tokens, behind))
+            else:
+                self.model.encode_special_tokens = special_tokens is False
+                fast = self.model.encode_batch_fast([texts[number] for number in plain], add_special_tokens=False)
+                encoded = [Ids(np.array(item.ids, np.int32)) for item in fast]
+            for number, ids in zip(plain, encoded, strict=True):
+                result[number] = ids
+        return [ids for ids in result if ids is not None]
+
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return str(self.model.decode(list(ids), skip_special_tokens=skip_special))
 
@@ -345,3 +464,32 @@ class Fast:
     def id_of(self, token: str) -> int | None:
         index: int | None = self.model.token_to_id(token)
         return index
+
+
+def _fast_segments(content: Mapping[str, Any]) -> Segments | None:
+    """A table of segments for a tokenizer.json of LLaMA's two kinds, where a text is one word; None for others."""
+    import tokenizers
+
+    model, normalizer, words = content["model"], content.get("normalizer"), content.get("pre_tokenizer")
+    merges = model.get("type") == "BPE" and model.get("byte_fallback") and not model.get("ignore_merges")
+    special = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if not merges or any(model.get(key) for key in special):
+        return None
+    prepended = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": SPACE},
+            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        ],
+    }
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+    if (normalizer, words) not in ((prepended, None), (None, metaspace)):
+        return None
+    vocabulary = model["vocab"]
+    byte_names = {f"<0x{byte:02X}>" for byte in range(256)}
+    added = {token["content"] for token in content.get("added_tokens", ())}
+    pattern = cutting_pattern(vocabulary.keys() - byte_names - added)
+    if pattern is None or not byte_names <= vocabulary.keys():
+        return None
+    bare = {"version": "1.0", "added_tokens": [], "model": dict(model)}
+    return Segments(pattern, _PlainFast(tokenizers.Tokenizer.from_str(json.dumps(bare))), 1)

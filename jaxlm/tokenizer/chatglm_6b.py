@@ -15,7 +15,8 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
-from jaxlm.tokenizer.backends import Encoding, Offsets, SentencePiece, read_sentencepiece
+from jaxlm.tokenizer.backends import Encoding, Offsets, SentencePiece, as_arrays, read_sentencepiece
+from jaxlm.tokenizer.segments import Ids
 from jaxlm.tokenizer.settings import AddedToken, Settings
 
 FILE = "ice_text.model"
@@ -90,6 +91,15 @@ class IceText:
             Encoding([index + self._first for index in item.ids], _places(item.offsets, begins, ends))
             for item, (_, begins, ends) in zip(encoded, spelled, strict=True)
         ]
+
+    def encode_arrays(
+        self,
+        texts: Sequence[str],
+        special_tokens: bool | None,
+        continued: Sequence[bool] | None,
+        with_offsets: Sequence[bool],
+    ) -> list[Ids]:
+        return as_arrays(self.encode(texts, special_tokens, continued))
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         # Image tokens stand for no text.

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.errors import UserError
+from jaxlm.locate import on_disk
 from jaxlm.modalities import MODALITIES_FILE, Modalities, Modality, Run
 from jaxlm.modalities import load as load_modalities
 from jaxlm.tokenizer import chatglm, chatglm_6b, spiece
-from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, read_fast, read_gpt2
+from jaxlm.tokenizer.backends import Backend, Encoding, Fast, Offsets, SentencePiece, as_arrays, read_fast, read_gpt2
 from jaxlm.tokenizer.chat import MARK_BEGIN, MARK_END, ChatError, compile_chat_template
 from jaxlm.tokenizer.files import MAIN_FILES, find_tokenizer_files, main_file
+from jaxlm.tokenizer.segments import Ids
 from jaxlm.tokenizer.settings import Settings, added_tokens, read_settings
 
 
@@ -121,6 +123,23 @@ class Tokenizer:
         ]
         encoded = iter(self._backend.encode(plain, special_tokens, None))
         return [_joined(runs, encoded) for runs in split]
+
+    def encode_arrays(
+        self,
+        texts: Sequence[str],
+        special_tokens: bool | None = None,
+        continued: Sequence[bool] | None = None,
+        with_offsets: Sequence[bool] | None = None,
+    ) -> list[Ids]:
+        """As `encode_batch`, as arrays and in this thread; `with_offsets`: for each text, whether they are asked for.
+
+        Raises:
+            TextError: as `encode`.
+        """
+        wanted = [True] * len(texts) if with_offsets is None else with_offsets
+        if self._modalities is None:
+            return self._backend.encode_arrays(texts, special_tokens, continued, wanted)
+        return as_arrays(self.encode_batch(texts, special_tokens, continued))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, open_end: bool = False) -> str:
         """Text of `ids`. An id beyond the vocabulary (embeddings are often padded to a round number) gives nothing.
@@ -283,7 +302,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         UserError: nothing to load there, or a file is broken.
     """
-    path = Path(path)
+    path = on_disk(path, "small", "tokenizer")
     if path.is_dir():
         directory = path
         main = _find_main(directory)

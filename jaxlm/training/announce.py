@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 
 from jaxlm.config import RunConfig
+from jaxlm.data.batches import Batches
+from jaxlm.data.mixing import table
+from jaxlm.data.order import Order
 from jaxlm.devices.mesh import axis_sizes
 from jaxlm.training.advice import dropout_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.job import Job
@@ -30,13 +32,15 @@ def announce(
     start: Start,
     compiled: CompiledSteps,
     schedule: Schedule,
-    batches: Any,
+    batches: Batches,
 ) -> None:
     """Prints what will happen, and warns of settings that are hardly ever meant."""
     total = len(batches)
     print_pairs(console, _facts(job, setup, initializer, start, compiled, total))
+    if len(job.config.data.train) > 1:
+        console.print("\n".join(table(job.data.shares(batches))), highlight=False, markup=False, soft_wrap=True)
     warnings = [
-        *(_schedule_changes(job.config, start, batches.source, schedule, total) if start.step else []),
+        *(_schedule_changes(job.config, start, batches.order, schedule, total) if start.step else []),
         *schedule_warnings(job.config.optimizer, schedule, total),
         *rank_warnings(job.model, dict(setup.model.adapters)),
         *dropout_warnings(getattr(job.source, "hf_config", None)),
@@ -83,14 +87,14 @@ def _facts(
     return facts
 
 
-def _schedule_changes(config: RunConfig, start: Start, source: Any, schedule: Schedule, total: int) -> list[str]:
+def _schedule_changes(config: RunConfig, start: Start, order: Order, schedule: Schedule, total: int) -> list[str]:
     """For a run that was begun for another number of steps: which learning rates that changes.
 
     Args:
-        source: the run's batches, which know how long the run was to be.
+        order: the run's, which knows how long it was to be.
         total: steps of the run as it is now.
     """
-    before = length_before(start.files, source) if start.files else total
+    before = length_before(start.files, order) if start.files else total
     if before == total:
         return []
     updates = start.step - int(start.state.skipped)

@@ -11,6 +11,7 @@ from jaxlm.config import RunConfig, SourceConfig
 from jaxlm.data.records import check_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
+from jaxlm.hub import is_address
 from jaxlm.locate import at_home, missing
 from jaxlm.models.adapters import check_names
 from jaxlm.models.families import load_shape
@@ -83,10 +84,12 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
         if name is None:
             continue
         path = at_home(name)
+        if is_address(name):
+            continue  # it has been downloaded by now
         if not path.exists() and path.absolute() not in made:
             raise UserError(f"{key}: {missing(name)}")
     for name in config.tokenizer.train_on:
-        if not at_home(name).exists():
+        if not is_address(name) and not at_home(name).exists():
             raise UserError(f"tokenizer.train_on: {name}: no such file or folder")
     validation = () if isinstance(config.data.validation, (int, float)) else config.data.validation
     for source in validation:

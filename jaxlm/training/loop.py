@@ -11,12 +11,14 @@ import jax
 from rich.console import Console
 
 from jaxlm.config import to_dict
+from jaxlm.data.batches import SOURCE_TOKENS
 from jaxlm.devices.mesh import local_rows
 from jaxlm.errors import UserError
 from jaxlm.locate import record_base
 from jaxlm.processes.distributed import Hosts
 from jaxlm.training.advice import final_warnings
 from jaxlm.training.announce import announce, last_words, why_not_finite
+from jaxlm.training.consumption import Consumption, plot_consumption
 from jaxlm.training.job import Job, Outcome
 from jaxlm.training.report import MetricsWriter, ProgressReport, flops_per_token, plot_losses, read_metrics
 from jaxlm.training.routing import RoutingReport
@@ -46,7 +48,8 @@ def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
     setup = set_up(config, job.model, objective=job.objective)
     # Each host has its own table of measured kernels; with different programs they would wait for each other for ever.
     hosts.agree("attention", {"model.attention": setup.attention[0]})
-    batches = job.data.train_batches(
+    data = history.inputs.data  # in rows as the run's first start packed them
+    batches = data.train_batches(
         config.train.global_batch_size,
         setup.accumulation,
         config.train.epochs,
@@ -108,8 +111,7 @@ class TrainingRun:
         self.out = Path(job.config.output_dir)
         self.files = _checkpoint_files(job, history, self.out)
         self.writer = _metrics_writer(job, self.out, start.step) if hosts.process == 0 else None
-        data = job.config.data
-        lengths = data.sequence_length, data.row_length("encoder_ids")
+        lengths = job.config.data.sequence_length, job.config.data.row_length("encoder_ids")
         flops = flops_per_token(job.model, lengths[0], job.config.lora is None, lengths[1])
         self.report = ProgressReport(terminal, self.total, start.step, flops, hosts.log)
         self.routing = RoutingReport(job.model.experts)
@@ -117,6 +119,9 @@ class TrainingRun:
         self._unread: tuple[int, Any] | None = None  # metrics of the newest step, still on the devices
         self._rows = batches.iterator()
         self._rows.set_state(start.data_state)
+        data = history.inputs.data
+        self._packing = {"packing": data.packing_version} if data.packing_version > 1 else {}
+        self.consumption = Consumption(data.source_names, data.source_tokens, start.data_state)
 
     def run(self) -> None:
         """Runs to the last step, or to the one that all processes agree to stop at, and saves its state.
@@ -163,10 +168,12 @@ class TrainingRun:
         return self.step == self.total or (every > 0 and self.step % every == 0)
 
     def _take_step(self) -> None:
-        batch = self.setup.put_batch(next(self._rows), self.setup.micro_rows)
+        rows = next(self._rows)
+        batch = self.setup.put_batch(rows, self.setup.micro_rows)
         self.state, metrics = self.compiled.train(self.state, self.frozen, batch)
         self.step += 1
         self._read_metrics()  # of the step before: the devices are busy with this one by then
+        self.consumption.add(rows[SOURCE_TOKENS])
         self._unread = (self.step, metrics)
 
     def _read_metrics(self) -> None:
@@ -179,7 +186,7 @@ class TrainingRun:
         values = {name: value.item() for name, value in metrics.items()}
         speed = self.report.step(step, values)
         if self.writer is not None and (step % self.job.config.train.log_every == 0 or step == self.total):
-            self.writer.write(step, {**values, **speed, **routed})
+            self.writer.write(step, {**values, **speed, **routed, **self.consumption.figures()})
         self.any_gradient = self.any_gradient or values["grad_norm"] != 0
         if values["skipped"] > self._skipped:
             self._skipped = values["skipped"]
@@ -204,7 +211,8 @@ class TrainingRun:
 
     def _position(self) -> dict[str, Any]:
         """Where the run stands in its data."""
-        return {**self._rows.get_state(), **self.batches.counters(self.step)}
+        counters = self.batches.counters(self.step)
+        return {**self._rows.get_state(), **counters, **self._packing, **self.consumption.state()}
 
     def _save(self, validation_loss: float | None, **more: str) -> None:
         self.saved = self.checkpoints.save(self.state, {**self._position(), **more}, self.files, validation_loss)
@@ -281,6 +289,7 @@ def _finish(run: TrainingRun, stop: Stop, warnings: list[str]) -> Outcome:
     if run.hosts.process == 0:
         plot_losses(read_metrics(run.out / "metrics.jsonl"), run.out / "loss.png")
         run.routing.plot(run.out / "experts.png")
+        plot_consumption(read_metrics(run.out / "metrics.jsonl"), run.out / "data.png")
     checkpoint, saved_none = run.checkpoints.path(run.saved), run.saved == run.history.step
     if run.hosts.stopped_by is not None:
         run.report.say(last_words(run.hosts.stopped_by, stop, saved_none, run.step, run.total, checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from rich.console import Console
 from jaxlm.config import DistributedConfig, LoraConfig, RunConfig
 from jaxlm.config.files import dump_yaml
 from jaxlm.data.encoding import prompt_ids
-from jaxlm.data.examples import chosen_template
 from jaxlm.data.loader import Data, build_data
 from jaxlm.data.prefix import check_prefix
 from jaxlm.data.records import Record
 from jaxlm.data.templates import for_questions, load_template
+from jaxlm.data.tokenise import chosen_template
 from jaxlm.errors import UserError
 from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.families import load_shape
@@ -27,6 +28,7 @@ from jaxlm.models.resolve import resolve_experts
 from jaxlm.processes.distributed import Hosts
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer
+from jaxlm.training.caching import run_cache
 from jaxlm.training.fit import check_with_model
 from jaxlm.training.job import Job
 from jaxlm.training.run_tokenizer import newest_small_files, open_tokenizer
@@ -83,7 +85,7 @@ def prepare(
         _check_adapter(config.lora, adapter, model)
     check_with_model(config, model, hosts, console.print)
     prompts = _sample_prompts(config, tokenizer, model)
-    data = read_data(config, tokenizer, model, console)
+    data = read_data(config, tokenizer, model, console, hosts)
     config = dataclasses.replace(config, data=data.config)  # with what it leaves to the tokenizer
     if source is None:
         model = dataclasses.replace(
@@ -139,9 +141,14 @@ def describe_model(config: RunConfig, source: Any, tokenizer: Tokenizer) -> Any:
     return resolve_experts(load_shape(config.model.shape), config.moe, fresh=True, ranges=ranges)
 
 
-def read_data(config: RunConfig, tokenizer: Tokenizer, model: Any, console: Console) -> Data:
-    """Reads and tokenises the sources, and says on the console what they hold."""
-    with console.status("reading and tokenising"):
+def read_data(
+    config: RunConfig, tokenizer: Tokenizer, model: Any, console: Console, hosts: Hosts | None = None
+) -> Data:
+    """Reads and tokenises the sources, or opens what was tokenised before, and says on the console what they hold."""
+    cache = run_cache(config.data.cache, console, hosts)
+    # Where stores are made, a bar takes the status's place.
+    uses_stores = cache is not None and cache.wants(config.data.train)
+    with nullcontext() if uses_stores else console.status("reading and tokenising"):
         data = build_data(
             config.data,
             tokenizer,
@@ -150,6 +157,7 @@ def read_data(config: RunConfig, tokenizer: Tokenizer, model: Any, console: Cons
             max_positions=model.max_length,
             ranges=None if model.experts is None else model.experts.ranges,
             start_id=None if model.encoder is None else model.encoder.start_token_id,
+            cache=cache,
         )
     for examples in (data.train, data.validation):
         check_prefix(model.prefix, examples, tokenizer, data.config.packing_mode)

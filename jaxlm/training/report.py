@@ -102,7 +102,7 @@ class MetricsWriter:
     def write(self, step: int, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        numbers = numbers_by_name(values)
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, step)
@@ -115,6 +115,15 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def numbers_by_name(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics; those that stand by name below a key are called key/name."""
+    flat = dict(values)
+    for key, group in values.items():
+        if isinstance(group, dict):
+            flat |= {f"{key}/{name}": value for name, value in group.items()}
+    return {key: value for key, value in flat.items() if isinstance(value, (int, float))}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,9 +22,10 @@ import numpy as np
 import yaml
 
 from jaxlm.config import RunConfig, to_dict
-from jaxlm.data.batches import BatchSource
 from jaxlm.data.loader import Data
+from jaxlm.data.order import Order
 from jaxlm.errors import UserError
+from jaxlm.hub import is_address
 from jaxlm.locate import at_home
 from jaxlm.models.version1 import ModelFields, read_model, recorded
 from jaxlm.spec import DecoderSpec, differences, is_stacked
@@ -40,6 +41,7 @@ FREE = (
     "model.remat",
     "lora.init_from",
     "data.workers",
+    "data.cache",
     "data.allow_no_end",
     "train.epochs",
     "train.steps",
@@ -224,16 +226,16 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         raise _other("the base model at model.path is", reasons, checkpoint)
 
 
-def length_before(files: Mapping[str, bytes], source: BatchSource) -> int:
+def length_before(files: Mapping[str, bytes], order: Order) -> int:
     """Steps of the run that wrote a checkpoint, as it was configured then.
 
     Args:
-        source: batches of the run that goes on, in rows of the same number.
+        order: rows of the run that goes on, as many a step.
     """
     config = yaml.safe_load(files[RUN_YAML])["train"]
     if config.get("steps") is not None:
         return int(config["steps"])
-    return source.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
+    return order.steps_of(float(config.get("epochs", 1.0)), json.loads(files.get("data.json", b"{}")))
 
 
 def _other(what: str, reasons: list[str], checkpoint: Path) -> UserError:
@@ -273,6 +275,8 @@ def _same_place(old: Any, new: Any) -> bool:
         return len(old) == len(new) and all(map(_same_place, old, new))
     if not isinstance(old, str) or not isinstance(new, str):
         return False
+    if is_address(old) or is_address(new):
+        return old == new
     first, second = (os.path.abspath(at_home(text)) for text in (old, new))  # noqa: PTH100 (no links)
     return first == second
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError
+from jaxlm.locate import on_disk
 from jaxlm.modalities import resolve, save
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxlm.tokenizer.extending import write_extended
@@ -120,7 +121,8 @@ def _read_files(directory: Path) -> dict[str, bytes]:
 def _text_files(names: Sequence[str]) -> list[Path]:
     """Files as given; in place of a folder, every .txt file below it."""
     files: list[Path] = []
-    for path in map(Path, names):
+    for name in names:
+        path = on_disk(name, "data", "tokenizer.train_on")
         below = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not below:
             raise UserError(f"tokenizer.train_on: no .txt file below {path}")

@@ -261,7 +261,11 @@ def set_up(
     )
     adapters = resolve_lora(shape, config.lora) if config.lora else {}
     moe = config.moe or MoeRunConfig()
-    experts = None if shape.experts is None else choose_compute(moe.compute, chip.platform, shape.experts, adapters)
+    experts = (
+        None
+        if shape.experts is None
+        else choose_compute(moe.compute, chip, shape.experts, adapters, config.model.dtype)
+    )
     # GPUs' backends cannot all be traced where there is no GPU; XLA's keeps the same arrays.
     traced = "xla" if isinstance(devices, Topology) and chip.platform == "gpu" else backend
     model = Decoder(

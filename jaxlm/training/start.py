@@ -88,8 +88,9 @@ def open_history(job: Job, hosts: Hosts) -> History:
     newest = steps[-1]
     files, path = checkpoints.files(newest), checkpoints.path(newest)
     check_settings(files, config, path)
-    check_inputs(files, inputs, path)
     data_state = json.loads(files[DATA_STATE])
+    inputs = dataclasses.replace(inputs, data=job.data.with_packing(data_state.get("packing", 1)))
+    check_inputs(files, inputs, path)
     if "stopped" in data_state and config.train.on_nonfinite == "stop":
         raise UserError(f"{path}: the run was stopped: {data_state['stopped']}; {PASS_OVER}")
     return History(checkpoints, inputs, newest, files, data_state)

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from jaxlm.errors import UserError
 from jaxlm.lock import Lock
+from jaxlm.remote import scheme_of
 from jaxlm.units import disk_size
 
 Advance = Callable[[int], None]
@@ -51,6 +52,8 @@ def output_directory(destination: str | Path, needed: int) -> Iterator[Path]:
     Raises:
         UserError: when the destination exists, its parent cannot be written, or the disk is full.
     """
+    if isinstance(destination, str) and (scheme := scheme_of(destination)) is not None:
+        raise UserError(f"{destination}: nothing is written to {scheme}://; name a directory of this machine")
     final = Path(destination).absolute()
     if os.path.lexists(final):
         raise UserError(f"{final}: exists already; name another destination or remove it first")

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data.examples import build_examples
+from jaxlm.data.examples import build_examples, split_off
 from jaxlm.data.records import Record, read_records
-from jaxlm.data.split import split_off
 from jaxlm.data.templates import explain_choice, load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer

@@ -11,10 +11,9 @@ import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.encoding import encode_rendered, prompt_ids
-from jaxlm.data.examples import Examples, build_examples
+from jaxlm.data.examples import Examples, build_examples, split_off
 from jaxlm.data.packing import epoch_order
 from jaxlm.data.records import Record, read_records
-from jaxlm.data.split import split_off
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer, load_tokenizer

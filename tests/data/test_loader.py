@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,13 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import Batches, Data, build_data, loader
-from jaxlm.data.batches import BATCH_DTYPES
+from jaxlm.data import Batches, Data, build_data, planner
+from jaxlm.data import batches as batches_module
+from jaxlm.data.batches import BATCH_DTYPES, ENCODER_DTYPES, SOURCE_TOKENS
+from jaxlm.data.examples import Examples
+from jaxlm.data.report import Report
 from jaxlm.errors import UserError
+from jaxlm.modalities import PADDING
 from jaxlm.tokenizer import Tokenizer
 
 MODES = ["first_fit", "group_texts", False]
@@ -63,6 +70,96 @@ def test_batches_have_their_shapes_segments_and_positions(tokenizer: Tokenizer, 
                 assert segments.max(initial=0) <= 1 and mask[used].sum() == max(used.sum() - 1, 0)
     if packing != "group_texts":
         assert sorted(seen) == sorted(data.train.input_ids.tolist())
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+@pytest.mark.parametrize("packing", MODES)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_batch_is_what_a_plain_loop_writes(
+    packing: Any, encoder: bool, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_module, "CHUNK", 32)  # two rows at a time
+    random = np.random.default_rng(0)
+    lengths, more = random.integers(1, 17, 120), {}
+    if encoder:
+        of_encoder = random.integers(1, 11, 120)
+        ends = np.concatenate([[0], np.cumsum(of_encoder)])
+        more = {"encoder_ids": random.integers(1, 99, ends[-1]).astype(np.int32), "encoder_offsets": ends}
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids, mask = random.integers(1, 99, offsets[-1]).astype(np.int32), random.random(offsets[-1]) < 0.5
+    examples = Examples(ids, mask, offsets, np.zeros(120, np.int32), np.arange(120), **more)
+    config = DataConfig(train=(SourceConfig(path="a"),), packing=packing, sequence_length=16, encoder_length=10)
+    data = Data(config, 1, examples, None, Report((), ()), "", packing_version=version)
+    plans = [data.train_rows(epoch) for epoch in range(2)]
+    rows = [(plan, row) for plan in plans for row in range(len(plan))]
+    source = data.train_batches(6, 2, epochs=2, local_rows=[0, 2])
+    for step in range(len(source)):
+        expected = {name: np.zeros((2, 2, 16), dtype) for name, dtype in BATCH_DTYPES.items()}
+        if encoder:
+            expected |= {name: np.zeros((2, 2, 10), dtype) for name, dtype in ENCODER_DTYPES.items()}
+        for a, (b, global_b) in itertools.product(range(2), enumerate([0, 2])):
+            number = step * 6 + a * 3 + global_b
+            if number >= len(rows):
+                continue
+            plan, row = rows[number]
+            at = at_encoder = 0
+            for segment, piece in enumerate(range(plan.rows[row], plan.rows[row + 1]), 1):
+                start, length = plan.starts[piece], plan.lengths[piece]
+                here = a, b, slice(at, at + length)
+                expected["input_ids"][here] = ids[start : start + length]
+                expected["loss_mask"][here] = mask[start : start + length]
+                expected["segment_ids"][here] = 1 if plan.one_segment else segment
+                expected["positions"][here] = np.arange(length) + (at if plan.one_segment else 0)
+                at += length
+                if plan.encoder_starts is not None and plan.encoder_lengths is not None:
+                    start, length = plan.encoder_starts[piece], plan.encoder_lengths[piece]
+                    there = a, b, slice(at_encoder, at_encoder + length)
+                    expected["encoder_ids"][there] = more["encoder_ids"][start : start + length]
+                    expected["encoder_segment_ids"][there] = segment
+                    at_encoder += length
+            expected["loss_mask"][a, b, 0] = False
+        expected["modality_ids"][expected["segment_ids"] == 0] = PADDING
+        batch = source[step]
+        assert batch.keys() == expected.keys() | {SOURCE_TOKENS}
+        for name, array in expected.items():
+            assert np.array_equal(batch[name], array) and batch[name].dtype == array.dtype, name
+
+
+def test_the_next_plan_is_made_ahead_and_old_ones_are_let_go() -> None:
+    made: list[tuple[int, str]] = []
+    second = threading.Event()
+
+    def plan(number: int) -> Any:
+        made.append((number, threading.current_thread().name))
+        if number == 1:
+            second.set()
+        if number == 3:
+            raise UserError("the third")
+        return number
+
+    plans = planner.Plans(plan)  # type: ignore[arg-type]
+    assert plans.get(0, then_next=True) == 0 and second.wait(10)
+    assert plans.get(1, then_next=False) == 1 and plans.get(2, then_next=False) == 2
+    assert [number for number, _ in made] == [0, 1, 2]
+    assert threading.current_thread().name not in {thread for _, thread in made}
+    with pytest.raises(UserError, match="the third"):
+        plans.get(3, then_next=False)
+    assert plans.get(0, then_next=False) == 0 and [number for number, _ in made] == [0, 1, 2, 3, 0]
+
+
+def test_older_runs_keep_their_rows_and_their_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    now = make(tokenizer, tmp_path)
+    older = now.with_packing(1)
+    settings = json.dumps({"sequence_length": 48, "seed": 1}, sort_keys=True).encode()
+    assert older.fingerprint == hashlib.sha256(settings + "".join(now.digests).encode()).hexdigest()
+    assert now.packing_version == 2 and now.fingerprint != older.fingerprint
+    assert now.with_packing(2).fingerprint == now.fingerprint
+    assert not np.array_equal(now.train_rows(0).starts, older.train_rows(0).starts)
+    with pytest.raises(UserError, match=r"begun with version 3 of packing, this jaxlm knows 2; update it"):
+        now.with_packing(3)
+    for packing in ("group_texts", False):  # they have but one
+        one = make(tokenizer, tmp_path, packing=packing)
+        assert one.packing_version == 1 and same(one.train_batches(4)[0], one.with_packing(1).train_batches(4)[0])
 
 
 @pytest.mark.parametrize("packing", MODES)
@@ -114,29 +211,28 @@ def test_epochs_differ_and_steps_run_on(tokenizer: Tokenizer, tmp_path: Path) ->
     assert len(long) == 100 and all(same(one[s], long[s]) for s in range(6))
     assert long[99]["segment_ids"][0, :, 0].all()
     assert same(long[2], one[2])  # back to an epoch whose plan was let go
-    assert long.source.epoch(0) == 0 and long.source.epoch(4) == pytest.approx(4 / 3)
+    assert long.order.epoch(0) == 0 and long.order.epoch(4) == pytest.approx(4 / 3)
     half = data.train_batches(20, epochs=0.5)
     assert len(half) == 2 and half[1]["segment_ids"][0, :, 0].sum() == 10
-    assert half.source.epoch(2) == pytest.approx(0.5)
+    assert half.order.epoch(2) == pytest.approx(0.5)
     with pytest.raises(IndexError):
         half[2]
 
 
-@pytest.mark.parametrize("packing", MODES)
 @pytest.mark.parametrize("length", [{"epochs": 900.5}, {"steps": 600}], ids=["epochs", "steps"])
-def test_a_late_epoch_needs_no_plan_of_the_earlier_ones(
-    tokenizer: Tokenizer, tmp_path: Path, packing: Any, length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_late_epoch_of_version_1_needs_no_plan_of_the_earlier_ones(
+    tokenizer: Tokenizer, tmp_path: Path, length: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many rows an epoch of first_fit has depends on its order; what is known of earlier ones is kept."""
+    """How many rows an epoch of version 1 has depends on its order; what is known of earlier ones is kept."""
     planned: list[int] = []
-    plan = loader.plan_rows
+    plan = planner.plan_rows
 
     def counted(mode: str, offsets: Any, order: Any, length: int, seed: int, epoch: int, encoder: Any) -> Any:
         planned.append(epoch)
         return plan(mode, offsets, order, length, seed, epoch, encoder)
 
-    monkeypatch.setattr(loader, "plan_rows", counted)
-    data = make(tokenizer, tmp_path, count=12, packing=packing)
+    monkeypatch.setattr(planner, "plan_rows", counted)
+    data = make(tokenizer, tmp_path, count=12).with_packing(1)
     whole = data.train_batches(4, **length)
     late = int(0.8 * len(whole))
     wanted = [whole[step] for step in range(late, late + 5)]
@@ -155,6 +251,48 @@ def test_a_late_epoch_needs_no_plan_of_the_earlier_ones(
     assert len(extended) == len(data.train_batches(4, **longer))
     assert same(data.train_batches(4, **length)[late], wanted[0])
     assert same(resumed[0], whole[0]), "what lies before is planned when it is asked for"
+
+
+@pytest.mark.parametrize("packing", MODES)
+def test_a_late_step_needs_the_plan_of_its_own_epoch_alone(
+    tokenizer: Tokenizer, tmp_path: Path, packing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+    plan = planner.Planner.__call__
+    monkeypatch.setattr(planner.Planner, "__call__", lambda self, number: planned.append(number) or plan(self, number))
+    data = make(tokenizer, tmp_path, packing=packing)
+    size = len(data.train_rows(0))
+    planned.clear()
+    batches = data.train_batches(4, epochs=100_000.5)
+    assert len(batches) == math.ceil((100_000 * size + math.ceil(size / 2)) / 4) and not planned
+    late = 77_777 * size // 4 + 1
+    assert batches.counters(late) == {
+        "epoch": 77_777,
+        "rows_before": 77_777 * size,
+        "epochs": 100_000.5,
+        "total_rows": 100_000 * size + math.ceil(size / 2),
+    }
+    assert not planned
+    first = batches[late]
+    assert set(planned) <= {77_777, 77_778}
+    assert same(first, data.train_batches(4, steps=2 * 10**6)[late])
+
+
+def test_an_epoch_of_fractions_is_counted_without_its_plan(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: planner.Planner, number: int) -> Any:
+        raise AssertionError("planned")
+
+    train = (SourceConfig(path=str(tmp_path / "data.json"), weight=1.37),)
+    data = make(tokenizer, tmp_path, count=200, train=train)
+    sizes = [len(data.train_rows(epoch)) for epoch in range(5)]
+    whole = data.train_batches(1, epochs=5)
+    assert len(whole) == sum(sizes) and len(set(sizes)) > 1
+    known = json.loads(json.dumps(whole.counters(sum(sizes[:4]) + 1)))
+    monkeypatch.setattr(planner.Planner, "__call__", refused)
+    again = data.train_batches(1, epochs=5, known=known)
+    assert len(again) == len(whole) and known["epoch"] == 4 and known["rows_before"] == sum(sizes[:4])
 
 
 def test_seed_decides_the_order(tokenizer: Tokenizer, tmp_path: Path) -> None:

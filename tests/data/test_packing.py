@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import build_data
-from jaxlm.data.packing import WINDOW, Plan, first_fit, group_texts, plan_rows
+from jaxlm.data import build_data, packing
+from jaxlm.data.packing import WINDOW, Plan, first_fit, group_texts, group_texts_rows, plan_rows
 from jaxlm.tokenizer import Tokenizer
 
 
@@ -43,13 +43,15 @@ def hf_group_texts(documents: list[list[int]], block: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 2500])
 @pytest.mark.parametrize("block", [7, 64, 3000])
-def test_group_texts_makes_the_rows_of_run_clm(count: int, block: int) -> None:
-    lengths = np.random.default_rng(count).integers(1, 9, count).tolist()
+def test_group_texts_makes_the_rows_of_run_clm(count: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "SLAB", 1000)  # two and a half slabs at most
+    lengths = np.random.default_rng(count).integers(0, 9, count).tolist()
     offsets = offsets_of(lengths)
     documents = [list(range(offsets[i], offsets[i + 1])) for i in range(count)]
     expected = hf_group_texts(documents, block)
     plan = group_texts(offsets, np.arange(count), block)
     assert rows_of(plan) == expected
+    assert group_texts_rows(np.array(lengths), block) == len(expected)
     shuffled = plan_rows("group_texts", offsets, np.arange(count), block, seed=1, epoch=2)
     assert sorted(rows_of(shuffled)) == sorted(expected)
     assert len(expected) < 5 or rows_of(shuffled) != expected

@@ -95,12 +95,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "content", "message"),
     [
-        ([], "[]", "say the task"),
+        ([], "[]", "name one or several, e.g. --task multiple_choice"),
         (["--task", "text2smiles"], '[{"molecule": "C"}]', "record 1 has no text in prediction or answer or output"),
         (["--task", "text2smiles"], "[]", "holds no answer"),
         (["--task", "text2smiles"], "[1]", "must hold a list of records"),
         (["--task", "text2smiles"], "[", "broken JSON: Expecting value"),
-        (["--task", "captions"], "[]", "expected one of smiles2text, text2smiles"),
+        (["--task", "captions"], "[]", "did you mean 'lpm24_captions'?"),
         (
             ["--task", "smiles2text", "--metric_tokenizer", "/none"],
             '[{"caption": "a", "answer": "b"}]',

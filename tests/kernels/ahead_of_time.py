@@ -1,9 +1,11 @@
-"""Compiling kernels for TPUs on a machine without one."""
+"""Compiling kernels for TPUs and GPUs on a machine without one."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 
@@ -65,3 +67,22 @@ def compile_for_tpus(program: str) -> list[list[str]]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("compiled")]
+
+
+# An H200 as NVIDIA describes it, in the words of XLA's GpuTargetConfigProto.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150754820096
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+"""
+# CUDA's compiler and the plug-in that drives it are wheels; no GPU is needed.
+NO_CUDA_COMPILER = shutil.which("ptxas") is None or not any(
+    importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)
+)

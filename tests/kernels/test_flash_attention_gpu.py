@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -22,6 +20,7 @@ from jaxlm.kernels.flash_attention import flash_attention, gpu, gpu_backward, un
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 from jaxlm.nn.attention import MaskSpec, reference_attention
 from jaxlm.nn.positions import alibi_slopes
+from tests.kernels.ahead_of_time import H200, NO_CUDA_COMPILER
 
 pytestmark = pytest.mark.slow
 
@@ -169,20 +168,6 @@ def test_what_cannot_run_says_so() -> None:
     assert unsupported("gpu", dtype="bfloat16", head_dim=64, heads=2, kv_heads=1) is None
 
 
-# An H200 as NVIDIA describes it, in the words of XLA's GpuTargetConfigProto.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150754820096
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-"""
-
 COMPILE = """
 import sys
 import jax, jax.numpy as jnp
@@ -219,8 +204,8 @@ for heads, kv_heads, dim, options in [
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None or shutil.which("ptxas") is None,
-    reason="needs jax-cuda12-plugin, jax-cuda12-pjrt and ptxas (nvidia-cuda-nvcc-cu12), no GPU",
+    NO_CUDA_COMPILER,
+    reason="needs JAX's CUDA plug-in and ptxas (nvidia-cuda-nvcc), no GPU",
 )
 def test_compiles_for_an_h200() -> None:
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -491,13 +492,26 @@ def test_the_configuration_survives_json() -> None:
 
 
 def test_what_computes_and_why() -> None:
-    def chosen(router: str, k: int, requested: str = "auto", platform: str = "cpu", **lora: Any) -> str:
+    def chosen(
+        router: str,
+        k: int,
+        requested: str = "auto",
+        platform: str = "cpu",
+        capability: str = "9.0",
+        dtype: str = "bfloat16",
+        **lora: Any,
+    ) -> str:
         config = moe_config(router, (k, 1, 1))
         specs = resolve_lora(config, LoraConfig(**lora)) if lora else {}
         assert config.experts is not None
-        return choose_compute(requested, platform, config.experts, specs)[0]
+        device = SimpleNamespace(platform=platform, compute_capability=capability)
+        return choose_compute(requested, device, config.experts, specs, dtype)[0]
 
-    assert chosen("learned", 8) == "loop" and chosen("learned", 8, platform="gpu") == "ragged"
+    assert chosen("learned", 8) == "loop" and chosen("learned", 8, platform="gpu") == "pallas_gpu"
+    for lack in ({"capability": "8.0"}, {"dtype": "float32"}):
+        assert chosen("learned", 8, platform="gpu", **lack) == "dense"
+        with pytest.raises(UserError, match=r"'pallas_gpu' needs a (Hopper GPU|16-bit)"):
+            chosen("learned", 8, "pallas_gpu", "gpu", **lack)
     assert chosen("learned", 8, platform="tpu") == "pallas_tpu"
     with pytest.raises(UserError, match="'pallas_tpu' needs a TPU, this is gpu"):
         chosen("learned", 8, "pallas_tpu", "gpu")

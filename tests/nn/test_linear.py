@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jaxlm.nn import linear
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.matmul import LEAST_ROWS, matmul, with_least_rows
 from jaxlm.nn.weight_types import Int8Weight
 
 ROWS, INPUTS, OUTPUTS, RANK = 4096, 48, 12, 3
@@ -136,3 +138,23 @@ def test_int8_is_rounded_once() -> None:
     twice = error(bfloat16(bfloat16(exact / factor) * factor))
     assert twice > 1.3 * once  # the test can tell them apart
     np.testing.assert_allclose(error(found), once, rtol=0.05)
+
+
+def test_a_product_of_few_rows_has_more_on_an_nvidia_gpu() -> None:
+    """With rows of zeros behind them, which leave no trace; other devices multiply what there is."""
+    x, w = jnp.arange(6.0).reshape(2, 3), jnp.arange(12.0).reshape(3, 4)
+    traced = jax.jit(lambda x, w: matmul(x, w, 1, jnp.float32)).trace(x, w)
+    by_platform = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu", "tpu")}
+    assert {name: f"tensor<{LEAST_ROWS}x3xf32>" in text for name, text in by_platform.items()} == {
+        "cuda": True,
+        "cpu": False,
+        "tpu": False,
+    }
+    seen = []
+
+    def note(x: jax.Array, w: jax.Array) -> jax.Array:
+        seen.append(x.shape[0])
+        return x @ w
+
+    np.testing.assert_array_equal(jax.jit(partial(with_least_rows, note))(x, w), x @ w)
+    assert seen == [LEAST_ROWS, 2]  # as one of two branches

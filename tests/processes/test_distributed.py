@@ -22,6 +22,7 @@ from jaxlm.config import DistributedConfig
 from jaxlm.errors import UserError
 from jaxlm.processes.cluster import find_cluster, find_process
 from jaxlm.processes.control_channel import ControlChannel
+from jaxlm.processes.distributed import Hosts
 from jaxlm.processes.roll_call import Process, Roll, call_roll
 
 ROOT = Path(__file__).parents[2]
@@ -215,6 +216,36 @@ def test_all_stop_at_the_same_call_wherever_they_are() -> None:
         thread.join(60)
     assert not ends and not any(thread.is_alive() for thread in closing), "nobody waits for a time-out"
     assert not any(thread.is_alive() for channel in channels for thread in (*channel._threads, channel._connections))
+
+
+def test_what_one_does_first_may_take_longer_than_any_barrier() -> None:
+    rolls, service = together(free_port(), [0, 1, 2], 3), Memory(3)
+    events: list[str] = []
+    told: dict[int, str] = {}
+
+    def act(number: int, fails: bool) -> None:
+        events.append(f"{number} begins")
+        time.sleep(0.8 if number == 0 else 0.0)
+        events.append(f"{number} ends")
+        if fails and number == 1:
+            raise UserError("no room")
+
+    def work(roll: Roll) -> None:
+        hosts = Hosts(roll, service, timeout=0.4)
+        hosts.first_then_all("downloads", lambda: act(hosts.process, fails=False))
+        try:
+            hosts.first_then_all("downloads", lambda: act(hosts.process, fails=True))
+        except UserError as error:
+            told[hosts.process] = str(error)
+
+    threads = [threading.Thread(target=work, args=(roll,), daemon=True) for roll in rolls.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    for turn in (events[:6], events[6:]):
+        assert turn[:2] == ["0 begins", "0 ends"] and len(turn) == 6
+    assert told.keys() == {0, 1, 2} and all("process 1" in text and "no room" in text for text in told.values())
 
 
 def test_a_process_that_does_not_answer_to_a_stop_ends_the_others() -> None:

@@ -1,0 +1,188 @@
+"""lm-evaluation-harness: `jaxlm evaluate --harness TASKS`, and jaxlm as a model of `lm_eval` (`jaxlm.harness`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.config import EvaluateConfig, InferenceModelConfig, MeshConfig
+from jaxlm.config.reading import build
+from jaxlm.errors import UserError
+from jaxlm.locate import ReadPath
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxlm.evaluation.harness import JaxlmModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """What `--options.NAME` may be; named as in lm_eval.
+
+    Args:
+        include_path: a folder of further task files (YAML).
+        num_fewshot: examples before each question; null: as the task has it.
+        apply_chat_template: ask in the tokenizer's chat template.
+        fewshot_as_multiturn: examples are earlier turns of the conversation.
+        system_instruction: the system message.
+        gen_kwargs: settings of generation that replace the tasks', {max_gen_toks: 64}.
+        bootstrap_iters: resamples for the standard errors that need some.
+        seed: of random, NumPy, and the choice of examples.
+    """
+
+    include_path: ReadPath | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str | None = None
+    gen_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bootstrap_iters: int = 100_000
+    seed: int = 1234
+
+
+def make_model(
+    model: InferenceModelConfig,
+    console: Console,
+    tokenizer: str | None = None,
+    add_bos: bool | None = None,
+    mesh: MeshConfig | None = None,
+    batch_size: int = 8,
+) -> JaxlmModel:
+    """Loads a model for the harness; arguments as in `EvaluateConfig`.
+
+    Raises:
+        UserError: it cannot be loaded, or lm_eval is not installed.
+    """
+    from jaxlm.cli.opening import model_settings, open_model
+    from jaxlm.evaluation.harness import JaxlmModel
+    from jaxlm.processes.distributed import Hosts
+
+    # The harness writes prompts itself: as they stand, or by the tokenizer's chat template.
+    opened = open_model(model, tokenizer, "text", add_bos, mesh, console)
+    digest = hashlib.sha256(json.dumps(model_settings(opened, batch_size), sort_keys=True).encode()).hexdigest()
+    generator = opened.load(Hosts(), console)
+    return JaxlmModel(generator, opened.prompter, batch_size, digest)
+
+
+def run_harness(config: EvaluateConfig) -> int:
+    """Runs tasks of lm_eval on a model, and writes results.json, samples and report.md.
+
+    Raises:
+        UserError: for what cannot be meant.
+    """
+    if config.task is not None or config.data or config.predictions is not None:
+        raise UserError("harness: has tasks and data of its own; leave --task, --data and --predictions out")
+    if config.model.path is None and config.model.adapter is None:
+        raise UserError("model: name one, e.g. --model out/run")
+    if config.distributed.num_processes not in (None, 1):
+        raise UserError("distributed: lm_eval is run by one process; start one (it may have several devices)")
+    from jaxlm.config.reading import check_keys
+
+    check_keys(config.options, HarnessOptions, "options")
+    options = build(config.options, HarnessOptions)
+    assert config.harness is not None
+    tasks = [name.strip() for name in config.harness.split(",") if name.strip()]
+    name = Path(config.model.adapter or config.model.path or "").absolute().name
+    output = (Path("evaluation") / name if config.output is None else Path(config.output)) / "harness"
+
+    from rich.console import Console
+
+    from jaxlm.cli.start import quiet_logs, use_compilation_cache
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    quiet_logs()
+    use_compilation_cache(config.compilation_cache)
+    manager = _manager(options.include_path, tasks)
+    model = make_model(config.model, console, config.tokenizer, config.add_bos, config.mesh, config.batch_size)
+    from lm_eval import simple_evaluate  # an extra, and slow to import
+
+    output.mkdir(parents=True, exist_ok=True)
+    # What has been answered is kept here by the harness, so that a run that was killed goes on; for this model alone.
+    cache = output / f"answers-{model.digest[:16]}"
+    results = simple_evaluate(
+        model=model,
+        tasks=tasks,
+        num_fewshot=options.num_fewshot,
+        batch_size=config.batch_size,
+        limit=config.limit,
+        apply_chat_template=options.apply_chat_template,
+        fewshot_as_multiturn=options.fewshot_as_multiturn and options.apply_chat_template,
+        system_instruction=options.system_instruction,
+        gen_kwargs=options.gen_kwargs or None,
+        bootstrap_iters=options.bootstrap_iters,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+        task_manager=manager,
+        use_cache=str(cache),
+        log_samples=True,
+    )
+    _write(output, results, model)
+    for file in output.glob(f"{cache.name}*"):
+        file.unlink()
+    from lm_eval.utils import make_table
+
+    print(make_table(results))
+    console.print(f"wrote {output}", markup=False)
+    return 0
+
+
+def _manager(include_path: str | None, tasks: list[str]) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise UserError(f"harness: needs {error.name}: pip install 'jaxlm[harness]'") from None
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown or not tasks:
+        what = f"{unknown[0]!r} is not a task of lm_eval" if unknown else "no task is named"
+        raise UserError(f"harness: {what}; `lm_eval ls tasks` lists them, --options.include_path DIR adds yours")
+    return manager
+
+
+def _write(output: Path, results: Mapping[str, Any], model: JaxlmModel) -> None:
+    from lm_eval.utils import make_table
+
+    from jaxlm.evaluation.outputs import write_file
+
+    samples = results.get("samples", {})
+    kept = {key: value for key, value in results.items() if key != "samples"}
+    kept |= {"bos": model.get_model_info()["model_bos"], "first_request": model.first_fed}
+    write_file(output / "results.json", (json.dumps(kept, indent=1, default=str, ensure_ascii=False) + "\n").encode())
+    write_file(output / "report.md", f"# lm_eval\n\n{make_table(results)}\n".encode())
+    for task, rows in samples.items():
+        lines = (json.dumps(row, default=str, ensure_ascii=False) + "\n" for row in rows)
+        write_file(output / f"samples_{task.replace('/', '_')}.jsonl", "".join(lines).encode())
+
+
+def register() -> None:
+    """Makes jaxlm a model of lm_eval: `--model jaxlm --model_args path=DIR,adapter=DIR,dtype=float32`."""
+    from lm_eval.api.registry import register_model
+    from rich.console import Console
+
+    from jaxlm.evaluation.harness import JaxlmModel
+
+    @register_model("jaxlm")
+    class Registered(JaxlmModel):
+        """`JaxlmModel` by the words of a command line."""
+
+        def __init__(self, path: str | None = None, batch_size: int | str = 8, **words: Any) -> None:
+            for name in ("device", "max_batch_size"):  # what lm_eval passes to every model
+                words.pop(name, None)
+            own = {name: words.pop(name, None) for name in ("tokenizer", "add_bos")}
+            config = build({"path": path, **words}, InferenceModelConfig)
+            loaded = make_model(config, Console(stderr=True, soft_wrap=True), batch_size=_size(batch_size), **own)
+            super().__init__(loaded._generator, loaded._prompter, loaded.batch_size, loaded.digest)
+
+
+def _size(batch_size: int | str) -> int:
+    try:
+        return int(batch_size)
+    except ValueError:
+        raise UserError(f"batch_size: {batch_size!r} must be a whole number; jaxlm does not choose one") from None

@@ -1,0 +1,227 @@
+"""A model of jaxlm for lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness, 0.4.13).
+
+Texts become tokens, contexts are cut and continuations are told apart as its own `hf` model does, so that the figures
+are the same; what differs is how it is computed (`evaluation.likelihood`, and the engine's slots for generation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxlm.config import Decoding
+from jaxlm.errors import UserError
+from jaxlm.evaluation import likelihood
+from jaxlm.evaluation.likelihood import Choices
+from jaxlm.inference.answering import complete
+from jaxlm.inference.generator import Generator
+from jaxlm.inference.prompts import Prompter
+
+try:  # an extra of pyproject.toml; without it this module is not imported but for the message
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    raise UserError(f"harness: needs {error.name}: pip install 'jaxlm[harness]'") from None
+
+MAX_NEW_TOKENS = 256  # where a task names no number, as with `hf`
+# Settings of generation that tasks may name -> ours.
+SETTINGS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "num_beams": "num_beams",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "length_penalty": "length_penalty",
+    "early_stopping": "early_stopping",
+    "seed": "seed",
+}
+
+
+class JaxlmModel(TemplateLM):
+    """The harness's model; all three kinds of requests.
+
+    Args:
+        generator: the model on its devices.
+        prompter: its tokenizer, and whether bos stands in front of texts.
+        batch_size: requests that are computed together.
+        digest: of what decides its answers.
+    """
+
+    def __init__(self, generator: Generator, prompter: Prompter, batch_size: int = 8, digest: str = "") -> None:
+        super().__init__()
+        self._generator, self._prompter = generator, prompter
+        self.tokenizer = prompter.tokenizer
+        self.batch_size, self.digest = batch_size, digest
+        self.backend = "causal" if generator.decoder.spec.encoder is None else "seq2seq"
+        self.first_fed: dict[str, Any] | None = None
+
+    # --- what the harness asks about the model ------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        if self.tokenizer.eos_id is None:
+            raise UserError(
+                f"harness: the tokenizer of {self.tokenizer.path} has no eos token; name one in its settings"
+            )
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that nothing else stands before: bos, or eos where there is no bos."""
+        return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int:
+        return self._generator.max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return MAX_NEW_TOKENS
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.path).replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the results: what computed them."""
+        return {"model_dtype": str(self._generator.decoder.dtype), "model_bos": self._prompter.beginning}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's template writes it; without the prompt, its last turn stays open.
+
+        Raises:
+            UserError: there is no template, or it does not take the conversation.
+        """
+        text = self.tokenizer.render_chat(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"]
+        at = text.rindex(last.strip())
+        # Templates may take white space off the ends.
+        return (
+            text[: at + len(last.lstrip())] if text[at:].startswith(last.lstrip()) else text[: at + len(last.strip())]
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; with the tokenizer's own special tokens around, unless told otherwise or bos is there already."""
+        ids = list(self.tokenizer.encode(string, True).ids)
+        if add_special_tokens is False:
+            return ids
+        if add_special_tokens is None and string.startswith(self.tokenizer.token(self.prefix_token_id)):
+            return ids
+        before = list(self.tokenizer.opening) if self._prompter.adds_bos else []
+        behind = [self.eot_token_id] if self.tokenizer.adds_eos else []
+        return [*before, *ids, *behind]
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, whether all are the largest) of each (key, context, continuation)."""
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            shared.setdefault(self._cut(context, continuation), []).append(number)
+        groups = sorted(shared.items(), key=lambda entry: (-len(entry[0]), entry[0]))
+        results: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+            for start in range(0, len(groups), self.batch_size):
+                part = groups[start : start + self.batch_size]
+                asked = [Choices(context, tuple(tuple(requests[n][2]) for n in own)) for context, own in part]
+                for each in asked:
+                    likelihood.check(self._generator, each)
+                self._remember(asked[0])
+                for (_, own), scored in zip(
+                    part, likelihood.scores(self._generator, asked, self.batch_size), strict=True
+                ):
+                    pairs = zip(own, scored.log_probs, scored.is_greedy, strict=True)
+                    for number, value, is_greedy in pairs:
+                        results[number] = value, is_greedy
+                        if requests[number][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
+                    bar.update(len(own))
+        return [results[number] for number in range(len(requests))]
+
+    def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
+        """The context, without its first tokens where the model cannot read all of it with the continuation."""
+        most = self.max_length if self.backend == "seq2seq" else self.max_length + 1 - len(continuation)
+        return tuple(context[-most:]) if most > 0 else ()
+
+    def _remember(self, asked: Choices) -> None:
+        if self.first_fed is None:
+            continuations = [
+                {"ids": list(ids), "text": self.tokenizer.decode(ids, False)} for ids in asked.continuations
+            ]
+            text = self.tokenizer.decode(asked.context, False)
+            self.first_fed = {"ids": list(asked.context), "text": text, "continuations": continuations}
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows as long as the context; each token is predicted once."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            pieces = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for piece in map(utils.make_disjoint_window, pieces):
+                windows.append((None, *piece))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to the first of the texts that end it."""
+        groups: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(self._settings(request.args[1]), []).append(number)
+        results: dict[int, str] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
+            for (settings, until), numbers in groups.items():
+                prompts = {number: self._prompt(requests[number].args[0], settings) for number in numbers}
+                for batch in complete(self._generator, self.tokenizer, prompts, settings, self.batch_size, False):
+                    for number, completions in batch.items():
+                        text = self.tokenizer.decode(completions[0].ids)
+                        results[number] = postprocess_generated_text(text, list(until), None)
+                        self.cache_hook.add_partial("generate_until", requests[number].args, results[number])
+                    bar.update(len(batch))
+        return [results[number] for number in range(len(requests))]
+
+    def _prompt(self, text: str, settings: Decoding) -> list[int]:
+        room = self.max_length - (settings.max_new_tokens if self.backend == "causal" else 0)
+        if room < 1:
+            raise UserError(
+                f"harness: max_gen_toks {settings.max_new_tokens} leaves no room for a prompt: the model's context is "
+                f"{self.max_length} tokens; give --options.gen_kwargs '{{max_gen_toks: …}}'"
+            )
+        ids = self.tok_encode(text)[-room:]
+        if self.first_fed is None:
+            self.first_fed = {"ids": ids, "text": self.tokenizer.decode(ids, False)}
+        return ids
+
+    def _settings(self, given: Mapping[str, Any]) -> tuple[Decoding, tuple[str, ...]]:
+        """A task's settings of generation as ours, and the texts that end an answer."""
+        kwargs = normalize_gen_kwargs(dict(given), self.max_gen_toks)
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=self.tokenizer.token(self.eot_token_id))
+        most, samples = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample", False)
+        unknown = [name for name in kwargs if name not in SETTINGS]
+        if unknown:
+            known = ", ".join(SETTINGS)
+            raise UserError(f"harness: generation setting {unknown[0]!r} is not one of jaxlm's; known: {known}")
+        values = {SETTINGS[name]: value for name, value in kwargs.items()}
+        if not samples:
+            for name in ("temperature", "top_k", "top_p", "min_p"):  # of no effect, in `hf` too
+                values.pop(name, None)
+        stop = tuple(term for term in until if term)
+        return dataclasses.replace(Decoding(), max_new_tokens=most, stop=stop, **values), stop

@@ -1,0 +1,127 @@
+"""Answers as they come, in a file that survives a kill: a header, then a line for each request that is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+from jaxlm.evaluation.task import Answer
+
+MARK = "jaxlm evaluation"  # in the first line
+
+
+def to_json(answer: Answer) -> dict[str, Any]:
+    """The fields of an answer that say something."""
+    return {name: value for name, value in dataclasses.asdict(answer).items() if value not in ((), None)}
+
+
+def from_json(values: Mapping[str, Any]) -> Answer:
+    """The inverse of `to_json`.
+
+    Raises:
+        TypeError: for a field that an answer does not have.
+    """
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Answer(**fields)
+
+
+class Answered:
+    """Answers kept in memory only: of a process that writes no file.
+
+    Attributes:
+        answers: by number of the request.
+    """
+
+    def __init__(self, answers: dict[int, Answer] | None = None) -> None:
+        self.answers = answers or {}
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Keeps answers."""
+        self.answers |= answers
+
+
+class Journal(Answered):
+    """Answers kept in a file too.
+
+    Args:
+        path: of the file; its folder is there.
+        settings: what decides the answers, as JSON has it; a run with other settings must not go on with it.
+        overwrite: begin anew when it was begun with other settings.
+
+    Raises:
+        UserError: it was begun with other settings, another run is writing it, or it is another file.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        super().__init__()
+        self.path = path
+        self._file = path.open("ab+")
+        try:
+            self._lock()
+            self._open(dict(settings), overwrite)
+        except UserError:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another run is writing there; wait for it, or name another --output"
+            ) from None
+
+    def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        # A line that was being written when the run was killed has no end; it is written again.
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            lines = [None]
+        if lines and not (isinstance(lines[0], dict) and MARK in lines[0]):
+            raise UserError(f"{self.path}: is not the journal of an evaluation; move it away")
+        before = lines[0]["settings"] if lines else settings
+        if before != settings and not overwrite:
+            refuse_other_settings(self.path, before, settings, "an interrupted run was begun with")
+        same = bool(lines) and before == settings
+        self._file.truncate(len(whole) if same else 0)
+        if same:
+            self.answers = {line["request"]: from_json(line["answer"]) for line in lines[1:]}
+        else:
+            self._write({MARK: 1, "settings": settings})
+
+    def _write(self, *values: dict[str, Any]) -> None:
+        self._file.write(b"".join(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Keeps answers for good."""
+        super().add(answers)
+        self._write(*({"request": number, "answer": to_json(answer)} for number, answer in answers.items()))
+
+    def close(self, remove: bool = False) -> None:
+        """Gives the file up; `remove`: the final files are written, and it goes."""
+        if remove:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def refuse_other_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str) -> None:
+    """Raises UserError that names the first setting that differs."""
+    key = next((key for key in {**now, **before} if before.get(key) != now.get(key)), None)
+    if key is not None:
+        raise UserError(
+            f"{path}: {how} {key} {before.get(key)!r}, now it is {now.get(key)!r}; go on with the same, name another "
+            "--output, or begin anew with --overwrite"
+        )

@@ -1,0 +1,176 @@
+"""lm-evaluation-harness: a model of jaxlm beside the harness's own `hf`, on the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jaxlm.cli.evaluate import main
+from tests.e2e.conftest import WORDS
+
+pytestmark = pytest.mark.slow
+
+CHAT = (
+    "{% for message in messages %}<s>[{{ message['role'] }}] {{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>[assistant] {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a task of each kind of request, and their data."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'jaxlm[harness]'")
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "question": " ".join(WORDS[n % 5 : n % 5 + 2 + n % 7]),
+            "choices": [WORDS[n % 20], f"{WORDS[3 + n % 4]} {WORDS[n % 11]}", WORDS[(n * 7) % 20], "lava rock gas"],
+            "answer": n % 4,
+        }
+        for n in range(24)
+    ]
+    (folder / "data.json").write_text(json.dumps(rows))
+    long = [{"text": " ".join(WORDS[(n * k) % 20] for k in range(40 + 150 * n))} for n in range(4)]
+    (folder / "texts.json").write_text(json.dumps(long))
+    common = {
+        "dataset_path": "json",
+        "test_split": "test",
+        "fewshot_split": "test",
+        "metadata": {"version": 1},
+    }
+    data = {"dataset_kwargs": {"data_files": {"test": str(folder / "data.json")}}}
+    texts = {"dataset_kwargs": {"data_files": {"test": str(folder / "texts.json")}}}
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "tiny_texts": choice | data | {"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "choices"},
+        "tiny_letters": choice
+        | data
+        | {
+            "doc_to_text": "{{question}}\n"
+            + "".join(f"{letter}. {{{{choices[{n}]}}}}\n" for n, letter in enumerate("ABCD"))
+            + "Answer:",
+            "doc_to_choice": ["A", "B", "C", "D"],
+            "num_fewshot": 2,
+            "fewshot_config": {"sampler": "first_n"},
+        },
+        "tiny_rolling": texts
+        | {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "text",
+            "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        },
+        "tiny_answers": data
+        | {
+            "output_type": "generate_until",
+            "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "{{choices[answer]}}",
+            "generation_kwargs": {"until": ["\n", " gas"], "max_gen_toks": 12, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        },
+    }
+    for name, values in kinds.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **values}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tokenizer.json: behind special tokens, transformers and SentencePiece cut a text in different ways."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT
+    (folder / "tokenizer.model").unlink()
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+NAMES = ["tiny_texts", "tiny_letters", "tiny_rolling", "tiny_answers"]
+
+
+def by_hf(model: Path, tasks: Path, **more: Any) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results: dict[str, Any] = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        device="cpu",
+        batch_size=4,
+        tasks=NAMES,
+        task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0,
+        fewshot_random_seed=1234,
+        **more,
+    )
+    return results
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_results_are_those_of_hf(chat: bool, tiny_model: Path, chat_model: Path, tasks: Path, tmp_path: Path) -> None:
+    """All kinds of requests; few-shot, as text and as turns of a conversation; texts longer than the context."""
+    model = chat_model if chat else tiny_model
+    theirs = by_hf(model, tasks, apply_chat_template=chat, fewshot_as_multiturn=chat)
+    words = ["--harness", ",".join(NAMES), "--model", str(model), "--output", str(tmp_path), "--batch_size", "4"]
+    words += ["--options.include_path", str(tasks), "--options.bootstrap_iters", "0"]
+    words += ["--options.apply_chat_template", str(chat).lower(), "--compilation_cache", "none"]
+    assert main(words) == 0
+    ours = json.loads((tmp_path / "harness" / "results.json").read_text())
+    assert "bos <s>" in ours["bos"] and ours["first_request"]["ids"]
+    for name in NAMES:
+        rows = [json.loads(line) for line in (tmp_path / "harness" / f"samples_{name}.jsonl").read_text().splitlines()]
+        others = sorted(theirs["samples"][name], key=lambda row: row["doc_id"])
+        assert [row["arguments"] for row in rows] == json.loads(json.dumps([row["arguments"] for row in others]))
+        for row, other in zip(rows, others, strict=True):
+            if name == "tiny_answers":
+                assert row["resps"] == other["resps"]
+            elif name == "tiny_rolling":
+                assert float(row["resps"][0][0]) == pytest.approx(float(other["resps"][0][0]), abs=1e-3)
+            else:
+                mine, hf = ([(float(a), str(b)) for a, b in each["filtered_resps"]] for each in (row, other))
+                assert [hit for _, hit in mine] == [hit for _, hit in hf]
+                assert [value for value, _ in mine] == pytest.approx([value for value, _ in hf], abs=1e-4)
+                assert (row["acc"], row["acc_norm"]) == (other["acc"], other["acc_norm"])
+        for key, value in theirs["results"][name].items():
+            if isinstance(value, float):
+                assert ours["results"][name][key] == pytest.approx(value, rel=1e-5)
+    if not chat:
+        _task_of_jaxlm_agrees(model, tasks, theirs, tmp_path)
+        _model_named_jaxlm_agrees(model, tasks, theirs)
+
+
+def _task_of_jaxlm_agrees(model: Path, tasks: Path, theirs: dict[str, Any], tmp_path: Path) -> None:
+    words = ["--task", "multiple_choice", "--model", str(model), "--data", str(tasks / "data.json")]
+    words += ["--options.answers", "texts", "--output", str(tmp_path), "--compilation_cache", "none"]
+    assert main(words) == 0
+    figures = json.loads((tmp_path / "multiple_choice" / "scores.json").read_text())["figures"]
+    for name in ("acc", "acc_norm"):
+        assert figures[name]["value"] == pytest.approx(theirs["results"]["tiny_texts"][f"{name},none"])
+
+
+def _model_named_jaxlm_agrees(model: Path, tasks: Path, theirs: dict[str, Any]) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import jaxlm.harness  # noqa: F401  (registers it)
+
+    results: Any = simple_evaluate(
+        model="jaxlm",
+        model_args=f"path={model},dtype=float32",
+        tasks=["tiny_texts"],
+        batch_size=4,
+        task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0,
+    )
+    assert results["results"]["tiny_texts"]["acc,none"] == theirs["results"]["tiny_texts"]["acc,none"]
