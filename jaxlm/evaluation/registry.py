@@ -10,9 +10,19 @@ from jaxlm.evaluation.task import Task
 
 # Name for --task -> module of `jaxlm.evaluation.tasks`, which has it as TASK or in TASKS (by name).
 MODULES: dict[str, str] = {
+    "geobench": "geobench",
+    "geobench_subjective": "geobench",
+    "ie": "ie",
+    "lpm24_captions": "lpm24",
+    "lpm24_molecules": "lpm24",
+    "matbench": "mdp",
+    "mdp": "mdp",
+    "molinstructions": "molinstructions",
     "multiple_choice": "multiple_choice",
     "numbers": "numbers",
     "qa": "qa",
+    "sii": "sii",
+    "zbench": "zbench",
 }
 # Tasks of `jaxlm evaluate` that have a command of their own, and are run one at a time.
 ALONE = ("perplexity", "smiles2text", "text2smiles")

@@ -100,7 +100,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--task", "text2smiles"], "[]", "holds no answer"),
         (["--task", "text2smiles"], "[1]", "must hold a list of records"),
         (["--task", "text2smiles"], "[", "broken JSON: Expecting value"),
-        (["--task", "captions"], "[]", "is not a task; there are multiple_choice"),
+        (["--task", "captions"], "[]", "did you mean 'lpm24_captions'?"),
         (
             ["--task", "smiles2text", "--metric_tokenizer", "/none"],
             '[{"caption": "a", "answer": "b"}]',

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.config.prepare import PrepareConfig
 from jaxlm.data.encoding import resolve_ends
+from jaxlm.data.mindrecord import SCIMIND_FIELDS, MindRecordWriter, scimind_row
 from jaxlm.data.prepare.shards import Bad, Shard, read_documents, read_shard
 from jaxlm.data.prepare.split import open_tokenizer
 from jaxlm.data.prepare.work import Mark, Phase, Step
@@ -62,6 +63,8 @@ def check(config: PrepareConfig) -> None:
             f"build.knowlm: KnowLM's store holds ids in 16 bits, and {tokenizer.path} has {tokenizer.vocab_size:,}; "
             "leave it out"
         )
+    if not 0 <= config.build.mindrecord <= 1000:
+        raise UserError(f"build.mindrecord: {config.build.mindrecord}; give a number of files, 0 to 1000")
 
 
 def source_names(config: PrepareConfig) -> list[str]:
@@ -221,6 +224,8 @@ def join_parts(step: Step, _: int) -> Mark:
     join(Work((), data, tokenizer), store(step), parts, reports, settings)
     if step.config.build.knowlm:
         _write_knowlm(step.folder / "knowlm", StoredTokens(store(step)), tokenizer)
+    if step.config.build.mindrecord:
+        _write_mindrecord(step, StoredTokens(store(step)), tokenizer)
     return {
         "sources": {
             report.path: {
@@ -235,6 +240,19 @@ def join_parts(step: Step, _: int) -> Mark:
         },
         "num_examples": sum(part.examples for part in parts),
     }
+
+
+def _write_mindrecord(step: Step, tokens: StoredTokens, tokenizer: Tokenizer) -> None:
+    """Rows as SciMind trains on them."""
+    for file in step.folder.glob("data.mindrecord*"):  # of a run that was killed here
+        file.unlink()
+    options = step.config.build
+    # Tokens of modalities follow the others; without any, no id is one.
+    first = min((modality.range[0] for modality in tokenizer.modalities), default=tokenizer.vocab_size)
+    with MindRecordWriter(step.folder / "data.mindrecord", SCIMIND_FIELDS, shards=options.mindrecord) as writer:
+        for number in range(len(tokens)):
+            example = tokens[number]
+            writer.write(scimind_row(example.input_ids, example.loss_mask, options.sequence_length, first))
 
 
 def _write_knowlm(prefix: Path, tokens: StoredTokens, tokenizer: Tokenizer) -> None:

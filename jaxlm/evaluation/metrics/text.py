@@ -1,0 +1,101 @@
+"""Likeness of texts, by the packages of the field: ROUGE, BLEU, METEOR. They are imported when they are needed."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxlm.errors import UserError
+
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+
+
+@contextmanager
+def needs_extra(extra: str = "science") -> Iterator[None]:
+    """Says which extra of jaxlm has a package that is missing.
+
+    Raises:
+        UserError: in place of the error of an import inside of it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"these figures need {error.name}: pip install 'jaxlm[{extra}]'") from None
+
+
+@functools.cache
+def _scorer(stemmed: bool) -> Any:
+    with needs_extra():
+        from rouge_score.rouge_scorer import RougeScorer
+    return RougeScorer(list(ROUGE.values()), use_stemmer=stemmed)
+
+
+@functools.lru_cache(maxsize=65536)  # resamples of records score the same texts again and again
+def _rouge(reference: str, prediction: str, stemmed: bool) -> tuple[float, ...]:
+    scores = _scorer(stemmed).score(reference, prediction)
+    return tuple(float(scores[key].fmeasure) for key in ROUGE.values())
+
+
+def rouge(reference: str, prediction: str, stemmed: bool = False) -> dict[str, float]:
+    """F measures of ROUGE-1, ROUGE-2 and ROUGE-L of `rouge-score`: Latin letters and digits only, in small letters."""
+    return dict(zip(ROUGE, _rouge(reference, prediction, stemmed), strict=True))
+
+
+def corpus_bleu(
+    references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], weights: Sequence[float]
+) -> float:
+    """NLTK's corpus BLEU of tokens, one reference each; `weights` of the orders, e.g. four times 0.25."""
+    with needs_extra():
+        from nltk.translate.bleu_score import corpus_bleu as bleu
+    # Short texts have n-grams that never match; NLTK warns of each.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\nThe hypothesis contains 0 counts")
+        return float(bleu([[list(each)] for each in references], [list(each) for each in predictions], weights=weights))
+
+
+def sentence_bleu(reference: Sequence[str], prediction: Sequence[str]) -> float:
+    """NLTK's BLEU-4 of one sentence, without smoothing."""
+    with needs_extra():
+        from nltk.translate.bleu_score import sentence_bleu as bleu
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\nThe hypothesis contains 0 counts")
+        return float(bleu([list(reference)], list(prediction)))
+
+
+def meteor(reference: Sequence[str], prediction: Sequence[str], nltk_data: Path) -> float:
+    """NLTK's METEOR of tokens.
+
+    Args:
+        reference, prediction: tokens.
+        nltk_data: directory with WordNet (`corpora/wordnet` or `corpora/wordnet.zip`), as `nltk.download` makes it.
+
+    Raises:
+        UserError: when WordNet is not there.
+    """
+    return _meteor(tuple(reference), tuple(prediction), nltk_data)
+
+
+@functools.lru_cache(maxsize=65536)
+def _meteor(reference: tuple[str, ...], prediction: tuple[str, ...], nltk_data: Path) -> float:
+    return float(_meteor_scorer(nltk_data)([list(reference)], list(prediction)))
+
+
+@functools.cache
+def _meteor_scorer(nltk_data: Path) -> Any:
+    with needs_extra():
+        import nltk
+        from nltk.corpus import wordnet
+        from nltk.translate.meteor_score import meteor_score
+    corpora = nltk_data / "corpora"
+    if not (corpora / "wordnet").is_dir() and not (corpora / "wordnet.zip").is_file():
+        raise UserError(
+            f"nltk_data: {nltk_data} has no corpora/wordnet, which METEOR needs; make it where there is a network, "
+            f"python -m nltk.downloader -d {nltk_data} wordnet, or leave nltk_data out"
+        )
+    nltk.data.path.insert(0, str(nltk_data))
+    wordnet.ensure_loaded()
+    return meteor_score
