@@ -25,11 +25,12 @@ import numpy as np
 
 from jaxlm.config import SourceConfig
 from jaxlm.data.records import is_token_source, source_files
+from jaxlm.data.report import SourceReport
 from jaxlm.data.split import count_split, drawn_examples
 from jaxlm.data.store.build import Work, join, make_parts, open_parts, reports_of
 from jaxlm.data.store.manifest import MANIFEST
 from jaxlm.data.store.pool import cores
-from jaxlm.data.store.source import tokenizer_digest
+from jaxlm.data.store.source import open_as_source, tokenizer_digest
 from jaxlm.data.store.stored import Selected, StoredTokens
 from jaxlm.data.templates import DIRECTORY
 from jaxlm.data.tokenise import Tokeniser, chosen_template, read_batches
@@ -43,6 +44,8 @@ SMALL = 16 << 20  # bytes of sources below which `auto` tokenises into memory at
 _SAMPLE = 1 << 16  # bytes that are read of a file for its digest, at three places
 # Keys of a source that say how often its tokens are taken, not what they are.
 _MIXING = ("weight", "tokens", "max_passes")
+# Keys of the data section that leave the tokens as they are, or go in by themselves.
+_NOT_IN_TOKENS = {"train", "validation", "mixing", "packing", "allow_no_end", "date", "workers", "cache"}
 _SECONDS_SHOWN = 3.0  # in which another host sees a file that was written
 _BYTES_A_PROCESS = 4 << 20  # of sources: with less, one more process gains nothing
 _POLL = 0.5  # seconds between two looks at what other processes do
@@ -59,6 +62,16 @@ class Display(Protocol):
     def joining(self, done: int, total: int) -> None:
         """`done` of `total` tokens and masks were written."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The data of a run as stores: training, validation where it was split off, and what became of the sources."""
+
+    train: StoredTokens
+    validation: StoredTokens | None
+    reports: tuple[SourceReport, ...]
+    validation_reports: tuple[SourceReport, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +110,7 @@ class Cache:
         """Whether these sources are tokenised into the cache, and not into memory."""
         return self.always or source_bytes(sources) >= SMALL
 
-    def open(self, work: Work, validation: int | float = 0, seed: int = 0) -> tuple[StoredTokens, StoredTokens | None]:
+    def open(self, work: Work, validation: int | float = 0, seed: int = 0) -> Opened:
         """The store of the sources, made first where there is none; split in training and validation if asked for.
 
         Args:
@@ -118,23 +131,33 @@ class Cache:
                 "that is writable and has room, or to none; what is finished is kept"
             ) from None
 
-    def _open(self, work: Work, validation: int | float, seed: int) -> tuple[StoredTokens, StoredTokens | None]:
+    def _open(self, work: Work, validation: int | float, seed: int) -> Opened:
         files = _describe(work.sources)
         name = _name(work, files)
         whole = self.directory / name
         group = self._group(name)
-        if not _is_finished(whole):
-            make = partial(self._tokenise, work, whole, group, files)
-            self._make(whole, group, make, make)
-        stored = StoredTokens(whole)
-        self._check_first(work, stored)
+        first = work.sources[0]
+        opened = None
+        if len(work.sources) == 1 and is_token_source(first):
+            opened = open_as_source(first, work.config, work.tokenizer, work.start_id)
+        if opened is None:
+            if not _is_finished(whole):
+                make = partial(self._tokenise, work, whole, group, files)
+                self._make(whole, group, make, make)
+            stored = StoredTokens(whole)
+            self._check_first(work, stored)
+            reports = stored.manifest.reports()
+        else:
+            stored, report = opened
+            reports = (report,)
         if not validation:
-            return stored, None
+            return Opened(stored, None, reports, ())
         key = hashlib.sha256(json.dumps([validation, seed]).encode()).hexdigest()[:12]
         split = self.directory / f"{name}-{key}"
         if not _is_finished(split):
-            self._make(split, group, partial(_split, work, stored, split, validation, seed))
-        return StoredTokens(split / "train"), StoredTokens(split / "validation")
+            self._make(split, group, partial(_split, work, stored, reports, split, validation, seed))
+        train, held_out = StoredTokens(split / "train"), StoredTokens(split / "validation")
+        return Opened(train, held_out, train.manifest.reports(), held_out.manifest.reports())
 
     def _group(self, name: str) -> _Group:
         """The processes that make the same store in the same directory."""
@@ -294,7 +317,7 @@ def _describe(sources: Sequence[SourceConfig]) -> list[Any]:
 def _settings(work: Work) -> dict[str, Any]:
     """What the tokens depend on besides files and tokenizer, by key."""
     config = work.config
-    keys = ("sequence_length", "encoder_length", "train_on_inputs", "add_bos", "add_eos", "drop_unknown", "too_long")
+    keys = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_IN_TOKENS]
     values: dict[str, Any] = {f"data.{key}": getattr(config, key) for key in keys}
     values["data.packing"] = "group_texts" if config.packing_mode == "group_texts" else "records"
     values["start_id"] = work.start_id
@@ -309,7 +332,12 @@ def _name(work: Work, files: list[Any]) -> str:
     tokenizer = work.tokenizer
     digest = hashlib.sha256()
     parts: list[Any] = [RULES, files, _settings(work), tokenizer_digest(tokenizer), tokenizer.chat_template]
-    parts += [tokenizer.end_ids, str(tokenizer.date) if tokenizer.asks_for_date else None, work.part_characters]
+    parts += [
+        tokenizer.end_ids,
+        tokenizer.opens_answers,
+        str(tokenizer.date) if tokenizer.asks_for_date else None,
+        work.part_characters,
+    ]
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for source in work.sources:
         for candidate in (DIRECTORY / f"{source.template}.json", at_home(source.template)):
@@ -321,10 +349,17 @@ def _name(work: Work, files: list[Any]) -> str:
     return f"tokens-{digest.hexdigest()[:32]}"
 
 
-def _split(work: Work, stored: StoredTokens, directory: Path, validation: int | float, seed: int) -> None:
+def _split(
+    work: Work,
+    stored: StoredTokens,
+    whole_reports: Sequence[SourceReport],
+    directory: Path,
+    validation: int | float,
+    seed: int,
+) -> None:
     """Writes the two stores of a split."""
     held_out = drawn_examples(stored, validation, seed)
-    reports = count_split(stored.manifest.reports(), stored, held_out)
+    reports = count_split(whole_reports, stored, held_out)
     shutil.rmtree(directory, ignore_errors=True)
     settings = {**stored.manifest.settings, "data.validation": validation, "train.seed": seed}
     # The validation data come last: with them the split is complete.
