@@ -293,6 +293,6 @@ class PrepareConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    block_bytes: int = 256_000_000
+    block_bytes: int = 32_000_000
     compression: Literal["none", "zst"] = "none"
     max_bad: int = 0

@@ -7,7 +7,6 @@ join      all parts -> the store, in `store/`; KnowLM's files beside it when ask
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from jaxlm.config.prepare import PrepareConfig
 from jaxlm.data.encoding import resolve_ends
 from jaxlm.data.mindrecord import SCIMIND_FIELDS, MindRecordWriter, scimind_row
 from jaxlm.data.prepare.shards import Bad, Shard, read_documents, read_shard
+from jaxlm.data.prepare.split import open_tokenizer
 from jaxlm.data.prepare.work import Mark, Phase, Step
 from jaxlm.data.records import Record
 from jaxlm.data.report import SourceReport
@@ -33,7 +33,7 @@ from jaxlm.data.store.stored import StoredTokens
 from jaxlm.data.tokenise import CHARACTERS, RECORDS, Batch, Tokeniser
 from jaxlm.data.tokens import Chunk, merged
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import Tokenizer
 
 
 def phases(step: Step) -> Iterator[Phase]:
@@ -74,7 +74,7 @@ def source_names(config: PrepareConfig) -> list[str]:
 
 def _settings(config: PrepareConfig) -> tuple[DataConfig, Tokenizer]:
     assert config.tokenizer is not None
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     options = config.build
     data = DataConfig(
         sequence_length=options.sequence_length,
@@ -85,11 +85,6 @@ def _settings(config: PrepareConfig) -> tuple[DataConfig, Tokenizer]:
         too_long=options.too_long,
     )
     return resolve_ends(data, tokenizer)[0], tokenizer
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(path)
 
 
 # The phases --------------------------------------------------------------------------------------
