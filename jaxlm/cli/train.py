@@ -200,7 +200,8 @@ def _preview(config: RunConfig, rows: int) -> None:
         shown += preview(train[number], tokenizer, console, shown, rows)
         if shown == rows:
             break
-    console.rule(f"{shown} rows of a run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
+    part = f"{shown} rows of a" if rows else "a"
+    console.rule(f"{part} run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
     console.print("\n".join(table(data.shares(train))), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -295,7 +295,7 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 
     records, options = read(TASK, written(tmp_path, NPEE))
     answers: list[Answers] = [{"wa:plain": probabilities(*[0.1] * len(record["labels"]))} for record in records]
-    figure = matplotlib.figure.Figure()
+    figure = matplotlib.figure.Figure(layout="constrained")
     TASK.plot(figure, records, answers, TASK.score(records, answers, options), options)  # type: ignore[misc]
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["choice_wa_plain", "choice_wa_max"]

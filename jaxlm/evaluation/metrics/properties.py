@@ -2,7 +2,8 @@
 
 Facts: `evaluation/text_property_metrics.py` of language-plus-molecules/LPM-24-Dataset. A caption names a property when
 the property's tokens stand in it one after the other. Figures of properties are averaged group by group, from the
-innermost one; what has no value (no caption names it) is left out of its group, and a group without any value is 0.
+innermost one; what has no value (no caption names it) is left out of its group, and a group without any value is 1
+(in older versions of the script 0).
 """
 
 from __future__ import annotations
@@ -139,8 +140,6 @@ def property_figures(
 
 def _averaged(values: dict[PropertyPath, float | None]) -> float:
     """The mean over the first level of paths, of which each is the mean of what lies below."""
-    if not values:
-        return 0.0
     below: dict[str, dict[PropertyPath, float | None]] = {}
     level: list[float] = []
     for path, value in values.items():
@@ -149,7 +148,7 @@ def _averaged(values: dict[PropertyPath, float | None]) -> float:
         elif value is not None:
             level.append(value)
     level += [_averaged(inner) for inner in below.values()]
-    return sum(level) / len(level) if level else 0.0
+    return sum(level) / len(level) if level else 1.0
 
 
 def combination_figures(

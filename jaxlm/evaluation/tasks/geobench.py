@@ -204,7 +204,7 @@ def _plot(
     axes.set_xlim(0, 1)
     axes.set_xlabel("accuracy")
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside lower center")
 
 
 def _subjective_requests(records: Sequence[Row], options: SubjectiveOptions, tokenizer: Tokenizer) -> list[Request]:
@@ -259,7 +259,7 @@ TASKS = {
     for task in (
         Task(
             name="geobench",
-            summary="GeoBench of K2: choices, and true or false, by the probability of the next token",
+            summary="GeoBench of K2: choices, and true or false, by the probability of the next token.",
             expects=_EXPECTS,
             requests=_requests,
             score=_score,
@@ -273,7 +273,7 @@ TASKS = {
         ),
         Task(
             name="geobench_subjective",
-            summary="GeoBench's free answers: ROUGE, and perplexity of the reference (jaxlm's own figures)",
+            summary="GeoBench's free answers: ROUGE, and perplexity of the reference (jaxlm's own figures).",
             expects=_EXPECTS,
             requests=_subjective_requests,
             score=_subjective_score,

@@ -244,7 +244,7 @@ TASKS = {
     for task in (
         Task(
             name="lpm24_captions",
-            summary="LPM-24: captions of molecules; BLEU, ROUGE, METEOR, and the properties that they name",
+            summary="LPM-24: captions of molecules; BLEU, ROUGE, METEOR, and the properties that they name.",
             expects="a molecule (molecule or SMILES) and its caption (caption or 'ground truth')",
             requests=_request_captions,
             score=_score_captions,
@@ -255,7 +255,7 @@ TASKS = {
         ),
         Task(
             name="lpm24_molecules",
-            summary="LPM-24: molecules for captions; exact, BLEU, Levenshtein, validity, fingerprints, FCD",
+            summary="LPM-24: molecules for captions; exact, BLEU, Levenshtein, validity, fingerprints, FCD.",
             expects="a caption (caption or description) and a molecule in SMILES (molecule, SMILES or 'ground truth')",
             requests=_request_molecules,
             score=_score_molecules,
