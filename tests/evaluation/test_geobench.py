@@ -290,6 +290,18 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_answers_of_several_letters_are_passed_over(tmp_path: Path) -> None:
+    """As in K2's script; a question that can never score counts as wrong."""
+    text = "Which\nA. a\nB. b"
+    records, options = read(TASK, written(tmp_path, {"choice": {"question": [text] * 3, "answer": ["AB", "A", "C"]}}))
+    requests = requested(TASK, records, options)
+    assert {request.record for request in requests} == {1, 2}
+    figures = TASK.score(records, [{"wa:plain": probabilities(0.9, 0.1)}] * 3, options)
+    assert figures["choice_wa_plain_accuracy"].values == {1: 1, 2: 0} and figures["choice_random"].n == 2
+    details = TASK.details(records, [], figures, options)  # type: ignore[misc]
+    assert "one letter: 1" in details and "the right option: 1" in details
+
+
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
     import matplotlib.figure
 
