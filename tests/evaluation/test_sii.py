@@ -113,6 +113,7 @@ VALUE = st.sampled_from(
         "10.0; 20",
         "MAPbI3",
         "Ag; Ag; Au",
+        "Ag",
     ]
 )
 DOCUMENT = st.fixed_dictionaries(dict.fromkeys(sii.KEYS, VALUE))
