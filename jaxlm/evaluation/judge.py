@@ -41,10 +41,14 @@ class Judge:
         keys = [hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest() for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
         if missing:
+            from rich.console import Console
+            from rich.progress import track
+
             client = self._client()
             self.verdicts.parent.mkdir(parents=True, exist_ok=True)
             with self.verdicts.open("a", encoding="utf-8") as file:
-                for key, prompt in missing.items():
+                shown = track(missing.items(), "asking the judge", console=Console(stderr=True), transient=True)
+                for key, prompt in shown:
                     known[key] = self._complete(client, prompt)
                     line = {"key": key, "model": self.model, "prompt": prompt, "verdict": known[key]}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -90,6 +90,14 @@ def test_choice_entropy_and_shares_by_hand() -> None:
         next_token.choose([0.1, math.nan])
 
 
+def test_probabilities_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    """The question is named."""
+    records, options = read(TASK, written(tmp_path, AP))
+    answers: list[Answers] = [{"wa:plain": Answer(log_probs=(math.nan, -1.0))}]
+    with pytest.raises(UserError, match=r"geobench.json: question 1: the model gives .*NaN"):
+        TASK.score(records, answers, options)
+
+
 @given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=8))
 def test_entropy_and_choice_against_numpy_and_scipy(values: list[float]) -> None:
     import numpy as np
