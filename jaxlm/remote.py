@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import re
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from jaxlm.errors import UserError
 
@@ -100,6 +101,29 @@ def files_below(folder: Location, key: str) -> list[Location]:
         names = sorted(filesystem.find(str(folder)))
     paths = [UPath(filesystem.unstrip_protocol(name), **folder.storage_options) for name in names]
     return [path for path in paths if not path.name.startswith(".")]
+
+
+class FileStatus(NamedTuple):
+    """A file's size in bytes, and its time of change (ns) or the storage's own mark of its version."""
+
+    size: int
+    version: int
+
+
+def file_status(file: Location, key: str) -> FileStatus:
+    """A file's size and version.
+
+    Raises:
+        FileNotFoundError: a file of this machine is not there.
+        UserError: the address cannot be reached.
+    """
+    if isinstance(file, Path):
+        status = file.stat()
+        return FileStatus(status.st_size, status.st_mtime_ns)
+    with reading(file, key):
+        # Made of what the storage says of the file: an ETag, a generation, a time.
+        mark = hashlib.sha256(str(file.fs.ukey(file.path)).encode()).digest()
+        return FileStatus(file.stat().st_size, int.from_bytes(mark[:7]))
 
 
 @contextlib.contextmanager

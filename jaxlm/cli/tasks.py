@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jaxlm.cli.opening import OpenModel
     from jaxlm.evaluation.job import Job
-    from jaxlm.evaluation.task import Answer, Answers, Figure, Request, Task
+    from jaxlm.evaluation.task import Answers, Figure, Task
     from jaxlm.inference.generator import Generator
     from jaxlm.processes.distributed import Hosts
 
@@ -232,7 +232,7 @@ def _ask(
     console: Console,
 ) -> tuple[list[Answers], dict[str, Any]]:
     """The answers to every record, and what was fed first."""
-    from jaxlm.evaluation.asking import ask, check_requests, first_fed, make_plan
+    from jaxlm.evaluation.asking import ask, by_record, check_requests, first_fed, make_plan
     from jaxlm.evaluation.journal import Answered, Journal
     from jaxlm.evaluation.outputs import JOURNAL
     from jaxlm.evaluation.task import Answer
@@ -262,14 +262,7 @@ def _ask(
     if journal is not None:
         journal.close()
     facts = {"bos": opened.prompter.beginning, "first_request": first_fed(plan, tokenizer)}
-    return _by_record(len(job.records), requests, answered.answers), facts
-
-
-def _by_record(records: int, requests: Sequence[Request], answers: Mapping[int, Answer]) -> list[Answers]:
-    parts: list[dict[str, Answer]] = [{} for _ in range(records)]
-    for number, request in enumerate(requests):
-        parts[request.record][request.part] = answers[number]
-    return list(parts)
+    return by_record(len(job.records), requests, answered.answers), facts
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from jaxlm.errors import UserError
 from jaxlm.spec import PrefixSpec
 from jaxlm.tokenizer import Tokenizer
 
+_STRETCH = 1 << 14  # examples that are looked at together
+
 
 def check_prefix(prefix: PrefixSpec | None, examples: Tokens | None, tokenizer: Tokenizer, packing: str) -> None:
     """Refuses targets in front of the token that an answer begins with: the model would see what it is to predict.
@@ -30,14 +32,25 @@ def check_prefix(prefix: PrefixSpec | None, examples: Tokens | None, tokenizer: 
             f"data.packing: group_texts cuts rows from a running text, and each needs a {start} for this model; set it "
             "to true or false"
         )
-    begun = np.cumsum(examples.input_ids == prefix.start_id)
-    before = np.concatenate([[0], begun])[examples.offsets[:-1]]
-    seen = examples.loss_mask & (begun == np.repeat(before, examples.lengths))
-    if not seen.any():
+    number = _first_seen(prefix.start_id, examples)
+    if number is None:
         return
-    number = int(np.searchsorted(examples.offsets, np.flatnonzero(seen)[0], side="right")) - 1
     raise UserError(
         f"data: record {examples.record[number] + 1} (of all that are read) has tokens to learn in front of {start}, "
         "which this model sees while it reads them. Use its own tokenizer (tokenizer.path: null), data.add_bos: null "
         "and train_on_inputs: false; a document must fit a row (sequence_length, or too_long: truncate)"
     )
+
+
+def _first_seen(start_id: int, examples: Tokens) -> int | None:
+    """The first example with a target in front of the token; a stretch at a time, as stores are larger than memory."""
+    for first in range(0, len(examples), _STRETCH):
+        offsets = np.asarray(examples.offsets[first : first + _STRETCH + 1])
+        begin, end = int(offsets[0]), int(offsets[-1])
+        begun = np.cumsum(examples.input_ids[begin:end] == start_id)
+        before = np.concatenate([[0], begun])[offsets[:-1] - begin]
+        seen = examples.loss_mask[begin:end] & (begun == np.repeat(before, np.diff(offsets)))
+        examples.release()
+        if seen.any():
+            return first + int(np.searchsorted(offsets, begin + np.flatnonzero(seen)[0], side="right")) - 1
+    return None

@@ -7,14 +7,14 @@ killed and started again computes each batch in the same shape, and ends with th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 from jaxlm.evaluation import likelihood
 from jaxlm.evaluation.journal import Answered
 from jaxlm.evaluation.likelihood import Choices
-from jaxlm.evaluation.task import Answer, Generate, LogLikelihood, NextToken, Prompt, Question, Request
+from jaxlm.evaluation.task import Answer, Answers, Generate, LogLikelihood, NextToken, Prompt, Question, Request
 from jaxlm.inference.answering import complete
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.options import check_decoding, check_stop_ids
@@ -204,13 +204,23 @@ def _size(fed: Fed) -> tuple[int, int]:
     return -max(len(each.context) for each in fed), -max(len(ids) for each in fed for ids in each.continuations)
 
 
+# (plan, numbers of requests) -> what is written for them.
+Writer = Callable[[Plan, Sequence[int]], dict[int, Answer]]
+
+
 def ask(
-    plan: Plan, generator: Generator, tokenizer: Tokenizer, answered: Answered, advance: Callable[[int], None]
+    plan: Plan,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    answered: Answered,
+    advance: Callable[[int], None],
+    write: Writer | None = None,
 ) -> None:
     """Asks what has no answer yet.
 
     Args:
         advance: called with the number of requests done.
+        write: what writes; None: the generator.
     """
     errors = {
         number: Answer(error=each)
@@ -223,15 +233,17 @@ def ask(
     for batch in plan.batches:
         missing = [number for number in batch if number not in answered.answers]
         if missing:
-            answers = _answer_batch(plan, batch, generator, tokenizer)
+            answers = _answer_batch(plan, batch, generator, tokenizer, write)
             answered.add({number: answers[number] for number in missing})
             advance(len(missing))
 
 
-def _answer_batch(plan: Plan, batch: Sequence[int], generator: Generator, tokenizer: Tokenizer) -> dict[int, Answer]:
+def _answer_batch(
+    plan: Plan, batch: Sequence[int], generator: Generator, tokenizer: Tokenizer, write: Writer | None
+) -> dict[int, Answer]:
     first = plan.fed[batch[0]]
     if isinstance(first, Writing):
-        return _written(plan, batch, first, generator, tokenizer)
+        return _written(plan, batch, first, generator, tokenizer) if write is None else write(plan, batch)
     flat = [(number, at) for number in batch for at in range(len(plan.fed[number]))]  # type: ignore[arg-type]
     scored: dict[tuple[int, int], likelihood.Scores] = {}
     for start in range(0, len(flat), plan.batch_size):
@@ -264,6 +276,14 @@ def _written(
             texts, finishes = (tuple(each.text for each in completions), tuple(each.finish for each in completions))
             answers[number] = Answer(texts=texts, finishes=finishes)
     return answers
+
+
+def by_record(records: int, requests: Sequence[Request], answers: Mapping[int, Answer]) -> list[Answers]:
+    """The answers of each record by part, of answers by number of their request."""
+    parts: list[dict[str, Answer]] = [{} for _ in range(records)]
+    for number, request in enumerate(requests):
+        parts[request.record][request.part] = answers[number]
+    return list(parts)
 
 
 def first_fed(plan: Plan, tokenizer: Tokenizer) -> dict[str, object] | None:

@@ -205,6 +205,7 @@ def join(
             encoder_tokens=encoder if work.start_id is not None else None,
             largest_id=sums.largest,
             digest=sums.contents.hexdigest(),
+            digest_as_source=sums.as_source,
             tokenizer=tokenizer_digest(tokenizer),
             tokenizer_path=str(tokenizer.path),
             vocab_size=tokenizer.vocab_size,

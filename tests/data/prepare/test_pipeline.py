@@ -74,14 +74,6 @@ def test_shares_write_the_same_bytes(corpus: Path, whole: dict[str, bytes], tmp_
     assert files_of(tmp_path) == whole
 
 
-def test_datatroves_executor_writes_the_same_bytes(corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    pytest.importorskip("datatrove", reason="datatrove is not installed (pip install 'jaxlm[cluster]')")
-    engine = {"name": "datatrove", "workers": 1}
-    run(values(corpus, tmp_path, block_bytes=5000, engine=engine), "filter")
-    own = {name: content for name, content in whole.items() if name.startswith("filter")}
-    assert files_of(tmp_path) == own
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_datatroves_processes_write_the_same_bytes(
@@ -150,6 +142,40 @@ def test_compressed_parts_are_read_by_the_next_step(corpus: Path, whole: dict[st
     part = tmp_path / "dedup/part-00000.jsonl.zst"
     with pyarrow.OSFile(str(part)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
         assert stream.read() == whole["dedup/part-00000.jsonl"]
+
+
+def test_sources_may_lie_behind_an_address(corpus: Path, tmp_path: Path, documents: Any) -> None:
+    """In blocks and compressed; a file that is replaced between two starts is noticed."""
+    import gzip
+
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    lines = (corpus / "0.jsonl").read_bytes()
+    memory.pipe("/prepare/a.jsonl", lines)
+    memory.pipe("/prepare/b.jsonl.gz", gzip.compress(lines))
+    step = {
+        "sources": [{"path": "memory://prepare/*.jsonl*", "name": "m"}],
+        "steps": ["filter"],
+        "output_dir": str(tmp_path / "out"),
+        "block_bytes": 5000,
+    }
+    with pytest.raises(UnfinishedError):
+        run(step, None, Share(0, 2))
+    run(step)
+    texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    assert documents(tmp_path / "out/filter") == texts * 2
+    step["output_dir"] = str(tmp_path / "again")
+    with pytest.raises(UnfinishedError):
+        run(step, None, Share(0, 2))
+    memory.pipe("/prepare/a.jsonl", lines[:-5])
+    with pytest.raises(UserError, match=r"memory://.*a.jsonl .* was read when the step filter was begun"):
+        run(step)
+    memory.rm("/prepare/a.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        run({**step, "sources": [{"path": "memory://prepare/a.jsonl"}]})
+    with pytest.raises(UserError, match="is an address, and prepare writes to a disk"):
+        run({**step, "output_dir": "s3://bucket/out"})
 
 
 def test_a_run_that_is_complete_does_nothing(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
