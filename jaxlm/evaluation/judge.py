@@ -67,7 +67,7 @@ class Judge:
             return {line["key"]: line["verdict"] for line in lines}
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"judge_verdicts: {self.verdicts} is not a file of verdicts; name another, or move it away"
+                f"options.judge_verdicts: {self.verdicts} is not a file of verdicts; name another, or move it away"
             ) from None
 
     def _client(self) -> Any:
@@ -84,7 +84,7 @@ class Judge:
             )
         except openai.OpenAIError as error:
             raise UserError(
-                f"judge: {self.url} did not answer ({error}); verdicts so far are in {self.verdicts}, and the same "
-                "command goes on with them"
+                f"options.judge: {self.url} did not answer ({error}); verdicts so far are in {self.verdicts}, and the "
+                "same command goes on with them"
             ) from None
         return str(reply.choices[0].message.content or "")

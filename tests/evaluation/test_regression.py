@@ -82,9 +82,12 @@ def test_published_devices(name: str) -> None:
         assert published == (pairs if len(pairs) == 3 else None)
 
 
-def test_a_record_of_another_suite_is_refused() -> None:
-    with pytest.raises(UserError, match="the output names no number for Voc, Jsc or PCE"):
-        regression.reference_values("JV default Voc: high\nYes")
+@pytest.mark.parametrize(
+    "text", ["JV default Voc: high\nYes", "Voc: \nJsc: \nPCE:", "Stability_PCE_initial_value: 5\nVoc: 1"]
+)
+def test_a_record_of_another_suite_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="the output has no lines for Voc, Jsc and PCE"):
+        regression.reference_values(text)
 
 
 @pytest.mark.parametrize(
