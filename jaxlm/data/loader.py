@@ -72,6 +72,8 @@ class Data:
                 f"data: the run was begun with version {version} of packing, this jaxlm knows {PACKING_VERSION}; "
                 "update it, or choose another output_dir"
             )
+        if version == self.packing_version:
+            return self
         fingerprint = _fingerprint(self.config, self.seed, self.digests, version)
         return dataclasses.replace(self, fingerprint=fingerprint, packing_version=version)
 
@@ -255,13 +257,14 @@ def build_data(
                 return examples, None, reports, ()
             drawn = drawn_examples(examples, held_out, seed)
             reports, others = count_split(reports, examples, drawn)
-            parts = (examples.take(np.flatnonzero(part)) for part in (~drawn, drawn))
-            return next(parts), next(parts), reports, others
+            taken = (examples.take(np.flatnonzero(part)) for part in (~drawn, drawn))
+            return next(taken), next(taken), reports, others
         check_streams(config, start_id)
-        stored, other = cache.open(Work(tuple(sources), config, tokenizer, start_id), held_out, seed)
-        reports = stored.manifest.reports()
-        check_examples(stored, stored.manifest.largest_id, reports, tokenizer, vocab_size)
-        return stored, other, reports, other.manifest.reports() if other is not None else ()
+        opened = cache.open(Work(tuple(sources), config, tokenizer, start_id), held_out, seed)
+        parts = [part for part in (opened.train, opened.validation) if part is not None]
+        largest = max(part.manifest.largest_id for part in parts)
+        check_examples(opened.train, largest, opened.reports, tokenizer, vocab_size)
+        return opened.train, opened.validation, opened.reports, opened.validation_reports
 
     drawn_share: int | float = config.validation if isinstance(config.validation, (int, float)) else 0
     train, validation, reports, validation_reports = read(config.train, drawn_share)

@@ -9,7 +9,7 @@ from jaxlm.errors import UserError
 from jaxlm.spec import PrefixSpec
 from jaxlm.tokenizer import Tokenizer
 
-_AT_A_TIME = 1 << 22  # tokens
+_STRETCH = 1 << 14  # examples that are looked at together
 
 
 def check_prefix(prefix: PrefixSpec | None, examples: Tokens | None, tokenizer: Tokenizer, packing: str) -> None:
@@ -43,17 +43,14 @@ def check_prefix(prefix: PrefixSpec | None, examples: Tokens | None, tokenizer: 
 
 
 def _first_seen(start_id: int, examples: Tokens) -> int | None:
-    """The first example with a target in front of the token; some of a store are looked at at a time."""
-    offsets = examples.offsets
-    first = 0
-    while first < len(examples):
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _AT_A_TIME, side="right")) - 1)
-        part = slice(offsets[first], offsets[last])
-        begun = np.cumsum(examples.input_ids[part] == start_id)
-        begins = offsets[first:last] - offsets[first]
-        before = np.concatenate([[0], begun])[begins]
-        seen = examples.loss_mask[part] & (begun == np.repeat(before, np.diff(offsets[first : last + 1])))
+    """The first example with a target in front of the token; a stretch at a time, as stores are larger than memory."""
+    for first in range(0, len(examples), _STRETCH):
+        offsets = np.asarray(examples.offsets[first : first + _STRETCH + 1])
+        begin, end = int(offsets[0]), int(offsets[-1])
+        begun = np.cumsum(examples.input_ids[begin:end] == start_id)
+        before = np.concatenate([[0], begun])[offsets[:-1] - begin]
+        seen = examples.loss_mask[begin:end] & (begun == np.repeat(before, np.diff(offsets)))
+        examples.release()
         if seen.any():
-            return first + int(np.searchsorted(begins, np.flatnonzero(seen)[0], side="right")) - 1
-        first = last
+            return first + int(np.searchsorted(offsets, begin + np.flatnonzero(seen)[0], side="right")) - 1
     return None

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object, read_value
-from jaxlm.tokenizer.segments import SPACE, Encoded, Ids, Segments, cutting_pattern
+from jaxlm.tokenizer.segments import SPACE, Ids, Segments, cutting_pattern
 from jaxlm.tokenizer.settings import AddedToken
 
 Offsets = list[tuple[int, int]]
@@ -217,24 +217,34 @@ def _encoding(model: Any, encoded: Mapping[str, Any]) -> Encoding:
 
 @dataclass(frozen=True)
 class _PlainSentencePiece:
-    """One segment's tokens by SentencePiece."""
+    """Segments' tokens by SentencePiece."""
 
     model: Any
 
-    def __call__(self, segment: str) -> Encoded:
-        whole = _encoding(self.model, self.model.encode(segment, return_type="offset_mapping"))
-        return whole.ids, whole.offsets
+    def ids(self, segments: Sequence[str]) -> list[list[int]]:
+        result: list[list[int]] = self.model.encode(list(segments), num_threads=1)
+        return result
+
+    def offsets(self, segments: Sequence[str]) -> list[Offsets]:
+        encoded = self.model.encode(list(segments), return_type="offset_mapping", num_threads=1)
+        return [_encoding(self.model, each).offsets for each in encoded]
 
 
 @dataclass(frozen=True)
 class _PlainFast:
-    """One segment's tokens by the model of a tokenizer.json alone."""
+    """Segments' tokens by the model of a tokenizer.json alone."""
 
     model: Any
 
-    def __call__(self, segment: str) -> Encoded:
-        whole = self.model.encode(segment.replace(" ", SPACE), add_special_tokens=False)
-        return whole.ids, whole.offsets
+    def _encoded(self, segments: Sequence[str]) -> list[Any]:
+        written = [segment.replace(" ", SPACE) for segment in segments]
+        return list(self.model.encode_batch(written, add_special_tokens=False))
+
+    def ids(self, segments: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in self._encoded(segments)]
+
+    def offsets(self, segments: Sequence[str]) -> list[Offsets]:
+        return [each.offsets for each in self._encoded(segments)]
 
 
 def as_arrays(encodings: Sequence[Encoding]) -> list[Ids]:

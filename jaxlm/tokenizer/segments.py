@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 SPACE = "▁"
 _MOST_SEGMENTS = 1 << 17  # in the table; about 30 MB
-_LONGEST = 32  # characters of a segment that is kept
-# The ids of a text, and the characters [begin, end) of each.
-Encoded = tuple[Sequence[int], Sequence[tuple[int, int]]]
+_MOST_CHARACTERS = 1 << 22
 
 
 class Ids(NamedTuple):
@@ -65,21 +63,28 @@ def _character_class(characters: set[str]) -> str:
     return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in parts)
 
 
+class Plain(Protocol):
+    """The tokenizer that segments are looked up for, without the space in front."""
+
+    def ids(self, segments: Sequence[str]) -> Iterable[Sequence[int]]: ...
+    def offsets(self, segments: Sequence[str]) -> Iterable[Sequence[tuple[int, int]]]: ...
+
+
 class Segments:
     """A tokenizer of texts that are given with the space that is put in front of them, if there is one.
 
     Args:
         pattern: see `cutting_pattern`.
-        encode: the plain tokenizer, without that space: a segment's ids and offsets.
+        plain: gives the ids and offsets of segments.
         space_end: where the token of that space alone ends: 0, or 1 where it counts as the first character's.
     """
 
-    def __init__(self, pattern: re.Pattern[str], encode: Callable[[str], Encoded], space_end: int) -> None:
-        self._made_of = pattern, encode, space_end
+    def __init__(self, pattern: re.Pattern[str], plain: Plain, space_end: int) -> None:
+        self._made_of = pattern, plain, space_end
         self._space_end = space_end
         self._cut = pattern.findall
-        self._ids = _Table(lambda segment: np.array(encode(segment)[0], np.int32).tobytes())
-        self._places = _Table(lambda segment: np.array(encode(segment)[1], np.int32).reshape(-1, 2).tobytes())
+        self._ids = _Table(plain.ids)
+        self._places = _Table(plain.offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Segments, self._made_of
@@ -87,11 +92,11 @@ class Segments:
     def encode(self, text: str, has_prefix: bool, with_offsets: bool) -> Ids:
         """Tokens of `text`; `has_prefix`: its first character is the space that was put in front."""
         segments = self._cut(text)
-        found = list(map(self._ids.__getitem__, segments))
+        found = self._ids.of(segments)
         ids = np.frombuffer(b"".join(found), np.int32)
         if not with_offsets:
             return Ids(ids)
-        places = np.frombuffer(b"".join(map(self._places.__getitem__, segments)), np.int32).reshape(-1, 2)
+        places = np.frombuffer(b"".join(self._places.of(segments)), np.int32).reshape(-1, 2)
         lengths = np.fromiter(map(len, segments), np.int64, len(segments))
         starts = np.cumsum(lengths) - lengths
         counts = np.fromiter(map(len, found), np.int64, len(segments)) // ids.itemsize
@@ -99,17 +104,27 @@ class Segments:
         return Ids(ids, np.maximum(first, 0), np.maximum(last, self._space_end if has_prefix else 0))
 
 
-class _Table(dict[str, bytes]):
-    """What was made of each segment; it forgets all when it is full."""
+class _Table:
+    """What was made of each segment, as bytes of int32; it forgets all when it is full."""
 
-    def __init__(self, make: Callable[[str], bytes]) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[Sequence[str]], Iterable[Any]]) -> None:
         self._make = make
+        self._known: dict[str, bytes] = {}
+        self._characters = 0
 
-    def __missing__(self, segment: str) -> bytes:
-        value = self._make(segment)
-        if len(segment) <= _LONGEST:
-            if len(self) >= _MOST_SEGMENTS:
-                self.clear()
-            self[segment] = value
-        return value
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, segments: list[str]) -> list[bytes]:
+        """The bytes of each."""
+        try:
+            return list(map(self._known.__getitem__, segments))
+        except KeyError:
+            if len(self._known) > _MOST_SEGMENTS or self._characters > _MOST_CHARACTERS:
+                self._known.clear()
+                self._characters = 0
+            missing = [segment for segment in dict.fromkeys(segments) if segment not in self._known]
+            made = self._make(missing)
+            self._known.update(zip(missing, (np.array(each, np.int32).tobytes() for each in made), strict=True))
+            self._characters += sum(map(len, missing))
+            return list(map(self._known.__getitem__, segments))

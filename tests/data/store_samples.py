@@ -52,6 +52,7 @@ def manifest(dtype: Any, with_encoder: bool = False, **changes: Any) -> Any:
             encoder_tokens=sums_of_encoder if with_encoder else None,
             largest_id=sums.largest,
             digest=sums.contents.hexdigest(),
+            digest_as_source=sums.as_source,
             tokenizer="",
             tokenizer_path="",
             vocab_size=300,

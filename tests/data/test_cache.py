@@ -61,6 +61,27 @@ def data_of(folder: Path, tokenizer: Tokenizer, cache: Cache | None, **options: 
     )
 
 
+def test_sources_behind_an_address_are_kept_like_others(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    local = write_once(tmp_path)
+    memory.put([source.path for source in local], [f"/cached/{Path(source.path).name}" for source in local])
+    remote = tuple(dataclasses.replace(source, path=f"memory://cached/{Path(source.path).name}") for source in local)
+    try:
+        first, second = (
+            data_of(tmp_path, tokenizer, Cache(tmp_path / "cache", always=True), train=remote) for _ in range(2)
+        )
+        in_memory = data_of(tmp_path, tokenizer, None)
+        assert first.fingerprint == second.fingerprint == in_memory.fingerprint
+        assert len(list((tmp_path / "cache").glob("tokens-*/manifest.json"))) == 1
+        memory.pipe("/cached/texts.jsonl", b'{"text": "granite"}\n')
+        data_of(tmp_path, tokenizer, Cache(tmp_path / "cache", always=True), train=remote)
+        assert len(list((tmp_path / "cache").glob("tokens-*/manifest.json"))) == 2, "another version of the file"
+    finally:
+        memory.rm("/cached", recursive=True)
+
+
 def same(mine: Data, other: Data) -> None:
     assert mine.report == other.report
     assert mine.fingerprint == other.fingerprint and mine.digests == other.digests
@@ -246,8 +267,8 @@ def test_several_hosts_fill_one_cache_or_each_its_own(
     with ThreadPoolExecutor(3) as threads:
         stores = list(threads.map(host, range(3)))
     assert sorted(shares) == ([(0, 3), (1, 3), (2, 3)] if shared else [(0, 1)] * 3)
-    for train, validation in stores:
-        assert (train.digest(), validation.digest()) == wanted.digests
+    for opened in stores:
+        assert (opened.train.digest(), opened.validation.digest()) == wanted.digests
 
 
 def test_a_second_run_waits_for_the_first(
@@ -267,7 +288,7 @@ def test_a_second_run_waits_for_the_first(
         lock.release()
         made: list[int] = []
         monkeypatch.setattr(jaxlm.data.store.cache, "make_parts", counted(None, made))
-        assert len(waiting.result()[0])
+        assert len(waiting.result().train)
     assert "another run tokenises the same data" in said[0] and not made
 
 
@@ -358,6 +379,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_store_is_a_source_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
     wanted = data_of(tmp_path, tokenizer, None)
     work = work_of(tmp_path, tokenizer)
+    sources = work.sources
     Cache(tmp_path / "cache", True).open(work)
     (store,) = (tmp_path / "cache").iterdir()
     for path in (store, store / "tokens.idx"):
@@ -366,8 +388,13 @@ def test_a_store_is_a_source_of_its_own(tmp_path: Path, tokenizer: Tokenizer) ->
         for name in ("input_ids", "loss_mask", "offsets"):
             np.testing.assert_array_equal(getattr(data.train, name), getattr(wanted.train, name))
         assert data.report.train[0].line().startswith(f"{path} (text: tokens as the store has them): ")
-        stored = data_of(tmp_path, tokenizer, Cache(tmp_path / "other", True), train=(source,))
-        assert stored.fingerprint == data.fingerprint
+        for options in ({}, {"validation": 9}, {"sequence_length": 50}, {"train": (source, sources[1])}):
+            given = {"train": (source,), **options}
+            other = tmp_path / f"other-{len(str(options))}"
+            stored = data_of(tmp_path, tokenizer, Cache(other, True), **given)
+            same(stored, data_of(tmp_path, tokenizer, None, **given))
+            is_copied = bool(options)  # cut, split, or beside others
+            assert bool(list(other.iterdir())) == is_copied
     text = (store / MANIFEST).read_text(encoding="utf-8")
     digest = json.loads(text)["tokenizer"]
     (store / MANIFEST).write_text(text.replace(digest, "0" * 64), encoding="utf-8")

@@ -159,6 +159,7 @@ def _write(
             encoder_tokens=None if like.encoder_tokens is None else _encoder_tokens(parts),
             largest_id=sums.largest,
             digest=sums.contents.hexdigest(),
+            digest_as_source=sums.as_source,
             sources=tuple(values_of(report) for report in reports),
             settings=settings,
             files={},

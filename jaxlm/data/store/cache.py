@@ -25,23 +25,27 @@ import numpy as np
 
 from jaxlm.config import SourceConfig
 from jaxlm.data.records import is_token_source, source_files
+from jaxlm.data.report import SourceReport
 from jaxlm.data.split import count_split, drawn_examples
 from jaxlm.data.store.build import Work, join, make_parts, open_parts, reports_of
 from jaxlm.data.store.manifest import MANIFEST
 from jaxlm.data.store.pool import cores
-from jaxlm.data.store.source import tokenizer_digest
+from jaxlm.data.store.source import open_as_source, tokenizer_digest
 from jaxlm.data.store.stored import Selected, StoredTokens
 from jaxlm.data.templates import DIRECTORY
 from jaxlm.data.tokenise import Tokeniser, chosen_template, read_batches
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.lock import InUse, Lock
+from jaxlm.remote import file_status, reading
 
 RULES = 1  # raised when the same sources become other tokens than before
 SMALL = 16 << 20  # bytes of sources below which `auto` tokenises into memory at each start: some seconds of one core
 _SAMPLE = 1 << 16  # bytes that are read of a file for its digest, at three places
 # Keys of a source that say how often its tokens are taken, not what they are.
 _MIXING = ("weight", "tokens", "max_passes")
+# Keys of the data section that leave the tokens as they are, or go in by themselves.
+_NOT_IN_TOKENS = {"train", "validation", "mixing", "packing", "allow_no_end", "date", "workers", "cache"}
 _SECONDS_SHOWN = 3.0  # in which another host sees a file that was written
 _BYTES_A_PROCESS = 4 << 20  # of sources: with less, one more process gains nothing
 _POLL = 0.5  # seconds between two looks at what other processes do
@@ -58,6 +62,16 @@ class Display(Protocol):
     def joining(self, done: int, total: int) -> None:
         """`done` of `total` tokens and masks were written."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The data of a run as stores: training, validation where it was split off, and what became of the sources."""
+
+    train: StoredTokens
+    validation: StoredTokens | None
+    reports: tuple[SourceReport, ...]
+    validation_reports: tuple[SourceReport, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +110,7 @@ class Cache:
         """Whether these sources are tokenised into the cache, and not into memory."""
         return self.always or source_bytes(sources) >= SMALL
 
-    def open(self, work: Work, validation: int | float = 0, seed: int = 0) -> tuple[StoredTokens, StoredTokens | None]:
+    def open(self, work: Work, validation: int | float = 0, seed: int = 0) -> Opened:
         """The store of the sources, made first where there is none; split in training and validation if asked for.
 
         Args:
@@ -117,23 +131,33 @@ class Cache:
                 "that is writable and has room, or to none; what is finished is kept"
             ) from None
 
-    def _open(self, work: Work, validation: int | float, seed: int) -> tuple[StoredTokens, StoredTokens | None]:
+    def _open(self, work: Work, validation: int | float, seed: int) -> Opened:
         files = _describe(work.sources)
         name = _name(work, files)
         whole = self.directory / name
         group = self._group(name)
-        if not _is_finished(whole):
-            make = partial(self._tokenise, work, whole, group, files)
-            self._make(whole, group, make, make)
-        stored = StoredTokens(whole)
-        self._check_first(work, stored)
+        first = work.sources[0]
+        opened = None
+        if len(work.sources) == 1 and is_token_source(first):
+            opened = open_as_source(first, work.config, work.tokenizer, work.start_id)
+        if opened is None:
+            if not _is_finished(whole):
+                make = partial(self._tokenise, work, whole, group, files)
+                self._make(whole, group, make, make)
+            stored = StoredTokens(whole)
+            self._check_first(work, stored)
+            reports = stored.manifest.reports()
+        else:
+            stored, report = opened
+            reports = (report,)
         if not validation:
-            return stored, None
+            return Opened(stored, None, reports, ())
         key = hashlib.sha256(json.dumps([validation, seed]).encode()).hexdigest()[:12]
         split = self.directory / f"{name}-{key}"
         if not _is_finished(split):
-            self._make(split, group, partial(_split, work, stored, split, validation, seed))
-        return StoredTokens(split / "train"), StoredTokens(split / "validation")
+            self._make(split, group, partial(_split, work, stored, reports, split, validation, seed))
+        train, held_out = StoredTokens(split / "train"), StoredTokens(split / "validation")
+        return Opened(train, held_out, train.manifest.reports(), held_out.manifest.reports())
 
     def _group(self, name: str) -> _Group:
         """The processes that make the same store in the same directory."""
@@ -234,7 +258,9 @@ class Cache:
         tokeniser = Tokeniser([source.columns for source in work.sources], work.config, work.tokenizer, work.start_id)
         for number, source in enumerate(work.sources):
             files = source_files(source)
-            if is_token_source(source) or (files and files[0].suffix == ".json" and files[0].stat().st_size > SMALL):
+            if is_token_source(source) or (
+                files and files[0].suffix == ".json" and file_status(files[0], "data").size > SMALL
+            ):
                 continue  # a JSON array is read whole
             name, _ = chosen_template(source, work.tokenizer)
             few = dataclasses.replace(source, limit=min(source.limit or _LOOKED_AT, _LOOKED_AT), template=name)
@@ -260,7 +286,7 @@ def cache_directory() -> Path:
 
 def source_bytes(sources: Sequence[SourceConfig]) -> int:
     """The size of all files of the sources."""
-    return sum(file.stat().st_size for source in sources for file in source_files(source))
+    return sum(file_status(file, "data").size for source in sources for file in source_files(source))
 
 
 def _is_finished(directory: Path) -> bool:
@@ -278,20 +304,20 @@ def _describe(sources: Sequence[SourceConfig]) -> list[Any]:
     sample = _SAMPLE if len(files) <= 256 else _SAMPLE >> 4
     described = []
     for path, file in files:
-        about = file.stat()
+        about = file_status(file, "data")
         digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            for place in (0, about.st_size // 2, max(0, about.st_size - sample)):
+        with reading(file, "data"), file.open("rb") as stream:
+            for place in (0, about.size // 2, max(0, about.size - sample)):
                 stream.seek(place)
                 digest.update(stream.read(sample))
-        described.append([path, str(file), about.st_size, about.st_mtime_ns, digest.hexdigest()])
+        described.append([path, str(file), about.size, about.version, digest.hexdigest()])
     return described
 
 
 def _settings(work: Work) -> dict[str, Any]:
     """What the tokens depend on besides files and tokenizer, by key."""
     config = work.config
-    keys = ("sequence_length", "encoder_length", "train_on_inputs", "add_bos", "add_eos", "drop_unknown", "too_long")
+    keys = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_IN_TOKENS]
     values: dict[str, Any] = {f"data.{key}": getattr(config, key) for key in keys}
     values["data.packing"] = "group_texts" if config.packing_mode == "group_texts" else "records"
     values["start_id"] = work.start_id
@@ -306,7 +332,12 @@ def _name(work: Work, files: list[Any]) -> str:
     tokenizer = work.tokenizer
     digest = hashlib.sha256()
     parts: list[Any] = [RULES, files, _settings(work), tokenizer_digest(tokenizer), tokenizer.chat_template]
-    parts += [tokenizer.end_ids, str(tokenizer.date) if tokenizer.asks_for_date else None, work.part_characters]
+    parts += [
+        tokenizer.end_ids,
+        tokenizer.opens_answers,
+        str(tokenizer.date) if tokenizer.asks_for_date else None,
+        work.part_characters,
+    ]
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
     for source in work.sources:
         for candidate in (DIRECTORY / f"{source.template}.json", at_home(source.template)):
@@ -318,10 +349,17 @@ def _name(work: Work, files: list[Any]) -> str:
     return f"tokens-{digest.hexdigest()[:32]}"
 
 
-def _split(work: Work, stored: StoredTokens, directory: Path, validation: int | float, seed: int) -> None:
+def _split(
+    work: Work,
+    stored: StoredTokens,
+    whole_reports: Sequence[SourceReport],
+    directory: Path,
+    validation: int | float,
+    seed: int,
+) -> None:
     """Writes the two stores of a split."""
     held_out = drawn_examples(stored, validation, seed)
-    reports = count_split(stored.manifest.reports(), stored, held_out)
+    reports = count_split(whole_reports, stored, held_out)
     shutil.rmtree(directory, ignore_errors=True)
     settings = {**stored.manifest.settings, "data.validation": validation, "train.seed": seed}
     # The validation data come last: with them the split is complete.

@@ -173,6 +173,7 @@ class Digests:
 
     def __init__(self) -> None:
         self.contents = hashlib.sha256()  # as Examples.digest has it
+        self._as_source: Any = None
         self.largest, self.trained, self.tokens, self.documents = -1, 0, 0, 0
 
     def see(self, name: str, block: NDArray[Any]) -> None:
@@ -188,7 +189,20 @@ class Digests:
             return
         elif name in ("lengths", "encoder_lengths"):
             return  # their offsets are part of the digest
-        self.contents.update(np.ascontiguousarray(block).data)
+        self.update(np.ascontiguousarray(block).data, other=bytes(block.nbytes) if name == "source" else None)
+
+    def update(self, data: Any, other: bytes | None = None) -> None:
+        """Adds to the digest; `other`: what a run sees instead to which all of it is one source, number 0."""
+        if other is not None and self._as_source is None:
+            self._as_source = self.contents.copy()
+        self.contents.update(data)
+        if self._as_source is not None:
+            self._as_source.update(data if other is None else other)
+
+    @property
+    def as_source(self) -> str:
+        """The digest for a run to which all of it is one source."""
+        return (self.contents if self._as_source is None else self._as_source).hexdigest()
 
 
 def total_reports(parts: Sequence[Mapping[int, SourceReport]]) -> tuple[SourceReport, ...]:

@@ -40,6 +40,7 @@ class Manifest:
         encoder_tokens: what an encoder reads; None for a decoder alone.
         largest_id: the largest id of all; -1 for an empty store.
         digest: SHA-256 of the tokens, masks, offsets and sources, as of examples in memory.
+        digest_as_source: the same for a run to which the whole store is one source.
         tokenizer: SHA-256 of what decides the tokenizer's ids; empty where it is not known.
         tokenizer_path: where it was.
         vocab_size: rows that it needs.
@@ -58,6 +59,7 @@ class Manifest:
     encoder_tokens: int | None
     largest_id: int
     digest: str
+    digest_as_source: str
     tokenizer: str
     tokenizer_path: str
     vocab_size: int

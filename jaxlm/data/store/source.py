@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from jaxlm.config import DataConfig, SourceConfig
+from jaxlm.data import mindrecord
 from jaxlm.data.encoding import Example
-from jaxlm.data.records import TOKENS, token_index
+from jaxlm.data.records import TOKENS, is_mindrecord_source, token_index
 from jaxlm.data.report import SourceReport
 from jaxlm.data.store import knowlm, megatron
 from jaxlm.data.store.columns import read_blocks
@@ -46,12 +48,48 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
+def own_store(source: SourceConfig) -> Path | None:
+    """The directory of jaxlm's own store that a source of tokens is; None where it is another's."""
+    index = token_index(source)
+    return index.parent if index.name == TOKENS and index.with_name(MANIFEST).is_file() else None
+
+
+def open_as_source(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, start_id: int | None
+) -> tuple[StoredTokens, SourceReport] | None:
+    """A store as it lies, for a run with this source alone; None where its examples would have to be cut first.
+
+    Every example of a store has something to learn, so that none would be left out.
+
+    Raises:
+        UserError: a store that is damaged, or made by another tokenizer.
+    """
+    directory = own_store(source)
+    if directory is None or source.limit is not None:
+        return None
+    stored = StoredTokens(directory, as_source=True)
+    check_tokenizer(directory, stored.manifest, tokenizer, tokenizer_digest(tokenizer))
+    rooms = [(stored.offsets, config.sequence_length), (stored.encoder_offsets, config.row_length("encoder_ids"))]
+    if (stored.encoder_offsets is None) == (start_id is not None):
+        return None
+    for offsets, room in rooms:
+        too_long = offsets is not None and len(stored) > 0 and int(np.diff(offsets).max()) > room
+        if too_long and config.packing_mode != "group_texts":
+            return None
+    template, why = chosen_template(source, tokenizer)
+    counts = stored.manifest
+    report = SourceReport(
+        source.path, template, why, counts.examples, tokens=counts.tokens, trained_tokens=counts.trained_tokens
+    )
+    return stored, report
+
+
 def read_chunks(
     source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, start_id: int | None
 ) -> Iterator[Chunk]:
     """The tokens of a store, cut to rows as `too_long` says.
 
-    Every token is trained but the first of each sequence; a store of jaxlm's own has a mask.
+    Every token is trained but the first of each sequence; a store of jaxlm's own has a mask, MindRecord labels.
 
     Raises:
         UserError: a store that is damaged, made by another tokenizer, or without what an encoder reads.
@@ -60,7 +98,13 @@ def read_chunks(
     template, why = chosen_template(source, tokenizer)
     stored: StoredTokens | None = None
     examples: Iterator[Example]
-    if index_file.name == TOKENS and index_file.with_name(MANIFEST).is_file():
+    if is_mindrecord_source(source):
+        files = mindrecord.mindrecord_files(index_file)
+        documents = np.arange(sum(map(mindrecord.count_rows, files)) + 1)
+        examples = itertools.starmap(
+            Example, itertools.chain.from_iterable(mindrecord.read_scimind(file, tokenizer.pad_id) for file in files)
+        )
+    elif own_store(source) is not None:
         stored = StoredTokens(index_file.parent)
         check_tokenizer(index_file.parent, stored.manifest, tokenizer, tokenizer_digest(tokenizer))
         starts = np.flatnonzero(np.diff(stored.record, prepend=-1))

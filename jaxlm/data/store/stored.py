@@ -39,13 +39,14 @@ class StoredTokens:
 
     Args:
         directory: the store.
+        as_source: all of it is one source, whatever sources it was made of.
 
     Raises:
         UserError: files that are missing, cut short, or do not belong together.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, as_source: bool = False) -> None:
+        self.directory, self._as_source = directory, as_source
         self.manifest = manifest = read_manifest(directory)
         self._maps: list[mmap.mmap] = []
         for name, info in manifest.files.items():
@@ -68,6 +69,8 @@ class StoredTokens:
             self._checked("encoder", self.encoder_offsets, manifest.encoder_tokens)
         if len(self.loss_mask) != manifest.tokens or len(self.source) != manifest.examples:
             raise UserError(f"{directory}: mask.bin or source.bin is of another store; {AGAIN}")
+        if as_source:
+            self.source = np.broadcast_to(np.int32(0), len(self.source))
         self.release()
 
     def _mapped(self, name: str, dtype: Any) -> NDArray[Any]:
@@ -95,7 +98,7 @@ class StoredTokens:
         return index.documents
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoredTokens, (self.directory,)
+        return StoredTokens, (self.directory, self._as_source)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -118,7 +121,7 @@ class StoredTokens:
 
     def digest(self) -> str:
         """SHA-256 of the contents, as it was when they were written."""
-        return self.manifest.digest
+        return self.manifest.digest_as_source if self._as_source else self.manifest.digest
 
     def release(self) -> None:
         """Gives the pages that were read back to the system, so that a store never fills a process's memory."""
@@ -259,7 +262,7 @@ def _write(
     def write_offsets(name: str, file: str) -> None:
         output = _Output(directory / file)
         for block in _offsets(blocks(name)):
-            sums.contents.update(block.data)
+            sums.update(block.data)
             output.write(block.data)
         files[file] = output.close()
 
