@@ -110,6 +110,21 @@ def test_segments_give_what_whole_texts_give(tokenizer: Tokenizer) -> None:
     compare(tokenizer, texts())
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_added_tokens_stand_between_fragments(tokenizer: Tokenizer, tmp_path: Path, legacy: bool) -> None:
+    if tokenizer.path.suffix != ".model":
+        pytest.skip("a tokenizer.json has its added tokens within")
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    added = {"[PAD]": 500, "<extra one>": 501, "<extra": 502}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    settings = {"legacy": legacy, "tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    other = load_tokenizer(tmp_path)
+    assert other.encode("a<extra one>").ids[-1] == 501
+    given = ["[PAD]", "a[PAD]b <extra one>  c", "<extra></s>[PAD][PAD] the", *texts()[::3]]
+    compare(other, [*given, *(text[: len(text) // 2] + "<extra one>" + text[len(text) // 2 :] for text in given)])
+
+
 def test_a_full_table_forgets_and_gives_the_same(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxlm.tokenizer.segments, "_MOST_SEGMENTS", 5)
     fresh = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301  (as worker processes get it)

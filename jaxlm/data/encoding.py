@@ -117,8 +117,8 @@ def _join(
         if tokenizer.opens_answers:
             at = _last_answer(mask)
             mask[:at] = False
-        ids = np.insert(ids, at, opening)
-        mask = np.insert(mask, at, np.zeros(len(opening), np.bool_))
+        ids = np.concatenate([ids[:at], np.array(opening, np.int32), ids[at:]])
+        mask = np.concatenate([mask[:at], np.zeros(len(opening), np.bool_), mask[at:]])
         ends = [end + len(opening) for end in ends if end >= at]  # the end of an answer that is learned
     mask[:1] = running and mask[1:].all()
     return Example(ids, mask, tuple(dict.fromkeys(ends)))

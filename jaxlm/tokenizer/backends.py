@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,8 +114,7 @@ class SentencePiece:
         self, texts: Sequence[str], special_tokens: bool | None, continued: Sequence[bool] | None
     ) -> list[Encoding]:
         names = {**self.added, **self.control} if special_tokens else self.added
-        # Longest first, so that a token which begins another does not win.
-        pattern = re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+        pattern = _any_of(names)
         fragments: list[tuple[int, int, str]] = []  # (text number, first character, fragment)
         specials: list[tuple[int, int, str]] = []
         first: list[bool] = []  # whether a text begins with this fragment
@@ -150,15 +149,32 @@ class SentencePiece:
         with_offsets: Sequence[bool],
     ) -> list[Ids]:
         """As `encode`, by the table of segments where the model has one."""
-        names = {**self.added, **self.control} if special_tokens else self.added
-        if self._segments is None or names:
+        if self._segments is None:
             return as_arrays(self.encode(texts, special_tokens, continued))
+        names = {**self.added, **self.control} if special_tokens else self.added
+        pattern = _any_of(names)
         result = []
         for number, text in enumerate(texts):
-            begins = self._legacy or continued is None or not continued[number]
-            prefix = " " if begins and text else ""
-            result.append(self._segments.encode(prefix + text, bool(prefix), with_offsets[number]))
+            begins = continued is None or not continued[number]
+            parts: list[Ids] = []
+            last = 0
+            for match in pattern.finditer(text) if names else ():
+                parts.append(self._fragment(text, last, match.start(), begins, with_offsets[number]))
+                place = np.array(match.span(), np.int64)
+                parts.append(Ids(np.array([names[match.group()]], np.int32), place[:1], place[1:]))
+                last = match.end()
+            parts.append(self._fragment(text, last, len(text), begins, with_offsets[number]))
+            result.append(parts[0] if len(parts) == 1 else _in_a_row(parts))
         return result
+
+    def _fragment(self, text: str, begin: int, end: int, begins: bool, with_offsets: bool) -> Ids:
+        """What stands between two special tokens, by the table of segments."""
+        assert self._segments is not None
+        prefix = " " if end > begin and (self._legacy or (begins and begin == 0)) else ""
+        ids = self._segments.encode(prefix + text[begin:end], bool(prefix), with_offsets)
+        if begin == 0 or ids.begin is None or ids.end is None:
+            return ids
+        return Ids(ids.ids, ids.begin + begin, ids.end + begin)
 
     def _encode_plain(self, fragments: Sequence[tuple[int, int, str]], first: Sequence[bool]) -> list[Any]:
         result: list[Any] = [None] * len(fragments)
@@ -236,15 +252,30 @@ class _PlainFast:
 
     model: Any
 
-    def _encoded(self, segments: Sequence[str]) -> list[Any]:
-        written = [segment.replace(" ", SPACE) for segment in segments]
-        return list(self.model.encode_batch(written, add_special_tokens=False))
-
     def ids(self, segments: Sequence[str]) -> list[list[int]]:
-        return [each.ids for each in self._encoded(segments)]
+        return [each.ids for each in self.model.encode_batch_fast(_written(segments), add_special_tokens=False)]
 
     def offsets(self, segments: Sequence[str]) -> list[Offsets]:
-        return [each.offsets for each in self._encoded(segments)]
+        return [each.offsets for each in self.model.encode_batch(_written(segments), add_special_tokens=False)]
+
+
+def _written(segments: Sequence[str]) -> list[str]:
+    return [segment.replace(" ", SPACE) for segment in segments]
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """What matches any of the names: longest first, so that a token which begins another does not win."""
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
+
+
+def _in_a_row(parts: Sequence[Ids]) -> Ids:
+    """One text's tokens; with offsets where all parts have them."""
+    ids = np.concatenate([part.ids for part in parts])
+    begins = [part.begin for part in parts if part.begin is not None]
+    ends = [part.end for part in parts if part.end is not None]
+    if len(begins) < len(parts):
+        return Ids(ids)
+    return Ids(ids, np.concatenate(begins), np.concatenate(ends))
 
 
 def as_arrays(encodings: Sequence[Encoding]) -> list[Ids]:
@@ -394,7 +425,8 @@ class Fast:
         self._always_prefixed = content.get("pre_tokenizer") is None
         self._segments = _fast_segments(content)
         names = [[t.content for t in decoder.values() if not (t.special and ignored)] for ignored in (False, True)]
-        self._added = [re.compile("|".join(map(re.escape, each)) or r"(?!)") for each in names]
+        # A name that is normalised meets texts whose spaces are written as ▁.
+        self._added = [re.compile(re.sub(rf"\\ |{SPACE}", f"[ {SPACE}]", _any_of(each).pattern)) for each in names]
 
     def _make_special(self, tokens: Sequence[str]) -> None:
         """Tokens that play a role are special, whatever their flag says, as in transformers."""
