@@ -165,6 +165,7 @@ def ends(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_gone_on_with(corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """SIGKILL at any moment: what is done is not done again, and the result is the same."""
     config = tmp_path / "prepare.json"
@@ -294,7 +295,9 @@ def test_sources_that_take_in_the_output_are_refused(corpus: Path, tmp_path: Pat
     write_lines(tmp_path / "a.jsonl", ['{"text": "good"}'])
     run(values(tmp_path / "a.jsonl", tmp_path / "out"))
     with pytest.raises(UserError, match=r"out/dedup/\S+ is within output_dir"):
-        run(values(tmp_path, tmp_path / "out"))
+        run(values(tmp_path / "*" / "*" / "*.jsonl", tmp_path / "out"))
+    with pytest.raises(UserError, match=r"output_dir, \S+/new, is within \S+: what this command writes would be read"):
+        run(values(tmp_path, tmp_path / "new"))
 
 
 def test_a_text_may_be_of_several_columns(tmp_path: Path, documents: Any) -> None:
