@@ -48,7 +48,7 @@ def read_properties(path: Path) -> list[PropertyPath]:
     paths = _flat(read_value(path), ()) if path.is_file() else None
     if not paths:
         raise UserError(
-            f"properties: {path} is not a hierarchy of properties; expected LPM-24's nested_props.json, "
+            f"options.properties: {path} is not a hierarchy of properties; expected LPM-24's nested_props.json, "
             '{"group": [{"group": ["property", …]}, …]}'
         )
     return list(dict.fromkeys(paths))
@@ -79,7 +79,7 @@ def read_combinations(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"combinations: {path} cannot be read ({error})") from None
+        raise UserError(f"options.combinations: {path} cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -89,7 +89,7 @@ def read_combinations(path: Path) -> list[tuple[str, str]]:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             first = second = None
         if not isinstance(first, str) or not isinstance(second, str):
-            raise UserError(f"combinations: {path}:{number}: expected ('group__property', 'group__property')")
+            raise UserError(f"options.combinations: {path}:{number}: expected ('group__property', 'group__property')")
         pairs.append((first, second))
     return pairs
 

@@ -154,7 +154,9 @@ def _score(records: Sequence[Row], answers: Sequence[Answers], options: Options)
             forms = _probabilities(part, answer.log_probs, question.labels) if answer.log_probs else {}
             for form in [*names.split("+"), "max"]:
                 name = f"{question.kind}_{ending}_{form}"
-                hit = form in forms and question.labels[next_token.choose(forms[form])] == question.answer
+                hit = (
+                    form in forms and question.labels[next_token.choose(forms[form], question.name)] == question.answer
+                )
                 right.setdefault(name, {})[number] = float(hit)
                 if form in forms:
                     spread.setdefault(name, {})[number] = next_token.entropy(forms[form])
