@@ -201,12 +201,12 @@ def _score_matbench(records: Sequence[Row], answers: Sequence[Answers], options:
 
 def _files_matbench(records: Sequence[Row], answers: Sequence[Answers], options: Options) -> dict[str, bytes]:
     """The script's own output, {input, output} with numbers and truth values; answers that are none are left out."""
-    found = [
+    lines = [
         {"input": record.get("input", ""), "output": given}
         for record, parts in zip(records, answers, strict=True)
         if (given := _given(record, written(parts), options)) is not None
     ]
-    return {"matbench.json": (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+    return {"matbench.json": (json.dumps(lines, ensure_ascii=False) + "\n").encode()}
 
 
 TASKS = {
