@@ -129,10 +129,10 @@ def parse_answer(text: str, as_published: bool = False) -> dict[str, str]:
 
     The first line that names a key gives its value: what stands behind "KEY: ", without a last comma and without '#'.
     As published, a line names a key also where it stands inside of another one (Cell_semitransparent in
-    Cell_semitransparent_wavelength_range) or without a colon.
+    Cell_semitransparent_wavelength_range) or without a colon, and a value ends with its line.
     """
     text = text.replace("Fig. 1. ", "").replace("<s>", "").replace("</s>", "")
-    lines = text.split("\n")
+    lines = text.split("\n") if as_published else _whole_lines(text)
     values = {}
     for key in KEYS:
         for line in lines:
@@ -147,13 +147,26 @@ def parse_answer(text: str, as_published: bool = False) -> dict[str, str]:
     return values
 
 
+def _whole_lines(text: str) -> list[str]:
+    """Lines; one that names no key belongs to the line before it, where lines that name keys stand around it."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    names_key = [any(re.match(rf"\W*{key}\s*:", line) for key in KEYS) for line in lines]
+    whole: list[str] = []
+    for number, line in enumerate(lines):
+        if not names_key[number] and any(names_key[:number]) and any(names_key[number:]):
+            whole[-1] = f"{whole[-1].rstrip()} {line.strip()}"
+        else:
+            whole.append(line)
+    return whole
+
+
 def parse_reference(text: str) -> dict[str, str]:
     """The 31 values of the right answer.
 
     Raises:
         UserError: when a key is missing, or is not in its place.
     """
-    lines = text.replace("<s>", "").replace("</s>", "").strip().split("\n")
+    lines = _whole_lines(text.replace("<s>", "").replace("</s>", ""))
     values = {}
     for place, key in enumerate(KEYS):
         line = lines[place].strip() if place < len(lines) else ""
