@@ -37,7 +37,8 @@ sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() !=
 from jaxlm.config import DataConfig, SourceConfig  # noqa: E402
 from jaxlm.data.batches import BatchSource  # noqa: E402
 from jaxlm.data.loader import build_data  # noqa: E402
-from jaxlm.data.packing import plan_rows  # noqa: E402
+from jaxlm.data.order import EpochOrder  # noqa: E402
+from jaxlm.data.planner import PACKING_VERSION, Documents, Planner  # noqa: E402
 from jaxlm.data.report import SourceReport  # noqa: E402
 from jaxlm.data.store.build import Work, join, make_parts, open_parts, reports_of  # noqa: E402
 from jaxlm.data.store.cache import Cache  # noqa: E402
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--millions", default="1,10")
     parser.add_argument("--gb", type=float, default=2.0)
+    parser.add_argument("--length", type=int, default=1000, help="tokens of a document, for memory")
     parser.add_argument("--dir", default=tempfile.gettempdir())
     options = parser.parse_args()
     {"tokenise": tokenise, "start": start, "memory": memory, "own": own, "open": opened, "batches": batches}[
@@ -259,12 +261,12 @@ def opened(options: argparse.Namespace) -> None:
 
 
 class Synthetic:
-    """Random documents of 1,000 tokens, as columns."""
+    """Random documents of one length, as columns."""
 
     with_encoder = False
 
-    def __init__(self, examples: int) -> None:
-        self.examples = examples
+    def __init__(self, examples: int, length: int) -> None:
+        self.examples, self.length = examples, length
 
     def column(self, name: str) -> Iterator[np.ndarray]:
         """Blocks of 1,000 examples."""
@@ -272,17 +274,17 @@ class Synthetic:
         for first in range(0, self.examples, 1000):
             count = min(1000, self.examples - first)
             if name == "tokens":
-                yield random.integers(0, 32000, 1000 * count, np.uint16)
+                yield random.integers(0, 32000, self.length * count, np.uint16)
             elif name == "mask":
-                yield np.ones(1000 * count, np.bool_)
+                yield np.ones(self.length * count, np.bool_)
             else:
-                value = {"lengths": 1000, "begins": 1, "source": 0}[name]
+                value = {"lengths": self.length, "begins": 1, "source": 0}[name]
                 yield np.full(count, value, np.int32)
 
 
 def memory(options: argparse.Namespace) -> None:
     """Peak memory of writing, opening and reading a large store, and batches a second."""
-    examples = int(options.gb * 1e9 / 2000)
+    examples = int(options.gb * 1e9 / 2 / options.length)
 
     def manifest(sums: Digests, first: np.ndarray) -> Manifest:
         report = values_of(SourceReport("synthetic", "text"))
@@ -292,7 +294,7 @@ def memory(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         begin = time.perf_counter()
-        write_store(Path(name) / "store", [Synthetic(examples)], np.dtype(np.uint16), manifest)
+        write_store(Path(name) / "store", [Synthetic(examples, options.length)], np.dtype(np.uint16), manifest)
         seconds = time.perf_counter() - begin
         size = sum(file.stat().st_size for file in (Path(name) / "store").iterdir())
         print(f"{size / 1e9:.2f} GB written in {seconds:.0f} s; peak {peak():.0f} MiB")
@@ -303,16 +305,16 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def batches(options: argparse.Namespace) -> None:
-    """Reads a tenth of a store in batches, in a shuffled order."""
+    """Opens a store, plans a pass, and reads half of it in batches, packed, in a shuffled order."""
     begin = time.perf_counter()
     stored = StoredTokens(Path(options.words[0]))
     seconds = time.perf_counter() - begin
-    order = np.arange(len(stored))
-    plan = plan_rows("none", stored.offsets, order, 2048, 0, 0)
-    source = BatchSource(stored, lambda _: plan, 2048, rows=64)
-    begin = time.perf_counter()
-    tokens = sum(int((source[step]["segment_ids"] > 0).sum()) for step in range(len(source) // 10))
-    print(json.dumps([seconds, tokens / (time.perf_counter() - begin), peak()]))
+    planner = Planner(Documents(stored, 2048), (1.0,), "first_fit", 2048, seed=0, version=PACKING_VERSION)
+    source = BatchSource(stored, EpochOrder(planner, 64), 2048, rows=64)
+    steps = len(source) // 2
+    begin = time.process_time()
+    tokens = sum(int((source[step]["segment_ids"] > 0).sum()) for step in range(steps))
+    print(json.dumps([seconds, tokens / (time.process_time() - begin), peak()]))
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def reading(location: Location, key: str) -> Iterator[None]:
     except _errors_of(scheme) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{key}: {location} cannot be read: {why}; the same command again goes on when the storage can be reached, "
-            "or copy the file here"
+            f"{key}: {location} cannot be read: {why}; look after the network and your credentials and give the same "
+            "command again, or copy the file here"
         ) from None
 
 

@@ -159,6 +159,7 @@ def open_in_place(config: PrepareConfig, name: str) -> Step:
     if place == 0:
         shards = plan_shards(config.sources, config.block_bytes)
         _refuse_own_output(shards, Path(config.output_dir))
+        options["block_bytes"] = config.block_bytes
     else:
         before = Path(config.output_dir) / config.steps[place - 1]
         if not (before / "report.json").is_file():

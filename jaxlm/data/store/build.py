@@ -27,7 +27,7 @@ from jaxlm.data.tokenise import Batch, Tokeniser, read_batches
 from jaxlm.data.tokens import Chunk
 from jaxlm.tokenizer import Tokenizer
 
-PART_CHARACTERS = 1 << 25  # of a part, about: some 8 M tokens, and seconds of one core's work
+PART_CHARACTERS = 1 << 24  # of a part, about: some 4 M tokens, and seconds of one core's work
 
 # Called with characters read and tokens made so far.
 Counter = Callable[[int, int], None]
