@@ -37,7 +37,7 @@ from tests.models.adapted import InMemory
 from tests.models.compare import random_tree
 from tests.models.matrix import settle
 from tests.models.small import WITH_ENCODER, hf_model, small_spec, tree_of
-from tests.models.test_matrix import RUN, check_deltas_and_verify, check_lora_training, trained
+from tests.models.test_matrix import RUN, check_deltas_and_verify, check_lora_training, check_plan_and_inspect, trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -413,6 +413,15 @@ def test_training(family: str, request: pytest.FixtureRequest) -> None:
     # T5 1.0 begins near the loss of chance, as its logits are a quarter of what others' are here.
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0], losses
     settle(request, family, "train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WITH_ENCODER)
+def test_plan_and_inspect(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_plan_and_inspect(family, tmp_path, capsys)
+    settle(request, family, "plan")
 
 
 @pytest.mark.parametrize("family", ["t5", pytest.param("mt5", marks=pytest.mark.slow)])
