@@ -170,8 +170,8 @@ def on_disk(path: str | Path, want: Want = "model", key: str = "model") -> Path:
         scheme = scheme_of(path)
         if scheme is not None and scheme not in ("file", "local"):
             raise UserError(
-                f"{key}: {path}: only data are read from {scheme}://; copy the directory here and give its path, or "
-                "a name of the Hugging Face hub (hf://owner/name)"
+                f"{key}: {path}: only the records of data are read from {scheme}://; copy it here and give its path, "
+                "or a name of the Hugging Face hub (hf://owner/name)"
             )
         return at_home(path) if scheme is None else Path(str(open_location(str(path), key)))
     if want != "data" and name.kind == "dataset":

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import re
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from jaxlm.errors import UserError
 
@@ -102,6 +103,29 @@ def files_below(folder: Location, key: str) -> list[Location]:
     return [path for path in paths if not path.name.startswith(".")]
 
 
+class FileStatus(NamedTuple):
+    """A file's size in bytes, and its time of change (ns) or the storage's own mark of its version."""
+
+    size: int
+    version: int
+
+
+def file_status(file: Location, key: str) -> FileStatus:
+    """A file's size and version.
+
+    Raises:
+        FileNotFoundError: a file of this machine is not there.
+        UserError: the address cannot be reached.
+    """
+    if isinstance(file, Path):
+        status = file.stat()
+        return FileStatus(status.st_size, status.st_mtime_ns)
+    with reading(file, key):
+        # Made of what the storage says of the file: an ETag, a generation, a time.
+        mark = hashlib.sha256(str(file.fs.ukey(file.path)).encode()).digest()
+        return FileStatus(file.stat().st_size, int.from_bytes(mark[:7]))
+
+
 @contextlib.contextmanager
 def reading(location: Location, key: str) -> Iterator[None]:
     """A block that reads a location; what goes wrong on the way to an address is told with its name.
@@ -126,8 +150,8 @@ def reading(location: Location, key: str) -> Iterator[None]:
     except _errors_of(scheme) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{key}: {location} cannot be read: {why}; the same command again goes on when the storage can be reached, "
-            "or copy the file here"
+            f"{key}: {location} cannot be read: {why}; look after the network and your credentials and give the same "
+            "command again, or copy the file here"
         ) from None
 
 

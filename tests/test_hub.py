@@ -154,7 +154,7 @@ def test_what_the_hub_refuses_says_what_to_do(hub: Hub) -> None:
         "hf://spaces/org/name": r"a space is neither a model nor data",
         "hf://datasets/org/name": r"is a data set, expected a model",
         "org/none": r"^org/none: no such directory or file .*, and as a name on the Hugging Face hub: .* no such repo",
-        "s3://bucket/model": r"only data are read from s3://; copy the directory here",
+        "s3://bucket/model": r"only the records of data are read from s3://; copy it here",
     }.items():
         with pytest.raises(UserError, match=message):
             on_disk(path)

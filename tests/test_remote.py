@@ -14,7 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from jaxlm.config import SourceConfig
+from jaxlm.config.prepare import DocumentsConfig
 from jaxlm.data.entries import read_entries
+from jaxlm.data.prepare.shards import Bad, plan_shards, read_shard
 from jaxlm.data.records import Record, check_source, read_records
 from jaxlm.errors import UserError
 from jaxlm.remote import open_location, scheme_of
@@ -59,6 +61,26 @@ def test_files_folders_and_patterns_are_read_behind_an_address(memory: fsspec.Ab
     assert texts(read(f"{BUCKET}/*/*.jsonl.zst")) == ["granite", "basalt"]
     everything = ["granite", "basalt", "tuff", "gneiss", "granite", "basalt"]
     assert texts(read(BUCKET)) == everything
+
+
+def test_prepare_reads_blocks_of_a_file_behind_an_address_and_sees_it_change(
+    memory: fsspec.AbstractFileSystem,
+) -> None:
+    put(memory, "a.jsonl", LINES * 20)
+    put(memory, "b.jsonl.gz", gzip.compress(LINES))
+    shards = plan_shards([DocumentsConfig(path=BUCKET)], block_bytes=100)
+    assert [shard.path for shard in shards] == [f"{BUCKET}/a.jsonl"] * 8 + [f"{BUCKET}/b.jsonl.gz"]
+    records = [record for shard in shards for record in read_shard(shard, Bad(0))]
+    assert texts(records) == ["granite", "basalt"] * 21
+    put(memory, "a.jsonl", LINES * 19 + LINES)
+    with pytest.raises(UserError, match=r"memory://bucket/a\.jsonl has changed since the work was planned"):
+        list(read_shard(shards[0], Bad(0)))
+    memory.rm("/bucket/a.jsonl")
+    with pytest.raises(UserError, match=r"memory://bucket/a\.jsonl does not exist"):
+        list(read_shard(shards[0], Bad(0)))
+    for options in ({"path": f"{BUCKET}/x.idx"}, {"path": BUCKET, "format": "mindrecord"}):
+        with pytest.raises(UserError, match="copy it here and give the path"):
+            plan_shards([DocumentsConfig(**options)], block_bytes=100)  # type: ignore[arg-type]
 
 
 def test_an_address_of_this_machine_is_a_path(tmp_path: Path) -> None:
@@ -110,7 +132,7 @@ def test_a_connection_that_breaks_is_told_with_the_address(
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read1", fail, raising=False)
     for name in ("a.jsonl", "a.jsonl.gz"):
-        with pytest.raises(UserError, match=r"a\.jsonl(\.gz)? cannot be read: nobody answers; the same command"):
+        with pytest.raises(UserError, match=r"a\.jsonl(\.gz)? cannot be read: nobody answers; look after the network"):
             read(f"{BUCKET}/{name}")
 
 

@@ -1,6 +1,6 @@
 """How much of a dense feed-forward layer lies in the experts that its tokens use.
 
-With h = silu(gate) * up, [N, F]: the share of a token's sum of |h| that is in its experts; and how far the output is
+With h = act(gate) * up, [N, F]: the share of a token's sum of |h| that is in its experts; and how far the output is
 from the dense layer's, ||down(h * weights) - down(h)|| / ||down(h)||. Means over tokens, not ratios of sums: a few
 tokens of a LLaMA (the first of a row, for one) have activations a thousand times those of the others. The model runs
 dense from layer to layer, so each layer is judged by itself.

@@ -1,6 +1,6 @@
 """A learned router that chooses the experts which their activations would choose.
 
-The teacher chooses for each token the k experts whose neurons' activations, h = silu(gate) * up, sum highest (as the
+The teacher chooses for each token the k experts whose neurons' activations, h = act(gate) * up, sum highest (as the
 router by activation) or whose |h| does, in every layer. A layer's W [D, E] is fitted so that softmax(x W) is even
 over these experts and nothing elsewhere, by cross-entropy: a convex problem. The teacher's scores are sums of products,
 not a linear function of x, so it is reached only in part; rows that were held out tell how far.
@@ -118,7 +118,7 @@ def distil(source: ParamSource, sample: Sample, steps: int, seed: int, teacher: 
         chosen = route_by_scores(moe, scores, seen.modality).mask(moe.num_experts)  # padding: none
         return down(mlp, masked(seen.h, chosen)), (seen.x, chosen)
 
-    routers, figures, losses = [], [], []
+    routers, figures, losses, activation = [], [], [], source.config.feed_forward.activation
     for _, mlp, found in walk(source, sample, teach, "distilling"):
         x, chosen = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
         with jax.default_matmul_precision("highest"):
@@ -127,7 +127,9 @@ def distil(source: ParamSource, sample: Sample, steps: int, seed: int, teacher: 
             new = jnp.asarray(router.astype(np.float32))  # rounded, as it will be used
             old = mlp.get("router", jnp.zeros_like(new))
             x, chosen = (part.reshape(len(rows), rows.shape[1], -1) for part in (x, chosen))
-            judged = [_judge(moe, mlp, old, new, x[row], chosen[row], jnp.asarray(rows[row])) for row in test]
+            judged = [
+                _judge(moe, activation, mlp, old, new, x[row], chosen[row], jnp.asarray(rows[row])) for row in test
+            ]
         routers.append(router)
         figures.append(np.sum([np.asarray(part, np.float64) for part in judged], axis=0))
         losses.append(np.asarray(loss))
@@ -200,9 +202,10 @@ def fit_router(x: jax.Array, chosen: jax.Array, steps: int) -> tuple[jax.Array, 
     return scaled * scale, jnp.stack([entropy(start), entropy(scaled)])
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _judge(
     moe: ExpertsSpec,
+    activation: str,
     mlp: Any,
     old: jax.Array,
     new: jax.Array,
@@ -216,7 +219,7 @@ def _judge(
     for router in (old, new):
         weights = route_learned(moe, x @ router, None, modality).mask(moe.num_experts)
         recalls.append(jnp.where(weights > 0, chosen, 0.0).sum(axis=1) / count)
-    h = hidden(mlp, x)
+    h = hidden(mlp, x, activation)
     expected, found = (down(mlp, masked(h, by)) for by in (chosen, weights))
     lost = jnp.linalg.norm(found - expected, axis=1) / jnp.maximum(jnp.linalg.norm(expected, axis=1), _TINY)
     kinds = jax.nn.one_hot(modality, len(moe.modalities))  # none for padding

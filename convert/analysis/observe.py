@@ -16,6 +16,7 @@ from rich.progress import Progress
 from convert.analysis.sample import Sample
 from jaxlm.models.decoder import Angles, Block
 from jaxlm.models.streamed import Tokens, embedded, run_layers
+from jaxlm.nn.feed_forward import ACTIVATIONS
 from jaxlm.weights.leaves import ParamSource
 
 Found = TypeVar("Found")
@@ -27,7 +28,7 @@ class Observed:
 
     Attributes:
         x: [N, D], its input, which is normed.
-        h: [N, F], silu(gate) * up.
+        h: [N, F], activation(gate) * up.
         modality: [N] int32, -1 where there is no token.
     """
 
@@ -36,10 +37,10 @@ class Observed:
     modality: jax.Array
 
 
-def hidden(mlp: Any, x: jax.Array) -> jax.Array:
-    """silu(gate) * up, [N, F], of inputs [N, D]."""
+def hidden(mlp: Any, x: jax.Array, activation: str) -> jax.Array:
+    """activation(gate) * up, [N, F], of inputs [N, D]."""
     gate, up = (_linear(mlp[name], x) for name in ("gate_proj", "up_proj"))
-    return jax.nn.silu(gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def down(mlp: Any, h: jax.Array) -> jax.Array:
@@ -90,11 +91,12 @@ def walk(
         middle, normed, _ = cast(Any, block.apply(variables, x, number, angles, tokens.segment_ids, method="attend"))
         flat = normed.reshape(-1, normed.shape[-1])
         modality = cast(jax.Array, tokens.modality).reshape(-1)
-        out, found = run(params["mlp"], Observed(flat, hidden(params["mlp"], flat), modality))
+        out, found = run(params["mlp"], Observed(flat, hidden(params["mlp"], flat, activation), modality))
         after = cast(jax.Array, block.apply(variables, middle, out.reshape(x.shape), method="add_feed_forward"))
         return after, found
 
     spec = source.config
+    activation = spec.feed_forward.activation
     states = embedded(spec, source.read, chunks)
     with Progress(console=Console(stderr=True)) as progress:
         layers = run_layers(spec, source.read, chunks, states, step)

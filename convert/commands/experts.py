@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +65,7 @@ def add_expert_verbs(verbs: Any) -> None:
 
 def _moefy(options: argparse.Namespace) -> None:
     from convert.source import open_model
-    from convert.transforms.experts import MoefiedSource, make_order, moe_config
+    from convert.transforms.experts import MoefiedSource, dense_first, make_order, moe_config
     from jaxlm.weights.partition import read_owners
 
     partition = None if options.partition is None else Path(options.partition)
@@ -84,7 +83,7 @@ def _moefy(options: argparse.Namespace) -> None:
     if source.config.experts is not None:
         raise UserError(
             f"{options.source}: is divided into {source.config.experts.num_experts} experts already; "
-            f"make it dense first: convert demoefy {shlex.quote(options.source)} DENSE"
+            f"{dense_first(source)}"
         )
     experts = options.experts
     if experts is None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.formats.mixtral import MixtralSource, is_mixtral, write_mixtral
+from convert.formats.mixtral import MixtralSource, is_mixtral, mixtral_spec, write_mixtral
 from convert.transforms.experts import ROUTER, DenseSource, MoefiedSource
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import build, check_format
@@ -29,7 +29,7 @@ from jaxlm.jsontext import read_object
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.version1 import ExpertsFields
 from jaxlm.spec import DecoderSpec, ExpertsSpec
-from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, write_files
+from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, parse_hf_config, write_files
 from jaxlm.weights.leaves import DerivedSource, ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, hf_entries, leaf_shapes
 from jaxlm.weights.output import Advance
@@ -91,6 +91,18 @@ def open_hf(path: Path) -> ParamSource:
         config = dataclasses.replace(source.config.with_experts(moe), family=family)
         return MixtralExperts(source, config, beside.partition)
     return HfExperts(source, beside.partition, beside.moe, beside.router)
+
+
+def read_hf_shape(path: Path) -> DecoderSpec:
+    """The shape of a Hugging Face directory, whose weights need not be there.
+
+    Raises:
+        UserError: config.json is not that of a supported model.
+    """
+    if (path / FOLDER).is_dir():
+        return open_hf(path).config
+    content = read_object(path / "config.json")
+    return (mixtral_spec if is_mixtral(content) else parse_hf_config)(path / "config.json", content)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

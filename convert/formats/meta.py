@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.transforms.experts import dense_first
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import write_config
@@ -372,8 +372,8 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
     if source.config.experts is not None:
         raise UserError(
             f"{source.path}: its feed-forward layers are divided into {source.config.experts.num_experts} experts, for "
-            f"which Meta's format has no place: make it dense first (convert demoefy {shlex.quote(str(source.path))} "
-            "DENSE), or take the Hugging Face format, which has one (convert jax-to-hf)"
+            f"which Meta's format has no place: {dense_first(source)}, or take the Hugging Face format, which has one "
+            "(convert jax-to-hf)"
         )
     params = params_for(source.config)
     # Without its copy in the head a tied model would not load: Meta's code always has an output layer.

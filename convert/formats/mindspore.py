@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from convert.transforms.experts import DenseSource
+from convert.transforms.experts import DenseSource, dense_first
 from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
@@ -460,9 +460,8 @@ def check_model(source: ParamSource) -> None:
     if moe is not None and not moe.router.startswith("activation"):
         raise UserError(
             f"{source.path}: its {moe.num_experts} experts have the router {moe.router}; beside a MindSpore checkpoint "
-            "there is only a place for SciMind's patterns, whose experts are chosen by activation. Make it dense first "
-            f"(convert demoefy {shlex.quote(str(source.path))} DENSE), or take the Hugging Face format "
-            "(convert jax-to-hf)"
+            "there is only a place for SciMind's patterns, whose experts are chosen by activation; "
+            f"{dense_first(source)}, or take the Hugging Face format (convert jax-to-hf)"
         )
 
 

@@ -27,10 +27,10 @@ import numpy as np
 from convert.transforms.experts import ROUTER
 from jaxlm.errors import UserError
 from jaxlm.models.families import write_config
-from jaxlm.models.families.common import ACTIVATION_WORDS, check_theta_is_kept
+from jaxlm.models.families.common import check_theta_is_kept
 from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.experts import expert_tensors, experts_entries, join_experts
-from jaxlm.weights.hf import HfSource, copy_files
+from jaxlm.weights.hf import HfSource, copy_files, parse_hf_config
 from jaxlm.weights.leaves import ParamSource, main_dtype, stored_blocks
 from jaxlm.weights.names import hf_entries
 from jaxlm.weights.output import Advance
@@ -62,43 +62,50 @@ def is_mixtral(config: dict[str, Any]) -> bool:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def mixtral_spec(where: Path, content: dict[str, Any]) -> DecoderSpec:
+    """The shape that Mixtral's `config.json` describes.
+
+    Raises:
+        UserError: a value is not served; `where` is named.
+    """
+    sizes = {}
+    # transformers takes num_experts for the same key.
+    try:
+        check_theta_is_kept(content, _DEFAULTS["rope_theta"])
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
+    content = _DEFAULTS | {"num_local_experts": content.get("num_experts", 8)} | content
+    for key in ("num_local_experts", "num_experts_per_tok", "intermediate_size"):
+        value = content[key]
+        if type(value) is not int or not 0 < value < 1 << 20:
+            raise UserError(f"{where}: {key} is {value!r}; expected a positive whole number")
+        sizes[key] = value
+    experts = sizes["num_local_experts"]
+    if sizes["num_experts_per_tok"] == 1 < experts:
+        raise UserError(
+            f"{where}: num_experts_per_tok is 1: Mixtral then weighs its one expert by 1, jaxlm's learned router "
+            "by the expert's share of the softmax over all, so it would be another model; to train it on with two "
+            "experts for a token, write 2 there"
+        )
+    dense = {key: value for key, value in content.items() if key not in ("num_local_experts", "num_experts")}
+    like_mistral = dense | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "intermediate_size": sizes["intermediate_size"] * experts,
+    }
+    config = parse_hf_config(where, like_mistral)
+    try:
+        moe = ExpertsSpec(experts, "learned", top_k=(sizes["num_experts_per_tok"],), layout="mixtral")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return config.with_experts(moe)
+
+
 class MixtralSource(HfSource):
     """A model in Mixtral's layout, read as a learned router's experts over one feed-forward layer."""
 
     def parse_config(self, where: Path, content: dict[str, Any]) -> DecoderSpec:
-        sizes = {}
-        # transformers takes num_experts for the same key.
-        try:
-            check_theta_is_kept(content, _DEFAULTS["rope_theta"])
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
-        content = _DEFAULTS | {"num_local_experts": content.get("num_experts", 8)} | content
-        for key in ("num_local_experts", "num_experts_per_tok", "intermediate_size"):
-            value = content[key]
-            if type(value) is not int or not 0 < value < 1 << 20:
-                raise UserError(f"{where}: {key} is {value!r}; expected a positive whole number")
-            sizes[key] = value
-        experts = sizes["num_local_experts"]
-        if sizes["num_experts_per_tok"] == 1 < experts:
-            raise UserError(
-                f"{where}: num_experts_per_tok is 1: Mixtral then weighs its one expert by 1, jaxlm's learned router "
-                "by the expert's share of the softmax over all, so it would be another model; to train it on with two "
-                "experts for a token, write 2 there"
-            )
-        if content.get("hidden_act", "silu") not in ACTIVATION_WORDS["silu"]:
-            raise UserError(f"{where}: hidden_act is {content['hidden_act']!r}; experts are computed with 'silu' alone")
-        dense = {key: value for key, value in content.items() if key not in ("num_local_experts", "num_experts")}
-        like_mistral = dense | {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
-            "intermediate_size": sizes["intermediate_size"] * experts,
-        }
-        config = super().parse_config(where, like_mistral)
-        try:
-            moe = ExpertsSpec(experts, "learned", top_k=(sizes["num_experts_per_tok"],), layout="mixtral")
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        return config.with_experts(moe)
+        return mixtral_spec(where, content)
 
     def kept_config(self, content: dict[str, Any]) -> dict[str, Any] | None:
         return None  # a dense model made of this one needs another

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 
+from convert.transforms.experts import dense_first
 from jaxlm.errors import UserError
 from jaxlm.models.families import FAMILIES, architectures, write_config
 from jaxlm.weights.leaves import DerivedSource, ParamSource, main_dtype
@@ -30,8 +30,7 @@ class RenamedSource(DerivedSource):
             )
         if source.config.experts is not None:
             raise UserError(
-                f"--architecture {architecture}: {source.path} is a model of experts; make it dense first "
-                f"(convert demoefy {shlex.quote(str(source.path))} DENSE)"
+                f"--architecture {architecture}: {source.path} is a model of experts; {dense_first(source)}"
             )
         self.config = dataclasses.replace(source.config, family=named[0].name)
         if self.config.family != source.config.family:

@@ -6,6 +6,7 @@ changes nothing but the order of one sum.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,6 +178,13 @@ class DenseSource(_Reordered):
                 "experts from the start has none; a copy of a moefied one needs the file from the original"
             )
         super().__init__(source, None if partition is None else inverse(partition), None)
+
+
+def dense_first(source: ParamSource) -> str:
+    """What to do with a model of experts where only a dense one has a place; for messages."""
+    if source.partition is None:  # as `DenseSource` has it
+        return "it was made with experts, and has no dense form"
+    return f"make it dense first (convert demoefy {shlex.quote(str(source.path))} DENSE)"
 
 
 def moe_config(

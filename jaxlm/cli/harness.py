@@ -134,11 +134,14 @@ def run_harness(config: EvaluateConfig) -> int:
 
 
 def _manager(include_path: str | None, tasks: list[str]) -> Any:
+    from jaxlm import evaluation
+
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise UserError(f"harness: needs {error.name}: pip install 'jaxlm[harness]'") from None
-    manager = TaskManager(include_path=include_path)
+    own = Path(evaluation.__file__).parent / "lm_eval"
+    manager = TaskManager(include_path=[str(own), *([include_path] if include_path else [])])
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         what = f"{unknown[0]!r} is not a task of lm_eval" if unknown else "no task is named"

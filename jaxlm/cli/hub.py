@@ -39,7 +39,7 @@ def with_commits(
         config: the configuration.
         say: gets a line for each name.
         hosts: the processes; None: this one alone.
-        output_dir: of a run, whose files say what it began with.
+        output_dir: of a run, or of what is prepared, whose files say what it began with.
         made: directories that will be there when they are read, as those of earlier stages.
 
     Raises:
@@ -131,7 +131,8 @@ def _began_with(output_dir: str) -> Mapping[HubName, HubName]:
 
     folder = at_home(output_dir)
     newest = newest_small_files(folder)
-    file = folder / "config.yaml" if newest is None else newest / RUN_YAML
+    plans = sorted(folder.glob("*/plan.json"))  # of the steps of prepare
+    file = newest / RUN_YAML if newest is not None else plans[0] if plans else folder / "config.yaml"
     if not file.is_file():
         return {}
     commits: dict[HubName, set[HubName]] = {}

@@ -88,11 +88,11 @@ def model_shape(config: RunConfig) -> DecoderSpec:
     Raises:
         UserError: when neither model.shape nor a directory at model.path says it.
     """
+    from convert.formats.hf_experts import read_hf_shape
     from convert.source import open_model
-    from jaxlm.jsontext import read_object
     from jaxlm.locate import on_disk
     from jaxlm.modalities import resolve
-    from jaxlm.models.families import load_shape, read_config
+    from jaxlm.models.families import load_shape
     from jaxlm.models.resolve import resolve_experts
 
     ranges = {}
@@ -108,7 +108,7 @@ def model_shape(config: RunConfig) -> DecoderSpec:
                 "llama-2-7b, or that of a config.json"
             )
         if (path / "config.json").is_file():
-            shape = read_config(read_object(path / "config.json"))
+            shape = read_hf_shape(path)
         else:
             shape = open_model(path).config
     if config.moe is not None and shape.experts is None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli import stores
+from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config_and_flags
 from jaxlm.cli.words import Flag
 from jaxlm.config import PrepareConfig
 from jaxlm.errors import UserError, exit_status
+from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +64,9 @@ def _main(words: list[str], prog: str) -> int:
     config, flags = parse_config_and_flags(
         words, PrepareConfig, prog=prog, description=DESCRIPTION, aliases={}, flags=FLAGS
     )
+    config = with_commits(config, lambda line: print(line, file=sys.stderr), output_dir=config.output_dir)
+    if config.tokenizer is not None:
+        config = dataclasses.replace(config, tokenizer=str(on_disk(config.tokenizer, "small", "tokenizer")))
     return _run(config, verb, _share(flags))
 
 

@@ -44,6 +44,8 @@ def run(verb: str, words: Sequence[str], prog: str) -> int:
         what = parser.add_mutually_exclusive_group(required=True)
         what.add_argument("--indices", help="numbers of examples from 0: 3,10-19, or a file of them, one a line")
         what.add_argument("--source", help="the name of a source")
+        what.add_argument("--consumed", type=Path, metavar="RUN", help="what a run on this store has been given")
+        parser.add_argument("--steps", type=int, help="with --consumed: only in its first steps")
         command = _drop
     command(parser.parse_args(list(words)))
     return 0
@@ -99,10 +101,17 @@ def _merge(options: argparse.Namespace) -> None:
 def _drop(options: argparse.Namespace) -> None:
     from jaxlm.data.prepare import stores
 
+    if options.steps is not None and options.consumed is None:
+        raise UserError("--steps: goes with --consumed RUN")
     if options.indices is not None:
         gone, why = stores.examples_by_index(options.store, options.indices), "--indices"
-    else:
+    elif options.source is not None:
         gone, why = stores.examples_of_source(options.store, options.source), f"--source {options.source}"
+    else:
+        from jaxlm.training.consumed import consumed_examples
+
+        gone = consumed_examples(options.store, options.consumed, options.steps)
+        why = f"--consumed {options.consumed}"
     _say(options.destination, stores.drop_examples(options.destination, options.store, gone, why))
 
 

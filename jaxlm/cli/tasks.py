@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jaxlm.cli.opening import OpenModel
     from jaxlm.evaluation.job import Job
-    from jaxlm.evaluation.task import Answer, Answers, Figure, Request, Task
+    from jaxlm.evaluation.task import Answers, Figure, Task
     from jaxlm.inference.generator import Generator
     from jaxlm.processes.distributed import Hosts
 
@@ -61,7 +61,7 @@ def run_tasks(config: EvaluateConfig, names: Sequence[str]) -> int:
 
 def _data_files(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Path]:
     """The data file of each task that has one."""
-    from jaxlm.locate import at_home
+    from jaxlm.locate import on_disk
 
     files: dict[str, Path] = {}
     bare = []
@@ -70,9 +70,9 @@ def _data_files(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Path]
         if equals and name in names:
             if name in files:
                 raise UserError(f"data: {name} has two files, {files[name]} and {path}; name one")
-            files[name] = at_home(path)
+            files[name] = on_disk(path, "data", "data")
         else:
-            bare.append(at_home(source.path))
+            bare.append(on_disk(source.path, "data", "data"))
     rest = [name for name in names if name not in files]
     if len(bare) > len(rest):
         raise UserError(f"data: {len(config.data)} files for {', '.join(names)}; name one for each task")
@@ -138,6 +138,7 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job]) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
     from rich.console import Console
 
+    from jaxlm.cli.hub import download_all
     from jaxlm.cli.opening import model_settings, open_model
     from jaxlm.cli.start import quiet_logs, use_compilation_cache
     from jaxlm.processes.distributed import run_settings, start, versions
@@ -154,6 +155,7 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job]) -> int:
             hosts.agree("versions", versions())
             hosts.agree("configuration", run_settings(config))
             hosts.agree("data", {str(job.path): job.digest for job in jobs})
+        download_all([config], hosts)
         for job in jobs:
             _take(_directory(config, job.task.name), hosts)
         console = hosts.console(terminal)
@@ -232,7 +234,7 @@ def _ask(
     console: Console,
 ) -> tuple[list[Answers], dict[str, Any]]:
     """The answers to every record, and what was fed first."""
-    from jaxlm.evaluation.asking import ask, check_requests, first_fed, make_plan
+    from jaxlm.evaluation.asking import ask, by_record, check_requests, first_fed, make_plan
     from jaxlm.evaluation.journal import Answered, Journal
     from jaxlm.evaluation.outputs import JOURNAL
     from jaxlm.evaluation.task import Answer
@@ -262,14 +264,7 @@ def _ask(
     if journal is not None:
         journal.close()
     facts = {"bos": opened.prompter.beginning, "first_request": first_fed(plan, tokenizer)}
-    return _by_record(len(job.records), requests, answered.answers), facts
-
-
-def _by_record(records: int, requests: Sequence[Request], answers: Mapping[int, Answer]) -> list[Answers]:
-    parts: list[dict[str, Answer]] = [{} for _ in range(records)]
-    for number, request in enumerate(requests):
-        parts[request.record][request.part] = answers[number]
-    return list(parts)
+    return by_record(len(job.records), requests, answered.answers), facts
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import signal
 import sys
@@ -104,6 +105,7 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
             hosts.agree("configuration", run_settings(config))
         configs = _pinned(configs, console.print, hosts)
         hosts.check("files", _problem(check_files, configs, hosts.process == 0))
+        hosts.check("tasks", _problem(_check_tasks, configs))
         # Also those of later stages: whoever starts the same command again is told at once.
         for config in configs:
             hosts.take_directory(Path(config.output_dir), console.print)
@@ -119,6 +121,14 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
             if outcomes[-1].interrupted is not None:
                 break
     return outcomes
+
+
+def _check_tasks(configs: Sequence[RunConfig]) -> None:
+    for config in configs:
+        if config.train.tasks or config.train.best is not None:
+            from jaxlm.evaluation.during import read_jobs
+
+            read_jobs(config)
 
 
 def _pinned(configs: Sequence[RunConfig], say: Callable[[str], None], hosts: Hosts | None = None) -> list[RunConfig]:
@@ -146,7 +156,13 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
 
     source = None if config.model.path is None else open_model(config.model.path)
     prepared = prepare(config, source, open_adapter, console, hosts, verbose)
-    outcome = train(prepared.job, console, hosts, stop)
+    job = prepared.job
+    if config.train.tasks:
+        from jaxlm.evaluation.during import training_tasks
+
+        tasks = training_tasks(config, job.model, prepared.tokenizer, prepared.asked)
+        job = dataclasses.replace(job, tasks=tasks)
+    outcome = train(job, console, hosts, stop)
     if outcome.interrupted is None:
         _show_samples(prepared, outcome, console)
         _show_summary(prepared.job.config, outcome, console)
@@ -184,7 +200,8 @@ def _preview(config: RunConfig, rows: int) -> None:
         shown += preview(train[number], tokenizer, console, shown, rows)
         if shown == rows:
             break
-    console.rule(f"{shown} rows of a run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
+    part = f"{shown} rows of a" if rows else "a"
+    console.rule(f"{part} run of {len(train):,} steps of {config.train.global_batch_size}", align="left")
     console.print("\n".join(table(data.shares(train))), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -218,7 +235,8 @@ def _show_summary(config: RunConfig, outcome: Outcome, console: Console) -> None
     pairs = []
     pairs.append(("adapter" if config.lora else "model", str(outcome.checkpoint)))
     if outcome.best is not None and outcome.best[0] != outcome.step:
-        pairs.append(("best", f"{out / 'checkpoints' / str(outcome.best[0])} (validation loss {outcome.best[1]:.4f})"))
+        what, (step, value) = config.train.best or "validation loss", outcome.best
+        pairs.append(("best", f"{out / 'checkpoints' / str(step)} ({what} {value:.4f})"))
     pairs.append(("metrics", str(out / "metrics.jsonl")))
     pairs.append(("loss curve", str(out / "loss.png")))
     if len(outcome.validation) > 1:

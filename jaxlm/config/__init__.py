@@ -9,7 +9,7 @@ from jaxlm.config.inference import Decoding, EvaluateConfig, GenerateConfig, Inf
 from jaxlm.config.model import LoraConfig, ModalityConfig, ModelConfig, MoeRunConfig, TokenizerConfig
 from jaxlm.config.plain import flatten, to_dict
 from jaxlm.config.prepare import PrepareConfig
-from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TaskConfig, TrainConfig
 
 __all__ = [
     "DataConfig",
@@ -28,6 +28,7 @@ __all__ = [
     "PrepareConfig",
     "RunConfig",
     "SourceConfig",
+    "TaskConfig",
     "TokenizerConfig",
     "TrainConfig",
     "flatten",

@@ -16,8 +16,8 @@ class SourceConfig:
         path: file, folder, glob, directory written by HF datasets' save_to_disk, or a store of tokens (its .idx or its
             directory); or an address of one that fsspec reads (s3://, gs://, https://), or
             hf://datasets/owner/name/file.
-        format: json, jsonl, csv, parquet, text or hf; megatron or knowlm for a store, whose tokens are taken as they
-            are; auto goes by the file name.
+        format: json, jsonl, csv, parquet, text or hf; megatron or knowlm for a store, or mindrecord, whose tokens
+            are taken as they are; auto goes by the file name.
         template: how a record becomes text: a template name or JSON file, `chat` for the tokenizer's own
             chat template, `text` for plain text; auto goes by the columns found.
         weight: how often a record is seen per epoch: 2.0 twice, 0.5 a seeded half.
@@ -31,7 +31,9 @@ class SourceConfig:
     """
 
     path: ReadPath
-    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf", "megatron", "knowlm"] = "auto"
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf", "megatron", "knowlm", "mindrecord"] = (
+        "auto"
+    )
     template: NameOrPath = "auto"
     weight: float = 1.0
     tokens: float | None = None

@@ -15,9 +15,11 @@ class DocumentsConfig:
     """One source of documents.
 
     Args:
-        path: file, folder, glob, or directory written by HF datasets' save_to_disk; for build also a store of tokens.
+        path: file, folder, glob, or directory written by HF datasets' save_to_disk; for build also a store of
+            tokens. Or an address that fsspec reads (s3://, gs://), or hf://datasets/owner/name/file.
         name: what reports call it; null: its path. Sources of one name are counted together.
-        format: json, jsonl, csv, parquet, text or hf, megatron or knowlm for a store; auto goes by the file name.
+        format: json, jsonl, csv, parquet, text or hf, megatron or knowlm for a store, mindrecord; auto goes by the file
+            name.
         split: split of an HF datasets directory that has several.
         documents: for text files, whether a document is a line or a whole file.
         text: the column that holds the text, or an expression with columns in braces, e.g. "{title}\\n{abstract}".
@@ -29,7 +31,9 @@ class DocumentsConfig:
 
     path: ReadPath
     name: str | None = None
-    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf", "megatron", "knowlm"] = "auto"
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "hf", "megatron", "knowlm", "mindrecord"] = (
+        "auto"
+    )
     split: str | None = None
     documents: Literal["line", "file"] = "line"
     text: str = "text"
@@ -229,6 +233,8 @@ class BuildConfig:
         drop_unknown: leave out records with a token that the tokenizer does not know.
         too_long: truncate, split, drop or error; auto splits plain text and truncates the rest.
         knowlm: also write KnowLM's own store: knowlm.bin, .idx, .dis and .tmp.
+        mindrecord: also write SciMind's MindRecord, in this number of files (data.mindrecord): rows of sequence_length
+            tokens, padded with 0, which is SciMind's seq_length + 1.
     """
 
     sequence_length: int = 2048
@@ -238,6 +244,7 @@ class BuildConfig:
     drop_unknown: bool = False
     too_long: Literal["auto", "truncate", "split", "drop", "error"] = "auto"
     knowlm: bool = False
+    mindrecord: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +293,6 @@ class PrepareConfig:
     split: SplitConfig = field(default_factory=SplitConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    block_bytes: int = 256_000_000
+    block_bytes: int = 32_000_000
     compression: Literal["none", "zst"] = "none"
     max_bad: int = 0

@@ -52,6 +52,9 @@ def check_ranges(config: RunConfig) -> None:
     if config.lora is not None:
         checks.append(("lora.rank", config.lora.rank, lambda v: v >= 1, "at least 1"))
         checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
+    for task in config.train.tasks:
+        checks.append((f"train.tasks: {task.task}: every", task.every, lambda v: v >= 1, "at least 1"))
+        checks.append((f"train.tasks: {task.task}: batch_size", task.batch_size, lambda v: v >= 1, "at least 1"))
     for source in config.data.train:
         wanted = "more than 0, at most 1e6"
         checks.append((f"data.train: {source.path}: weight", source.weight, lambda v: 0 < v <= 1e6, wanted))

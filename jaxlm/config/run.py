@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import LoraConfig, ModelConfig, MoeRunConfig, TokenizerConfig
-from jaxlm.locate import WrittenPath
+from jaxlm.locate import ReadPath, WrittenPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,27 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """A task of `jaxlm evaluate` that is run on the model while it is trained.
+
+    Args:
+        task: its name.
+        data: the file of its questions.
+        every: steps between runs, and one before the first step; there is one at the end.
+        limit: use only this number of records, the first ones.
+        options: of the task.
+        batch_size: questions asked together.
+    """
+
+    task: str
+    data: ReadPath
+    every: int = 500
+    limit: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batch, evaluation, checkpoints.
 
@@ -60,11 +81,14 @@ class TrainConfig:
             averages the means of micro-batches, as alpaca-lora, K2 and KnowLM do.
         eval_every: steps between evaluations on the validation data, and one before the first step; 0 evaluates only at
             the end.
+        tasks: tasks of `jaxlm evaluate` that are run in between; their figures go to metrics.jsonl.
+        best: the figure by which the best checkpoint is kept, TASK/FIGURE, of checkpoints at whose step the task was
+            run; null: the validation loss.
         save_every: steps between checkpoints; 0 saves only at the end.
         local_checkpoints: a folder on each host's own disk for emergency copies of the state, from which a restart on
             the same hosts and devices goes on when they are newer; null: none.
         local_every: steps between those.
-        keep: newest checkpoints to keep; the one with the best validation loss is kept besides.
+        keep: newest checkpoints to keep; the best one is kept besides.
         log_every: steps between lines in metrics.jsonl.
         on_nonfinite: stop saves and ends the run; skip goes on and counts the step. Neither lets the step touch
             the parameters.
@@ -86,6 +110,8 @@ class TrainConfig:
     seed: int = 42
     loss_normalisation: Literal["tokens", "mean_of_means"] = "tokens"
     eval_every: int = 200
+    tasks: tuple[TaskConfig, ...] = ()
+    best: str | None = None
     save_every: int = 200
     local_checkpoints: WrittenPath | None = None
     local_every: int = 20

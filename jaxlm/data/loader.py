@@ -72,6 +72,8 @@ class Data:
                 f"data: the run was begun with version {version} of packing, this jaxlm knows {PACKING_VERSION}; "
                 "update it, or choose another output_dir"
             )
+        if version == self.packing_version:
+            return self
         fingerprint = _fingerprint(self.config, self.seed, self.digests, version)
         return dataclasses.replace(self, fingerprint=fingerprint, packing_version=version)
 

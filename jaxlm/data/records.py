@@ -17,6 +17,7 @@ from typing import Any
 from jaxlm.config import SourceConfig
 from jaxlm.data.compressed import inner_ending
 from jaxlm.data.entries import Entry, read_entries
+from jaxlm.data.mindrecord import has_own_name, mindrecord_files, named_files
 from jaxlm.errors import UserError
 from jaxlm.hub import download_data, is_address, read_address
 from jaxlm.locate import at_home, on_disk
@@ -34,7 +35,7 @@ FORMATS = {
     ".md": "text",
 }
 
-TOKEN_FORMATS = ("megatron", "knowlm")
+TOKEN_FORMATS = ("megatron", "knowlm", "mindrecord")
 TOKENS = "tokens.idx"  # in the directory of a store
 
 
@@ -74,11 +75,20 @@ def check_source(source: SourceConfig) -> None:
 
 
 def is_token_source(source: SourceConfig) -> bool:
-    """Whether a source holds tokens as they are, not records: Megatron-Core's, KnowLM's or jaxlm's own store."""
+    """Whether a source holds tokens, not records: a store (Megatron-Core's, KnowLM's, jaxlm's) or MindRecord."""
     if source.format in TOKEN_FORMATS:
         return True
     root = at_home(source.path)
-    return source.format == "auto" and (root.suffix == ".idx" or (root / TOKENS).is_file())
+    has_tokens = root.suffix == ".idx" or (root / TOKENS).is_file() or is_mindrecord_source(source)
+    return source.format == "auto" and has_tokens
+
+
+def is_mindrecord_source(source: SourceConfig) -> bool:
+    """Whether a source is a file of MindRecord by its name, or a folder with such files."""
+    if source.format in ("auto", "mindrecord") and scheme_of(source.path) is None:
+        root = at_home(source.path)
+        return source.format == "mindrecord" or has_own_name(root) or (root.is_dir() and bool(named_files(root)))
+    return source.format == "mindrecord"
 
 
 def token_index(source: SourceConfig) -> Path:
@@ -92,7 +102,16 @@ def token_index(source: SourceConfig) -> Path:
             raise UserError(
                 f"data: {key} of {source.path} is {value!r}, but a store holds tokens as they are; leave it out"
             )
+    if scheme_of(source.path) is not None:
+        raise UserError(
+            f"data: {source.path} holds tokens, which are read in place by their files' offsets; copy it here and give "
+            "the path"
+        )
     root = at_home(source.path)
+    if is_mindrecord_source(source):
+        if not root.exists():
+            raise UserError(f"data: {source.path} does not exist (paths are relative to the working directory)")
+        return root
     index = root / TOKENS if root.is_dir() else root
     if not index.is_file() or index.suffix != ".idx":
         raise UserError(f"data: {source.path} is not the index of a store; give the .idx, or the directory of a store")
@@ -107,10 +126,15 @@ def source_files(source: SourceConfig) -> list[Location]:
     """
     if is_token_source(source):
         index = token_index(source)
+        if is_mindrecord_source(source):
+            files = mindrecord_files(index)
+            return [*files, *(file.with_name(f"{file.name}.db") for file in files)]
         beside = (index.with_suffix(".bin"), index.with_name("mask.bin"))
         return [index, *(file for file in beside if file.is_file())]
     if _is_hf(source):
-        return sorted(path for path in at_home(source.path).rglob("*") if path.is_file())
+        if is_address(source.path):
+            return [*download_data(read_address(source.path, "data"), "data")]
+        return files_below(_root(source), "data")
     return list(_files(source))
 
 
@@ -162,6 +186,11 @@ def _plain(name: str, column: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(name, column, inner) for inner in value]
     return value
+
+
+def source_root(source: SourceConfig) -> str:
+    """The path of a source on this machine, or its address."""
+    return str(_root(source))
 
 
 def _root(source: SourceConfig) -> Location:
@@ -232,7 +261,7 @@ def _format(file: Location, source: SourceConfig) -> str:
     if kind is None:
         raise UserError(
             f"data: {file}: the ending {ending or file.suffix!r} is unknown; "
-            "set format to one of json, jsonl, csv, parquet, text, hf, megatron, knowlm"
+            "set format to one of json, jsonl, csv, parquet, text, hf, megatron, knowlm, mindrecord"
         )
     return kind
 

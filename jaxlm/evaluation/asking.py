@@ -7,14 +7,14 @@ killed and started again computes each batch in the same shape, and ends with th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 from jaxlm.evaluation import likelihood
 from jaxlm.evaluation.journal import Answered
 from jaxlm.evaluation.likelihood import Choices
-from jaxlm.evaluation.task import Answer, Generate, LogLikelihood, NextToken, Prompt, Question, Request
+from jaxlm.evaluation.task import Answer, Answers, Generate, LogLikelihood, NextToken, Prompt, Question, Request
 from jaxlm.inference.answering import complete
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.options import check_decoding, check_stop_ids
@@ -39,7 +39,7 @@ class Writing:
 
 
 # What is fed for a request; a text says why nothing can be.
-Fed = list[Choices] | Writing | str
+Fed = Choices | Writing | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +47,12 @@ class Plan:
     """Requests as token ids, in batches.
 
     Attributes:
-        fed: by number of the request. Where continuations change how the end of a context is cut into tokens, a
-            request has several `Choices`; `owners` says which of its continuations each of them has.
-        owners: by number of the request, for each of its `Choices` the places of its continuations in the request.
+        fed: by number of the request.
         batches: numbers of requests that are asked together.
         batch_size: requests of a batch at most.
     """
 
     fed: list[Fed]
-    owners: list[list[list[int]]]
     batches: list[list[int]]
     batch_size: int
 
@@ -101,8 +98,8 @@ def pair_ids(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a text, cut where its continuation begins, as lm-evaluation-harness cuts it.
 
-    Both are made tokens together. The context has as many of them as it has by itself; white space at its end belongs
-    to the continuation.
+    The context has the tokens that it has by itself, and the continuation those of both together behind as many. White
+    space at the end of the context belongs to the continuation.
 
     Args:
         before: what stands in front of texts.
@@ -110,7 +107,7 @@ def pair_ids(
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     alone, whole = tokenizer.encode_batch([stripped, stripped + continuation])
-    return [*before, *whole.ids[: len(alone.ids)]], whole.ids[len(alone.ids) :]
+    return [*before, *alone.ids], whole.ids[len(alone.ids) :]
 
 
 def make_plan(
@@ -129,9 +126,8 @@ def make_plan(
         check_decoding(settings)
         check_stop_ids(settings, generator.decoder.spec.vocab_size)
     fed: list[Fed] = []
-    owners: list[list[list[int]]] = []
     for request in requests:
-        name, places = names[request.record], list[list[int]]()
+        name = names[request.record]
         try:
             if isinstance(request, Generate):
                 ids = context_ids(prompter, request.context, name)
@@ -139,47 +135,36 @@ def make_plan(
                 strip = isinstance(request.context, Question) and not prompter.is_text
                 fed.append(Writing(tuple(ids), request.settings, strip))
             else:
-                choices, places = _choices(request, generator, prompter, name)
-                for each in choices:
-                    likelihood.check(generator, each)
+                choices = _choices(request, generator, prompter, name)
+                likelihood.check(generator, choices)
                 fed.append(choices)
         except TextError as error:
             fed.append(f"{name}: {error}")
         except UserError as error:
             text = str(error)
             fed.append(text if text.startswith(name) else f"{name}: {text}")
-        owners.append(places)
-    return Plan(fed, owners, _batches(fed, batch_size), batch_size)
+    return Plan(fed, _batches(fed, batch_size), batch_size)
 
 
-def _choices(
-    request: Request, generator: Generator, prompter: Prompter, name: str
-) -> tuple[list[Choices], list[list[int]]]:
-    """The contexts of a request, mostly one, with their continuations and the places of these."""
-    tokenizer = prompter.tokenizer
-    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]
+def _choices(request: Request, generator: Generator, prompter: Prompter, name: str) -> Choices:
+    """The context of a request with what may follow it."""
+    tokenizer, has_encoder = prompter.tokenizer, generator.decoder.spec.encoder is not None
     if isinstance(request, NextToken):
-        pairs = [(tuple(context_ids(prompter, request.context, name)), (index,)) for index in request.ids]
-    elif not isinstance(request, LogLikelihood):
+        ids = context_ids(prompter, request.context, name)
+        return Choices(tuple(ids), tuple((index,) for index in request.ids))
+    if not isinstance(request, LogLikelihood):
         raise AssertionError(f"a request of the kind {type(request).__name__}")
-    elif isinstance(request.context, str) and generator.decoder.spec.encoder is None:
+    if isinstance(request.context, str) and not has_encoder:
         # An empty context: what stands in front of every text is what the continuation follows.
         before = opening(prompter) or ([] if request.context else list(tokenizer.opening))
-        cut = (pair_ids(tokenizer, before, request.context, text) for text in request.continuations)
-        pairs = [(tuple(context), tuple(ids)) for context, ids in cut]
-    else:
-        ids = context_ids(prompter, request.context, name)
-        apart = generator.decoder.spec.encoder is not None
-        if apart and isinstance(request.context, str) and tokenizer.adds_eos and tokenizer.eos_id is not None:
-            ids.append(tokenizer.eos_id)
-        continued = [not apart] * len(request.continuations)
-        encoded = tokenizer.encode_batch(list(request.continuations), None, continued)
-        pairs = [(tuple(ids), tuple(each.ids)) for each in encoded]
-    contexts = list(dict.fromkeys(context for context, _ in pairs))
-    places = [[at for at, pair in enumerate(pairs) if pair[0] == context] for context in contexts]
-    return [
-        Choices(context, tuple(pairs[at][1] for at in own)) for context, own in zip(contexts, places, strict=True)
-    ], places
+        pairs = [pair_ids(tokenizer, before, request.context, text) for text in request.continuations]
+        return Choices(tuple(pairs[0][0]) if pairs else (), tuple(tuple(ids) for _, ids in pairs))
+    ids = context_ids(prompter, request.context, name)
+    if has_encoder and isinstance(request.context, str) and tokenizer.adds_eos and tokenizer.eos_id is not None:
+        ids.append(tokenizer.eos_id)
+    continued = [not has_encoder] * len(request.continuations)
+    encoded = tokenizer.encode_batch(list(request.continuations), None, continued)
+    return Choices(tuple(ids), tuple(tuple(each.ids) for each in encoded))
 
 
 def _batches(fed: Sequence[Fed], batch_size: int) -> list[list[int]]:
@@ -188,7 +173,7 @@ def _batches(fed: Sequence[Fed], batch_size: int) -> list[list[int]]:
     for number, each in enumerate(fed):
         if isinstance(each, Writing):
             kinds.setdefault((each.settings, each.strip), []).append(number)
-        elif isinstance(each, list):
+        elif isinstance(each, Choices):
             kinds.setdefault("choices", []).append(number)
     batches = []
     for numbers in kinds.values():
@@ -200,17 +185,27 @@ def _batches(fed: Sequence[Fed], batch_size: int) -> list[list[int]]:
 def _size(fed: Fed) -> tuple[int, int]:
     if isinstance(fed, Writing):
         return -len(fed.prompt), 0
-    assert isinstance(fed, list)
-    return -max(len(each.context) for each in fed), -max(len(ids) for each in fed for ids in each.continuations)
+    assert isinstance(fed, Choices)
+    return -len(fed.context), -max(map(len, fed.continuations))
+
+
+# (plan, numbers of requests) -> what is written for them.
+Writer = Callable[[Plan, Sequence[int]], dict[int, Answer]]
 
 
 def ask(
-    plan: Plan, generator: Generator, tokenizer: Tokenizer, answered: Answered, advance: Callable[[int], None]
+    plan: Plan,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    answered: Answered,
+    advance: Callable[[int], None],
+    write: Writer | None = None,
 ) -> None:
     """Asks what has no answer yet.
 
     Args:
         advance: called with the number of requests done.
+        write: what writes; None: the generator.
     """
     errors = {
         number: Answer(error=each)
@@ -223,34 +218,23 @@ def ask(
     for batch in plan.batches:
         missing = [number for number in batch if number not in answered.answers]
         if missing:
-            answers = _answer_batch(plan, batch, generator, tokenizer)
+            answers = _answer_batch(plan, batch, generator, tokenizer, write)
             answered.add({number: answers[number] for number in missing})
             advance(len(missing))
 
 
-def _answer_batch(plan: Plan, batch: Sequence[int], generator: Generator, tokenizer: Tokenizer) -> dict[int, Answer]:
+def _answer_batch(
+    plan: Plan, batch: Sequence[int], generator: Generator, tokenizer: Tokenizer, write: Writer | None
+) -> dict[int, Answer]:
     first = plan.fed[batch[0]]
     if isinstance(first, Writing):
-        return _written(plan, batch, first, generator, tokenizer)
-    flat = [(number, at) for number in batch for at in range(len(plan.fed[number]))]  # type: ignore[arg-type]
-    scored: dict[tuple[int, int], likelihood.Scores] = {}
-    for start in range(0, len(flat), plan.batch_size):
-        part = flat[start : start + plan.batch_size]
-        asked = [plan.fed[number][at] for number, at in part]  # type: ignore[index]
-        scored |= dict(zip(part, likelihood.scores(generator, asked, plan.batch_size), strict=True))  # type: ignore[arg-type]
-    return {number: _joined(plan, number, scored) for number in batch}
-
-
-def _joined(plan: Plan, number: int, scored: dict[tuple[int, int], likelihood.Scores]) -> Answer:
-    """The scores of a request's contexts, in the order of its continuations."""
-    fed, places = plan.fed[number], plan.owners[number]
-    assert isinstance(fed, list)
-    rows: dict[int, tuple[float, bool, int]] = {}
-    for at, own in enumerate(places):
-        result, lengths = scored[number, at], map(len, fed[at].continuations)
-        rows |= dict(zip(own, zip(result.log_probs, result.is_greedy, lengths, strict=True), strict=True))
-    ordered = [rows[at] for at in range(len(rows))]
-    return Answer(*(tuple(column) for column in zip(*ordered, strict=True)))  # type: ignore[arg-type]
+        return _written(plan, batch, first, generator, tokenizer) if write is None else write(plan, batch)
+    asked = [each for number in batch if isinstance(each := plan.fed[number], Choices)]
+    answers = {}
+    scored = likelihood.scores(generator, asked, plan.batch_size)
+    for number, choices, found in zip(batch, asked, scored, strict=True):
+        answers[number] = Answer(found.log_probs, found.is_greedy, tuple(map(len, choices.continuations)))
+    return answers
 
 
 def _written(
@@ -266,13 +250,21 @@ def _written(
     return answers
 
 
+def by_record(records: int, requests: Sequence[Request], answers: Mapping[int, Answer]) -> list[Answers]:
+    """The answers of each record by part, of answers by number of their request."""
+    parts: list[dict[str, Answer]] = [{} for _ in range(records)]
+    for number, request in enumerate(requests):
+        parts[request.record][request.part] = answers[number]
+    return list(parts)
+
+
 def first_fed(plan: Plan, tokenizer: Tokenizer) -> dict[str, object] | None:
     """The first request that can be asked as the model is fed it: ids, and what they stand for."""
     for number, each in enumerate(plan.fed):
         if isinstance(each, Writing):
             return {"request": number, "ids": list(each.prompt), "text": tokenizer.decode(each.prompt, False)}
-        if isinstance(each, list):
-            return {"request": number, **_fed_choices(each[0], tokenizer)}
+        if isinstance(each, Choices):
+            return {"request": number, **_fed_choices(each, tokenizer)}
     return None
 
 

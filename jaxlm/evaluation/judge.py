@@ -41,10 +41,14 @@ class Judge:
         keys = [hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest() for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
         if missing:
+            from rich.console import Console
+            from rich.progress import track
+
             client = self._client()
             self.verdicts.parent.mkdir(parents=True, exist_ok=True)
             with self.verdicts.open("a", encoding="utf-8") as file:
-                for key, prompt in missing.items():
+                shown = track(missing.items(), "asking the judge", console=Console(stderr=True), transient=True)
+                for key, prompt in shown:
                     known[key] = self._complete(client, prompt)
                     line = {"key": key, "model": self.model, "prompt": prompt, "verdict": known[key]}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -63,7 +67,7 @@ class Judge:
             return {line["key"]: line["verdict"] for line in lines}
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"judge_verdicts: {self.verdicts} is not a file of verdicts; name another, or move it away"
+                f"options.judge_verdicts: {self.verdicts} is not a file of verdicts; name another, or move it away"
             ) from None
 
     def _client(self) -> Any:
@@ -80,7 +84,7 @@ class Judge:
             )
         except openai.OpenAIError as error:
             raise UserError(
-                f"judge: {self.url} did not answer ({error}); verdicts so far are in {self.verdicts}, and the same "
-                "command goes on with them"
+                f"options.judge: {self.url} did not answer ({error}); verdicts so far are in {self.verdicts}, and the "
+                "same command goes on with them"
             ) from None
         return str(reply.choices[0].message.content or "")

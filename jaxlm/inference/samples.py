@@ -20,7 +20,7 @@ from jaxlm.inference.model import layer_at, layer_places
 from jaxlm.inference.rows import bucket, divisible, fetch
 from jaxlm.models.decoder import Decoder
 from jaxlm.models.encoder_decoder import read_sources
-from jaxlm.models.unrolled import extend, prefill
+from jaxlm.models.unrolled import Weights, extend, prefill
 from jaxlm.sharding import RULES
 
 
@@ -36,6 +36,18 @@ class _Layers:
 
 
 _copied = jax.jit(layer_at, static_argnums=1)
+
+
+def stacked_weights(model: Decoder, variables: Any) -> Weights:
+    """The variables of a model with stacked layers for the unrolled runner outside of compiled loops."""
+    params = variables["params"]
+    weights: Weights = {
+        "params": {**params, "layers": _Layers(params, model)},
+        "lora": _Layers(variables.get("lora", {}), model),
+    }
+    if model.spec.encoder is not None:
+        weights["encoder_lora"] = variables.get("lora", {}).get("encoder", {})
+    return weights
 
 
 def greedy_answers(
@@ -61,15 +73,10 @@ def greedy_answers(
     tokens = np.zeros((rows, bucket(int(lengths.max()))), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    params = variables["params"]
-    weights = {
-        "params": {**params, "layers": _Layers(params, model)},
-        "lora": _Layers(variables.get("lora", {}), model),
-    }
+    weights = stacked_weights(model, variables)
     answers: list[list[int]] = [[] for _ in range(rows)]
     read, placed = prefill, (jnp.asarray(tokens), jnp.asarray(lengths))
     if model.spec.encoder is not None:
-        weights["encoder_lora"] = variables.get("lora", {}).get("encoder", {})
         read, lengths = read_sources, np.ones_like(lengths)  # the decoder's text begins with one token
     limits = np.minimum(lengths + max_tokens, model.spec.max_length)
     running = lengths < limits

@@ -1,6 +1,6 @@
 """The experts of a sparse feed-forward layer in one loop over blocks of rows, for CPUs.
 
-The same as gathering rows, a grouped product, silu(gate) * up, another grouped product and a weighted sum; but the
+The same as gathering rows, a grouped product, act(gate) * up, another grouped product and a weighted sum; but the
 rows of a block stay in the cache from the first step to the last, and gate and up are all that is kept for the backward
 pass. `groups` says how blocks lie; the steps of `grouped_matmul` one after the other are the plain twin.
 
@@ -9,6 +9,8 @@ Shapes: N tokens, I inputs, O outputs, E experts, f neurons of each, k rows of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +18,10 @@ import jax.numpy as jnp
 
 from jaxlm.kernels.groups import Groups
 
+Activation = Callable[[jax.Array], jax.Array]
 
-@jax.custom_vjp
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
 def loop_experts(
     x: jax.Array,
     gate_up: jax.Array,
@@ -26,6 +30,7 @@ def loop_experts(
     token: jax.Array,
     slot: jax.Array,
     groups: Groups,
+    activation: Activation = jax.nn.silu,
 ) -> jax.Array:
     """Tokens through their experts: the weighted sum [N, O] of what these give, in x's dtype.
 
@@ -37,8 +42,9 @@ def loop_experts(
         token: [rows] int32, the token in each row; N where there is none.
         slot: [N, k] int32, the rows of each token; `rows` for none.
         groups: which rows belong to which expert.
+        activation: of the gate.
     """
-    return _forward(x, gate_up, down, weights, token, slot, groups)[0]
+    return _forward(x, gate_up, down, weights, token, slot, groups, activation)[0]
 
 
 def _part(a: jax.Array, index: jax.Array, size: int) -> jax.Array:
@@ -69,6 +75,7 @@ def _forward(
     token: jax.Array,
     slot: jax.Array,
     groups: Groups,
+    activation: Activation,
 ) -> tuple[jax.Array, Any]:
     size = token.shape[0] // groups.owner.shape[0]
 
@@ -76,7 +83,7 @@ def _forward(
         hidden, y = carry
         both = _dot(_rows(x, _part(token, index, size)), _owned(gate_up, groups, index), 1, 0).astype(x.dtype)
         gate, up = jnp.split(both, 2, axis=1)
-        out = _dot(jax.nn.silu(gate) * up, _owned(down, groups, index), 1, 0)
+        out = _dot(activation(gate) * up, _owned(down, groups, index), 1, 0)
         return _put(hidden, both, index), _put(y, out, index)
 
     buffers = (jnp.zeros((token.shape[0], width), x.dtype) for width in (gate_up.shape[2], down.shape[2]))
@@ -85,7 +92,16 @@ def _forward(
     return out, (x, gate_up, down, weights, token, slot, groups, hidden)
 
 
-def _backward(residuals: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
+def _with_slope(activation: Activation, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An activation's values and its derivative."""
+    if activation is jax.nn.silu:
+        sigmoid = jax.nn.sigmoid(gate)
+        silu = gate * sigmoid
+        return silu, sigmoid + silu * (1 - sigmoid)
+    return jax.jvp(activation, (gate,), (jnp.ones_like(gate),))
+
+
+def _backward(activation: Activation, residuals: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
     x, gate_up, down, weights, token, slot, groups, hidden = residuals
     size = token.shape[0] // groups.owner.shape[0]
     factors = jnp.zeros(token.shape[0], jnp.float32).at[slot].set(weights.astype(jnp.float32), mode="drop")
@@ -95,15 +111,14 @@ def _backward(residuals: Any, grad: jax.Array) -> tuple[jax.Array | None, ...]:
         owner, mine = groups.owner[index], _part(token, index, size)
         factor, grad_y = _part(factors, index, size)[:, None], _rows(grad, mine)
         gate, up = jnp.split(_part(hidden, index, size).astype(jnp.float32), 2, axis=1)
-        sigmoid = jax.nn.sigmoid(gate)
-        silu = gate * sigmoid
-        h = silu * up
+        value, slope = _with_slope(activation, gate)
+        h = value * up
         # The gradient of h before the factor: its product with h is the gradient of the factor, and outputs need not
         # be kept.
         back = _dot(grad_y, _owned(down, groups, index), 1, 1)
         grad_factors = _put(grad_factors, (h * back).sum(axis=1), index)
         back = back * factor
-        both = jnp.concatenate([back * up * (sigmoid + silu * (1 - sigmoid)), back * silu], axis=1).astype(x.dtype)
+        both = jnp.concatenate([back * up * slope, back * value], axis=1).astype(x.dtype)
         grad_down = grad_down.at[owner].add(_dot((h * factor).astype(x.dtype), grad_y, 0, 0))
         grad_gate_up = grad_gate_up.at[owner].add(_dot(_rows(x, mine), both, 0, 0))
         grad_x = _put(grad_x, _dot(both, _owned(gate_up, groups, index), 1, 1), index)

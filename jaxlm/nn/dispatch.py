@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.kernels import grouped_matmul_gpu
-from jaxlm.kernels.expert_loop import loop_experts
+from jaxlm.kernels.expert_loop import Activation, loop_experts
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.groups import BLOCK, Groups, make_groups
 from jaxlm.nn.linear import Parts
@@ -183,6 +183,7 @@ def run_experts(
     offset: jax.Array | int,
     experts: int,
     implementation: str,
+    activation: Activation,
 ) -> jax.Array:
     """Inputs [N, I] through some of the E `experts`, those from `offset` on: the weighted sum [N, O] of outputs."""
     count = gate_up.shape[0]
@@ -197,10 +198,10 @@ def run_experts(
         local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
     moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts), implementation)
     if implementation == "loop":
-        return loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups)
+        return loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups, activation)
     hidden = grouped_matmul(to_experts(x, moves), gate_up, groups, implementation)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    y = grouped_matmul(nn.silu(gate) * up, down, groups, implementation)
+    y = grouped_matmul(activation(gate) * up, down, groups, implementation)
     return from_experts(y, weights, moves)
 
 

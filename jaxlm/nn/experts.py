@@ -1,6 +1,6 @@
 """The feed-forward layer divided into experts, of which tokens of different modalities use different numbers.
 
-The F neurons of a dense SwiGLU layer are E contiguous blocks (`convert moefy` puts them in that order), so that with
+The F neurons of a gated dense layer are E contiguous blocks (`convert moefy` puts them in that order), so that with
 all experts on it is the dense layer. Source of the idea: MoEfication (arXiv:2110.01786) and SciMind (langmol 2024).
 Which experts a token uses is said in `nn.routers`, how tokens come to them in `nn.dispatch`.
 
@@ -18,7 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxlm.kernels.expert_loop import Activation
 from jaxlm.nn.dispatch import Routing, by_expert, entering, leave_experts, over_devices, over_tensor, run_experts
+from jaxlm.nn.feed_forward import ACTIVATIONS
 from jaxlm.nn.linear import Linear, LinearParts, WithLinears
 from jaxlm.nn.lora import FUSED, LoraSpec
 from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned, router_losses
@@ -67,7 +69,7 @@ class PerExpertLinearParts(_PerExpert, LinearParts):
 
 
 class ExpertsFeedForward(WithLinears):
-    """SwiGLU feed-forward of which every token uses some experts; the parameters are those of the dense layer.
+    """Gated feed-forward of which every token uses some experts; the parameters are those of the dense layer.
 
     Attributes:
         spec: number of neurons, biases and experts.
@@ -84,6 +86,10 @@ class ExpertsFeedForward(WithLinears):
     def experts(self) -> ExpertsSpec:
         assert self.spec.experts is not None
         return self.spec.experts
+
+    @property
+    def _activation(self) -> Activation:
+        return ACTIVATIONS[self.spec.activation]
 
     @nn.compact
     def __call__(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
@@ -129,7 +135,7 @@ class ExpertsFeedForward(WithLinears):
         entered = self._entered("gate_up_proj", {"embed": self.hidden_size}, x, layer, deterministic)
         gate = self._projection("gate_proj")(x, layer, deterministic, entered)
         up = self._projection("up_proj")(x, layer, deterministic, entered)
-        return nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "length", "mlp"))
+        return nn.with_logical_constraint(self._activation(gate) * up, ("batch", "length", "mlp"))
 
     def _masked(self, x: jax.Array, layer: jax.Array, deterministic: bool, mask: jax.Array) -> jax.Array:
         """All neurons, times mask [..., E] of their experts: the plain twin of `_sparse`."""
@@ -171,7 +177,9 @@ class ExpertsFeedForward(WithLinears):
         x = x.astype(self.dtype)
         leaving, finish = self._leaving(layer, deterministic)
         inputs, gate_up = entering(x, gate, up, count, drop, None if entered is None else entered.product)
-        run = over_devices(partial(run_experts, experts=count, implementation=self.compute), count)
+        run = over_devices(
+            partial(run_experts, experts=count, implementation=self.compute, activation=self._activation), count
+        )
         return finish(run(inputs, routing, gate_up, by_expert(leaving, count, 0)))
 
     def _leaving(self, layer: jax.Array, deterministic: bool) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 
+from jaxlm.kernels.expert_loop import Activation
 from jaxlm.nn.linear import WithLinears
 from jaxlm.spec import FeedForwardSpec
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")  # the names that it, and the layer of experts, give to their linears
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": nn.silu,
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),

@@ -225,8 +225,8 @@ class FeedForwardSpec:
     gated: bool = True
 
     def __post_init__(self) -> None:
-        if self.experts is not None and not (self.gated and self.activation == "silu"):
-            raise UserError("config: a feed-forward layer divided into experts has a gate and the activation 'silu'")
+        if self.experts is not None and not self.gated:
+            raise UserError("config: a feed-forward layer divided into experts has a gate, and this one has none")
         if not 0 < self.size < 1 << 31:
             raise UserError(f"config: intermediate_size is {self.size!r}; expected a positive number")
         if self.activation not in ACTIVATIONS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,23 @@ def rank_warnings(model: DecoderSpec, adapters: Mapping[str, LoraSpec]) -> list[
                 f"above {limit} it adds parameters and no freedom"
             )
     return warnings
+
+
+# What families call the share of activations that is dropped in training.
+_DROPOUTS = ("dropout_rate", "dropout", "hidden_dropout", "attention_dropout", "activation_dropout", "resid_pdrop")
+
+
+def dropout_warnings(hf_config: Mapping[str, Any] | None) -> list[str]:
+    """Says that the dropout of a model's config.json is not applied, which transformers does in training.
+
+    Args:
+        hf_config: the model's `config.json`; None: it came with none.
+    """
+    asked = {key: value for key in _DROPOUTS if (value := (hf_config or {}).get(key)) and type(value) is float}
+    if not asked:
+        return []
+    words = ", ".join(f"{key} {value:g}" for key, value in asked.items())
+    return [f"the model's config.json has {words}: activations are not dropped here (lora.dropout is an adapter's own)"]
 
 
 def final_warnings(config: OptimizerConfig, schedule: Schedule, total: int, all_gradients_zero: bool) -> list[str]:

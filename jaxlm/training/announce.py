@@ -12,7 +12,7 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.mixing import table
 from jaxlm.data.order import Order
 from jaxlm.devices.mesh import axis_sizes
-from jaxlm.training.advice import rank_warnings, schedule_warnings
+from jaxlm.training.advice import dropout_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.job import Job
 from jaxlm.training.optimizer import Schedule, make_schedule
 from jaxlm.training.report import print_pairs
@@ -43,6 +43,7 @@ def announce(
         *(_schedule_changes(job.config, start, batches.order, schedule, total) if start.step else []),
         *schedule_warnings(job.config.optimizer, schedule, total),
         *rank_warnings(job.model, dict(setup.model.adapters)),
+        *dropout_warnings(getattr(job.source, "hf_config", None)),
     ]
     for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from jaxlm.errors import UserError
 from jaxlm.training.state import TrainState
 from jaxlm.weights.native import layout
 from jaxlm.weights.native.layout import ARRAYS, COMMITTED, DATA_STATE, SMALL_FILES, TRAIN
+
+LOSS = "validation_loss"
+LOWER = "lower is better"  # beside another figure than the loss
 
 
 class SmallFiles:
@@ -73,14 +77,15 @@ class Checkpoints:
 
     Args:
         directory: made if missing; leftovers of interrupted saves in it are removed.
-        keep: number of newest steps to keep, besides the one with the lowest validation loss.
+        keep: number of newest steps to keep, besides the best one.
+        metric: the figure that decides which is the best.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, metric: str = LOSS) -> None:
+        self._metric = metric
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["validation_loss"],
-            reverse=True,
+            get_metric_fn=self._goodness,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -104,26 +109,38 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self._directory / str(step)
 
+    def _goodness(self, metrics: Mapping[str, Any]) -> float:
+        """More is better; checkpoints that were measured by another figure come last."""
+        if self._metric not in metrics:
+            return -math.inf
+        return -float(metrics[self._metric]) if metrics.get(LOWER, True) else float(metrics[self._metric])
+
     def best(self) -> tuple[int, float] | None:
-        """(step, validation loss) of the best kept checkpoint, if any was evaluated."""
+        """(step, figure) of the best kept checkpoint, the earliest of equals, if any was evaluated."""
         scored = [
-            (float(c.metrics["validation_loss"]), c.step)
+            (-self._goodness(c.metrics), c.step, float(c.metrics[self._metric]))
             for c in self._checkpointer.checkpoints
-            if c.metrics and "validation_loss" in c.metrics
+            if c.metrics and self._metric in c.metrics
         ]
         if not scored:
             return None
-        loss, step = min(scored)
-        return step, loss
+        _, step, value = min(scored)
+        return step, value
 
     def save(
         self,
         state: TrainState,
         data_state: dict[str, Any],
         files: Mapping[str, bytes],
-        validation_loss: float | None,
+        figure: float | None,
+        higher_is_better: bool = False,
     ) -> int:
-        """Starts saving in the background, after the save before it is done; returns the step."""
+        """Starts saving in the background, after the save before it is done; returns the step.
+
+        Args:
+            figure: of this state, by which checkpoints are compared; None: it was not measured.
+            higher_is_better: whether more of the figure is better.
+        """
         self.wait()
         step = int(state.step)
         items = {
@@ -131,7 +148,9 @@ class Checkpoints:
             TRAIN: _train_part(state),
             SMALL_FILES: SmallFiles({**files, DATA_STATE: json.dumps(data_state).encode()}),
         }
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        metrics: dict[str, Any] | None = None if figure is None else {self._metric: figure}
+        if metrics is not None and self._metric != LOSS:
+            metrics[LOWER] = not higher_is_better
         try:
             self._pending = self._checkpointer.save_checkpointables_async(step, items, metrics=metrics, force=True)
         except OSError as error:

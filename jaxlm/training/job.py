@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -17,6 +17,35 @@ from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import cross_entropy
 from jaxlm.training.objectives.objective import ObjectiveFactory
 from jaxlm.weights.leaves import LeafReader
+
+
+class TaskFigure(Protocol):
+    """A figure of a task, as `jaxlm.evaluation.task.Figure` is one."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def stderr(self) -> float | None: ...
+
+    @property
+    def higher_is_better(self) -> bool | None: ...
+
+
+class TrainingTask(Protocol):
+    """A task that is run on the model while it is trained.
+
+    Attributes:
+        name: before the names of its figures.
+        every: steps between runs.
+    """
+
+    name: str
+    every: int
+
+    def __call__(self, model: Decoder, variables: Any, mesh: jax.sharding.Mesh) -> Mapping[str, TaskFigure]:
+        """The figures of variables as `Decoder.apply` takes them; all processes call it together."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +63,7 @@ class Job:
         verbose: say at start-up also what choices rest on.
         tensor_name: how messages name a tensor of the source.
         objective: makes what is minimised.
+        tasks: run on the model while it is trained.
     """
 
     config: RunConfig
@@ -46,6 +76,7 @@ class Job:
     verbose: bool = False
     tensor_name: Namer = leaf_name
     objective: ObjectiveFactory = cross_entropy
+    tasks: tuple[TrainingTask, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +92,7 @@ class Outcome:
         variables: trained variables, as `Model.apply` takes them.
         mesh: the mesh they live on.
         validation: validation losses by step, in order.
-        best: (step, loss) of the best checkpoint kept.
+        best: (step, figure) of the best checkpoint kept: its validation loss, or the figure of train.best.
         complete: it was the last step of the run.
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxlm.processes.distributed import Hosts
 from jaxlm.training.advice import final_warnings
 from jaxlm.training.announce import announce, last_words, why_not_finite
 from jaxlm.training.consumption import Consumption, plot_consumption
-from jaxlm.training.job import Job, Outcome
+from jaxlm.training.job import Job, Outcome, TaskFigure, TrainingTask
 from jaxlm.training.report import MetricsWriter, ProgressReport, flops_per_token, plot_losses, read_metrics
 from jaxlm.training.routing import RoutingReport
 from jaxlm.training.setup import CompiledSteps, TrainSetup, compile_steps, set_up
@@ -28,6 +29,8 @@ from jaxlm.training.state import TrainState, model_variables
 from jaxlm.training.stop import Stop
 from jaxlm.weights.native.layout import CHECKPOINTS, FINGERPRINTS, MODEL_JSON, RUN_YAML
 from jaxlm.weights.native.model_json import ModelFile
+
+NO_FIGURES: Mapping[str, TaskFigure] = types.MappingProxyType({})
 
 
 def train(job: Job, console: Console, hosts: Hosts, stop: Stop) -> Outcome:
@@ -147,14 +150,18 @@ class TrainingRun:
         settings = self.job.config.train
         if self.step == 0 and settings.eval_every:
             self._evaluate()
+        if self.step == 0:
+            self._run_tasks(self.job.tasks)
         while self.step < self.total and not self.hosts.due():
             self._take_step()
             evaluates, saves = self._is_due(settings.eval_every), self._is_due(settings.save_every)
-            if evaluates or saves:
+            tasks = [task for task in self.job.tasks if self._is_due(task.every)]
+            if evaluates or saves or tasks:
                 self._read_metrics()
                 loss = self._evaluate() if evaluates else None
+                figures = self._run_tasks(tasks)
                 if saves:
-                    self._save(loss)
+                    self._save(loss, figures)
                     self.report.pause()
             if self.local is not None and not saves and self.step % settings.local_every == 0:
                 self._read_metrics()
@@ -209,13 +216,46 @@ class TrainingRun:
         self.report.pause()
         return loss
 
+    def _run_tasks(self, tasks: Sequence[TrainingTask]) -> dict[str, TaskFigure]:
+        """The figures of tasks by TASK/FIGURE; those of tasks that come before a signal asks for the end."""
+        found: dict[str, TaskFigure] = {}
+        for task in tasks:
+            if self.hosts.due():
+                break
+            variables = model_variables(self.state.trainable, self.frozen)
+            figures = {
+                f"{task.name}/{name}": figure
+                for name, figure in task(self.setup.model, variables, self.setup.mesh).items()
+            }
+            found |= figures
+            values: dict[str, Any] = {name: figure.value for name, figure in figures.items()}
+            errors = {name: figure.stderr for name, figure in figures.items() if figure.stderr is not None}
+            if self.writer is not None:
+                self.writer.write(self.step, values | {f"{name}_stderr": error for name, error in errors.items()})
+            shown = (
+                f"{name} {value:.4f}{f' ± {errors[name]:.4f}' if name in errors else ''}"
+                for name, value in values.items()
+            )
+            self.report.say(f"step {self.step}: {', '.join(shown)}")
+            self.report.pause()
+        best = self.job.config.train.best
+        ran = [task.name for task in tasks if any(name.startswith(f"{task.name}/") for name in found)]
+        if best is not None and best.partition("/")[0] in ran and best not in found:
+            raise UserError(f"train.best: {best!r} is not a figure of the task; there are {', '.join(found)}")
+        return found
+
     def _position(self) -> dict[str, Any]:
         """Where the run stands in its data."""
         counters = self.batches.counters(self.step)
         return {**self._rows.get_state(), **counters, **self._packing, **self.consumption.state()}
 
-    def _save(self, validation_loss: float | None, **more: str) -> None:
-        self.saved = self.checkpoints.save(self.state, {**self._position(), **more}, self.files, validation_loss)
+    def _save(self, validation_loss: float | None, figures: Mapping[str, TaskFigure] = NO_FIGURES, **more: str) -> None:
+        best = self.job.config.train.best
+        figure = None if best is None else figures.get(best)
+        value = validation_loss if best is None else None if figure is None else figure.value
+        higher = figure is not None and figure.higher_is_better is not False
+        position = {**self._position(), **more}
+        self.saved = self.checkpoints.save(self.state, position, self.files, value, higher)
 
 
 class _NonFiniteError(Exception):

@@ -47,11 +47,13 @@ class Prepared:
         job: the run with its inputs opened.
         tokenizer: the run's tokenizer.
         sample_prompts: train.sample_prompts as token ids, up to where the answers begin.
+        asked: how its records ask.
     """
 
     job: Job
     tokenizer: Tokenizer
     sample_prompts: list[list[int]]
+    asked: PromptFile
 
 
 def prepare(
@@ -96,6 +98,7 @@ def prepare(
         files[HF_CONFIG] = json_bytes(source.hf_config)
     if source is not None and source.config.experts is not None and source.partition is not None:
         files[PARTITION_FILE] = npy_bytes(source.partition)
+    asked = _prompt_file(data, tokenizer)
     job = Job(
         config=config,
         run_yaml=dump_yaml(dataclasses.replace(config, distributed=DistributedConfig())),  # of this start, not the run
@@ -103,11 +106,11 @@ def prepare(
         source=source,
         adapter=adapter,
         data=data,
-        files=files | _prompt_files(data, tokenizer),
+        files=files | asked.files(),
         verbose=verbose,
         tensor_name=partial(tensor_name, model),
     )
-    return Prepared(job, tokenizer, prompts)
+    return Prepared(job, tokenizer, prompts, asked)
 
 
 def with_date(config: RunConfig, tokenizer: Tokenizer, hosts: Hosts | None = None) -> RunConfig:
@@ -226,7 +229,7 @@ def _sample_prompts(config: RunConfig, tokenizer: Tokenizer, model: DecoderSpec)
     return prompts
 
 
-def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
+def _prompt_file(data: Data, tokenizer: Tokenizer) -> PromptFile:
     """What tells `jaxlm.generate` how to ask: the first template that is not plain text; a user's own comes along.
 
     For a task it is the conversation that the task is put into: whoever asks words the question. `stop_ids` are the
@@ -236,4 +239,4 @@ def _prompt_files(data: Data, tokenizer: Tokenizer) -> dict[str, bytes]:
     name = next((name for name in templates if name != "text"), "text")
     name = for_questions(load_template(name, tokenizer)).name
     stops = sorted(frozenset().union(*(report.end_ids for report in data.report.train)))
-    return PromptFile(name, data.config.add_bos, data.config.add_eos, tuple(stops)).files()
+    return PromptFile(name, data.config.add_bos, data.config.add_eos, tuple(stops))

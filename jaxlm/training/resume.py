@@ -47,6 +47,8 @@ FREE = (
     "train.steps",
     "train.micro_batch_size",
     "train.eval_every",
+    "train.tasks",
+    "train.best",
     "train.save_every",
     "train.local_checkpoints",
     "train.local_every",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlm.devices.finite import check_finite
 from jaxlm.errors import UserError
 from jaxlm.processes.distributed import Hosts
-from jaxlm.training.checkpoint import Checkpoints
+from jaxlm.training.checkpoint import LOSS, Checkpoints
 from jaxlm.training.job import Job
 from jaxlm.training.local_checkpoint import LocalCheckpoints
 from jaxlm.training.resume import Inputs, base_fingerprint, check_inputs, check_settings
@@ -79,7 +79,7 @@ def open_history(job: Job, hosts: Hosts) -> History:
     config = job.config
     if hosts.processes > 1:
         hosts.agree("data", _data_prints(job))
-    checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, config.train.keep)
+    checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, config.train.keep, config.train.best or LOSS)
     steps = checkpoints.steps()
     hosts.agree("checkpoints", {"steps": steps})
     inputs = Inputs(config, job.data, job.model, None if config.lora is None else job.source)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes an environment with the real MindSpore (about 2.5 GB; it wants numpy<2, so it cannot share jaxlm's), for
-# tests/convert/test_mindspore_peer.py:
+# tests/convert/test_mindspore_peer.py and tests/data/test_mindrecord_peer.py:
 #
 #   sh tests/convert/mindspore_env.sh ~/mindspore-env
 #   JAXLM_MINDSPORE_PYTHON=~/mindspore-env/bin/python python -m pytest tests/convert/test_mindspore_peer.py

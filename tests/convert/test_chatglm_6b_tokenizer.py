@@ -215,23 +215,29 @@ def test_other_templates_put_the_opening_in_front_of_the_answer(saved: tuple[Tok
     assert "in front of the last answer" in resolve_ends(DataConfig(), tokenizer)[1]
 
 
-def test_targets_that_the_model_sees_are_refused(saved: tuple[Tokenizer, Oracle]) -> None:
+@pytest.mark.parametrize("at_a_time", [1, 1 << 22])
+def test_targets_that_the_model_sees_are_refused(
+    saved: tuple[Tokenizer, Oracle], at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxlm.data.prefix._AT_A_TIME", at_a_time)
     tokenizer, _ = saved
     assert tokenizer.bos_id is not None
     prefix = PrefixSpec(tokenizer.bos_id, tokenizer.opening[:1])
     template, record = ChatTemplate({}, tokenizer), Record("record 1", {"messages": TALK})
 
-    def check(whole: bool, packing: str = "rows") -> None:
-        found = encode_rendered(
-            [template.render(record)] * 2, tokenizer, add_bos=True, add_eos=True, train_on_inputs=whole
-        )
-        check_prefix(prefix, from_list(found, [0, 0], [0, 1]), tokenizer, packing)
+    def check(*whole: bool, packing: str = "rows") -> None:
+        found = [
+            encode_rendered([template.render(record)], tokenizer, add_bos=True, add_eos=True, train_on_inputs=each)[0]
+            for each in whole
+        ]
+        check_prefix(prefix, from_list(found, [0] * len(found), [*range(len(found))]), tokenizer, packing)
 
-    check(False)
-    with pytest.raises(UserError, match=r"record 1 .* in front of <sop>"):
-        check(True)
+    check(False, False)
+    for number in range(3):
+        with pytest.raises(UserError, match=rf"record {number + 1} .* in front of <sop>"):
+            check(*(each >= number for each in range(3)))
     with pytest.raises(UserError, match=r"data\.packing: group_texts"):
-        check(False, "group_texts")
+        check(False, packing="group_texts")
 
 
 def test_answers_are_shown_as_they_are_written(saved: tuple[Tokenizer, Oracle]) -> None:

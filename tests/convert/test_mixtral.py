@@ -267,7 +267,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
         (None, None, {"num_experts_per_tok": 1}, ["config.json", "num_experts_per_tok is 1", "write 2"]),
         (None, None, {"num_experts_per_tok": 5}, ["config.json", "text: 5"]),
         (None, None, {"num_local_experts": "4"}, ["config.json", "num_local_experts is '4'"]),
-        (None, None, {"hidden_act": "gelu"}, ["config.json", "'gelu'"]),
+        (None, None, {"hidden_act": "tanh"}, ["config.json", "'tanh'"]),
     ],
 )
 def test_damaged(

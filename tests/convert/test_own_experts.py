@@ -122,3 +122,14 @@ def test_an_adapter_on_all_experts_together_has_no_name_in_pefts_format() -> Non
     )
     with pytest.raises(UserError, match=r"adapter: its factors of up_proj .* each expert by itself.*convert merge"):
         peft_tensors(source)
+
+
+@pytest.mark.parametrize("verb", ["hf-to-meta", "hf-to-mindspore", "moefy"])
+def test_a_model_made_with_experts_has_no_dense_form(verb: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    """So nobody is sent to demoefy, which would refuse it too."""
+    hf_model("qwen3_moe").save_pretrained(tmp_path / "hf")
+    more = ["--experts", "4", "--top-k", "text=2"] if verb == "moefy" else []
+    said = refused(verb, tmp_path / "hf", tmp_path / "out", *more)
+    assert "demoefy" not in said
+    if verb != "hf-to-mindspore":  # which names another thing that its format lacks first
+        assert "made with experts, and has no dense form" in said

@@ -61,6 +61,27 @@ def data_of(folder: Path, tokenizer: Tokenizer, cache: Cache | None, **options: 
     )
 
 
+def test_sources_behind_an_address_are_kept_like_others(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    local = write_once(tmp_path)
+    memory.put([source.path for source in local], [f"/cached/{Path(source.path).name}" for source in local])
+    remote = tuple(dataclasses.replace(source, path=f"memory://cached/{Path(source.path).name}") for source in local)
+    try:
+        first, second = (
+            data_of(tmp_path, tokenizer, Cache(tmp_path / "cache", always=True), train=remote) for _ in range(2)
+        )
+        in_memory = data_of(tmp_path, tokenizer, None)
+        assert first.fingerprint == second.fingerprint == in_memory.fingerprint
+        assert len(list((tmp_path / "cache").glob("tokens-*/manifest.json"))) == 1
+        memory.pipe("/cached/texts.jsonl", b'{"text": "granite"}\n')
+        data_of(tmp_path, tokenizer, Cache(tmp_path / "cache", always=True), train=remote)
+        assert len(list((tmp_path / "cache").glob("tokens-*/manifest.json"))) == 2, "another version of the file"
+    finally:
+        memory.rm("/cached", recursive=True)
+
+
 def same(mine: Data, other: Data) -> None:
     assert mine.report == other.report
     assert mine.fingerprint == other.fingerprint and mine.digests == other.digests

@@ -99,6 +99,20 @@ def test_training_is_that_of_transformers(model: Path, tmp_path: Path, packing: 
     assert before > after + 0.05  # the step was one
 
 
+def test_a_file_of_questions(model: Path, tmp_path: Path) -> None:
+    """Each is answered as it is by itself, and what cannot be asked is said in its place."""
+    lines = [json.dumps({"instruction": record["instruction"]}) for record in RECORDS[:3]]
+    (tmp_path / "questions.jsonl").write_text("\n".join([*lines, "not json"]) + "\n")
+    words = ["--model.path", str(model), "--predict_data", str(tmp_path / "questions.jsonl")]
+    words += ["--save_file", str(tmp_path / "answers.json"), "--max_new_tokens", "8", "--template", "alpaca_short"]
+    assert generate([*words, "--batch_size", "2"]) == 1
+    rows = json.loads((tmp_path / "answers.json").read_text())
+    loaded = jaxlm.load(model, template="alpaca_short")
+    alone = [loaded.generate([record["instruction"]], max_new_tokens=8)[0].text for record in RECORDS[:3]]
+    assert [row.get("answer") for row in rows] == [*(text.strip() for text in alone), None] and "error" in rows[3]
+    assert len({*alone}) > 1
+
+
 def test_it_is_asked_converted_and_planned(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer, module = (
         cls.from_pretrained(model) for cls in (transformers.AutoTokenizer, transformers.T5ForConditionalGeneration)

@@ -15,8 +15,10 @@ import jaxlm
 from convert.commands.main import main as convert
 from convert.source import open_with_adapter
 from jaxlm.cli.plan import main as plan
+from jaxlm.cli.prepare import main as prepare
 from jaxlm.cli.train import main as train
 from jaxlm.config.reading import build
+from jaxlm.data.store.stored import StoredTokens
 from jaxlm.errors import UserError
 from tests.convert.tiny import make_hf_model
 from tests.e2e.conftest import SHAPE
@@ -89,6 +91,22 @@ def test_a_run_keeps_the_commit_that_it_began_with(
     assert str(open_with_adapter("run", None).path).endswith(first)
     assert hub.requests == [], "all of the commit is here"
     assert convert(["merge", "hf://org/tiny", "run", "merged"]) == 0 and Path("merged/model.safetensors").is_file()
+
+
+def test_what_is_prepared_keeps_the_commit_that_it_began_with(
+    hub: Hub, push: Callable[[int], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(0)
+    first = hub.push("datasets/org/texts", {"all.txt": b"rock sand clay\nlava iron zinc\n"})
+    words = ["build", "--steps", "[build]", "--sources", "hf://datasets/org/texts", "--tokenizer", "org/tiny"]
+    words += ["--output_dir", "out", "--engine.workers", "1"]
+    assert prepare(words) == 0
+    stored = StoredTokens(Path("out/build/store"))
+    assert len(stored) == 2 and f"sources[0].path: hf://datasets/org/texts@{first}" in capsys.readouterr().err
+    hub.push("datasets/org/texts", {"all.txt": b"salt\n"})
+    forget()
+    assert prepare(words) == 0
+    assert f"hf://datasets/org/texts@{first}" in capsys.readouterr().err
 
 
 def test_other_commands_take_names_too(

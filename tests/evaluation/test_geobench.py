@@ -90,6 +90,14 @@ def test_choice_entropy_and_shares_by_hand() -> None:
         next_token.choose([0.1, math.nan])
 
 
+def test_probabilities_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    """The question is named."""
+    records, options = read(TASK, written(tmp_path, AP))
+    answers: list[Answers] = [{"wa:plain": Answer(log_probs=(math.nan, -1.0))}]
+    with pytest.raises(UserError, match=r"geobench.json: question 1: the model gives .*NaN"):
+        TASK.score(records, answers, options)
+
+
 @given(st.lists(st.floats(1e-9, 1), min_size=1, max_size=8))
 def test_entropy_and_choice_against_numpy_and_scipy(values: list[float]) -> None:
     import numpy as np
@@ -290,12 +298,24 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     )
 
 
+def test_answers_of_several_letters_are_passed_over(tmp_path: Path) -> None:
+    """As in K2's script; a question that can never score counts as wrong."""
+    text = "Which\nA. a\nB. b"
+    records, options = read(TASK, written(tmp_path, {"choice": {"question": [text] * 3, "answer": ["AB", "A", "C"]}}))
+    requests = requested(TASK, records, options)
+    assert {request.record for request in requests} == {1, 2}
+    figures = TASK.score(records, [{"wa:plain": probabilities(0.9, 0.1)}] * 3, options)
+    assert figures["choice_wa_plain_accuracy"].values == {1: 1, 2: 0} and figures["choice_random"].n == 2
+    details = TASK.details(records, [], figures, options)  # type: ignore[misc]
+    assert "one letter: 1" in details and "the right option: 1" in details
+
+
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
     import matplotlib.figure
 
     records, options = read(TASK, written(tmp_path, NPEE))
     answers: list[Answers] = [{"wa:plain": probabilities(*[0.1] * len(record["labels"]))} for record in records]
-    figure = matplotlib.figure.Figure()
+    figure = matplotlib.figure.Figure(layout="constrained")
     TASK.plot(figure, records, answers, TASK.score(records, answers, options), options)  # type: ignore[misc]
     axes = figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["choice_wa_plain", "choice_wa_max"]

@@ -174,3 +174,34 @@ def _model_named_jaxlm_agrees(model: Path, tasks: Path, theirs: dict[str, Any]) 
         bootstrap_iters=0,
     )
     assert results["results"]["tiny_texts"]["acc,none"] == theirs["results"]["tiny_texts"]["acc,none"]
+
+
+def test_the_task_files_that_come_along_run(
+    tiny_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name in ("questions", "examples"):
+        shutil.copyfile(tasks / "data.json", f"{name}.json")
+    shutil.copyfile(tasks / "texts.json", "texts.json")
+    Path("asked.json").write_text(json.dumps([{"question": "rock", "answer": "sand"}]))
+    names = ["local_letters", "local_texts", "local_answers", "local_perplexity"]
+    words = ["--harness", ",".join(names), "--model", str(tiny_model), "--output", "out", "--limit", "2"]
+    words += ["--options.bootstrap_iters", "0", "--options.gen_kwargs", "{max_gen_toks: 4}"]
+    assert main([*words, "--compilation_cache", "none"]) == 0
+    results = json.loads(Path("out/harness/results.json").read_text())["results"]
+    assert set(results) == set(names) and results["local_texts"]["acc_norm,none"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--harness", "nothing_there"], "'nothing_there' is not a task of lm_eval"),
+        (["--harness", ","], "no task is named"),
+        (["--harness", "local_texts", "--task", "qa"], "leave --task, --data and --predictions out"),
+        (["--harness", "local_texts", "--options.shots", "1"], "unknown key 'shots'"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--model", "nowhere"]) == 2
+    assert message in capsys.readouterr().err

@@ -89,6 +89,10 @@ def test_a_comma_inside_of_a_head() -> None:
 
     assert read("(张三,李四公司,位于,北京)") == (("张三,李四公司", "位于", "北京"),)
     assert read("(张三,位于,北京,上海)") == (("张三", "位于", "北京,上海"),)
+    assert read("(张三,李四公司成立于,北京,上海)") == (("张三,李四公司成立于", "北京", "上海"),)
+    assert read("(张三,李,四,上海)") == (("张三,李", "四", "上海"),)
+    assert read("(张,三,李,四)") == (("张", "三", "李,四"),)
+    assert parse_text_answer("(a,b,c,z)", "a,b,c d", "RE", "en").tuples == (("a", "b", "c,z"),)  # nothing else is left
     assert read("(张三,李四公司,成立于)") == (("张三", "李四公司", "成立于"),)
     assert read("位于：张三,李四公司,北京") == (("张三,李四公司", "位于", "北京"),)
 
@@ -159,6 +163,7 @@ def test_counting_against_lists(wanted: list[tuple[str, str]], found: list[tuple
 def test_rounding_as_published() -> None:
     """F1 from the rounded two: 12.5 and 14.29 give 13.34, the exact figure is 13.33."""
     assert rounded_per_cent(Counts(1, 8, 7)) == (12.5, 14.29, 13.34)
+    assert rounded_per_cent(Counts(2, 3, 6)) == (66.67, 33.33, 44.44)
     assert round(100 * precision_recall_f1(Counts(1, 8, 7))[2], 2) == 13.33
     assert rounded_per_cent(Counts()) == precision_recall_f1(Counts()) == (0, 0, 0)
 

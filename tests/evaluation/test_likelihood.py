@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import MeshConfig
+from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.evaluation import likelihood
 from jaxlm.evaluation.likelihood import Choices, Scores, check, plain_scores, scores
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import load_weights
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.adapters import resolve_lora
+from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.weight_types import Int8Weight
 from tests.inference.test_generation import TreeSource
 from tests.models.small import hf_model, small_spec, tree_of
@@ -129,6 +131,23 @@ def test_int8_scores_are_those_of_the_rounded_weights() -> None:
     model = Generator(Decoder(spec), weights, mesh, [2])
     batch = questions(spec.vocab_size, 3)
     agree(scores(model, batch, 4), plain_scores(model, batch, 4), 1e-5)
+
+
+def test_an_adapter_is_applied_wherever_contexts_are_read() -> None:
+    """Shared or not, and it changes the scores."""
+    spec, rng = small_spec("llama"), np.random.default_rng(1)
+    specs = resolve_lora(spec, LoraConfig(rank=2, targets=("q_proj", "down_proj")))
+    tree = tree_of(dict(hf_model("llama").named_parameters()), spec)
+    shapes = nn.unbox(abstract_variables(Decoder(spec, specs)))["lora"]
+    factors = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    mesh, batch = make_mesh(MeshConfig(), jax.devices()[:1]), questions(spec.vocab_size, 3, shared=40)
+    plain, adapted = (
+        Generator(decoder, load_weights(decoder, mesh, TreeSource(tree), source), mesh, [2])
+        for decoder, source in ((Decoder(spec), None), (Decoder(spec, specs), TreeSource(factors)))
+    )
+    mine = scores(adapted, batch, 4)
+    agree(mine, plain_scores(adapted, batch, 4), 1e-4)
+    assert mine[0].log_probs[0] != pytest.approx(scores(plain, batch, 4)[0].log_probs[0], abs=1e-2)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:

@@ -58,7 +58,7 @@ def test_meteor_by_hand(wordnet: Path) -> None:
 
 
 def test_properties_by_hand(tmp_path: Path) -> None:
-    """Groups are averaged from the innermost; what no caption names is left out, and an empty group is 0."""
+    """Groups are averaged from the innermost; what no caption names is left out, and an empty group is 1."""
     paths = properties.read_properties(hierarchy(tmp_path))
     assert paths == [
         ("Use", "Solvents", "polar solvent"),
@@ -70,8 +70,8 @@ def test_properties_by_hand(tmp_path: Path) -> None:
     references = ["a polar solvent, an alcohol", "an acid", "a fuel"]
     answers = ["a solvent and an Alcohol", "an alcohol", "a fuel"]
     figures = properties.property_figures(references, answers, paths, str.split)
-    # str.split leaves the comma at "solvent,": named are, by the references, alcohol, acid, fuel.
-    assert figures["recall"] == pytest.approx(((0 + 1) / 2 + (1 + 0) / 2) / 2)
+    # str.split leaves the comma at "solvent,": the references name alcohol, acid, fuel, and no solvent.
+    assert figures["recall"] == pytest.approx(((1 + 1) / 2 + (1 + 0) / 2) / 2)
     # Precision: solvent is named wrongly (0), polar solvent never; fuel 1; alcohol 1 of 2, acid never given.
     assert figures["precision"] == pytest.approx(((0 + 1) / 2 + 0.5) / 2)
 
@@ -98,7 +98,7 @@ def test_properties_against_a_second_formulation(pairs: list[tuple[str, str]], n
     references, answers = ([pair[at] for pair in pairs] for at in (0, 1))
     paths = [("group", name) for name in names]
     figures = properties.property_figures(references, answers, paths, str.split)
-    assert figures["f1"] == pytest.approx(sum(scores) / len(scores) if scores else 0)
+    assert figures["f1"] == pytest.approx(sum(scores) / len(scores) if scores else 1)
 
 
 def test_pairs_of_properties(tmp_path: Path) -> None:

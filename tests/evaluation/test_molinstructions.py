@@ -75,6 +75,13 @@ def test_molecules() -> None:
     assert nothing["molecule_validity"].n == 0
 
 
+def test_stereochemistry_is_left_out() -> None:
+    """As in the scripts: the two forms of alanine are one molecule, written in one way."""
+    left, right = "[C][C@@H1][Branch1][C][N][C][=Branch1][C][=O][O]", "[C][C@H1][Branch1][C][N][C][=Branch1][C][=O][O]"
+    figures = TASK.score([record(left, "retrosynthesis")], text_answers([right]), TASK.options())
+    assert figures["molecule_exact"].value == 1 and figures["molecule_levenshtein"].value == 0
+
+
 def test_bleu_of_molecules_is_over_signs() -> None:
     from nltk.translate.bleu_score import corpus_bleu
 

@@ -51,6 +51,7 @@ def test_devices() -> None:
     found = regression.device_pairs(ANSWER, "JV default PCE: about 12.5 %\nJV default Voc: ?@@@ JV default Jsc: 3")
     assert found == {"PCE": Pair(15.8, 12.5)}
     assert regression.device_pairs(ANSWER, "") == {}
+    assert regression.device_values("Voc: 1.0\nVoc: 2.0") == {"Voc": 1.0}  # the first line counts
 
 
 def test_devices_as_published() -> None:
@@ -63,6 +64,8 @@ def test_devices_as_published() -> None:
     }
     assert regression.device_pairs(ANSWER, swapped)["Voc"] == Pair(1.05, 1.0)
     assert regression.device_pairs(ANSWER, "JV default Voc: 1.0@@@", as_published=True) is None
+    without_ff = ANSWER.replace(" JV default FF: 0.75 \n", "")
+    assert len(regression.device_pairs(ANSWER, without_ff, as_published=True) or ()) == 3
     assert regression.device_pairs(ANSWER, ANSWER.replace("20.1", "high"), as_published=True) is None
 
 
@@ -79,9 +82,12 @@ def test_published_devices(name: str) -> None:
         assert published == (pairs if len(pairs) == 3 else None)
 
 
-def test_a_record_of_another_suite_is_refused() -> None:
-    with pytest.raises(UserError, match="the output names no number for Voc, Jsc or PCE"):
-        regression.reference_values("JV default Voc: high\nYes")
+@pytest.mark.parametrize(
+    "text", ["JV default Voc: high\nYes", "Voc: \nJsc: \nPCE:", "Stability_PCE_initial_value: 5\nVoc: 1"]
+)
+def test_a_record_of_another_suite_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="the output has no lines for Voc, Jsc and PCE"):
+        regression.reference_values(text)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ VALUE = st.sampled_from(
         "10",
         "10.0; 20",
         "MAPbI3",
+        "Ag; Ag; Au",
+        "Ag",
     ]
 )
 DOCUMENT = st.fixed_dictionaries(dict.fromkeys(sii.KEYS, VALUE))

@@ -12,18 +12,25 @@ from jaxlm.cli.evaluate import main
 from jaxlm.evaluation.registry import MODULES
 from tests.evaluation.test_geobench import NPEE
 from tests.evaluation.test_ie import OLD
+from tests.evaluation.test_lpm24_tasks import RECORD as LPM24
+from tests.evaluation.test_molinstructions import record
 from tests.evaluation.test_regression import DEVICE, METAL, STEEL
 from tests.evaluation.test_sii import RECORD as SII
 from tests.evaluation.test_zbench import TABLE
 
+SELFIES = record("[C][C][O]", "retrosynthesis")
 # Task -> what its file holds, one of its figures, files of its own.
 SUITES: dict[str, tuple[Any, str, list[str]]] = {
     "geobench": (NPEE, "choice_wa_max_accuracy", []),
+    "geobench_subjective": (NPEE, "noun_perplexity", []),
     "sii": ([SII], "abc_d_f1", []),
     "mdp": ([DEVICE] * 2, "voc_answered", []),
     "matbench": ([STEEL, METAL], "accuracy", ["matbench.json"]),
     "ie": ([OLD], "f1", ["submission.jsonl"]),
     "zbench": (TABLE, "people: GPT", ["zbench.csv"]),
+    "molinstructions": ([SELFIES], "molecule_validity", []),
+    "lpm24_captions": ([LPM24], "rouge_l", []),
+    "lpm24_molecules": ([LPM24], "exact", []),
 }
 
 

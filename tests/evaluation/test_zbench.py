@@ -51,7 +51,7 @@ def test_tables_against_pythons_csv(tmp_path_factory: pytest.TempPathFactory, ro
     lines = zbench.read_lines(path)
     assert [line.values() for line in lines] == rows
     assert "".join(line.text() for line in lines) == stream.getvalue()
-    column = ["name", *("x,y" for _ in rows[1:])]
+    column = ["name", *('x,"y' for _ in rows[1:])]
     added = zbench.with_columns(lines[0], lines[1:], [("name", column[1:])], 1).decode()
     expected = [[row[0], new, *row[1:]] for row, new in zip(rows, column, strict=True)]
     assert list(csv.reader(io.StringIO(added, newline=""))) == (expected if "name" not in rows[0] else rows)

@@ -86,3 +86,16 @@ device_description_str: "NVIDIA H200"
 NO_CUDA_COMPILER = shutil.which("ptxas") is None or not any(
     importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)
 )
+
+
+def run_for_h200(script: str) -> str:
+    """What a script prints that takes a GPU's description as its argument, in a process without a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, H200],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

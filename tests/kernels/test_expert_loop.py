@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,26 +26,37 @@ def problem(k: int, dead: float, dtype: Any) -> tuple[list[jax.Array], Any, Any,
     return arrays, experts, live, *(rng.normal(size=(N, O)).astype(np.float32) for _ in range(2))
 
 
-def plain(x: Any, gate_up: Any, down: Any, weights: Any, experts: np.ndarray, live: np.ndarray) -> Any:
+ACTIVATIONS: list[Callable[[jax.Array], jax.Array]] = [jax.nn.silu, jax.nn.gelu]
+
+
+def plain(
+    x: Any,
+    gate_up: Any,
+    down: Any,
+    weights: Any,
+    experts: np.ndarray,
+    live: np.ndarray,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> Any:
     """Every token through every one of its experts, by whole matrices."""
     x, gate_up, down = (a.astype(jnp.float32) for a in (x, gate_up, down))
     both = jnp.einsum("ni,nkif->nkf", x, gate_up[experts])
-    h = jax.nn.silu(both[..., :F]) * both[..., F:]
+    h = activation(both[..., :F]) * both[..., F:]
     return jnp.einsum("nkf,nkfo,nk->no", h, down[experts], weights * live)
 
 
-@pytest.mark.parametrize(("k", "dead"), [(1, 0.0), (2, 0.4), (E, 0.0), (2, 1.0)])
-def test_values_and_gradients(k: int, dead: float) -> None:
+@pytest.mark.parametrize(("k", "dead", "activation"), [(1, 0.0, 0), (2, 0.4, 0), (E, 0.0, 0), (2, 1.0, 0), (2, 0.4, 1)])
+def test_values_and_gradients(k: int, dead: float, activation: int) -> None:
     arrays, experts, live, target, _ = problem(k, dead, jnp.float32)
     moves, groups = make_dispatch(jnp.asarray(experts), jnp.asarray(live), E, N * k)
     # Unused blocks at the end, or the loop's bound is not tested; and blocks that are not full.
     assert groups.live < len(groups.owner) and (np.asarray(moves.token) == N).any()
 
     def fast(*arrays: Any) -> Any:
-        return loop_experts(*arrays, moves.token, moves.slot, groups)
+        return loop_experts(*arrays, moves.token, moves.slot, groups, ACTIVATIONS[activation])
 
     def slow(*arrays: Any) -> Any:
-        return plain(*arrays, experts, live)
+        return plain(*arrays, experts, live, ACTIVATIONS[activation])
 
     np.testing.assert_allclose(jax.jit(fast)(*arrays), jax.jit(slow)(*arrays), rtol=1e-5, atol=1e-5)
     every = (0, 1, 2, 3)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -20,7 +17,7 @@ from jaxlm.kernels.flash_attention import flash_attention, gpu, gpu_backward, un
 from jaxlm.kernels.flash_attention.schedule import Spec, make_ranges
 from jaxlm.nn.attention import MaskSpec, reference_attention
 from jaxlm.nn.positions import alibi_slopes
-from tests.kernels.ahead_of_time import H200, NO_CUDA_COMPILER
+from tests.kernels.ahead_of_time import NO_CUDA_COMPILER, run_for_h200
 
 pytestmark = pytest.mark.slow
 
@@ -208,12 +205,4 @@ for heads, kv_heads, dim, options in [
     reason="needs JAX's CUDA plug-in and ptxas (nvidia-cuda-nvcc), no GPU",
 )
 def test_compiles_for_an_h200() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, H200],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 8
+    assert run_for_h200(COMPILE).count("compiled") == 8

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jaxlm.kernels.grouped_matmul import reference_grouped_matmul
 from jaxlm.kernels.grouped_matmul_gpu import TILE, gpu_grouped_matmul, width
 from jaxlm.kernels.groups import make_groups
-from tests.kernels.ahead_of_time import H200, NO_CUDA_COMPILER
+from tests.kernels.ahead_of_time import NO_CUDA_COMPILER, run_for_h200
 
 
 def compare(counts: Sequence[int], inner: int, columns: int, interpret: Any) -> None:
@@ -92,12 +89,4 @@ for inner, columns in [(4096, 1376), (688, 4096)]:
     reason="needs JAX's CUDA plug-in and ptxas (nvidia-cuda-nvcc), no GPU",
 )
 def test_compiles_for_an_h200() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, H200],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2
+    assert run_for_h200(COMPILE).count("compiled") == 2

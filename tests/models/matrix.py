@@ -26,6 +26,7 @@ CAPABILITIES = {
     "LoRA training": "of all linear layers: the loss falls, and PEFT's form of the adapter gives the same logits",
     "generate": "greedy tokens, against transformers' `generate`",
     "beams": "tokens of a beam search with penalties, against transformers' `generate`",
+    "plan": "`jaxlm plan` of a directory counts its parameters, and `convert inspect` names its architecture",
     "int8": "generation from int8 weights: the model with rounded weights, in a third of the bytes",
     "experts": "`convert moefy`: feed-forward layers divided into experts, with all of them the dense model",
     "sharded": "train steps on eight devices over `data`, `fsdp` and `tensor`: the losses and parameters of one device",

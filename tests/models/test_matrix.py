@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from convert.commands.main import main
 from convert.source import open_adapter, open_model
+from jaxlm.cli.plan import model_shape
 from jaxlm.config import Decoding, LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
@@ -28,10 +31,12 @@ from jaxlm.models.families import FAMILIES
 from jaxlm.models.unrolled import prefill
 from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.planning.compiled import compile_step
+from jaxlm.planning.memory import estimate_memory
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
-from jaxlm.training.state import Initializer
+from jaxlm.training.setup import set_up
+from jaxlm.training.state import Initializer, count
 from jaxlm.training.step import make_train_step
 from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.native.write import write_adapter
@@ -140,6 +145,30 @@ def check_deltas_and_verify(family: str, folder: Path) -> None:
         parameter[0, 0] += 0.5
     modules["tuned"].save_pretrained(folder / "other")
     assert main(["verify", "--no-logits", str(folder / "jax"), str(folder / "other")]) == 1
+
+
+def check_plan_and_inspect(family: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The number of parameters is PyTorch's, with which files it comes is told."""
+    module = hf_model(family)
+    module.save_pretrained(folder)
+    wanted = sum(parameter.numel() for parameter in module.parameters())
+    config = load_run_yaml(RUN, "the test")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, shape=None, path=str(folder)))
+    setup = set_up(config, model_shape(config), parse_topology("v5e:2x2"))
+    initializer = setup.initializer(setup.schedule(10))
+    memory = estimate_memory(setup, initializer)
+    assert count(initializer.params) == wanted and memory.peak > memory.parameters > 0
+    assert main(["inspect", str(folder), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["parameters"] == wanted
+    assert main(["inspect", str(folder)]) == 0
+    assert f"\n{FAMILIES[family].architecture}: L " in capsys.readouterr().out
+
+
+@every_family_but_slowly
+def test_plan_and_inspect(family: str, tmp_path: Path, settle: Settle, capsys: pytest.CaptureFixture[str]) -> None:
+    check_plan_and_inspect(family, tmp_path, capsys)
+    settle("plan")
 
 
 @every_family_but_slowly

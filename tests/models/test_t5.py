@@ -29,6 +29,7 @@ from jaxlm.models.encoder_decoder import read_sources
 from jaxlm.models.families import SHAPES, read_config, write_config
 from jaxlm.planning.compiled import compile_step
 from jaxlm.spec import DecoderSpec
+from jaxlm.training.advice import dropout_warnings
 from jaxlm.training.optimizer import make_optimizer, parameter_axes
 from jaxlm.weights.names import num_params
 from jaxlm.weights.native.write import write_adapter
@@ -36,7 +37,7 @@ from tests.models.adapted import InMemory
 from tests.models.compare import random_tree
 from tests.models.matrix import settle
 from tests.models.small import WITH_ENCODER, hf_model, small_spec, tree_of
-from tests.models.test_matrix import RUN, check_deltas_and_verify, check_lora_training, trained
+from tests.models.test_matrix import RUN, check_deltas_and_verify, check_lora_training, check_plan_and_inspect, trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -280,6 +281,18 @@ def test_what_a_configuration_cannot_say(changes: dict[str, Any], message: str) 
         read_config(values)
 
 
+def test_dropout_that_is_not_applied_is_said(tmp_path: Path) -> None:
+    """By the config.json that a model came with, also behind a conversion."""
+    from convert.source import open_model
+
+    hf_model("t5", dropout_rate=0.1).save_pretrained(tmp_path / "hf")
+    run("hf-to-jax", tmp_path / "hf", tmp_path / "jax")
+    for name in ("hf", "jax"):
+        (said,) = dropout_warnings(open_model(tmp_path / name).hf_config)
+        assert "config.json has dropout_rate 0.1: activations are not dropped" in said
+    assert not dropout_warnings({"dropout_rate": 0.0, "dropout": None}) and not dropout_warnings(None)
+
+
 LORA: dict[str, dict[str, Any]] = {
     # Encoder, decoder and cross-attention have linear layers of one name; the encoder has a layer more.
     "q and v": dict(targets=("q", "v"), rank_pattern={"decoder.block.1.layer.0.SelfAttention.q": 3}),
@@ -402,6 +415,15 @@ def test_training(family: str, request: pytest.FixtureRequest) -> None:
     settle(request, family, "train")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WITH_ENCODER)
+def test_plan_and_inspect(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_plan_and_inspect(family, tmp_path, capsys)
+    settle(request, family, "plan")
+
+
 @pytest.mark.parametrize("family", ["t5", pytest.param("mt5", marks=pytest.mark.slow)])
 def test_deltas_and_verify(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     check_deltas_and_verify(family, tmp_path)
@@ -473,7 +495,7 @@ def test_what_is_for_decoders_alone_is_refused(
     words = ["moefy", tmp_path / "hf", tmp_path / "moe", "--experts", "4", "--top-k", "text=4"]
     assert main([str(word) for word in words]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "has an encoder" in said or "activation" in said
+    assert "has an encoder" in said or "has a gate" in said
     settle(request, family, "experts", refused=said.replace(f"{tmp_path}/", ""))
     with pytest.raises(UserError, match="reading a model layer by layer"):
         streamed.logits(small_spec(family), lambda path, index: np.zeros(()), np.zeros((1, 2), np.int32))

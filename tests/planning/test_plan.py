@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxlm.cli.plan import main
+from jaxlm.cli.plan import main, model_shape
 from jaxlm.config import MeshConfig, ModelConfig, RunConfig
 from jaxlm.devices.chips import parse_topology, peak_flops
 from jaxlm.devices.compiler_options import compiler_options
@@ -247,3 +247,17 @@ def test_a_program_is_read_with_its_loops() -> None:
     assert (scattered.overlaps, scattered.count, scattered.bytes) == (False, 2, 16 + 8)
     assert found.collective_bytes(False) == 32 + 24
     assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_directory_of_mixtral(weights: bool, tmp_path: Path) -> None:
+    """Its shape is planned with the experts it has, whether or not the weights are there."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_local_experts=4)
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    (transformers.MixtralForCausalLM(config) if weights else config).save_pretrained(tmp_path)
+    if not weights:
+        config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["MixtralForCausalLM"]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = model_shape(RunConfig(model=ModelConfig(path=str(tmp_path))))
+    assert shape.experts is not None and (shape.experts.num_experts, shape.feed_forward.size) == (4, 96)

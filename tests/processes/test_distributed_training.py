@@ -215,6 +215,33 @@ def test_two_processes_write_what_one_does(uninterrupted: Path, config: Path, tm
     assert len(re.findall(r"error: interactive: a conversation is with one process, here are 2", text)) == 2
 
 
+def test_two_processes_evaluate_as_one_does(uninterrupted: Path, config: Path, tmp_path: Path) -> None:
+    """Scored and written answers; process 0 alone writes."""
+    from jaxlm.cli.evaluate import main
+
+    data, log = tmp_path / "q.json", tmp_path / "log"
+    rows = [{"question": f"rock {word}", "answer": "gas", "choices": ["gas", "iron ion"]} for word in ("sand", "clay")]
+    data.write_text(json.dumps(rows))
+    words = ["--task", "multiple_choice,qa", "--model", str(uninterrupted), "--data", str(data), "--data", f"qa={data}"]
+    words += ["--options.answers", "texts", "--options.max_new_tokens", "6"]
+    assert main([*words, "--output", str(tmp_path / "one"), "--compilation_cache", "none"]) == 0
+    cache = yaml.safe_load(config.read_text())["train"]["compilation_cache"]
+    words += ["--output", str(tmp_path / "two"), "--compilation_cache", cache, "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    text = end(start_words(log, *words, module="jaxlm.evaluate"), log)
+    assert sum("2 records; wrote" in line for line in ours(text, 0)) == 2 and not ours(text, 1), text
+    one, two = (
+        [
+            json.loads(line)["answers"]["answer"]
+            for task in ("multiple_choice", "qa")
+            for line in (tmp_path / name / task / "predictions.jsonl").read_text().splitlines()
+        ]
+        for name in ("one", "two")
+    )
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.pop("log_probs", []) == pytest.approx(theirs.pop("log_probs", []), abs=1e-4)
+        assert mine == theirs
+
+
 def test_disagreeing_config_and_data_are_named(config: Path, inputs: Path, tmp_path: Path) -> None:
     def both(log: Path, *words: str) -> str:
         place = ["--coordinator", f"localhost:{free_port()}", "--num_processes", "2", "--process_id"]

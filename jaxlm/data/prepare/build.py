@@ -7,7 +7,6 @@ join      all parts -> the store, in `store/`; KnowLM's files beside it when ask
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,9 @@ from numpy.typing import NDArray
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.config.prepare import PrepareConfig
 from jaxlm.data.encoding import resolve_ends
+from jaxlm.data.mindrecord import SCIMIND_FIELDS, MindRecordWriter, scimind_row
 from jaxlm.data.prepare.shards import Bad, Shard, read_documents, read_shard
+from jaxlm.data.prepare.split import open_tokenizer
 from jaxlm.data.prepare.work import Mark, Phase, Step
 from jaxlm.data.records import Record
 from jaxlm.data.report import SourceReport
@@ -32,7 +33,7 @@ from jaxlm.data.store.stored import StoredTokens
 from jaxlm.data.tokenise import CHARACTERS, RECORDS, Batch, Tokeniser
 from jaxlm.data.tokens import Chunk, merged
 from jaxlm.errors import UserError
-from jaxlm.tokenizer import Tokenizer, load_tokenizer
+from jaxlm.tokenizer import Tokenizer
 
 
 def phases(step: Step) -> Iterator[Phase]:
@@ -62,6 +63,8 @@ def check(config: PrepareConfig) -> None:
             f"build.knowlm: KnowLM's store holds ids in 16 bits, and {tokenizer.path} has {tokenizer.vocab_size:,}; "
             "leave it out"
         )
+    if not 0 <= config.build.mindrecord <= 1000:
+        raise UserError(f"build.mindrecord: {config.build.mindrecord}; give a number of files, 0 to 1000")
 
 
 def source_names(config: PrepareConfig) -> list[str]:
@@ -71,7 +74,7 @@ def source_names(config: PrepareConfig) -> list[str]:
 
 def _settings(config: PrepareConfig) -> tuple[DataConfig, Tokenizer]:
     assert config.tokenizer is not None
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     options = config.build
     data = DataConfig(
         sequence_length=options.sequence_length,
@@ -82,11 +85,6 @@ def _settings(config: PrepareConfig) -> tuple[DataConfig, Tokenizer]:
         too_long=options.too_long,
     )
     return resolve_ends(data, tokenizer)[0], tokenizer
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return load_tokenizer(path)
 
 
 # The phases --------------------------------------------------------------------------------------
@@ -226,6 +224,8 @@ def join_parts(step: Step, _: int) -> Mark:
     join(Work((), data, tokenizer), store(step), parts, reports, settings)
     if step.config.build.knowlm:
         _write_knowlm(step.folder / "knowlm", StoredTokens(store(step)), tokenizer)
+    if step.config.build.mindrecord:
+        _write_mindrecord(step, StoredTokens(store(step)), tokenizer)
     return {
         "sources": {
             report.path: {
@@ -240,6 +240,19 @@ def join_parts(step: Step, _: int) -> Mark:
         },
         "num_examples": sum(part.examples for part in parts),
     }
+
+
+def _write_mindrecord(step: Step, tokens: StoredTokens, tokenizer: Tokenizer) -> None:
+    """Rows as SciMind trains on them."""
+    for file in step.folder.glob("data.mindrecord*"):  # of a run that was killed here
+        file.unlink()
+    options = step.config.build
+    # Tokens of modalities follow the others; without any, no id is one.
+    first = min((modality.range[0] for modality in tokenizer.modalities), default=tokenizer.vocab_size)
+    with MindRecordWriter(step.folder / "data.mindrecord", SCIMIND_FIELDS, shards=options.mindrecord) as writer:
+        for number in range(len(tokens)):
+            example = tokens[number]
+            writer.write(scimind_row(example.input_ids, example.loss_mask, options.sequence_length, first))
 
 
 def _write_knowlm(prefix: Path, tokens: StoredTokens, tokenizer: Tokenizer) -> None:

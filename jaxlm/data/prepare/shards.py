@@ -6,18 +6,16 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxlm.config import SourceConfig
 from jaxlm.config.prepare import DocumentsConfig
 from jaxlm.data.compressed import COMPRESSED
 from jaxlm.data.entries import Entry, read_entries
-from jaxlm.data.records import Record, is_token_source, read_records, record_files, token_index
+from jaxlm.data.records import Record, is_token_source, read_records, record_files, source_root, token_index
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
-from jaxlm.locate import at_home
-from jaxlm.remote import Location, open_location
+from jaxlm.remote import Location, file_status, open_location, reading
 
 KEY = "sources"  # as messages name what is read
 
@@ -52,7 +50,7 @@ class Shard:
         tokens: of kind 'tokens', the store's format.
         begin, end: bytes of the block: the lines that begin in it; end None: to the end.
         nbytes: the file's size when the work was planned; None where nothing is watched.
-        mtime_ns: its time of change.
+        mtime_ns: its time of change; behind an address, the storage's own mark of this version.
     """
 
     path: str
@@ -75,16 +73,16 @@ class Shard:
         if self.nbytes is None:
             return
         try:
-            status = Path(self.path).stat()
+            status = file_status(open_location(self.path, KEY), KEY)
         except FileNotFoundError:
             raise UserError(
                 f"{KEY}: {self.path} has vanished since the work was planned; put it back, or begin anew in another "
                 "output_dir"
             ) from None
-        if (status.st_size, status.st_mtime_ns) != (self.nbytes, self.mtime_ns):
+        if status != (self.nbytes, self.mtime_ns):
             raise UserError(
                 f"{KEY}: {self.path} has changed since the work was planned ({self.nbytes:,} bytes then, "
-                f"{status.st_size:,} now); what is done would not fit to the rest. Wait until it is complete, then "
+                f"{status.size:,} now); what is done would not fit to the rest. Wait until it is complete, then "
                 "begin anew in another output_dir"
             )
 
@@ -112,20 +110,20 @@ def plan_shards(sources: Iterable[DocumentsConfig], block_bytes: int) -> list[Sh
             "columns": source.columns,
         }
         if is_token_source(config):
-            status = token_index(config).stat()
-            watched = {**common, "nbytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            status = file_status(token_index(config), KEY)
+            watched = {**common, "nbytes": status.size, "mtime_ns": status.version}
             shards.append(Shard(str(token_index(config)), "tokens", tokens=source.format, **watched))
             continue
         files = record_files(config)
         if files is None:
-            shards.append(Shard(str(at_home(source.path)), "hf", **common))
+            shards.append(Shard(source_root(config), "hf", **common))
             continue
         for file, kind in files:
-            about = file.stat()
-            watched = {**common, "nbytes": about.st_size, "mtime_ns": about.st_mtime_ns}
+            status = file_status(file, KEY)
+            watched = {**common, "nbytes": status.size, "mtime_ns": status.version}
             in_lines = kind == "jsonl" or (kind == "text" and source.documents == "line")
-            num_blocks = max(1, round(about.st_size / block_bytes)) if in_lines and not _is_compressed(file) else 1
-            cuts = [about.st_size * block // num_blocks for block in range(num_blocks)]
+            num_blocks = max(1, round(status.size / block_bytes)) if in_lines and not _is_compressed(file) else 1
+            cuts = [status.size * block // num_blocks for block in range(num_blocks)]
             ends: list[int | None] = [*cuts[1:], None]
             shards += [
                 Shard(str(file), kind, **watched, begin=begin, end=end) for begin, end in zip(cuts, ends, strict=True)
@@ -218,7 +216,7 @@ def _entries(shard: Shard) -> Iterator[Entry]:
 
 def _lines(file: Location, shard: Shard) -> Iterator[Entry]:
     """The lines that begin in a block; a line that is not UTF-8 or not JSON is an entry with a problem."""
-    with file.open("rb") as stream:
+    with reading(file, KEY), file.open("rb") as stream:
         stream.seek(max(shard.begin - 1, 0))
         if shard.begin > 0:
             stream.readline()  # the rest of a line that began before; only "\n" when one begins here
@@ -245,7 +243,7 @@ def _lines(file: Location, shard: Shard) -> Iterator[Entry]:
 def _by_line(file: Location, place: int) -> str:
     """The line that begins at a byte, by its number in the file."""
     number, left = 1, place
-    with file.open("rb") as stream:
+    with reading(file, KEY), file.open("rb") as stream:
         while left > 0 and (piece := stream.read(min(left, 1 << 20))):
             number += piece.count(b"\n")
             left -= len(piece)

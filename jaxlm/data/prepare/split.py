@@ -99,7 +99,7 @@ def _language(document: Document) -> Language:
 def _cutter(config: PrepareConfig) -> Cutter:
     if config.tokenizer is None:
         raise UserError("tokenizer: split needs one, e.g. --tokenizer models/llama/tokenizer.model")
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
 
     def encode(texts: Sequence[str]) -> list[Encoding]:
         return tokenizer.encode_batch(texts, special_tokens=False)
@@ -118,7 +118,8 @@ def _cutter(config: PrepareConfig) -> Cutter:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer, once for all tasks of a process."""
     return load_tokenizer(path)
 
 

@@ -37,6 +37,7 @@ from jaxlm.data.tokenise import Tokeniser, chosen_template, read_batches
 from jaxlm.errors import UserError
 from jaxlm.locate import at_home
 from jaxlm.lock import InUse, Lock
+from jaxlm.remote import file_status, reading
 
 RULES = 1  # raised when the same sources become other tokens than before
 SMALL = 16 << 20  # bytes of sources below which `auto` tokenises into memory at each start: some seconds of one core
@@ -257,7 +258,9 @@ class Cache:
         tokeniser = Tokeniser([source.columns for source in work.sources], work.config, work.tokenizer, work.start_id)
         for number, source in enumerate(work.sources):
             files = source_files(source)
-            if is_token_source(source) or (files and files[0].suffix == ".json" and files[0].stat().st_size > SMALL):
+            if is_token_source(source) or (
+                files and files[0].suffix == ".json" and file_status(files[0], "data").size > SMALL
+            ):
                 continue  # a JSON array is read whole
             name, _ = chosen_template(source, work.tokenizer)
             few = dataclasses.replace(source, limit=min(source.limit or _LOOKED_AT, _LOOKED_AT), template=name)
@@ -283,7 +286,7 @@ def cache_directory() -> Path:
 
 def source_bytes(sources: Sequence[SourceConfig]) -> int:
     """The size of all files of the sources."""
-    return sum(file.stat().st_size for source in sources for file in source_files(source))
+    return sum(file_status(file, "data").size for source in sources for file in source_files(source))
 
 
 def _is_finished(directory: Path) -> bool:
@@ -301,13 +304,13 @@ def _describe(sources: Sequence[SourceConfig]) -> list[Any]:
     sample = _SAMPLE if len(files) <= 256 else _SAMPLE >> 4
     described = []
     for path, file in files:
-        about = file.stat()
+        about = file_status(file, "data")
         digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            for place in (0, about.st_size // 2, max(0, about.st_size - sample)):
+        with reading(file, "data"), file.open("rb") as stream:
+            for place in (0, about.size // 2, max(0, about.size - sample)):
                 stream.seek(place)
                 digest.update(stream.read(sample))
-        described.append([path, str(file), about.st_size, about.st_mtime_ns, digest.hexdigest()])
+        described.append([path, str(file), about.size, about.version, digest.hexdigest()])
     return described
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from jaxlm.config import DataConfig, SourceConfig
+from jaxlm.data import mindrecord
 from jaxlm.data.encoding import Example
-from jaxlm.data.records import TOKENS, token_index
+from jaxlm.data.records import TOKENS, is_mindrecord_source, token_index
 from jaxlm.data.report import SourceReport
 from jaxlm.data.store import knowlm, megatron
 from jaxlm.data.store.columns import read_blocks
@@ -87,7 +89,7 @@ def read_chunks(
 ) -> Iterator[Chunk]:
     """The tokens of a store, cut to rows as `too_long` says.
 
-    Every token is trained but the first of each sequence; a store of jaxlm's own has a mask.
+    Every token is trained but the first of each sequence; a store of jaxlm's own has a mask, MindRecord labels.
 
     Raises:
         UserError: a store that is damaged, made by another tokenizer, or without what an encoder reads.
@@ -96,7 +98,13 @@ def read_chunks(
     template, why = chosen_template(source, tokenizer)
     stored: StoredTokens | None = None
     examples: Iterator[Example]
-    if own_store(source) is not None:
+    if is_mindrecord_source(source):
+        files = mindrecord.mindrecord_files(index_file)
+        documents = np.arange(sum(map(mindrecord.count_rows, files)) + 1)
+        examples = itertools.starmap(
+            Example, itertools.chain.from_iterable(mindrecord.read_scimind(file, tokenizer.pad_id) for file in files)
+        )
+    elif own_store(source) is not None:
         stored = StoredTokens(index_file.parent)
         check_tokenizer(index_file.parent, stored.manifest, tokenizer, tokenizer_digest(tokenizer))
         starts = np.flatnonzero(np.diff(stored.record, prepend=-1))

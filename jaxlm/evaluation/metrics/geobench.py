@@ -165,11 +165,11 @@ def few_shot(path: Path | None, ending: str) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"few_shot: {path} cannot be read ({error})") from None
+        raise UserError(f"options.few_shot: {path} cannot be read ({error})") from None
     if not text.startswith("### Instruction:\n") or "### Response:\n" + ANSWER_IS not in text:
         raise UserError(
-            f"few_shot: {path} is not of the form of multiple_choice_samples_wa.txt: '### Instruction:', the task, "
-            "the question, 'Choose from:', options, an empty line, '### Response:', 'The answer is:', the letter"
+            f"options.few_shot: {path} is not of the form of multiple_choice_samples_wa.txt: '### Instruction:', the "
+            "task, the question, 'Choose from:', options, an empty line, '### Response:', 'The answer is:', the letter"
         )
     return text.rstrip("\n").replace("### Response:\n" + ANSWER_IS, "### Response:\n" + PROMPTS[ending]) + "\n\n\n"
 

@@ -111,5 +111,5 @@ def frechet_distance(references: Sequence[str], answers: Sequence[str]) -> float
     try:
         import fcd
     except ModuleNotFoundError as error:
-        raise UserError(f"fcd: needs the package {error.name}: pip install fcd, or leave it out") from None
+        raise UserError(f"options.fcd: needs the package {error.name}: pip install fcd, or leave it out") from None
     return float(fcd.get_fcd(list(references), list(answers)))

@@ -54,15 +54,20 @@ def with_max(probabilities: Mapping[str, list[float]]) -> dict[str, list[float]]
     return {**probabilities, "max": [max(pair) for pair in zip(*probabilities.values(), strict=True)]}
 
 
-def choose(probabilities: Sequence[float]) -> int:
+def choose(probabilities: Sequence[float], name: str = "a question") -> int:
     """The option of the largest probability; the first one of several.
+
+    Args:
+        probabilities: of the options.
+        name: of the question, for messages.
 
     Raises:
         UserError: for a probability that is not a number.
     """
     if any(math.isnan(value) for value in probabilities):
         raise UserError(
-            "the model gives probabilities that are not numbers (NaN); check its weights, or use --model.dtype float32"
+            f"{name}: the model gives probabilities that are not numbers (NaN); check its weights, or use "
+            "--model.dtype float32"
         )
     return max(range(len(probabilities)), key=lambda option: (probabilities[option], -option))
 

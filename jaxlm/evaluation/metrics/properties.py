@@ -2,7 +2,8 @@
 
 Facts: `evaluation/text_property_metrics.py` of language-plus-molecules/LPM-24-Dataset. A caption names a property when
 the property's tokens stand in it one after the other. Figures of properties are averaged group by group, from the
-innermost one; what has no value (no caption names it) is left out of its group, and a group without any value is 0.
+innermost one; what has no value (no caption names it) is left out of its group, and a group without any value is 1
+(in older versions of the script 0).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def read_properties(path: Path) -> list[PropertyPath]:
     paths = _flat(read_value(path), ()) if path.is_file() else None
     if not paths:
         raise UserError(
-            f"properties: {path} is not a hierarchy of properties; expected LPM-24's nested_props.json, "
+            f"options.properties: {path} is not a hierarchy of properties; expected LPM-24's nested_props.json, "
             '{"group": [{"group": ["property", …]}, …]}'
         )
     return list(dict.fromkeys(paths))
@@ -78,7 +79,7 @@ def read_combinations(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"combinations: {path} cannot be read ({error})") from None
+        raise UserError(f"options.combinations: {path} cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -88,7 +89,7 @@ def read_combinations(path: Path) -> list[tuple[str, str]]:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             first = second = None
         if not isinstance(first, str) or not isinstance(second, str):
-            raise UserError(f"combinations: {path}:{number}: expected ('group__property', 'group__property')")
+            raise UserError(f"options.combinations: {path}:{number}: expected ('group__property', 'group__property')")
         pairs.append((first, second))
     return pairs
 
@@ -139,8 +140,6 @@ def property_figures(
 
 def _averaged(values: dict[PropertyPath, float | None]) -> float:
     """The mean over the first level of paths, of which each is the mean of what lies below."""
-    if not values:
-        return 0.0
     below: dict[str, dict[PropertyPath, float | None]] = {}
     level: list[float] = []
     for path, value in values.items():
@@ -149,7 +148,7 @@ def _averaged(values: dict[PropertyPath, float | None]) -> float:
         elif value is not None:
             level.append(value)
     level += [_averaged(inner) for inner in below.values()]
-    return sum(level) / len(level) if level else 0.0
+    return sum(level) / len(level) if level else 1.0
 
 
 def combination_figures(

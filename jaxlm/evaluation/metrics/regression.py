@@ -79,8 +79,10 @@ def reference_values(text: str) -> dict[str, float]:
     """
     found = device_values(text)
     values = {key: value for key in PROPERTIES if (value := found.get(key)) is not None}
-    if not values:
-        raise UserError("the output names no number for Voc, Jsc or PCE, e.g. in a line 'JV default Voc: 1.05'")
+    if not values or len(found) < len(PROPERTIES):
+        raise UserError(
+            "the output has no lines for Voc, Jsc and PCE, e.g. 'JV default Voc: 1.05', with a number in one"
+        )
     return values
 
 

@@ -93,8 +93,8 @@ def _meteor_scorer(nltk_data: Path) -> Any:
     corpora = nltk_data / "corpora"
     if not (corpora / "wordnet").is_dir() and not (corpora / "wordnet.zip").is_file():
         raise UserError(
-            f"nltk_data: {nltk_data} has no corpora/wordnet, which METEOR needs; make it where there is a network, "
-            f"python -m nltk.downloader -d {nltk_data} wordnet, or leave nltk_data out"
+            f"options.nltk_data: {nltk_data} has no corpora/wordnet, which METEOR needs; make it where there is a "
+            f"network, python -m nltk.downloader -d {nltk_data} wordnet, or leave nltk_data out"
         )
     nltk.data.path.insert(0, str(nltk_data))
     wordnet.ensure_loaded()

@@ -154,7 +154,9 @@ def _score(records: Sequence[Row], answers: Sequence[Answers], options: Options)
             forms = _probabilities(part, answer.log_probs, question.labels) if answer.log_probs else {}
             for form in [*names.split("+"), "max"]:
                 name = f"{question.kind}_{ending}_{form}"
-                hit = form in forms and question.labels[next_token.choose(forms[form])] == question.answer
+                hit = (
+                    form in forms and question.labels[next_token.choose(forms[form], question.name)] == question.answer
+                )
                 right.setdefault(name, {})[number] = float(hit)
                 if form in forms:
                     spread.setdefault(name, {})[number] = next_token.entropy(forms[form])
@@ -204,7 +206,7 @@ def _plot(
     axes.set_xlim(0, 1)
     axes.set_xlabel("accuracy")
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside lower center")
 
 
 def _subjective_requests(records: Sequence[Row], options: SubjectiveOptions, tokenizer: Tokenizer) -> list[Request]:
@@ -259,7 +261,7 @@ TASKS = {
     for task in (
         Task(
             name="geobench",
-            summary="GeoBench of K2: choices, and true or false, by the probability of the next token",
+            summary="GeoBench of K2: choices, and true or false, by the probability of the next token.",
             expects=_EXPECTS,
             requests=_requests,
             score=_score,
@@ -273,7 +275,7 @@ TASKS = {
         ),
         Task(
             name="geobench_subjective",
-            summary="GeoBench's free answers: ROUGE, and perplexity of the reference (jaxlm's own figures)",
+            summary="GeoBench's free answers: ROUGE, and perplexity of the reference (jaxlm's own figures).",
             expects=_EXPECTS,
             requests=_subjective_requests,
             score=_subjective_score,

@@ -190,7 +190,7 @@ def details(records: Sequence[Row], answers: Sequence[Answers], figures: Mapping
 
 TASK = Task(
     name="ie",
-    summary="Information extraction of KnowLM and DeepKE: entities, relations, events, by F1 over tuples",
+    summary="Information extraction of KnowLM and DeepKE: entities, relations, events, by F1 over tuples.",
     expects=(
         "instruction and label, both JSON in a text (IEPile, OneKE), or instruction, input and output, the output in "
         "one of InstructIE's shapes, e.g. '(head,relation,tail)'"

@@ -104,14 +104,8 @@ def text_figures(
     return figures
 
 
-def molecule_figures(
-    references: Sequence[str], answers: Sequence[str], morgan_radius: int = 2, valid_only: bool = False
-) -> dict[str, Figure]:
-    """Figures of SMILES, as `lpm24.molecule_metrics` defines them.
-
-    Args:
-        valid_only: similarities are means over valid answers, as MolT5's scripts have them; else an invalid one has 0.
-    """
+def molecule_figures(references: Sequence[str], answers: Sequence[str], morgan_radius: int = 2) -> dict[str, Figure]:
+    """Figures of SMILES, as `lpm24.molecule_metrics` defines them: one that is not a molecule has similarity 0."""
     pairs = list(zip(references, answers, strict=True))
     alike = {number: molecules.compare(*pair, morgan_radius) for number, pair in enumerate(pairs)}
     figures = {
@@ -125,7 +119,7 @@ def molecule_figures(
         "validity": mean({number: each.validity for number, each in alike.items()}),
     }
     for name in molecules.SIMILARITIES:
-        values = {number: getattr(each, name) for number, each in alike.items() if each.validity or not valid_only}
+        values = {number: getattr(each, name) for number, each in alike.items()}
         figures[name] = mean(values)
     valid = [each.canonical for each in alike.values() if each.canonical is not None]
     figures["unique"] = Figure(len(set(valid)) / len(valid) if valid else 0.0, None, len(valid))
@@ -244,7 +238,7 @@ TASKS = {
     for task in (
         Task(
             name="lpm24_captions",
-            summary="LPM-24: captions of molecules; BLEU, ROUGE, METEOR, and the properties that they name",
+            summary="LPM-24: captions of molecules; BLEU, ROUGE, METEOR, and the properties that they name.",
             expects="a molecule (molecule or SMILES) and its caption (caption or 'ground truth')",
             requests=_request_captions,
             score=_score_captions,
@@ -255,7 +249,7 @@ TASKS = {
         ),
         Task(
             name="lpm24_molecules",
-            summary="LPM-24: molecules for captions; exact, BLEU, Levenshtein, validity, fingerprints, FCD",
+            summary="LPM-24: molecules for captions; exact, BLEU, Levenshtein, validity, fingerprints, FCD.",
             expects="a caption (caption or description) and a molecule in SMILES (molecule, SMILES or 'ground truth')",
             requests=_request_molecules,
             score=_score_molecules,

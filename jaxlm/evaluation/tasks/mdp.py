@@ -47,7 +47,7 @@ def _ask(records: Sequence[Row], options: Options, published_prompt: Callable[[R
 
 
 def _errors(name: str, pairs: Mapping[int, Pair]) -> dict[str, Figure]:
-    """Mean absolute error, its quadratic sibling and R2 of numbers by record."""
+    """Mean absolute error, root mean squared error and R2 of numbers by record."""
     values = list(pairs.values())
     nothing = math.nan
     absolute = {number: abs(pair.answer - pair.given) for number, pair in pairs.items()}
@@ -125,7 +125,9 @@ def _plot_devices(
         axes = figure.add_subplot(1, 3, place)
         numbers = [limits[0], limits[1], *(value for pair in pairs.values() for value in pair)]
         low, high = min(numbers), max(numbers)
-        axes.plot([pair.answer for pair in pairs.values()], [pair.given for pair in pairs.values()], "o")
+        if pairs:  # without clipping, markers that are none would leave no room for the axes
+            points = zip(*pairs.values(), strict=True)
+            axes.plot(*points, "o", clip_on=False)
         axes.plot([low, high], [low, high], color="green", linewidth=1.0, linestyle="--")
         axes.set(xlim=(low, high), ylim=(low, high), xlabel=f"Experimental {title}", ylabel=f"Predicted {title}")
 
@@ -212,7 +214,7 @@ TASKS = {
     for task in (
         Task(
             name="mdp",
-            summary="Darwin's device properties: errors of Voc, Jsc and PCE of solar cells",
+            summary="Darwin's device properties: errors of Voc, Jsc and PCE of solar cells.",
             expects="instruction, input and output, the output with lines 'JV default Voc: 1.05', Jsc, FF and PCE",
             requests=lambda records, options, tokenizer: _ask(records, options, device_prompt),
             score=_score_devices,
@@ -223,7 +225,7 @@ TASKS = {
         ),
         Task(
             name="matbench",
-            summary="Darwin's Matbench files: a number, or Yes or No, for a composition",
+            summary="Darwin's Matbench files: a number, or Yes or No, for a composition.",
             expects="instruction, input and output, the output a number (steels, gaps) or Yes or No (glass, metals)",
             requests=lambda records, options, tokenizer: _ask(records, options, matbench_prompt),
             score=_score_matbench,

@@ -271,7 +271,7 @@ def _score_open(outputs: Outputs, options: Options) -> dict[str, Figure]:
 
 TASK = Task(
     name="molinstructions",
-    summary="Mol-Instructions: molecules, proteins and biomedical texts, by its scripts' figures",
+    summary="Mol-Instructions: molecules, proteins and biomedical texts, by its scripts' figures.",
     expects="instruction, input, output and metadata {task}, or the kind of the answers as --options.kind",
     requests=requests,
     score=score,

@@ -67,6 +67,9 @@ class Item(NamedTuple):
 def read_item(record: Row) -> Item | str:
     """The question of a record, or what is wrong with it."""
     question = field(record, QUESTION)
+    if isinstance(question, Mapping):  # OpenBookQA's and CommonsenseQA's {"stem": …, "choices": […]}
+        record = {**record, **question}
+        question = question.get("stem")
     if not isinstance(question, str) or not question.strip():
         return f"has no text in {', '.join(QUESTION)}"
     pair = _choices(record)
@@ -100,6 +103,12 @@ def _choices(record: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | str:
         return tuple(map(str, labels)), tuple(str(text).strip() for text in texts)
     if isinstance(value, Mapping):
         return tuple(map(str, value)), tuple(str(text).strip() for text in value.values())
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, Mapping) for each in value):
+        labels = [each.get("label") for each in value]
+        texts = [each.get("text") for each in value]
+        if None in labels or None in texts:
+            return "has choices without a label or a text"
+        return tuple(map(str, labels)), tuple(str(text).strip() for text in texts)
     if isinstance(value, (list, tuple)):
         letters = [chr(ord("A") + at) for at in range(len(value))]
         return tuple(letters), tuple(str(text).strip() for text in value)

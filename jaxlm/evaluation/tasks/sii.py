@@ -122,7 +122,7 @@ def details(records: Sequence[Row], answers: Sequence[Answers], figures: Mapping
 
 TASK = Task(
     name="sii",
-    summary="Darwin's structured information: 31 values of a solar cell from a text, and their relations",
+    summary="Darwin's structured information: 31 values of a solar cell from a text, and their relations.",
     expects="instruction, input and output, the output with 31 lines 'Substrate_stack_sequence: …' to 'Module: …'",
     requests=requests,
     score=score,

@@ -192,7 +192,7 @@ def details(records: Sequence[Row], answers: Sequence[Answers], figures: Mapping
 
 TASK = Task(
     name="zbench",
-    summary="Z-Bench: Chinese questions, rated by people; the same table with a column of ours",
+    summary="Z-Bench: Chinese questions, rated by people; the same table with a column of ours.",
     expects="a CSV file of Z-Bench, with columns 编号, Prompt, …, 参考回答, 任务类型, or Prompt, 任务类型, 参考回答",
     requests=requests,
     score=score,

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.examples import build_examples
+from jaxlm.data.mindrecord import read_rows
 from jaxlm.data.prepare.pipeline import Share, UnfinishedError
 from jaxlm.data.store.knowlm import read_index
 from jaxlm.data.store.stored import StoredTokens
@@ -73,6 +74,33 @@ def test_a_store_holds_what_training_would_tokenise(
     assert report.counts.numbers["texts"]["tokens"] == int(examples.lengths[examples.source == 0].sum())
     assert report.counts.numbers["asks"]["read"] == 3 and report.counts.numbers["texts"]["split"] == 1
     assert not list((tmp_path / "out/build").glob("part-*"))
+
+
+def test_mindrecord_is_written_and_read_back(
+    sources: list[dict[str, Any]], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    build = {"sequence_length": 300, "add_eos": True}
+    run(values(sources, tokenizer, tmp_path / "one", build={**build, "mindrecord": 1}))
+    stored = StoredTokens(tmp_path / "one/build/store")
+    file = tmp_path / "one/build/data.mindrecord"
+    rows = list(read_rows(file))
+    assert {len(row["input_ids"]) for row in rows} == {300} and len(rows) == len(stored)
+    # As a source of training: the tokens, and what is trained of them, are those of the store.
+    config = DataConfig(train=(SourceConfig(path=str(file)),), sequence_length=300)
+    examples, (report,) = build_examples(config.train, config, tokenizer, 400)
+    for name in ("input_ids", "loss_mask", "offsets"):
+        np.testing.assert_array_equal(getattr(examples, name), getattr(stored, name))
+    assert report.records == len(stored) and report.truncated == report.dropped == 0
+    # As a source of prepare, from a folder of several files, whose rows are dealt out in turn.
+    run(values(sources, tokenizer, tmp_path / "three", build={**build, "mindrecord": 3}))
+    again = values([{"path": str(tmp_path / "three/build")}], tokenizer, tmp_path / "again", build=build)
+    run(again)
+    back = StoredTokens(tmp_path / "again/build/store")
+    order = [number for shard in range(3) for number in range(shard, len(stored), 3)]
+    assert [back[at].input_ids.tolist() for at in range(len(back))] == [stored[at].input_ids.tolist() for at in order]
+    (tmp_path / "three/build/data.mindrecord1").unlink()
+    with pytest.raises(UserError, match=r"of which data\.mindrecord1 is missing"):
+        run({**again, "output_dir": str(tmp_path / "more")})
 
 
 def test_a_store_is_the_same_however_it_was_made(

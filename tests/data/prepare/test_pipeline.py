@@ -74,14 +74,6 @@ def test_shares_write_the_same_bytes(corpus: Path, whole: dict[str, bytes], tmp_
     assert files_of(tmp_path) == whole
 
 
-def test_datatroves_executor_writes_the_same_bytes(corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    pytest.importorskip("datatrove", reason="datatrove is not installed (pip install 'jaxlm[cluster]')")
-    engine = {"name": "datatrove", "workers": 1}
-    run(values(corpus, tmp_path, block_bytes=5000, engine=engine), "filter")
-    own = {name: content for name, content in whole.items() if name.startswith("filter")}
-    assert files_of(tmp_path) == own
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_datatroves_processes_write_the_same_bytes(
@@ -90,6 +82,35 @@ def test_datatroves_processes_write_the_same_bytes(
     pytest.importorskip("datatrove", reason="datatrove is not installed (pip install 'jaxlm[cluster]')")
     run(values(corpus, tmp_path, block_bytes=5000, engine={"name": "datatrove", "workers": workers}))
     assert files_of(tmp_path) == whole
+
+
+@pytest.mark.slow
+def test_slurm_writes_the_same_bytes(
+    corpus: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through datatrove's own scripts; a stand-in for sbatch runs an array's jobs one after the other."""
+    pytest.importorskip("datatrove", reason="datatrove is not installed (pip install 'jaxlm[cluster]')")
+    for name, script in (("sbatch", SBATCH), ("scontrol", "#!/bin/bash\necho localhost\n")):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    options = {"partition": "cpu", "time": "1:00:00", "with_srun": False}
+    with pytest.raises(UserError, match=r"Slurm needs time, e\.g\."):
+        run(values(corpus, tmp_path / "bad", engine={"name": "slurm", "options": {"partition": "cpu"}}), "filter")
+    step = values(corpus, tmp_path / "out", block_bytes=5000, engine={"name": "slurm", "options": options})
+    run(step, "filter")
+    own = {name: content for name, content in whole.items() if name.startswith("filter")}
+    assert files_of(tmp_path / "out") == own
+
+
+SBATCH = """#!/bin/bash
+script="${@: -1}"
+last=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
+export RUN_OFFSET=0 SLURM_NODELIST=localhost SLURM_CPUS_ON_NODE=1 SLURM_JOB_ID=1 SLURM_NNODES=1 SLURM_NODEID=0
+export SLURM_CPUS_PER_TASK=1 SLURM_MEM_PER_CPU=2048 SLURM_PROCID=0
+for index in $(seq 0 ${last:-0}); do SLURM_ARRAY_TASK_ID=$index bash "$script" > /dev/null 2>&1; done
+echo "Submitted batch job 1"
+"""
 
 
 @pytest.mark.slow
@@ -150,6 +171,40 @@ def test_compressed_parts_are_read_by_the_next_step(corpus: Path, whole: dict[st
     part = tmp_path / "dedup/part-00000.jsonl.zst"
     with pyarrow.OSFile(str(part)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
         assert stream.read() == whole["dedup/part-00000.jsonl"]
+
+
+def test_sources_may_lie_behind_an_address(corpus: Path, tmp_path: Path, documents: Any) -> None:
+    """In blocks and compressed; a file that is replaced between two starts is noticed."""
+    import gzip
+
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    lines = (corpus / "0.jsonl").read_bytes()
+    memory.pipe("/prepare/a.jsonl", lines)
+    memory.pipe("/prepare/b.jsonl.gz", gzip.compress(lines))
+    step = {
+        "sources": [{"path": "memory://prepare/*.jsonl*", "name": "m"}],
+        "steps": ["filter"],
+        "output_dir": str(tmp_path / "out"),
+        "block_bytes": 5000,
+    }
+    with pytest.raises(UnfinishedError):
+        run(step, None, Share(0, 2))
+    run(step)
+    texts = [json.loads(line)["text"] for line in lines.splitlines()]
+    assert documents(tmp_path / "out/filter") == texts * 2
+    step["output_dir"] = str(tmp_path / "again")
+    with pytest.raises(UnfinishedError):
+        run(step, None, Share(0, 2))
+    memory.pipe("/prepare/a.jsonl", lines[:-5])
+    with pytest.raises(UserError, match=r"memory://.*a.jsonl .* was read when the step filter was begun"):
+        run(step)
+    memory.rm("/prepare/a.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        run({**step, "sources": [{"path": "memory://prepare/a.jsonl"}]})
+    with pytest.raises(UserError, match="is an address, and prepare writes to a disk"):
+        run({**step, "output_dir": "s3://bucket/out"})
 
 
 def test_a_run_that_is_complete_does_nothing(corpus: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -300,6 +355,8 @@ def test_a_folder_that_was_begun_otherwise_is_refused(corpus: Path, tmp_path: Pa
         run(values(corpus, tmp_path, filter={"repair": False, "min_characters": 2}))
     with pytest.raises(UserError, match=r"dedup.threshold: was 0.8 when the step dedup was begun, and is 0.7"):
         run(values(corpus, tmp_path, dedup={"minhash": "numpy", "threshold": 0.7}))
+    with pytest.raises(UserError, match=r"block_bytes: was 32000000 when the step filter was begun, and is 999"):
+        run(values(corpus, tmp_path, block_bytes=999))
 
 
 def test_two_runs_into_one_folder_are_refused(corpus: Path, tmp_path: Path) -> None:
