@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import os
 import pickle
 import shutil
 import struct
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data.store import knowlm, megatron
-from jaxlm.data.store.columns import Part, PartWriter
+from jaxlm.data.store.columns import InMemory, Part, PartWriter
 from jaxlm.data.store.manifest import check_tokenizer, read_manifest
 from jaxlm.data.store.stored import Selected, StoredTokens, write_store
 from jaxlm.data.store.torch_numbers import read_numbers, write_numbers
@@ -245,3 +247,30 @@ def test_swapped_halves_of_two_stores_are_refused(tmp_path: Path) -> None:
     write_numbers(tmp_path / "a.dis", [2])
     with pytest.raises(UserError, match=r"a\.dis: counts 2 samples"):
         knowlm.read_index(tmp_path / "a.idx")
+
+
+def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("the system does not say how much of a process's memory is of files")
+    count = 4_000_000
+    ids = np.arange(count, dtype=np.int32)
+    chunk = dataclasses.replace(
+        chunks()[0][1],
+        input_ids=ids,
+        loss_mask=np.ones(count, np.bool_),
+        lengths=np.array([count], np.int32),
+        begins=np.ones(1, np.bool_),
+    )
+    make = manifest(np.int32, examples=1)
+    write_store(tmp_path / "s", [InMemory([(0, chunk)])], np.dtype(np.int32), make)
+    stored = StoredTokens(tmp_path / "s")
+
+    def of_files() -> int:
+        return int(statm.read_text(encoding="ascii").split()[2]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = of_files()
+    assert int(stored.input_ids.sum(dtype=np.int64)) == count * (count - 1) // 2
+    assert of_files() - before > 3 * count
+    stored.release()
+    assert of_files() - before < count
