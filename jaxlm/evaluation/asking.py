@@ -68,7 +68,8 @@ def context_ids(prompter: Prompter, context: Prompt, name: str = "the prompt") -
     if isinstance(context, Question):
         return _question_ids(prompter, context, name)
     tokenizer = prompter.tokenizer
-    return [*opening(prompter), *tokenizer.encode(context).ids]
+    ids = tokenizer.encode(context).ids
+    return [*ids, *opening(prompter)] if tokenizer.opens_answers else [*opening(prompter), *ids]
 
 
 def opening(prompter: Prompter) -> list[int]:
@@ -154,7 +155,7 @@ def _choices(request: Request, generator: Generator, prompter: Prompter, name: s
         return Choices(tuple(ids), tuple((index,) for index in request.ids))
     if not isinstance(request, LogLikelihood):
         raise AssertionError(f"a request of the kind {type(request).__name__}")
-    if isinstance(request.context, str) and not has_encoder:
+    if isinstance(request.context, str) and not (has_encoder or tokenizer.opens_answers):
         # An empty context: what stands in front of every text is what the continuation follows.
         before = opening(prompter) or ([] if request.context else list(tokenizer.opening))
         pairs = [pair_ids(tokenizer, before, request.context, text) for text in request.continuations]

@@ -20,6 +20,8 @@ from jaxlm.data.prefix import check_prefix
 from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError
+from jaxlm.evaluation.asking import context_ids
+from jaxlm.inference.prompts import Prompter
 from jaxlm.inference.text import answer_text
 from jaxlm.spec import PrefixSpec
 from jaxlm.tokenizer import Tokenizer, load_tokenizer
@@ -215,11 +217,11 @@ def test_other_templates_put_the_opening_in_front_of_the_answer(saved: tuple[Tok
     assert "in front of the last answer" in resolve_ends(DataConfig(), tokenizer)[1]
 
 
-@pytest.mark.parametrize("at_a_time", [1, 1 << 22])
+@pytest.mark.parametrize("stretch", [1, 1 << 14])
 def test_targets_that_the_model_sees_are_refused(
-    saved: tuple[Tokenizer, Oracle], at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    saved: tuple[Tokenizer, Oracle], stretch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxlm.data.prefix._AT_A_TIME", at_a_time)
+    monkeypatch.setattr("jaxlm.data.prefix._STRETCH", stretch)
     tokenizer, _ = saved
     assert tokenizer.bos_id is not None
     prefix = PrefixSpec(tokenizer.bos_id, tokenizer.opening[:1])
@@ -238,6 +240,11 @@ def test_targets_that_the_model_sees_are_refused(
             check(*(each >= number for each in range(3)))
     with pytest.raises(UserError, match=r"data\.packing: group_texts"):
         check(False, packing="group_texts")
+
+
+def test_what_is_scored_stands_behind_the_opening(saved: tuple[Tokenizer, Oracle]) -> None:
+    tokenizer, oracle = saved
+    assert context_ids(Prompter("text", tokenizer), "rock?") == oracle.example("rock?")
 
 
 def test_answers_are_shown_as_they_are_written(saved: tuple[Tokenizer, Oracle]) -> None:
