@@ -6,10 +6,9 @@ Importing this module is enough for Python programs that call `lm_eval.simple_ev
 from jaxlm.cli.harness import register
 from jaxlm.errors import exit_status
 
-register()
-
 
 def _main() -> None:
+    register()
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
@@ -17,3 +16,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     raise SystemExit(exit_status(_main))
+register()

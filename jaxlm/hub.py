@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import glob
 import logging
 import os
@@ -47,7 +46,10 @@ _SMALL = ("*.json", "*.model", "*.model.v*", "*.txt", "*.jinja", "*.tiktoken", "
 _OWN = "jaxlm/model.json"  # what a directory of jaxlm has; all of it is needed
 _BESIDE = ("jaxlm_experts",)  # folders in a Hugging Face directory that jaxlm writes and reads
 _NO_DATA = ("README.md", "dataset_infos.json", "*.py", ".*")  # what a repository of data holds about itself
-_FOLDERS: dict[Path, HubName] = {}  # where this process has found names, for records of what a result was made from
+# What this process has found out: names always mean the same for it.
+_COMMITS: dict[HubName, HubName] = {}  # name -> the same with its commit
+_DOWNLOADED: dict[tuple[HubName, Want], tuple[Path, list[str]]] = {}  # what was fetched -> folder and files
+_FOLDERS: dict[Path, HubName] = {}  # path -> its name, for records of what a result was made from
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test|eval)(?=[/_.-])")
 
 
@@ -117,7 +119,6 @@ def plain_name(path: str | Path) -> HubName | None:
     return HubName("model", text)
 
 
-@functools.cache
 def pinned(name: HubName, key: str) -> HubName:
     """The same with its commit as the revision; for one process always the same.
 
@@ -127,9 +128,11 @@ def pinned(name: HubName, key: str) -> HubName:
     """
     if name.is_pinned:
         return name
-    with _told(name, key):
-        resolved = _api().resolve_revision(name.repo, repo_type=name.kind, revision=name.revision).resolved
-    return dataclasses.replace(name, revision=resolved)
+    if name not in _COMMITS:
+        with _told(name, key):
+            resolved = _api().resolve_revision(name.repo, repo_type=name.kind, revision=name.revision).resolved
+        _COMMITS[name] = dataclasses.replace(name, revision=resolved)
+    return _COMMITS[name]
 
 
 def download(name: HubName, want: Want, key: str) -> Path:
@@ -160,9 +163,14 @@ def download_data(name: HubName, key: str) -> list[Path]:
     return [folder / file for file in names]
 
 
-@functools.cache
 def _downloaded(name: HubName, want: Want, key: str) -> tuple[Path, list[str]]:
-    """The folder of a commit, and which of its files were wanted."""
+    """The folder of a commit, and which of its files were wanted; for one process once."""
+    if (name, want) not in _DOWNLOADED:
+        _DOWNLOADED[name, want] = _fetched(name, want, key)
+    return _DOWNLOADED[name, want]
+
+
+def _fetched(name: HubName, want: Want, key: str) -> tuple[Path, list[str]]:
     from huggingface_hub import snapshot_download
 
     revision = name.revision

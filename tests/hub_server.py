@@ -187,6 +187,6 @@ def forget() -> None:
     """What a new process does not know."""
     import jaxlm.hub
 
-    jaxlm.hub.pinned.cache_clear()
-    jaxlm.hub._downloaded.cache_clear()
+    jaxlm.hub._COMMITS.clear()
+    jaxlm.hub._DOWNLOADED.clear()
     jaxlm.hub._FOLDERS.clear()

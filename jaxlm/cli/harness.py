@@ -166,10 +166,9 @@ def _write(output: Path, results: Mapping[str, Any], model: JaxlmModel) -> None:
 
 def register() -> None:
     """Makes jaxlm a model of lm_eval: `--model jaxlm --model_args path=DIR,adapter=DIR,dtype=float32`."""
-    from lm_eval.api.registry import register_model
     from rich.console import Console
 
-    from jaxlm.evaluation.harness import JaxlmModel
+    from jaxlm.evaluation.harness import JaxlmModel, register_model
 
     @register_model("jaxlm")
     class Registered(JaxlmModel):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from jaxlm.data.prepare.inspect import Contents
+    from jaxlm.data.prepare.stores import Progress
     from jaxlm.data.store.stored import StoredTokens
 
 VERBS = {
@@ -52,11 +54,14 @@ def run(verb: str, words: Sequence[str], prog: str) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from jaxlm.data.prepare.inspect import inspect, plot
 
     if options.samples < 0:
         raise UserError(f"--samples: {options.samples} must be 0 or more")
-    contents = inspect(options.path, options.tokenizer, options.samples, options.text)
+    with Console(stderr=True).status("reading"):
+        contents = inspect(options.path, options.tokenizer, options.samples, options.text)
     _show(contents)
     if options.png is not None:
         plot(contents, options.png)
@@ -95,7 +100,9 @@ def _show(contents: Contents) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from jaxlm.data.prepare.stores import merge_stores
 
-    _say(options.destination, merge_stores(options.destination, options.stores))
+    with _bar("merging") as progress:
+        merged = merge_stores(options.destination, options.stores, progress)
+    _say(options.destination, merged)
 
 
 def _drop(options: argparse.Namespace) -> None:
@@ -112,7 +119,21 @@ def _drop(options: argparse.Namespace) -> None:
 
         gone = consumed_examples(options.store, options.consumed, options.steps)
         why = f"--consumed {options.consumed}"
-    _say(options.destination, stores.drop_examples(options.destination, options.store, gone, why))
+    with _bar("writing") as progress:
+        left = stores.drop_examples(options.destination, options.store, gone, why, progress)
+    _say(options.destination, left)
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _say(path: Path, store: StoredTokens) -> None:

@@ -8,7 +8,6 @@ are drawn from the records' values; others are scored anew on every draw.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.evaluation.job import read_options
-from jaxlm.evaluation.journal import from_json
-from jaxlm.evaluation.outputs import PREDICTIONS, SCORES
+from jaxlm.evaluation.outputs import PREDICTIONS, SCORES, read_predictions
 from jaxlm.evaluation.registry import get_task
 from jaxlm.evaluation.task import Answers, Figure, Row, Task
 from jaxlm.jsontext import read_object
@@ -86,15 +84,12 @@ def read_evaluation(directory: Path) -> Evaluation:
     task = get_task(settings["task"])
     path = directory / PREDICTIONS
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        records = [line["record"] for line in lines]
-        answers: list[Answers] = [
-            {part: from_json(values) for part, values in line["answers"].items()} for line in lines
-        ]
+        lines = read_predictions(directory)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is damaged; evaluate again") from None
+    records, answers = [record for record, _ in lines], [each for _, each in lines]
     return Evaluation(directory, task, read_options(task, settings.get("options", {})), records, answers, settings)
 
 

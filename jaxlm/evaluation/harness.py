@@ -21,10 +21,13 @@ from jaxlm.inference.prompts import Prompter
 try:  # an extra of pyproject.toml; without it this module is not imported but for the message
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     raise UserError(f"harness: needs {error.name}: pip install 'jaxlm[harness]'") from None
+
+__all__ = ["JaxlmModel", "register_model"]
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as with `hf`
 # Settings of generation that tasks may name -> ours.

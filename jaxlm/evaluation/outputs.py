@@ -50,6 +50,19 @@ def write_predictions(directory: Path, job: Job, answers: Sequence[Answers]) -> 
     write_file(directory / PREDICTIONS, "".join(lines).encode("utf-8", "surrogatepass"))
 
 
+def read_predictions(directory: Path) -> list[tuple[Any, Answers]]:
+    """predictions.jsonl: each record with its answers.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError, KeyError, TypeError, AttributeError: it is damaged.
+    """
+    # Not splitlines: it also breaks at characters that stand in the middle of answers.
+    text = (directory / PREDICTIONS).read_bytes().decode("utf-8", "surrogatepass")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    return [(line["record"], {part: from_json(values) for part, values in line["answers"].items()}) for line in lines]
+
+
 def read_finished(directory: Path, settings: Mapping[str, Any]) -> list[Answers] | None:
     """The answers of an evaluation with these settings that has ended; None where there is none.
 
@@ -60,10 +73,7 @@ def read_finished(directory: Path, settings: Mapping[str, Any]) -> list[Answers]
     if not scores.is_file() or not (directory / PREDICTIONS).is_file():
         return None
     refuse_other_settings(scores, read_object(scores).get("settings", {}), settings, "an evaluation was made with")
-    answers: list[Answers] = []
-    for line in (directory / PREDICTIONS).read_text(encoding="utf-8").splitlines():
-        answers.append({part: from_json(values) for part, values in json.loads(line)["answers"].items()})
-    return answers
+    return [answers for _, answers in read_predictions(directory)]
 
 
 def write_scores(

@@ -28,7 +28,7 @@ def read_pairs(
         UserError: for a broken file, or a record without one of the two.
     """
     pairs, missing = [], 0
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(read_rows(path, "predictions"), 1):
         texts = []
         for option, given, usual in (
             ("reference", reference, REFERENCES[task]),
@@ -56,16 +56,24 @@ def _molecule(text: str) -> str:
     return (tagged.group(2) if tagged else text).strip()
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
+    """The records of a file: JSON, JSON lines or CSV, or LPM-24's table (.tsv or .txt, columns divided by tabs).
+
+    Args:
+        key: the key of the configuration that names the file, for messages.
+
+    Raises:
+        UserError: for a file that is missing or broken.
+    """
     if not path.is_file():
-        raise UserError(f"predictions: {path} does not exist")
+        raise UserError(f"{key}: {path} does not exist")
     ending = path.suffix.lower()
     kind = {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".txt": "csv"}.get(ending, "json")
     delimiter = "\t" if ending in (".tsv", ".txt") else None
     rows = []
-    for entry in read_entries(path, kind, key="predictions", delimiter=delimiter, strict=False):
+    for entry in read_entries(path, kind, key=key, delimiter=delimiter, strict=False):
         problem = entry.problem if isinstance(entry.value, dict) or entry.problem else "is not a record"
         if problem is not None:
-            raise UserError(f"predictions: {entry.name}: {problem}; {path} must hold a list of records")
+            raise UserError(f"{key}: {entry.name}: {problem}; {path} must hold a list of records")
         rows.append(entry.value)
     return rows

@@ -22,7 +22,7 @@ ASKED = [{"question": WORDS[n], "answer": WORDS[n + 1]} for n in range(3)]
 
 
 def test_figures_are_those_of_evaluate(inputs: Path, base_config: dict[str, Any], tmp_path: Path) -> None:
-    """In metrics.jsonl at their steps; the best checkpoint by one of them is kept; a LoRA run too."""
+    """In metrics.jsonl at their steps; the best checkpoint by one of them is kept."""
     choices, asked = tmp_path / "choices.json", tmp_path / "asked.json"
     choices.write_text(json.dumps(CHOICES))
     asked.write_text(json.dumps(ASKED))

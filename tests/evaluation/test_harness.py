@@ -205,3 +205,27 @@ def test_the_task_files_that_come_along_run(
 def test_mistakes_are_named(words: list[str], message: str, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--model", "nowhere"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_goes_on(
+    tiny_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxlm.evaluation import likelihood
+
+    words = ["--harness", "tiny_texts", "--model", str(tiny_model), "--output", str(tmp_path), "--batch_size", "4"]
+    words += ["--options.include_path", str(tasks), "--options.bootstrap_iters", "0", "--compilation_cache", "none"]
+    original, asked = likelihood.scores, list[int]()
+
+    def scores(model: Any, batch: Any, rows: int) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(batch))
+        return original(model, batch, rows)
+
+    monkeypatch.setattr(likelihood, "scores", scores)
+    assert main(words) == 130
+    monkeypatch.setattr(likelihood, "scores", lambda *args: asked.append(len(args[1])) or original(*args))
+    assert main(words) == 0
+    distinct = {row["question"] for row in json.loads((tasks / "data.json").read_text())}
+    assert sum(asked) == len(distinct) and len(asked) > 3
+    assert not list((tmp_path / "harness").glob("answers-*"))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import LoraConfig, MeshConfig
+from jaxlm.config import Decoding, LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.evaluation import likelihood
@@ -82,6 +82,16 @@ def test_log_likelihoods_are_those_of_transformers(family: str) -> None:
     assert likelihood.is_shared(model.decoder.spec, batch)
     agree(scores(model, batch, 8), theirs)
     agree(plain_scores(model, batch, 8), theirs)
+
+
+def test_what_the_model_would_write_is_greedy_up_to_its_last_token() -> None:
+    _, model = pair("llama")
+    context = (5, 9, 30)
+    ((answer,),) = model.generate([context], Decoding(max_new_tokens=3, stop_ids=()))
+    written, last = answer.ids, answer.ids[-1]
+    others = (*written[:-1], last - 1 if last > 3 else last + 1), (written[0] ^ 1, *written[1:])
+    (found,) = scores(model, [Choices(context, (written, *others, written[:1]))], 4)
+    assert found.is_greedy == (True, False, False, True)
 
 
 @pytest.mark.parametrize("more", [{}, {"data": 4, "tensor": 2, "fsdp": 1}])

@@ -18,7 +18,7 @@ from jaxlm.evaluation.metrics import molecules, properties, text
 from jaxlm.evaluation.registry import get_task
 from jaxlm.evaluation.task import Question
 from jaxlm.evaluation.tasks.lpm24 import tagged
-from tests.evaluation.tasks import requested, text_answers, values
+from tests.evaluation.tasks import read, requested, text_answers, values
 
 pytest.importorskip("rdkit")
 CAPTIONS, MOLECULES = get_task("lpm24_captions"), get_task("lpm24_molecules")
@@ -216,3 +216,13 @@ def test_questions() -> None:
 )
 def test_other_records_are_refused(task: Any, record: dict[str, Any], said: str) -> None:
     assert said in task.check(record, task.options())
+
+
+def test_tables_of_the_shared_task(tmp_path: Path) -> None:
+    """Columns divided by tabs, with quotation marks as they stand; and JSON."""
+    table = tmp_path / "eval.txt"
+    table.write_text('SMILES\tground truth\toutput\nCCO\tan "alcohol\tx\nC\ta gas\ty\n')
+    records, _ = read(CAPTIONS, table)
+    assert [record["ground truth"] for record in records] == ['an "alcohol', "a gas"]
+    table.with_suffix(".json").write_text(json.dumps([RECORD]))
+    assert read(CAPTIONS, table.with_suffix(".json"))[0] == [RECORD]

@@ -193,6 +193,16 @@ def test_verdicts_of_matbench() -> None:
     assert json.loads(content)[1] == {"input": "", "output": False} and len(json.loads(content)) == 4
 
 
+def test_words_that_are_not_compositions_are_not_counted() -> None:
+    """Darwin mixes some in."""
+    word = METAL | {"output": " chalk is not a composition and it is not metal.\n"}
+    options = MATBENCH.options()
+    assert MATBENCH.check(word, options) is None
+    figures = MATBENCH.score([METAL, word], text_answers(["Yes", "No"]), options)
+    assert figures["accuracy"].values == {0: 1} and figures["answered"].n == 1
+    assert "not counted: 1" in MATBENCH.details([METAL, word], [], figures, options)  # type: ignore[misc]
+
+
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["Yes", "No", "?"])), min_size=1))
 def test_f1_of_verdicts_against_precision_and_recall(pairs: list[tuple[bool, str]]) -> None:
     records = [METAL if right else METAL | {"output": " No, C.\n"} for right, _ in pairs]

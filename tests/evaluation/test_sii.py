@@ -190,6 +190,12 @@ def test_answers_are_parsed() -> None:
         "Module": "TRUE",
     }
     assert sii.parse_answer("") == {}
+    # A value that goes on in the next line, as one of Darwin's own; what stands behind the last value is none.
+    broken = text.replace("HTL_additives_compounds: Unknown", "HTL_additives_compounds: TBP,\n\nLi") + "\nThat is all."
+    values = sii.parse_answer(broken)
+    assert values == ANSWER | {"HTL_additives_compounds": "TBP, Li", "Module": "Unknown"}
+    assert sii.parse_reference(broken.removesuffix("\nThat is all.")) == values
+    assert sii.parse_answer(broken, as_published=True)["HTL_additives_compounds"] == "TBP"
     # The wavelengths' line is not the value of a shorter key, but the notebook takes it.
     line = "Cell_semitransparent_wavelength_range: 300; 800,"
     assert set(sii.parse_answer(line)) == {"Cell_semitransparent_wavelength_range"}

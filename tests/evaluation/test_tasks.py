@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from jaxlm.cli.evaluate import main
 from jaxlm.evaluation import asking
 from jaxlm.evaluation.journal import Answered, Journal
-from jaxlm.evaluation.outputs import JOURNAL
+from jaxlm.evaluation.outputs import JOURNAL, read_predictions, write_predictions
+from jaxlm.evaluation.task import Answer
 from tests.e2e.conftest import WORDS
 
 QUESTIONS: list[dict[str, Any]] = [
@@ -247,3 +249,13 @@ def test_several_tasks_are_asked_in_one_command(tiny_model: Path, tmp_path: Path
         ]
         assert len(line["answers"]["answer"]["texts"]) == 1
     assert scores_of(tmp_path / "out" / "qa")["first_request"]["text"] == "<s> Question: rock sand\nAnswer:"
+
+
+def test_answers_with_any_character_are_read_back(tmp_path: Path) -> None:
+    """Some end a line elsewhere (U+2028, U+0085), one is half of a pair."""
+    text = "one\u2028two\x85three\x0bfour \ud83d"
+    job = SimpleNamespace(records=[{"question": text}, {"question": "b"}])
+    write_predictions(tmp_path, cast(Any, job), [{"": Answer(texts=(text,))}, {"": Answer()}])
+    (first, answers), second = read_predictions(tmp_path)
+    assert first == {"question": text} and answers[""].texts == (text,)
+    assert second == ({"question": "b"}, {"": Answer()})

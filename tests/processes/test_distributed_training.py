@@ -228,7 +228,7 @@ def test_two_processes_evaluate_as_one_does(uninterrupted: Path, config: Path, t
     cache = yaml.safe_load(config.read_text())["train"]["compilation_cache"]
     words += ["--output", str(tmp_path / "two"), "--compilation_cache", cache, "--mesh.fsdp", "2", "--mesh.tensor", "2"]
     text = end(start_words(log, *words, module="jaxlm.evaluate"), log)
-    assert sum("2 records; wrote" in line for line in ours(text, 0)) == 2 and not ours(text, 1), text
+    assert text.count("[0] 2 records; wrote") == 2 and "[1] 2 records" not in text and not ours(text, 1), text
     one, two = (
         [
             json.loads(line)["answers"]["answer"]

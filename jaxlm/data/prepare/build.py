@@ -35,6 +35,8 @@ from jaxlm.data.tokens import Chunk, merged
 from jaxlm.errors import UserError
 from jaxlm.tokenizer import Tokenizer
 
+ROWS = 4096  # samples read at a time
+
 
 def phases(step: Step) -> Iterator[Phase]:
     """One task for each shard, then one for all."""
@@ -159,7 +161,7 @@ def _samples(shard: Shard) -> Iterator[tuple[str, Chunk]]:
     before: str | None = None
     try:
         with pyarrow.parquet.ParquetFile(shard.path) as table:
-            for batch in table.iter_batches(4096):
+            for batch in table.iter_batches(ROWS):
                 ids = batch.column("input_ids")
                 documents, sources = batch.column("id").to_pylist(), batch.column("source").to_pylist()
                 offsets = ids.offsets.to_numpy()

@@ -23,6 +23,7 @@ from jaxlm.data.records import TOKEN_FORMATS
 from jaxlm.data.store.source import tokenizer_digest
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
+from jaxlm.locate import at_home
 from jaxlm.lock import Lock
 from jaxlm.remote import scheme_of
 
@@ -158,7 +159,7 @@ def open_in_place(config: PrepareConfig, name: str) -> Step:
     options: dict[str, Any] = {}
     if place == 0:
         shards = plan_shards(config.sources, config.block_bytes)
-        _refuse_own_output(shards, Path(config.output_dir))
+        _refuse_own_output(config, shards)
         options["block_bytes"] = config.block_bytes
     else:
         before = Path(config.output_dir) / config.steps[place - 1]
@@ -182,15 +183,14 @@ def open_in_place(config: PrepareConfig, name: str) -> Step:
     return open_step(Path(config.output_dir) / name, name, config, shards, options)
 
 
-def _refuse_own_output(shards: list[Shard], output_dir: Path) -> None:
+def _refuse_own_output(config: PrepareConfig, shards: list[Shard]) -> None:
     """UserError when a source takes in what the work itself writes."""
-    own = output_dir.absolute()
-    inside = next((shard.path for shard in shards if Path(shard.path).absolute().is_relative_to(own)), None)
-    if inside is not None:
-        raise UserError(
-            f"sources: {inside} is within output_dir, {output_dir}, where this command writes; choose an output_dir "
-            "outside of the sources"
-        )
+    own = Path(config.output_dir).absolute()
+    folders = [source.path for source in config.sources if own.is_relative_to(at_home(source.path).absolute())]
+    files = [shard.path for shard in shards if Path(shard.path).absolute().is_relative_to(own)]
+    if folders or files:
+        inside = f"output_dir, {own}, is within {folders[0]}" if folders else f"{files[0]} is within output_dir, {own}"
+        raise UserError(f"sources: {inside}: what this command writes would be read; choose another output_dir")
 
 
 def _written(folder: Path, name: str, config: PrepareConfig) -> list[Shard]:

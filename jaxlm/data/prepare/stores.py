@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,17 @@ class _Renumbered:
             yield self._numbers[block] if name == "source" else block
 
 
-def merge_stores(destination: Path, stores: Sequence[Path]) -> StoredTokens:
+# Called with the number of tokens and masks written, and of all of them.
+Progress = Callable[[int, int], None]
+
+
+def merge_stores(destination: Path, stores: Sequence[Path], progress: Progress | None = None) -> StoredTokens:
     """Writes one store of several, in their order; sources of one path become one.
 
     Args:
         destination: a new directory.
         stores: directories of stores.
+        progress: told how far it is.
 
     Raises:
         UserError: they do not go together, or the destination is there already.
@@ -65,11 +70,14 @@ def merge_stores(destination: Path, stores: Sequence[Path]) -> StoredTokens:
             parts.append(_Renumbered(every, [places.index(name) for name in names]))
         dtype = max((np.dtype(other.manifest.dtype) for other in opened), key=lambda kind: kind.itemsize)
         settings = {"merged": [other.digest() for other in opened]}
-        _write(destination, parts, dtype, first, tuple(reports.values()), settings)
+        total = sum(other.manifest.tokens for other in opened)
+        _write(destination, parts, dtype, first, tuple(reports.values()), settings, total, progress)
     return StoredTokens(destination)
 
 
-def drop_examples(destination: Path, store: Path, gone: NDArray[np.bool_], why: str) -> StoredTokens:
+def drop_examples(
+    destination: Path, store: Path, gone: NDArray[np.bool_], why: str, progress: Progress | None = None
+) -> StoredTokens:
     """Writes a store without some of its examples.
 
     Args:
@@ -77,6 +85,7 @@ def drop_examples(destination: Path, store: Path, gone: NDArray[np.bool_], why: 
         store: the directory of a store.
         gone: bool [examples].
         why: what is dropped, in words, for the manifest.
+        progress: told how far it is.
 
     Raises:
         UserError: nothing would be left, nothing goes, or the destination is there already.
@@ -90,7 +99,8 @@ def drop_examples(destination: Path, store: Path, gone: NDArray[np.bool_], why: 
         reports = count_split(tokens.manifest.reports(), tokens, gone)[0]
         settings = {**tokens.manifest.settings, "dropped": why, "from": tokens.digest()}
         parts = [Selected(tokens, ~gone)]
-        _write(destination, parts, np.dtype(tokens.manifest.dtype), tokens.manifest, reports, settings)
+        total, dtype = int(tokens.lengths[~gone].sum()), np.dtype(tokens.manifest.dtype)
+        _write(destination, parts, dtype, tokens.manifest, reports, settings, total, progress)
     return StoredTokens(destination)
 
 
@@ -147,7 +157,17 @@ def _write(
     like: Manifest,
     reports: Sequence[SourceReport],
     settings: dict[str, Any],
+    total: int,
+    progress: Progress | None,
 ) -> None:
+    written = 0
+
+    def count(number: int) -> None:
+        nonlocal written
+        written += number
+        if progress is not None:
+            progress(written, 2 * total)  # tokens, then their masks
+
     def manifest(sums: Digests, first: NDArray[Any]) -> Manifest:
         return dataclasses.replace(
             like,
@@ -165,7 +185,7 @@ def _write(
             files={},
         )
 
-    write_store(destination, parts, dtype, manifest)
+    write_store(destination, parts, dtype, manifest, count)
 
 
 def _encoder_tokens(parts: Sequence[Columns]) -> int:

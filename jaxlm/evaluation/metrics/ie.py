@@ -200,8 +200,8 @@ def parse_text_answer(text: str, source: str, kind: Kind, language: Language) ->
         shape = _shape(text, kind, language)
         if shape is None:
             return Extracted(is_readable=False)
-        found = [_ordered(kind, shape, parts) for parts in _parts(text, source, kind, language, shape)]
-        return Extracted(tuple(parts for parts in found if _is_whole(parts)))
+        tuples = [_ordered(kind, shape, parts) for parts in _parts(text, source, kind, language, shape)]
+        return Extracted(tuple(parts for parts in tuples if _is_whole(parts)))
     return _parse_events(text, kind, language)
 
 

@@ -77,9 +77,9 @@ def reference_values(text: str) -> dict[str, float]:
     Raises:
         UserError: when there is none.
     """
-    found = device_values(text)
-    values = {key: value for key in PROPERTIES if (value := found.get(key)) is not None}
-    if not values or len(found) < len(PROPERTIES):
+    named = device_values(text)
+    values = {key: value for key in PROPERTIES if (value := named.get(key)) is not None}
+    if not values or len(named) < len(PROPERTIES):
         raise UserError(
             "the output has no lines for Voc, Jsc and PCE, e.g. 'JV default Voc: 1.05', with a number in one"
         )
@@ -94,8 +94,10 @@ def device_pairs(answer: str, given: str, as_published: bool = False) -> dict[st
     Else each property is paired by its name, and one that the model gives no number for is absent.
     """
     if not as_published:
-        right, found = reference_values(answer), device_values(given)
-        return {name: Pair(value, guess) for name, value in right.items() if (guess := found.get(name)) is not None}
+        right, given_values = reference_values(answer), device_values(given)
+        return {
+            name: Pair(value, guess) for name, value in right.items() if (guess := given_values.get(name)) is not None
+        }
     sides = [
         [line for line in text.split("@")[0].strip("\n").split("\n") if "FF" not in line] for text in (answer, given)
     ]

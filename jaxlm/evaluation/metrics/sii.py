@@ -129,10 +129,10 @@ def parse_answer(text: str, as_published: bool = False) -> dict[str, str]:
 
     The first line that names a key gives its value: what stands behind "KEY: ", without a last comma and without '#'.
     As published, a line names a key also where it stands inside of another one (Cell_semitransparent in
-    Cell_semitransparent_wavelength_range) or without a colon.
+    Cell_semitransparent_wavelength_range) or without a colon, and a value ends with its line.
     """
     text = text.replace("Fig. 1. ", "").replace("<s>", "").replace("</s>", "")
-    lines = text.split("\n")
+    lines = text.split("\n") if as_published else _whole_lines(text)
     values = {}
     for key in KEYS:
         for line in lines:
@@ -147,13 +147,26 @@ def parse_answer(text: str, as_published: bool = False) -> dict[str, str]:
     return values
 
 
+def _whole_lines(text: str) -> list[str]:
+    """Lines; one that names no key belongs to the line before it, where lines that name keys stand around it."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    names_key = [any(re.match(rf"\W*{key}\s*:", line) for key in KEYS) for line in lines]
+    whole: list[str] = []
+    for number, line in enumerate(lines):
+        if not names_key[number] and any(names_key[:number]) and any(names_key[number:]):
+            whole[-1] = f"{whole[-1].rstrip()} {line.strip()}"
+        else:
+            whole.append(line)
+    return whole
+
+
 def parse_reference(text: str) -> dict[str, str]:
     """The 31 values of the right answer.
 
     Raises:
         UserError: when a key is missing, or is not in its place.
     """
-    lines = text.replace("<s>", "").replace("</s>", "").strip().split("\n")
+    lines = _whole_lines(text.replace("<s>", "").replace("</s>", ""))
     values = {}
     for place, key in enumerate(KEYS):
         line = lines[place].strip() if place < len(lines) else ""
@@ -172,16 +185,16 @@ def words(key: str, value: str, as_published: bool = False) -> list[str]:
     """
     for sign in ("|", ":", ">>"):
         value = value.replace(sign, ";")
-    found = [word.strip() for word in value.replace("Spin-coating", "spin-coated").split(";")]
+    parts = [word.strip() for word in value.replace("Spin-coating", "spin-coated").split(";")]
     if key in _SPLIT_AT_HYPHENS:
-        found = [part if as_published else part.strip() for word in found for part in word.split("-")]
+        parts = [part if as_published else part.strip() for word in parts for part in word.split("-")]
     elif "procedure" in key or key == "Stability_atmosphere":
-        found = [word.lower() for word in found]
+        parts = [word.lower() for word in parts]
     elif "temperature" in key or "time" in key:
-        found = [_number(word) for word in found]
+        parts = [_number(word) for word in parts]
     else:
-        return found
-    return list(dict.fromkeys(found))
+        return parts
+    return list(dict.fromkeys(parts))
 
 
 def _number(word: str) -> str:
@@ -207,57 +220,61 @@ class Match(NamedTuple):
 def match_value(key: str, answer: str, given: str | None, as_published: bool = False) -> Match:
     """Compares one value. A value that is not given (None) has no words."""
     wanted = words(key, answer, as_published)
-    found = [] if given is None else words(key, given, as_published)
+    given_words = [] if given is None else words(key, given, as_published)
     if key in _COMPOSITIONS:
-        return _match_composition_as_published(wanted, found) if as_published else _match_composition(wanted, found)
+        return (
+            _match_composition_as_published(wanted, given_words)
+            if as_published
+            else _match_composition(wanted, given_words)
+        )
     # As published, words of a stack keep their spaces on one side of the comparison only.
-    right = sum(word.strip() in wanted for word in found)
-    missing = sum(word.strip() not in found for word in wanted)
-    return Match(Counts(right, len(found) - right, missing, len(wanted)), wanted, found)
+    right = sum(word.strip() in wanted for word in given_words)
+    missing = sum(word.strip() not in given_words for word in wanted)
+    return Match(Counts(right, len(given_words) - right, missing, len(wanted)), wanted, given_words)
 
 
-def _contains(one: str, other: str) -> bool:
+def _contains(first: str, second: str) -> bool:
     """Whether the characters of one composition are among those of the other."""
-    return set(one) <= set(other) or set(other) <= set(one)
+    return set(first) <= set(second) or set(second) <= set(first)
 
 
-def _match_composition(wanted: list[str], found: list[str]) -> Match:
+def _match_composition(wanted: list[str], given_words: list[str]) -> Match:
     """Compositions match when they are equal, or the characters of one are among those of the other."""
 
-    def matches(one: str, other: str) -> bool:
-        return one == other or (bool(one) and bool(other) and _contains(one, other))
+    def matches(first: str, second: str) -> bool:
+        return first == second or (bool(first) and bool(second) and _contains(first, second))
 
     right, given = 0, []
-    for word in found:
+    for word in given_words:
         partner = next((want for want in wanted if word == want), None)
         if partner is None:
             partner = next((want for want in wanted if matches(word, want)), None)
         right += partner is not None
         given.append(word if partner is None else partner)
-    missing = sum(not any(matches(word, want) for word in found) for want in wanted)
-    return Match(Counts(right, len(found) - right, missing, len(wanted)), wanted, given)
+    missing = sum(not any(matches(word, want) for word in given_words) for want in wanted)
+    return Match(Counts(right, len(given_words) - right, missing, len(wanted)), wanted, given)
 
 
-def _match_composition_as_published(wanted: list[str], found: list[str]) -> Match:
+def _match_composition_as_published(wanted: list[str], given_words: list[str]) -> Match:
     """The notebook's loop: the list that it walks over is the one that it changes."""
     right: list[str] = []
     partners: list[str] = []
     place = 0
-    while place < len(found):
-        word = found[place]
+    while place < len(given_words):
+        word = given_words[place]
         for want in wanted:
             if word == want:
                 right.append(word)
             elif _contains(want, word):
                 right.append(word)
                 partners.append(want)
-                if word in found:  # the notebook ends with an error when one composition matches two
-                    found.remove(word)
-                found.append(want)
+                if word in given_words:  # the notebook ends with an error when one composition matches two
+                    given_words.remove(word)
+                given_words.append(want)
         place += 1
-    wrong = sum(word not in right for word in found)
+    wrong = sum(word not in right for word in given_words)
     missing = sum(want not in partners and want not in right for want in wanted)
-    return Match(Counts(len(right), wrong, missing, len(wanted)), wanted, found)
+    return Match(Counts(len(right), wrong, missing, len(wanted)), wanted, given_words)
 
 
 def match_values(answer: Values, given: Values, as_published: bool = False) -> dict[str, Match]:
@@ -272,10 +289,10 @@ def related(matches: Sequence[Match]) -> Counts:
     written out.
     """
     right = math.prod(sum(word in match.answer for word in match.given) for match in matches)
-    kept = math.prod(sum(word in match.given for word in match.answer) for match in matches)
+    common = math.prod(sum(word in match.given for word in match.answer) for match in matches)
     given = math.prod(len(match.given) for match in matches)
     answers = math.prod(len(match.answer) for match in matches)
-    return Counts(right, given - right, answers - kept, answers)
+    return Counts(right, given - right, answers - common, answers)
 
 
 def _layer(key: str) -> str:
@@ -356,9 +373,9 @@ def abilities(answer: Values, given: Values, text: str, as_published: bool = Fal
             hits = 0 if value is None else _normalised(answer[key], value)
             normalised = Hits(normalised.found + (hits if as_published else min(hits, 1)), normalised.all + 1)
         if key in SUMMARISATION:
-            found = [] if value is None else _plain_words(value)
+            given_words = [] if value is None else _plain_words(value)
             new = [word for word in _plain_words(answer[key]) if word not in text]
-            summarised = Hits(summarised.found + sum(word in found for word in new), summarised.all + len(new))
+            summarised = Hits(summarised.found + sum(word in given_words for word in new), summarised.all + len(new))
     return {"deduction": deduced, "normalisation": normalised, "summarisation": summarised}
 
 

@@ -99,7 +99,7 @@ def requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Document:
-    """What was found in a text, over all records that ask about it, and what is right."""
+    """What was extracted from a text, over all records that ask about it, and what is right."""
 
     source: str
     right: Extracted
@@ -122,13 +122,13 @@ def _documents(records: Sequence[Row], answers: Sequence[Answers], options: Opti
             question = (source, str(identity), record["instruction"])
             asked[question] = asked.get(question, 0) + 1
             key = (source, str(identity), asked[question])
-        found = _found(record, written(answers[number]), options)
+        extracted = _found(record, written(answers[number]), options)
         is_answered = bool(answers[number]) and all(answer.error is None for answer in answers[number].values())
         before = grouped.get(key)
         if before is not None:
-            found = Extracted(before.found.tuples + found.tuples, before.found.arguments + found.arguments)
+            extracted = Extracted(before.found.tuples + extracted.tuples, before.found.arguments + extracted.arguments)
             is_answered = is_answered or before.is_answered
-        grouped[key] = _Document(source, _reference(record, options), found, is_answered, is_json(record))
+        grouped[key] = _Document(source, _reference(record, options), extracted, is_answered, is_json(record))
     return list(grouped.values())
 
 
@@ -155,8 +155,8 @@ def _figures(prefix: str, documents: Sequence[_Document], options: Options) -> d
     for group in groups[options.extract]:
         counts = Counts()
         for document in documents:
-            right, found = document.right, document.found
-            pair = (right.arguments, found.arguments) if group == "argument_" else (right.tuples, found.tuples)
+            right, extracted = document.right, document.found
+            pair = (right.arguments, extracted.arguments) if group == "argument_" else (right.tuples, extracted.tuples)
             counts = counts.plus(count(*pair, options.match == "set"))
         if not options.as_published:
             values = precision_recall_f1(counts)

@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from jaxlm.config import Decoding
+from jaxlm.config import Decoding, SourceConfig
+from jaxlm.data.records import read_records
 from jaxlm.errors import UserError
 from jaxlm.evaluation.lpm24 import ORDERS, hf_tokens, word_tokens
 from jaxlm.evaluation.metrics import molecules, properties, text
 from jaxlm.evaluation.metrics.records import written
+from jaxlm.evaluation.pairs import read_rows
 from jaxlm.evaluation.task import Answers, Figure, Generate, Question, Request, Row, Task, mean
 from jaxlm.locate import ReadPath
 from jaxlm.tokenizer import Tokenizer
@@ -59,6 +61,13 @@ class MoleculeOptions:
     morgan_radius: int = 2
     fcd: bool = False
     max_new_tokens: int = 512
+
+
+def _read(path: Path, options: object) -> list[Row]:
+    """The records; .txt is the shared task's table."""
+    if path.suffix.lower() in (".txt", ".tsv"):
+        return list(read_rows(path, "data"))
+    return [record.data for record in read_records(SourceConfig(path=str(path)))]
 
 
 def field(record: Row, names: Sequence[str]) -> str | None:
@@ -243,6 +252,7 @@ TASKS = {
             requests=_request_captions,
             score=_score_captions,
             check=_check_caption,
+            read=_read,
             options=CaptionOptions,
             check_options=_check_caption_options,
             details=_details_captions,
@@ -254,6 +264,7 @@ TASKS = {
             requests=_request_molecules,
             score=_score_molecules,
             check=_check_molecule,
+            read=_read,
             options=MoleculeOptions,
             check_options=_check_molecule_options,
         ),

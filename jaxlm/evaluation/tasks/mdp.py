@@ -151,9 +151,14 @@ def _check_matbench(record: Row, options: Options) -> str | None:
     problem = missing_text(record, "instruction", "output")
     if problem is None and not isinstance(record.get("input", ""), str):
         problem = missing_text(record, "input")
-    if problem is None and _reference(record) is None:
+    if problem is None and _reference(record) is None and not _is_distractor(record):
         problem = f"the output {record['output'][:60]!r} neither is a number nor begins with Yes or No"
     return problem
+
+
+def _is_distractor(record: Row) -> bool:
+    """Darwin's files mix in words ("asparagus is not a composition and …"), which have no verdict."""
+    return "is not a composition" in record["output"]
 
 
 def _reference(record: Row) -> float | bool | None:
@@ -169,19 +174,23 @@ def _reference(record: Row) -> float | bool | None:
 
 def _given(record: Row, text: str, options: Options) -> float | bool | None:
     """The answer as a number or a verdict, as the record asks for; None when it is neither."""
-    if isinstance(_reference(record), bool):
+    if isinstance(_reference(record), bool) or _is_distractor(record):
         return regression.yes_or_no(text, options.as_published)
     return regression.published_number(text) if options.as_published else regression.first_number(text)
 
 
 def _score_matbench(records: Sequence[Row], answers: Sequence[Answers], options: Options) -> dict[str, Figure]:
-    """Errors of numbers, and accuracy and F1 of verdicts; as published, verdicts that are none are left out."""
+    """Errors of numbers, and accuracy and F1 of verdicts; as published, verdicts that are none are left out.
+
+    Words that are not compositions are not counted.
+    """
     pairs: dict[int, Pair] = {}
     verdicts: dict[int, tuple[bool, bool | None]] = {}
     answered: dict[int, float] = {}
     for number, record in enumerate(records):
         right, given = _reference(record), _given(record, written(answers[number]), options)
-        assert right is not None
+        if right is None:
+            continue
         answered[number] = float(given is not None)
         if isinstance(right, bool):
             if given is not None or not options.as_published:
@@ -189,9 +198,10 @@ def _score_matbench(records: Sequence[Row], answers: Sequence[Answers], options:
         elif given is not None:
             pairs[number] = Pair(right, float(given))
     figures: dict[str, Figure] = {}
-    if any(not isinstance(_reference(record), bool) for record in records):
+    references = [_reference(record) for record in records]
+    if any(isinstance(right, float) for right in references):
         figures |= _errors("", pairs)
-    if any(isinstance(_reference(record), bool) for record in records):
+    if any(isinstance(right, bool) for right in references):
         figures["accuracy"] = mean({number: float(right is given) for number, (right, given) in verdicts.items()})
         hits = sum(right and given is True for right, given in verdicts.values())
         wrong = sum(right is not given and (right or given is True) for right, given in verdicts.values())
@@ -199,14 +209,20 @@ def _score_matbench(records: Sequence[Row], answers: Sequence[Answers], options:
     return figures | {"answered": mean(answered)}
 
 
+def _details_matbench(
+    records: Sequence[Row], answers: Sequence[Answers], figures: Mapping[str, Figure], options: Options
+) -> str:
+    return f"Words that are not compositions, mixed in by Darwin and not counted: {sum(map(_is_distractor, records))}\n"
+
+
 def _files_matbench(records: Sequence[Row], answers: Sequence[Answers], options: Options) -> dict[str, bytes]:
     """The script's own output, {input, output} with numbers and truth values; answers that are none are left out."""
-    found = [
+    lines = [
         {"input": record.get("input", ""), "output": given}
         for record, parts in zip(records, answers, strict=True)
         if (given := _given(record, written(parts), options)) is not None
     ]
-    return {"matbench.json": (json.dumps(found, ensure_ascii=False) + "\n").encode()}
+    return {"matbench.json": (json.dumps(lines, ensure_ascii=False) + "\n").encode()}
 
 
 TASKS = {
@@ -231,6 +247,7 @@ TASKS = {
             score=_score_matbench,
             check=_check_matbench,
             options=Options,
+            details=_details_matbench,
             files=_files_matbench,
         ),
     )

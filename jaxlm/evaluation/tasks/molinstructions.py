@@ -193,15 +193,15 @@ Outputs = Sequence[tuple[str, str]]
 def _score_molecules(outputs: Outputs, options: Options) -> dict[str, Figure]:
     """exact, levenshtein, validity and similarities of SMILES; bleu of the SELFIES, sign by sign."""
     read = [(_smiles(right) or "", _smiles(answer) or "") for right, answer in outputs]
-    kept = [at for at, (_, given) in enumerate(read) if given or not options.as_published]
-    if not kept:
+    counted = [at for at, (_, given) in enumerate(read) if given or not options.as_published]
+    if not counted:
         return {"validity": Figure(0.0, None, 0)}
-    figures = molecule_figures([read[at][0] for at in kept], [read[at][1] for at in kept])
-    selfies = [([*_selfies(outputs[at][0])], [*_selfies(outputs[at][1])]) for at in kept]
+    figures = molecule_figures([read[at][0] for at in counted], [read[at][1] for at in counted])
+    selfies = [([*_selfies(outputs[at][0])], [*_selfies(outputs[at][1])]) for at in counted]
     bleu = text.corpus_bleu([pair[0] for pair in selfies], [pair[1] for pair in selfies], (0.25,) * 4)
-    figures["bleu"] = Figure(bleu, None, len(kept))
+    figures["bleu"] = Figure(bleu, None, len(counted))
     return {
-        name: dataclasses.replace(figure, values={kept[at]: value for at, value in figure.values.items()})
+        name: dataclasses.replace(figure, values={counted[at]: value for at, value in figure.values.items()})
         for name, figure in figures.items()
     }
 

@@ -12,6 +12,7 @@ import pytest
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.examples import build_examples
 from jaxlm.data.mindrecord import read_rows
+from jaxlm.data.prepare import build
 from jaxlm.data.prepare.pipeline import Share, UnfinishedError
 from jaxlm.data.store.knowlm import read_index
 from jaxlm.data.store.stored import StoredTokens
@@ -127,8 +128,11 @@ def test_a_run_opens_the_store(sources: list[dict[str, Any]], tokenizer: Tokeniz
     np.testing.assert_array_equal(examples.input_ids, StoredTokens(tmp_path / "out/build/store").input_ids)
 
 
-def test_samples_of_split_stay_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Tokens, documents and sources, through filter and dedup too."""
+def test_samples_of_split_stay_as_they_are(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, documents and sources, through filter and dedup too, wherever what is read at a time ends."""
+    monkeypatch.setattr(build, "ROWS", 2)
     texts = [f"basalt {word}。 the granite cools。 石英 和 长石。 " * 4 for word in ("melt", "cools", "slowly")]
     files = [write_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts]) for name in "ab"]
     steps = ["filter", "dedup", "split", "build"]

@@ -49,6 +49,24 @@ def test_blocks_of_lines_are_the_file(corpus: Path, whole: dict[str, bytes]) -> 
     ]
 
 
+def test_a_line_that_begins_where_a_block_does_is_in_it(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.txt", [f"line {number}__" for number in range(10)])  # ten bytes each
+    for block in (10, 20, 7, 33):
+        pieces = shards.plan_shards(config_of(values(file, Path("out"))).sources, block)
+        texts = [document.text for piece in pieces for document in shards.read_documents(piece, shards.Bad(0))]
+        assert texts == [f"line {number}__" for number in range(10)], block
+
+
+def test_a_task_that_is_done_is_not_done_again(corpus: Path, tmp_path: Path) -> None:
+    """Not even when two have been given it."""
+    run(values(corpus, tmp_path), "filter")
+
+    def never(step: work.Step, number: int) -> work.Mark:
+        raise AssertionError
+
+    work.perform(str(tmp_path / "filter"), "filter", never, 0)
+
+
 def test_two_processes_write_the_same_bytes(corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     run(values(corpus, tmp_path, block_bytes=5000, engine={"workers": 2}))
     assert files_of(tmp_path) == whole
@@ -136,6 +154,18 @@ def test_ray_and_datatrove_that_are_missing_are_named(corpus: Path, tmp_path: Pa
             run(values(corpus, tmp_path, engine={"name": name}))
 
 
+def ends(group: int) -> bool:
+    """Whether all processes of a group are gone before long."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
 def test_a_killed_run_is_gone_on_with(corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """SIGKILL at any moment: what is done is not done again, and the result is the same."""
     config = tmp_path / "prepare.json"
@@ -156,6 +186,7 @@ def test_a_killed_run_is_gone_on_with(corpus: Path, whole: dict[str, bytes], tmp
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
+        assert ends(process.pid), "its workers"
         before = {file: file.stat().st_mtime_ns for file in out.rglob("marks/*.json")}
         time.sleep(0.05)
     assert kills >= 2
@@ -264,7 +295,9 @@ def test_sources_that_take_in_the_output_are_refused(corpus: Path, tmp_path: Pat
     write_lines(tmp_path / "a.jsonl", ['{"text": "good"}'])
     run(values(tmp_path / "a.jsonl", tmp_path / "out"))
     with pytest.raises(UserError, match=r"out/dedup/\S+ is within output_dir"):
-        run(values(tmp_path, tmp_path / "out"))
+        run(values(tmp_path / "*" / "*" / "*.jsonl", tmp_path / "out"))
+    with pytest.raises(UserError, match=r"output_dir, \S+/new, is within \S+: what this command writes would be read"):
+        run(values(tmp_path, tmp_path / "new"))
 
 
 def test_a_text_may_be_of_several_columns(tmp_path: Path, documents: Any) -> None:
