@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config
 from jaxlm.config import EvaluateConfig
-from jaxlm.errors import UserError, exit_status
+from jaxlm.errors import UserError, exit_status, show
 from jaxlm.locate import on_disk
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Asks a model the questions of a benchmark's file and says how good its answers are, with standard errors; or, "
     "with --predictions, how good the answers of a file are. With --task perplexity, says how well a model predicts "
-    "the texts of a file, or the answers of instructions. `evaluate compare A B ...` compares evaluations."
+    "the texts of a file, or the answers of instructions. `evaluate compare A B ...` compares evaluations. "
+    "`--task NAME --help` lists a task's options."
 )
 ALIASES = {
     "data": "data.path",
@@ -55,6 +56,9 @@ def _main(argv: Sequence[str], prog: str) -> int:
         from jaxlm.cli.compare import compare
 
         return compare(argv[1:], prog)
+    if {"--help", "-h", "--options.help"} & set(argv) and (text := _task_help(argv, prog)):
+        show(text + "\n")
+        return 0
     config = parse_config(argv, EvaluateConfig, prog=prog, description=DESCRIPTION, aliases=ALIASES)
     config = with_commits(config, lambda line: print(line, file=sys.stderr))
     if config.predictions is not None:
@@ -91,6 +95,28 @@ def _main(argv: Sequence[str], prog: str) -> int:
     if config.options:
         raise UserError(f"options.{next(iter(config.options))}: {alone} has no options")
     return _perplexity(config) if alone == "perplexity" else _lpm24(config, alone)
+
+
+def _task_help(argv: Sequence[str], prog: str) -> str | None:
+    """The options of the tasks that the words name; None where they name none that has options."""
+    from jaxlm.cli.help import options_text
+    from jaxlm.evaluation.registry import ALONE, get_task
+
+    named = {"--task": "", "--harness": ""}
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        key, equals, value = word.partition("=")
+        if key in named:
+            named[key] = value if equals else following if not following.startswith("-") else ""
+    parts = []
+    if named["--harness"]:
+        from jaxlm.cli.harness import HarnessOptions
+
+        parts.append(options_text(f"--harness {named['--harness']}", "Tasks of lm_eval.", HarnessOptions))
+    for name in (name.strip() for name in named["--task"].split(",")):
+        if name and name not in ALONE:
+            task = get_task(name)
+            parts.append(options_text(f"--task {name}", f"{task.summary} Data: {task.expects}.", task.options))
+    return "\n\n".join([*parts, f"`{prog} --help` lists all other keys."]) if parts else None
 
 
 def _lpm24(config: EvaluateConfig, task: str) -> int:

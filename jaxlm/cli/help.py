@@ -50,6 +50,18 @@ def help_text(prog: str, description: str, flags: Mapping[str, Flag], root: type
     return "\n".join(lines).rstrip()
 
 
+def options_text(title: str, meaning: str, options: type) -> str:
+    """What `--options.NAME` may be, for one task.
+
+    Args:
+        title: the task, as it is asked for.
+        meaning: what it does, and what it expects.
+        options: its dataclass of options.
+    """
+    entries = list(_entries(options, "--options.")) or ["  no options"]
+    return "\n".join([title, *textwrap.wrap(meaning, WIDTH, initial_indent="  ", subsequent_indent="  "), *entries])
+
+
 def _absent_section(kind: Any) -> type | None:
     """The dataclass of a section that may be absent."""
     members = alternatives(kind)
@@ -95,4 +107,5 @@ def _default(field: dataclasses.Field[Any]) -> str:
         default = field.default_factory()
     else:
         return "required"
-    return default if isinstance(default, str) else json.dumps(default)
+    is_plain = isinstance(default, str) and default.isprintable() and default == default.strip() != ""
+    return default if is_plain else json.dumps(default, ensure_ascii=False)

@@ -127,7 +127,7 @@ class EvaluateConfig:
         data: the questions. With several tasks one each, in their order, or as NAME=FILE. For perplexity: the texts, as
             a source of `data.train`; of instructions the answers are scored.
         limit: use only this number of records, the first ones.
-        options: of the tasks, e.g. --options.shots 5; see docs/evaluating.md.
+        options: of the tasks, e.g. --options.shots 5; `--task NAME --help` lists them.
         output: a directory, in which each task has one: predictions.jsonl, scores.json, report.md, figures.png; null:
             evaluation/ and the model's name. An interrupted run goes on when started again.
         overwrite: begin anew where the directory has an evaluation with other settings.
