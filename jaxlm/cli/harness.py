@@ -31,6 +31,7 @@ class HarnessOptions:
         fewshot_as_multiturn: examples are earlier turns of the conversation.
         system_instruction: the system message.
         gen_kwargs: settings of generation that replace the tasks', {max_gen_toks: 64}.
+        metadata: values that replace those of the task files' metadata, e.g. {data: sii40.json} for a suite of jaxlm.
         bootstrap_iters: resamples for the standard errors that need some.
         seed: of random, NumPy, and the choice of examples.
     """
@@ -41,6 +42,7 @@ class HarnessOptions:
     fewshot_as_multiturn: bool = True
     system_instruction: str | None = None
     gen_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     bootstrap_iters: int = 100_000
     seed: int = 1234
 
@@ -97,7 +99,7 @@ def run_harness(config: EvaluateConfig) -> int:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     quiet_logs()
     use_compilation_cache(config.compilation_cache)
-    manager = _manager(options.include_path, tasks)
+    manager = _manager(options, tasks)
     model = make_model(config.model, console, config.tokenizer, config.add_bos, config.mesh, config.batch_size)
     from lm_eval import simple_evaluate  # an extra, and slow to import
 
@@ -133,7 +135,8 @@ def run_harness(config: EvaluateConfig) -> int:
     return 0
 
 
-def _manager(include_path: str | None, tasks: list[str]) -> Any:
+def _manager(options: HarnessOptions, tasks: list[str]) -> Any:
+    """lm_eval's tasks, and those here; the files of ours are read before a model is."""
     from jaxlm import evaluation
 
     try:
@@ -141,11 +144,20 @@ def _manager(include_path: str | None, tasks: list[str]) -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"harness: needs {error.name}: pip install 'jaxlm[harness]'") from None
     own = Path(evaluation.__file__).parent / "lm_eval"
-    manager = TaskManager(include_path=[str(own), *([include_path] if include_path else [])])
+    include_path = [str(own), *([options.include_path] if options.include_path else [])]
+    manager = TaskManager(include_path=include_path, metadata=options.metadata or None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         what = f"{unknown[0]!r} is not a task of lm_eval" if unknown else "no task is named"
         raise UserError(f"harness: {what}; `lm_eval ls tasks` lists them, --options.include_path DIR adds yours")
+    suites = [task for task in manager.match_tasks(tasks) if task.startswith("jaxlm_")]
+    if suites and options.num_fewshot:
+        raise UserError(
+            f"options.num_fewshot: {suites[0]} is asked without examples; for GeoBench's there is a file of them: "
+            "--options.metadata '{options: {few_shot: FILE}}'"
+        )
+    if suites:
+        manager.load(suites)
     return manager
 
 

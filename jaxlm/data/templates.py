@@ -218,12 +218,12 @@ def template_names() -> list[str]:
     return sorted(["text", "chat", *(path.stem for path in DIRECTORY.glob("*.json"))])
 
 
-def load_template(name: str, tokenizer: Tokenizer, columns: Mapping[str, str] | None = None) -> Template:
+def load_template(name: str, tokenizer: Tokenizer | None, columns: Mapping[str, str] | None = None) -> Template:
     """A template by name, or from a user's JSON file (a name ending in .json).
 
     Args:
         name: see `template_names`.
-        tokenizer: its chat template is used by `chat`.
+        tokenizer: its chat template is used by `chat`; None: `chat` is refused.
         columns: the template's field names mapped to column names of the data.
 
     Raises:
@@ -243,10 +243,12 @@ def load_template(name: str, tokenizer: Tokenizer, columns: Mapping[str, str] | 
     return template
 
 
-def _load(name: str, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Template:
+def _load(name: str, tokenizer: Tokenizer | None, columns: Mapping[str, str]) -> Template:
     if name == "text":
         return TextTemplate(columns)
     if name == "chat":
+        if tokenizer is None:
+            raise UserError("template: chat belongs to a tokenizer, and none is here; name another, or text")
         if tokenizer.chat_template is None:
             raise UserError(
                 f"data: template is chat, but the tokenizer of {tokenizer.path} has no chat template; choose another "
@@ -265,7 +267,9 @@ def _load(name: str, tokenizer: Tokenizer, columns: Mapping[str, str]) -> Templa
     return _from_json(content, name, path, columns, tokenizer)
 
 
-def _from_json(content: Any, name: str, path: Path, columns: Mapping[str, str], tokenizer: Tokenizer) -> Template:
+def _from_json(
+    content: Any, name: str, path: Path, columns: Mapping[str, str], tokenizer: Tokenizer | None
+) -> Template:
     kinds: tuple[tuple[type[PromptTemplate] | type[ConversationTemplate], set[str]], ...] = (
         (PromptTemplate, {"prompt_input", "prompt_no_input", "response_split"}),
         (ConversationTemplate, {"system", "user", "assistant", "separator"}),
@@ -288,7 +292,7 @@ def _from_json(content: Any, name: str, path: Path, columns: Mapping[str, str], 
 
 
 def _task(
-    fields: Mapping[str, str], name: str, path: Path, columns: Mapping[str, str], tokenizer: Tokenizer
+    fields: Mapping[str, str], name: str, path: Path, columns: Mapping[str, str], tokenizer: Tokenizer | None
 ) -> TaskTemplate:
     for key in ("question", "answer"):
         try:

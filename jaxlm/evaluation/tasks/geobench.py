@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,23 +99,32 @@ def _check_options(options: Options) -> None:
     _examples(options)
 
 
-def _requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> list[Request]:
+def prompts(records: Sequence[Row], options: Options) -> Iterator[tuple[int, geobench.Question, dict[str, str]]]:
+    """The questions that count: number of the record, question, and its prompts by their ending."""
     examples = _examples(options)
-    forms: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
-    requests: list[Request] = []
     for number, record in enumerate(records):
         question = _question(record)
-        if not question.is_counted:
-            continue
+        if question.is_counted:
+            texts = {
+                ending: geobench.choice_prompt(question, ending, "" if question.kind == "tf" else examples[ending])
+                for ending in geobench.PROMPTS
+            }
+            yield number, question, texts
+
+
+def _requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> list[Request]:
+    forms: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    requests: list[Request] = []
+    for number, question, texts in prompts(records, options):
         if question.labels not in forms:
             forms[question.labels] = next_token.label_ids(lambda text: tokenizer.encode(text).ids, question.labels)
         ids = forms[question.labels]
-        for ending in geobench.PROMPTS:
+        for ending, prompt in texts.items():
             requests.append(
                 NextToken(
                     record=number,
                     part=_part(ending, ids),
-                    context=geobench.choice_prompt(question, ending, "" if question.kind == "tf" else examples[ending]),
+                    context=prompt,
                     ids=tuple(token for tokens in ids.values() for token in tokens),
                 )
             )
