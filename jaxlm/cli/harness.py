@@ -150,12 +150,18 @@ def _manager(options: HarnessOptions, tasks: list[str]) -> Any:
     if unknown or not tasks:
         what = f"{unknown[0]!r} is not a task of lm_eval" if unknown else "no task is named"
         raise UserError(f"harness: {what}; `lm_eval ls tasks` lists them, --options.include_path DIR adds yours")
-    suites = [task for task in manager.match_tasks(tasks) if task.startswith("jaxlm_")]
+    matching = manager.match_tasks(tasks)
+    suites = [task for task in matching if task.startswith("jaxlm_")]
     if suites and options.num_fewshot:
         raise UserError(
             f"options.num_fewshot: {suites[0]} is asked without examples; for GeoBench's there is a file of them: "
             "--options.metadata '{options: {few_shot: FILE}}'"
         )
+    from jaxlm.evaluation.suites import METADATA
+
+    unknown = [key for key in options.metadata if key not in METADATA]
+    if unknown and len(suites) == len(matching):  # tasks of others may read keys of their own
+        raise UserError(f"options.metadata: {unknown[0]!r} is not a key of {suites[0]}; known: {', '.join(METADATA)}")
     if suites:
         manager.load(suites)
     return manager

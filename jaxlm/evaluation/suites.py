@@ -28,6 +28,8 @@ from jaxlm.tokenizer import Tokenizer
 
 # Every question twice: the labels behind a space (for LLaMA's tokenizer the tokens of K2's tables), and as they stand.
 FORMS = ("spaced", "plain")
+# What may be given in place of a task file's metadata.
+METADATA = ("data", "template", "ending", "options")
 # Those that ask in words with a template of ours, and count without people or further models.
 ASKED_IN_WORDS = (
     "geobench_subjective",
@@ -52,8 +54,8 @@ Doc = Mapping[str, Any]
 def read(
     suite: str,
     data: str,
-    template: str = "alpaca",
-    ending: str = "wa",
+    template: str | None = None,
+    ending: str | None = None,
     options: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> dict[str, datasets.Dataset]:
@@ -63,8 +65,8 @@ def read(
         suite: the task of `jaxlm evaluate`.
         data: its file.
         template: a template of jaxlm for a single question, by name or as a JSON file; text: the question and its input
-            as they stand, for the harness to put into the tokenizer's chat template.
-        ending: GeoBench: "wa" or "woa", see its suite.
+            as they stand, for the harness to put into the tokenizer's chat template. None: alpaca.
+        ending: GeoBench, instead of a template: "wa" or "woa", see its suite. None: wa.
         options: the suite's own, as with --options.
         others: further keys of metadata (version), which are not looked at.
 
@@ -74,10 +76,19 @@ def read(
     Raises:
         UserError: for a file of another suite, a record or an option that cannot be meant.
     """
+    texts = {"data": data, "template": template, "ending": ending}
+    strange = next((name for name, value in texts.items() if not isinstance(value, str | None)), None)
+    if strange is not None:
+        raise UserError(f"metadata.{strange}: expected a text, found {texts[strange]!r}")
+    if not isinstance(options, Mapping | None):
+        raise UserError(f"metadata.options: expected {{NAME: VALUE}}, found {options!r}")
     given = dict(options or {})
     if suite not in ("geobench", *ASKED_IN_WORDS):
         known = ", ".join(("geobench", *ASKED_IN_WORDS))
-        raise UserError(f"suite: {suite!r} cannot be asked by lm_eval; there are {known}")
+        raise UserError(f"metadata.suite: {suite!r} cannot be asked by lm_eval; there are {known}")
+    useless = "template" if suite == "geobench" else "ending"
+    if texts[useless] is not None:
+        raise UserError(f"metadata.{useless}: has no meaning for {suite}; leave it out")
     task = get_task(suite)
     check_options([task], given)
     for name, way_out in _ELSEWHERE.items():
@@ -85,7 +96,11 @@ def read(
             raise UserError(f"options.{name}: is not for the harness; {way_out.format(suite=suite)}")
     job = read_job(task, on_disk(data, "data", "data"), given)
     common = {"suite": suite, "options": json.dumps(given)}
-    asked = _choices(job.records, job.options, ending) if suite == "geobench" else _questions(job, template)
+    asked = (
+        _choices(job.records, job.options, ending or "wa")
+        if suite == "geobench"
+        else _questions(job, template or "alpaca")
+    )
     docs = [{**common, "record": json.dumps(job.records[number]), **fields} for number, fields in asked]
     if not docs:
         raise UserError(f"data: {data} has no question that counts")
@@ -95,7 +110,7 @@ def read(
 def _choices(records: Sequence[Row], options: Any, ending: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """GeoBench's questions that count, by number of the record."""
     if ending not in geobench.PROMPTS:
-        raise UserError(f"ending: {ending!r} must be one of {', '.join(geobench.PROMPTS)}")
+        raise UserError(f"metadata.ending: {ending!r} must be one of {', '.join(geobench.PROMPTS)}")
     for number, question, texts in prompts(records, options):
         choices = [f" {label}" for label in question.labels] + list(question.labels)
         yield (

@@ -201,10 +201,15 @@ def test_templates_and_options(tmp_path: Path) -> None:
         ("matbench", {"options": {"shots": 9}}, "unknown key 'shots'"),
         ("lpm24_molecules", {"options": {"fcd": True}}, "is not for the harness"),
         ("geobench", {}, "is not a question of GeoBench"),
+        ("geobench", {"ending": "no"}, "'no' must be one of wa, woa"),
+        ("geobench", {"template": "alpaca"}, "metadata.template: has no meaning for geobench"),
+        ("matbench", {"ending": "wa"}, "metadata.ending: has no meaning for matbench"),
+        ("matbench", {"template": 5}, "metadata.template: expected a text, found 5"),
+        ("matbench", {"options": 5}, "metadata.options: expected {NAME: VALUE}, found 5"),
     ],
 )
 def test_what_cannot_be_meant(suite: str, more: dict[str, Any], message: str, tmp_path: Path) -> None:
-    data = written(tmp_path / "data.json", [{"instruction": "Do.", "output": "1"}])
+    data = written(tmp_path / "data.json", AP if "ending" in more else [{"instruction": "Do.", "output": "1"}])
     with pytest.raises(UserError, match=message):
         suites.read(suite, str(data), **more)
 
@@ -299,3 +304,5 @@ def test_data_of_another_suite_are_refused_before_a_model_is_read(
     assert "data.json:1" in message and "--task sii expects" in message
     assert main([*words, "--options.num_fewshot", "2"]) == 2
     assert "is asked without examples" in capsys.readouterr().err
+    assert main([*words[:-1], "{dta: x}"]) == 2
+    assert "'dta' is not a key of jaxlm_sii; known: data, template" in capsys.readouterr().err
