@@ -21,6 +21,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
+@pytest.mark.slow
 def test_what_was_consumed_of_each_source_is_kept(
     inputs: Path, base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ CHOICES = [
 ASKED = [{"question": WORDS[n], "answer": WORDS[n + 1]} for n in range(3)]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_evaluate(inputs: Path, base_config: dict[str, Any], tmp_path: Path) -> None:
     """In metrics.jsonl at their steps; the best checkpoint by one of them is kept."""
     choices, asked = tmp_path / "choices.json", tmp_path / "asked.json"

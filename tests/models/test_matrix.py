@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,17 @@ DECODERS = [name for name in FAMILIES if name not in WITH_ENCODER]  # the others
 every_family = pytest.mark.parametrize("family", DECODERS)
 # One that is stored as transformers computes with it, and one with linear layers that are stored as one.
 _QUICK = ("llama", "bloom")
-every_family_but_slowly = pytest.mark.parametrize(
-    "family", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
-)
+# Of each way to compute something that LLaMA computes otherwise, one family.
+_TELLING = (*_QUICK, "qwen3", "gemma3_text", "opt", "falcon", "phi3", "glm", "chatglm_6b", "granite", "baichuan")
+
+
+def _slow_but(names: Sequence[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "family", [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
+    )
+
+
+every_family_but_slowly, telling_families = _slow_but(_QUICK), _slow_but(_TELLING)
 Settle = Callable[..., None]
 
 
@@ -177,7 +185,7 @@ def test_deltas_and_verify(family: str, tmp_path: Path, settle: Settle) -> None:
     settle("deltas", "verify")
 
 
-@every_family
+@telling_families
 def test_logits_gradients_and_greedy_tokens(family: str, settle: Settle) -> None:
     check_family(family, plain(family))
     settle("logits", "gradients", "generate")
@@ -190,7 +198,7 @@ def linears_of(module: Any) -> list[str]:
     return sorted({name.split(".")[-1] for name in names if any(part.isdigit() for part in name.split("."))})
 
 
-@every_family
+@telling_families
 def test_an_adapter_of_peft(family: str, tmp_path: Path, settle: Settle) -> None:
     """On every linear layer: its logits, and its files there and back."""
     torch = pytest.importorskip("torch")

@@ -340,7 +340,13 @@ def tree_from(source: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("family", "variant", "case"), [*(("t5", "gated", case) for case in LORA), ("mt5", "plain", "all, dora")]
+    ("family", "variant", "case"),
+    [
+        ("t5", "gated", "all, dora"),
+        pytest.param("t5", "gated", "q and v", marks=pytest.mark.slow),
+        pytest.param("t5", "gated", "wi_0 and wo, rslora", marks=pytest.mark.slow),
+        pytest.param("mt5", "plain", "all, dora", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_are_those_of_peft(
     family: str, variant: str, case: str, tmp_path: Path, request: pytest.FixtureRequest
