@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -146,23 +147,28 @@ def test_an_interrupted_run_goes_on(tiny_model: Path, texts: Path, tmp_path: Pat
     small = ("--sequence_length", "12", "--batch_size", "1", "--mesh.data", "2", "--mesh.fsdp", "4")
     small = (*small, "--save_file", str(tmp_path / "ppl.json"))
     monkeypatch.setattr("jaxlm.evaluation.perplexity._SHORTEST", 16)
-    whole = measured(tiny_model, texts, tmp_path / "a", *small)
-    saved = (tmp_path / "ppl.json").read_bytes()
-    original, calls = JournalFile.add, []
+    original = JournalFile.add
+    calls: list[Any] = []
 
-    def stop_later(self: JournalFile, *lines: Any) -> None:
+    def add(self: JournalFile, *lines: Any, stop_at: int = 0) -> None:
         calls.append(lines)
-        if len(calls) == 3:  # the settings and one batch are kept
+        if len(calls) == stop_at:
             raise KeyboardInterrupt
         original(self, *lines)
 
-    monkeypatch.setattr(JournalFile, "add", stop_later)
+    monkeypatch.setattr(JournalFile, "add", add)
+    whole = measured(tiny_model, texts, tmp_path / "a", *small)
+    saved, batches = (tmp_path / "ppl.json").read_bytes(), len(calls) - 1
+    calls.clear()  # then the settings and one batch are kept
+    monkeypatch.setattr(JournalFile, "add", functools.partialmethod(add, stop_at=3))
     part = measured(tiny_model, texts, tmp_path / "b", *small, status=130)
     assert (part / JOURNAL).read_bytes().count(b"\n") == 2 and not (part / "scores.json").is_file()
-    monkeypatch.setattr(JournalFile, "add", original)
+    monkeypatch.setattr(JournalFile, "add", add)
     # Batches of another size are other ones.
     assert main(words(tiny_model, texts, tmp_path / "b", *small[:4], "--mesh.data", "1", "--mesh.fsdp", "1")) == 2
+    calls.clear()
     measured(tiny_model, texts, tmp_path / "b", *small)
+    assert len(calls) == batches - 1 > 1
     assert contents(part) == contents(whole) and (tmp_path / "ppl.json").read_bytes() == saved
 
 
