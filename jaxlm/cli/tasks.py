@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.config import EvaluateConfig
+from jaxlm.cli import perplexity
+from jaxlm.config import EvaluateConfig, SourceConfig
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,52 +38,67 @@ def run_tasks(config: EvaluateConfig, names: Sequence[str]) -> int:
     from jaxlm.evaluation.job import check_options, read_job
     from jaxlm.evaluation.registry import get_task
 
-    tasks = [get_task(name) for name in names]
+    measured = [name for name in names if name == perplexity.NAME]
+    tasks = [get_task(name) for name in names if name not in measured]
+    if config.options and not tasks:
+        raise UserError(f"options.{next(iter(config.options))}: {perplexity.NAME} has no options")
     check_options(tasks, config.options)
     if config.batch_size < 1:
         raise UserError(f"batch_size: {config.batch_size} must be at least 1")
-    if config.save_file is not None:
+    if config.save_file is not None and not measured:
         raise UserError(f"save_file: is for perplexity and LPM-24; {names[0]} writes scores.json, below --output")
     has_model = config.model.path is not None or config.model.adapter is not None
     if config.predictions is None and not has_model:
         raise UserError("model: name one, e.g. --model out/run; or score the answers of a file with --predictions FILE")
-    files = _data_files(config, names)
+    files, texts = _data_files(config, names)
+    if measured:
+        perplexity.check_words(config, texts)
     if config.predictions is not None:
         if has_model:
             raise UserError("predictions: are scored without a model; leave --model out")
         if len(tasks) > 1:
             raise UserError(f"predictions: holds the answers of one task, here are {len(tasks)}; name one")
         return _score_file(config, tasks[0], files.get(names[0]))
-    for name in names:
-        if name not in files:
-            raise UserError(f"data: no file for {name}; name one: --data {name}=FILE")
+    for task in tasks:
+        if task.name not in files:
+            raise UserError(f"data: no file for {task.name}; name one: --data {task.name}=FILE")
     jobs = [read_job(task, files[task.name], config.options, config.limit) for task in tasks]
-    return _run(config, jobs)
+    return _run(config, jobs, texts)
 
 
-def _data_files(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Path]:
-    """The data file of each task that has one."""
+def _data_files(config: EvaluateConfig, names: Sequence[str]) -> tuple[dict[str, Path], list[SourceConfig]]:
+    """The data file of each task that has one, and the sources of perplexity, which may have several."""
     from jaxlm.locate import on_disk
 
     files: dict[str, Path] = {}
-    bare = []
+    texts: list[SourceConfig] = []
+    bare: list[SourceConfig] = []
     for source in config.data:
         name, equals, path = source.path.partition("=")
-        if equals and name in names:
-            if name in files:
-                raise UserError(f"data: {name} has two files, {files[name]} and {path}; name one")
-            files[name] = on_disk(path, "data", "data")
+        if not (equals and name in names):
+            bare.append(source)
+        elif name == perplexity.NAME:
+            texts.append(dataclasses.replace(source, path=path))
+        elif name in files:
+            raise UserError(f"data: {name} has two files, {files[name]} and {path}; name one")
         else:
-            bare.append(on_disk(source.path, "data", "data"))
-    rest = [name for name in names if name not in files]
+            files[name] = on_disk(path, "data", "data")
+    if list(names) == [perplexity.NAME]:
+        return {}, [*texts, *bare]
+    rest = [name for name in names if name not in files and not (texts and name == perplexity.NAME)]
     if len(bare) > len(rest):
         raise UserError(f"data: {len(config.data)} files for {', '.join(names)}; name one for each task")
-    files |= dict(zip(rest, bare, strict=False))
-    return files
+    for name, source in zip(rest, bare, strict=False):
+        if name == perplexity.NAME:
+            texts = [source]
+        else:
+            files[name] = on_disk(source.path, "data", "data")
+    return files, texts
 
 
 def _template(config: EvaluateConfig) -> str:
-    templates = {source.template for source in config.data}
+    texts = f"{perplexity.NAME}="  # which have their own
+    templates = {source.template for source in config.data if not source.path.startswith(texts)}
     if len(templates) > 1:
         raise UserError(f"data.template: {' and '.join(sorted(templates))}: a model is asked in one template; name one")
     return next(iter(templates), "auto")
@@ -134,12 +151,11 @@ def _versions() -> dict[str, str]:
 # --- answers of a model -----------------------------------------------------------------------------------------------
 
 
-def _run(config: EvaluateConfig, jobs: Sequence[Job]) -> int:
+def _run(config: EvaluateConfig, jobs: Sequence[Job], texts: Sequence[SourceConfig]) -> int:
     # JAX and everything above it is imported only here: --help and mistakes in the words answer at once.
     from rich.console import Console
 
     from jaxlm.cli.hub import download_all
-    from jaxlm.cli.opening import model_settings, open_model
     from jaxlm.cli.start import quiet_logs, use_compilation_cache
     from jaxlm.processes.distributed import run_settings, start, versions
     from jaxlm.training.stop import StopAtOnce
@@ -150,34 +166,86 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job]) -> int:
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopAtOnce(INTERRUPTED))
         hosts = around.enter_context(start(config.distributed, terminal.print))
-        stop.starting(_directory(config, jobs[0].task.name), hosts)
+        stop.starting(_directory(config, jobs[0].task.name if jobs else perplexity.NAME), hosts)
         if hosts.processes > 1:
             hosts.agree("versions", versions())
             hosts.agree("configuration", run_settings(config))
             hosts.agree("data", {str(job.path): job.digest for job in jobs})
         download_all([config], hosts)
+        if texts and hosts.processes > 1:
+            raise UserError(f"distributed: perplexity is measured by one process, found {hosts.processes}; start one")
+        # Said before others are asked for hours: texts that cannot be used.
+        prepared = perplexity.prepare(config, texts, terminal) if texts else None
         for job in jobs:
             _take(_directory(config, job.task.name), hosts)
+        if prepared is not None and _leaves_files(config):
+            _take(_directory(config, perplexity.NAME), hosts)
         console = hosts.console(terminal)
-        opened = open_model(config.model, config.tokenizer, _template(config), config.add_bos, config.mesh, console)
-        generator: Generator | None = None
-        status = 0
-        for job in jobs:
-            directory = _directory(config, job.task.name)
-            settings = job.settings() | model_settings(opened, config.batch_size)
-            answers = _answers_before(directory, settings, config.overwrite, hosts)
-            told = ("model", "adapter", "tokenizer", "dtype", "template")
-            facts = {key: opened.facts[key] for key in told} | {"data": str(job.path), "versions": _versions()}
-            if answers is None:
-                generator = generator or opened.load(hosts, console)
-                answers, more = _ask(config, job, opened, generator, directory, settings, hosts, console)
-                facts |= more
-            elif hosts.process == 0:
-                console.print(f"{directory}: was evaluated with these settings before; figures anew", markup=False)
-                facts |= _facts_before(directory)
-            if hosts.process == 0:
-                status |= _finish(directory, job, answers, settings, facts, console)
+        status = _ask_all(config, jobs, hosts, console) if jobs else 0
+        if prepared is not None:
+            status |= _measure(config, prepared, hosts, console)
         return status
+
+
+def _ask_all(config: EvaluateConfig, jobs: Sequence[Job], hosts: Hosts, console: Console) -> int:
+    """Tasks with requests, one after the other; the weights are read when there is something to ask."""
+    from jaxlm.cli.opening import model_settings, open_model
+
+    opened = open_model(config.model, config.tokenizer, _template(config), config.add_bos, config.mesh, console)
+    generator: Generator | None = None
+    status = 0
+    for job in jobs:
+        directory = _directory(config, job.task.name)
+        settings = job.settings() | model_settings(opened, config.batch_size)
+        answers = _answers_before(directory, settings, config.overwrite, hosts)
+        told = ("model", "adapter", "tokenizer", "dtype", "template")
+        facts = {key: opened.facts[key] for key in told} | {"data": str(job.path), "versions": _versions()}
+        if answers is None:
+            generator = generator or opened.load(hosts, console)
+            answers, more = _ask(config, job, opened, generator, directory, settings, hosts, console)
+            facts |= more
+        elif hosts.process == 0:
+            _say_evaluated(directory, console)
+            facts |= _facts_before(directory, "bos", "first_request")
+        if hosts.process == 0:
+            status |= _finish(directory, job, answers, settings, facts, console)
+    return status
+
+
+def _measure(config: EvaluateConfig, prepared: perplexity.Prepared, hosts: Hosts, console: Console) -> int:
+    """Perplexity: scored, or scored before."""
+    from jaxlm.evaluation.outputs import JOURNAL
+
+    job, settings = prepared.job, prepared.settings
+    if not _leaves_files(config):
+        assert config.save_file is not None
+        answers, sums = perplexity.measure(prepared, config, None, console)
+        perplexity.tell(prepared, sums)
+        show(job.task.name, job.score(answers), console)
+        perplexity.save(Path(config.save_file), prepared, sums)
+        return 0
+    directory = _directory(config, job.task.name)
+    before = _answers_before(directory, settings, config.overwrite, hosts)
+    if before is None:
+        answers, sums = perplexity.measure(prepared, config, directory / JOURNAL, console)
+    else:
+        _say_evaluated(directory, console)
+        answers, sums = before, _facts_before(directory, "sums")["sums"]
+    perplexity.tell(prepared, sums)
+    facts = prepared.facts | {"sums": sums, "versions": _versions()}
+    status = _finish(directory, job, answers, settings, facts, console)
+    if config.save_file is not None:
+        perplexity.save(Path(config.save_file), prepared, sums)
+    return status
+
+
+def _leaves_files(config: EvaluateConfig) -> bool:
+    """Whether perplexity has a directory; where only --save_file is named, that is all that is written."""
+    return config.save_file is None or config.output is not None
+
+
+def _say_evaluated(directory: Path, console: Console) -> None:
+    console.print(f"{directory}: was evaluated with these settings before; figures anew", markup=False)
 
 
 def _take(directory: Path, hosts: Hosts) -> None:
@@ -216,11 +284,11 @@ def _answers_before(
     return (answers or []) if json.loads(ended) else None
 
 
-def _facts_before(directory: Path) -> dict[str, Any]:
+def _facts_before(directory: Path, *keys: str) -> dict[str, Any]:
     from jaxlm.evaluation.outputs import SCORES
     from jaxlm.jsontext import read_object
 
-    return {key: value for key, value in read_object(directory / SCORES).items() if key in ("bos", "first_request")}
+    return {key: value for key, value in read_object(directory / SCORES).items() if key in keys}
 
 
 def _ask(

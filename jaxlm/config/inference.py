@@ -122,11 +122,11 @@ class EvaluateConfig:
     """Figures of a model on the questions of a file, of a file of answers, or of a model on texts.
 
     Args:
-        task: names with commas between them; perplexity of a model on texts, and smiles2text (captions of molecules) or
-            text2smiles (molecules for captions) of --predictions, with LPM-24's figures, stand alone.
+        task: names with commas between them; smiles2text (captions of molecules) or text2smiles (molecules for
+            captions) of --predictions, with LPM-24's figures, stand alone.
         data: the questions. With several tasks one each, in their order, or as NAME=FILE. For perplexity: the texts, as
-            a source of `data.train`; of instructions the answers are scored.
-        limit: use only this number of records, the first ones.
+            sources of `data.train`, one or several; of instructions the answers are scored.
+        limit: use only this number of records, the first ones; for perplexity, of each source.
         options: of the tasks, e.g. --options.shots 5; `--task NAME --help` lists them.
         output: a directory, in which each task has one: predictions.jsonl, scores.json, report.md, figures.png; null:
             evaluation/ and the model's name. An interrupted run goes on when started again.
@@ -138,7 +138,8 @@ class EvaluateConfig:
         prediction: LPM-24: column of the model's answers; null: prediction, answer or output.
         metric_tokenizer: LPM-24: directory of the Hugging Face tokenizer whose pieces BLEU counts (SciBERT's there);
             null: words and signs.
-        save_file: LPM-24 and perplexity: the figures as JSON.
+        save_file: LPM-24 and perplexity: the figures as JSON. For perplexity without --output, this file is all that is
+            written.
         model: the model.
         tokenizer: a directory or SentencePiece .model file; null means the model's own.
         sequence_length: perplexity: most tokens of a row; null: the model's context, at most 2048.

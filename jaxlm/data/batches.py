@@ -117,6 +117,23 @@ class BatchSource:
         batch = {name: array.reshape(shape) for name, array in batch.items()}
         return batch | {SOURCE_TOKENS: source_tokens} if self._num_sources else batch
 
+    def examples(self, step: int) -> NDArray[np.int64]:
+        """int64 [rows, documents of a row + 1]: by segment id, the number of the example; -1 for what is padded.
+
+        All rows of the step's one micro-step, of all hosts; column 0 is padding.
+        """
+        numbers = np.full((len(self._local), 1), -1, np.int64)
+        for share in self.order.shares(step):
+            pieces = share.rows.pieces(share.numbers)
+            assert not pieces.one_segment, "the documents of such rows are not told apart"
+            more = int(pieces.counts.max(initial=0)) + 1 - numbers.shape[1]
+            numbers = np.pad(numbers, ((0, 0), (0, max(0, more))), constant_values=-1)
+            first = np.repeat(np.cumsum(pieces.counts) - pieces.counts, pieces.counts)
+            segment = np.arange(len(pieces.lengths)) - first + 1
+            document = np.searchsorted(self._examples.offsets, pieces.starts, side="right") - 1
+            numbers[np.repeat(share.places, pieces.counts), segment] = document
+        return numbers
+
     def _tokens_by_source(self, pieces: Pieces) -> NDArray[np.int64]:
         document = np.searchsorted(self._examples.offsets, pieces.starts, side="right") - 1
         source = self._examples.source[document]
@@ -182,6 +199,10 @@ class EvaluationSource:
 
     def __getitem__(self, step: int) -> Batch:
         return {name: array[0] for name, array in self._source[step].items()}
+
+    def examples(self, step: int) -> NDArray[np.int64]:
+        """See `BatchSource.examples`."""
+        return self._source.examples(step)
 
 
 class BatchIterator:

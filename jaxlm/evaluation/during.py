@@ -13,7 +13,7 @@ from jaxlm.errors import UserError
 from jaxlm.evaluation.asking import Plan, Writing, ask, by_record, check_requests, make_plan
 from jaxlm.evaluation.job import Job, check_options, read_job
 from jaxlm.evaluation.journal import Answered
-from jaxlm.evaluation.registry import get_task
+from jaxlm.evaluation.registry import TEXTS, get_task
 from jaxlm.evaluation.task import Answer, Figure, Generate
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
@@ -33,6 +33,11 @@ def read_jobs(config: RunConfig) -> list[Job]:
     """
     jobs = []
     for given in config.train.tasks:
+        if given.task in TEXTS:
+            raise UserError(
+                f"train.tasks: {given.task} is what data.validation gives while training (validation_perplexity); put "
+                "its texts there"
+            )
         try:
             task = get_task(given.task)
             check_options([task], given.options)

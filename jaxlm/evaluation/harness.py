@@ -111,15 +111,30 @@ class JaxlmModel(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; with the tokenizer's own special tokens around, unless told otherwise or bos is there already."""
+        """Token ids; with the tokenizer's own special tokens around, unless told otherwise or bos is there already.
+
+        A prompt of ChatGLM-6B ends with the two that open its answer.
+        """
         ids = list(self.tokenizer.encode(string, True).ids)
         if add_special_tokens is False:
             return ids
-        if add_special_tokens is None and string.startswith(self.tokenizer.token(self.prefix_token_id)):
-            return ids
         before = list(self.tokenizer.opening) if self._prompter.adds_bos else []
+        bos = self.tokenizer.token(self.prefix_token_id)
+        if self.tokenizer.opens_answers:
+            return ids if add_special_tokens is None and string.endswith(bos) else [*ids, *before]
+        if add_special_tokens is None and string.startswith(bos):
+            return ids
         behind = [self.eot_token_id] if self.tokenizer.adds_eos else []
         return [*before, *ids, *behind]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of what follows it; apart where special tokens stand between them."""
+        if not self.tokenizer.opens_answers:
+            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return pair
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        return self.tok_encode(stripped), self.tok_encode(continuation, add_special_tokens=False)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -168,14 +183,8 @@ class JaxlmModel(TemplateLM):
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            pieces = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for piece in map(utils.make_disjoint_window, pieces):
-                windows.append((None, *piece))
+            for context, continuation in self._rolling_windows(request.args[0]):
+                windows.append((None, context, continuation))
                 owners.append(number)
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
@@ -183,6 +192,21 @@ class JaxlmModel(TemplateLM):
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def _rolling_windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """A text as pairs of what is read and what is predicted; with `opens_answers`, an answer to nothing."""
+        opening = list(self.tokenizer.opening) if self.tokenizer.opens_answers else []
+        pieces = utils.get_rolling_token_windows(
+            token_list=self.tok_encode(text, add_special_tokens=False if opening else None),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length - len(opening),
+            context_len=1,
+        )
+        pairs = [(list(context), list(new)) for context, new in map(utils.make_disjoint_window, pieces)]
+        if not opening:
+            return pairs
+        # The first window follows the opening, whose last token is the prefix; others have a token before them.
+        return [([*opening, *(context if at else [])], new) for at, (context, new) in enumerate(pairs)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to the first of the texts that end it."""

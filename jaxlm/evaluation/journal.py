@@ -49,20 +49,40 @@ class Answered:
 
 
 class Journal(Answered):
-    """Answers kept in a file too.
+    """Answers kept in a file too; arguments and errors as of `JournalFile`."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self._file = JournalFile(path, settings, overwrite)
+        super().__init__({line["request"]: from_json(line["answer"]) for line in self._file.lines})
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Keeps answers for good."""
+        super().add(answers)
+        self._file.add(*({"request": number, "answer": to_json(answer)} for number, answer in answers.items()))
+
+    def close(self) -> None:
+        """Gives the file up."""
+        self._file.close()
+
+
+class JournalFile:
+    """A file of lines as JSON that survives a kill.
 
     Args:
         path: of the file; its folder is there.
-        settings: what decides the answers, as JSON has it; a run with other settings must not go on with it.
+        settings: what decides the lines, as JSON has it; a run with other settings must not go on with it.
         overwrite: begin anew when it was begun with other settings.
+
+    Attributes:
+        lines: what was in it.
 
     Raises:
         UserError: it was begun with other settings, another run is writing it, or it is another file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        super().__init__()
-        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self._path = path
         self._file = path.open("ab+")
         try:
             self._lock()
@@ -76,7 +96,7 @@ class Journal(Answered):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.path}: another run is writing there; wait for it, or name another --output"
+                f"{self._path}: another run is writing there; wait for it, or name another --output"
             ) from None
 
     def _open(self, settings: dict[str, Any], overwrite: bool) -> None:
@@ -89,31 +109,25 @@ class Journal(Answered):
         except ValueError:
             lines = [None]
         if lines and not (isinstance(lines[0], dict) and MARK in lines[0]):
-            raise UserError(f"{self.path}: is not the journal of an evaluation; move it away")
+            raise UserError(f"{self._path}: is not the journal of an evaluation; move it away")
         before = lines[0]["settings"] if lines else settings
         if before != settings and not overwrite:
-            refuse_other_settings(self.path, before, settings, "an interrupted run was begun with")
+            refuse_other_settings(self._path, before, settings, "an interrupted run was begun with")
         same = bool(lines) and before == settings
         self._file.truncate(len(whole) if same else 0)
         if same:
-            self.answers = {line["request"]: from_json(line["answer"]) for line in lines[1:]}
+            self.lines = lines[1:]
         else:
-            self._write({MARK: 1, "settings": settings})
+            self.add({MARK: 1, "settings": settings})
 
-    def _write(self, *values: dict[str, Any]) -> None:
-        self._file.write(b"".join(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values))
+    def add(self, *lines: Mapping[str, Any]) -> None:
+        """Keeps lines for good."""
+        self._file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def add(self, answers: Mapping[int, Answer]) -> None:
-        """Keeps answers for good."""
-        super().add(answers)
-        self._write(*({"request": number, "answer": to_json(answer)} for number, answer in answers.items()))
-
-    def close(self, remove: bool = False) -> None:
-        """Gives the file up; `remove`: the final files are written, and it goes."""
-        if remove:
-            self.path.unlink(missing_ok=True)
+    def close(self) -> None:
+        """Gives the file up."""
         self._file.close()
 
 

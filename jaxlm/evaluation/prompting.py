@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jaxlm.config import SourceConfig
+from jaxlm.config import Decoding, SourceConfig
 from jaxlm.data.records import read_records
 from jaxlm.errors import UserError
-from jaxlm.evaluation.task import Prompt, Question, Row
+from jaxlm.evaluation.task import Generate, Prompt, Question, Request, Row
+from jaxlm.locate import ReadPath
 
 
 class Example(NamedTuple):
@@ -18,6 +20,69 @@ class Example(NamedTuple):
 
     question: str
     answer: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionOptions:
+    """How questions that are answered in writing are asked.
+
+    Args:
+        shots: the number of examples before each question.
+        examples: the file that they are taken from.
+        description: stands before everything; fields in braces are filled in.
+        chat: ask in the model's own template (examples are earlier turns), else as plain text.
+        question: what stands before the question.
+        cue: what stands before the answer.
+        max_new_tokens: most tokens of an answer.
+        stop: texts that end an answer; null: the task's own, in a chat nothing.
+    """
+
+    shots: int = 0
+    examples: ReadPath | None = None
+    description: str = ""
+    chat: bool = False
+    question: str = "Question: "
+    cue: str = "Answer:"
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] | None = None
+
+
+def written_answers(
+    records: Sequence[Row],
+    options: QuestionOptions,
+    *,
+    ask: Callable[[Row], str],
+    solve: Callable[[Row], str],
+    check: Callable[[Row], str | None],
+    group: Sequence[str],
+    end: str,
+) -> list[Request]:
+    """An answer to each question, written greedily.
+
+    Args:
+        ask: a record as a question, with its cue.
+        solve: the answer of an example.
+        check: what is wrong with an example, else None.
+        group: fields that name the group whose examples are a question's own.
+        end: ends an answer where `options.stop` is null, but not in a chat.
+
+    Raises:
+        UserError: for examples or descriptions that cannot be used.
+    """
+    stop = (() if options.chat else (end,)) if options.stop is None else options.stop
+    settings = Decoding(max_new_tokens=options.max_new_tokens, stop=stop)
+    result: list[Request] = []
+    for number, record in enumerate(records):
+        examples = []
+        for chosen in choose_examples(options.examples, options.shots, record, group):
+            problem = check(chosen)
+            if problem is not None:
+                raise UserError(f"options.examples: {options.examples}: an example {problem}")
+            examples.append(Example(ask(chosen), solve(chosen)))
+        description = filled(options.description, record, "options.description")
+        context = prompt_of(ask(record), examples, description, options.chat, options.cue)
+        result.append(Generate(record=number, context=context, settings=settings))
+    return result
 
 
 def field(record: Row, names: Sequence[str]) -> Any:

@@ -24,13 +24,15 @@ MODULES: dict[str, str] = {
     "sii": "sii",
     "zbench": "zbench",
 }
+# The same for the task without requests: its texts are scored in rows, see `evaluation.perplexity`.
+TEXTS = {"perplexity": "perplexity"}
 # Tasks of `jaxlm evaluate` that have a command of their own, and are run one at a time.
-ALONE = ("perplexity", "smiles2text", "text2smiles")
+ALONE = ("smiles2text", "text2smiles")
 
 
 def names() -> list[str]:
     """What --task may name."""
-    return [*sorted(MODULES), *ALONE]
+    return [*sorted(MODULES | TEXTS), *ALONE]
 
 
 def get_task(name: str) -> Task:
@@ -39,10 +41,11 @@ def get_task(name: str) -> Task:
     Raises:
         UserError: there is none, with the nearest.
     """
-    if name not in MODULES:
+    modules = MODULES | TEXTS
+    if name not in modules:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
         raise UserError(f"task: {name!r} is not a task; {hint}")
-    module = importlib.import_module(f"jaxlm.evaluation.tasks.{MODULES[name]}")
+    module = importlib.import_module(f"jaxlm.evaluation.tasks.{modules[name]}")
     tasks: dict[str, Task] = getattr(module, "TASKS", None) or {module.TASK.name: module.TASK}
     return tasks[name]

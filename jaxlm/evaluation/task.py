@@ -104,6 +104,8 @@ class Answer:
             the whole vocabulary).
         is_greedy: for each continuation, whether every one of its tokens was the most probable.
         num_tokens: tokens of each continuation.
+        num_correct, num_bytes, num_characters: of a text that is scored as a whole: tokens that were the most probable,
+            and the length of what was scored, as UTF-8 and as Unicode.
         texts: what was written, one for each sample. Answers that were made elsewhere have only this field.
         finishes: why each text ends: 'stop', 'length' or 'context'.
         error: why there is no answer, e.g. a prompt beyond the model's context. It counts as wrong, and is reported.
@@ -112,6 +114,9 @@ class Answer:
     log_probs: tuple[float, ...] = ()
     is_greedy: tuple[bool, ...] = ()
     num_tokens: tuple[int, ...] = ()
+    num_correct: tuple[int, ...] = ()
+    num_bytes: tuple[int, ...] = ()
+    num_characters: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
     finishes: tuple[str, ...] = ()
     error: str | None = None

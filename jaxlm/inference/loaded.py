@@ -203,9 +203,9 @@ class LoadedModel:
         """Embeddings of texts, [number of texts, D] float32: the last hidden states behind the final norm, pooled.
 
         Args:
-            texts: texts as they stand (no template; the tokenizer's own bos in front), or lists of token ids. A single
-                text is a list of one.
-            pooling: mean: over all tokens of a text, bos included; last: the last token's.
+            texts: texts as they stand (no template; the tokenizer's own bos in front, or ChatGLM-6B's [gMASK]<sop>
+                behind, as its tokenizer puts them), or lists of token ids. A single text is a list of one.
+            pooling: mean: over all tokens of a text, bos included; last: the last token's (ChatGLM-6B's <sop>).
             batch_size: texts that are read together.
 
         Raises:
@@ -230,7 +230,8 @@ class LoadedModel:
 
     def _plain_ids(self, text: str) -> list[int]:
         opening = list(self.tokenizer.opening) if self.tokenizer.adds_bos else []
-        return [*opening, *self.tokenizer.encode(_whole(text)).ids]
+        ids = self.tokenizer.encode(_whole(text)).ids
+        return [*ids, *opening] if self.tokenizer.opens_answers else [*opening, *ids]
 
     def _last_layer(self, texts: Sequence[Ids]) -> tuple[jax.Array, jax.Array]:
         """What the last layer gives of texts [R, T, D], and their lengths [R]; the last rows only fill up the mesh."""

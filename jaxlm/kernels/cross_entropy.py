@@ -42,6 +42,14 @@ class LossOutput:
     correct: jax.Array
 
 
+@flax.struct.dataclass
+class TokenLosses:
+    """What each token adds to the sums: float32 [B, T]."""
+
+    loss: jax.Array
+    correct: jax.Array
+
+
 def soft_capped(logits: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(logits / cap); the logits themselves for None."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -92,6 +100,7 @@ class _Task:
         soft_cap: of the logits, see `linear_cross_entropy`.
         filled: the head has rows behind the last one, so that it divides evenly.
         accuracy, grad_x, grad_head: what is wanted.
+        by_token: what each token adds to the sums is wanted, which with `accuracy` says whether it is right.
     """
 
     dtype: DTypeLike
@@ -102,6 +111,7 @@ class _Task:
     grad_head: bool = False
     filled: bool = False
     soft_cap: float | None = None
+    by_token: bool = False
 
 
 def _axes(x: Any, head: Any) -> _Axes:
@@ -141,7 +151,7 @@ def _dot(a: jax.Array, b: jax.Array, a_dim: int, b_dim: int) -> jax.Array:
 
 def _walk_local(
     x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, task: _Task
-) -> tuple[LossOutput, jax.Array | None, jax.Array | None]:
+) -> tuple[LossOutput, jax.Array | None, jax.Array | None, TokenLosses | None]:
     """`_walk` on one device: its tokens [b, t], its part of the head [v, d]."""
     axes = task.axes
     matrix = head.astype(task.dtype)
@@ -169,13 +179,18 @@ def _walk_local(
         picked = jnp.sum(jnp.where(hot, logits, 0.0), axis=-1)
         total, picked = over_vocab(jax.lax.psum, (total, picked))
         lse = largest + jnp.log(total)
-        correct = out.correct
+        correct, hits = out.correct, None
         if task.accuracy:
             # The first of equal logits, as argmax has it.
             best = jnp.min(jnp.where(logits == largest[:, None], row, jnp.iinfo(jnp.int32).max), axis=-1)
             hits = (over_vocab(jax.lax.pmin, best) == ys) & (ws > 0)
             correct += jnp.sum(hits, dtype=jnp.float32)
-        out = LossOutput(loss=out.loss + jnp.sum((lse - picked) * ws), correct=correct)
+        losses = (lse - picked) * ws
+        out = LossOutput(loss=out.loss + jnp.sum(losses), correct=correct)
+        tokens = None
+        if task.by_token:
+            assert hits is not None, "by_token comes with accuracy"
+            tokens = TokenLosses(losses.reshape(xs.shape[:2]), hits.astype(jnp.float32).reshape(xs.shape[:2]))
         grad_x = None
         if task.grad_x or task.grad_head:
             grad = (jnp.exp(logits - lse[:, None]) - hot) * ws[:, None]
@@ -184,11 +199,11 @@ def _walk_local(
                 grad_x = over_vocab(jax.lax.psum, _dot(grad, matrix, 1, 0).astype(x.dtype)).reshape(xs.shape)
             if task.grad_head:
                 grad_head += _dot(grad, flat, 0, 0)
-        return (out, grad_head), grad_x
+        return (out, grad_head), (grad_x, tokens)
 
     zero = LossOutput(loss=jnp.float32(0), correct=jnp.float32(0))
     grad_head = jnp.zeros(matrix.shape, jnp.float32) if task.grad_head else None
-    (out, grad_head), grad_x = jax.lax.scan(
+    (out, grad_head), (grad_x, tokens) = jax.lax.scan(
         body, (zero, grad_head), (_split(x, n), _split(labels, n), _split(weights, n))
     )
     if axes.tokens:
@@ -199,13 +214,14 @@ def _walk_local(
         others = tuple(name for name in axes.tokens if name not in axes.embed)
         if others:
             grad_head = jax.lax.psum(grad_head, others)
-    return out, None if grad_x is None else _join(grad_x, x.shape[1]), grad_head
+    grad_x, tokens = jax.tree.map(lambda chunks: _join(chunks, x.shape[1]), (grad_x, tokens))
+    return out, grad_x, grad_head, tokens
 
 
 def _walk(
     x: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, task: _Task
-) -> tuple[LossOutput, jax.Array | None, jax.Array | None]:
-    """Sums, and the gradients of the loss (x's in its dtype, the head's in float32) that the task asks for."""
+) -> tuple[LossOutput, jax.Array | None, jax.Array | None, TokenLosses | None]:
+    """Sums, and what the task asks for: gradients of the loss (x's in its dtype, the head's in float32), tokens."""
     axes = task.axes
     if axes == _Axes():
         return _walk_local(x, head, labels, weights, task)
@@ -218,11 +234,11 @@ def _walk(
     run = jax.shard_map(
         partial(_walk_local, task=task),
         in_specs=(token, part, token, token),
-        out_specs=(P(), token if task.grad_x else P(), part if task.grad_head else P()),
+        out_specs=(P(), token if task.grad_x else P(), part if task.grad_head else P(), token),
         check_vma=False,  # its carry is a sum over tokens at the end only
     )
-    out, grad_x, grad_head = run(x, head, labels, weights)
-    return out, grad_x, None if grad_head is None else grad_head[: task.vocab]
+    out, grad_x, grad_head, tokens = run(x, head, labels, weights)
+    return out, grad_x, None if grad_head is None else grad_head[: task.vocab], tokens
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -245,7 +261,7 @@ def _loss_fwd(
     axes = _axes(x.value, head.value)
     # Under LoRA the head is frozen: its gradient, a third of the work here, is not formed.
     task = _Task(dtype, head.value.shape[0], axes, accuracy, x.perturbed, head.perturbed, soft_cap=soft_cap)
-    out, grad_x, grad_head = _walk(x.value, head.value, labels.value, weights.value, task)
+    out, grad_x, grad_head, _ = _walk(x.value, head.value, labels.value, weights.value, task)
     return out, (grad_x, grad_head, jnp.zeros((), head.value.dtype))
 
 
@@ -283,3 +299,19 @@ def linear_cross_entropy(
         soft_cap: logits become soft_cap * tanh(logits / soft_cap); None: they stay.
     """
     return _loss(x, head, labels, weights, dtype, accuracy, soft_cap)
+
+
+def token_cross_entropy(
+    x: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    soft_cap: float | None = None,
+) -> tuple[LossOutput, TokenLosses]:
+    """The sums of `linear_cross_entropy` with accuracy, and what each token adds to them; not to be differentiated."""
+    task = _Task(dtype, head.shape[0], _axes(x, head), True, soft_cap=soft_cap, by_token=True)
+    out, _, _, tokens = _walk(x, head, labels, weights, task)
+    assert tokens is not None
+    return out, tokens

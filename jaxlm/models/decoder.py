@@ -23,7 +23,13 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.backend import AttentionBackend
-from jaxlm.kernels.cross_entropy import LossOutput, linear_cross_entropy, soft_capped
+from jaxlm.kernels.cross_entropy import (
+    LossOutput,
+    TokenLosses,
+    linear_cross_entropy,
+    soft_capped,
+    token_cross_entropy,
+)
 from jaxlm.nn.attention import KVCache
 from jaxlm.nn.cross_attention import CrossAttention, Source
 from jaxlm.nn.embedding import look_up
@@ -512,10 +518,29 @@ class Decoder(nn.Module):
             LossOutput with sums over the batch, float32 scalars.
         """
         x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids, **source)
-        labels = jnp.roll(input_ids, -1, axis=1)
-        shifted = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
+        labels, shifted = _predicted(input_ids, weights)
         cap = self.spec.logits_soft_cap
         return linear_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, accuracy=accuracy, soft_cap=cap)
+
+    def token_losses(
+        self,
+        input_ids: jax.Array,
+        weights: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        modality_ids: jax.Array | None = None,
+    ) -> tuple[LossOutput, TokenLosses]:
+        """The sums of `loss` with accuracy, and what the prediction of each token [B, T] adds to them."""
+        x, matrix = self.hidden(input_ids, positions, segment_ids, True, modality_ids)
+        labels, shifted = _predicted(input_ids, weights)
+        cap = self.spec.logits_soft_cap
+        sums, tokens = token_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, soft_cap=cap)
+        return sums, jax.tree.map(lambda each: jnp.roll(each, 1, axis=1), tokens)
+
+
+def _predicted(input_ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The token [B, T] that each place predicts, and its weight."""
+    return jnp.roll(input_ids, -1, axis=1), jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
 
 
 def run_stacks(

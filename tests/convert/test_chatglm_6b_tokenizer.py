@@ -6,6 +6,7 @@ import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,6 +309,39 @@ def test_conversions_keep_its_files(tmp_path: Path, run: Callable[..., str]) -> 
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     jax_files = next(file.parent for file in (tmp_path / "jax").rglob("ice_text.model"))
     assert load_tokenizer(jax_files).opens_answers
+
+
+def test_texts_by_themselves_end_with_what_opens_an_answer(saved: tuple[Tokenizer, Oracle]) -> None:
+    """As the repository's tokenizer ends any text; an embedding is that of a prompt."""
+    from jaxlm.inference.loaded import LoadedModel
+
+    tokenizer, oracle = saved
+    model: Any = LoadedModel.__new__(LoadedModel)
+    model._prompter = Prompter("text", tokenizer)
+    assert model._plain_ids("a rock") == [*oracle.encode("a rock"), oracle.id("[gMASK]"), oracle.id("<sop>")]
+
+
+def test_the_harness_puts_it_between_context_and_continuation(saved: tuple[Tokenizer, Oracle]) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'jaxlm[harness]'")
+    from jaxlm.evaluation.harness import JaxlmModel
+
+    tokenizer, oracle = saved
+    opening = [oracle.id("[gMASK]"), oracle.id("<sop>")]
+    lm: Any = JaxlmModel.__new__(JaxlmModel)
+    lm.tokenizer, lm._prompter, lm.backend = tokenizer, Prompter("text", tokenizer), "causal"
+    lm._generator = SimpleNamespace(max_length=16)
+    assert lm._encode_pair("a rock ", "indeed") == ([*oracle.encode("a rock"), *opening], oracle.encode(" indeed"))
+    assert lm.tok_encode("a rock") == [*oracle.encode("a rock"), *opening]
+    assert lm.tok_encode("a rock[gMASK]<sop>") == lm.tok_encode("a rock")
+    text = "granite and a mineral " * 9
+    windows, ids = lm._rolling_windows(text), oracle.encode(text)
+    assert len(windows) > 2 and [index for _, new in windows for index in new] == ids
+    assert windows[0][0] == opening
+    done = 0
+    for context, new in windows:
+        assert context[:2] == opening and len(context) + len(new) <= 16 + 1
+        assert context[2:] == ids[done - len(context) + 2 : done]
+        done += len(new)
 
 
 @pytest.mark.e2e

@@ -53,11 +53,61 @@ def test_figures_are_those_of_evaluate(inputs: Path, base_config: dict[str, Any]
             assert last[f"{task}/{name}"] == pytest.approx(figures[name]["value"], abs=1e-5)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": {"rank": 2, "alpha": 8, "targets": ["q_proj", "down_proj"]}, "optimizer": {"learning_rate": 0.1}},
+    "experts": {"moe": {"experts": 4, "top_k": {"text": 3}, "router": "learned"}},
+    "sharded": {"mesh": {"data": 4, "fsdp": 2}},
+    "all of them": {
+        "lora": {"rank": 2, "alpha": 8, "targets": ["q_proj", "v_proj"]},
+        "moe": {"experts": 4, "top_k": {"text": 3}, "router": "activation"},
+        "mesh": {"data": 4, "fsdp": 2},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_kind_of_model(kind: str, inputs: Path, base_config: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter, experts, several devices: what is said while training is what the run's model says afterwards."""
+    choices, asked = tmp_path / "choices.json", tmp_path / "asked.json"
+    choices.write_text(json.dumps(CHOICES))
+    asked.write_text(json.dumps(ASKED))
+    tasks = [
+        {"task": "multiple_choice", "data": str(choices), "every": 2, "options": {"answers": "texts"}},
+        {"task": "qa", "data": str(asked), "every": 2, "options": {"max_new_tokens": 4}},
+    ]
+    changes = dict(KINDS[kind])
+    if "lora" in changes:
+        moe = {} if "moe" not in changes else {"moe": changes.pop("moe")}
+        base = write_config(tmp_path / "base", base_config, train={"steps": 2, "eval_every": 0, "save_every": 0}, **moe)
+        assert train(["--config", str(base), "--output_dir", str(tmp_path / "base" / "out")]) == 0
+        changes |= {"model": {"path": str(tmp_path / "base" / "out"), "shape": None}, "tokenizer": None}
+    settings = {"steps": 2, "save_every": 0, "eval_every": 0, "tasks": tasks}
+    config = write_config(tmp_path / "run", base_config, train=settings, **changes)
+    out = tmp_path / "out"
+    assert train(["--config", str(config), "--output_dir", str(out)]) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if any(name.startswith(("multiple_choice/", "qa/")) for name in line):
+            by_step.setdefault(line["step"], {}).update(line)
+    assert list(by_step) == [0, 2]
+    assert by_step[0]["multiple_choice/probability"] != by_step[2]["multiple_choice/probability"]
+    words = ["--model", str(out), "--task", "multiple_choice,qa", "--data", str(choices), "--data", str(asked)]
+    words += ["--options.max_new_tokens", "4", "--options.answers", "texts", "--compilation_cache", "none"]
+    assert evaluate([*words, "--output", str(tmp_path / "scores")]) == 0
+    for task, names in (("multiple_choice", ("acc", "acc_norm", "probability")), ("qa", ("exact", "f1"))):
+        figures = json.loads((tmp_path / "scores" / task / "scores.json").read_text())["figures"]
+        for name in names:
+            assert by_step[2][f"{task}/{name}"] == pytest.approx(figures[name]["value"], abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tasks": [{"task": "quiz", "data": "FILE"}]}, "train.tasks: task: 'quiz' is not a task"),
         ({"tasks": [{"task": "qa", "data": "FILE"}]}, "train.tasks: data: "),
+        ({"tasks": [{"task": "perplexity", "data": "FILE"}]}, "perplexity is what data.validation gives"),
         ({"tasks": [{"task": "multiple_choice", "data": "none.json"}]}, "none.json"),
         ({"tasks": [{"task": "multiple_choice", "data": "FILE", "options": {"x": 1}}]}, "train.tasks: options"),
         ({"tasks": [{"task": "multiple_choice", "data": "FILE", "every": 0}]}, "every: 0 must be at least 1"),

@@ -171,7 +171,8 @@ def test_answers_made_elsewhere_are_scored(tmp_path: Path) -> None:
         (QUESTIONS, ["--limit", "0"], "limit"),
         (QUESTIONS, ["--batch_size", "0"], "batch_size: 0"),
         (QUESTIONS, ["--task", "multiple_choise"], "did you mean 'multiple_choice'"),
-        (QUESTIONS, ["--task", "multiple_choice,perplexity"], "perplexity is run by itself"),
+        (QUESTIONS, ["--task", "multiple_choice,smiles2text"], "smiles2text is run by itself"),
+        (QUESTIONS, ["--task", "multiple_choice,perplexity"], "data: name a file of texts"),
         (QUESTIONS, ["--data", "other.json"], "name one for each task"),
     ],
 )

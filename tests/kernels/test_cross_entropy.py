@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.config import MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
 from jaxlm.kernels import cross_entropy
-from jaxlm.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy
+from jaxlm.kernels.cross_entropy import linear_cross_entropy, reference_cross_entropy, token_cross_entropy
 from jaxlm.sharding import ROW_AXES
 
 V, D = 53, 16
@@ -218,6 +219,31 @@ def test_on_a_mesh(sizes: dict[str, int], vocab: int, soft_cap: float | None, sm
     assert correct == expected_correct > 0
     for a, b in zip(grads, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(fsdp=2, tensor=4), dict(data=2, fsdp=2, expert=2)], ids=str)
+def test_what_each_token_adds(sizes: dict[str, int], small_chunks: None) -> None:
+    """To the sums, which have the bits that they have without it; on one device and on meshes."""
+    x, head, labels, weights = inputs(8, 31, 53)
+    labels[:, :9] = np.argmax(x[:, :9] @ head.T, axis=-1)
+    weights[3, 4] = 1.0
+    rows = [jnp.asarray(each) for each in (x, head, labels, weights)]
+
+    def run(fn: Any, **options: Any) -> Any:
+        with use_mesh(mesh_of(**sizes)) if sizes else contextlib.nullcontext():
+            return jax.jit(lambda *args: fn(*args, **options))(*rows)
+
+    sums, tokens = run(token_cross_entropy, soft_cap=2.5)
+    plain = run(linear_cross_entropy, soft_cap=2.5, accuracy=True)
+    assert sums.loss == plain.loss and sums.correct == plain.correct
+    for row, place in ((0, 0), (3, 4), (7, 30)):
+        one = np.zeros_like(weights)
+        one[row, place] = weights[row, place]
+        alone = reference_cross_entropy(x, head, labels, one, soft_cap=2.5)
+        np.testing.assert_allclose(tokens.loss[row, place], alone.loss, rtol=1e-5)
+        assert tokens.correct[row, place] == alone.correct
+    np.testing.assert_allclose(tokens.loss.sum(), plain.loss, rtol=1e-5)
+    assert tokens.correct.sum() == plain.correct > 20
 
 
 def collectives(text: str) -> set[tuple[str, str]]:

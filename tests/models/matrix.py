@@ -26,6 +26,7 @@ CAPABILITIES = {
     "LoRA training": "of all linear layers: the loss falls, and PEFT's form of the adapter gives the same logits",
     "generate": "greedy tokens, against transformers' `generate`",
     "beams": "tokens of a beam search with penalties, against transformers' `generate`",
+    "evaluate": "`jaxlm evaluate`: log-likelihoods, next tokens and greedy text, against PyTorch's",
     "plan": "`jaxlm plan` of a directory counts its parameters, and `convert inspect` names its architecture",
     "int8": "generation from int8 weights: the model with rounded weights, in a third of the bytes",
     "experts": "`convert moefy`: feed-forward layers divided into experts, with all of them the dense model",
@@ -35,7 +36,7 @@ CAPABILITIES = {
 }
 YES, REFUSED, NO, NOT_RUN = "yes", "refused", "no", "not run"
 HEADER = "| family |"
-COMMAND = "tests/models/test_matrix.py tests/models/test_t5.py --matrix"
+COMMAND = "tests/models/test_matrix.py tests/models/test_t5.py tests/evaluation/test_families.py --matrix"
 
 
 def read_page() -> dict[str, dict[str, tuple[str, str]]]:

@@ -7,12 +7,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from jaxlm.config import Decoding
 from jaxlm.errors import UserError
-from jaxlm.evaluation.prompting import Example, check_examples, choose_examples, field, filled, prompt_of
-from jaxlm.evaluation.task import Answers, Figure, Generate, Request, Row, Task, mean
+from jaxlm.evaluation.prompting import QuestionOptions, check_examples, field, written_answers
+from jaxlm.evaluation.task import Answers, Figure, Request, Row, Task, mean
 from jaxlm.evaluation.tasks.qa import written
-from jaxlm.locate import ReadPath
 from jaxlm.tokenizer import Tokenizer
 
 QUESTION = ("question", "problem_text", "problem", "Question", "input")
@@ -30,30 +28,15 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(QuestionOptions):
     """How questions are asked, and when an answer is right.
 
     Args:
         tolerance: largest difference, as a share of the right number; of 0 too, where it is the difference itself.
-        shots: the number of examples before each question.
-        examples: the file that they are taken from.
-        description: stands before everything; fields in braces are filled in.
-        chat: ask in the model's own template (examples are earlier turns), else as plain text.
-        question: what stands before the question.
-        cue: what stands before the answer.
-        max_new_tokens: most tokens of an answer.
-        stop: texts that end an answer; null: an empty line, in a chat nothing.
     """
 
     tolerance: float = 0.05
-    shots: int = 0
-    examples: ReadPath | None = None
-    description: str = ""
-    chat: bool = False
-    question: str = "Question: "
-    cue: str = "Answer:"
     max_new_tokens: int = 256
-    stop: tuple[str, ...] | None = None
 
 
 def check_options(options: Options) -> None:
@@ -129,22 +112,16 @@ def _asked(record: Row, options: Options) -> str:
 
 
 def requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> list[Request]:
-    """An answer to each question, written greedily."""
-    stop = (() if options.chat else ("\n\n",)) if options.stop is None else options.stop
-    settings = Decoding(max_new_tokens=options.max_new_tokens, stop=stop)
-    result: list[Request] = []
-    for number, record in enumerate(records):
-        examples = []
-        for chosen in choose_examples(options.examples, options.shots, record, GROUP):
-            problem = check(chosen, options)
-            if problem is not None:
-                raise UserError(f"options.examples: {options.examples}: an example {problem}")
-            solution = field(chosen, ("solution", "rationale", *ANSWER))
-            examples.append(Example(_asked(chosen, options), str(solution)))
-        description = filled(options.description, record, "options.description")
-        context = prompt_of(_asked(record, options), examples, description, options.chat, options.cue)
-        result.append(Generate(record=number, context=context, settings=settings))
-    return result
+    """An answer to each question, written greedily; it ends at an empty line."""
+    return written_answers(
+        records,
+        options,
+        ask=lambda record: _asked(record, options),
+        solve=lambda record: str(field(record, ("solution", "rationale", *ANSWER))),
+        check=lambda record: check(record, options),
+        group=GROUP,
+        end="\n\n",
+    )
 
 
 def is_right(answer: float | None, right: float, tolerance: float) -> bool:

@@ -7,17 +7,13 @@ answers the nearest counts. Chinese, Japanese and Korean signs are words of thei
 from __future__ import annotations
 
 import collections
-import dataclasses
 import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlm.config import Decoding
-from jaxlm.errors import UserError
-from jaxlm.evaluation.prompting import Example, check_examples, choose_examples, field, filled, prompt_of
-from jaxlm.evaluation.task import Answers, Figure, Generate, Request, Row, Task, mean
-from jaxlm.locate import ReadPath
+from jaxlm.evaluation.prompting import QuestionOptions, check_examples, field, written_answers
+from jaxlm.evaluation.task import Answers, Figure, Request, Row, Task, mean
 from jaxlm.tokenizer import Tokenizer
 
 QUESTION = ("question", "Question", "query", "instruction", "input")
@@ -27,31 +23,6 @@ GROUP = ("subject", "category")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _SIGNS = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])")
 _PUNCTUATION = frozenset(string.punctuation + "，。！？；：、“”‘’（）《》【】")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How questions are asked.
-
-    Args:
-        shots: the number of examples before each question.
-        examples: the file that they are taken from.
-        description: stands before everything; fields in braces are filled in.
-        chat: ask in the model's own template (examples are earlier turns), else as plain text.
-        question: what stands before the question.
-        cue: what stands before the answer.
-        max_new_tokens: most tokens of an answer.
-        stop: texts that end an answer; null: a line break, in a chat nothing.
-    """
-
-    shots: int = 0
-    examples: ReadPath | None = None
-    description: str = ""
-    chat: bool = False
-    question: str = "Question: "
-    cue: str = "Answer:"
-    max_new_tokens: int = 64
-    stop: tuple[str, ...] | None = None
 
 
 def right_answers(record: Row) -> list[str]:
@@ -81,23 +52,17 @@ def asked(record: Row, question: str, cue: str) -> str:
     return f"{before}{question}{str(field(record, QUESTION)).strip()}\n{cue}"
 
 
-def requests(records: Sequence[Row], options: Options, tokenizer: Tokenizer) -> list[Request]:
-    """An answer to each question, written greedily."""
-    stop = (() if options.chat else ("\n",)) if options.stop is None else options.stop
-    settings = Decoding(max_new_tokens=options.max_new_tokens, stop=stop)
-    result: list[Request] = []
-    for number, record in enumerate(records):
-        examples = []
-        for chosen in choose_examples(options.examples, options.shots, record, GROUP):
-            problem = check(chosen, options)
-            if problem is not None:
-                raise UserError(f"options.examples: {options.examples}: an example {problem}")
-            examples.append(Example(asked(chosen, options.question, options.cue), right_answers(chosen)[0]))
-        text = asked(record, options.question, options.cue)
-        description = filled(options.description, record, "options.description")
-        context = prompt_of(text, examples, description, options.chat, options.cue)
-        result.append(Generate(record=number, context=context, settings=settings))
-    return result
+def requests(records: Sequence[Row], options: QuestionOptions, tokenizer: Tokenizer) -> list[Request]:
+    """An answer to each question, written greedily; it ends at a line break."""
+    return written_answers(
+        records,
+        options,
+        ask=lambda record: asked(record, options.question, options.cue),
+        solve=lambda record: right_answers(record)[0],
+        check=lambda record: check(record, options),
+        group=GROUP,
+        end="\n",
+    )
 
 
 def normalised(text: str) -> str:
@@ -142,6 +107,6 @@ TASK = Task(
     requests=requests,
     score=score,
     check=check,
-    options=Options,
+    options=QuestionOptions,
     check_options=lambda options: check_examples(options.examples, options.shots),
 )

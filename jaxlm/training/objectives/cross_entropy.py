@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import MoeRunConfig, RunConfig
-from jaxlm.kernels.cross_entropy import LossOutput
+from jaxlm.kernels.cross_entropy import LossOutput, TokenLosses
 from jaxlm.models.decoder import Decoder
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
@@ -58,6 +58,21 @@ class CrossEntropy:
         weights = micro["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
         output, _ = self._apply(trainable, frozen, {**micro, "weights": weights}, accuracy=True)
         return {"loss": output.loss, "correct": output.correct, "target_tokens": weights.sum()}
+
+    def by_token(self, trainable: Any, frozen: Any, micro: Batch) -> tuple[Metrics, TokenLosses]:
+        """The sums of `evaluate`, and what each token [B, T] adds to them."""
+        weights = micro["loss_mask"].at[:, 0].set(False).astype(jnp.float32)
+        (output, tokens), _ = self.model.apply(
+            model_variables(trainable, frozen),
+            micro["input_ids"],
+            weights,
+            positions=micro["positions"],
+            segment_ids=micro["segment_ids"],
+            modality_ids=None if self.model.spec.experts is None else micro["modality_ids"],
+            method="token_losses",
+            mutable=["moe"],
+        )
+        return {"loss": output.loss, "correct": output.correct, "target_tokens": weights.sum()}, tokens
 
     def validation(self, sums: dict[str, float]) -> tuple[dict[str, float], str]:
         targets = max(sums["target_tokens"], 1.0)
