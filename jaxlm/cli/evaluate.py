@@ -88,7 +88,7 @@ def _main(argv: Sequence[str], prog: str) -> int:
 def _task_help(argv: Sequence[str], prog: str) -> str | None:
     """The options of the tasks that the words name; None where they name none that has options."""
     from jaxlm.cli.help import options_text
-    from jaxlm.evaluation.registry import ALONE, get_task
+    from jaxlm.evaluation.registry import ALONE, TEXTS, get_task
 
     named = {"--task": "", "--harness": ""}
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
@@ -101,7 +101,7 @@ def _task_help(argv: Sequence[str], prog: str) -> str | None:
 
         parts.append(options_text(f"--harness {named['--harness']}", "Tasks of lm_eval.", HarnessOptions))
     for name in (name.strip() for name in named["--task"].split(",")):
-        if name and name not in ALONE:
+        if name and name not in (*ALONE, *TEXTS):  # whose keys are listed with the others
             task = get_task(name)
             parts.append(options_text(f"--task {name}", f"{task.summary} Data: {task.expects}.", task.options))
     return "\n\n".join([*parts, f"`{prog} --help` lists all other keys."]) if parts else None
