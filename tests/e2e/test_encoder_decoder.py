@@ -153,6 +153,7 @@ def test_it_is_asked_converted_and_planned(model: Path, tmp_path: Path, capsys: 
     assert "the encoder reads" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_asked_and_given_to_peft(model: Path, tmp_path: Path) -> None:
     """Names of T5's own; the run's answers, on the fly and merged, are those of PEFT's files in transformers."""
     peft = pytest.importorskip("peft")

@@ -52,6 +52,7 @@ def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., int], *words
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_commit_that_it_began_with(
     hub: Hub, push: Callable[[int], str], base_config: dict[str, Any], inputs: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 IDS = [1, 5, 9, 30, 7, 8, 100, 20, 21, 22, 23]
 
 
+@pytest.mark.slow
 def test_bloom_is_tuned_under_blooms_names(inputs: Path, base_config: dict[str, Any], tmp_path: Path) -> None:
     hf_model("bloom", vocab_size=320, hidden_size=32).save_pretrained(tmp_path / "base")
     for file in (inputs / "tokenizer").iterdir():

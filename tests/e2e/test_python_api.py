@@ -63,6 +63,7 @@ def test_a_mistake_is_raised_as_the_command_says_it(config: jaxlm.RunConfig) -> 
         jaxlm.train({"model": "x"})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_docs_example_runs(
     base_config: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

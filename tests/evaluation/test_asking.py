@@ -82,6 +82,7 @@ def test_each_request_gets_its_own_answers(tokenizer: Tokenizer) -> None:
     assert [set(each) for each in parts] == [{"answer", "text"}, {"answer", "turn"}, {"answer"}, {"answer"}]
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_the_context(tokenizer: Tokenizer) -> None:
     """And the decoder the continuation, which is cut into tokens by itself."""
     module, model = pair("t5", vocab_size=320)

@@ -73,7 +73,9 @@ def agree(ours: list[Scores], theirs: list[Scores], tolerance: float = 1e-4) -> 
         assert mine.is_greedy == other.is_greedy
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "t5", "bloom", "opt"])
+@pytest.mark.parametrize(
+    "family", ["llama", "t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "bloom", "opt"))]
+)
 def test_log_likelihoods_are_those_of_transformers(family: str) -> None:
     """Also in the plain way; rotary, learned, relative positions and ALiBi, windows, soft caps, an encoder."""
     module, model = pair(family)

@@ -190,6 +190,7 @@ def test_a_killed_run_leaves_the_same_files(tiny_model: Path, tmp_path: Path) ->
     assert contents(measured(tiny_model, data, tmp_path / "b", *SHORT)) == contents(whole)
 
 
+@pytest.mark.slow
 def test_several_sources_beside_another_task(tiny_model: Path, texts: Path, tmp_path: Path) -> None:
     """Plain texts and instructions, the first two of each; the report has each source."""
     asked = write(
@@ -220,6 +221,7 @@ def test_save_file_alone_writes_nothing_else(
     assert saved["task"] == "perplexity" and saved["records"] == 40 and saved["data"] == str(texts)
 
 
+@pytest.mark.slow
 def test_models_are_compared_text_by_text(
     tiny_model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
