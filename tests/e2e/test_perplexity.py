@@ -224,8 +224,14 @@ def test_every_way_to_name_a_model_and_devices(models: Path, tmp_path: Path) -> 
     ],
 )
 def test_mistakes(
-    words: list[str], message: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where an evaluation that is begun has its directory
     (tmp_path / "texts.txt").write_text("rock\n")
     (tmp_path / "records.json").write_text(json.dumps(RECORDS))
     places = {
