@@ -58,7 +58,7 @@ base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 """
-# The same command without its SHA-256 sums, to see what they cost.
+# The same command without its sums, to see what they cost.
 NO_SUMS = """
 import sys
 from convert.commands import main as cli
@@ -212,7 +212,7 @@ def measure(folder: Path, gigabytes: float, dtype: str, wanted: str, torch: bool
             shutil.rmtree(out)
     speed = nbytes / statistics.median(copies) / 1e6
     print(f"\n{nbytes / 1e9:.2f} GB in {dtype}, {config.num_layers} layers of 7B; cp {speed:.0f} MB/s")
-    print("| conversion | MB/s | of cp | without SHA-256 | processor s/GB | peak MiB | PyTorch MB/s, peak MiB |")
+    print("| conversion | MB/s | of cp | of cp, without sums | processor s/GB | peak MiB | PyTorch MB/s, peak MiB |")
     print("|---|---|---|---|---|---|---|")
     for name, found, without, peer in results:
         rates = [nbytes / item.seconds / 1e6 for item in (found, without)]

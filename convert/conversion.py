@@ -15,8 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from convert.formats.card import write_card
 from convert.formats.chat_template import TrainedTemplate, trained_template_or_name, write_chat_template
 from convert.formats.chatglm import is_chatglm, rewrite_tokenizer
+from convert.formats.compressed import GROUP_SIZE, Scheme, check_compressed, write_compressed
+from convert.formats.gguf.read import GgufSource
+from convert.formats.gguf.types import TypeName
+from convert.formats.gguf.write import check_gguf, write_gguf
 from convert.formats.hf_experts import hf_layout, write_hf
 from convert.formats.meta import MetaSource, write_meta
 from convert.formats.mindspore import DEFAULT_ALPHA, MindSporeSource, check_model, find_config, write_mindspore
@@ -35,8 +40,9 @@ from jaxlm.weights.manifest import Hasher
 from jaxlm.weights.native import write as native
 from jaxlm.weights.native.layout import SMALL_FILES, TOKENIZER
 from jaxlm.weights.output import output_directory, parse_size
+from jaxlm.weights.quantized import QuantizedParts
 
-Format = Literal["hf", "jax", "meta", "mindspore", "peft"]
+Format = Literal["hf", "jax", "meta", "mindspore", "peft", "gguf"]
 Progress = Callable[[int], None]
 SHARD_SIZE = "5GB"
 
@@ -88,6 +94,9 @@ class WriteOptions:
         joined: mindspore: wq, wk, wv are joined in w_qkv, and w1, w3 in w_gate_hidden.
         crc: mindspore: the file ends with its CRC-32.
         base: jax, peft: the path of an adapter's base, to be recorded.
+        gguf_type: gguf: what matrices are stored in; 'keep': the dtype that they have.
+        scheme: hf: what linear layers are rounded to, in the form of compressed-tensors; None: as they are.
+        group_size: hf: number of inputs that share a scale, in the scheme 'w4a16'.
     """
 
     shard_size: int = parse_size(SHARD_SIZE)
@@ -96,6 +105,9 @@ class WriteOptions:
     joined: bool = False
     crc: bool = False
     base: str | None = None
+    gguf_type: TypeName = "keep"
+    scheme: Scheme | None = None
+    group_size: int = GROUP_SIZE
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,9 @@ def convert(
     shards: int = 1,
     joined: bool = False,
     crc: bool = False,
+    gguf_type: TypeName = "keep",
+    scheme: Scheme | None = None,
+    group_size: int = GROUP_SIZE,
     progress: Progress | None = None,
 ) -> Converted:
     """Writes a model or adapter in another format, tensor by tensor, in little memory whatever its size.
@@ -160,6 +175,10 @@ def convert(
         shards: to meta: number of files, the model-parallel size to run with.
         joined: to mindspore: writes w_qkv and w_gate_hidden.
         crc: to mindspore: ends the file with its CRC-32.
+        gguf_type: to gguf: what matrices are stored in: 'f32', 'f16', 'bf16', 'q8_0', 'q5_1', 'q5_0', 'q4_1' or 'q4_0';
+            'keep': the dtype that they have.
+        scheme: to hf: rounds linear layers, 'w8a16' or 'w4a16', in the form that vLLM and SGLang load.
+        group_size: to hf: number of inputs that share a scale, in the scheme 'w4a16'.
         progress: called with the numbers of bytes that were written.
 
     Raises:
@@ -183,6 +202,9 @@ def convert(
         "joined": joined,
         "crc": crc,
         "base": base,
+        "gguf_type": gguf_type,
+        "scheme": scheme,
+        "group_size": group_size,
     }
     reading, writing = build(plain(read_values), ReadOptions), build(plain(write_values), WriteOptions)
     opened = open_source(source, source_format, to, reading)
@@ -199,7 +221,16 @@ def convert(
 
 
 # Options of `WriteOptions` that do something for one format only.
-_WRITTEN_TO = {"shard_size": "hf", "layout": "hf", "shards": "meta", "joined": "mindspore", "crc": "mindspore"}
+_WRITTEN_TO = {
+    "shard_size": "hf",
+    "layout": "hf",
+    "shards": "meta",
+    "joined": "mindspore",
+    "crc": "mindspore",
+    "gguf_type": "gguf",
+    "scheme": "hf",
+    "group_size": "hf",
+}
 
 
 def _check_effects(direction: str, form: str, options: ReadOptions | WriteOptions, only: Mapping[str, str]) -> None:
@@ -249,6 +280,8 @@ def _open_model(path: str | Path, form: str | None, to: str | None, options: Rea
     actual = format_of(source)
     _check_format(path, actual, FORMATS[actual].called, form, to)
     assumed: list[str] = source.assumed if isinstance(source, (MetaSource, MindSporeSource)) else []
+    if isinstance(source, GgufSource) and source.note is not None:
+        assumed = [f"no tokenizer: {source.note}"]
     if isinstance(source, MindSporeSource) and groups != 1 and not source.joined:
         raise UserError(f"--groups {groups}: {path} holds no concatenated tensors")
     model = source if options.dtype == "keep" else CastSource(source, options.dtype)
@@ -329,10 +362,31 @@ def write(
     with new_directory(source, destination, progress) as output:
         notes = _write_adapter(form, adapter, output, options) if adapter else ()
         if model is not None:
-            notes = _write_model(form, model, output, options, opened.format == "meta")
+            notes = _write_model(form, model, output, options, opened.format == "meta", template)
         if template is not None and form in ("hf", "peft"):
             write_chat_template(template, output.directory)
+        if form != "jax":
+            known = model or adapter
+            assert known is not None
+            write_card(known, form, output.directory, template, bool(opened.format))
     return Converted(Path(destination), form, output.files, opened.assumed, notes, template)
+
+
+def write_quantized(
+    parts: QuantizedParts, original: str | Path, destination: str | Path, progress: Progress | None = None
+) -> Mapping[str, int]:
+    """Writes a model with its kernels in few bits as a new jaxlm directory, with a manifest.
+
+    Args:
+        original: where the model that is rounded is, to be recorded.
+        progress: called with the numbers of bytes that were written.
+
+    Returns:
+        Bytes of every file but the manifest, by its name in the directory.
+    """
+    with new_directory(parts, destination, progress) as output:
+        native.write_quantized(parts, output.directory, str(original), output)
+    return output.files
 
 
 class Output:
@@ -385,6 +439,10 @@ def _check_model(form: str, source: ParamSource, options: WriteOptions) -> None:
         check_mixtral(source)
     if form == "mindspore":
         check_model(source)
+    if form == "gguf":
+        check_gguf(source)
+    if form == "hf" and options.scheme is not None:
+        check_compressed(source, options.scheme, options.group_size)
     if form == "hf" and options.shard_size < 1:
         raise UserError(f"--shard-size {options.shard_size}: must be positive")
     if form == "meta" and options.shards < 1:
@@ -401,10 +459,21 @@ def _write_adapter(form: str, adapter: AdapterSource, output: Output, options: W
 
 
 def _write_model(
-    form: str, source: ParamSource, output: Output, options: WriteOptions, from_meta: bool
+    form: str,
+    source: ParamSource,
+    output: Output,
+    options: WriteOptions,
+    from_meta: bool,
+    template: TrainedTemplate | None,
 ) -> tuple[str, ...]:
     """Writes a model; returns what its user should know."""
     directory = output.directory
+    if form == "gguf":
+        name = source.path.stem if source.path.is_file() else source.path.name
+        return write_gguf(source, directory, name, options.gguf_type, output, template).notes
+    if form == "hf" and options.scheme is not None:
+        write_compressed(source, directory, options.scheme, options.group_size, options.shard_size, output)
+        return ()
     if form == "hf":
         write_hf(source, directory, options.shard_size, output, options.layout)
         if is_chatglm(directory) and family_of(source.config).in_transformers:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from convert.formats.gguf.read import GgufSource, find_gguf
 from convert.formats.hf_experts import HF_SOURCES, open_hf
 from convert.formats.meta import PARAMS, MetaSource, find_shards
 from convert.formats.mindspore import (
@@ -25,6 +26,7 @@ from convert.formats.mindspore import (
     looks_like_mindspore,
     read_files,
 )
+from convert.formats.packed import PackedSource, packing_method
 from convert.formats.peft import PeftSource
 from convert.transforms.adapter_order import in_order_of
 from convert.transforms.merge import MergedSource
@@ -38,7 +40,8 @@ from jaxlm.weights.files import find_weights
 from jaxlm.weights.leaves import AdapterSource, LeafInfo, LeafSource, ModelFiles, ParamSource
 from jaxlm.weights.native.layout import find_native
 from jaxlm.weights.native.model_json import read_model_json
-from jaxlm.weights.native.read import NativeAdapter, NativeSource, check_adapter_leaves
+from jaxlm.weights.native.read import NativeAdapter, NativeSource, QuantizedNativeSource, check_adapter_leaves
+from jaxlm.weights.quantized import QuantizedSource, rounding_of, same_original
 from jaxlm.weights.safetensors import read_safetensors
 
 __all__ = [
@@ -70,7 +73,8 @@ class FormatInfo(NamedTuple):
 
 FORMATS = {
     "hf": FormatInfo("Hugging Face", "a Hugging Face model", HF_SOURCES),
-    "jax": FormatInfo("jaxlm", "a jaxlm model", (NativeSource, NativeAdapter)),
+    "gguf": FormatInfo("GGUF", "a GGUF file", (GgufSource,)),
+    "jax": FormatInfo("jaxlm", "a jaxlm model", (NativeSource, QuantizedNativeSource, NativeAdapter)),
     "meta": FormatInfo("Meta", "a checkpoint in Meta's format", (MetaSource,)),
     "mindspore": FormatInfo("MindSpore", "a MindSpore checkpoint", (MindSporeSource, MindSporeAdapter)),
     "peft": FormatInfo("PEFT", "a PEFT adapter", (PeftSource,)),
@@ -78,8 +82,8 @@ FORMATS = {
 
 ACCEPTED = (
     "accepted are a Hugging Face directory (config.json and weights), a converted jaxlm directory, "
-    "a run directory, one of its checkpoints, Meta's checkpoint (params.json and consolidated.00.pth), and "
-    "MindSpore's (.ckpt, or .safetensors with MindSpore's names)"
+    "a run directory, one of its checkpoints, Meta's checkpoint (params.json and consolidated.00.pth), MindSpore's "
+    "(.ckpt, or .safetensors with MindSpore's names), and a GGUF file (.gguf)"
 )
 
 
@@ -158,7 +162,7 @@ def is_adapter(path: str | Path) -> bool:
     if (path / "adapter_config.json").is_file():
         # Some trainers put the base's config.json beside the adapter; a merged model may keep adapter_config.json.
         return find_weights(path) is None
-    if path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path)):
+    if (path.is_dir() and ((path / PARAMS).is_file() or _is_hf(path))) or find_gguf(path) is not None:
         return False
     tensors = read_files(_mindspore_files(path), check=False)
     return is_lora(tensors) and not has_embedding(tensors)
@@ -217,7 +221,7 @@ def open_model(
     path: str | Path, config: str | Path | None = None, groups: int = 1, max_positions: int | None = None
 ) -> ParamSource:
     """A full model: a Hugging Face directory, a jaxlm directory, a checkpoint, or a run directory (its newest step);
-    Meta's checkpoint; MindSpore's, a file or its directory.
+    Meta's checkpoint; MindSpore's, a file or its directory; a GGUF file, or the directory of one.
 
     Args:
         config: MindSpore only: shape by name, config.json or MindFormers' YAML; None takes the one beside the file.
@@ -235,11 +239,14 @@ def open_model(
             f"or make one model of them: convert merge BASE {shlex.quote(str(path))} OUT"
         )
     if native is not None:
-        return NativeSource(native, read_model_json(native))
+        content = read_model_json(native)
+        return NativeSource(native, content) if content.rounding is None else QuantizedNativeSource(native, content)
+    if (file := find_gguf(path)) is not None:
+        return GgufSource(file)
     if path.is_dir() and (path / PARAMS).is_file() and find_shards(path) and not _is_hf(path):
         return MetaSource(path, max_positions)
     if path.is_dir() and _is_hf(path) and (path / "config.json").is_file():
-        return open_hf(path)
+        return PackedSource(path) if packing_method(read_object(path / "config.json")) else open_hf(path)
     if _is_mindspore(path):
         return MindSporeSource(path, config, groups)
     if (path / "config.json").is_file():
@@ -249,6 +256,55 @@ def open_model(
     if find_shards(path):
         raise UserError(f"{path}: has consolidated.00.pth but no {PARAMS}, which lies beside it in Meta's releases")
     raise UserError(f"{path}: is not a model: {_found(path)}; {ACCEPTED}")
+
+
+def original_of(base: ParamSource) -> ParamSource:
+    """The model that a quantised one was made of, into whose weights adapters are merged; any other model itself.
+
+    Raises:
+        UserError: it is not where it was, is not recorded, or has other weights by now.
+    """
+    if not isinstance(base, QuantizedSource):
+        return base
+    way_out = "bring it back, or merge into the rounded weights with --rounded"
+    recorded = getattr(base, "original", {})
+    path = find_base(recorded, base.path)
+    if path is None:
+        name = recorded.get("base")
+        where = "a model that it does not record" if name is None else f"{name!r}, which is not here"
+        raise UserError(
+            f"{base.path}: holds rounded weights ({base.kind}), and an adapter is merged into the original ones, of "
+            f"{where}; {way_out}"
+        )
+    original = open_model(path)
+    if isinstance(original, QuantizedSource) or not same_original(rounding_of(original, base.kind), base.rounding):
+        raise UserError(
+            f"{base.path}: was rounded from {path}, which has other weights by now (by a hash of samples); {way_out}"
+        )
+    return original
+
+
+def check_rounding(adapter: AdapterSource, base: ParamSource) -> None:
+    """Refuses an adapter that was trained on other rounded weights than those of a base, or of the base's original.
+
+    Raises:
+        UserError: it was.
+    """
+    trained_on = getattr(adapter, "rounding", None)
+    if trained_on is None:
+        return
+    quantized = isinstance(base, QuantizedSource)
+    here = rounding_of(base, base.kind if isinstance(base, QuantizedSource) else trained_on.partition("-")[0])
+    before, now = trained_on.split()[0], here.split()[0]
+    if not same_original(here, trained_on):
+        problem = f"was trained on another model (rounded to {before}) than {base.path}, by a hash of samples"
+    elif quantized and before != now:
+        problem = f"was trained on weights rounded to {before}, and {base.path} is rounded to {now}"
+    else:
+        return
+    recorded = getattr(adapter, "base", None)
+    way_out = "give the base that it was trained on" + (f", {recorded}" if recorded else "")
+    raise UserError(f"{adapter.path}: {problem}; {way_out}")
 
 
 def open_adapter(

@@ -1,12 +1,11 @@
-"""manifest.json: the SHA-256 of every file in a directory, made while the files are written.
+"""manifest.json: sums of every file in a directory, made while the files are written.
 
 Files are hashed in pieces of 64 MiB by several threads, each piece as soon as it stands in the file, so that the pages
-are still in memory. One digest over a whole file could use one core only, and would be slower than the disk.
+are still in memory. The manifest names its algorithm; those of version 1 have SHA-256, and are checked by it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,11 +17,12 @@ from typing import Any
 from jaxlm.errors import UserError
 from jaxlm.jsonfields import check_format
 from jaxlm.jsontext import read_object
+from jaxlm.sums import ALGORITHMS, FAST, SHA256
 
 MANIFEST = "manifest.json"
 PIECE_BYTES = 64 << 20
-FORMAT, VERSION = "jaxlm-manifest", 1
-# Read at a time; hashlib lets other threads run meanwhile.
+FORMAT, VERSION = "jaxlm-manifest", 2
+# Read at a time.
 _READ_BYTES = 1 << 20
 
 
@@ -30,9 +30,9 @@ def _num_threads() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _piece_digest(path: Path, piece: int, piece_bytes: int, sync: bool) -> str:
-    """SHA-256 of one piece of a file, the last one may be shorter, as hexadecimal digits."""
-    digest = hashlib.sha256()
+def _piece_digest(path: Path, piece: int, piece_bytes: int, sync: bool, algorithm: str = FAST) -> str:
+    """The sum of one piece of a file, the last one may be shorter, as hexadecimal digits."""
+    digest = ALGORITHMS[algorithm]()
     buffer = bytearray(min(_READ_BYTES, piece_bytes))
     view = memoryview(buffer)
     left = piece_bytes
@@ -86,10 +86,11 @@ class Hasher:
                 self.final(path, None)
         names = {path: path.relative_to(self._directory).as_posix() for path in files}
         entries = {
-            names[path]: {"bytes": self._sizes[path], "sha256": [piece.result() for piece in self._pieces[path]]}
+            names[path]: {"bytes": self._sizes[path], "sums": [piece.result() for piece in self._pieces[path]]}
             for path in files
         }
-        content = {"format": FORMAT, "version": VERSION, "piece_bytes": PIECE_BYTES, "files": entries}
+        head = {"format": FORMAT, "version": VERSION, "algorithm": FAST, "piece_bytes": PIECE_BYTES}
+        content = head | {"files": entries}
         (self._directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return {names[path]: self._sizes[path] for path in files}
 
@@ -99,10 +100,10 @@ def _files(directory: Path) -> list[Path]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The content of manifest.json, checked.
+    """The content of manifest.json, checked, and as version 2 has it.
 
     Raises:
-        UserError: it is missing, is not a manifest, or names a file outside the directory.
+        UserError: it is missing, is not a manifest, names an unknown algorithm or a file outside the directory.
     """
     where = directory / MANIFEST
     if not directory.is_dir():
@@ -117,10 +118,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     check_format(content, FORMAT, VERSION, where)
     if type(piece_bytes) is not int or piece_bytes < 1 or not isinstance(files, dict):
         raise UserError(f"{where}: 'piece_bytes' or 'files' is missing; copy the file again")
+    if content.get("version") == 1:
+        content["algorithm"] = SHA256
+    if content.get("algorithm") not in list(ALGORITHMS):
+        raise UserError(
+            f"{where}: 'algorithm' is {content.get('algorithm')!r}; known are {', '.join(ALGORITHMS)}: use a newer "
+            "jaxlm, or copy the file again"
+        )
     for name, entry in files.items():
+        if content.get("version") == 1 and isinstance(entry, dict):
+            entry["sums"] = entry.pop(SHA256, None)
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name in ("", "."):
             raise UserError(f"{where}: names {name!r}, which lies outside {directory}")
-        digests = entry.get("sha256") if isinstance(entry, dict) else None
+        digests = entry.get("sums") if isinstance(entry, dict) else None
         size = entry.get("bytes") if isinstance(entry, dict) else None
         if type(size) is not int or not isinstance(digests, list) or len(digests) != max(1, -(-size // piece_bytes)):
             raise UserError(f"{where}: the entry of {name!r} has not one digest for each piece; copy the file again")
@@ -138,6 +148,7 @@ def check_manifest(directory: Path) -> Iterator[tuple[str, str | None]]:
     """
     content = read_manifest(directory)
     piece_bytes: int = content["piece_bytes"]
+    algorithm: str = content["algorithm"]
     pool = ThreadPoolExecutor(_num_threads())
     try:
         for name, entry in content["files"].items():
@@ -149,9 +160,11 @@ def check_manifest(directory: Path) -> Iterator[tuple[str, str | None]]:
             if size != entry["bytes"]:
                 yield name, f"has {size} bytes, {entry['bytes']} were written"
                 continue
-            count = len(entry["sha256"])
-            digests = pool.map(_piece_digest, [path] * count, range(count), [piece_bytes] * count, [False] * count)
-            bad = [piece for piece, (a, b) in enumerate(zip(digests, entry["sha256"], strict=True)) if a != b]
+            found = [
+                pool.submit(_piece_digest, path, piece, piece_bytes, False, algorithm)
+                for piece in range(len(entry["sums"]))
+            ]
+            bad = [piece for piece, digest in enumerate(found) if digest.result() != entry["sums"][piece]]
             yield name, _describe_pieces(bad, piece_bytes, size) if bad else None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.errors import UserError
+from jaxlm.weights.ahead import read_ahead
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.output import Advance, tell_final
 from jaxlm.weights.tensors import StoredTensor, TensorSpec
@@ -155,11 +156,11 @@ def write_safetensors_file(path: Path, specs: list[TensorSpec], advance: Advance
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     end = 8 + len(raw)
-    with path.open("wb", buffering=0) as handle:
+    with path.open("wb", buffering=0) as handle, read_ahead((spec, spec.blocks) for spec in specs) as tensors:
         _write(handle.fileno(), len(raw).to_bytes(8, "little") + raw)
-        for spec in specs:
+        for spec, blocks in tensors:
             written = 0
-            for block in spec.blocks:
+            for block in blocks:
                 assert block.dtype == spec.dtype and block.flags.c_contiguous, spec.name
                 _write(handle.fileno(), block.reshape(-1).view(np.uint8).data)
                 written += block.nbytes

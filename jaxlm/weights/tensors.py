@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.weights.names import STRIP_ROWS, Layout, Shape
+from jaxlm.weights.names import Layout, Shape
+from jaxlm.weights.transpose import STRIP_ROWS, transpose_into
 
 # Read at a time: small enough to stay in the cache between reading and transposing.
 BLOCK_BYTES = 256 << 10
@@ -58,6 +59,9 @@ class Tensor(ABC):
         stored_index = tuple(index[i] for i in layout.inverse)
         target = out.transpose(layout.inverse)
         rows, rest = stored_index[0], stored_index[1:]
+        # The leaf as a matrix [inputs, outputs], of which every block is some columns.
+        num_inputs = math.prod(out.shape[: out.ndim - layout.split])
+        turned = out.reshape(num_inputs, -1) if layout.split and out.flags.c_contiguous else None
         row_bytes = math.prod(layout.view[1:]) * self.dtype.itemsize
         unit = layout.row_unit
         strip = STRIP_ROWS // unit if layout.split else 1
@@ -67,7 +71,12 @@ class Tensor(ABC):
             data = self.rows(start * unit, stop * unit)
             block = data.reshape(stop - start, *layout.view[1:])[(slice(None, None, rows.step), *rest)]
             done = (start - rows.start) // rows.step
-            target[done : done + block.shape[0]] = block
+            if turned is None:
+                target[done : done + block.shape[0]] = block
+            else:
+                matrix = block.reshape(-1, num_inputs)
+                first = done * (len(matrix) // len(block))
+                transpose_into(turned[:, first : first + len(matrix)], matrix)
 
 
 @dataclass(frozen=True)

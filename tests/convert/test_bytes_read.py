@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,13 +14,17 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import jaxlm.weights.native.layout
+from convert.conversion import convert
 from convert.source import open_model
-from jaxlm.config import MeshConfig, OptimizerConfig
+from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
 from jaxlm.devices import mesh as meshes
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.inference.model import load_weights
+from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
+from jaxlm.nn.rounding import Kind
 from jaxlm.nn.weight_types import Int8Weight
+from jaxlm.spec import is_stacked
 from jaxlm.training.checkpoint import _context
 from jaxlm.training.optimizer import make_optimizer, make_schedule
 from jaxlm.training.state import Initializer
@@ -65,9 +69,23 @@ def weight_bytes(source: Any) -> int:
     return sum(leaf.nbytes for leaf in source.leaves.values())
 
 
-def initializer(config: Any, mesh: MeshConfig) -> Initializer:
+def initializer(config: Any, mesh: MeshConfig, kind: Kind | None = None) -> Initializer:
     optimizer = partial(make_optimizer, OptimizerConfig(), make_schedule(OptimizerConfig(), 10))
-    return Initializer(Decoder(config, {}), None, make_mesh(mesh), optimizer)
+    lora = None if kind is None else LoraConfig(rank=2, targets=("q_proj",))
+    adapters = {} if lora is None else resolve_lora(config, lora)
+    return Initializer(Decoder(config, adapters), lora, make_mesh(mesh), optimizer, kind)
+
+
+class Largest:
+    """A source, and the bytes of the largest array that was asked of it."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.leaves, self.nbytes = source, source.leaves, 0
+
+    def read(self, path: str, index: Any) -> np.ndarray:
+        found = self.source.read(path, index)
+        self.nbytes = max(self.nbytes, found.nbytes)
+        return found
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -75,10 +93,32 @@ def initializer(config: Any, mesh: MeshConfig) -> Initializer:
 def test_training(mesh: MeshConfig, piece: int, hf: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meshes, "PIECE_BYTES", piece)
     source = open_model(hf)
+    watched = Largest(source)
     counted.clear()
-    loaded = initializer(source.config, mesh).load_params(source)
+    loaded = initializer(source.config, mesh).load_params(watched)
+    assert weight_bytes(source) <= sum(counted) <= 1.05 * weight_bytes(source)
+    layer = max(leaf.nbytes // (leaf.shape[0] if is_stacked(path) else 1) for path, leaf in source.leaves.items())
+    assert watched.nbytes <= max(piece, layer)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree_of(source))
+
+
+@pytest.mark.parametrize("form", ["meta", "mindspore"])
+def test_other_formats(form: Literal["meta", "mindspore"], hf: Path, tmp_path: Path, counted: list[int]) -> None:
+    convert(hf, tmp_path / form, form)
+    source = open_model(tmp_path / form)
+    counted.clear()
+    loaded = initializer(source.config, MeshConfig(fsdp=2, tensor=4)).load_params(source)
     assert weight_bytes(source) <= sum(counted) <= 1.05 * weight_bytes(source)
     jax.tree.map(np.testing.assert_array_equal, loaded, tree_of(source))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_base_that_is_rounded_on_the_way(kind: Kind, hf: Path, counted: list[int]) -> None:
+    """All arrays of a kernel's form are made of one reading of it."""
+    source = open_model(hf)
+    counted.clear()
+    initializer(source.config, MeshConfig(fsdp=8), kind).load_params(source)
+    assert weight_bytes(source) <= sum(counted) <= 1.05 * weight_bytes(source)
 
 
 @pytest.mark.parametrize("int8", [False, True])

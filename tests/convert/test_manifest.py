@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from jaxlm.errors import UserError
+from jaxlm.sums import ALGORITHMS
 from jaxlm.weights import manifest
 from jaxlm.weights.manifest import MANIFEST, Hasher, check_manifest, files_not_listed
 from tests.convert.test_source import write_hf_sharded
@@ -25,7 +27,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 3500])
 @pytest.mark.parametrize("steps", [[], [500, 1500, 2999]])
 def test_digests(size: int, steps: list[int], tmp_path: Path) -> None:
-    """Those of hashlib, whatever part of a file was told to be final before the end."""
+    """Those of xxhash in one go, whatever part of a file was told to be final before the end."""
     data = np.random.default_rng(0).bytes(size)
     with Hasher(tmp_path) as hasher:
         (tmp_path / "sub").mkdir()
@@ -39,10 +41,36 @@ def test_digests(size: int, steps: list[int], tmp_path: Path) -> None:
         if steps:
             hasher.final(tmp_path / "sub" / "a", None)
         assert hasher.finish() == {"sub/a": size}
-    entry = json.loads((tmp_path / MANIFEST).read_text())["files"]["sub/a"]
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    entry = content["files"]["sub/a"]
     pieces = [data[i : i + 1000] for i in range(0, max(1, size), 1000)]
-    assert entry == {"bytes": size, "sha256": [hashlib.sha256(piece).hexdigest() for piece in pieces]}
+    assert content["algorithm"] == "xxh3_128"
+    assert entry == {"bytes": size, "sums": [xxhash.xxh3_128_hexdigest(piece) for piece in pieces]}
     assert list(check_manifest(tmp_path)) == [("sub/a", None)]
+
+
+def test_sums_are_those_of_other_programs() -> None:
+    """xxHash's own test vector of an empty input, as `xxh128sum` prints it, and NIST's of "abc"."""
+    assert ALGORITHMS["xxh3_128"]().hexdigest() == "99aa06d3014798d86001c324468d497f"
+    digest = ALGORITHMS["sha256"]()
+    digest.update(memoryview(b"abc"))
+    assert digest.hexdigest() == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_manifests_of_version_1_are_checked(tmp_path: Path) -> None:
+    """Those had SHA-256 only, and did not say so."""
+    data = np.random.default_rng(0).bytes(2500)
+    (tmp_path / "a").write_bytes(data)
+    sums = [hashlib.sha256(data[start : start + 1000]).hexdigest() for start in range(0, 2500, 1000)]
+    content = {"format": "jaxlm-manifest", "version": 1, "piece_bytes": 1000}
+    text = json.dumps(content | {"files": {"a": {"bytes": 2500, "sha256": sums}}})
+    (tmp_path / MANIFEST).write_text(text)
+    assert list(check_manifest(tmp_path)) == [("a", None)] and files_not_listed(tmp_path) == []
+    (tmp_path / "a").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert list(check_manifest(tmp_path)) == [("a", "has changed (bytes 2000 to 2500)")]
+    (tmp_path / MANIFEST).write_text(text.replace('"sha256"', '"sums"'))
+    with pytest.raises(UserError, match="not one digest"):
+        list(check_manifest(tmp_path))
 
 
 def test_an_error_ends_the_threads(tmp_path: Path) -> None:
@@ -74,11 +102,11 @@ def test_what_has_changed(tmp_path: Path, run: Callable[..., str]) -> None:
     data[2345] ^= 1
     weights.write_bytes(data)
     (tmp_path / "out" / "config.json").write_text("{}")
-    (tmp_path / "out" / "README.md").write_text("mine")
+    (tmp_path / "out" / "notes.md").write_text("mine")
     found = dict(check_manifest(tmp_path / "out"))
     assert found["model.safetensors"] == "has changed (bytes 2000 to 3000)"
     assert "2 bytes" in str(found["config.json"])
-    assert files_not_listed(tmp_path / "out") == ["README.md"]
+    assert files_not_listed(tmp_path / "out") == ["notes.md"]
     weights.unlink()
     assert dict(check_manifest(tmp_path / "out"))["model.safetensors"] == "is missing"
 
@@ -87,7 +115,9 @@ def test_what_has_changed(tmp_path: Path, run: Callable[..., str]) -> None:
     ("change", "words"),
     [
         (lambda c: c.update(format="x"), "its format is 'x'; expected 'jaxlm-manifest'"),
-        (lambda c: c.update(version=2), "its version is 2; this jaxlm reads versions up to 1"),
+        (lambda c: c.update(version=3), "its version is 3; this jaxlm reads versions up to 2"),
+        (lambda c: c.update(algorithm="md5"), "'algorithm' is 'md5'; known are sha256, xxh3_128"),
+        (lambda c: c.update(algorithm=["sha256"]), "'algorithm' is"),
         (lambda c: c.update(piece_bytes=0), "piece_bytes"),
         (lambda c: c.update(piece_bytes=1 << 70), "not one digest"),
         (lambda c: c.update(files=[]), "files"),
@@ -95,7 +125,7 @@ def test_what_has_changed(tmp_path: Path, run: Callable[..., str]) -> None:
         (lambda c: c["files"].update({"/etc/passwd": c["files"]["a"]}), "lies outside"),
         (lambda c: c["files"].update(a=3), "not one digest"),
         (lambda c: c["files"]["a"].update(bytes=-1), "not one digest"),
-        (lambda c: c["files"]["a"]["sha256"].pop(), "not one digest"),
+        (lambda c: c["files"]["a"]["sums"].pop(), "not one digest"),
     ],
 )
 def test_broken_manifests(change: Callable[[dict], object], words: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from convert.formats.meta import write_meta
 from convert.formats.mindspore import write_mindspore
 from convert.source import open_model
 from jaxlm.spec import ExpertsSpec, uniform_decoder
+from jaxlm.weights.ahead import BYTES_AHEAD
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.leaves import CastSource, LeafInfo, full_index, index_shape, row_blocks
 from jaxlm.weights.names import Entry, leaf_shapes
@@ -126,7 +127,8 @@ def test_experts_are_a_matrix_at_a_time(tmp_path: Path) -> None:
     source: Any = Experts()
     for layout in ("dense", "mixtral"):
         (tmp_path / layout).mkdir()
-        assert peak(lambda layout=layout: write_hf(source, tmp_path / layout, 10**9, nothing, layout)) < (8 + 6) << 20
+        found = peak(lambda layout=layout: write_hf(source, tmp_path / layout, 10**9, nothing, layout))
+        assert found < ((8 + 6) << 20) + BYTES_AHEAD
     # And the way back: a slice of one layer in the order of the experts.
     for layout in ("dense", "mixtral"):
         for leaf in ("layers/mlp/down_proj/kernel", "layers/mlp/up_proj/kernel"):

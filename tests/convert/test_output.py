@@ -94,7 +94,7 @@ def test_tensorstore_reports_a_full_disk(tmp_path: Path, refused: Callable[..., 
         def __getitem__(self, index: Any) -> Any:
             return self
 
-        def write(self, block: Any) -> Full:
+        def write(self, block: Any, **options: bool) -> Full:
             return Full()
 
     monkeypatch.setattr(jaxlm.weights.native.write, "_create", lambda *arguments: Store())

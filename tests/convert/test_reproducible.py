@@ -19,7 +19,7 @@ from convert.transforms.experts import DenseSource, MoefiedSource
 from convert.transforms.merge import MergedSource
 from jaxlm.models.families import FAMILIES
 from jaxlm.spec import ExpertsSpec
-from jaxlm.weights import leaves, names, partition, reproducible, tensors
+from jaxlm.weights import leaves, partition, reproducible, tensors, transpose
 from jaxlm.weights.leaves import ParamSource, full_index, stored_blocks
 from jaxlm.weights.names import hf_entries
 from jaxlm.weights.reproducible import ExactSum, low_rank_product, norms
@@ -113,7 +113,7 @@ def test_a_merge_does_not_depend_on_the_cut(
         patch.setattr(leaves, "BLOCK_ELEMENTS", block)
         patch.setattr(merge, "BLOCK_BYTES", nbytes)
         patch.setattr(reproducible, "STRIP_ELEMENTS", strip)
-        patch.setattr(names, "STRIP_ROWS", rows)
+        patch.setattr(transpose, "STRIP_ROWS", rows)
         patch.setattr(tensors, "STRIP_ROWS", rows)
         patch.setattr(tensors, "BLOCK_BYTES", read)
         np.testing.assert_array_equal(merged.read(path, index), want[full_index(shape, index)])

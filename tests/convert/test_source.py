@@ -291,6 +291,7 @@ def test_what_is_no_model(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "'GPT2LMHeadModel' is not supported" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
     config = write_config(CONFIG, "float32") | {"quantization_config": {"bits": 4}}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert "the model is quantised" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
 
 
