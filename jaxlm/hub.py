@@ -135,6 +135,70 @@ def pinned(name: HubName, key: str) -> HubName:
     return _COMMITS[name]
 
 
+def push_name(text: str, key: str) -> HubName:
+    """The repository of a model that something is to be pushed to: owner/name, with or without hf:// in front.
+
+    Raises:
+        UserError: it is not such a name, or has a revision or a path.
+    """
+    name = read_address(text, key) if is_address(text) else HubName("model", text)
+    if _PLAIN.fullmatch(name.repo) is None or name != HubName("model", name.repo):
+        raise UserError(f"{key}: {text}: expected owner/name, a model's repository")
+    return name
+
+
+def upload(
+    name: HubName, directory: Path, files: Iterable[str], private: bool, branch: str | None, message: str
+) -> str:
+    """Sends files to a repository as one commit; the repository, and a branch, are made if they are not there.
+
+    What the hub has already is not sent again.
+
+    Args:
+        files: relative to the directory.
+        private: of a repository that is made.
+        branch: None: the main one.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        UserError: the hub cannot be reached or refuses: nobody is logged in, or may not write there.
+    """
+    from huggingface_hub import constants, errors, get_token
+
+    log_in = "hf auth login, or set HF_TOKEN (a token with write access)"
+    if get_token() is None:
+        raise UserError(f"{name}: nobody is logged in here; do that with {log_in}")
+    try:
+        api = _api()
+        api.create_repo(name.repo, private=private, exist_ok=True)
+        if branch is not None:
+            api.create_branch(name.repo, branch=branch, exist_ok=True)
+        # Names are taken literally; the library takes patterns.
+        patterns = [glob.escape(file) for file in files]
+        commit = api.upload_folder(
+            repo_id=name.repo,
+            folder_path=directory,
+            allow_patterns=patterns,
+            revision=branch,
+            commit_message=message,
+        )
+    except _unreachable() as error:
+        off = constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE forbids the network" if off else f"the hub cannot be reached ({_brief(error)})"
+        raise UserError(f"{name}: {why}; the same command again sends what is missing") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise UserError(
+                f"{name}: the hub refuses (status {status}): whoever is logged in may not write there, or there is no "
+                f"such owner; compare the name, or log in with {log_in}"
+            ) from None
+        raise UserError(f"{name}: the hub refuses with status {status} ({_brief(error)}); try again later") from None
+    return str(commit.commit_url)
+
+
 def download(name: HubName, want: Want, key: str) -> Path:
     """The folder, file or pattern of this machine that holds what a name means; fetched if the cache lacks some of it.
 

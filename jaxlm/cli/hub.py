@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 # Keys, by their last words, whose path may be a plain owner/name; elsewhere that is a path of this machine.
-_MODELS = ("model.path", "model.adapter", "init_from")
+_MODELS = ("model.path", "model.adapter", "init_from", "reward_model")
 _TOKENIZERS = ("tokenizer.path", "tokenizer", "metric_tokenizer")
 _PINNED = re.compile(r"hf://[^\s'\"]+@[0-9a-f]{40}(?:/[^\s'\"]*)?")
 
