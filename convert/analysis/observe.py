@@ -11,12 +11,12 @@ from typing import Any, TypeVar, cast
 import flax.struct
 import jax
 from rich.console import Console
-from rich.progress import Progress
 
 from convert.analysis.sample import Sample
 from jaxlm.models.decoder import Angles, Block
 from jaxlm.models.streamed import Tokens, embedded, run_layers
 from jaxlm.nn.feed_forward import ACTIVATIONS
+from jaxlm.screen import Bars
 from jaxlm.weights.leaves import ParamSource
 
 Found = TypeVar("Found")
@@ -98,7 +98,7 @@ def walk(
     spec = source.config
     activation = spec.feed_forward.activation
     states = embedded(spec, source.read, chunks)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Bars(console=Console(stderr=True)) as progress:
         layers = run_layers(spec, source.read, chunks, states, step)
         for number, params, found in progress.track(layers, total=spec.num_layers, description=description):
             yield number, params["mlp"], found

@@ -1,1 +1,5 @@
 """The verbs of `convert`."""
+
+from jaxlm.machine import quiet_libtpu
+
+quiet_libtpu()  # before any command imports JAX

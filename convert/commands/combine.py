@@ -12,7 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.commands.command import DTYPES, add_dtype, add_shard_size, add_verb, result_format, write_result
+from convert.commands.command import (
+    DTYPES,
+    add_dtype,
+    add_gguf_type,
+    add_shard_size,
+    add_verb,
+    result_format,
+    write_result,
+)
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +95,15 @@ def add_combine_verbs(verbs: Any) -> None:
     verb.usage = "convert merge BASE ADAPTER [ADAPTER ...] OUT [options]"
     verb.epilog = MERGE_EPILOG
     verb.add_argument("--output-type", choices=("huggingface",), help=argparse.SUPPRESS)
-    verb.add_argument("--format", choices=("hf", "jax"), help="of the result (default: jax for jaxlm models, else hf)")
+    verb.add_argument(
+        "--format", choices=("hf", "jax", "gguf"), help="of the result (default: jax for jaxlm models, else hf)"
+    )
+    verb.add_argument(
+        "--rounded",
+        action="store_true",
+        help="BASE is quantised: merge into the rounded weights, not into the original ones that it records",
+    )
+    add_gguf_type(verb)
     add_dtype(verb)
 
 
@@ -216,7 +232,7 @@ def _say_sum(source: SummedSource, expected: float) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from convert.source import open_adapter, open_model
+    from convert.source import check_rounding, open_adapter, open_model, original_of
     from convert.transforms.merge import merge_in_order
 
     several = options.models[1:-1]
@@ -225,10 +241,14 @@ def _merge(options: argparse.Namespace) -> None:
     base_path, adapter, out = _three(options, "base", "adapter", "out")
     adapters = several or ([adapter] if Path(adapter).exists() else adapter.split(","))
     dtype = _dtype(options)
-    base = open_model(base_path, options.config)
+    named = open_model(base_path, options.config)
+    check_rounding(open_adapter(adapters[0], named), named)
+    base = named if options.rounded else original_of(named)
+    if base is not named:
+        print(f"merged into the weights that {named.path} was rounded from: {base.path}", file=sys.stderr)
     merged = merge_in_order(base, [partial(open_adapter, path) for path in adapters], dtype)
     if len(adapters) > 1:
         rows = merged.config.vocab_size - base.config.vocab_size
         added = f"{rows} added row{'s' if rows > 1 else ''}" if rows else "no added rows"
         print(f"in this order: {', '.join(adapters)}; {added}, tokenizer from {merged.tokenizer_dir}", file=sys.stderr)
-    write_result(result_format(options.format, base), merged, out, options.shard_size)
+    write_result(result_format(options.format, named), merged, out, options.shard_size, options.gguf_type)

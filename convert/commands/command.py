@@ -13,17 +13,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import UserError
 
 if TYPE_CHECKING:
     from convert.conversion import Converted, Opened, WriteOptions
+    from jaxlm.nn.rounding import Kind
     from jaxlm.spec import ExpertsSpec
     from jaxlm.weights.leaves import AdapterSource, LeafSource, ParamSource
 
 # That of convert.conversion, which is too heavy for --help; a test compares.
 SHARD_SIZE = "5GB"
+# Those of convert.formats.gguf.types.TypeName.
+GGUF_TYPES = ("keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -45,6 +48,16 @@ def add_dtype(verb: argparse.ArgumentParser) -> None:
 
 def add_shard_size(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--shard-size", metavar="SIZE", help=f"largest weight file (default: {SHARD_SIZE})")
+
+
+def add_gguf_type(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--type",
+        dest="gguf_type",
+        choices=GGUF_TYPES,
+        metavar="TYPE",
+        help=f"of the matrices in a GGUF file: {', '.join(GGUF_TYPES)} (default: the dtype that they have)",
+    )
 
 
 def write_as(
@@ -70,17 +83,52 @@ def write_as(
     return written
 
 
-def write_result(form: str, source: ParamSource, destination: str, shard_size: str | None = None) -> Converted:
-    """Writes what a verb made of a model, as 'hf' or 'jax'."""
+def write_quantized(source: ParamSource, path: str, kind: Kind, destination: str) -> None:
+    """Writes a model with its linear layers in few bits, and says what to do with it.
+
+    Args:
+        path: where the source is, as it was named.
+    """
+    from convert.conversion import write_quantized
+    from jaxlm.units import disk_size
+    from jaxlm.weights.leaves import total_bytes
+    from jaxlm.weights.names import num_params
+    from jaxlm.weights.quantized import QuantizedParts, QuantizedSource
+
+    if isinstance(source, QuantizedSource) and source.kind != kind:
+        raise UserError(f"{path}: is stored in {source.kind}; numbers that are rounded once are not rounded again")
+    if isinstance(source, QuantizedSource) and source.stays_quantized:
+        raise UserError(f"{path}: is a jaxlm model in {kind} already")
+    parts, started = QuantizedParts(source, kind), time.perf_counter()
+    with progress_bar("rounding", parts) as progress:
+        files = write_quantized(parts, path, destination, progress)
+    _say_written(destination, files, time.perf_counter() - started)
+    size, parameters = total_bytes(parts.leaves), num_params(source.config)
+    print(f"{'model':12} {parameters:,} parameters, {disk_size(size)}, {8 * size / parameters:.2f} bits each; {kind}")
+    print(f"{'next':12} python -m jaxlm.train --config CONFIG --model.path {shlex.quote(destination)} --lora.rank 64")
+
+
+def write_result(
+    form: str, source: ParamSource, destination: str, shard_size: str | None = None, gguf_type: str | None = None
+) -> Converted:
+    """Writes what a verb made of a model, as 'hf', 'jax' or 'gguf'."""
     from convert.conversion import WriteOptions
     from jaxlm.weights.output import parse_size
 
-    if form == "jax" and shard_size is not None:
+    if form != "hf" and shard_size is not None:
         raise UserError(
-            f"--shard-size {shard_size}: is for --format hf; the result is --format jax, which is not cut into weight "
-            "files of a size; leave it out"
+            f"--shard-size {shard_size}: is for --format hf; the result is --format {form}, which is not cut into "
+            "weight files of a size; leave it out"
         )
-    return write_as(form, source, destination, WriteOptions(shard_size=parse_size(shard_size or SHARD_SIZE)))
+    if form != "gguf" and gguf_type is not None:
+        raise UserError(f"--type {gguf_type}: is for --format gguf; the result is --format {form}; leave it out")
+    size = parse_size(shard_size or SHARD_SIZE)
+    return write_as(form, source, destination, WriteOptions(shard_size=size, **_typed(gguf_type)))
+
+
+def _typed(gguf_type: str | None) -> dict[str, Any]:
+    """The option of `WriteOptions` for a type of a GGUF file, where one is named."""
+    return {} if gguf_type is None else {"gguf_type": gguf_type}
 
 
 def result_format(named: str | None, source: ParamSource) -> str:
@@ -94,7 +142,9 @@ def result_format(named: str | None, source: ParamSource) -> str:
 def progress_bar(description: str, source: LeafSource) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes of a source; what it gives is called with the bytes that are done."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from jaxlm.screen import Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -107,7 +157,7 @@ def progress_bar(description: str, source: LeafSource) -> Iterator[Callable[[int
     sizes = _tensor_sizes(source)
     # Tensors come one after the other, so the bytes tell the number that are done.
     ends, done = list(itertools.accumulate(sizes)), 0
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Bars(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=sum(sizes), tensors=0, all_tensors=len(sizes))
 
         def advance(nbytes: int) -> None:
@@ -130,15 +180,15 @@ def _tensor_sizes(source: LeafSource) -> list[int]:
 
 
 def _say_written(destination: str, files: Mapping[str, int], seconds: float) -> None:
-    from jaxlm.units import disk_size
+    from jaxlm.units import disk_size, memory_size
     from jaxlm.weights.manifest import MANIFEST
 
     nbytes = sum(files.values())
     rows = {
         "written": destination,
-        "files": f"{len(files)}, {disk_size(nbytes)}, sha256 of each in {MANIFEST}",
+        "files": f"{len(files)}, {disk_size(nbytes)}, sums of each in {MANIFEST}",
         "time": f"{seconds:.1f} s, {disk_size(nbytes / max(seconds, 1e-9))}/s",
-        "peak memory": disk_size(_peak_memory()),
+        "peak memory": memory_size(_peak_memory()),
     }
     for name, value in rows.items():
         print(f"{name:12} {value}")
@@ -169,10 +219,13 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
         "jax": f"python -m jaxlm.train --config CONFIG --model.path {shlex.quote(destination)}",
         "meta": f"run it with {options.shards} processes (consolidated.NN.pth); max_seq_len up to {length}",
         "mindspore": f"load_checkpoint: {destination}/model.ckpt in MindFormers' YAML",
+        "gguf": _how_to_run(written, destination),
     }
     family, parameters = family_of(source.config), num_params(source.config)
     architecture = family.architecture
-    if not family.in_transformers:
+    if options.scheme is not None:
+        following["hf"] = f"vllm serve {shlex.quote(destination)}"
+    elif not family.in_transformers:
         following["hf"] = f"copy the code of {architecture} beside it, or write it with --architecture"
     print(f"{'model':12} {architecture}, {parameters:,} parameters, {size} in {dtype}")
     print(f"{'next':12} {following[written.format]}")
@@ -181,6 +234,13 @@ def _say_model(source: ParamSource, written: Converted, destination: str, option
         _say_hf_experts(source, destination, options.layout)
     elif source.config.experts is not None and written.format == "mindspore":
         _say_mindspore_experts(source.config.experts, destination)
+
+
+def _how_to_run(written: Converted, destination: str) -> str:
+    """Commands that run a GGUF file."""
+    file = next((name for name in written.files if name.endswith(".gguf")), "model.gguf")
+    path, made = shlex.quote(f"{destination}/{file}"), shlex.quote(f"{destination}/Modelfile")
+    return f"llama-cli -m {path}, or: ollama create NAME -f {made} && ollama run NAME"
 
 
 def _say_adapter(adapter: AdapterSource, written: Converted, destination: str, options: WriteOptions) -> None:
@@ -209,7 +269,11 @@ def _say_template(written: Converted) -> None:
         return
     stops = f"; an answer ends at {', '.join(map(str, template.stops))}" if template.stops else ""
     needed = f"jaxlm.generate needs --template {shlex.quote(template.name)} there"
-    if written.format not in ("hf", "peft"):
+    if written.format == "gguf" and template.jinja is not None:
+        print(f"{'template':12} {template.name}, written as the file's chat template{stops}")
+    elif written.format == "gguf" and template.own:
+        print(f"{'template':12} the tokenizer's own chat template, in the file{stops}")
+    elif written.format not in ("hf", "peft"):
         print(f"{'template':12} {template.name}, which this format has no place for: {needed}")
     elif template.own:
         print(f"{'template':12} the tokenizer's own chat template{stops}")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from convert.commands.command import SHARD_SIZE, add_dtype, add_shard_size, add_verb, write_as
+from convert.commands.command import SHARD_SIZE, add_dtype, add_gguf_type, add_shard_size, add_verb, write_as
 from jaxlm.errors import UserError
+
+# Those of convert.formats.compressed, which is too heavy for --help; a test compares.
+SCHEMES = ("w4a16", "w8a16")
+# Those of jaxlm.nn.rounding, which is too heavy for --help; a test compares.
+KINDS = ("int8", "nf4")
 
 
 def add_format_verbs(verbs: Any) -> None:
@@ -44,6 +49,33 @@ def add_format_verbs(verbs: Any) -> None:
     verb.add_argument("source", metavar="SRC", help="LoRA run directory, one of its checkpoints, or converted adapter")
     verb.add_argument("destination", metavar="DST", help="PEFT directory to create")
 
+    verb = add_verb(
+        verbs, "quantize", _quantize, "a model becomes a jaxlm model whose linear layers are rounded to 4 or 8 bits"
+    )
+    verb.add_argument("source", metavar="SRC", help="the model, in any format")
+    verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
+    verb.add_argument("--kind", choices=KINDS, default="nf4", help="what they are rounded to (default: nf4)")
+    verb.add_argument("--config", metavar="CONFIG", help="shape of a MindSpore model: a known name or a file")
+
+    verb = add_verb(
+        verbs, "compress", _compress, "a model becomes a Hugging Face model of 4 or 8 bits, which vLLM and SGLang load"
+    )
+    verb.add_argument("source", metavar="SRC", help="the model, in any format")
+    verb.add_argument("destination", metavar="DST", help="Hugging Face directory to create (compressed-tensors)")
+    verb.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        default=SCHEMES[0],
+        help="w4a16: linear layers in 4 bits, a scale for each group of inputs; w8a16: in 8 bits, a scale for each "
+        "output (default: w4a16). Numbers are rounded by themselves, without data",
+    )
+    verb.add_argument(
+        "--group-size", type=int, default=128, metavar="N", help="inputs that share a scale in w4a16 (128)"
+    )
+    verb.add_argument("--config", metavar="CONFIG", help="shape of a MindSpore model: a known name or a file")
+    add_dtype(verb)
+    add_shard_size(verb)
+
     verb = add_verb(verbs, "meta-to-jax", _convert, "Meta's checkpoint becomes a jaxlm model")
     _add_meta_source(verb)
     verb.add_argument("destination", metavar="DST", help="jaxlm directory to create")
@@ -77,6 +109,30 @@ def add_format_verbs(verbs: Any) -> None:
         verb.add_argument("--qkv-concat", action="store_true", help="write w_qkv and w_gate_hidden (not interleaved)")
         verb.add_argument("--crc", action="store_true", help="end the file with its CRC-32 (crc_check of MindSpore)")
         add_dtype(verb)
+
+    for name, what in (("jax-to-gguf", "a jaxlm model"), ("hf-to-gguf", "a Hugging Face model")):
+        verb = add_verb(verbs, name, _convert, f"{what} becomes a GGUF file for llama.cpp and Ollama")
+        verb.add_argument("source", metavar="SRC", help="directory of the model, with its tokenizer")
+        verb.add_argument("destination", metavar="DST", help="directory to create: model-TYPE.gguf, Modelfile")
+        add_gguf_type(verb)
+
+    for name, what, kind in (
+        ("gguf-to-hf", "a Hugging Face model", "Hugging Face"),
+        ("gguf-to-jax", "a jaxlm model", "jaxlm"),
+    ):
+        verb = add_verb(verbs, name, _convert, f"a GGUF file becomes {what}; packed weights become float32, or --dtype")
+        verb.add_argument("source", metavar="SRC", help="a .gguf file, or the directory of one")
+        verb.add_argument("destination", metavar="DST", help=f"{kind} directory to create")
+        add_dtype(verb)
+        if name == "gguf-to-hf":
+            add_shard_size(verb)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from convert.commands.command import write_quantized
+    from convert.source import open_model
+
+    write_quantized(open_model(options.source, options.config), options.source, options.kind, options.destination)
 
 
 def _add_mindspore_source(verb: argparse.ArgumentParser, destination: str) -> None:
@@ -113,6 +169,17 @@ def _add_meta_source(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _compress(options: argparse.Namespace) -> None:
+    """Rounds the linear layers of a model."""
+    from convert.conversion import ReadOptions, WriteOptions, open_source
+    from jaxlm.weights.output import parse_size
+
+    opened = open_source(options.source, None, None, ReadOptions(False, options.dtype, config=options.config))
+    size = parse_size(options.shard_size or SHARD_SIZE)
+    how = WriteOptions(shard_size=size, scheme=options.scheme, group_size=options.group_size)
+    write_as("hf", opened, options.destination, how)
+
+
 def _convert(options: argparse.Namespace) -> None:
     """Runs the verb `A-to-B`, whose source must be of format A."""
     from convert.conversion import ReadOptions, WriteOptions, open_source, with_architecture
@@ -137,5 +204,6 @@ def _convert(options: argparse.Namespace) -> None:
         given.get("qkv_concat", False),
         given.get("crc", False),
         given.get("base"),
+        given.get("gguf_type") or "keep",
     )
     write_as(to, opened, options.destination, writing)

@@ -22,12 +22,16 @@ from convert.commands.vocab import add_vocab_verb
 from jaxlm.errors import exit_status
 from jaxlm.hub import Want, is_address
 from jaxlm.locate import expand_user, on_disk
+from jaxlm.machine import keep_freed_blocks, limit_heaps
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "convert") -> int:
     """Runs one command; returns the exit status: 0 done, 1 `verify` found a difference, 2 a mistake in the input."""
     # The products of a merge are too small to be shared out: threads that wait for each other cost more than they do.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if arguments is None or prog != "convert":  # a program that calls this has its own way with its memory
+        limit_heaps()
+        keep_freed_blocks()
     words = normalise(sys.argv[1:] if arguments is None else arguments)
     parser, verbs = _parser(prog)
     if words and not words[0].startswith("-") and words[0] not in verbs:

@@ -134,14 +134,12 @@ def _distil(options: argparse.Namespace) -> None:
 
 def say_coverage(coverage: Coverage) -> None:
     """A table: layers, and for each modality what its experts have, could have, and the output's error."""
-    from rich.table import Table
-
     from convert.analysis.coverage import describe_rule
+    from jaxlm.screen import new_table, print_table
 
     moe = coverage.moe
     print(f"share of |h| in the experts of a token; chosen by: {describe_rule(coverage)}")
-    table = Table()
-    table.add_column("layer", justify="right")
+    table = new_table("layer")
     for number in coverage.present:
         chance = f"{coverage.used[number]:.3g}/{moe.num_experts} = {coverage.chance[number]:.1%}"
         for title in (f"{moe.modalities[number]}\n{chance}\nchosen", "best", "error"):
@@ -152,7 +150,7 @@ def say_coverage(coverage: Coverage) -> None:
         for array, form in ((coverage.chosen, ".1%"), (coverage.best, ".1%"), (coverage.error, ".3f"))
     ]
     _add_layers(table, columns)
-    _print_table(table)
+    print_table(table)
 
 
 def _add_layers(table: Table, columns: list[tuple[np.ndarray, str]]) -> None:
@@ -164,21 +162,13 @@ def _add_layers(table: Table, columns: list[tuple[np.ndarray, str]]) -> None:
     table.add_row("mean", *(format(float(values.mean()), form) for values, form in columns))
 
 
-def _print_table(table: Table) -> None:
-    """Prints a table as wide as it is: figures cut short are none, and a file or pipe has no width."""
-    from rich.console import Console
-
-    Console(width=1000).print(table)
-
-
 def say_distilled(result: Distilled) -> None:
     """A table: layers, and for each modality recall before and after, and the output's error."""
-    from rich.table import Table
+    from jaxlm.screen import new_table, print_table
 
     moe = result.moe
     print(f"share of the experts chosen by {result.teacher} that the router chooses too, on tokens held out")
-    table = Table()
-    table.add_column("layer", justify="right")
+    table = new_table("layer")
     columns = []
     for number, name in enumerate(moe.modalities):
         if result.tokens[number]:
@@ -191,6 +181,6 @@ def say_distilled(result: Distilled) -> None:
         table.add_column(title, justify="right", no_wrap=True, vertical="bottom")
         columns.append((values, ".3f"))
     _add_layers(table, columns)
-    _print_table(table)
+    print_table(table)
     held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True))
     print(f"{'held out':12} tokens of {held}; error: the output beside that with the experts by {result.teacher}")

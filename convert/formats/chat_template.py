@@ -34,6 +34,7 @@ class TrainedTemplate:
         own: the template is the chat template that the tokenizer has already.
         stops: ids that end an answer.
         lacks: why there is no chat template to write, where there is none.
+        template: what is rendered, where it is not the tokenizer's own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TrainedTemplate:
     own: bool
     stops: tuple[int, ...]
     lacks: str = "it has no form as a chat template"
+    template: Template | None = None
 
 
 def find_trained_template(source: LeafSource) -> TrainedTemplate | None:
@@ -66,7 +68,7 @@ def find_trained_template(source: LeafSource) -> TrainedTemplate | None:
         return TrainedTemplate(name, None, True, stops)
     template = for_questions(load_template(name, tokenizer))
     add_bos = tokenizer.adds_bos if prompt.add_bos is None else prompt.add_bos
-    return TrainedTemplate(name, to_jinja(template, tokenizer, add_bos), False, stops)
+    return TrainedTemplate(name, to_jinja(template, tokenizer, add_bos), False, stops, template=template)
 
 
 def to_jinja(template: Template, tokenizer: Tokenizer, add_bos: bool) -> str | None:

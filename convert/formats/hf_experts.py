@@ -13,7 +13,6 @@ of one export together; they say nothing of the weights, which may have been tra
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ from jaxlm.jsontext import read_object
 from jaxlm.models.families import FAMILIES, family_of
 from jaxlm.models.version1 import ExpertsFields
 from jaxlm.spec import DecoderSpec, ExpertsSpec
+from jaxlm.sums import file_sha256
+from jaxlm.weights.bitsandbytes import BitsAndBytesSource, uses_bitsandbytes
 from jaxlm.weights.hf import HfSource, StackedTensors, match_tensors, parse_hf_config, write_files
 from jaxlm.weights.leaves import DerivedSource, ParamSource, stored_blocks
 from jaxlm.weights.names import Entry, hf_entries, leaf_shapes
@@ -71,8 +72,10 @@ def open_hf(path: Path) -> ParamSource:
         UserError: when a file is missing, damaged, or does not fit the others.
     """
     folder = path / FOLDER
-    mixtral = is_mixtral(read_object(path / "config.json"))
-    source = MixtralSource(path) if mixtral else HfSource(path)
+    content = read_object(path / "config.json")
+    if uses_bitsandbytes(content):
+        return BitsAndBytesSource(path)
+    source = MixtralSource(path) if is_mixtral(content) else HfSource(path)
     if not folder.is_dir():
         return source
     beside = _read_folder(folder, source.config)
@@ -150,7 +153,7 @@ def _read_folder(folder: Path, dense: DecoderSpec) -> _Folder:
     elif moe.router == "learned" and dense.experts is None:
         raise UserError(f"{where}: the router is learned, but there is no {ROUTER_FILE}; copy the whole folder again")
     for name, expected in sums.items():
-        if _sha256(folder / name) != expected:
+        if file_sha256(folder / name) != expected:
             raise UserError(
                 f"{folder / name}: is not the file that {EXPERTS_FILE} was written with (its sha256 differs); "
                 "copy the whole folder again"
@@ -203,11 +206,6 @@ def _read_router(file: Path, config: DecoderSpec) -> StackedTensors:
     router = StackedTensors()
     router.add(file, {ROUTER: leaf_shapes(config)[ROUTER]}, tensors, entries)
     return router
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -281,6 +279,6 @@ def write_folder(source: ParamSource, directory: Path, advance: Advance, mixtral
             for entry in _router_entries(source.config)
         ]
         write_safetensors_file(folder / ROUTER_FILE, specs, advance)
-    content["sha256"] = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    content["sha256"] = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / EXPERTS_FILE).write_text(text, encoding="utf-8")

@@ -29,6 +29,7 @@ from jaxlm.models.families import write_config
 from jaxlm.models.families.common import write_rope
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
+from jaxlm.weights.ahead import read_ahead
 from jaxlm.weights.dtypes import BFLOAT16
 from jaxlm.weights.hf import StackedTensors, check_num_layers, copy_files, match_tensors
 from jaxlm.weights.leaves import ParamSource, stored_blocks
@@ -402,13 +403,14 @@ def write_meta(source: ParamSource, directory: Path, shards: int, advance: Advan
             stack.enter_context(TorchZipWriter(directory / f"consolidated.{number:02d}.pth", infos))
             for number in range(shards)
         ]
-        for entry in entries:
+        blocks_of = stack.enter_context(read_ahead((entry, stored_blocks(source, entry)) for entry in entries))
+        for entry, blocks in blocks_of:
             for writer in writers:
                 writer.begin(entry.name)
                 if isinstance(advance, Watcher):
                     advance.final(writer.path, writer.settled)
             row = 0
-            for block in stored_blocks(source, entry):
+            for block in blocks:
                 if tensors[entry.name].paired:
                     block = _reorder(block, source.config.attention.head_dim, pairs=False)
                 for number, part in _distribute(block, row, entry.layout.stored, splits[entry.name], shards):

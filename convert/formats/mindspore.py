@@ -29,6 +29,7 @@ from jaxlm.models.adapters import linears_of, resolve_lora
 from jaxlm.models.families import SHAPES, family_of, write_config
 from jaxlm.spec import DecoderSpec, RopeSpec, uniform_decoder
 from jaxlm.tokenizer import find_tokenizer_files
+from jaxlm.weights.ahead import read_ahead
 from jaxlm.weights.hf import (
     StackedTensors,
     check_num_layers,
@@ -496,18 +497,22 @@ def write_mindspore(
         for name, parts in _joined_parts(source.config, 1):
             for part, _ in parts:
                 parts_of[part] = (name, [entries[other] for other, _ in parts])
-    with CkptWriter(directory / FILE_NAME, crc) as writer:
-        done = set()
-        for entry in entries.values():
-            name, group = parts_of.get(entry.name, (entry.name, [entry]))
-            if name in done:
-                continue
-            done.add(name)
-            shape = (sum(part.layout.stored[0] for part in group), *entry.layout.stored[1:])
+    # By name in the file: the tensors that it is made of.
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries.values():
+        name, group = parts_of.get(entry.name, (entry.name, [entry]))
+        groups.setdefault(name, group)
+    with (
+        CkptWriter(directory / FILE_NAME, crc) as writer,
+        read_ahead((name, _chained(source, group)) for name, group in groups.items()) as tensors,
+    ):
+        for name, blocks in tensors:
+            group = groups[name]
+            shape = (sum(part.layout.stored[0] for part in group), *group[0].layout.stored[1:])
             dtypes = {source.leaves[part.path].dtype for part in group}
             if len(dtypes) > 1:
                 raise UserError(f"{name!r}: its parts have different dtypes; add --dtype to give them one")
-            writer.write(name, shape, dtypes.pop(), _chained(source, group), advance)
+            writer.write(name, shape, dtypes.pop(), blocks, advance)
     (directory / "config.json").write_text(hf_config_for(source), encoding="utf-8")
     copy_files(source.tokenizer_files, directory)
 

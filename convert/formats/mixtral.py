@@ -120,7 +120,7 @@ class MixtralSource(HfSource):
                 tensors[router.name] = tensors.pop(gate)
         for entry in experts_entries(self.config, _EXPERTS):
             whole = join_experts(weights, tensors, entry)
-            tensors[entry.whole.name] = _Divided(whole, moe.top_k[0]) if entry.side_by_side else whole
+            tensors[entry.whole.name] = Divided(whole, moe.top_k[0]) if entry.side_by_side else whole
         left = next((name for name in tensors if _EXPERT.fullmatch(name)), None)
         if left is not None:
             raise UserError(
@@ -130,7 +130,7 @@ class MixtralSource(HfSource):
 
 
 @dataclass(frozen=True)
-class _Divided(WrappedTensor):
+class Divided(WrappedTensor):
     """A tensor over a whole number, in its own dtype."""
 
     divisor: int

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from jaxlm.config import MoeRunConfig
 from jaxlm.errors import UserError
 from jaxlm.models.resolve import resolve_experts
+from jaxlm.screen import Bars
 from jaxlm.spec import DecoderSpec, ExpertsSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import (
@@ -30,8 +30,9 @@ from jaxlm.weights.leaves import (
     main_dtype,
     row_blocks,
 )
-from jaxlm.weights.names import Entry, leaf_shapes, transposed
+from jaxlm.weights.names import Entry, leaf_shapes
 from jaxlm.weights.partition import cluster_neurons, inverse, permutation, read_owners
+from jaxlm.weights.transpose import transposed
 
 UP = "layers/mlp/up_proj/kernel"
 ROUTER = "layers/mlp/router"
@@ -240,7 +241,7 @@ def make_order(source: ParamSource, experts: int, method: str, partition: Path |
         if held != experts:
             raise UserError(f"--experts {experts}: the partition {partition} has {held}; leave --experts out")
         return np.stack([permutation(row) for row in owners])
-    with Progress(console=Console(stderr=True)) as progress:
+    with Bars(console=Console(stderr=True)) as progress:
         every = progress.track(range(layers), description="clustering")
         return np.stack([permutation(_clustered(source, layer, experts, seed)) for layer in every])
 

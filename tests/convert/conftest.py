@@ -16,7 +16,7 @@ def small_blocks() -> Iterator[None]:
     sizes = {
         "jaxlm.weights.tensors.BLOCK_BYTES": 256,
         "jaxlm.weights.tensors.STRIP_ROWS": 5,
-        "jaxlm.weights.names.STRIP_ROWS": 5,
+        "jaxlm.weights.transpose.STRIP_ROWS": 5,
         "jaxlm.weights.leaves.BLOCK_ELEMENTS": 250,
         "convert.transforms.merge.BLOCK_BYTES": 300,
     }

@@ -157,6 +157,7 @@ def test_hf_to_meta(name: str, shards: int, tmp_path: Path, run: Callable[..., s
     names = [f"consolidated.{number:02d}.pth" for number in range(shards)]
     # What belongs to the tokenizer comes along, for the way back.
     assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == [
+        "README.md",
         *names,
         "generation_config.json",
         "manifest.json",

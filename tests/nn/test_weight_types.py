@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -10,15 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.config import MeshConfig
-from jaxlm.devices.mesh import make_mesh
+from jaxlm.devices.mesh import make_mesh, tree_shardings, use_mesh
 from jaxlm.inference.model import load_weights, unstack
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.unrolled import prefill
 from jaxlm.nn.linear import Linear, LinearParts
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.weight_types import Int8Weight, StoredWeight, num_inputs
+from jaxlm.nn.nf4 import WEIGHT_TYPES, _choose, _gather
+from jaxlm.nn.rounding import KINDS, NF4, Kind, dequantize, dynamic_map
+from jaxlm.nn.weight_types import Int8Weight, OutputMajorWeight, StoredWeight, dense, num_inputs, times
+from jaxlm.sharding import ROW_AXES, WHOLE_IF_UNEVEN
 from jaxlm.spec import uniform_decoder
 
 
@@ -118,10 +124,94 @@ def test_the_number_of_inputs_is_that_of_every_linear_layer() -> None:
             assert num_inputs(axes) == (2 if name == "o" else 1), name
 
 
-def test_int8_of_an_abstract_kernel_is_what_int8_of_an_array_is() -> None:
-    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4, 8, 32), jnp.float32), ("heads", "head_dim", "embed"))
-    abstract, real = Int8Weight.of_abstract(box, 2), Int8Weight.of_array(np.ones((4, 8, 32)), 2)
-    for part in Int8Weight.parts:
-        shape = getattr(abstract, part).value
-        assert (shape.shape, shape.dtype) == (getattr(real, part).shape, getattr(real, part).dtype)
-    assert abstract.factors.names == ("embed",) and real.array_shape == (4, 8, 32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_of_an_abstract_kernel_are_those_of_an_array(kind: Kind) -> None:
+    """With the layers of a stack before them, and axes that go with the dims."""
+    stored, shape = WEIGHT_TYPES[kind], (4, 32, 48)
+    box = nn.LogicallyPartitioned(
+        jax.ShapeDtypeStruct((3, *shape), jnp.float32), ("layers", "heads", "head_dim", "embed")
+    )
+    abstract, real = stored.of_abstract(box, 2), stored.of_array(np.ones(shape, np.float32), 2)
+    for part in stored.parts:
+        boxed, array = getattr(abstract, part), getattr(real, part)
+        assert (boxed.value.shape, boxed.value.dtype) == ((3, *array.shape), array.dtype)
+        assert len(boxed.names) == boxed.value.ndim and boxed.names[0] == "layers"
+    assert real.array_shape == shape
+    by_output = abstract.factors if kind == "int8" else abstract.absmax
+    assert by_output.names[-1] == "embed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(192, 2, 40), (3, 64, 40)])
+def test_a_stored_weight_computes_as_what_it_stands_for(kind: Kind, shape: tuple[int, ...]) -> None:
+    """Product and gradient of the input; `dense` has the numbers that numpy has."""
+    rng = np.random.default_rng(0)
+    in_dims = 1 if shape[0] == 192 else 2
+    kernel = rng.normal(size=shape).astype(np.float32)
+    stored = WEIGHT_TYPES[kind].of_array(kernel, in_dims)
+    parts = {part: getattr(stored, part) for part in stored.parts}
+    weight = dequantize(kind, parts, shape, in_dims)
+    stored = jax.tree.map(jnp.asarray, stored)
+    np.testing.assert_allclose(stored.dense(jnp.float32), weight, rtol=1e-6, atol=1e-7)
+    x = jnp.asarray(rng.normal(size=(2, 3, *shape[:in_dims])), jnp.float32)
+    grad = jnp.asarray(rng.normal(size=(2, 3, *shape[in_dims:])), jnp.float32)
+    y, back = jax.vjp(lambda x: times(stored, x, in_dims, jnp.float32), x)
+    expected, plain_back = jax.vjp(lambda x: jnp.tensordot(x, jnp.asarray(weight), in_dims), x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(back(grad)[0], plain_back(grad)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_share_a_stored_weight(kind: Kind) -> None:
+    """Split over `embed` and `heads`, gathered as bits: the numbers of one device, forward and backward."""
+    rng = np.random.default_rng(0)
+    stored, axes = WEIGHT_TYPES[kind].of_array(rng.normal(size=(256, 4, 8)).astype(np.float32), 1), ("embed", "heads")
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct((256, 4, 8), jnp.float32), (*axes, "head_dim"))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    tree = {"w": WEIGHT_TYPES[kind].of_abstract(box, 1)}
+    placed = jax.device_put({"w": stored}, tree_shardings(tree, mesh, WHOLE_IF_UNEVEN))["w"]
+    large = jax.tree.leaves(placed)[0]
+    assert math.prod(large.sharding.shard_shape(large.shape)) == large.size // 8
+    x = jnp.asarray(rng.normal(size=(8, 3, 256)), jnp.float32)
+
+    def run(weight: Any, x: jax.Array) -> Any:
+        y, back = jax.vjp(lambda x: times(weight, x, 1, jnp.float32, (*axes, "head_dim")), x)
+        return y, back(jnp.cos(y))[0]
+
+    expected = jax.jit(run)(jax.tree.map(jnp.asarray, stored), x)
+    with use_mesh(mesh):
+        found = jax.jit(run)(placed, jax.device_put(x, NamedSharding(mesh, P(ROW_AXES))))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_keeps_the_few_bits(kind: Kind) -> None:
+    """Not the weight that they stand for: what `vjp` keeps of a product is smaller than the array."""
+    kernel = np.ones((256, 512), np.float32)
+    stored = jax.tree.map(jnp.asarray, WEIGHT_TYPES[kind].of_array(kernel, 1))
+    kept = jax.eval_shape(lambda x: jax.vjp(lambda x: times(stored, x, 1, jnp.float32), x)[1], jnp.ones((1, 256)))
+    sizes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    assert sizes < (0.26 if kind == "int8" else 0.14) * kernel.nbytes
+
+
+def test_a_table_is_read_alike_on_every_backend() -> None:
+    """Bit by bit, as on a TPU, and number by number."""
+    for table in (NF4, dynamic_map()):
+        codes = jnp.arange(len(table), dtype=jnp.uint8)[::-1]
+        np.testing.assert_array_equal(_choose(codes, table), table[::-1])
+        np.testing.assert_array_equal(_gather(codes, table), table[::-1])
+
+
+@pytest.mark.parametrize("as_int8", [False, True], ids=["array", "int8"])
+def test_output_major_products_do_not_depend_on_the_number_of_rows(as_int8: bool) -> None:
+    rng = np.random.default_rng(5)
+    x, kernel = rng.standard_normal((72, 4, 16), np.float32), rng.standard_normal((4, 16, 160), np.float32)
+    plain = Int8Weight.of_array(kernel, 2) if as_int8 else jnp.asarray(kernel)
+    weight = OutputMajorWeight.of_weight(plain, 2)
+    assert weight.array_shape == kernel.shape
+    np.testing.assert_array_equal(dense(weight, jnp.float32), dense(plain, jnp.float32))
+    whole = jax.jit(lambda x: weight.times(x, jnp.float32))(x)
+    np.testing.assert_allclose(whole, times(plain, jnp.asarray(x), 2, jnp.float32), rtol=1e-4, atol=1e-4)
+    for rows in (2, 3, 8, 33):
+        np.testing.assert_array_equal(jax.jit(lambda x: weight.times(x, jnp.float32))(x[:rows]), whole[:rows])
