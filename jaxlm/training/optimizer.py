@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.tree_util import keystr
 
 from jaxlm.config import OptimizerConfig
 from jaxlm.errors import UserError
 from jaxlm.sharding import flat_dims
+from jaxlm.training.adam8bit import LEAST_SIZE, scale_by_adam_8bit
 
 Schedule = Callable[[Any], jax.Array]
 Axes = Mapping[str, tuple[str | None, ...]]  # path of a parameter (`keystr`) -> its logical axes
 MakeOptimizer = Callable[[Axes], optax.GradientTransformation]
+MUON_RMS = 0.2  # of a matrix's update: AdamW's, so that one learning rate serves both (arXiv:2502.16982, section 2.2)
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:
@@ -159,17 +162,49 @@ def _clip_by_rms(threshold: float, axes: Axes) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def _muon_dims(params: Any, axes: Axes) -> Any:
+    """How Muon sees each parameter: a matrix [in, out] for each layer; None for what AdamW updates.
+
+    That is what has one dim, and the tables [V, D], of which a step touches few rows.
+    """
+
+    def dims(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        own = axes[keystr(path)]
+        groups = flat_dims(own)
+        if len(groups) != 2 or not _is_matrix(own) or "vocab" in own:
+            return None
+        start = leaf.ndim - sum(map(len, groups))
+        middle = start + len(groups[0])
+        return optax.contrib.MuonDimensionNumbers(tuple(range(start, middle)), tuple(range(middle, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(dims, params)
+
+
+def _coded(params: Any, axes: Axes) -> Any:
+    """True for matrices of enough elements in each layer, whose moments `adamw_8bit` keeps in a byte each."""
+
+    def is_coded(path: tuple[Any, ...], leaf: Any) -> bool:
+        own = axes[keystr(path)]
+        size = math.prod(size for size, axis in zip(leaf.shape, own, strict=True) if axis != "layers")
+        return _is_matrix(own) and size >= LEAST_SIZE
+
+    return jax.tree_util.tree_map_with_path(is_coded, params)
+
+
 def make_optimizer(config: OptimizerConfig, schedule: Schedule, axes: Axes) -> optax.GradientTransformation:
     """The update rule; gradients come in already clipped.
 
-    adamw: decoupled decay as torch.optim.AdamW. lion: arXiv:2302.06675. adafactor: arXiv:1804.04235 as transformers'
-    Trainer runs it with `--optim adafactor`: relative steps, parameter scaling and the first moment off; every matrix
-    is factored, however small. Its averages are float32 for parameters of any dtype.
+    adamw: decoupled decay as torch.optim.AdamW; adamw_8bit: the same with moments as of `scale_by_adam_8bit`. lion:
+    arXiv:2302.06675. adafactor: arXiv:1804.04235 as transformers' Trainer runs it with `--optim adafactor`: relative
+    steps, parameter scaling and the first moment off; every matrix is factored, however small. Its averages are float32
+    for parameters of any dtype. muon: `optax.contrib.muon`, updates as large as AdamW's (arXiv:2502.16982).
+    schedule_free: `optax.contrib.schedule_free` around AdamW without a first moment (arXiv:2405.15682).
 
     Args:
         axes: of the parameters that train, see `parameter_axes`.
     """
     mask = partial(_matrices, axes=axes) if config.decay == "matrices" else None
+    decay = optax.add_decayed_weights(config.weight_decay, mask=mask) if config.weight_decay else optax.identity()
     if config.name == "adamw":
         return optax.adamw(
             schedule,
@@ -179,8 +214,29 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule, axes: Axes) -> o
             weight_decay=config.weight_decay,
             mask=mask,
         )
+    if config.name == "adamw_8bit":
+        scale = scale_by_adam_8bit(config.beta1, config.beta2, config.eps, partial(_coded, axes=axes))
+        return optax.chain(scale, decay, optax.scale_by_learning_rate(schedule))
     if config.name == "lion":
         return optax.lion(schedule, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=mask)
+    if config.name == "muon":
+        muon = optax.contrib.muon(
+            1.0,
+            beta=config.momentum,
+            eps=config.eps,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=partial(_muon_dims, axes=axes),
+            consistent_rms=MUON_RMS,
+        )
+        # optax decays Muon's part and AdamW's by different rules; here it is the one of the other optimizers.
+        return optax.chain(muon, optax.scale(-1.0), decay, optax.scale_by_learning_rate(schedule))
+    if config.name == "schedule_free":
+        # `optax.contrib.schedule_free_adamw`, whose weight decay has no mask.
+        rms = optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
+        return optax.contrib.schedule_free(
+            optax.chain(rms, decay, optax.scale_by_learning_rate(schedule)), schedule, b1=config.beta1
+        )
     return optax.chain(
         _per_layer(
             optax.chain(
@@ -190,6 +246,6 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule, axes: Axes) -> o
             ),
             axes,
         ),
-        optax.add_decayed_weights(config.weight_decay, mask=mask) if config.weight_decay else optax.identity(),
+        decay,
         optax.scale_by_learning_rate(schedule),
     )
