@@ -20,7 +20,8 @@ class MicroLoss(NamedTuple):
     Attributes:
         total: scalar that is differentiated.
         loss: scalar that is reported as the loss; `total` may contain regularisers besides.
-        figures: further sums for the metrics, of any shape; `tokens`, the number of tokens read, must be among them.
+        figures: further sums for the metrics, of any shape (extremes, where a name ends in /min or /max); `tokens`, the
+            number of tokens read, must be among them.
     """
 
     total: jax.Array
