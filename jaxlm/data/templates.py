@@ -370,6 +370,11 @@ def explain_choice(
         return "alpaca", (both if "output" in there else f"column {named['instruction']!r}") + beside
     if "text" in there:
         return "text", f"column {named['text']!r}"
+    for name in ("chosen", "completion"):
+        column = columns.get(name, name)
+        value = next((record.data[column] for record in records if not is_empty(record.data.get(column))), None)
+        if value is not None:  # preferences: texts as they stand, or conversations
+            return ("text", f"column {column!r}") if isinstance(value, str) else (chat, f"column {column!r}, and {own}")
     raise UserError(
         f"data: {records[0].name}: no template goes by itself with the columns "
         f"{', '.join(map(str, records[0].data)) or 'none'}; set template, and columns if they are "

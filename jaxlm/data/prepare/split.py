@@ -14,8 +14,9 @@ from jaxlm.data.prepare.counts import Counts
 from jaxlm.data.prepare.sentences import Language, is_cjk, splitter
 from jaxlm.data.prepare.shards import Bad, Document, read_documents
 from jaxlm.data.prepare.windows import Cutter
-from jaxlm.data.prepare.work import Mark, Phase, Step, replacing, sha256
+from jaxlm.data.prepare.work import Mark, Phase, Step, replacing
 from jaxlm.errors import UserError
+from jaxlm.sums import file_sha256
 from jaxlm.tokenizer import Encoding, Tokenizer, load_tokenizer
 
 _ROWS = 4096  # samples of a row group
@@ -147,5 +148,5 @@ def _write(path: Path, samples: Iterable[Sample]) -> Mark:
                     "source": [sample.document.source for sample in batch],
                 }
                 writer.write_table(pyarrow.table(columns, schema))
-        facts = {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+        facts = {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
     return {**totals, **facts}

@@ -24,6 +24,7 @@ from jaxlm.config.reading import build
 from jaxlm.data.prepare.shards import Document, Shard
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
+from jaxlm.sums import file_sha256
 
 FORMAT, VERSION = "jaxlm-prepare", 1
 Mark = dict[str, Any]
@@ -214,13 +215,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> Mark:
                     record["language"] = document.language
                 stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 count += 1
-        return {"documents": count, "bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"documents": count, "bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
 
 
 @contextlib.contextmanager

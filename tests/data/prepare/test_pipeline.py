@@ -353,15 +353,15 @@ def test_a_full_disk_leaves_no_half_part(corpus: Path, tmp_path: Path, monkeypat
     )
     config = tmp_path / "c.json"
     config.write_text(json.dumps(whole))
-    sha256, calls = work.sha256, []
+    file_sha256, calls = work.file_sha256, []
 
     def full(path: Path) -> str:
         calls.append(path)
         if len(calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return sha256(path)
+        return file_sha256(path)
 
-    monkeypatch.setattr(work, "sha256", full)
+    monkeypatch.setattr(work, "file_sha256", full)
     assert main(["--config", str(config)]) == 2
     message = capsys.readouterr().err
     assert "part-00002.jsonl: No space left on device; free some space" in message
