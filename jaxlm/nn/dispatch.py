@@ -20,12 +20,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.kernels import grouped_matmul_gpu
-from jaxlm.kernels.expert_loop import Activation, loop_experts
+from jaxlm.kernels.expert_loop import Activation, joined, loop_experts
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.groups import BLOCK, Groups, make_groups
 from jaxlm.nn.linear import Parts
 from jaxlm.sharding import EXPERT, TENSOR
+
+# The experts' kernels, and rows or columns behind them for adapters and biases, beside which kernels may be frozen.
+Matrices = tuple[jax.Array, jax.Array | None]
 
 
 @flax.struct.dataclass
@@ -65,7 +67,11 @@ class Moves:
 
 def block_rows(pairs: int, experts: int, implementation: str = "") -> int:
     """Rows of a block: large ones multiply faster, small ones waste less when experts have few tokens each."""
-    size = grouped_matmul_gpu.TILE if implementation == "pallas_gpu" else 8
+    size = 8
+    if implementation == "pallas_gpu":
+        from jaxlm.kernels.grouped_matmul_gpu import TILE  # on use, see `grouped_matmul`
+
+        size = TILE
     while size < BLOCK and size * 2 * experts <= pairs:
         size *= 2
     return size
@@ -147,15 +153,16 @@ def by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
 
 def entering(
     x: jax.Array, gate: Parts, up: Parts, experts: int, drop: Any, shared: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Inputs [..., I] and matrices [E, I, 2 f] whose product is (gate, up), adapters and biases included.
+) -> tuple[jax.Array, Matrices]:
+    """Inputs [..., I + R] and matrices [E, I + R, 2 f] whose product is (gate, up), adapters and biases included.
 
     An adapter is further inputs x A and further rows B; a bias is an input of ones. So one product does it all.
 
     Args:
         shared: x A of an adapter that both share.
     """
-    inputs, rows = [x], [jnp.concatenate([by_expert(p.kernel, experts, 1) for p in (gate, up)], axis=-1)]
+    kernels = jnp.concatenate([by_expert(p.kernel, experts, 1) for p in (gate, up)], axis=-1)
+    inputs, rows = [x], []
     for part, before in ((gate, True), (up, False)):
         extra = []
         if part.a is not None and part.b is not None:
@@ -172,21 +179,21 @@ def entering(
         own = [by_expert(p.b.astype(x.dtype), experts, 1) for p in (gate, up) if p.b is not None]
         inputs.append(shared)
         rows.append(jnp.concatenate(own, axis=-1))
-    return jnp.concatenate(inputs, axis=-1), jnp.concatenate(rows, axis=1)
+    return jnp.concatenate(inputs, axis=-1), (kernels, jnp.concatenate(rows, axis=1) if rows else None)
 
 
 def run_experts(
     x: jax.Array,
     routing: Routing,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Matrices,
+    down: Matrices,
     offset: jax.Array | int,
     experts: int,
     implementation: str,
     activation: Activation,
 ) -> jax.Array:
     """Inputs [N, I] through some of the E `experts`, those from `offset` on: the weighted sum [N, O] of outputs."""
-    count = gate_up.shape[0]
+    count = gate_up[0].shape[0]
     local = routing.experts - offset
     live = routing.live & (local >= 0) & (local < count)
     weights = live.astype(jnp.float32)
@@ -198,14 +205,16 @@ def run_experts(
         local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
     moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts), implementation)
     if implementation == "loop":
-        return loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups, activation)
-    hidden = grouped_matmul(to_experts(x, moves), gate_up, groups, implementation)
+        (kernels, more), (down_kernels, more_down) = gate_up, down
+        moved = moves.token, moves.slot, groups
+        return loop_experts(x, kernels, down_kernels, weights, *moved, activation, more, more_down)
+    hidden = grouped_matmul(to_experts(x, moves), joined(*gate_up, 1), groups, implementation)
     gate, up = jnp.split(hidden, 2, axis=-1)
-    y = grouped_matmul(activation(gate) * up, down, groups, implementation)
+    y = grouped_matmul(activation(gate) * up, joined(*down, 2), groups, implementation)
     return from_experts(y, weights, moves)
 
 
-def leave_experts(h: jax.Array, used: jax.Array, down: jax.Array, implementation: str) -> jax.Array:
+def leave_experts(h: jax.Array, used: jax.Array, down: Matrices, implementation: str) -> jax.Array:
     """Neurons [N, E, f] through the down projections [E, f, O] of the experts that are used [N, E]: [N, O]."""
     tokens, count, neurons = h.shape
     experts = jnp.broadcast_to(jnp.arange(count), used.shape)
@@ -214,7 +223,11 @@ def leave_experts(h: jax.Array, used: jax.Array, down: jax.Array, implementation
     owner = jnp.repeat(groups.owner, block, total_repeat_length=moves.token.shape[0])
     pair = jnp.where(moves.token < tokens, moves.token * count + owner, tokens * count)
     rows = to_experts(h.reshape(-1, neurons), Moves(moves.slot.reshape(-1, 1), pair))
-    y = grouped_matmul(rows, down, groups, implementation)
+    if implementation == "loop":  # one after the other: only what trains has a gradient formed
+        parts = [grouped_matmul(rows, part, groups, implementation) for part in down if part is not None]
+        y = jnp.concatenate(parts, axis=1)
+    else:
+        y = grouped_matmul(rows, joined(*down, 2), groups, implementation)
     return from_experts(y, used.astype(jnp.float32), moves)
 
 
@@ -234,8 +247,8 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
         return lambda x, routing, gate_up, down: _unflat(run(_flat(x), _flat(routing), gate_up, down, 0), x)
     groups = mesh.shape[EXPERT]
 
-    def local(x: jax.Array, routing: Routing, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-        offset = jax.lax.axis_index((EXPERT, TENSOR)) * gate_up.shape[0]
+    def local(x: jax.Array, routing: Routing, gate_up: Matrices, down: Matrices) -> jax.Array:
+        offset = jax.lax.axis_index((EXPERT, TENSOR)) * gate_up[0].shape[0]
         tokens = _flat(x), _flat(routing)
         if groups == 1:
             out = run(*tokens, gate_up, down, offset)
@@ -261,10 +274,10 @@ def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     if mesh.empty or mesh.size == 1:
         return lambda h, used, down: _unflat(run(_flat(h), _flat(used), down), h)
 
-    def local(h: jax.Array, used: jax.Array, down: jax.Array) -> jax.Array:
+    def local(h: jax.Array, used: jax.Array, down: Matrices) -> jax.Array:
         return _unflat(_over_tensor(run(_flat(h), _flat(used), down), mesh), h)
 
-    def split(h: jax.Array, *others: jax.Array) -> jax.Array:
+    def split(h: jax.Array, *others: Any) -> jax.Array:
         tokens = _token_axes(h, mesh)
         specs = P(*tokens, TENSOR, None), P(*tokens, TENSOR), P(TENSOR, None, None)
         return jax.shard_map(local, in_specs=specs, out_specs=P(*tokens, None), check_vma=False)(h, *others)
@@ -316,8 +329,8 @@ def _at_their_devices(
     run: Callable[..., jax.Array],
     x: jax.Array,
     routing: Routing,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Matrices,
+    down: Matrices,
     offset: jax.Array,
     per_group: int,
     groups: int,

@@ -19,7 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.expert_loop import Activation
-from jaxlm.nn.dispatch import Routing, by_expert, entering, leave_experts, over_devices, over_tensor, run_experts
+from jaxlm.nn.dispatch import (
+    Matrices,
+    Routing,
+    by_expert,
+    entering,
+    leave_experts,
+    over_devices,
+    over_tensor,
+    run_experts,
+)
 from jaxlm.nn.feed_forward import ACTIVATIONS
 from jaxlm.nn.linear import Linear, LinearParts, WithLinears
 from jaxlm.nn.lora import FUSED, LoraSpec
@@ -162,7 +171,7 @@ class ExpertsFeedForward(WithLinears):
             return out
         leave = over_tensor(partial(leave_experts, implementation=self.compute))
         leaving, finish = self._leaving(layer, deterministic)
-        return finish(leave(h.reshape(*mask.shape, -1), mask > 0, by_expert(leaving, experts.num_experts, 0)))
+        return finish(leave(h.reshape(*mask.shape, -1), mask > 0, leaving))
 
     def _sparse(self, x: jax.Array, layer: jax.Array, deterministic: bool, routing: Routing) -> jax.Array:
         """Only the pairs of token and expert that there are."""
@@ -180,16 +189,16 @@ class ExpertsFeedForward(WithLinears):
         run = over_devices(
             partial(run_experts, experts=count, implementation=self.compute, activation=self._activation), count
         )
-        return finish(run(inputs, routing, gate_up, by_expert(leaving, count, 0)))
+        return finish(run(inputs, routing, gate_up, leaving))
 
-    def _leaving(self, layer: jax.Array, deterministic: bool) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-        """What neurons are multiplied with [F, D + R], and what makes the layer's output of the product."""
-        down = self._projection("down_proj", parts=True)(layer)
-        leaving = down.kernel
+    def _leaving(self, layer: jax.Array, deterministic: bool) -> tuple[Matrices, Callable[[jax.Array], jax.Array]]:
+        """What neurons are multiplied with [E, f, D + R], and what makes the layer's output of the product."""
+        down, count = self._projection("down_proj", parts=True)(layer), self.experts.num_experts
+        leaving: Matrices = (by_expert(down.kernel, count, 0), None)
         if down.a is not None:
             # h A beside h W; dropout on h is not to be had here, as h never exists for all neurons.
             assert deterministic or down.dropout == 0, "dropout on down_proj's adapter needs the dense form"
-            leaving = jnp.concatenate([leaving, down.a.astype(self.dtype)], axis=1)
+            leaving = (leaving[0], by_expert(down.a.astype(self.dtype), count, 0))
 
         def finish(y: jax.Array) -> jax.Array:
             out = y[..., : self.hidden_size]

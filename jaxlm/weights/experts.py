@@ -16,8 +16,9 @@ from jaxlm.errors import UserError
 from jaxlm.models.families import family_of
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import ParamSource, cast
-from jaxlm.weights.names import Entry, Shape, model_leaves, transposed
+from jaxlm.weights.names import Entry, Shape, model_leaves
 from jaxlm.weights.tensors import JoinedColumns, JoinedRows, StoredTensor, Tensor, TensorSpec
+from jaxlm.weights.transpose import transposed
 
 
 @dataclass(frozen=True)

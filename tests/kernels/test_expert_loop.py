@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +69,54 @@ def test_values_and_gradients(k: int, dead: float, activation: int) -> None:
         # A row that is not live has no gradient here, as its weight is never read.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
     assert dead == 1 or all(np.abs(a).max() > 0.1 for a in found)
+
+
+def shapes_of_products(jaxpr: Any) -> set[tuple[int, ...]]:
+    """Of the results of all products in a program, inner ones too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.add(equation.outvars[0].aval.shape)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: isinstance(v, jax.extend.core.ClosedJaxpr)):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found |= shapes_of_products(inner)
+    return found
+
+
+@pytest.mark.parametrize("trains", ["", "gate_up", "down", "gate_up down"])
+def test_further_rows_and_columns(trains: str) -> None:
+    """As of joined matrices, whichever of them train; of those that do not, no gradient is formed."""
+    arrays, experts, live, _, _ = problem(2, 0.3, jnp.float32)
+    x, gate_up, down, weights = arrays
+    rng = np.random.default_rng(1)
+    shapes = {"x": (N, I + 3), "more_gate_up": (E, 3, 2 * F), "more_down": (E, F, 2), "target": (N, O + 2)}
+    drawn = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    target, x = drawn.pop("target"), drawn.pop("x")
+    moves, groups = make_dispatch(jnp.asarray(experts), jnp.asarray(live), E, N * 2)
+    given = {"x": x, "gate_up": gate_up, "down": down, "weights": weights, **drawn}
+    names = [name for name in given if name not in ("gate_up", "down") or name in trains.split()]
+
+    def fast(gate_up: Any, down: Any, x: Any, weights: Any, **more: Any) -> Any:
+        return jnp.sum(loop_experts(x, gate_up, down, weights, moves.token, moves.slot, groups, **more) * target)
+
+    def slow(gate_up: Any, down: Any, x: Any, weights: Any, more_gate_up: Any, more_down: Any) -> Any:
+        both = jnp.concatenate([gate_up, more_gate_up], axis=1), jnp.concatenate([down, more_down], axis=2)
+        return jnp.sum(plain(x, *both, weights, experts, live) * target)
+
+    def gradients(loss: Any) -> Any:
+        return jax.grad(lambda some: loss(**given | some))
+
+    some = {name: given[name] for name in names}
+    found, expected = (jax.jit(gradients(loss))(some) for loss in (fast, slow))
+    for name in names:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+        assert np.abs(found[name]).max() > 0.1
+    products = shapes_of_products(jax.make_jaxpr(gradients(fast))(some).jaxpr)
+    # Gradients of the matrices: of all rows and columns together, or of the further ones alone.
+    whole = {(I + 3, 2 * F): "gate_up" in trains, (F, O + 2): "down" in trains}
+    few = {(3, 2 * F): "gate_up" not in trains, (F, 2): "down" not in trains}
+    assert {shape: shape in products for shape in whole | few} == whole | few
 
 
 def test_an_expert_without_tokens() -> None:

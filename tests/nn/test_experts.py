@@ -28,6 +28,7 @@ from jaxlm.nn.routers import (
     route_learned,
 )
 from jaxlm.spec import DecoderSpec, ExpertsSpec, uniform_decoder
+from tests.kernels.test_expert_loop import shapes_of_products
 from tests.models.compare import assert_trees_close, random_tree
 
 DENSE = uniform_decoder(
@@ -249,6 +250,28 @@ def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     assert_trees_close(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize("lora", ["lora", "none"])
+@pytest.mark.parametrize("router", ["learned", "activation"])
+def test_frozen_experts_have_no_gradient_formed(router: str, lora: str) -> None:
+    """Under LoRA no product of the whole program, scan and remat included, has the shape of a kernel's gradient."""
+    config = dataclasses.replace(moe_config(router), hidden_size=20)  # no block has as many rows
+    specs = resolve_lora(config, LORAS[lora]) if lora != "none" else {}  # type: ignore[arg-type]
+    model = Decoder(config, specs, experts="loop", remat="full")
+    variables = variables_of(model)
+    trained = "lora" if lora != "none" else "params"
+
+    def loss(some: Any) -> Any:
+        return jnp.sum(model.apply(variables | {trained: some}, IDS))
+
+    products = shapes_of_products(jax.make_jaxpr(jax.grad(loss))(variables[trained]).jaxpr)
+    down = {(6, 20), (6, 20 + 3)}  # neurons of an expert; D, and the adapter's rank
+    gate_up = {(20, 12), (20 + 3, 12), (20 + 6, 12)} if router == "learned" else set()
+    if lora == "none":
+        assert products & down and (products & gate_up or router == "activation")
+    else:
+        assert not products & (down | gate_up) and (6, 3) in products
+
+
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("compute", ["dense", "loop", "ragged"])
 def test_the_task_trains_the_router(k: int, compute: str) -> None:
@@ -263,7 +286,13 @@ def test_the_task_trains_the_router(k: int, compute: str) -> None:
         assert_trees_close(found, loss_and_grads(Decoder(config, remat="none"), variables, SEGMENTS), 1e-4)
 
 
-@pytest.mark.parametrize("gate_up", [("gate_proj", "up_proj"), ("gate_up_proj",)], ids=["apart", "fused"])
+@pytest.mark.parametrize(
+    "gate_up",
+    [
+        pytest.param(("gate_proj", "up_proj"), id="apart"),
+        pytest.param(("gate_up_proj",), id="fused", marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_of_experts_are_apart(gate_up: tuple[str, ...]) -> None:
     """One for each expert: as if every expert were a layer with an adapter of its own."""
     config = dataclasses.replace(moe_config("modality", (8, 8, 8)), num_layers=1, family="phi3")
@@ -445,7 +474,7 @@ def test_experts_on_several_devices_give_the_same_numbers(router: str, mesh: dic
     assert_trees_close(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_dispatch_loses_and_doubles_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
     tokens, k, count = 37, 3, 5
