@@ -100,7 +100,7 @@ class _Task:
         soft_cap: of the logits, see `linear_cross_entropy`.
         filled: the head has rows behind the last one, so that it divides evenly.
         accuracy, grad_x, grad_head: what is wanted.
-        by_token: what each token adds to the sums is wanted, which with `accuracy` says whether it is right.
+        by_token: what each token adds to the sums is wanted; with `accuracy` also whether it is right.
     """
 
     dtype: DTypeLike
@@ -189,8 +189,8 @@ def _walk_local(
         out = LossOutput(loss=out.loss + jnp.sum(losses), correct=correct)
         tokens = None
         if task.by_token:
-            assert hits is not None, "by_token comes with accuracy"
-            tokens = TokenLosses(losses.reshape(xs.shape[:2]), hits.astype(jnp.float32).reshape(xs.shape[:2]))
+            right = jnp.zeros_like(losses) if hits is None else hits.astype(jnp.float32)
+            tokens = TokenLosses(losses.reshape(xs.shape[:2]), right.reshape(xs.shape[:2]))
         grad_x = None
         if task.grad_x or task.grad_head:
             grad = (jnp.exp(logits - lse[:, None]) - hot) * ws[:, None]
@@ -301,6 +301,45 @@ def linear_cross_entropy(
     return _loss(x, head, labels, weights, dtype, accuracy, soft_cap)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _token_losses(
+    x: jax.Array,
+    head: jax.Array,
+    labels: jax.Array,
+    weights: jax.Array,
+    dtype: DTypeLike,
+    accuracy: bool,
+    soft_cap: float | None,
+) -> tuple[LossOutput, TokenLosses]:
+    task = _Task(dtype, head.shape[0], _axes(x, head), accuracy, soft_cap=soft_cap, by_token=True)
+    out, _, _, tokens = _walk(x, head, labels, weights, task)
+    assert tokens is not None
+    return out, tokens
+
+
+def _token_losses_fwd(
+    x: Any, head: Any, labels: Any, weights: Any, dtype: DTypeLike, accuracy: bool, soft_cap: float | None
+) -> tuple[tuple[LossOutput, TokenLosses], Any]:
+    values = x.value, head.value, labels.value, weights.value
+    wanted = tuple(() if each.perturbed else None for each in (x, head))  # a tree without leaves: no array says it
+    return _token_losses(*values, dtype, accuracy, soft_cap), (values, wanted)
+
+
+def _token_losses_bwd(dtype: DTypeLike, accuracy: bool, soft_cap: float | None, residuals: Any, grads: Any) -> Any:
+    (x, head, labels, weights), wanted = residuals
+    # The gradient of a sum over tokens, each weighted by what is asked of it: as of a loss with these weights.
+    shares = [grad for grad in (grads[0].loss, grads[1].loss) if not isinstance(grad, SymbolicZero)]
+    if not shares:
+        return None, None, None, None
+    grad_x, grad_head = (each == () for each in wanted)
+    task = _Task(dtype, head.shape[0], _axes(x, head), False, grad_x, grad_head, soft_cap=soft_cap)
+    _, of_x, of_head, _ = _walk(x, head, labels, weights * sum(shares), task)
+    return of_x, None if of_head is None else of_head.astype(head.dtype), None, None
+
+
+_token_losses.defvjp(_token_losses_fwd, _token_losses_bwd, symbolic_zeros=True)
+
+
 def token_cross_entropy(
     x: jax.Array,
     head: jax.Array,
@@ -308,10 +347,11 @@ def token_cross_entropy(
     weights: jax.Array,
     *,
     dtype: DTypeLike = jnp.float32,
+    accuracy: bool = True,
     soft_cap: float | None = None,
 ) -> tuple[LossOutput, TokenLosses]:
-    """The sums of `linear_cross_entropy` with accuracy, and what each token adds to them; not to be differentiated."""
-    task = _Task(dtype, head.shape[0], _axes(x, head), True, soft_cap=soft_cap, by_token=True)
-    out, _, _, tokens = _walk(x, head, labels, weights, task)
-    assert tokens is not None
-    return out, tokens
+    """The sums of `linear_cross_entropy`, and what each token adds to them.
+
+    Under a gradient the logits of each chunk are computed twice: how much a token weighs is known behind all of them.
+    """
+    return _token_losses(x, head, labels, weights, dtype, accuracy, soft_cap)

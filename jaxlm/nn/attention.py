@@ -489,6 +489,12 @@ class KVCache:
     v: jax.Array
     places: jax.Array | None
 
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: MaskSpec, backend: str | AttentionBackend
+    ) -> tuple[jax.Array, KVCache]:
+        """See `cached_attention`."""
+        return cached_attention(q, k, v, self, mask, backend)
+
 
 def cached_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache, mask: MaskSpec, backend: str | AttentionBackend
@@ -544,17 +550,10 @@ def _cached_attention(
     mask: MaskSpec,
     kernel: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    batch, length, heads, dim = q.shape
+    batch, length, heads, _ = q.shape
     kv_heads, slots = cache_k.shape[1:3]
-    groups, pairs = heads // kv_heads, batch * kv_heads
-    # Rows and heads as one dim: with B = 1, XLA's CPU backend otherwise lays the cache out anew at every step.
-    index = jnp.broadcast_to(jnp.arange(pairs)[:, None], (pairs, length)), jnp.repeat(places, kv_heads, axis=0)
-
-    def write(cache: jax.Array, new: jax.Array) -> jax.Array:
-        new = new.swapaxes(1, 2).reshape(pairs, length, dim)
-        return cache.reshape(pairs, slots, dim).at[index].set(new.astype(cache.dtype), mode="drop")
-
-    keys, values = write(cache_k, k), write(cache_v, v)
+    groups = heads // kv_heads
+    keys, values = with_written(cache_k, k, places), with_written(cache_v, v, places)
     if kernel:
         keys, values = keys.reshape(cache_k.shape), values.reshape(cache_v.shape)
         out = tpu_decode_attention(q, keys, values, places, mask.window, mask.scale, mask.soft_cap, slopes)
@@ -565,12 +564,22 @@ def _cached_attention(
     if slopes is not None:
         shifts = -slopes.reshape(kv_heads, groups, 1, 1) * behind.astype(jnp.float32)
     if bias is not None:
-        shifts = _bias_of_slots(bias, places).reshape(batch, kv_heads, groups, length, slots)
+        shifts = bias_of_slots(bias, places).reshape(batch, kv_heads, groups, length, slots)
     out = _over_slots(q, keys, values, visible, shifts, mask)
     return out, keys.reshape(cache_k.shape), values.reshape(cache_v.shape)
 
 
-def _bias_of_slots(bias: jax.Array, places: jax.Array) -> jax.Array:
+def with_written(cache: jax.Array, new: jax.Array, places: jax.Array) -> jax.Array:
+    """A cache [B, K, S, h] as [B K, S, h] with new keys or values [B, T, K, h] at places [B, T]."""
+    batch, kv_heads, slots, dim = cache.shape
+    length, pairs = places.shape[1], batch * kv_heads
+    # Rows and heads as one dim: with B = 1, XLA's CPU backend otherwise lays the cache out anew at every step.
+    index = jnp.broadcast_to(jnp.arange(pairs)[:, None], (pairs, length)), jnp.repeat(places, kv_heads, axis=0)
+    new = new.swapaxes(1, 2).reshape(pairs, length, dim)
+    return cache.reshape(pairs, slots, dim).at[index].set(new.astype(cache.dtype), mode="drop")
+
+
+def bias_of_slots(bias: jax.Array, places: jax.Array) -> jax.Array:
     """[H, S] of distances up to 0 -> [B, H, T, S], of every slot for queries at these places [B, T].
 
     Slots behind the query get 0. Places beyond the last slot count as the last.

@@ -11,6 +11,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from jaxlm.kernels.scatter import split_axes, sum_scattered_columns
+from jaxlm.nn.ordered_weight import OrderedWeight
+
+
+def embedded(table: jax.Array | OrderedWeight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Rows [B, T, D] in `dtype` of a table [V, D], or columns of its transpose, for ids [B, T]."""
+    return table.columns(ids, dtype) if isinstance(table, OrderedWeight) else look_up(table, ids, dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

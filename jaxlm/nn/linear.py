@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.matmul import as_matrix, matmul
-from jaxlm.nn.weight_types import StoredWeight, Weight, dense, times
+from jaxlm.nn.matmul import as_matrix, matmul, product
+from jaxlm.nn.weight_types import RoundedWeight, StoredWeight, Weight, dense, times
 
 
 @partial(jax.checkpoint, prevent_cse=False)
@@ -52,6 +53,43 @@ class Entered:
     a: jax.Array
     dropped: jax.Array
     product: jax.Array
+
+
+@flax.struct.dataclass
+class AdapterBank:
+    """Adapters of one linear layer side by side, of which each token uses its own; for generation.
+
+    It stands in the `lora` collection in place of one adapter's factors, under the name BANK. With A places of rank R
+    the products are A times as wide and masked, which reads each factor once, whatever the number of tokens
+    (docs/kernels.md, "Several adapters").
+
+    Attributes:
+        a: [*in, A, R] in the compute dtype, times its scale; zeros behind an adapter's own rank.
+        b: [A, R, *out] in the compute dtype.
+        ratio: [A, *out] float32, DoRA's magnitude over norm, 1 for others; None: no place is for DoRA.
+        chosen: [*rows] int32 of the tokens, 0: the base alone, n: the adapter at place n - 1; None until a step knows.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    ratio: jax.Array | None = None
+    chosen: jax.Array | None = None
+
+
+BANK = "bank"
+
+
+def is_bank(tree: Any) -> bool:
+    return isinstance(tree, AdapterBank)
+
+
+def with_chosen(lora: Any, chosen: jax.Array) -> Any:
+    """The `lora` collection whose banks, if it has any, are told which adapter each token uses.
+
+    Args:
+        chosen: [*rows] int32 (see `AdapterBank`).
+    """
+    return jax.tree.map(lambda leaf: leaf.replace(chosen=chosen) if is_bank(leaf) else leaf, lora, is_leaf=is_bank)
 
 
 class Linear(nn.Module):
@@ -91,7 +129,10 @@ class Linear(nn.Module):
         """
         kernel = self._kernel()
         spec = self.adapter if entered is None else entered.spec
-        if spec is None:
+        if self.has_variable("lora", BANK):
+            assert spec is None
+            y = self._chosen(x, kernel, self.get_variable("lora", BANK))
+        elif spec is None:
             y = times(kernel, x, len(self.in_dims), self.dtype, self.in_axes + self.out_axes)
         else:
             y = self._adapted(x, kernel, spec, layer, deterministic, entered)
@@ -158,7 +199,8 @@ class Linear(nn.Module):
             dropped = nn.Dropout(spec.dropout)(x, deterministic=deterministic)
         else:
             a, b, dropped = entered.a, self._own_factor(spec, layer), entered.dropped
-        plain = times(kernel, x, in_dims, self.dtype)
+        axes = self.in_axes + self.out_axes if isinstance(kernel, RoundedWeight) else None
+        plain = times(kernel, x, in_dims, self.dtype, axes)
         product = matmul(dropped, a, in_dims, self.dtype) if entered is None else entered.product
         update = matmul(product, b, 1, self.dtype)
         if not spec.dora:
@@ -177,8 +219,22 @@ class Linear(nn.Module):
         # As PEFT: what the adapter adds to the base sees the dropped input, the base itself never does.
         seen = plain
         if spec.dropout > 0 and not deterministic:
-            seen = times(kernel, dropped, in_dims, self.dtype)
+            seen = times(kernel, dropped, in_dims, self.dtype, axes)
         return _rescaled(plain, seen, update, ratio)
+
+    def _chosen(self, x: jax.Array, kernel: Weight, bank: AdapterBank) -> jax.Array:
+        """The product in which each token has the adapter that it chose."""
+        in_dims, chosen = len(self.in_dims), bank.chosen
+        assert chosen is not None and chosen.shape == x.shape[: x.ndim - in_dims], "an adapter for each token"
+        plain = times(kernel, x, in_dims, self.dtype)
+        is_own = chosen[..., None] == 1 + jnp.arange(len(bank.b))  # [*rows, A]
+        entered = jnp.where(is_own[..., None], product(x, bank.a, in_dims, self.dtype), 0)
+        update = product(entered, bank.b, 2, self.dtype)
+        if bank.ratio is None:
+            adapted = plain + update
+        else:
+            adapted = _rescaled(plain, plain, update, bank.ratio[jnp.maximum(chosen - 1, 0)])
+        return jnp.where(jnp.expand_dims(chosen > 0, range(chosen.ndim, plain.ndim)), adapted, plain)
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
         return cast(jax.Array, self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value)
@@ -189,6 +245,12 @@ def _scale(spec: LoraSpec, layer: jax.Array) -> float | jax.Array:
     if len(set(spec.scales)) > 1:
         return jnp.asarray(spec.scales, jnp.float32)[layer]
     return spec.scales[0]
+
+
+def dora_ratio(kernel: Weight, a: jax.Array, b: jax.Array, magnitude: jax.Array) -> jax.Array:
+    """DoRA's factor [*out] float32 of a layer's output, for a kernel [*in, *out] and scaled a [*in, R], b [R, *out]."""
+    change = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
+    return magnitude / _norms(dense(kernel, jnp.float32) + change, a.ndim - 1)
 
 
 def _norms(weight: jax.Array, in_dims: int) -> jax.Array:
@@ -230,6 +292,7 @@ class LinearParts(Linear):
 
     @nn.compact
     def __call__(self, layer: jax.Array, entered: Entered | None = None) -> Parts:  # type: ignore[override]
+        assert not self.has_variable("lora", BANK), "parts have one adapter"
         kernel = self._kernel()
         a = b = None
         if entered is not None:

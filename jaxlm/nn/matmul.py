@@ -47,6 +47,23 @@ def product(
     return checkpoint_name(y, "matmul")
 
 
+def product_transposed(grad: jax.Array, kernel: jax.Array, in_dims: int, dtype: DTypeLike) -> jax.Array:
+    """grad [*rows, *out] times the transposed kernel [*in, *out]: [*rows, *in] in `dtype`, accumulated in float32."""
+    rows = grad.ndim - (kernel.ndim - in_dims)
+    out = jax.ShapeDtypeStruct(grad.shape[:rows] + kernel.shape[:in_dims], dtype)
+    grad, kernel = grad.astype(dtype), kernel.astype(dtype)
+    return _by_backend(_times_transposed, grad, kernel, rows, in_dims, out, _gradient_is_flat(kernel))
+
+
+def _gradient_is_flat(kernel: jax.Array) -> bool:
+    """Whether the products of a gradient are those of matrices on a TPU too.
+
+    A TPU computes the feed-forward layer's gradients faster as matrices, but not its forward product, into which the
+    activation is fused (docs/kernels.md, "Shapes of products").
+    """
+    return kernel.ndim == 2
+
+
 def _by_backend(
     multiply: Callable[[jax.Array, jax.Array, int, int], jax.Array],
     a: jax.Array,
@@ -145,9 +162,7 @@ def _matmul_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     grad, rows = grad.astype(dtype), x.ndim - in_dims
-    # A TPU computes the feed-forward layer's gradients faster as matrices, but not its forward product, into which the
-    # activation is fused (docs/kernels.md, "Shapes of products").
-    flat = kernel.ndim == 2
+    flat = _gradient_is_flat(kernel)
     return (
         _by_backend(_times_transposed, grad, kernel.astype(dtype), rows, in_dims, x, flat),
         _kernel_gradient(x.astype(dtype), grad, kernel, rows, axes, flat),

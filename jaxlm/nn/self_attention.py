@@ -9,11 +9,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.errors import UserError
 from jaxlm.kernels.backend import AttentionBackend
-from jaxlm.nn.attention import KVCache, MaskSpec, attention, cached_attention, kv_head_copies_here
+from jaxlm.nn.attention import KVCache, MaskSpec, attention, kv_head_copies_here
+from jaxlm.nn.beam_attention import BeamCache
 from jaxlm.nn.linear import WithLinears
 from jaxlm.nn.norms import Norm
+from jaxlm.nn.paged_attention import PagedCache
 from jaxlm.nn.positions import apply_partial_rope, apply_rope_by_halves
 from jaxlm.spec import AttentionSpec
+
+# Keys and values of a layer: a row for each text, rows that share them, or in pages.
+Cache = KVCache | BeamCache | PagedCache
 
 
 class SelfAttention(WithLinears):
@@ -36,9 +41,9 @@ class SelfAttention(WithLinears):
         sin: jax.Array | None,
         segment_ids: jax.Array | None,
         deterministic: bool,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         bias: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, Cache]:
         """x [B, T, D] -> [B, T, D], and the keys and values: of these tokens, or `cache` with them written to it.
 
         Args:
@@ -97,7 +102,7 @@ class SelfAttention(WithLinears):
             out = attention(q, k, v, mask, self.backend)
             cache = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), None)
         else:
-            out, cache = cached_attention(q, k, v, cache, mask, self.backend)
+            out, cache = cache.attend(q, k, v, mask, self.backend)
         inputs = {"heads": s.num_heads, "head_dim": s.head_dim}
         projected = self._linear("o_proj", inputs, {"embed": self.hidden_size}, s.o_bias)(out, layer, deterministic)
         return projected, cache

@@ -287,3 +287,26 @@ def test_chunks_are_counted_per_device(small_chunks: None) -> None:
     assert chunks() == 64
     with use_mesh(mesh_of(data=2, fsdp=4)):
         assert chunks() == 8
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(fsdp=2, tensor=4)], ids=str)
+def test_what_each_token_adds_has_a_gradient(sizes: dict[str, int], small_chunks: None) -> None:
+    """Any function of the tokens' losses, against the same of all logits at once; a frozen head has none."""
+    x, head, labels, weights = (jnp.asarray(each) for each in inputs(8, 31, 53))
+    pull = jnp.asarray(np.random.default_rng(1).normal(size=weights.shape), jnp.float32)
+
+    def plain(x: jax.Array, head: jax.Array) -> jax.Array:
+        scores = jax.nn.log_softmax(2.5 * jnp.tanh(jnp.einsum("btd,vd->btv", x, head) / 2.5))
+        losses = -jnp.take_along_axis(scores, labels[..., None], axis=-1)[..., 0] * weights
+        return jnp.square(jnp.sum(losses * pull)) + 0.1 * losses.sum()
+
+    def fused(x: jax.Array, head: jax.Array) -> jax.Array:
+        sums, tokens = token_cross_entropy(x, head, labels, weights, soft_cap=2.5, accuracy=False)
+        return jnp.square(jnp.sum(tokens.loss * pull)) + 0.1 * sums.loss
+
+    expected = jax.grad(plain, (0, 1))(x, head)
+    with use_mesh(mesh_of(**sizes)) if sizes else contextlib.nullcontext():
+        found = jax.jit(jax.grad(fused, (0, 1)))(x, head)
+        alone = jax.jit(jax.grad(fused))(x, head)
+    for mine, theirs in zip((*found, alone), (*expected, expected[0]), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-5 * float(jnp.abs(theirs).max()))

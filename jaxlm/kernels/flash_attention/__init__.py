@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -18,9 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import UserError
-from jaxlm.kernels.flash_attention import gpu, gpu_backward, tpu, tpu_backward
+from jaxlm.kernels.flash_attention import tpu, tpu_backward
 from jaxlm.kernels.flash_attention.common import LOG2_E
-from jaxlm.kernels.flash_attention.gpu_common import finite, protect
 from jaxlm.kernels.flash_attention.schedule import Spec
 
 Axes = str | tuple[str, ...] | None
@@ -103,7 +103,7 @@ def flash_attention(
     reason = unsupported(backend, dtype=q.dtype, head_dim=dim, heads=heads, kv_heads=kv_heads)
     if reason and not interpret:
         raise UserError(f"flash_attention: {reason}; use attention 'xla'")
-    default_q, default_k = gpu.blocks(dim) if backend == "gpu" else (BLOCK, BLOCK)
+    default_q, default_k = _for_gpus()[0].blocks(dim) if backend == "gpu" else (BLOCK, BLOCK)
     block_q, block_k = block_q or default_q, block_k or default_k
     if backend == "tpu":
         block_q, block_k = min(block_q, _whole(q_length, LANES)), min(block_k, _whole(kv_length, LANES))
@@ -149,7 +149,15 @@ def unsupported(backend: Backend, *, dtype: Any, head_dim: int, heads: int, kv_h
         return f"a GPU's tensor cores take bfloat16 or float16 here, not {jnp.dtype(dtype).name}"
     if head_dim % 16 or head_dim > 256:
         return f"head dim {head_dim} is not a multiple of 16 up to 256"
-    return gpu.broken_compiler()
+    reason: str | None = _for_gpus()[0].broken_compiler()
+    return reason
+
+
+def _for_gpus() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The GPU's kernels, imported on use: Mosaic for GPUs is an eighth of what a start on another device imports."""
+    from jaxlm.kernels.flash_attention import gpu, gpu_backward, gpu_common
+
+    return gpu, gpu_backward, gpu_common
 
 
 def _whole(length: int, unit: int) -> int:
@@ -204,9 +212,11 @@ def _flash_fwd(
     spec: Spec,
     axes: tuple[Axes, Axes],
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    forward = gpu.forward if spec.backend == "gpu" else tpu.forward
+    forward = tpu.forward
     if spec.backend == "gpu":
-        k, v = protect(k, v)
+        gpu, _, common = _for_gpus()
+        forward = gpu.forward
+        k, v = common.protect(k, v)
     run = _sharded(partial(forward, spec=spec), axes, "tttiis", "tl", spec.backend)
     out, lse = run(q, k, v, q_ids, kv_ids, slopes)
     # Named for remat policies: with both at hand the kernel need not run again.
@@ -222,9 +232,11 @@ def _flash_bwd(spec: Spec, axes: tuple[Axes, Axes], residuals: Any, grads: Any) 
     # A gradient that is broken for one query is broken for all keys it sees, and the weights have to show it.
     lse = lse + delta * 0.0
     grad = grad.astype(q.dtype)
+    backward = tpu_backward.backward
     if spec.backend == "gpu":
-        q, k, grad = finite(q), finite(k), finite(grad)  # what was broken has broken lse and delta
-    backward = gpu_backward.backward if spec.backend == "gpu" else tpu_backward.backward
+        _, gpu_backward, common = _for_gpus()
+        backward = gpu_backward.backward
+        q, k, grad = map(common.finite, (q, k, grad))  # what was broken has broken lse and delta
     run = _sharded(partial(backward, spec=spec), axes, "tttiillts", "ttt", spec.backend)
     grad_q, grad_k, grad_v = run(q, k, v, q_ids, kv_ids, lse, delta - grad_lse, grad, slopes)
     return grad_q, grad_k, grad_v, None, None, None
