@@ -19,6 +19,7 @@ from jaxlm.data.entries import Entry, read_entries
 from jaxlm.data.records import Record
 from jaxlm.errors import UserError
 from jaxlm.inference.answering import complete
+from jaxlm.inference.best_of import Judge
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
 
@@ -45,11 +46,16 @@ class FilePrompt:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a prompt: its answers with the reasons for their ends, or an error."""
+    """The outcome of a prompt: its answers with the reasons for their ends, or an error.
+
+    Args:
+        reward: of the answer, the best of several.
+    """
 
     answers: tuple[str, ...] = ()
     finish: tuple[str, ...] = ()
     error: str | None = None
+    reward: float | None = None
 
 
 def read_prompts(path: Path) -> list[FilePrompt]:
@@ -178,7 +184,8 @@ class Journal(Answers):
             self._write({MARK: 1, **settings})
             return
         for line in lines[1:]:
-            self.results[line["number"]] = Result(tuple(line["answers"]), tuple(line["finish"]), line["error"])
+            answers, finish = tuple(line["answers"]), tuple(line["finish"])
+            self.results[line["number"]] = Result(answers, finish, line["error"], line.get("reward"))
 
     def _write(self, *values: dict[str, Any]) -> None:
         self._file.write(b"".join(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values))
@@ -190,7 +197,13 @@ class Journal(Answers):
         super().add(results)
         self._write(
             *(
-                {"number": number, "answers": result.answers, "finish": result.finish, "error": result.error}
+                {
+                    "number": number,
+                    "answers": result.answers,
+                    "finish": result.finish,
+                    "error": result.error,
+                    **({} if result.reward is None else {"reward": result.reward}),
+                }
                 for number, result in results.items()
             )
         )
@@ -218,11 +231,13 @@ def answer_all(
     batch_size: int,
     journal: Answers,
     advance: Callable[[int, int], None],
+    judge: Judge | None = None,
 ) -> None:
     """Answers the prompts that the journal does not hold yet, in the batches of `complete`.
 
     Args:
         advance: called with the numbers of prompts and tokens done.
+        judge: says which of the samples of a prompt is kept; None: all are.
     """
     ids_of: dict[int, list[int]] = {}
     refused: dict[int, Result] = {}
@@ -237,6 +252,8 @@ def answer_all(
             else:
                 ids = prompter.question(prompt.question or "", None, prompt.name)
             generator.check_prompt(ids, prompt.name)
+            if judge is not None:
+                judge.check_prompt(len(ids), options, generator.max_length, prompt.name)
             ids_of[number] = ids
         except UserError as error:
             refused[number] = Result(error=str(error))
@@ -245,10 +262,16 @@ def answer_all(
         advance(len(refused), 0)
     strip = not prompter.is_text
     for batch in complete(generator, prompter.tokenizer, ids_of, options, batch_size, strip):
-        results = {
-            number: Result(tuple(each.text for each in completions), tuple(each.finish for each in completions))
-            for number, completions in batch.items()
-        }
+        if judge is None:
+            results = {
+                number: Result(tuple(each.text for each in completions), tuple(each.finish for each in completions))
+                for number, completions in batch.items()
+            }
+        else:
+            best = judge.best(ids_of, batch)
+            results = {
+                number: Result((each.text,), (each.finish,), reward=reward) for number, (each, reward) in best.items()
+            }
         journal.add(results)
         advance(len(results), sum(len(each.ids) for completions in batch.values() for each in completions))
 
@@ -284,7 +307,9 @@ def _row(prompt: FilePrompt, result: Result) -> dict[str, Any]:
     for taken, other in (("answer", "prediction"), ("prediction", "jaxlm_answer")):
         if taken in row or f"{taken}s" in row:
             name = other
-    return row | ({name: result.answers[0]} if len(result.answers) == 1 else {f"{name}s": list(result.answers)})
+    reward = {} if result.reward is None else {"jaxlm_reward" if "reward" in row else "reward": result.reward}
+    answers = {name: result.answers[0]} if len(result.answers) == 1 else {f"{name}s": list(result.answers)}
+    return row | answers | reward
 
 
 def _line(result: Result) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxlm.inference.sampling import Method, Settings, penalize
 from jaxlm.models.decoder import Decoder
-from jaxlm.models.unrolled import Caches, Weights, next_logits, reordered
+from jaxlm.models.unrolled import Caches, Weights, continued, gathered, next_logits
+from jaxlm.nn.beam_attention import Lineage
 
 WORST = -1e9  # transformers' score of what must not be chosen; finite, so that two of them still compare
 
@@ -207,16 +208,19 @@ def search(
     """Up to `steps` steps of the search; the counterpart of `decode.step`."""
 
     def unfinished(carry: Any) -> jax.Array:
-        step, _, state = carry
+        step, *_, state = carry
         return (step < steps) & ~jnp.all(state.finished)
 
     def one_more(carry: Any) -> Any:
-        step, caches, state = carry
+        step, caches, lineage, state = carry
         last = jnp.repeat(state.lengths - 1, beams.beams)
         rows = state.tokens.reshape(len(last), -1)
-        logits, caches = next_logits(decoder, weights, caches, rows[jnp.arange(len(last)), last], last)
+        lineage = lineage.written(last)
+        logits, caches = next_logits(decoder, weights, caches, rows[jnp.arange(len(last)), last], last, lineage)
         state, origin = advance(logits, state, settings, stops, length_penalty, method=method, beams=beams)
-        return step + 1, reordered(caches, origin), state
+        return step + 1, continued(decoder, caches, origin), lineage.continued(origin), state
 
-    _, caches, state = jax.lax.while_loop(unfinished, one_more, (jnp.int32(0), caches, state))
-    return caches, state
+    count, _, slots, _ = caches[0][0].shape
+    start = jnp.int32(0), caches, Lineage.new(count, slots, beams.beams), state
+    _, caches, lineage, state = jax.lax.while_loop(unfinished, one_more, start)
+    return gathered(decoder, caches, lineage), state

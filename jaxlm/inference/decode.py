@@ -30,6 +30,7 @@ class State:
         finished: [R] bool: the row is free, or has ended by a stop id, its limit or from outside.
         keys: [R, 2] uint32: random keys.
         seen: [R, V] bool: tokens that stand in the text; None without a repetition penalty.
+        log_probs: [R, N] float32: of the new tokens, by the model's logits as they are; None where nobody asks.
     """
 
     tokens: Any
@@ -39,10 +40,17 @@ class State:
     finished: Any
     keys: Any
     seen: Any
+    log_probs: Any = None
 
 
 def new_state(
-    prompts: list[list[int]], limits: list[int], room: int, keys: np.ndarray, vocab_size: int, method: Method
+    prompts: list[list[int]],
+    limits: list[int],
+    room: int,
+    keys: np.ndarray,
+    vocab_size: int,
+    method: Method,
+    log_probs: bool = False,
 ) -> State:
     """The state before the first new token, in NumPy arrays.
 
@@ -51,6 +59,7 @@ def new_state(
         limits: most tokens, prompt and answer, of each row.
         room: N, at least every limit.
         keys: [R, 2] uint32.
+        log_probs: note those of the new tokens.
     """
     tokens = np.zeros((len(prompts), room), np.int32)
     for row, prompt in enumerate(prompts):
@@ -62,7 +71,8 @@ def new_state(
         for row, prompt in enumerate(prompts):
             seen[row, prompt] = True
     finished = np.array([not prompt for prompt in prompts])
-    return State(tokens, lengths, lengths.copy(), np.array(limits, np.int32), finished, keys, seen)
+    noted = np.zeros(tokens.shape, np.float32) if log_probs else None
+    return State(tokens, lengths, lengths.copy(), np.array(limits, np.int32), finished, keys, seen, noted)
 
 
 @partial(jax.jit, static_argnames="method", donate_argnums=1)
@@ -82,12 +92,17 @@ def append(logits: jax.Array, state: State, settings: Settings, *, method: Metho
     seen = state.seen
     if method.penalty:
         seen = seen.at[rows, jnp.where(state.finished, scores.shape[1], chosen)].set(True, mode="drop")
+    log_probs = state.log_probs
+    if log_probs is not None:
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen[:, None], axis=1)[:, 0]
+        log_probs = log_probs.at[rows, position].set(picked, mode="drop")
     stopped = jnp.any(chosen[:, None] == settings.stop_ids, axis=1)
     new: State = state.replace(  # type: ignore[attr-defined]
         tokens=state.tokens.at[rows, position].set(chosen, mode="drop"),
         lengths=lengths,
         finished=state.finished | (lengths >= state.limits) | stopped,
         seen=seen,
+        log_probs=log_probs,
     )
     return new
 

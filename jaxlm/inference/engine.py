@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ class Answer:
     """
 
     ids: tuple[int, ...]
-    finish: str
+    finish: Literal["stop", "length", "context"]
     complete: bool
 
 
@@ -68,6 +68,7 @@ class Slot:
         row: its number.
         sample: which of the request's answers.
         ids: the new tokens so far, a stop id included.
+        log_probs: of these, where the engine was asked for them.
         complete: no more will come.
     """
 
@@ -76,6 +77,7 @@ class Slot:
     sample: int
     stop_ids: frozenset[int]
     ids: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
     complete: bool = False
     stopped: bool = False
     reported: int = 0
@@ -90,8 +92,8 @@ def answer_of(
 ) -> Answer:
     """The answer that tokens make, with the reason for its end. `stopped`: from outside."""
     by_id = bool(ids) and ids[-1] in stop_ids
-    finish = "length" if len(ids) >= options.max_new_tokens else "context"
-    return Answer(tuple(ids[: len(ids) - by_id]), "stop" if by_id or stopped else finish, complete)
+    behind: Literal["length", "context"] = "length" if len(ids) >= options.max_new_tokens else "context"
+    return Answer(tuple(ids[: len(ids) - by_id]), "stop" if by_id or stopped else behind, complete)
 
 
 class Engine:
@@ -104,9 +106,11 @@ class Engine:
             Rows over several groups of devices, dynamic RoPE, where a longer text turns all of its keys anew, and
             encoders, whose states all see the whole prompt, keep nothing; with longrope a text serves those on the same
             side of `RopeSpec.switch_length`.
+        log_probs: note the log-probability of each new token, by the logits before any penalty, temperature or filter.
     """
 
-    def __init__(self, model: DeviceModel, rows: int, keep: bool = False) -> None:
+    def __init__(self, model: DeviceModel, rows: int, keep: bool = False, log_probs: bool = False) -> None:
+        self._log_probs = log_probs
         self._model, self._spec = model, model.decoder.spec
         self._cache = CacheRows(model, rows)
         self.rows = self._cache.rows
@@ -248,7 +252,7 @@ class Engine:
         ]
         parts.append(Settings.of(Decoding(), empty, vocab_size))
         settings = _stacked(parts)
-        state = new_state(prompts, limits + [1] * empty, room, keys, vocab_size, method)
+        state = new_state(prompts, limits + [1] * empty, room, keys, vocab_size, method, self._log_probs)
         state = append(logits, state, settings, method=method)
         if rows is None:
             rows, self._state, self._settings = list(range(count)), state, settings
@@ -266,17 +270,20 @@ class Engine:
         vocab_size = self._spec.vocab_size
         if self._state is None:
             keys = np.zeros((self.rows, 2), np.uint32)
-            self._state = new_state([[]] * self.rows, [1] * self.rows, room, keys, vocab_size, method)
+            self._state = new_state([[]] * self.rows, [1] * self.rows, room, keys, vocab_size, method, self._log_probs)
             self._settings = Settings.of(Decoding(), self.rows, vocab_size)
         self._flush_ended()
-        tokens, seen = self._state.tokens, self._state.seen
+        tokens, seen, log_probs = self._state.tokens, self._state.seen, self._state.log_probs
         if tokens.shape[1] < room:
-            tokens = jax.numpy.pad(tokens, ((0, 0), (0, room - tokens.shape[1])))
+            more = ((0, 0), (0, room - tokens.shape[1]))
+            tokens = jax.numpy.pad(tokens, more)
+            log_probs = None if log_probs is None else jax.numpy.pad(log_probs, more)
         if not method.penalty:
             seen = None
         elif seen is None:
             seen = np.zeros((self.rows, vocab_size), bool)  # rows from before have no penalty
-        self._state = admit(dataclasses.replace(self._state, tokens=tokens, seen=seen), new, np.array(rows, np.int32))
+        old = dataclasses.replace(self._state, tokens=tokens, seen=seen, log_probs=log_probs)
+        self._state = admit(old, new, np.array(rows, np.int32))
         there = np.array([row for row in rows if row < self.rows], np.int32)
         assert self._settings is not None
         self._settings = _replaced(self._settings, settings, there)
@@ -352,6 +359,8 @@ class Engine:
         self._host = dataclasses.replace(host, finished=np.array(host.finished))
         for row, slot in self._slots.items():
             slot.ids = host.tokens[row, host.starts[row] : host.lengths[row]].tolist()
+            if self._log_probs:
+                slot.log_probs = host.log_probs[row, host.starts[row] : host.lengths[row]].tolist()
             slot.complete = slot.stopped or bool(host.finished[row])
 
 

@@ -119,7 +119,7 @@ class EngineSession(Session):
 
 
 class BeamSession(Session):
-    """A beam search: each prompt has as many rows as beams, and they are reordered at every token."""
+    """A beam search: each prompt has as many rows as beams, which go on with one another's texts."""
 
     def __init__(self, model: DeviceModel, requests: list[Request], options: Decoding, flush: int, count: int) -> None:
         super().__init__(model, requests, flush)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -18,6 +19,7 @@ from jaxlm.config.reading import build
 from jaxlm.devices.mesh import use_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.answering import Completion, complete
+from jaxlm.inference.best_of import Judge, check_tokens
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.options import check_decoding, check_stop_ids
 from jaxlm.inference.prompts import Prompter
@@ -112,6 +114,65 @@ class LoadedModel:
         for batch in complete(self._generator, self.tokenizer, ids, options, batch_size, strip):
             completions |= batch
         return [completion for number in range(len(ids)) for completion in completions[number]]
+
+    def best_of(
+        self,
+        prompts: str | Sequence[str] | Sequence[Ids],
+        samples: int,
+        reward_model: LoadedModel,
+        options: Decoding | None = None,
+        *,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> list[tuple[Completion, float]]:
+        """Of several answers to each prompt, the one that a reward model gives the highest reward, and that reward.
+
+        Args:
+            prompts: see `generate`.
+            samples: answers drawn for each prompt.
+            reward_model: of a run with objective reward, with the same tokens as this model.
+            options, batch_size, settings: see `generate`; temperature is 1 unless it is given.
+
+        Raises:
+            UserError: as `generate`; also for a reward model of another vocabulary.
+        """
+        check_tokens(self.spec, reward_model.spec)
+        if options is None:
+            settings = {"temperature": 1.0} | settings
+        settings["samples"] = samples
+        completions = self.generate(prompts, options, batch_size=batch_size, **settings)
+        asked = [self.prompt_ids(each) if isinstance(each, str) else _plain(each) for each in _listed(prompts)]
+        judge = reward_model.judge(self.spec, batch_size)
+        answers = {number: completions[number * samples : (number + 1) * samples] for number in range(len(asked))}
+        best = judge.best(dict(enumerate(asked)), answers)
+        return [best[number] for number in range(len(asked))]
+
+    def judge(self, spec: DecoderSpec, batch_size: int) -> Judge:
+        """This model, trained with objective reward, as the judge of what a model of `spec` writes."""
+        rewards = functools.partial(self.rewards, batch_size=batch_size)
+        return Judge(rewards, spec.reward_token_id, self.max_length)
+
+    def rewards(self, texts: Sequence[Ids], *, batch_size: int = 8) -> np.ndarray:
+        """The reward of each text, [number of texts] float32, by a model that was trained with objective reward.
+
+        Args:
+            texts: token ids of prompt, answer and what ends it.
+            batch_size: texts that are read together.
+
+        Raises:
+            UserError: as `logits`.
+        """
+        self.spec.refuse_encoder("rewards")
+        _check_batch_size(batch_size)
+        result = np.zeros(len(texts), np.float32)
+        for start in range(0, len(texts), batch_size):
+            batch = [_plain(ids) for ids in texts[start : start + batch_size]]
+            with use_mesh(self._generator.mesh):
+                x, lengths = self._last_layer(batch)
+                logits = logits_of(self._generator.decoder, self._generator.weights, x[jnp.arange(len(x)), lengths - 1])
+                row = fetch(logits[:, self.spec.reward_token_id], self._generator.mesh)
+            result[start : start + batch_size] = row[: len(batch)]
+        return result
 
     def logits(self, ids: Ids) -> np.ndarray:
         """Logits [T, V] float32: row t is the prediction of the token behind ids[t].

@@ -15,25 +15,29 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.config import MeshConfig
+from jaxlm.config import Decoding, MeshConfig
 from jaxlm.devices.finite import check_finite
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
 from jaxlm.inference.fit import check_tokenizer
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.model import load_weights
+from jaxlm.inference.options import check_decoding
 from jaxlm.inference.prompts import Prompter
+from jaxlm.jsonfields import build
 from jaxlm.jsontext import read_object
 from jaxlm.kernels.backend import AttentionBackend, ShapeKey, choose_for_layers
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
+from jaxlm.nn.nf4 import weight_type
+from jaxlm.nn.rounding import Kind
 from jaxlm.nn.routers import choose_compute
-from jaxlm.nn.weight_types import Int8Weight, StoredWeight
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, main_file
 from jaxlm.weights.leaves import ModelFiles, ParamSource
 from jaxlm.weights.names import tensor_name
 from jaxlm.weights.native.prompt_json import PromptFile, trained_prompt
+from jaxlm.weights.quantized import QuantizedSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Placement:
     """How a model computes and where; `place` reads its weights.
 
     Args:
-        weight_type: what the linear layers' kernels are stored as; None: arrays.
+        quantize: what the linear layers' kernels are kept in; None: arrays.
         merge: the adapter is folded into the weights while they are read.
         shape: what the choice of the attention rests on.
         attention_reason, experts_reason: why these implementations; empty without experts.
@@ -117,7 +121,7 @@ class Placement:
 
     files: ModelFiles
     decoder: Decoder
-    weight_type: type[StoredWeight] | None
+    quantize: Kind | None
     mesh: Mesh
     merge: bool
     attention: AttentionBackend
@@ -128,7 +132,7 @@ class Placement:
     @property
     def kept_in(self) -> str:
         """The dtype of the weights, in words."""
-        return f"{self.decoder.dtype}{', linear layers in int8' if self.weight_type is Int8Weight else ''}"
+        return f"{self.decoder.dtype}{'' if self.quantize is None else f', linear layers in {self.quantize}'}"
 
     def place(self, prompts: PromptSettings) -> Generator:
         """Reads the weights onto the devices.
@@ -138,7 +142,7 @@ class Placement:
         """
         files = self.files
         model, on_the_fly = files.parts(self.merge)
-        weights = load_weights(self.decoder, self.mesh, model, on_the_fly, self.weight_type)
+        weights = load_weights(self.decoder, self.mesh, model, on_the_fly, weight_type(self.quantize))
         cause = "the file is damaged, or of a run that diverged"
         check_finite(weights, self.mesh, f"model: {files.where}", cause, partial(tensor_name, model.config))
         stop_ids = {*_stop_ids(files.merged, prompts.tokenizer), *prompts.trained.stop_ids}
@@ -148,7 +152,7 @@ class Placement:
 def placement(
     files: ModelFiles,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-    int8: bool = False,
+    quantize: Kind | None = None,
     merge: bool = False,
     attention: str = "auto",
     mesh: MeshConfig | None = None,
@@ -157,7 +161,7 @@ def placement(
 
     Args:
         dtype: of weights and compute; auto: bfloat16 on GPU and TPU, float32 on a CPU.
-        int8: keep the linear layers in int8.
+        quantize: keep the linear layers in this form; None: as the model is stored.
         merge: fold the adapter into the weights; else it is applied on the fly.
         attention: implementation that reads prompts.
         mesh: the devices; None: as many as the heads allow along tensor, the rest along data.
@@ -169,9 +173,15 @@ def placement(
     compute = compute_dtype(dtype)
     # Prompts have any length; the longest ones are what takes time.
     backend, reason, shape = choose_for_layers(attention, spec.attention_layers, compute, spec.max_length, False)
-    if int8:
-        spec.refuse_encoder("model.int8")
-    _, adapter = files.parts(merge)
+    if merge and isinstance(files.base, QuantizedSource):
+        raise UserError(
+            f"model.merge_adapter: {files.base.path} holds rounded weights ({files.base.kind}), and an adapter is "
+            "merged into the original ones; leave it out, or merge with `convert merge`"
+        )
+    model, adapter = files.parts(merge)
+    quantize = kept_in(model, quantize)
+    if quantize is not None:
+        spec.refuse_encoder("model.int8" if quantize == "int8" else "model.quantize")
     specs: Any = {} if adapter is None else resolve_lora(files.base.config, adapter.lora, adapter.layers)
     experts, why = (
         ("dense", "")
@@ -186,7 +196,25 @@ def placement(
             "data or tensor higher"
         )
     devices = make_mesh(axes, experts=None if spec.experts is None else spec.experts.num_experts)
-    return Placement(files, decoder, Int8Weight if int8 else None, devices, merge, backend, shape, reason, why)
+    return Placement(files, decoder, quantize, devices, merge, backend, shape, reason, why)
+
+
+def kept_in(model: ParamSource, asked: Kind | None) -> Kind | None:
+    """What the kernels are kept in.
+
+    Raises:
+        UserError: they are stored in another form.
+    """
+    if not isinstance(model, QuantizedSource):
+        return asked
+    if asked not in (None, model.kind):
+        raise UserError(
+            f"model.quantize: {asked}, but {model.path} is stored in {model.kind}: numbers that are rounded once are "
+            "not rounded again; name the original, or leave quantize out"
+        )
+    if asked is not None:
+        model.check_kept()
+    return model.kind if model.stays_quantized else asked
 
 
 def compute_dtype(dtype: str) -> str:
@@ -215,6 +243,42 @@ def _stop_ids(source: ParamSource, tokenizer: Tokenizer) -> list[int]:
             named.append(ids)
     flat = [index for value in named for index in (value if isinstance(value, (list, tuple)) else [value])]
     return sorted({index for index in flat if index is not None})
+
+
+# What a generation_config.json may say of decoding: fields of `Decoding`, by transformers' names, which are the same.
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_DECODING = (*_DRAWING, "max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty")
+
+
+def own_decoding(source: ParamSource) -> Decoding:
+    """How a model's own generation_config.json decodes; our defaults where there is none, or it does not say.
+
+    With `do_sample` false, what only drawing needs is left out, as transformers does.
+
+    Raises:
+        UserError: a value that cannot be meant, with file and key.
+    """
+    file = next((file for file in source.tokenizer_files if file.name == "generation_config.json"), None)
+    if file is None:
+        return Decoding()
+    content = read_object(file)
+    values = {name: content[name] for name in _DECODING if content.get(name) is not None}
+    if content.get("do_sample") is False or values.get("num_beams", 1) != 1:
+        values = {name: value for name, value in values.items() if name not in _DRAWING}
+    elif content.get("do_sample") is True:
+        values.setdefault("temperature", 1.0)
+    if values.get("temperature", 0) == 0:
+        values = {name: value for name, value in values.items() if name not in _DRAWING}
+    if values.get("num_beams", 1) == 1:
+        values.pop("length_penalty", None)
+    if values.get("top_k") == -1:  # off, in some models' files
+        values["top_k"] = 0
+    own = build(Decoding, values, f"{file}:")
+    try:
+        check_decoding(own)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return own
 
 
 def same_place(recorded: str, path: str | Path) -> bool:

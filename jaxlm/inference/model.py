@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.devices.mesh import load_sharded, stored_chunks, tree_shardings
 from jaxlm.models.decoder import Decoder, abstract_layer, abstract_variables
 from jaxlm.models.unrolled import Weights
-from jaxlm.nn.weight_types import StoredWeight, with_stored_weights
+from jaxlm.nn.nf4 import WEIGHT_TYPES
+from jaxlm.nn.weight_types import StoredWeight, join_parts, split_parts, with_stored_weights
 from jaxlm.sharding import ROW_AXES, TENSOR, WHOLE_IF_UNEVEN
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.leaves import LeafReader
+from jaxlm.weights.quantized import QuantizedSource
 
 
 def abstract_weights(decoder: Decoder, weight_type: type[StoredWeight] | None = None) -> Weights:
@@ -90,6 +90,15 @@ def load_weights(
     return weights
 
 
+def load_adapter(decoder: Decoder, mesh: Mesh, adapter: LeafReader) -> list[Any]:
+    """For each layer the factors of a decoder's adapters, {} where it has none: those that `load_weights` reads."""
+    factors = []
+    for number, (stack, index) in enumerate(layer_places(decoder.spec)):
+        boxed = abstract_layer(decoder, number).get("lora", {})
+        factors.append(_load_layer(boxed, mesh, adapter, stack, index) if boxed else {})
+    return factors
+
+
 def layer_places(spec: DecoderSpec) -> list[tuple[str, int]]:
     """For each layer the path of its stack, and its index there."""
     places = {number: (stack.path, at) for stack in spec.stacks for at, number in enumerate(stack.numbers)}
@@ -104,36 +113,26 @@ def _load_layer(boxed: Any, mesh: Mesh, source: LeafReader, stack: str, index: i
         stack: path of the layer's stack.
         index: of the layer in it.
     """
-    flat: dict[str, Any] = {}
-    stored: dict[str, StoredWeight] = {}
-    for path, leaf in traverse_util.flatten_dict(boxed, sep="/").items():
-        if isinstance(leaf, StoredWeight):
-            stored[path] = leaf
-            flat |= {f"{path}/{part}": getattr(leaf, part) for part in leaf.parts}
-        else:
-            flat[path] = leaf
+    tree, stored = split_parts(boxed)
     last: tuple[str, StoredWeight] | None = None
 
     def read(path: str, places: tuple[slice, ...]) -> np.ndarray:
         nonlocal last
         kernel, _, part = path.rpartition("/")
+        layer = slice(index, index + 1)
         if kernel not in stored:
-            return source.read(f"{stack}/{path}", (slice(index, index + 1), *places))[0]
+            return source.read(f"{stack}/{path}", (layer, *places))[0]
+        if isinstance(source, QuantizedSource) and WEIGHT_TYPES[source.kind] is type(stored[kernel]):
+            return source.read_part(f"{stack}/{path}", (layer, *places))[0]
         if last is None or last[0] != kernel:
             # From the whole kernel, also for a shard: a factor is that of all inputs of an output.
-            values = source.read(f"{stack}/{kernel}", (slice(index, index + 1),))[0]
+            values = source.read(f"{stack}/{kernel}", (layer,))[0]
             last = kernel, type(stored[kernel]).of_array(values, stored[kernel].in_dims)
         return cast(np.ndarray, getattr(last[1], part)[places])
 
-    tree = traverse_util.unflatten_dict(flat, sep="/")
     bare = nn.unbox(tree)
     loaded = load_sharded(bare, tree_shardings(tree, mesh, WHOLE_IF_UNEVEN), read, stored_chunks(None, bare))
-    arrays = traverse_util.flatten_dict(loaded, sep="/")
-    for path, leaf in stored.items():
-        arrays[path] = dataclasses.replace(
-            cast(Any, leaf), **{part: arrays.pop(f"{path}/{part}") for part in leaf.parts}
-        )
-    return traverse_util.unflatten_dict(arrays, sep="/")
+    return join_parts(loaded, stored)
 
 
 def unstack(variables: Mapping[str, Any], spec: DecoderSpec) -> Weights:

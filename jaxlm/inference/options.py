@@ -52,6 +52,18 @@ def check_decoding(options: Decoding) -> None:
         raise UserError(f"samples: {options.samples} equal answers at temperature 0; set a temperature above 0")
 
 
+def check_best_of(best_of: int, options: Decoding) -> None:
+    """Raises UserError where the answers to choose from would be one, or equal."""
+    if best_of < 2:
+        raise UserError(f"best_of: {best_of} must be at least 2: there is nothing to choose from")
+    if options.samples != 1:
+        raise UserError(f"samples: {options.samples} with best_of: the best answer is one; leave samples out")
+    if options.num_beams > 1:
+        raise UserError(f"num_beams: {options.num_beams} with best_of, whose answers are drawn; leave one of them out")
+    if options.temperature == 0:
+        raise UserError(f"best_of: {best_of} equal answers at temperature 0; set a temperature above 0, e.g. 1")
+
+
 def check_stop_ids(options: Decoding, vocab_size: int) -> None:
     """Raises UserError for a stop id that the model does not have."""
     for index in options.stop_ids:

@@ -22,6 +22,7 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.models.encoder_decoder import read_sources
 from jaxlm.models.unrolled import Caches, LayerCache, Weights, extend, grow, prefill, repeat_rows
 from jaxlm.nn.cross_attention import Source
+from jaxlm.nn.linear import is_bank
 from jaxlm.sharding import ROW_AXES
 
 # Slots that a cache has at first behind the longest prompt; it grows as answers do.
@@ -51,6 +52,18 @@ def fetch(tree: Any, mesh: Mesh) -> Any:
     return jax.device_get(tree)
 
 
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+    """NumPy arrays, the same ones in all processes, on the devices; nothing is compiled or computed for it."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    # `device_put` would compare the values of all processes first, by a collective.
+    def put(leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)
+
+
 def divisible(rows: int, mesh: Mesh) -> int:
     """A number of rows, rounded up to what the mesh divides."""
     divisor = rows_axis_size(mesh)
@@ -75,6 +88,14 @@ class DeviceModel:
     def max_length(self) -> int:
         """Tokens that prompt and answer may have together; with an encoder, each of them."""
         return self.decoder.spec.max_length
+
+    @property
+    def base(self) -> DeviceModel:
+        """The model without the adapters beside it, where there are any: each token would have to choose one."""
+        lora = self.weights["lora"]
+        if not any(map(is_bank, jax.tree.leaves(lora, is_leaf=is_bank))):
+            return self
+        return DeviceModel(self.decoder, {**self.weights, "lora": [{} for _ in lora]}, self.mesh, self.stop_ids)
 
     def beginning(self, prompt: Sequence[int]) -> list[int]:
         """What the text of the decoder begins with when it answers a prompt, which an encoder may have read apart."""

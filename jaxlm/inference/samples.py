@@ -24,12 +24,23 @@ from jaxlm.models.unrolled import Weights, extend, prefill
 from jaxlm.sharding import RULES
 
 
+@jax.tree_util.register_pytree_node_class
 class _Layers:
-    """The layers of a collection one after the other, each a copy that lives as long as it is used."""
+    """The layers of a collection one after the other, each a copy that lives as long as it is used.
 
-    def __init__(self, collection: Any, model: Decoder) -> None:
+    A tree of the stacks, so that compiled programs take it too, and slice the stacks in themselves.
+    """
+
+    def __init__(self, collection: Any, places: tuple[tuple[str, int], ...]) -> None:
         self._stacks = {name: collection[name] for name in ("layers", "tail") if name in collection}
-        self._places = layer_places(model.spec)
+        self._places = places
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        return (self._stacks,), self._places
+
+    @classmethod
+    def tree_unflatten(cls, places: Any, stacks: Any) -> _Layers:
+        return cls(stacks[0], places)
 
     def __iter__(self) -> Iterator[Any]:
         return (_copied(self._stacks, path, np.int32(index)) for path, index in self._places)
@@ -39,11 +50,15 @@ _copied = jax.jit(layer_at, static_argnums=1)
 
 
 def stacked_weights(model: Decoder, variables: Any) -> Weights:
-    """The variables of a model with stacked layers for the unrolled runner outside of compiled loops."""
-    params = variables["params"]
+    """The variables of a model with stacked layers for the unrolled runner: no copy of them all is made.
+
+    Inside of a compiled loop every layer is sliced at every token, which a generator's separate layers save.
+    """
+    params, places = variables["params"], tuple(layer_places(model.spec))
+    top = {name: tree for name, tree in params.items() if name not in ("layers", "tail")}
     weights: Weights = {
-        "params": {**params, "layers": _Layers(params, model)},
-        "lora": _Layers(variables.get("lora", {}), model),
+        "params": {**top, "layers": _Layers(params, places)},
+        "lora": _Layers(variables.get("lora", {}), places),
     }
     if model.spec.encoder is not None:
         weights["encoder_lora"] = variables.get("lora", {}).get("encoder", {})

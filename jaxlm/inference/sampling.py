@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -20,6 +21,10 @@ from jaxlm.config import Decoding
 
 # Top-k looks at this many candidates or a power of two times as many; k itself may change without compiling anew.
 LEAST_CANDIDATES = 64
+# Where all tokens are to be sorted, this many of the best are looked at first: a nucleus seldom has more of a trained
+# model's tokens. Sums of probabilities that are nearer to top_p than MARGIN may be rounded to its other side.
+LEADING = 1024
+MARGIN = 1e-5
 # Codes of `Settings.draw`; above them: how many of the best candidates are sorted and filtered.
 GREEDY = -1
 UNSORTED = 0
@@ -160,9 +165,42 @@ def filtered(logits: jax.Array, settings: Settings, candidates: int) -> tuple[ja
         # The best one always stays; top_p 1 must not lose the last ones to rounding.
         top_p = settings.top_p[:, None]
         scaled = jnp.where((better < top_p) | (top_p >= 1) | (rank == 0), scaled, -jnp.inf)
+    return _above_min_p(scaled, settings), ids
+
+
+def leading(logits: jax.Array, settings: Settings, candidates: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best of `filtered` with all tokens sorted, without sorting all.
+
+    Returns:
+        Scores [R, C] and tokens [R, C] as `filtered` has them first; and [R] bool, whether all that it leaves is among
+        them for certain. Where it is not, scores may be others.
+    """
+    scaled = logits / settings.temperature[:, None]
+    best, ids = jax.lax.top_k(scaled, candidates)
+    rank = jnp.arange(candidates)[None]
+    top_k, top_p = settings.top_k[:, None], settings.top_p[:, None]
+    best = jnp.where((top_k > 0) & (rank >= top_k), -jnp.inf, best)
+    # Not its first column: behind a second slice, XLA no longer sees that few are asked for, and sorts all.
+    largest = jnp.max(best, axis=-1, keepdims=True)
+    weights = jnp.exp(best - largest)
+    total = jnp.where(top_k > 0, jnp.sum(weights, axis=-1, keepdims=True), _sum_of_exp(scaled - largest))
+    probabilities = weights / total
+    sums = jnp.cumsum(probabilities, axis=-1)
+    better = sums - probabilities
+    has_all = jnp.where(top_k > 0, top_k <= candidates, sums[:, -1:] > top_p + MARGIN)
+    is_clear = (jnp.abs(better - top_p) > MARGIN) | (top_p >= 1) | (rank == 0)
+    best = jnp.where((better < top_p) | (top_p >= 1) | (rank == 0), best, -jnp.inf)
+    return _above_min_p(best, settings), ids, has_all[:, 0] & jnp.all(is_clear, axis=-1)
+
+
+def _sum_of_exp(scores: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.exp(scores), axis=-1, keepdims=True)
+
+
+def _above_min_p(scaled: jax.Array, settings: Settings) -> jax.Array:
     largest = jnp.max(scaled, axis=-1, keepdims=True)
     # p < min_p * p_max, without the softmax.
-    return jnp.where(scaled < largest + jnp.log(settings.min_p[:, None]), -jnp.inf, scaled), ids
+    return jnp.where(scaled < largest + jnp.log(settings.min_p[:, None]), -jnp.inf, scaled)
 
 
 def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Settings, method: Method) -> jax.Array:
@@ -185,15 +223,71 @@ def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Sett
 
 
 def _drawn(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Settings, candidates: int) -> jax.Array:
-    scores, ids = filtered(logits, settings, candidates)
-
     def draw(key: jax.Array, count: jax.Array, scores: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), count), scores)
 
-    drawn = jax.vmap(draw)(keys, counts, scores)
-    if ids is not None:
-        drawn = jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0]
-    return drawn.astype(jnp.int32)
+    def drawn(scores: jax.Array, ids: jax.Array | None) -> jax.Array:
+        tokens = jax.vmap(draw)(keys, counts, scores)
+        if ids is not None:
+            tokens = jnp.take_along_axis(ids, tokens[:, None], axis=1)[:, 0]
+        return tokens.astype(jnp.int32)
+
+    def among_all() -> jax.Array:
+        return drawn(*filtered(logits, settings, candidates))
+
+    if candidates < 4 * LEADING:
+        return among_all()
+    # The same token either way: a row's random numbers go by rank, and do not depend on how many there are.
+    scores, ids, is_certain = leading(logits, settings, LEADING)
+    is_enough = jnp.all(is_certain | (settings.draw != candidates))
+    return cast(jax.Array, jax.lax.cond(is_enough, lambda: drawn(scores, ids), among_all))
+
+
+def choose_any(logits: jax.Array, keys: jax.Array, counts: jax.Array, settings: Settings) -> jax.Array:
+    """As `choose`, in one program for all ways of drawing; those that no row uses are skipped when it runs.
+
+    Args:
+        settings: `draw` is one of `draw_codes`.
+    """
+    chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    for code in draw_codes(logits.shape[1])[1:]:
+        drawn = partial(_drawn, candidates=code)
+        wanted = settings.draw == code
+        chosen = jax.lax.cond(
+            jnp.any(wanted),
+            lambda chosen, wanted=wanted, drawn=drawn: jnp.where(wanted, drawn(logits, keys, counts, settings), chosen),
+            lambda chosen: chosen,
+            chosen,
+        )
+    return chosen
+
+
+def draw_codes(vocab_size: int) -> tuple[int, ...]:
+    """The codes of `choose_any`: a few candidates are sorted, or all tokens."""
+    return tuple(dict.fromkeys((GREEDY, UNSORTED, min(LEAST_CANDIDATES, vocab_size), vocab_size)))
+
+
+def adjusted(
+    logits: jax.Array,
+    counts: jax.Array,
+    prompt: jax.Array,
+    bias: jax.Array,
+    settings: Settings,
+    frequency: jax.Array,
+    presence: jax.Array,
+) -> jax.Array:
+    """Logits [R, V] with the repetition penalty, then OpenAI's penalties and bias, as its API reference has them.
+
+    Args:
+        counts: [R, V] int32, how often the answer holds each token.
+        prompt: [R, V] bool, whether the prompt holds it.
+        bias: [R, V] float32.
+        frequency, presence: [R] float32, taken off for each time that the answer holds a token, and once.
+    """
+    used = counts > 0
+    penalty = settings.repetition_penalty[:, None]
+    logits = jnp.where(used | prompt, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    return logits - counts * frequency[:, None] - used * presence[:, None] + bias
 
 
 def row_keys(seed: int, numbers: Sequence[int], samples: int) -> np.ndarray:

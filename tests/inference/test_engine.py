@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jaxlm.config import Decoding, MeshConfig
@@ -75,7 +76,7 @@ def test_rows_with_different_settings_do_not_change_each_other(model: Generator,
     assert returned == {slot: slot.ids for slot in slots}, "every token is returned once"
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_rows_are_taken_again_while_others_go_on(model: Generator, alone: list[Answer], count: int) -> None:
     """Eight requests through two or three rows, each admitted as soon as one is free."""
     engine = Engine(model, count)
@@ -217,3 +218,22 @@ def test_what_an_engine_refuses(model: Generator) -> None:
         engine.admit([Request([], Decoding())])
     with pytest.raises(ValueError, match="3 rows are needed, 2 of 2 are free"):
         engine.admit(REQUESTS[:3])
+
+
+def test_log_probs_are_of_the_model_and_not_of_what_was_filtered(model: Generator) -> None:
+    """Of a row that draws from its best tokens and of one that is admitted later, by the same tokens read at once."""
+    requests = [Request([5, 9, 30], MIXED[1], 1), Request([7] * 20, MIXED[3], 3)]
+    engine = Engine(model, 2, log_probs=True)
+    ((first,),) = engine.admit(requests[:1])
+    engine.step(3)
+    ((second,),) = engine.admit(requests[1:])
+    finish(engine)
+    texts = np.zeros((2, 40), np.int32)
+    for row, slot in enumerate((first, second)):
+        text = [*slot.request.prompt, *slot.ids]
+        texts[row, : len(text)] = text
+    scores = jax.nn.log_softmax(model.decoder.apply({"params": params()}, texts))
+    for row, slot in enumerate((first, second)):
+        places = np.arange(len(slot.ids)) + len(slot.request.prompt) - 1
+        assert slot.log_probs == pytest.approx(scores[row, places, np.array(slot.ids)].tolist(), abs=1e-4)
+    assert Engine(model, 1).admit(requests[:1])[0][0].log_probs == []

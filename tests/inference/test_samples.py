@@ -44,7 +44,7 @@ def expected(model: Decoder, variables: Any, prompt: list[int], max_tokens: int,
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_samples_are_the_scanned_models_most_likely_tokens(adapted: bool) -> None:
     adapters = {"q_proj": LoraSpec((2, 1, 0), (1.0, 2.0, 0.0), 0.1, False)} if adapted else {}
     model, _, variables = setup(adapters=adapters)
@@ -58,7 +58,9 @@ def test_samples_are_the_scanned_models_most_likely_tokens(adapted: bool) -> Non
     assert stopped != free
 
 
-@pytest.mark.parametrize("axes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, sequence=2, tensor=2)])
+@pytest.mark.parametrize(
+    "axes", [dict(data=2, fsdp=2, tensor=2), pytest.param(dict(fsdp=2, sequence=2, tensor=2), marks=pytest.mark.slow)]
+)
 def test_samples_are_the_same_on_a_mesh(axes: dict[str, int]) -> None:
     model, boxed, variables = setup()
     mesh = make_mesh(MeshConfig(**axes), jax.devices()[:8])

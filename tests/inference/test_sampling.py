@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 from jaxlm.inference.options import check_decoding
-from jaxlm.inference.sampling import Method, Settings, choose, filtered, penalize, row_keys
+from jaxlm.inference.sampling import LEADING, Method, Settings, choose, filtered, leading, penalize, row_keys
 
 VOCAB = 200
 
@@ -96,6 +98,48 @@ def test_penalties_are_those_of_transformers(size: int) -> None:
         np.testing.assert_allclose(found[row], expected, rtol=1e-6)
         banned += np.isinf(expected).sum()
     assert banned, "the n-grams should have repeated"
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_p": 0.5, "min_p": 0.2}, {"top_k": 20, "top_p": 0.8}], ids=str
+)
+@pytest.mark.parametrize("kind", ["normal", "ties", "flat"])
+def test_the_best_tokens_alone_give_what_sorting_all_gives(options: dict[str, Any], kind: str) -> None:
+    """The same tokens with the same scores, wherever the best ones are said to be enough."""
+    rows, candidates = 400, 32
+    logits = logits_of(rows, 3)
+    logits = {"normal": logits, "ties": np.round(logits), "flat": logits / 100}[kind]
+    settings = Settings.of(Decoding(temperature=0.8, **options), rows, VOCAB)
+    scores, ids, is_certain = map(np.asarray, leading(jnp.asarray(logits), settings, candidates))
+    all_scores, all_ids = map(np.asarray, filtered(jnp.asarray(logits), settings, VOCAB))
+    is_left = np.isfinite(all_scores)
+    np.testing.assert_array_equal(ids[is_certain], all_ids[is_certain, :candidates])
+    np.testing.assert_array_equal(scores[is_certain], all_scores[is_certain, :candidates])
+    assert not is_left[is_certain, candidates:].any()
+    share = is_certain.mean()
+    assert share == 0 if kind == "flat" and "top_k" not in options else share > 0.5
+
+
+def test_a_nucleus_is_drawn_from_alike_however_large_it_is() -> None:
+    """In one batch whose rows have few tokens, and in one where some row has many: the other way of finding them."""
+    rng = np.random.default_rng(4)
+    size = 4 * LEADING
+    peaked = np.cumsum(-rng.exponential(0.1, (40, size)), axis=1).astype(np.float32)
+    peaked = rng.permuted(np.round(peaked, 1), axis=1)  # with ties
+    decoding = Decoding(temperature=1.0, top_p=0.9)
+    draw = partial(jax.jit(choose, static_argnums=4), method=Method.of(decoding, size))
+
+    def drawn(logits: np.ndarray) -> np.ndarray:
+        rows = len(logits)
+        settings = Settings.of(decoding, rows, size)
+        return np.asarray(draw(logits, row_keys(1, range(rows), 1), np.full(rows, 3, np.int32), settings))
+
+    flat = np.zeros((1, size), np.float32)
+    few, many = drawn(peaked), drawn(np.concatenate([peaked, flat]))
+    np.testing.assert_array_equal(few, many[:-1])
+    settings = Settings.of(decoding, 41, size)
+    is_certain = np.asarray(leading(jnp.concatenate([peaked, flat]), settings, LEADING)[2])
+    assert is_certain[:-1].all() and not is_certain[-1]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:

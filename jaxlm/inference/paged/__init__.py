@@ -1,0 +1,1 @@
+"""The serving engine: continuous batching over keys and values in pages."""
