@@ -1,0 +1,1 @@
+"""The command lines of the systems that jaxlm replaces, read as they stand and said in jaxlm's words."""
