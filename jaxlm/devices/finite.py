@@ -35,6 +35,9 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
         UserError: some are NaN or infinite: which tensor of which layer, and how many values.
     """
     everywhere = replicated(mesh)
+    # XLA's CPU backend has a few threads for all devices. Sums over devices of many programs that are under way at once
+    # have been seen to wait for each other, until it gave up and ended the process.
+    one_by_one = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
     counts: dict[tuple[str, int | None, bool], jax.Array] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -43,6 +46,8 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
             stacked = layer is None and not {"layers", "tail"}.isdisjoint(names)
             path = "/".join(names).removeprefix("params/")
             counts[path, layer, stacked] = _counter(everywhere, stacked)(leaf)
+            if one_by_one:
+                counts[path, layer, stacked].block_until_ready()
     broken = [
         (path, index if stacked else layer, int(number))
         for (path, layer, stacked), values in zip(counts, jax.device_get(list(counts.values())), strict=True)

@@ -9,8 +9,10 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from jaxlm.devices.operations import Operation, Place, place, ranked
 
 _BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
@@ -47,12 +49,14 @@ class Program:
         cycles: the compiler's estimates, summed; None when it gives none (only TPUs' does). Kernels have none.
         collectives: by kind, and whether they overlap.
         kernels: Pallas kernels by name, and how often each runs.
+        operations: where the cycles are, the costliest first; empty when there are none.
     """
 
     flops: float
     cycles: float | None
     collectives: tuple[Collective, ...]
     kernels: dict[str, int]
+    operations: tuple[Operation, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -61,7 +65,13 @@ class Program:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Program:
         """Reads what `to_dict` gave, through JSON."""
-        return cls(**{**values, "collectives": tuple(Collective(**fields) for fields in values["collectives"])})
+        return cls(
+            **{
+                **values,
+                "collectives": tuple(Collective(**fields) for fields in values["collectives"]),
+                "operations": tuple(Operation.from_dict(fields) for fields in values["operations"]),
+            }
+        )
 
     def collective_bytes(self, overlaps: bool) -> float:
         """Bytes of the collectives that overlap with other work, or of those that do not."""
@@ -131,6 +141,8 @@ class _Reader:
         self.has_cycles = False
         self.moved: dict[tuple[str, bool], list[float]] = collections.defaultdict(lambda: [0, 0.0])
         self.kernels: dict[str, int] = collections.Counter()
+        self.cycles_at: dict[Place, float] = collections.defaultdict(float)
+        self.runs_at: dict[Place, float] = collections.defaultdict(float)
 
     def trips(self, loop: _Op) -> int:
         """How often a loop's body runs."""
@@ -170,6 +182,30 @@ class _Reader:
             lhs = _dims(body[op.operands[0]].shape)[0][1]
             shared = math.prod(lhs[int(at)] for at in batch[1].split(","))
         return 2 * math.sqrt(math.prod(sizes) / shared)
+
+    def place(self, op: _Op) -> Place:
+        """Where an operation comes from: a fusion from its product, if it has one, which is nearly all of its work.
+
+        The metadata of a fusion are those of what it ends with, e.g. of the addition to a stack of gradients.
+        """
+        ops = [op]
+        if op.kind == "fusion":
+            inner = [each for called in op.called("calls") for each in self.bodies.get(called, {}).values()]
+            product = self.inner_product(op, 3)
+            ops = [*([] if product is None else [product]), op, *reversed(inner)]  # the last one is what it ends with
+        for each in ops:
+            if (named := re.search(r'op_name="([^"]*/[^"]*)"', each.line)) is not None:
+                return place(named[1])
+        return Place("", "", next((each.kind for each in ops if each.kind != "fusion"), op.kind))
+
+    def inner_product(self, fusion: _Op, depth: int) -> _Op | None:
+        for called in fusion.called("calls"):
+            for op in self.bodies.get(called, {}).values():
+                if op.kind in ("dot", "convolution"):
+                    return op
+                if op.kind == "fusion" and depth and (inner := self.inner_product(op, depth - 1)) is not None:
+                    return inner
+        return None
 
     def collective(
         self, op: _Op, body: dict[str, _Op], times: int, within: str, overlaps: bool, seen: set[str]
@@ -216,6 +252,9 @@ class _Reader:
                 self.has_cycles = True
             if estimate is not None and not fused and op.kind not in ("while", "call", "conditional"):
                 self.cycles += times * int(estimate[1])
+                at = self.place(op)
+                self.cycles_at[at] += times * int(estimate[1])
+                self.runs_at[at] += times
             if op.kind in ("dot", "convolution"):
                 self.flops += times * self.product(op, body)
             self.collective(op, body, times, name, overlaps, seen)
@@ -252,4 +291,78 @@ def read_program(text: str) -> Program:
     collectives = tuple(
         Collective(kind, overlaps, int(count), size) for (kind, overlaps), (count, size) in sorted(reader.moved.items())
     )
-    return Program(reader.flops, reader.cycles if reader.has_cycles else None, collectives, dict(reader.kernels))
+    operations = ranked(reader.cycles_at, reader.runs_at)
+    cycles = reader.cycles if reader.has_cycles else None
+    return Program(reader.flops, cycles, collectives, dict(reader.kernels), operations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The operations of a compiled program by the names that the compiler gave them.
+
+    Attributes:
+        module: the program's name.
+        places: where each operation comes from.
+        containers: operations that only run others: loops, calls, conditionals.
+    """
+
+    module: str
+    places: Mapping[str, Place]
+    containers: frozenset[str]
+
+
+def read_names(text: str) -> Names:
+    """Reads which operation of the source each one of a compiled program is.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    reader = _Reader(text)
+    module = re.match(r"HloModule ([\w.\-]+)", text)
+    ops = [op for body in reader.bodies.values() for op in body.values()]
+    containers = frozenset(op.name for op in ops if op.kind in ("while", "call", "conditional"))
+    return Names("" if module is None else module[1], {op.name: reader.place(op) for op in ops}, containers)
+
+
+# Operations that move nothing by themselves: they name, or end what another has begun.
+_MOVES_NOTHING = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id")
+
+
+def memory_bytes(text: str, kernels: Mapping[str, float]) -> float:
+    """Bytes that one run moves between a TPU's memory and the chip, of a program without loops.
+
+    What the compiler keeps on the chip (memory space 1 of its layouts) is not counted, so that a weight which is
+    fetched ahead counts once; of an array that is looked up in (a gather), only what is taken.
+
+    Args:
+        text: `compiled.as_text()`.
+        kernels: what a run of each Pallas kernel moves, by its name, as their operands are not read as a whole.
+
+    Raises:
+        KeyError: the program has a kernel of another name.
+    """
+    reader = _Reader(text)
+    body, total = reader.bodies[reader.entry], 0.0
+    for op in body.values():
+        assert op.kind not in ("while", "conditional"), f"{op.name}: only programs without loops are counted"
+        if op.kind in _MOVES_NOTHING or op.kind.endswith("-done"):
+            continue
+        if 'custom_call_target="tpu_custom_call"' in op.line:
+            total += kernels[re.sub(r"\.\d+$", "", op.name)]
+        elif op.kind in ("copy-start", "slice-start"):  # (source, or all of it, and result): one of both is on the chip
+            shapes = re.findall(r"\b[a-z]+\d*\[[\d,]*\]\S*", op.shape)[:2]
+            total += min(map(_size, shapes)) if any(map(_in_memory, shapes)) else 0
+        else:
+            given = [body[name].shape for name in op.operands if name in body]
+            results = _in_memory(op.shape)
+            if op.name.startswith("gather"):
+                total += results + min(sum(map(_in_memory, given)), _size(op.shape))
+            else:
+                total += results + sum(map(_in_memory, given))
+    return total
+
+
+def _in_memory(shape: str) -> int:
+    """Bytes of an array, or of the parts of a tuple, that are in the device's memory."""
+    parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", shape)
+    return sum(_size(part) for part in parts if not re.search(r"S\(\d+\)", part))
