@@ -1,26 +1,38 @@
 """The train step on whole TPU slices, by their compiler: memory, cycles, collectives; beside goals and MaxText.
 
-    python benchmarks/tpu_step.py [--only v5e:4x4] [--json FILE]
+    python benchmarks/tpu_step.py [NAME ...]      # compile these (all), keep what is found, rewrite the table
+    python benchmarks/tpu_step.py --check [NAME]  # compile; exit 1 where the figures kept differ by more than 2 %
+    python benchmarks/tpu_step.py --table         # the table alone
 
-Needs libtpu (`pip install libtpu`) on x86-64 Linux and no TPU. Sequence 2048, packed rows, float32 parameters and
-AdamW, bfloat16 products, FSDP over all chips. Cycles are the compiler's own estimates outside of Pallas kernels, for
-which it gives none: a yardstick for programs on one topology, not a time. MaxText's figures (August 2026, same reading
-of its program, splash attention) stand in brackets; its LoRA cannot be compiled ahead of time. A compile takes a minute
-or two.
+Needs libtpu (`pip install libtpu`) on x86-64 Linux and no TPU. Sequence 2048 unless said, packed rows, float32
+parameters and AdamW, bfloat16 products, FSDP over all chips. Cycles are the compiler's own estimates outside of Pallas
+kernels, for which it gives none: a yardstick for programs on one topology, not a time. MaxText's figures (August 2026,
+same reading of its program, splash attention) stand last; its LoRA cannot be compiled ahead of time. A compile takes a
+minute or two. Figures are kept in benchmarks/tpu_step.json, the table between markers of benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
 from jaxlm.models.families import load_shape
+from jaxlm.models.resolve import resolve_experts
 from jaxlm.planning.compiled import compile_step
+from jaxlm.training.report import flops_per_token
+
+HERE = Path(__file__).parent
+FIGURES, README = HERE / "tpu_step.json", HERE / "README.md"
+BEGIN, END = "<!-- written by benchmarks/tpu_step.py -->", "<!-- end of what is written -->"
+TOLERANCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,82 +40,177 @@ class Case:
     """A step and what is asked of it.
 
     Attributes:
-        rows: of 2048 tokens, per chip.
-        goal, maxtext: (GiB per chip, Gcycles), or None.
+        name: as the table has it.
+        rows: of `length` tokens, per chip; a fraction where several chips share a row.
+        goal, maxtext: (GiB per chip, Gcycles); None where there is none.
         more: sections of the run's configuration beyond those that all share.
     """
 
-    shape: str
+    name: str
     topology: str
-    rows: int
+    rows: float
+    shape: str = "llama-2-7b"
     remat: str = "full"
-    goal: tuple[float, float] | None = None
-    maxtext: tuple[float, float] | None = None
+    length: int = 2048
+    goal: tuple[float | None, float | None] = (None, None)
+    maxtext: tuple[float | None, float | None] = (None, None)
     more: str = ""
+    mesh: str = "{data: 1, fsdp: -1}"
     param_dtype: str = "float32"
 
 
 LORA = "lora: {rank: 8, alpha: 16, dropout: 0.0, targets: [q_proj, k_proj, v_proj]}"
+# `ragged` is XLA's own product, whose cycles the compiler estimates; of a kernel it estimates none.
+SCIMIND = "moe: {experts: 16, router: activation, top_k: {text: 14}, compute: ragged}"
+LEARNED = "moe: {experts: 8, router: learned, top_k: {text: 2}, compute: ragged}"
 CASES = (
-    Case("llama-2-7b", "v5e:4x4", 2, goal=(9.2, 2.1), maxtext=(9.23, 2.24)),
-    Case("llama-2-7b", "v5e:4x4", 4, goal=(10.9, 4.3), maxtext=(11.30, 5.95)),
-    Case("llama-2-7b", "v5e:4x4", 4, goal=(5.0, 3.0), more=LORA, param_dtype="bfloat16"),
-    Case("llama-2-7b", "v5e:16x16", 4, maxtext=(4.13, 4.73)),
-    Case("llama-2-7b", "v5e:16x16", 4, "qkv", goal=(10.0, 3.8), maxtext=(10.03, 4.17)),
-    Case("llama-2-7b", "v5p:4x4x2", 4, goal=(7.2, 2.0), maxtext=(7.23, 2.20)),
-    Case("llama-2-7b", "v6e:16x16", 4, goal=(4.5, 1.45), maxtext=(4.55, 1.61)),
-    Case("llama-2-13b", "v5e:16x16", 2, goal=(4.0, 4.6), maxtext=(4.04, 5.06)),
-    Case("llama-2-70b", "v5p:4x4x8", 1),
-    Case("llama-2-70b", "v6e:16x16", 1),
-)
+    Case("v5e:4x4, 2 rows a chip", "v5e:4x4", 2, goal=(9.0, 1.85), maxtext=(9.23, 2.24)),
+    Case("v5e:4x4, 4 rows", "v5e:4x4", 4, goal=(10.9, 4.3), maxtext=(11.30, 5.95)),
+    Case(
+        "v5e:4x4, 4 rows, LoRA rank 8 on q, k, v, bfloat16 base", "v5e:4x4", 4, goal=(5.0, 2.64), more=LORA,
+        param_dtype="bfloat16",
+    ),
+    Case("v5e:16x16, 4 rows", "v5e:16x16", 4, maxtext=(4.13, 4.73)),
+    Case("v5e:16x16, 4 rows, remat `qkv`", "v5e:16x16", 4, remat="qkv", goal=(10.0, 3.8), maxtext=(10.03, 4.17)),
+    Case("v5p:4x4x2, 4 rows", "v5p:4x4x2", 4, goal=(7.2, 2.0), maxtext=(7.23, 2.20)),
+    Case("v6e:16x16, 4 rows", "v6e:16x16", 4, goal=(4.5, 1.45), maxtext=(4.55, 1.61)),
+    Case("13B, v5e:16x16, 2 rows", "v5e:16x16", 2, "llama-2-13b", goal=(4.0, 4.6), maxtext=(4.04, 5.06)),
+    Case("70B, v5p:4x4x8, 1 row", "v5p:4x4x8", 1, "llama-2-70b"),
+    Case("v5e:8x8, 2 rows", "v5e:8x8", 2),
+    Case("v5e:8x8, 2 rows, SciMind's 16 experts, 14 for text", "v5e:8x8", 2, more=SCIMIND),
+    Case("v5e:8x8, 2 rows, the same, all computed and masked", "v5e:8x8", 2, more=SCIMIND.replace("ragged", "dense")),
+    Case("v5e:8x8, 2 rows, 8 experts, 2 by a learned router", "v5e:8x8", 2, more=LEARNED),
+    Case("v6e:16x16, 2 rows", "v6e:16x16", 2),
+    Case("v6e:16x16, 2 rows, SciMind's 16 experts, 14 for text", "v6e:16x16", 2, more=SCIMIND),
+    Case("v6e:16x16, 2 rows, 8 experts, 2 by a learned router", "v6e:16x16", 2, more=LEARNED),
+    Case(
+        "LLaMA-3.1-8B, v5e:4x4, 1/8 row of 32,768, sequence 8", "v5e:4x4", 1 / 8, "llama-3.1-8b", length=32768,
+        mesh="{data: 1, fsdp: -1, sequence: 8}",
+    ),
+)  # fmt: skip
 RUN = """
 model: {{shape: {shape}, dtype: bfloat16, param_dtype: {param_dtype}, remat: {remat}, attention: pallas_tpu}}
-data: {{train: [{{path: text.jsonl, template: text}}], sequence_length: 2048}}
+data: {{train: [{{path: text.jsonl, template: text}}], sequence_length: {length}}}
 train: {{global_batch_size: {rows}, micro_batch_size: {rows}, epochs: 1}}
-mesh: {{data: 1, fsdp: -1}}
+mesh: {mesh}
 output_dir: out
 {more}
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--json", help="a file for all figures")
-    arguments = parser.parse_args()
-    print("| step | GiB per chip, goal [MaxText] | Gcycles, goal [MaxText] | GB waited for / beside | compiled in |")
-    print("|---|---|---|---|---|", flush=True)
-    all_found = []
+def compiled(case: Case) -> dict[str, Any]:
+    """What the compiler says of a step: GiB, Gcycles, GB of collectives, and FLOPs of the model on a chip."""
+    where = parse_topology(case.topology)
+    text = RUN.format(**{**dataclasses.asdict(case), "rows": int(case.rows * where.count)})
+    config = load_run_yaml(text, "tpu_step.py")
+    shape = resolve_experts(load_shape(case.shape), config.moe, fresh=True)
+    started = time.perf_counter()
+    found = compile_step(config, shape, where)
+    figures: dict[str, Any] = {
+        "seconds": round(time.perf_counter() - started),
+        "jax": importlib.metadata.version("jax"),
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+    if found.program is None:
+        return figures | {"refused": found.refused}
+    assert found.program.cycles is not None
+    waited, beside = (found.program.collective_bytes(overlaps) / 1e9 for overlaps in (False, True))
+    full = "lora" not in case.more
+    return figures | {
+        "gib": round(found.peak / 2**30, 3),
+        "gcycles": round(found.program.cycles / 1e9, 4),
+        "waited": round(waited, 2),
+        "beside": round(beside, 2),
+        "tflops": round(flops_per_token(shape, case.length, full) * case.rows * case.length / 1e12, 3),
+        "involuntary": found.involuntary,
+    }
+
+
+def _beside(value: float, goal: float | None, theirs: float | None) -> str:
+    met = goal is not None and value <= goal + 0.005
+    shown = f"**{value:.2f}**" if met else f"{value:.2f}"
+    others = ["–" if other is None else f"{other}" for other in (goal, theirs)]
+    return shown if goal is theirs is None else ", ".join([shown, *others])
+
+
+def table() -> str:
+    """The table as the figures kept say it."""
+    known = read_figures()
+    heads = "step", "GiB a chip, goal, MaxText", "Gcycles, goal, MaxText", "GB waited for / beside", "TFLOP a Gcycle"
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for case in CASES:
-        name = f"{case.shape} {case.topology}, {case.rows} rows, {case.remat}{', LoRA' if case.more else ''}"
-        if arguments.only not in name:
+        figures = known.get(case.name)
+        if figures is None:
             continue
-        where = parse_topology(case.topology)
-        rows = case.rows * where.count
-        text = RUN.format(**{**dataclasses.asdict(case), "rows": rows})
-        started = time.perf_counter()
-        found = compile_step(load_run_yaml(text, "tpu_step.py"), load_shape(case.shape), where)
-        seconds = time.perf_counter() - started
-        all_found.append(dataclasses.asdict(case) | dataclasses.asdict(found))
-        if found.program is None:
-            print(f"| {name} | does not fit: {found.refused} | | | {seconds:.0f} s |", flush=True)
+        if "refused" in figures:
+            lines.append(f"| {case.name} | does not fit | | | |")
             continue
-        assert found.program.cycles is not None
+        gib = _beside(figures["gib"], case.goal[0], case.maxtext[0])
+        cycles = _beside(figures["gcycles"], case.goal[1], case.maxtext[1])
+        moved = f"{figures['waited']:.1f} / {figures['beside']:.1f}"
+        lines.append(f"| {case.name} | {gib} | {cycles} | {moved} | {figures['tflops'] / figures['gcycles']:.1f} |")
+    versions = sorted({(figures["jax"], figures["libtpu"]) for figures in known.values()})
+    said = "; ".join(f"JAX {jax}, libtpu {libtpu}" for jax, libtpu in versions)
+    return "\n".join([*lines, "", f"Compiled by {said}."])
 
-        def beside(at: int, case: Case = case) -> str:
-            goal = f", {case.goal[at]}" if case.goal else ""
-            return goal + (f" [{case.maxtext[at]}]" if case.maxtext else "")
 
-        waited, overlapped = (found.program.collective_bytes(overlaps) / 1e9 for overlaps in (False, True))
-        print(
-            f"| {name} | {found.peak / 2**30:.2f}{beside(0)} | {found.program.cycles / 1e9:.3f}{beside(1)} "
-            f"| {waited:.1f} / {overlapped:.1f} | {seconds:.0f} s |"
-            + (f" involuntary full rematerialization: {found.involuntary}" if found.involuntary else ""),
-            flush=True,
-        )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(all_found, indent=1, default=str), encoding="utf-8")
+def read_figures() -> dict[str, dict[str, Any]]:
+    """The figures kept, by the case's name."""
+    if not FIGURES.is_file():
+        return {}
+    found: dict[str, dict[str, Any]] = json.loads(FIGURES.read_text(encoding="utf-8"))
+    return found
+
+
+def with_table(text: str) -> str:
+    """The page with the table as it is now.
+
+    Raises:
+        SystemExit: the markers are missing.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{README}: there is no {BEGIN} … {END}")
+    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+
+
+def differences(kept: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Which figures differ by more than `TOLERANCE`, in words."""
+    return [
+        f"{key} is {found.get(key)}, {kept.get(key)} is kept"
+        for key in ("gib", "gcycles")
+        if key not in found or key not in kept or abs(found[key] - kept[key]) > TOLERANCE * kept[key]
+    ]
+
+
+def main() -> int:
+    """Exit status: 0; 1 where --check finds other figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="cases whose name begins with this (default: all)")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    chosen = [case for case in CASES if not given.names or any(case.name.startswith(each) for each in given.names)]
+    if not chosen:
+        parser.error(f"{given.names} begin none of: {'; '.join(case.name for case in CASES)}")
+    status = 0
+    for case in [] if given.table else chosen:
+        found = compiled(case)
+        print(f"{case.name}: {json.dumps(found)}", flush=True)
+        known = read_figures()
+        if given.check:
+            for line in differences(known.get(case.name, {}), found):
+                print(f"{case.name}: {line}", flush=True)
+                status = 1
+            continue
+        known[case.name] = found
+        ordered = {each.name: known[each.name] for each in CASES if each.name in known}
+        FIGURES.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    if not given.check:
+        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

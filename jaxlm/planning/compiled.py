@@ -27,6 +27,7 @@ from jaxlm.devices.chips import SHARE, Topology, parse_topology
 from jaxlm.devices.compiler_options import least_effort
 from jaxlm.devices.program import Program, read_program
 from jaxlm.errors import UserError
+from jaxlm.machine import QUIET
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.setup import set_up
 
@@ -128,7 +129,9 @@ def compile_step(
             "out": str(out),
         }
         paths = os.pathsep.join(path for path in sys.path if path)
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths}
+        # Without what keeps libtpu quiet: it is about no TPU, and this one is to compile for some.
+        own = {name: value for name, value in os.environ.items() if QUIET.get(name) != value}
+        environment = {**own, **ENVIRONMENT, "PYTHONPATH": paths}
         environment["TF_CPP_MIN_LOG_LEVEL"] = "0"  # the partitioner's complaints are warnings
         call = [sys.executable, "-m", "jaxlm.planning.compiled"]
         done = subprocess.run(call, input=json.dumps(job), env=environment, capture_output=True, text=True)

@@ -13,7 +13,7 @@ from jaxlm.devices.mesh import shard_axes_size
 from jaxlm.planning.memory import Memory, layer_params
 from jaxlm.sharding import DATA, EXPERT, SEQUENCE, TENSOR
 from jaxlm.spec import DecoderSpec, LayerSpec
-from jaxlm.training.report import flops_per_token
+from jaxlm.training.report import flops_per_token, idle_params
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, bytes_per_device, count
 
@@ -92,19 +92,22 @@ def estimate_cost(setup: TrainSetup, initializer: Initializer, memory: Memory, s
     layers = c.num_layers + (0 if c.encoder is None else c.encoder.num_layers * encoder_length / length)
 
     recomputed = _recomputed(setup)
-    per_layer = layer_params(initializer.params) / c.total_layers
+    # Experts that compute all neurons and mask compute those, too, that no token uses.
+    idle = idle_params(c)
+    masked = idle if setup.model.experts == "dense" else 0.0
+    per_layer = layer_params(initializer.dense) / c.total_layers - (idle - masked) / c.num_layers
     # Scores and values, halved because causal; backward the scores are formed again, and there are two more products
     # for each of the two.
     attention = 2 * layer_mean(c, lambda layer: layer.attention.num_heads * layer.attention.head_dim) * length
     scores_again = 0.5 * attention * layers
     again = layers * (2 * per_layer * recomputed[0] + attention * recomputed[1])
-    hardware = (model_flops + tokens * (again + scores_again)) / devices
+    hardware = (model_flops + tokens * ((6 if full else 4) * masked + again + scores_again)) / devices
 
     micro_tokens = rows * length // mesh.shape[SEQUENCE]
     itemsize = jnp.dtype(setup.model.dtype).itemsize
     tensor, fsdp = mesh.shape[TENSOR], shard_axes_size(mesh)
     replicas = mesh.shape[DATA] // slices
-    weights = count(initializer.params) / tensor / mesh.shape[EXPERT]
+    weights = count(initializer.dense) / tensor / mesh.shape[EXPERT]
     trained_shard = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
     passes = 2 * setup.accumulation  # forward, backward
     links = passes * itemsize * weights * (1 - 1 / fsdp)

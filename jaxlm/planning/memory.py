@@ -22,6 +22,7 @@ from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.lora import LoraSpec
+from jaxlm.nn.nf4 import why_plain
 from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
 from jaxlm.spec import DecoderSpec, LayerSpec
 from jaxlm.training.setup import TrainSetup
@@ -114,19 +115,46 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     chunks = chunk_count(rows, length, shape.vocab_size, head_trains)
     logits = 4 * rows * -(-length // chunks) * shape.vocab_size
     states = LOSS_STATES * rows * length * shape.hidden_size * itemsize
-    layer_weights = itemsize * layer_params(initializer.params) // shape.total_layers // mesh.shape[TENSOR]
+    layer_weights = itemsize * layer_params(initializer.dense) // shape.total_layers // mesh.shape[TENSOR]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
     return Memory(
         parameters=frozen + trained,
-        optimizer=bytes_per_device(initializer.opt_state, initializer.opt_shardings),
+        optimizer=optimizer_bytes(initializer),
         gradients=trained + summed,
         activations=rows * kept_bytes(shape, lora, model, lengths, model.remat),
         layer=int(LAYER_SHARE * rows * kept_bytes(shape, lora, model, lengths, "none") / shape.total_layers),
         loss=itemsize * table + (4 * table + stages) * head_trains + logits + states,
-        gathered=layer_weights * (GATHERED_LAYERS + GATHERED_GRADIENTS * (lora is None) if split else 1),
+        gathered=layer_weights * (GATHERED_LAYERS + GATHERED_GRADIENTS * (lora is None) if split else 1)
+        if initializer.quantize is None
+        else _gathered_bits(setup, initializer, split),
         embedding=(4 * table * (2 if summed else 1) + stages) * (split and table_trains),
     )
+
+
+def optimizer_bytes(initializer: Initializer) -> int:
+    """Bytes of the optimizer's state in a device's memory."""
+    return bytes_per_device(initializer.opt_state, initializer.opt_shardings)
+
+
+def _gathered_bits(setup: TrainSetup, initializer: Initializer, split: bool) -> int:
+    """Bytes of a quantised base in use beside its own: gathered layers, and the largest kernel as an array.
+
+    The array is there where no kernel multiplies with the bits themselves (see `nn.nf4.why_plain`).
+    """
+    tensor, spec = setup.mesh.shape[TENSOR], setup.model.spec
+    parts = (initializer.params, initializer.params.get("encoder", {}))
+    leaves = [leaf for part in parts for stack in ("layers", "tail") for leaf in jax.tree.leaves(part.get(stack, {}))]
+    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // spec.total_layers // tensor
+    widest = max(layer.feed_forward.size for layer in spec.period)
+    on_tpu = initializer.quantize == "nf4" and setup.platform == "tpu"
+    dtype = setup.model.dtype
+    sizes = ((spec.hidden_size, "embed"), (widest, "mlp"))
+    if on_tpu and all(why_plain(dict(setup.mesh.shape), dtype, size, axis) is None for size, axis in sizes):
+        dense = 0
+    else:
+        dense = jnp.dtype(dtype).itemsize * spec.hidden_size * widest // tensor
+    return dense + GATHERED_LAYERS * gathered * split
 
 
 def _parts_by_stage(mesh: Any) -> list[int]:
@@ -143,9 +171,7 @@ def _frozen_bytes(setup: TrainSetup, initializer: Initializer) -> int:
 def resident_bytes(setup: TrainSetup, initializer: Initializer) -> int:
     """Bytes of a device that are in use all the time: parameters and the optimizer's state."""
     trained = bytes_per_device(initializer.trainable, initializer.trainable_shardings)
-    return (
-        _frozen_bytes(setup, initializer) + trained + bytes_per_device(initializer.opt_state, initializer.opt_shardings)
-    )
+    return _frozen_bytes(setup, initializer) + trained + optimizer_bytes(initializer)
 
 
 def _shard_count(tree: Any, shardings: Any) -> int:

@@ -101,7 +101,7 @@ def plan(
     return Plan(
         topology=topology,
         devices=axis_sizes(setup.mesh),
-        parameters=count(initializer.params),
+        parameters=count(initializer.dense),
         trained=count(initializer.trainable),
         micro_batch=setup.micro_batch,
         accumulation=setup.accumulation,

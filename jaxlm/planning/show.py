@@ -6,11 +6,12 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxlm.config import RunConfig
+from jaxlm.devices.operations import table
 from jaxlm.planning.compiled import CompiledStep, can_compile
 from jaxlm.planning.cost import FORMULA
 from jaxlm.planning.report import Plan
 from jaxlm.planning.suggest import MARGIN
-from jaxlm.training.report import print_pairs
+from jaxlm.screen import print_pairs
 from jaxlm.units import memory_size
 
 WIDTH = 40
@@ -148,6 +149,19 @@ def _compiled(plan: Plan, step: CompiledStep, console: Console) -> None:
             ("warning", f"{step.involuntary} times the partitioner gathers whole tensors because it has no better way")
         )
     print_pairs(console, pairs)
+
+
+def show_operations(plan: Plan, console: Console) -> None:
+    """Prints the operations that take the most cycles, by the compiler; nothing for a step that does not fit."""
+    program = None if plan.compiled is None else plan.compiled.program
+    if program is None or program.cycles is None:
+        return
+    console.print("\nwhere the compiler expects a step's cycles", style="bold", highlight=False)
+    for line in table(program.operations, program.cycles, "Mcycles", 1e6):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if program.kernels:
+        kernels = ", ".join(f"{count} x {name}" for name, count in program.kernels.items())
+        console.print(f"not among them, as the compiler does not know what they take: {kernels}", highlight=False)
 
 
 def _verdict(plan: Plan, console: Console) -> None:

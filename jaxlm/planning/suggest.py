@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from jaxlm.config import MeshConfig, RunConfig, flatten, to_dict
 from jaxlm.devices.chips import Topology
@@ -42,7 +43,8 @@ def suggest(
 ) -> list[Suggestion]:
     """Settings near these that leave a tenth of the memory free.
 
-    It changes model.remat, train.micro_batch_size (the rows of a step stay), and the mesh's data, fsdp and tensor.
+    It changes model.remat, train.micro_batch_size (the rows of a step stay), model.quantize of an adapter's base, and
+    the mesh's data, fsdp and tensor.
 
     Args:
         now: time of a step with the present settings.
@@ -51,11 +53,11 @@ def suggest(
     """
     suggestions: list[Suggestion] = []
     room = MARGIN * topology.chip.memory
-    for mesh in _meshes(config, shape, topology) if not fits else [config.mesh]:
+    for near in _nearest(config, shape, topology) if not fits else [config]:
         if suggestions:
-            break  # another mesh is a greater change, and each takes seconds to look at
+            break  # what comes later is a greater change, and each takes seconds to look at
         try:
-            setup = set_up(dataclasses.replace(config, mesh=mesh), shape, topology)
+            setup = set_up(near, shape, topology)
             initializer = setup.initializer(setup.schedule(1000))
         except UserError:
             continue  # the mesh does not go with this model or batch
@@ -82,6 +84,16 @@ def suggest(
 
     suggestions.sort(key=rank)
     return suggestions[:most]
+
+
+def _nearest(config: RunConfig, shape: DecoderSpec, topology: Topology) -> list[RunConfig]:
+    """These settings, those with a quantised base under an adapter, and other meshes."""
+    first, *others = (dataclasses.replace(config, mesh=mesh) for mesh in _meshes(config, shape, topology))
+    kinds: tuple[Literal["int8", "nf4"], ...] = ("int8", "nf4")
+    if config.lora is None or config.model.quantize is not None:
+        kinds = ()
+    quantized = [dataclasses.replace(config, model=dataclasses.replace(config.model, quantize=kind)) for kind in kinds]
+    return [first, *quantized, *others]
 
 
 def _meshes(config: RunConfig, shape: DecoderSpec, topology: Topology) -> list[MeshConfig]:

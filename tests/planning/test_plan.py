@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from jaxlm.cli.plan import main, model_shape
-from jaxlm.config import MeshConfig, ModelConfig, RunConfig
+from jaxlm.config import MeshConfig, ModelConfig, MoeRunConfig, RunConfig
 from jaxlm.devices.chips import parse_topology, peak_flops
 from jaxlm.devices.compiler_options import compiler_options
-from jaxlm.devices.program import read_program
+from jaxlm.devices.operations import Operation, table
+from jaxlm.devices.program import memory_bytes, read_program
 from jaxlm.errors import UserError
 from jaxlm.models.families import SHAPES, write_config
+from jaxlm.models.resolve import resolve_experts
 from jaxlm.planning.compiled import compile_step
 from jaxlm.planning.cost import estimate_cost
 from jaxlm.planning.memory import estimate_memory
+from jaxlm.training.report import flops_per_token
 from jaxlm.training.setup import set_up
 from jaxlm.weights.names import num_params
 from tests.planning.test_memory import LARGER, SMALL, run
@@ -48,7 +51,16 @@ def test_a_model_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found["cost"]["tokens"] == 128 * 512
     main(list(words))
     shown = capsys.readouterr().out
+    assert "jaxlm serve with 16 answers at a time compiles programs at its start, " in shown
     assert "fits: " in shown and "█" in shown and "MFU" in shown and "faster --model.remat" in shown
+
+
+def test_an_optimizers_state_in_bytes_is_a_quarter(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.shape", "llama-2-7b", "--topology", "v5e:4x4"]
+    plain, coded = (
+        plan_of(capsys, *words, "--optimizer.name", name)[1]["memory"]["optimizer"] for name in ("adamw", "adamw_8bit")
+    )
+    assert coded == pytest.approx(plain * (2 + 8 / 256) / 8, rel=0.01)
 
 
 def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +87,12 @@ def test_a_card_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0 and found["fits"] and found["time"] is None
     assert found["chip"]["memory"] == 0.75 * 24 * 2**30
     status, found = plan_of(capsys, *words, "gpu:2", "--memory", "12")
-    assert status == 1 and found["suggestions"] == []
+    assert status == 1 and found["suggestions"][0]["changes"] == {"model.quantize": "int8"}
+    status, found = plan_of(capsys, *words, "gpu:1", "--memory", "9")
+    assert status == 1 and found["suggestions"][0]["changes"]["model.quantize"] == "nf4"
+    again = "--model.quantize", "nf4", "--train.micro_batch_size", "1"
+    status, found = plan_of(capsys, *words, "gpu:1", "--memory", "9", *again)
+    assert status == 0 and 3.9e9 < found["memory"]["parameters"] - 4 * found["trained"] < 4.5e9
     assert main([*words, "gpu:2", "--memory", "24"]) == 0
     assert "fits: " in capsys.readouterr().out
 
@@ -88,8 +105,9 @@ def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.
     words = ("--config", str(tmp_path / "run.yaml"), "--topology", "cpu:8", "--output_dir", str(tmp_path))
     status, found = plan_of(capsys, *words)
     assert status == 0
-    trained = [stage["trained"] for stage in found]
-    assert trained[0] == found[1]["parameters"] == num_params(SHAPES["llama-2-7b"])
+    stages = found["stages"]
+    trained = [stage["trained"] for stage in stages]
+    assert trained[0] == stages[1]["parameters"] == num_params(SHAPES["llama-2-7b"])
     assert trained[2] == 2 * trained[1]
 
 
@@ -121,6 +139,46 @@ def test_flops_of_a_step() -> None:
     assert cost.link_bytes == pytest.approx((2 * 2 + 4) * num_params(shape) * 15 / 16, rel=0.001)
 
 
+@pytest.mark.parametrize(("name", "active"), [("qwen3-30b-a3b", 3.3e9), ("qwen3-235b-a22b", 22e9)])
+def test_only_experts_that_a_token_uses_count(name: str, active: float) -> None:
+    """The parameters that a token activates are published; of the embedding it looks one row up."""
+    shape = SHAPES[name]
+    looked_up = shape.vocab_size * shape.hidden_size
+    attention = 6 * sum(layer.attention.num_heads * layer.attention.head_dim for layer in shape.layers())
+    flops = flops_per_token(shape, 1, full=True)
+    assert flops - attention == pytest.approx(6 * (active - looked_up), rel=0.015)
+    assert flops_per_token(shape, 1, full=False) == pytest.approx((flops - attention) * 2 / 3 + attention)
+
+
+def test_neurons_that_are_masked_are_computed() -> None:
+    """Half of the neurons are used: a step that masks the others computes what one of the dense model does."""
+
+    def hardware(**more: Any) -> tuple[float, float]:
+        config = dataclasses.replace(run(2, 16, length=2048), **more)
+        shape = resolve_experts(SHAPES["llama-2-7b"], config.moe, fresh=True)
+        setup = set_up(config, shape, parse_topology("v5e:4x4"))
+        initializer = setup.initializer(setup.schedule(10))
+        cost = estimate_cost(setup, initializer, estimate_memory(setup, initializer))
+        return cost.model_flops, cost.hardware_flops
+
+    half: dict[str, Any] = dict(experts=8, router="modality", top_k={"text": 4})
+    dense, masked = hardware(), hardware(moe=MoeRunConfig(**half, compute="dense"))
+    sparse = hardware(moe=MoeRunConfig(**half, compute="ragged"))
+    assert masked[0] == sparse[0] < 0.7 * dense[0]
+    assert masked[1] == pytest.approx(dense[1], rel=1e-3) and sparse[1] < 0.7 * dense[1]
+
+
+def test_the_learning_rate_is_drawn_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without devices, and for each of several lengths that a run can have."""
+    words = ["--model.shape", "llama-2-7b", "--schedule", str(tmp_path / "rates.png"), "--optimizer.end_ratio", "0.1"]
+    assert main([*words, "--optimizer.warmup_steps", "10", "--train.steps", "50"]) == 0
+    said = capsys.readouterr().err
+    assert "from 0.00e+00 at step 1 to 3.00e-04 at step 11, then cosine to 3.0" in said and "at step 50; mean" in said
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*words, "--optimizer.schedule", "constant"]) == 0
+    assert "learning rate 3.00e-04 to step 1,000; mean 3.00e-04 (1,000 steps are assumed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -146,6 +204,7 @@ def test_flops_of_a_step() -> None:
         (["--topology", "gpu:8", "--memory", "much"], "--memory: 'much' is not a number"),
         (["--topology", "v4:4x4x4", "--compile"], "a v4 chip as two devices"),
         (["--topology", "b200:8", "--compile"], "has no description of b200"),
+        (["--schedule", "rates.pdf"], "--schedule: rates.pdf: name a .png file"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
     ],
 )
@@ -198,7 +257,7 @@ PROGRAM = """HloModule step
 %fused (p: bf16[8,64]) -> bf16[8,32] {
   %p = bf16[8,64]{1,0} parameter(0)
   %w = bf16[64,32]{1,0} constant({...})
-  ROOT %conv = bf16[8,32]{1,0} convolution(%p, %w), dim_labels=bf_io->bf
+  ROOT %conv = bf16[8,32]{1,0} convolution(%p, %w), metadata={op_name="jit(step)/jvp(D.loss)/mlp/mul"}
 }
 
 %body (t: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
@@ -210,7 +269,7 @@ PROGRAM = """HloModule step
   %start = (bf16[8,16]{1,0}, bf16[8,64]{1,0}) all-gather-start(%part), channel_id=1, dimensions={1}
   %part = bf16[8,16]{1,0} slice(%x), slice={[0:8], [0:16]}
   %done = bf16[8,64]{1,0} all-gather-done(%start)
-  %f = bf16[8,32]{1,0} fusion(%done), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %f = bf16[8,32]{1,0} fusion(%done), calls=%fused, metadata={op_name="a/b"}, backend_config={"estimated_cycles":"100"}
   %kernel.3 = bf16[8,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
   ROOT %out = (s32[], bf16[8,64]{1,0}) tuple(%next, %x)
 }
@@ -247,6 +306,34 @@ def test_a_program_is_read_with_its_loops() -> None:
     assert (scattered.overlaps, scattered.count, scattered.bytes) == (False, 2, 16 + 8)
     assert found.collective_bytes(False) == 32 + 24
     assert type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    # A fusion is named after its product, and not after what it ends with.
+    assert found.operations == (Operation("mlp", "forward", "mul", 300, 3), Operation("", "", "all-reduce", 7, 1))
+    lines = [line.split() for line in table(found.operations, found.cycles, "cycles", 1, top=1)]
+    assert lines[1:3] == [["300.000", "97.7%", "3", "forward", "mlp:", "mul"], ["7.000", "2.3%", "1", "others"]]
+    assert " ".join(lines[3]) == "together: forward 97.7%, beside them 2.3%"
+
+
+STRAIGHT = """HloModule step
+
+ENTRY %main (w: bf16[64,32], t: bf16[100,64], k: bf16[9,16]) -> bf16[8,32] {
+  %w = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %t = bf16[100,64]{1,0} parameter(1)
+  %k = bf16[9,16]{1,0} parameter(2)
+  %gather_fusion = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} fusion(%t, %ids), kind=kCustom, calls=%looked_up
+  %copy-start = (bf16[64,32]{1,0:T(8,128)(2,1)S(1)}, bf16[64,32]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %y = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} fusion(%gather_fusion, %copy-done), kind=kOutput, calls=%product
+  %pages.3 = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} custom-call(%y, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %out = bf16[8,32]{1,0} add(%pages.3, %y)
+}
+"""
+
+
+def test_what_is_kept_on_the_chip_is_moved_once() -> None:
+    """Rows that are looked up, a weight that is fetched ahead, a kernel that says what it moves, the result."""
+    assert memory_bytes(STRAIGHT, {"pages": 1000.0}) == 2 * (8 * 64 + 64 * 32 + 8 * 32) + 1000
+    with pytest.raises(KeyError, match="pages"):
+        memory_bytes(STRAIGHT, {})
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -35,7 +35,7 @@ OTHERS = [one for one in recipes.ALL if one not in RECKONED]
 
 @pytest.mark.parametrize("recipe", OTHERS, ids=lambda one: one.name)
 def test_goes_with_its_model_and_devices(recipe: recipes.Recipe) -> None:
-    setup = set_up(recipe.config, load_shape(recipe.shape), recipe.topology)
+    setup = set_up(recipe.config, load_shape(recipe.model), recipe.topology)
     # What the file says is what happens: no rows fewer at a time than it asks for.
     assert setup.micro_batch == recipe.config.train.micro_batch_size
     setup.initializer(setup.schedule(1000))  # the mesh divides every parameter

@@ -1,4 +1,4 @@
-"""The train step of a 7B model, compiled for whole TPU slices."""
+"""The train step of a 7B model, compiled for whole TPU slices; and the table of benchmarks/tpu_step.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import importlib.util
 
 import pytest
 
+from benchmarks import tpu_step
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
 from jaxlm.models.families import load_shape
 from jaxlm.planning.compiled import compile_step
 
-pytestmark = pytest.mark.slow
+compiles = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (part of the extra `test`), no TPU"
+)
 
 RUN = """
 model: {{shape: llama-2-7b, dtype: bfloat16, remat: full, attention: pallas_tpu}}
@@ -21,10 +24,14 @@ output_dir: out
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (part of the extra `test`), no TPU"
+@compiles
+@pytest.mark.parametrize(
+    ("topology", "arguments", "peak"),
+    [
+        pytest.param("v5e:4x4", 5.0, 9.2, marks=pytest.mark.slow),
+        pytest.param("v6e:16x16", 0.4, 3.2, marks=pytest.mark.nightly),
+    ],
 )
-@pytest.mark.parametrize(("topology", "arguments", "peak"), [("v5e:4x4", 5.0, 9.2), ("v6e:16x16", 0.4, 3.2)])
 def test_llama_2_7b(topology: str, arguments: float, peak: float) -> None:
     where = parse_topology(topology)
     run = load_run_yaml(RUN.format(rows=2 * where.count), "the test")
@@ -39,3 +46,23 @@ def test_llama_2_7b(topology: str, arguments: float, peak: float) -> None:
     gathered = sum(one.bytes for one in found.program.collectives if one.kind == "all-gather")
     # Every layer's weights twice in bfloat16, embedding and head once; no logits.
     assert 2 * 2 * 6.5e9 * 0.9 < gathered < 2 * 2 * 6.74e9 * 1.1, gathered
+
+
+def test_the_table_is_of_the_figures_kept() -> None:
+    text = tpu_step.README.read_text(encoding="utf-8")
+    assert tpu_step.with_table(text) == text
+    assert set(tpu_step.read_figures()) == {case.name for case in tpu_step.CASES}
+
+
+def test_a_figure_that_is_off_by_more_than_two_percent_is_told() -> None:
+    kept = {"gib": 9.0, "gcycles": 2.0}
+    assert tpu_step.differences(kept, {"gib": 9.1, "gcycles": 1.97}) == []
+    assert tpu_step.differences(kept, {"gib": 9.46, "gcycles": 2.0}) == ["gib is 9.46, 9.0 is kept"]
+    assert len(tpu_step.differences(kept, {"refused": "no room"})) == 2
+
+
+@pytest.mark.slow
+@compiles
+def test_a_step_compiles_to_the_figures_kept() -> None:
+    case = next(case for case in tpu_step.CASES if "LoRA" in case.name)
+    assert tpu_step.differences(tpu_step.read_figures()[case.name], tpu_step.compiled(case)) == []
