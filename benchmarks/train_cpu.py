@@ -16,7 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train_step import TimedStep
 
 BATCH, LENGTH, RANK, TARGETS = 4, 512, 8, ("q_proj", "k_proj", "v_proj")
 SHAPE = {
@@ -38,13 +41,13 @@ def peak_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
-def jax_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]]:
+def jax_step(mode: str, dtype: str) -> TimedStep:
     from train_step import build_step
 
     from jaxlm.config import LoraConfig
     from jaxlm.models.families import read_config
 
-    step = build_step(
+    return build_step(
         read_config({"architectures": ["LlamaForCausalLM"], **SHAPE}),
         lora=LoraConfig(rank=RANK, targets=TARGETS) if mode == "lora" else None,
         compute=dtype,
@@ -54,6 +57,10 @@ def jax_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]
         documents=1,
         remat=os.environ.get("JAXLM_BENCH_REMAT") or {"full": "qkv_out", "lora": "dots"}[mode],
     )
+
+
+def jax_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, Any]]:
+    step = jax_step(mode, dtype)
     return step.run, step.facts
 
 
@@ -86,9 +93,12 @@ def torch_side(mode: str, dtype: str) -> tuple[Callable[[], float], dict[str, An
     return one, {}
 
 
-def serve(side: str, mode: str, dtype: str) -> None:
+Make = Callable[[str, str], tuple[Callable[[], float], dict[str, Any]]]
+
+
+def serve(make: Make, mode: str, dtype: str) -> None:
     """Makes a step for each line on stdin; answers each with a line of JSON."""
-    step, facts = (jax_side if side == "jax" else torch_side)(mode, dtype)
+    step, facts = make(mode, dtype)
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
@@ -98,8 +108,8 @@ def serve(side: str, mode: str, dtype: str) -> None:
 
 
 class Side:
-    def __init__(self, side: str, mode: str, dtype: str) -> None:
-        command = [sys.executable, __file__, "--serve", side, mode, dtype]
+    def __init__(self, script: str, side: str, mode: str, dtype: str) -> None:
+        command = [sys.executable, script, "--serve", side, mode, dtype]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self._read()
 
@@ -122,8 +132,8 @@ class Side:
         self.process.wait()
 
 
-def compare(mode: str, dtype: str, steps: int) -> dict[str, Any]:
-    ours, theirs = Side("jax", mode, dtype), Side("torch", mode, dtype)
+def compare(script: str, mode: str, dtype: str, steps: int) -> dict[str, Any]:
+    ours, theirs = Side(script, "jax", mode, dtype), Side(script, "torch", mode, dtype)
     for _ in range(2):  # warm-up
         ours.step(), theirs.step()
     pairs = [(ours.step(), theirs.step()) for _ in range(steps)]
@@ -140,24 +150,28 @@ def compare(mode: str, dtype: str, steps: int) -> dict[str, Any]:
         "jaxlm peak GiB": max(a["peak"] for a, _ in pairs) / 2**30,
         "torch peak GiB": max(b["peak"] for _, b in pairs) / 2**30,
         "memory ratio": max(a["peak"] for a, _ in pairs) / max(b["peak"] for _, b in pairs),
+        "losses": [round(x["loss"], 4) for x in pairs[0]],
         **ours.facts,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(script: str, text: str | None, cases: str, sides: dict[str, Make]) -> None:
+    """Compares two sides case by case, or is one of them."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--cases", default="full-float32,lora-float32,full-bfloat16,lora-bfloat16")
+    parser.add_argument("--cases", default=cases)
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(*arguments.serve)
+        side, mode, dtype = arguments.serve
+        serve(sides[side], mode, dtype)
         return
     for case in arguments.cases.split(","):
         mode, dtype = case.split("-")
-        row = compare(mode, dtype, arguments.steps)
+        row = compare(script, mode, dtype, arguments.steps)
         print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    ALL = "full-float32,lora-float32,full-bfloat16,lora-bfloat16"
+    main(__file__, __doc__, ALL, {"jax": jax_side, "torch": torch_side})

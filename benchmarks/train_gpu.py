@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import jax
-from by_op import by_op
 from train_step import build_step
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.chips import peak_flops
+from jaxlm.devices.trace import measure as measure_operations
 from jaxlm.models.families import load_shape
 from jaxlm.training.report import flops_per_token
 
@@ -53,7 +53,7 @@ def measure(
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind) if device.platform == "gpu" else None
     if ops:
-        print("\n".join(by_op(step.run)), flush=True)
+        print("\n".join(measure_operations(step.run, step.text()).lines(14)), flush=True)
     flops = flops_per_token(shape, length, full=lora is None)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
     return {

@@ -20,18 +20,29 @@ from jaxlm.models.decoder import Decoder
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.objectives.cross_entropy import CrossEntropy
 from jaxlm.training.optimizer import make_optimizer, make_schedule
-from jaxlm.training.state import Initializer
-from jaxlm.training.step import make_train_step
+from jaxlm.training.state import Initializer, TrainState
+from jaxlm.training.step import make_eval_step, make_train_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass
 class TimedStep:
-    """A compiled step: call `run()` for the loss of one step; `facts` has compile times and memory."""
+    """A compiled step.
+
+    Attributes:
+        run: one step; returns its loss.
+        facts: compile times.
+        text: the compiled program.
+        state: as it is now.
+        evaluation: compiles the evaluation of the same batch; returns what runs it, and gives sums on the devices.
+    """
 
     run: Callable[[], float]
     facts: dict[str, Any]
+    text: Callable[[], str]
+    state: Callable[[], TrainState]
+    evaluation: Callable[[], Callable[[], Any]]
 
 
 def build_step(
@@ -88,4 +99,9 @@ def build_step(
         holder[0], metrics = program(holder[0], frozen, batch)
         return float(metrics["loss"])
 
-    return TimedStep(run, facts)
+    def evaluation() -> Callable[[], Any]:
+        with use_mesh(mesh):
+            evaluate = jax.jit(make_eval_step(CrossEntropy(model))).lower(holder[0].trainable, frozen, batch).compile()
+        return lambda: evaluate(holder[0].trainable, frozen, batch)
+
+    return TimedStep(run, facts, lambda: program.as_text() or "", lambda: holder[0], evaluation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -12,10 +14,13 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.mixing import table
 from jaxlm.data.order import Order
 from jaxlm.devices.mesh import axis_sizes
+from jaxlm.nn.nf4 import why_plain
+from jaxlm.nn.rounding import Kind
+from jaxlm.screen import print_pairs
 from jaxlm.training.advice import dropout_warnings, rank_warnings, schedule_warnings
 from jaxlm.training.job import Job
 from jaxlm.training.optimizer import Schedule, make_schedule
-from jaxlm.training.report import print_pairs
+from jaxlm.training.profile import profile_warnings
 from jaxlm.training.resume import length_before
 from jaxlm.training.setup import CompiledSteps, TrainSetup
 from jaxlm.training.start import Start
@@ -24,8 +29,41 @@ from jaxlm.training.stop import Stop
 from jaxlm.units import memory_size
 
 
+@dataclasses.dataclass(frozen=True)
+class Announcement:
+    """What a start will do.
+
+    Attributes:
+        facts: (name, value); lines that go on with the one before have no name.
+        shares: the lines of a table of the sources; () for a single source.
+        warnings: settings that are hardly ever meant.
+    """
+
+    facts: Sequence[tuple[str, str]]
+    shares: Sequence[str]
+    warnings: Sequence[str]
+
+    def print(self, console: Console) -> None:
+        print_pairs(console, list(self.facts))
+        if self.shares:
+            console.print("\n".join(self.shares), highlight=False, markup=False, soft_wrap=True)
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", highlight=False, markup=False)
+
+    def named_facts(self) -> Iterator[tuple[str, str]]:
+        """The facts, each with all of its lines."""
+        names: list[str] = []
+        values: dict[str, str] = {}
+        for name, value in self.facts:
+            if name:
+                names.append(name)
+                values[name] = value
+            else:
+                values[names[-1]] += f"; {value}"
+        return ((name, values[name]) for name in names)
+
+
 def announce(
-    console: Console,
     job: Job,
     setup: TrainSetup,
     initializer: Initializer,
@@ -33,27 +71,27 @@ def announce(
     compiled: CompiledSteps,
     schedule: Schedule,
     batches: Batches,
-) -> None:
-    """Prints what will happen, and warns of settings that are hardly ever meant."""
+) -> Announcement:
+    """What will happen, with warnings of settings that are hardly ever meant."""
     total = len(batches)
-    print_pairs(console, _facts(job, setup, initializer, start, compiled, total))
-    if len(job.config.data.train) > 1:
-        console.print("\n".join(table(job.data.shares(batches))), highlight=False, markup=False, soft_wrap=True)
-    warnings = [
-        *(_schedule_changes(job.config, start, batches.order, schedule, total) if start.step else []),
-        *schedule_warnings(job.config.optimizer, schedule, total),
-        *rank_warnings(job.model, dict(setup.model.adapters)),
-        *dropout_warnings(getattr(job.source, "hf_config", None)),
-    ]
-    for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
+    return Announcement(
+        _facts(job, setup, initializer, start, compiled, total),
+        table(job.data.shares(batches)) if len(job.config.data.train) > 1 else (),
+        [
+            *(_schedule_changes(job.config, start, batches.order, schedule, total) if start.step else []),
+            *profile_warnings(job.config, start.step),
+            *schedule_warnings(job.config.optimizer, schedule, total),
+            *rank_warnings(job.model, dict(setup.model.adapters)),
+            *dropout_warnings(getattr(job.source, "hf_config", None)),
+        ],
+    )
 
 
 def _facts(
     job: Job, setup: TrainSetup, initializer: Initializer, start: Start, compiled: CompiledSteps, total: int
 ) -> list[tuple[str, str]]:
     config, moe = job.config, job.model.experts
-    parameters, trained = count(initializer.params), count(initializer.trainable)
+    parameters, trained = count(initializer.dense), count(initializer.trainable)
     weights = config.model.path or f"fresh {config.model.shape}"
     how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
     devices = jax.devices()
@@ -70,6 +108,8 @@ def _facts(
     ]
     if job.verbose:
         facts.append(("", setup.attention_details()))
+    if config.model.quantize is not None:
+        facts.append(("base", _base(config.model.quantize, setup)))
     if moe is not None and setup.experts is not None:
         uses = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
         facts.append(("experts", f"{moe.num_experts}, router {moe.router}, a token uses: {uses}"))
@@ -85,6 +125,21 @@ def _facts(
     if start.step:
         facts.append(("resumed", f"from step {start.step}{', kept by each host' if start.from_local else ''}"))
     return facts
+
+
+def _base(kind: Kind, setup: TrainSetup) -> str:
+    """What the frozen linear layers are kept in, and how they are multiplied with."""
+    if kind != "nf4":
+        return f"linear layers in {kind}"
+    spec = setup.model.spec
+    sizes = [(spec.hidden_size, "embed"), *((layer.feed_forward.size, "mlp") for layer in spec.period)]
+    mesh = dict(setup.mesh.shape)
+    reasons = (why_plain(mesh, setup.model.dtype, size, axis) for size, axis in sizes)
+    plain = [why for why in reasons if why is not None]
+    if setup.platform != "tpu":
+        plain = [f"there is no kernel for {setup.platform}", *plain]
+    how = f"plain ({plain[0]})" if plain else "a kernel to which they are read as they are"
+    return f"linear layers in {kind}; products: {how}"
 
 
 def _schedule_changes(config: RunConfig, start: Start, order: Order, schedule: Schedule, total: int) -> list[str]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from jaxlm.data.store.cache import Cache, Display, cache_directory
 from jaxlm.locate import at_home
 from jaxlm.processes.distributed import Hosts
+from jaxlm.screen import Bars
 
 _SECONDS = 0.2  # between two changes of the bar; without a terminal there is none
 
@@ -62,7 +63,7 @@ def run_cache(setting: str, console: Console, hosts: Hosts | None = None) -> Cac
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Bars(*columns, console=console, transient=True) as progress:
             yield _Bar(progress)
 
     def say(text: str) -> None:

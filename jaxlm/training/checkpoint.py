@@ -24,6 +24,7 @@ from jaxlm.weights.native import layout
 from jaxlm.weights.native.layout import ARRAYS, COMMITTED, DATA_STATE, SMALL_FILES, TRAIN
 
 LOSS = "validation_loss"
+TRAINED = "trained"  # in `train`, what trains where the model is an average of it
 LOWER = "lower is better"  # beside another figure than the loss
 
 
@@ -134,18 +135,20 @@ class Checkpoints:
         files: Mapping[str, bytes],
         figure: float | None,
         higher_is_better: bool = False,
+        weights: Any = None,
     ) -> int:
         """Starts saving in the background, after the save before it is done; returns the step.
 
         Args:
             figure: of this state, by which checkpoints are compared; None: it was not measured.
             higher_is_better: whether more of the figure is better.
+            weights: what others read as the model where it is not what trains, which is then kept beside it.
         """
         self.wait()
         step = int(state.step)
         items = {
-            ARRAYS: state.trainable,
-            TRAIN: _train_part(state),
+            ARRAYS: state.trainable if weights is None else weights,
+            TRAIN: _train_part(state, averages=weights is not None),
             SMALL_FILES: SmallFiles({**files, DATA_STATE: json.dumps(data_state).encode()}),
         }
         metrics: dict[str, Any] | None = None if figure is None else {self._metric: figure}
@@ -178,15 +181,18 @@ class Checkpoints:
         self._checkpointer.load_checkpointables(step, {SMALL_FILES: holder})
         return holder.files
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract: TrainState, averages: bool = False) -> tuple[TrainState, dict[str, Any]]:
         """State (placed as `abstract` says) and data-iterator state of a step.
+
+        Args:
+            averages: the model is an average of what trains, see `save`.
 
         Raises:
             UserError: for a checkpoint that cannot be read, naming it.
         """
         try:
             stored = self._checkpointer.load_checkpointables(
-                step, {ARRAYS: abstract.trainable, TRAIN: _train_part(abstract)}
+                step, {TRAIN: _train_part(abstract, averages)} | ({} if averages else {ARRAYS: abstract.trainable})
             )
         except (ValueError, KeyError, OSError) as error:
             if self._model_is_readable(step, abstract):
@@ -200,7 +206,9 @@ class Checkpoints:
                 f"{self.path(step)}: this checkpoint cannot be read ({str(error).splitlines()[0][:300]}); "
                 f"to go on from an earlier one, delete or move it away"
             ) from error
-        state = abstract.replace(trainable=stored[ARRAYS], **stored[TRAIN])  # type: ignore[attr-defined]
+        train = dict(stored[TRAIN])
+        trainable = train.pop(TRAINED) if averages else stored[ARRAYS]
+        state = abstract.replace(trainable=trainable, **train)  # type: ignore[attr-defined]
         return state, json.loads(self.files(step)[DATA_STATE])
 
     def _model_is_readable(self, step: int, abstract: TrainState) -> bool:
@@ -222,8 +230,8 @@ class _Always:
         return True
 
 
-def _train_part(state: TrainState) -> dict[str, Any]:
-    return {
+def _train_part(state: TrainState, averages: bool) -> dict[str, Any]:
+    return ({TRAINED: state.trainable} if averages else {}) | {
         "step": state.step,
         "opt_state": state.opt_state,
         "dropout_key": state.dropout_key,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.config import RunConfig, SourceConfig
-from jaxlm.data.records import check_source
+from jaxlm.data.records import check_source, is_token_source
 from jaxlm.data.templates import template_names
 from jaxlm.errors import UserError
 from jaxlm.hub import is_address
@@ -34,6 +34,7 @@ def check_config(config: RunConfig) -> None:
         raise UserError(f"model: give either path (a model to start from) or shape (a fresh model){both}")
     if config.lora is not None and config.model.path is None:
         raise UserError("lora: an adapter needs a trained base: set model.path")
+    check_quantize(config)
     if not config.data.train:
         raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
     share = config.data.validation
@@ -43,6 +44,22 @@ def check_config(config: RunConfig) -> None:
         check_names(config.lora)
     if config.train.local_checkpoints is not None and config.train.local_every < 1:
         raise UserError(f"train.local_every: {config.train.local_every}; give a positive number of steps")
+
+
+def check_quantize(config: RunConfig) -> None:
+    """Checks that what is quantised is not trained; an adapter never trains a linear layer of its base.
+
+    Raises:
+        UserError: it is.
+    """
+    kind = config.model.quantize
+    if kind is None:
+        return
+    if config.lora is None:
+        raise UserError(
+            f"model.quantize: {kind} keeps weights that nothing trains, and without lora all weights are trained; add "
+            "lora, or leave quantize out"
+        )
 
 
 def check_stage(config: RunConfig, stage: str) -> None:
@@ -98,6 +115,11 @@ def _check_paths(config: RunConfig, made: set[Path]) -> None:
     for source in (*config.data.train, *validation):
         check_source(source)
         _check_template(source)
+        if config.data.records != "answers" and is_token_source(source):
+            raise UserError(
+                f"data: {source.path} holds tokens, and objective {config.objective} takes records of preferences; "
+                "give the records (data.cache keeps their tokens)"
+            )
 
 
 def _check_template(source: SourceConfig) -> None:

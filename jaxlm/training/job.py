@@ -14,9 +14,9 @@ from jaxlm.data.loader import Data
 from jaxlm.devices.finite import Namer, leaf_name
 from jaxlm.models.decoder import Decoder
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.objectives.cross_entropy import cross_entropy
+from jaxlm.training.objectives.choice import objective_of
 from jaxlm.training.objectives.objective import ObjectiveFactory
-from jaxlm.weights.leaves import LeafReader
+from jaxlm.weights.leaves import LeafReader, ParamSource
 
 
 class TaskFigure(Protocol):
@@ -48,6 +48,29 @@ class TrainingTask(Protocol):
         ...
 
 
+class Rollouts(Protocol):
+    """What turns prompts into a batch of a model's own answers.
+
+    Attributes:
+        group: answers to a prompt.
+    """
+
+    group: int
+
+    def __call__(
+        self, prompts: Mapping[str, Any], step: int, accumulation: int, model: Decoder, variables: Any, mesh: Any
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """The batch, leaves [A, B, T] with what the objective reads, and figures of it.
+
+        Args:
+            prompts: leaves [1, B, T] of records, their answers marked as trained.
+            step: decides, with the run's seed, what is drawn.
+            accumulation: A.
+            variables: what `Decoder.apply` takes.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run with its inputs opened.
@@ -64,19 +87,21 @@ class Job:
         tensor_name: how messages name a tensor of the source.
         objective: makes what is minimised.
         tasks: run on the model while it is trained.
+        rollouts: where a step learns from answers that are drawn for it; None: from the data's.
     """
 
     config: RunConfig
     run_yaml: str
     model: DecoderSpec
-    source: LeafReader | None
+    source: ParamSource | None
     adapter: LeafReader | None
     data: Data
     files: Mapping[str, bytes]
     verbose: bool = False
     tensor_name: Namer = leaf_name
-    objective: ObjectiveFactory = cross_entropy
+    objective: ObjectiveFactory = objective_of
     tasks: tuple[TrainingTask, ...] = ()
+    rollouts: Rollouts | None = None
 
 
 @dataclasses.dataclass(frozen=True)

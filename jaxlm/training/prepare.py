@@ -29,6 +29,7 @@ from jaxlm.processes.distributed import Hosts
 from jaxlm.spec import DecoderSpec
 from jaxlm.tokenizer import Tokenizer
 from jaxlm.training.caching import run_cache
+from jaxlm.training.checks import check_quantize
 from jaxlm.training.fit import check_with_model
 from jaxlm.training.job import Job
 from jaxlm.training.run_tokenizer import newest_small_files, open_tokenizer
@@ -37,6 +38,7 @@ from jaxlm.weights.native.layout import HF_CONFIG, RUN_YAML, TOKENIZER
 from jaxlm.weights.native.model_json import json_bytes
 from jaxlm.weights.native.prompt_json import PromptFile
 from jaxlm.weights.partition import PARTITION_FILE, npy_bytes
+from jaxlm.weights.quantized import QuantizedSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ def prepare(
         UserError: for whatever does not fit.
     """
     tokenizer, tokenizer_files = open_tokenizer(config, source)
+    config = as_stored(config, source)
     config = with_date(config, tokenizer, hosts)
     model = describe_model(config, source, tokenizer)
     # What can be known without the data, which may take hours to read.
@@ -111,6 +114,28 @@ def prepare(
         tensor_name=partial(tensor_name, model),
     )
     return Prepared(job, tokenizer, prompts, asked)
+
+
+def as_stored(config: RunConfig, source: Any) -> RunConfig:
+    """The run with model.quantize as the model is stored, where it is a jaxlm model that `convert quantize` wrote.
+
+    Raises:
+        UserError: it is stored in another form than is asked for, or would be trained.
+    """
+    if not isinstance(source, QuantizedSource):
+        return config
+    asked, path = config.model.quantize, config.model.path
+    if asked is None and not source.stays_quantized:
+        return config  # what it stands for
+    if asked not in (None, source.kind):
+        raise UserError(
+            f"model.quantize: {asked}, but {path} is stored in {source.kind}: numbers that are rounded once are not "
+            "rounded again; name the original at model.path, or leave quantize out"
+        )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantize=source.kind))
+    check_quantize(config)
+    source.check_kept()
+    return config
 
 
 def with_date(config: RunConfig, tokenizer: Tokenizer, hosts: Hosts | None = None) -> RunConfig:

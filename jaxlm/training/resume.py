@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from jaxlm.config import RunConfig, to_dict
@@ -27,8 +26,9 @@ from jaxlm.data.order import Order
 from jaxlm.errors import UserError
 from jaxlm.hub import is_address
 from jaxlm.locate import at_home
-from jaxlm.models.version1 import ModelFields, read_model, recorded
-from jaxlm.spec import DecoderSpec, differences, is_stacked
+from jaxlm.models.version1 import read_model, recorded
+from jaxlm.spec import DecoderSpec, differences
+from jaxlm.weights.fingerprint import base_fingerprint
 from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.native.layout import FINGERPRINTS, MODEL_JSON, RUN_YAML
 
@@ -60,6 +60,7 @@ FREE = (
     "train.sample_tokens",
     "train.tensorboard",
     "train.wandb",
+    "train.profile",
     "train.compilation_cache",
     "train.compiler_options",
     "distributed",
@@ -78,52 +79,6 @@ IN_TOKENS = (
     "data.date",
 )
 PATHS = ("path", "shape", "train_on", "tokens_file")  # keys, by their last word
-BLOCK = 16  # elements along each of the last two dims of a sample
-
-
-def base_fingerprint(model: DecoderSpec, source: LeafReader) -> str:
-    """Hash of a base model's shape and of a sample of each of its leaves.
-
-    A sample is a block of a few elements, at a place that the leaf's name and shape decide, in the first, the last and
-    one other layer; norms are taken whole. It takes little reading of any format, and a merged adapter or training of
-    any kind changes some of it. Fields of the spec that have their default value are left out: they may be newer than
-    the hash that this one is compared with. A spec is hashed in the words of model.json's version 1 if these suffice.
-    """
-    digest = hashlib.sha256(json.dumps(_given(ModelFields.of(model) or model), sort_keys=True).encode())
-    for path in sorted(source.leaves):
-        for index in _sample(path, tuple(source.leaves[path].shape)):
-            piece = np.ascontiguousarray(source.read(path, index))
-            digest.update(f"{path} {piece.shape} {piece.dtype}".encode() + piece.tobytes())
-    return digest.hexdigest()
-
-
-def _given(config: Any) -> Any:
-    """The fields of a dataclass that do not have their default value, as plain values."""
-    if isinstance(config, tuple):
-        return [_given(entry) for entry in config]
-    if not dataclasses.is_dataclass(config):
-        return config
-    given = {}
-    for field in dataclasses.fields(config):
-        factory, value = field.default_factory, getattr(config, field.name)
-        if value != (field.default if factory is dataclasses.MISSING else factory()):
-            given[field.name] = _given(value)
-    return given
-
-
-def _sample(path: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """The slices of a leaf that its fingerprint is made of."""
-    stacked = is_stacked(path)
-    dims = shape[1:] if stacked else shape
-    name = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
-    block = []
-    for number, dim in enumerate(dims):
-        size = dim if len(dims) == 1 else min(dim, BLOCK if number >= len(dims) - 2 else 1)
-        start = (name >> (8 * number)) % (dim - size + 1)
-        block.append(slice(start, start + size))
-    layers = sorted({0, shape[0] - 1, name % shape[0]}) if stacked else [None]
-    for layer in layers:
-        yield tuple(block) if layer is None else (slice(layer, layer + 1), *block)
 
 
 def _base_fingerprint_1(stored_shape: Mapping[str, Any], source: LeafReader) -> str:
@@ -143,12 +98,14 @@ class Inputs:
         data: its rows.
         model: its decoder.
         base: reader of the frozen base; None for a run that trains all parameters.
+        rounding: which rounding of which weights the base is kept in (see `weights.quantized.rounding_of`); None: none.
     """
 
     config: RunConfig
     data: Data
     model: DecoderSpec
     base: LeafReader | None
+    rounding: str | None = None
 
     @cached_property
     def base_fingerprint(self) -> str | None:
@@ -159,6 +116,8 @@ class Inputs:
         prints: dict[str, Any] = {"version": VERSION, "data": self.data.fingerprint}
         if self.base is not None:
             prints["base"] = self.base_fingerprint
+        if self.rounding is not None:
+            prints["rounding"] = self.rounding
         # The keys that a version without them must not ignore.
         prints["given"] = [key for key, _, default in _walk(to_dict(self.config), RunConfig, "") if not default]
         return json.dumps(prints).encode()
@@ -177,7 +136,7 @@ def check_settings(files: Mapping[str, bytes], config: RunConfig, checkpoint: Pa
     """
     # Under mean_of_means the micro batch is part of the loss.
     fixed = {"train.micro_batch_size"} if config.train.loss_normalisation == "mean_of_means" else set()
-    later = [*IN_TOKENS, *(["model.path"] if config.lora is not None else [])]
+    later = [*IN_TOKENS, *(["model.path", "model.quantize"] if config.lora is not None else [])]
     free = [key for key in (*FREE, *later) if key not in fixed]
     changed = [
         text
@@ -216,7 +175,13 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         raise _other("the training data are", [text for key, text in changes if _is_below(key, IN_TOKENS)], checkpoint)
     if inputs.base is None:
         return
-    reasons = [text for key, text in changes if key == "model.path"]
+    reasons = [text for key, text in changes if key in ("model.path", "model.quantize")]
+    rounding = prints.get("rounding")
+    if rounding is not None and rounding == inputs.rounding:
+        return  # of the same weights, wherever and in whichever form they lie
+    if rounding != inputs.rounding:
+        before, now = ("not quantised" if each is None else each.split()[0] for each in (rounding, inputs.rounding))
+        reasons.append(f"its rounding: was {before}, is {now}{', of other weights' if before == now else ''}")
     if version == 1:
         shape = json.loads(files[MODEL_JSON])["model"] if MODEL_JSON in files else recorded(inputs.model)
         before = read_model(shape, "model.json: model")
@@ -224,7 +189,7 @@ def check_inputs(files: Mapping[str, bytes], inputs: Inputs, checkpoint: Path) -
         same_base = before == inputs.model and prints.get("base") == _base_fingerprint_1(shape, inputs.base)
     else:
         same_base = prints.get("base") == inputs.base_fingerprint
-    if not same_base:
+    if not same_base or rounding != inputs.rounding:
         raise _other("the base model at model.path is", reasons, checkpoint)
 
 

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,15 @@ from jaxlm.nn.attention import kv_head_copies
 from jaxlm.nn.routers import choose_compute
 from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.objectives.cross_entropy import cross_entropy
+from jaxlm.training.objectives.choice import objective_of
 from jaxlm.training.objectives.objective import Objective, ObjectiveFactory
+from jaxlm.training.objectives.policy import ADVANTAGES, DRAWN
+from jaxlm.training.objectives.preference import REFERENCE
 from jaxlm.training.optimizer import Schedule, make_optimizer, make_schedule
 from jaxlm.training.state import Initializer, TrainState
 from jaxlm.training.step import make_eval_step, make_train_step
 
+FLOATS: dict[str, Any] = dict.fromkeys((REFERENCE, DRAWN, ADVANTAGES), np.float32)  # fields of some objectives
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -62,6 +66,7 @@ class TrainSetup:
         experts: how an MoE computes, and why; None for a dense model.
         micro_batch: rows of a device group at a time.
         accumulation: micro-steps of a step.
+        platform: of the devices: 'tpu', 'gpu' or 'cpu'.
     """
 
     config: RunConfig
@@ -73,6 +78,7 @@ class TrainSetup:
     experts: tuple[str, str] | None
     micro_batch: int
     accumulation: int
+    platform: str = "cpu"
 
     @functools.cached_property
     def objective(self) -> Objective:
@@ -102,11 +108,11 @@ class TrainSetup:
     def initializer(self, schedule: Schedule) -> Initializer:
         """What makes and places the state."""
         optimizer = functools.partial(make_optimizer, self.config.optimizer, schedule)
-        return Initializer(self.model, self.config.lora, self.mesh, optimizer)
+        return Initializer(self.model, self.config.lora, self.mesh, optimizer, self.config.model.quantize)
 
     def abstract_batch(self, micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves [A, B, T] of a batch that the objective reads, with their placement."""
-        sharding, dtypes = NamedSharding(self.mesh, BATCH), BATCH_DTYPES | ENCODER_DTYPES
+        sharding, dtypes = NamedSharding(self.mesh, BATCH), BATCH_DTYPES | ENCODER_DTYPES | FLOATS
         lengths = {name: self.config.data.row_length(name) for name in self.objective.fields}
         return {
             name: jax.ShapeDtypeStruct((micro_steps, rows, length), dtypes[name], sharding=sharding)
@@ -139,7 +145,8 @@ class TrainSetup:
             state, frozen: arrays, or ShapeDtypeStructs with shardings.
             platform: 'tpu', 'gpu' or 'cpu', for devices that are not here.
         """
-        step = make_train_step(self.objective, initializer.optimizer, schedule, self.config.optimizer.clip_norm)
+        clip_norm = self.config.optimizer.clip_norm
+        step = make_train_step(self.objective, initializer.optimizer, schedule, clip_norm, initializer.update)
         shardings = initializer.state_shardings, replicated(self.mesh)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         return self._lower(jitted, (state, frozen, self.abstract_batch(self.accumulation, self.micro_rows)), platform)
@@ -171,32 +178,61 @@ class CompiledSteps:
     Attributes:
         train: (state, frozen, batch) -> (state, metrics).
         evaluate: (trainable, frozen, batch) -> sums; None for a run without validation rows.
+        weights: state -> what `evaluate` takes of it, and what is kept as the model.
         seconds: time that compiling took.
         memory: bytes of one device that the train step takes, by the compiler; None where it does not say.
     """
 
-    train: Callable[..., Any]
+    train: jax.stages.Compiled
     evaluate: Callable[..., Any] | None
+    weights: Callable[[TrainState], Any]
     seconds: float
     memory: int | None
 
 
-def compile_steps(
-    setup: TrainSetup,
-    initializer: Initializer,
-    schedule: Schedule,
-    state: TrainState,
-    frozen: Any,
-    validates: bool,
-    console: Console | None,
-) -> CompiledSteps:
-    """Compiles the train step, and the evaluation step of a run with validation rows, ahead of the loop."""
+class Programs(NamedTuple):
+    """A run's compiled steps, and the seconds that compiling took."""
+
+    train: jax.stages.Compiled
+    evaluate: jax.stages.Compiled | None
+    seconds: float
+
+
+def begin_compiling(
+    setup: TrainSetup, initializer: Initializer, schedule: Schedule, validates: bool
+) -> Callable[[], Programs]:
+    """Compiles the train step, and the evaluation step of a run with validation rows, while others read the weights.
+
+    Args:
+        validates: whether there are validation rows.
+
+    Returns:
+        What waits for them.
+    """
+    state, frozen = initializer.abstract_state(), setup.abstract_frozen(initializer)
+
+    def lowered() -> tuple[jax.stages.Lowered, jax.stages.Lowered | None]:
+        train = setup.lower_train_step(initializer, schedule, state, frozen)
+        return train, setup.lower_eval_step(state.trainable, frozen) if validates else None
+
+    def compiled(train: jax.stages.Lowered, evaluate: jax.stages.Lowered | None, started: float) -> Programs:
+        programs = setup.compile(train), None if evaluate is None else setup.compile(evaluate)
+        return Programs(*programs, time.perf_counter() - started)
+
+    if setup.platform == "gpu":  # whose compiler tries kernels on the device, and measures them: it must have it alone
+        return lambda: compiled(*lowered(), time.perf_counter())
     started = time.perf_counter()
+    executor = ThreadPoolExecutor(1, "compile")
+    future = executor.submit(compiled, *lowered(), started)
+    executor.shutdown(wait=False)
+    return future.result
+
+
+def compile_steps(initializer: Initializer, programs: Callable[[], Programs], console: Console | None) -> CompiledSteps:
+    """Waits for what `begin_compiling` has begun."""
     status = contextlib.nullcontext() if console is None else console.status("compiling the train step")
     with status:
-        train_step = setup.compile(setup.lower_train_step(initializer, schedule, state, frozen))
-        eval_step = setup.compile(setup.lower_eval_step(state.trainable, frozen)) if validates else None
-    seconds = time.perf_counter() - started
+        train_step, eval_step, seconds = programs()
     analysis = train_step.memory_analysis()
     memory = None
     if analysis is not None:
@@ -206,7 +242,7 @@ def compile_steps(
             - analysis.alias_size_in_bytes
             + analysis.temp_size_in_bytes
         )
-    return CompiledSteps(train_step, eval_step, seconds, memory)
+    return CompiledSteps(train_step, eval_step, initializer.weights, seconds, memory)
 
 
 def compile_with(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> jax.stages.Compiled:
@@ -227,7 +263,7 @@ def set_up(
     config: RunConfig,
     shape: DecoderSpec,
     devices: Sequence[Any] | Topology | None = None,
-    objective: ObjectiveFactory = cross_entropy,
+    objective: ObjectiveFactory = objective_of,
 ) -> TrainSetup:
     """Decides what a run computes with.
 
@@ -289,6 +325,7 @@ def set_up(
         experts=experts,
         micro_batch=micro_batch,
         accumulation=accumulation,
+        platform=chip.platform,
     )
 
 

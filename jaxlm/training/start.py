@@ -17,10 +17,12 @@ from jaxlm.processes.distributed import Hosts
 from jaxlm.training.checkpoint import LOSS, Checkpoints
 from jaxlm.training.job import Job
 from jaxlm.training.local_checkpoint import LocalCheckpoints
-from jaxlm.training.resume import Inputs, base_fingerprint, check_inputs, check_settings
+from jaxlm.training.resume import Inputs, check_inputs, check_settings
 from jaxlm.training.setup import TrainSetup
 from jaxlm.training.state import Initializer, TrainState
+from jaxlm.weights.fingerprint import base_fingerprint
 from jaxlm.weights.native.layout import CHECKPOINTS, DATA_STATE
+from jaxlm.weights.quantized import rounding_of
 
 DAMAGED = "the file is damaged, or was saved by a run that had diverged; get it again, or take an earlier one"
 PASS_OVER = (
@@ -82,7 +84,9 @@ def open_history(job: Job, hosts: Hosts) -> History:
     checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, config.train.keep, config.train.best or LOSS)
     steps = checkpoints.steps()
     hosts.agree("checkpoints", {"steps": steps})
-    inputs = Inputs(config, job.data, job.model, None if config.lora is None else job.source)
+    base, kind = None if config.lora is None else job.source, config.model.quantize
+    rounding = None if kind is None or job.source is None else rounding_of(job.source, kind)
+    inputs = Inputs(config, job.data, job.model, base, rounding)
     if not steps:
         return History(checkpoints, inputs, 0, {}, {"step": 0})
     newest = steps[-1]
@@ -129,7 +133,7 @@ def place_state(job: Job, hosts: Hosts, setup: TrainSetup, initializer: Initiali
         state, data_state = local.restore(local_step)
     else:
         step, path = history.step, history.checkpoints.path(history.step)
-        state, data_state = history.checkpoints.restore(step, initializer.abstract_state())
+        state, data_state = history.checkpoints.restore(step, initializer.abstract_state(), initializer.averages)
     way_out = f"go back to the step before it: move {path} away, and run the same command again"
     check_finite(state.trainable, setup.mesh, str(path), way_out)
     return Start(state, frozen, step, data_state, files, local, from_local=local_step is not None)

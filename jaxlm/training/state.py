@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -10,17 +12,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax.contrib
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config import LoraConfig
 from jaxlm.devices.mesh import load_sharded, replicated, stored_chunks, tree_shardings, use_mesh
 from jaxlm.models.adapters import saved_modules
 from jaxlm.models.decoder import Decoder, abstract_variables, example_inputs, with_saved_modules
+from jaxlm.nn.nf4 import weight_type
+from jaxlm.nn.rounding import Kind
+from jaxlm.nn.weight_types import join_parts, split_parts, with_stored_layers
 from jaxlm.sharding import WHOLE_IF_UNEVEN
 from jaxlm.spec import DecoderSpec
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
+from jaxlm.training.update import update_in_place
 from jaxlm.weights.leaves import LeafReader
+from jaxlm.weights.quantized import PartsReader
 
 
 @flax.struct.dataclass
@@ -51,7 +59,7 @@ def model_variables(trainable: Any, frozen: Any) -> dict[str, Any]:
 
 def with_saved(abstract: Any, model: DecoderSpec, lora: LoraConfig) -> Any:
     """The boxed `lora` collection plus full float32 copies of `modules_to_save`."""
-    collection = dict(abstract["lora"])
+    collection = dict(abstract.get("lora", {}))
     if lora.modules_to_save:
         flat = traverse_util.flatten_dict(abstract["params"], sep="/")
         chosen = {
@@ -66,19 +74,35 @@ def with_saved(abstract: Any, model: DecoderSpec, lora: LoraConfig) -> Any:
 class Initializer:
     """Makes and places the state of one run; shapes are known before any array exists.
 
+    Attributes:
+        dense: shapes and dtypes of the base parameters as arrays, which is what they count as.
+        params: those of what is kept of them.
+
     Args:
         model: the model, with its adapters.
         lora: adapter settings, or None for full fine-tuning.
         mesh: the devices that hold the arrays.
         make_optimizer: makes the update rule for what trains, by its logical axes.
+        quantize: what the frozen linear layers of an adapter are kept in; None: arrays.
     """
 
-    def __init__(self, model: Decoder, lora: LoraConfig | None, mesh: Mesh, make_optimizer: MakeOptimizer) -> None:
-        self.model, self.lora, self.mesh = model, lora, mesh
+    def __init__(
+        self,
+        model: Decoder,
+        lora: LoraConfig | None,
+        mesh: Mesh,
+        make_optimizer: MakeOptimizer,
+        quantize: Kind | None = None,
+    ) -> None:
+        self.model, self.lora, self.mesh, self.quantize = model, lora, mesh, quantize
         boxed = abstract_variables(model)
         trainable = {"params": boxed["params"]} if lora is None else {"lora": with_saved(boxed, model.spec, lora)}
-        self.params = nn.unbox(boxed["params"])
-        self.params_shardings = tree_shardings(boxed["params"], mesh, WHOLE_IF_UNEVEN)
+        base, stored_as = boxed["params"], weight_type(quantize)
+        if stored_as is not None:
+            assert lora is not None, "a quantised tensor cannot be trained"
+            base = with_stored_layers(base, stored_as)
+        self.dense, self.params = nn.unbox(boxed["params"]), nn.unbox(base)
+        self.params_shardings = tree_shardings(base, mesh, WHOLE_IF_UNEVEN)
         self.trainable = nn.unbox(trainable)
         self.trainable_shardings = tree_shardings(trainable, mesh, WHOLE_IF_UNEVEN)
         self.optimizer = make_optimizer(parameter_axes(trainable))
@@ -96,6 +120,29 @@ class Initializer:
             skipped=everywhere,
         )
 
+    @property
+    def averages(self) -> bool:
+        """Whether the model is an average of what trains, and not what trains itself."""
+        return isinstance(self.opt_state, optax.contrib.ScheduleFreeState)
+
+    @cached_property
+    def weights(self) -> Callable[[TrainState], Any]:
+        """The trainable tree that is evaluated and kept as the model, of a state."""
+        if not self.averages:
+            return lambda state: state.trainable
+
+        average = jax.jit(optax.contrib.schedule_free_eval_params, out_shardings=self.trainable_shardings)
+
+        def averaged(state: TrainState) -> Any:
+            with use_mesh(self.mesh):
+                return average(state.opt_state, state.trainable)
+
+        return averaged
+
+    def update(self, wanted: jax.Array, grads: Any, trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        """The parameters and the optimizer's state after an update, in a compiled function; see `step.Update`."""
+        return update_in_place(self.optimizer, wanted, grads, trainable, opt_state)
+
     def abstract_state(self) -> TrainState:
         """ShapeDtypeStructs with shardings, for restoring a checkpoint."""
         plain = TrainState(
@@ -112,11 +159,16 @@ class Initializer:
         )
 
     def load_params(self, source: LeafReader) -> Any:
-        """All base parameters, read into their shards and cast to the model's param_dtype."""
-        return load_sharded(self.params, self.params_shardings, source.read, stored_chunks(source, self.params))
+        """All base parameters, read into their shards and cast to the model's param_dtype, or quantised."""
+        params, stored = split_parts(self.params)
+        shardings, _ = split_parts(self.params_shardings)
+        if self.quantize is not None:
+            source = PartsReader(source, self.quantize, {path: leaf.in_dims for path, leaf in stored.items()})
+        return join_parts(load_sharded(params, shardings, source.read, stored_chunks(source, params)), stored)
 
     def init_params(self, seed: int) -> Any:
         """Fresh base parameters, created in their shards."""
+        assert self.quantize is None
 
         def init(key: jax.Array) -> Any:
             return nn.unbox(self.model.init({"params": key}, **example_inputs(self.model.spec))["params"])
@@ -166,7 +218,10 @@ def _pick(base: Any, like: Any) -> Any:
 
 
 def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Moments are placed as their parameters; leaves of another shape (counts, Adafactor's factors) are replicated."""
+    """Moments are placed as their parameters; scales of their blocks along, as far as they divide.
+
+    Leaves of another shape (counts, Adafactor's factors) are replicated.
+    """
     keystr = jax.tree_util.keystr
     known = {
         keystr(path): (leaf.shape, sharding)
@@ -179,11 +234,27 @@ def _opt_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> A
         # The path of a moment ends in the path of its parameter.
         for start in range(len(path)):
             shape, sharding = known.get(keystr(path[start:]), (None, None))
+            if shape is None:
+                continue
             if shape == leaf.shape:
                 return sharding
+            if len(shape) == leaf.ndim:
+                return NamedSharding(mesh, _divided(sharding, leaf.shape))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def _divided(sharding: NamedSharding, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec of a sharding where a smaller array of the same rank can be cut so, else whole along that dim."""
+    entries = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+
+    def parts(axes: Any) -> int:
+        names = axes if isinstance(axes, tuple) else (axes,)
+        return math.prod(sharding.mesh.shape[name] for name in names)
+
+    cut = (axes if axes is None or size % parts(axes) == 0 else None for axes, size in zip(entries, shape, strict=True))
+    return PartitionSpec(*cut)
 
 
 def count(tree: Any) -> int:

@@ -13,10 +13,21 @@ import optax
 from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, Objective
 from jaxlm.training.optimizer import Schedule
 from jaxlm.training.state import TrainState
+from jaxlm.training.update import update_in_place
+
+# (whether it is wanted, gradients, parameters, optimizer's state) -> the parameters and the state after an update.
+Update = Callable[[jax.Array, Any, Any, Any], tuple[Any, Any]]
+
+# What becomes of the figures of micro-steps whose names end so; others are added up.
+EXTREMES: dict[str, Any] = {"min": jnp.min, "max": jnp.max}
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, schedule: Schedule, clip_norm: float
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    clip_norm: float,
+    update: Update | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics); not jitted.
 
@@ -25,6 +36,7 @@ def make_train_step(
 
     Args:
         clip_norm: the gradient is scaled down to this norm over all parameters; 0: it is not clipped.
+        update: how the optimizer is applied; None: in place.
     """
 
     def micro_loss(
@@ -33,6 +45,7 @@ def make_train_step(
         share = objective.loss(trainable, frozen, micro, key, micro_steps)
         return share.total, share
 
+    apply = partial(update_in_place, optimizer) if update is None else update
     differentiate = jax.value_and_grad(micro_loss, has_aux=True)
 
     def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -58,9 +71,10 @@ def make_train_step(
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
             inputs = batch, jnp.arange(micro_steps)
             (loss, grads), figures = jax.lax.scan(micro_step, (jnp.float32(0), zeros), inputs)
-            figures = jax.tree.map(lambda value: value.sum(axis=0), figures)
+            figures = {name: EXTREMES.get(name.rpartition("/")[2], jnp.sum)(each, 0) for name, each in figures.items()}
 
-        grad_norm = optax.tree.norm(grads)
+        with jax.named_scope("gradient_norm"):
+            grad_norm = optax.tree.norm(grads)
         factor = jnp.float32(1.0)
         if clip_norm > 0:
             factor = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
@@ -68,17 +82,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.trainable)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def update(old: tuple[Any, Any]) -> tuple[Any, Any]:
-            trainable, opt_state = old
-            updates, opt_state = optimizer.update(grads, opt_state, trainable)
-            return optax.apply_updates(trainable, updates), opt_state
-
-        trainable, opt_state = jax.lax.platform_dependent(
-            finite,
-            (state.trainable, state.opt_state),
-            cpu=partial(update_by_branch, update),
-            default=partial(update_by_select, update),
-        )
+        with jax.named_scope("optimizer"):
+            trainable, opt_state = apply(finite, grads, state.trainable, state.opt_state)
         new_state = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
             trainable=trainable,
@@ -97,21 +102,10 @@ def make_train_step(
     return step
 
 
-# A branch is cheaper on a CPU, a select on GPU and TPU; the measurements are in docs/kernels.md.
-def update_by_branch(update: Callable[[Any], Any], wanted: jax.Array, old: Any) -> Any:
-    """`update(old)` where `wanted` (a bool), else `old`."""
-    return jax.lax.cond(wanted, update, lambda old: old, old)
-
-
-def update_by_select(update: Callable[[Any], Any], wanted: jax.Array, old: Any) -> Any:
-    """As `update_by_branch`; `update` is computed anyway, and dropped, NaN too, where it is not wanted."""
-    return jax.tree.map(lambda new, before: jnp.where(wanted, new, before), update(old), old)
-
-
 def make_eval_step(objective: Objective) -> Callable[[Any, Any, Batch], Metrics]:
     """(trainable, frozen, batch with leaves [1, B, T]) -> the objective's sums; not jitted."""
 
-    def step(trainable: Any, frozen: Any, batch: Batch) -> Metrics:
+    def evaluate(trainable: Any, frozen: Any, batch: Batch) -> Metrics:  # a trace tells programs by their names
         return objective.evaluate(trainable, frozen, {name: value[0] for name, value in batch.items()})
 
-    return step
+    return evaluate

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from jaxlm.errors import write_line
+
 AGAIN = "Run the same command again to"
 
 
@@ -165,5 +167,5 @@ def say(text: str) -> None:
     """Prints on the terminal, whose cursor a progress bar may have hidden."""
     if sys.stderr.isatty():
         text = f"\x1b[?25h\n{text}"
-    print(text, file=sys.stderr, flush=True)
+    write_line(text)
     sys.stdout.flush()

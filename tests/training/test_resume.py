@@ -35,7 +35,8 @@ from jaxlm.models.version1 import recorded
 from jaxlm.spec import DecoderSpec, ExpertsSpec, NormSpec, uniform_decoder
 from jaxlm.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jaxlm.training import resume
-from jaxlm.training.resume import Inputs, base_fingerprint, check_inputs, check_settings
+from jaxlm.training.resume import Inputs, check_inputs, check_settings
+from jaxlm.weights.fingerprint import base_fingerprint
 
 MODEL = uniform_decoder(
     "llama", vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8

@@ -22,7 +22,8 @@ from jaxlm.spec import ExpertsSpec, uniform_decoder
 from jaxlm.training.objectives.cross_entropy import CrossEntropy, target_weights
 from jaxlm.training.optimizer import make_optimizer, make_schedule, parameter_axes
 from jaxlm.training.state import Initializer, TrainState
-from jaxlm.training.step import make_eval_step, make_train_step, update_by_branch, update_by_select
+from jaxlm.training.step import make_eval_step, make_train_step
+from jaxlm.training.update import update_by_branch, update_by_select
 from tests.models.compare import assert_trees_close, random_tree
 
 CONFIG = uniform_decoder(
