@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxlm.cli.parser import parse_config
+from jaxlm.cli.parser import parse_config_and_flags
+from jaxlm.cli.words import Flag
 from jaxlm.errors import UserError
 from jaxlm.locate import WrittenPath, at_home
 
@@ -16,6 +17,9 @@ DESCRIPTION = (
     "tasks' directories. Differences are to the first, with the interval in which 95 % of paired resamples of the "
     "questions lie."
 )
+
+
+FLAGS = {"json": Flag("the figures and differences as one JSON object, in place of the tables")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +44,11 @@ def compare(argv: Sequence[str], prog: str) -> int:
     while words and not words[0].startswith("-"):
         paths.append(at_home(words.pop(0)))
     if words or not paths:
-        config = parse_config(words, CompareConfig, prog=f"{prog} compare", description=DESCRIPTION, aliases={})
+        config, flags = parse_config_and_flags(
+            words, CompareConfig, prog=f"{prog} compare", description=DESCRIPTION, aliases={}, flags=FLAGS
+        )
     else:
-        config = CompareConfig()
+        config, flags = CompareConfig(), {}
     if len(paths) < 2:
         raise UserError(f"compare: name two directories or more, e.g. {prog} compare evaluation/a evaluation/b")
     if config.resamples < 1:
@@ -50,15 +56,15 @@ def compare(argv: Sequence[str], prog: str) -> int:
     kind = None if config.save_file is None else Path(config.save_file).suffix
     if kind not in (None, ".md", ".json"):
         raise UserError(f"save_file: {config.save_file}: the ending must be .md or .json")
-    return _compare(paths, config)
+    return _compare(paths, config, bool(flags.get("json")))
 
 
-def _compare(paths: Sequence[Path], config: CompareConfig) -> int:
+def _compare(paths: Sequence[Path], config: CompareConfig, as_json: bool) -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from jaxlm.evaluation.compare import check_same_questions, differences, find_evaluations, read_evaluation
     from jaxlm.evaluation.outputs import write_file
+    from jaxlm.screen import new_table, print_table
 
     found = [find_evaluations(path) for path in paths]
     tasks = [task for task in found[0] if all(task in each for each in found)]
@@ -67,12 +73,12 @@ def _compare(paths: Sequence[Path], config: CompareConfig) -> int:
         raise UserError(f"compare: no task that all of them have: {held}")
     names = _names(paths)
     lines, content = [], {}
-    terminal = Console(highlight=False)
     for task in tasks:
         evaluations = [read_evaluation(each[task]) for each in found]
         check_same_questions(evaluations)
         figures = [each.figures() for each in evaluations]
-        changes = [differences(evaluations[0], each, config.resamples, config.seed) for each in evaluations[1:]]
+        with Console(stderr=True).status(f"{task}: drawing {config.resamples:,} resamples"):
+            changes = [differences(evaluations[0], each, config.resamples, config.seed) for each in evaluations[1:]]
         heads = ["figure", *names, *(f"{name} - {names[0]}" for name in names[1:])]
         rows = []
         for figure in figures[0]:
@@ -88,10 +94,11 @@ def _compare(paths: Sequence[Path], config: CompareConfig) -> int:
                 )
             rows.append(cells)
         title = f"{task}, {len(evaluations[0].records):,} records"
-        table = Table(*heads, title=title)
+        table = new_table(*heads, title=title)
         for cells in rows:
             table.add_row(*cells)
-        terminal.print(table)
+        if not as_json:
+            print_table(table)
         lines += [f"## {title}", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         lines += [f"| {' | '.join(cells)} |" for cells in rows] + [""]
         content[task] = {
@@ -104,10 +111,12 @@ def _compare(paths: Sequence[Path], config: CompareConfig) -> int:
                 for name, change in zip(names[1:], changes, strict=True)
             },
         }
+    whole = json.dumps({"resamples": config.resamples, "seed": config.seed, "tasks": content}, indent=1) + "\n"
+    if as_json:
+        print(whole, end="")
     if config.save_file is not None:
         file = Path(config.save_file)
         about = f"{config.resamples:,} paired resamples, seed {config.seed}; differences with 95 % intervals."
-        whole = json.dumps({"resamples": config.resamples, "seed": config.seed, "tasks": content}, indent=1) + "\n"
         text = "\n".join(["# Comparison", "", about, "", *lines]) if file.suffix == ".md" else whole
         write_file(file, text.encode())
     return 0

@@ -109,10 +109,10 @@ def _task_help(argv: Sequence[str], prog: str) -> str | None:
 
 def _lpm24(config: EvaluateConfig, task: str) -> int:
     from rich.console import Console
-    from rich.table import Table
 
     from jaxlm.evaluation import lpm24
     from jaxlm.evaluation.pairs import read_pairs
+    from jaxlm.screen import new_table, print_table
 
     if config.predictions is None:
         raise UserError(f"predictions: name the file of the answers, --predictions FILE; {task} asks no model")
@@ -130,12 +130,10 @@ def _lpm24(config: EvaluateConfig, task: str) -> int:
     console.print(f"{task}: {len(pairs):,} answers ({how})", highlight=False)
     if missing:
         console.print(f"{missing:,} of them were not answered (see their 'error'); they count as wrong", style="bold")
-    table = Table()
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    table = new_table("figure", "value")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
-    console.print(table)
+    print_table(table)
     if config.save_file is not None:
         content = {
             "task": task,

@@ -13,6 +13,7 @@ from jaxlm.config import EvaluateConfig, InferenceModelConfig, MeshConfig
 from jaxlm.config.reading import build
 from jaxlm.errors import UserError
 from jaxlm.locate import ReadPath
+from jaxlm.machine import limit_heaps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +65,7 @@ def make_model(
     from jaxlm.evaluation.harness import JaxlmModel
     from jaxlm.processes.distributed import Hosts
 
+    limit_heaps()
     # The harness writes prompts itself: as they stand, or by the tokenizer's chat template.
     opened = open_model(model, tokenizer, "text", add_bos, mesh, console)
     digest = hashlib.sha256(json.dumps(model_settings(opened, batch_size), sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxlm.evaluation.job import Job
     from jaxlm.evaluation.task import Answers
     from jaxlm.evaluation.texts import Settings, Texts, TextSource
+    from jaxlm.processes.distributed import Hosts
     from jaxlm.tokenizer import Tokenizer
     from jaxlm.weights.leaves import AdapterSource, ModelFiles, ParamSource
     from jaxlm.weights.native.prompt_json import PromptFile
@@ -57,10 +58,6 @@ def check_words(config: EvaluateConfig, sources: Sequence[SourceConfig]) -> None
         raise UserError("data: name a file of texts or instructions, e.g. --data heldout.jsonl")
     if config.predictions is not None:
         raise UserError("predictions: are not for perplexity; its texts are --data")
-    if config.distributed.num_processes not in (None, 1):
-        raise UserError("distributed: perplexity is measured by one process; start one")
-    if config.model.int8:
-        raise UserError("model.int8: perplexity is measured with the weights as they are; leave it out")
     if config.limit is not None and config.limit < 1:
         raise UserError(f"limit: {config.limit} must be at least 1")
     for source in sources:
@@ -189,10 +186,12 @@ def _settings(
 
 def _model_settings(config: EvaluateConfig, files: ModelFiles, texts: Texts) -> dict[str, Any]:
     """What decides a model's figures: its numbers, by hashes, and the tokens that it is fed."""
-    from jaxlm.training.resume import base_fingerprint
+    from jaxlm.inference.loading import kept_in
+    from jaxlm.weights.fingerprint import base_fingerprint
 
-    spec = files.base.config
+    spec, kind = files.base.config, kept_in(files.base, config.model.kind)
     return {
+        **({} if kind is None else {"weights kept in": kind}),
         "weights (hash of samples)": base_fingerprint(spec, files.base),
         "adapter (hash of samples)": None if files.adapter is None else base_fingerprint(spec, files.adapter),
         "merge_adapter": config.model.merge_adapter,
@@ -202,22 +201,26 @@ def _model_settings(config: EvaluateConfig, files: ModelFiles, texts: Texts) -> 
 
 
 def measure(
-    prepared: Prepared, config: EvaluateConfig, journal: Path | None, console: Console
+    prepared: Prepared, config: EvaluateConfig, journal: Path | None, hosts: Hosts, console: Console
 ) -> tuple[list[Answers], dict[str, float]]:
     """Loads the model and scores the texts.
 
     Args:
-        journal: the file of what has been scored; None: nothing is kept.
+        journal: the file of what has been scored, which process 0 writes; None: nothing is kept.
+        hosts: the processes, which score together.
 
     Returns:
         The answer to each text; and the sums of loss, correct and tokens over the rows, of which --save_file is made.
+        Where an earlier run scored a part of them, only process 0 has all.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from jaxlm.devices.mesh import rows_axis_size
     from jaxlm.evaluation import perplexity
     from jaxlm.evaluation.journal import JournalFile
+    from jaxlm.evaluation.outputs import origins
     from jaxlm.evaluation.scorer import place
+    from jaxlm.screen import Bars
 
     examples = prepared.texts.examples
     longest = perplexity.row_length(examples, int(examples.lengths.max()))
@@ -227,8 +230,16 @@ def measure(
         console.print(line, markup=False)
     # Batches are numbered: those of another number of devices are other ones.
     rows = {"rows of a batch": config.batch_size * rows_axis_size(scorer.mesh)}
-    file = None if journal is None else JournalFile(journal, prepared.settings | rows, config.overwrite)
+    file, problem = None, None
+    if journal is not None and hosts.process == 0:
+        try:
+            file = JournalFile(journal, prepared.settings | rows, config.overwrite, origins(prepared.facts))
+        except UserError as error:
+            problem = str(error)
+    hosts.check("the journal", problem)
     known = {} if file is None else {line["batch"]: perplexity.from_json(line["scored"]) for line in file.lines}
+    numbers = json.loads(hosts.exchange("scored", json.dumps(list(known)))[0])
+    known = known or dict.fromkeys(numbers, perplexity.UNSEEN)
     if known:
         console.print(f"going on: {len(known):,} batches were scored before", markup=False)
 
@@ -237,7 +248,7 @@ def measure(
             file.add({"batch": number, "scored": dataclasses.asdict(batch)})
 
     columns = TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Bars(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         batches = perplexity.measure(
             scorer.model,

@@ -8,12 +8,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.evaluation.task import Answer
 
 MARK = "jaxlm evaluation"  # in the first line
+HASHES = ("(sha256)", "(hash of samples)")  # how the names of settings end whose values say nothing to a reader
+# For such a setting where it was read from: (before, now); a path, or None where it is not known.
+Names = Mapping[str, tuple[str | None, str | None]]
 
 
 def to_json(answer: Answer) -> dict[str, Any]:
@@ -51,8 +55,14 @@ class Answered:
 class Journal(Answered):
     """Answers kept in a file too; arguments and errors as of `JournalFile`."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
-        self._file = JournalFile(path, settings, overwrite)
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+        origins: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> None:
+        self._file = JournalFile(path, settings, overwrite, origins)
         super().__init__({line["request"]: from_json(line["answer"]) for line in self._file.lines})
 
     def add(self, answers: Mapping[int, Answer]) -> None:
@@ -72,6 +82,7 @@ class JournalFile:
         path: of the file; its folder is there.
         settings: what decides the lines, as JSON has it; a run with other settings must not go on with it.
         overwrite: begin anew when it was begun with other settings.
+        origins: for settings that are hashes the path of what was hashed, for messages; paths may change.
 
     Attributes:
         lines: what was in it.
@@ -80,9 +91,15 @@ class JournalFile:
         UserError: it was begun with other settings, another run is writing it, or it is another file.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+        origins: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> None:
         self.lines: list[dict[str, Any]] = []
-        self._path = path
+        self._path, self._origins = path, dict(origins)
         self._file = path.open("ab+")
         try:
             self._lock()
@@ -112,13 +129,14 @@ class JournalFile:
             raise UserError(f"{self._path}: is not the journal of an evaluation; move it away")
         before = lines[0]["settings"] if lines else settings
         if before != settings and not overwrite:
-            refuse_other_settings(self._path, before, settings, "an interrupted run was begun with")
+            names = joined(lines[0].get("origins", {}), self._origins)
+            refuse_other_settings(self._path, before, settings, "an interrupted run was begun with", names)
         same = bool(lines) and before == settings
         self._file.truncate(len(whole) if same else 0)
         if same:
             self.lines = lines[1:]
         else:
-            self.add({MARK: 1, "settings": settings})
+            self.add({MARK: 1, "settings": settings, "origins": self._origins})
 
     def add(self, *lines: Mapping[str, Any]) -> None:
         """Keeps lines for good."""
@@ -131,11 +149,40 @@ class JournalFile:
         self._file.close()
 
 
-def refuse_other_settings(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str) -> None:
-    """Raises UserError that names the first setting that differs."""
-    key = next((key for key in {**now, **before} if before.get(key) != now.get(key)), None)
-    if key is not None:
+def joined(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> Names:
+    """Paths of what settings were read from, then and now."""
+    return {key: (before.get(key), path) for key, path in now.items()}
+
+
+def refuse_other_settings(
+    path: Path, before: Mapping[str, Any], now: Mapping[str, Any], how: str, names: Names = MappingProxyType({})
+) -> None:
+    """Raises UserError that names the settings that differ, with both values.
+
+    Args:
+        path: of the file that was written with the earlier ones.
+        how: what was done with them, e.g. 'an interrupted run was begun with'.
+        names: see `Names`.
+    """
+    changed = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        label, is_hash, known = key.partition(" (")[0], key.endswith(HASHES), names.get(key, (None, None))
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            inner = [each for each in dict.fromkeys([*old, *new]) if old.get(each) != new.get(each)]
+            changed += [f"{label}.{each} {old.get(each)!r}, now {new.get(each)!r}" for each in inner]
+        elif is_hash and None in (old, new):
+            changed.append(f"{'no' if old is None else 'an'} {label}, now {'none' if new is None else 'there is one'}")
+        elif is_hash and known[0] == known[1]:
+            changed.append(f"other {label}" + ("" if known[1] is None else f" (of {known[1]}, which has changed)"))
+        elif is_hash:
+            changed.append(f"{label} of {known[0]}, now {known[1]}")
+        else:
+            changed.append(f"{label} {old!r}, now {new!r}")
+    if changed:
         raise UserError(
-            f"{path}: {how} {key} {before.get(key)!r}, now it is {now.get(key)!r}; go on with the same, name another "
-            "--output, or begin anew with --overwrite"
+            f"{path}: {how} {'; '.join(changed)}; go on with the same, name another --output, or begin anew with "
+            "--overwrite"
         )

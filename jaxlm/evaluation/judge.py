@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxlm.errors import UserError
 from jaxlm.evaluation.metrics.text import needs_extra
+from jaxlm.screen import Bars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,12 @@ class Judge:
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
         if missing:
             from rich.console import Console
-            from rich.progress import track
 
             client = self._client()
             self.verdicts.parent.mkdir(parents=True, exist_ok=True)
-            with self.verdicts.open("a", encoding="utf-8") as file:
-                shown = track(missing.items(), "asking the judge", console=Console(stderr=True), transient=True)
-                for key, prompt in shown:
+            bar = Bars(console=Console(stderr=True), transient=True)
+            with self.verdicts.open("a", encoding="utf-8") as file, bar:
+                for key, prompt in bar.track(missing.items(), description="asking the judge"):
                     known[key] = self._complete(client, prompt)
                     line = {"key": key, "model": self.model, "prompt": prompt, "verdict": known[key]}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")

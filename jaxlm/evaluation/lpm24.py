@@ -8,6 +8,7 @@ properties, which need LPM-24's hierarchy of them, belong to the tasks `lpm24_ca
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ def word_tokens(caption: str) -> list[str]:
     return WORDS.findall(caption.lower())
 
 
+@functools.lru_cache(maxsize=4)  # figures of resamples ask for it again and again
 def hf_tokens(path: str) -> Callable[[str], list[str]]:
     """The pieces of a Hugging Face tokenizer, at most 512 as in the task's script.
 
@@ -46,7 +48,12 @@ def hf_tokens(path: str) -> Callable[[str], list[str]]:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"metric_tokenizer: {path} holds no Hugging Face tokenizer ({error})") from None
-    return lambda caption: list(tokenizer.tokenize(caption, truncation=True, max_length=512, padding=False))
+
+    @functools.lru_cache(maxsize=65536)
+    def pieces(caption: str) -> tuple[str, ...]:
+        return tuple(tokenizer.tokenize(caption, truncation=True, max_length=512, padding=False))
+
+    return lambda caption: list(pieces(caption))
 
 
 def caption_metrics(pairs: Sequence[Pair], tokens: Callable[[str], list[str]] = word_tokens) -> Metrics:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.config.plain import to_dict
 from jaxlm.errors import UserError
 from jaxlm.evaluation.job import Job
-from jaxlm.evaluation.journal import from_json, refuse_other_settings, to_json
+from jaxlm.evaluation.journal import from_json, joined, refuse_other_settings, to_json
 from jaxlm.evaluation.task import Answers, Figure
 from jaxlm.jsontext import read_object
 
@@ -29,6 +29,18 @@ SCORES = "scores.json"
 REPORT = "report.md"
 PLOT = "figures.png"
 VERSION = 1  # of scores.json
+# Settings that are hashes -> the fact that says what was hashed.
+_ORIGINS = {
+    "weights (hash of samples)": "model",
+    "adapter (hash of samples)": "adapter",
+    "data (sha256)": "data",
+    "predictions (sha256)": "predictions",
+}
+
+
+def origins(facts: Mapping[str, Any]) -> dict[str, str | None]:
+    """For the settings that are hashes the path of what was hashed, as `write_scores` is given facts."""
+    return {setting: facts.get(fact) for setting, fact in _ORIGINS.items()}
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -63,8 +75,11 @@ def read_predictions(directory: Path) -> list[tuple[Any, Answers]]:
     return [(line["record"], {part: from_json(values) for part, values in line["answers"].items()}) for line in lines]
 
 
-def read_finished(directory: Path, settings: Mapping[str, Any]) -> list[Answers] | None:
+def read_finished(directory: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Answers] | None:
     """The answers of an evaluation with these settings that has ended; None where there is none.
+
+    Args:
+        facts: as of `write_scores`; they say in a message what differs.
 
     Raises:
         UserError: the directory has one with other settings.
@@ -72,7 +87,9 @@ def read_finished(directory: Path, settings: Mapping[str, Any]) -> list[Answers]
     scores = directory / SCORES
     if not scores.is_file() or not (directory / PREDICTIONS).is_file():
         return None
-    refuse_other_settings(scores, read_object(scores).get("settings", {}), settings, "an evaluation was made with")
+    before = read_object(scores)
+    names = joined(origins(before), origins(facts))
+    refuse_other_settings(scores, before.get("settings", {}), settings, "an evaluation was made with", names)
     return [answers for _, answers in read_predictions(directory)]
 
 

@@ -21,7 +21,7 @@ from jaxlm.data.batches import EvaluationSource
 from jaxlm.data.examples import Examples
 from jaxlm.data.loader import Data
 from jaxlm.data.report import Report
-from jaxlm.devices.mesh import put_batch, replicated, rows_axis_size, use_mesh
+from jaxlm.devices.mesh import local_rows, put_batch, replicated, rows_axis_size, use_mesh
 from jaxlm.errors import UserError
 from jaxlm.evaluation.task import Answer, Answers
 from jaxlm.evaluation.texts import Texts
@@ -45,6 +45,10 @@ class Batch:
     correct: float
     tokens: float
     windows: tuple[tuple[int, float, int, int], ...]
+
+
+# Stands for a batch whose sums another process has.
+UNSEEN = Batch(0.0, 0.0, 0.0, ())
 
 
 def from_json(values: Mapping[str, Any]) -> Batch:
@@ -87,7 +91,7 @@ def measure(
     keep: Callable[[int, Batch], None],
     progress: Callable[[int, int], None],
 ) -> list[Batch]:
-    """Runs a model over texts, packed into rows with segment ids.
+    """Runs a model over texts, packed into rows with segment ids; several processes call it together.
 
     Args:
         model: with the adapters that are applied on the fly, if any.
@@ -96,7 +100,7 @@ def measure(
         mesh: the devices.
         texts: the windows to score.
         rows: number of rows of a device group at a time.
-        known: batches that were scored before, by number.
+        known: batches that were scored before, by number; the same numbers on every process.
         keep: is given each batch that is scored, and its number.
         progress: called with the number of batches done, and of all.
 
@@ -127,13 +131,15 @@ def measure(
         return objective.by_token(trainable, frozen, {name: value[0] for name, value in batch.items()})
 
     step = jax.jit(score, out_shardings=replicated(mesh))
+    # Each process makes whole batches, because the sums of windows need them, and places the rows of its devices.
+    own_rows = list(local_rows(mesh, batch_rows))
     result = []
     with use_mesh(mesh):
         for number in range(len(batches)):
             scored = known.get(number)
             if scored is None:
                 batch = batches[number]
-                placed = put_batch({name: batch[name][None] for name in objective.fields}, mesh, batch_rows)
+                placed = put_batch({name: batch[name][None, own_rows] for name in objective.fields}, mesh, batch_rows)
                 sums, tokens = jax.device_get(step(trainable, frozen, placed))
                 _check_finite(float(sums["loss"]))
                 scored = Batch(

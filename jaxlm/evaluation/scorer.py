@@ -9,10 +9,10 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.config import InferenceModelConfig, MeshConfig
+from jaxlm.config import InferenceModelConfig, LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh
 from jaxlm.errors import UserError
-from jaxlm.inference.loading import compute_dtype
+from jaxlm.inference.loading import compute_dtype, kept_in
 from jaxlm.kernels.backend import choose_for_layers
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
@@ -55,7 +55,7 @@ def place(
     Args:
         source: the model.
         adapter: an adapter that is applied on the fly; None without one.
-        config: dtype and attention.
+        config: dtype, attention, and what the linear layers' weights are kept in.
         mesh: the devices; None: rows and parameters over all of them.
         longest: tokens of the longest row, for which the attention is chosen.
 
@@ -77,8 +77,12 @@ def place(
     devices = make_mesh(axes, experts=None if spec.experts is None else spec.experts.num_experts)
     model = Decoder(spec, lora, DTYPES[dtype], DTYPES[dtype], attention, "none", experts)
     # No optimizer: nothing is trained, but parameters are placed as in training.
-    initializer = Initializer(model, None if adapter is None else adapter.lora, devices, lambda axes: optax.identity())
+    kind = kept_in(source, config.kind)
+    own = None if adapter is None else adapter.lora
+    # What is kept in few bits is the frozen base of an adapter, which may have no factors.
+    settings = LoraConfig() if own is None and kind is not None else own
+    initializer = Initializer(model, settings, devices, lambda axes: optax.identity(), kind)
     base = {"params": initializer.load_params(source)}
     if adapter is None:
-        return Scorer(model, base, {}, devices, dtype, reason)
+        return Scorer(model, *(({"lora": {}}, base) if kind is not None else (base, {})), devices, dtype, reason)
     return Scorer(model, {"lora": initializer.load_lora(adapter)}, base, devices, dtype, reason)

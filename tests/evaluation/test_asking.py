@@ -33,6 +33,7 @@ def answers_to(
     return plan, [answered.answers[number] for number in range(len(requests))]
 
 
+@pytest.mark.nightly
 def test_texts_are_cut_as_lm_eval_cuts_them(tokenizer: Tokenizer) -> None:
     """The context has the tokens that it has alone; its last white space belongs to the continuation."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'jaxlm[harness]'")

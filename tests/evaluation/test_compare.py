@@ -43,6 +43,8 @@ def test_a_table_with_differences(models: tuple[Path, Path, Path], tmp_path: Pat
         assert main(words) == 0
     assert "multiple_choice, 200 records" in capsys.readouterr().out
     table = json.loads((tmp_path / "table.json").read_text())["tasks"]["multiple_choice"]
+    assert main(["compare", *map(str, models), "--seed", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["multiple_choice"] == table
     assert [table["figures"][name]["acc"]["value"] for name in "abc"] == pytest.approx([0.8, 0.87, 0.8])
     change = table["differences"]["b"]["acc"]
     assert change["value"] == pytest.approx(0.07)

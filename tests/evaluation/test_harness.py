@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import yaml
 from jaxlm.cli.evaluate import main
 from tests.e2e.conftest import WORDS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly  # lm-eval is not among what all tests need
 
 CHAT = (
     "{% for message in messages %}<s>[{{ message['role'] }}] {{ message['content'] }}</s>\n{% endfor %}"
@@ -146,8 +150,47 @@ def test_results_are_those_of_hf(chat: bool, tiny_model: Path, chat_model: Path,
             if isinstance(value, float):
                 assert ours["results"][name][key] == pytest.approx(value, rel=1e-5)
     if not chat:
+        _a_server_agrees(model, tasks, theirs)
         _task_of_jaxlm_agrees(model, tasks, theirs, tmp_path)
         _model_named_jaxlm_agrees(model, tasks, theirs)
+
+
+def _a_server_agrees(model: Path, tasks: Path, theirs: dict[str, Any]) -> None:
+    """The harness's own client of completions, as docs/serving.md says how."""
+    pytest.importorskip("tenacity", reason="lm-eval's clients are not installed: pip install 'jaxlm[peers]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    words = ["--model", str(model), "--name", "tiny", "--port", "0", "--rows", "4", "--compilation_cache", "none"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}  # as on a user's machine
+    command = [sys.executable, "-m", "jaxlm.serve", *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    names = ["tiny_texts", "tiny_letters"]
+    try:
+        lines: list[str] = []
+        while not lines or (lines[-1] and not lines[-1].startswith("serving")):
+            lines.append(process.stderr.readline())
+        url = re.search(r"http://127.0.0.1:\d+", lines[-1])
+        assert url is not None, "".join(lines)
+        settings = {"model": "tiny", "max_retries": 30, "max_length": 256, "add_bos_token": True}
+        found: Any = simple_evaluate(
+            model="local-completions",
+            model_args=settings | {"base_url": f"{url[0]}/v1/completions", "tokenizer": str(model)},
+            tasks=names,
+            task_manager=TaskManager(include_path=str(tasks)),
+            bootstrap_iters=0,
+            fewshot_random_seed=1234,
+        )
+    finally:
+        process.terminate()
+        process.communicate()
+    for name in names:
+        mine, others = (sorted(each["samples"][name], key=lambda row: row["doc_id"]) for each in (found, theirs))
+        for row, other in zip(mine, others, strict=True):
+            values, hf = ([float(value) for value, _ in each["filtered_resps"]] for each in (row, other))
+            assert values == pytest.approx(hf, abs=1e-4)
+            assert (row["acc"], row["acc_norm"]) == (other["acc"], other["acc_norm"])
 
 
 def _task_of_jaxlm_agrees(model: Path, tasks: Path, theirs: dict[str, Any], tmp_path: Path) -> None:

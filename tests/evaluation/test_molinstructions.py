@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.evaluation.metrics import molecules
+from jaxlm.evaluation.metrics import molecules, text
 from jaxlm.evaluation.registry import get_task
 from jaxlm.evaluation.task import Question
 from jaxlm.evaluation.tasks.molinstructions import chosen, kind_of, right_choice
@@ -88,6 +88,20 @@ def test_bleu_of_molecules_is_over_signs() -> None:
     right, answer = "[C][C][O][C][C]", "[C][C][N][C][C]"
     figures = TASK.score([record(right, "reagent")], text_answers([answer]), TASK.options())
     assert figures["molecule_bleu"].value == pytest.approx(corpus_bleu([[list(right)]], [list(answer)]))
+
+
+@given(st.lists(st.tuples(*[st.lists(st.sampled_from("abc"), max_size=7)] * 2), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_bleu_from_counts_of_pairs_is_that_of_nltk(pairs: list[tuple[list[str], list[str]]]) -> None:
+    """To the last bit, a pair that comes again included, as it does in resamples."""
+    from nltk.translate.bleu_score import corpus_bleu
+
+    pairs = [(["a", *right], written) for right, written in [*pairs, pairs[0]]]
+    references, answers = zip(*pairs, strict=True)
+    for weights in ((0.5, 0.5), (0.25,) * 4):
+        expected = corpus_bleu([[each] for each in references], answers, weights=weights)
+        assert text.corpus_bleu(references, answers, weights) == expected
 
 
 def test_numbers() -> None:

@@ -244,7 +244,7 @@ def figures_of_both(
     return [(name, results[name], figures[suite]) for name, suite in tasks.items()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_harness_gives_the_figures_of_the_suites(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'jaxlm[harness]'")
     short = [{"instruction": "rock?", "output": "1.5"}, {"instruction": "sand", "output": "Yes, so."}]
@@ -269,7 +269,7 @@ def test_the_harness_gives_the_figures_of_the_suites(tiny_model: Path, tmp_path:
         assert answers == [json.loads(line)["answers"]["answer"]["texts"][0] for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "content"), [("jaxlm_geobench_npee", NPEE), ("jaxlm_geobench_apstudy", AP)])
 def test_the_harness_asks_for_k2s_tokens(name: str, content: Any, tiny_model: Path, tmp_path: Path) -> None:
     """With LLaMA's tokenizer a label behind a space is the token of K2's tables."""
@@ -292,7 +292,7 @@ def test_the_harness_asks_for_k2s_tokens(name: str, content: Any, tiny_model: Pa
         assert value == pytest.approx(expected[figure]["value"], abs=1e-4), figure
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_data_of_another_suite_are_refused_before_a_model_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

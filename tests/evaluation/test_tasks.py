@@ -15,8 +15,9 @@ from typing import Any, cast
 import pytest
 
 from jaxlm.cli.evaluate import main
+from jaxlm.errors import UserError
 from jaxlm.evaluation import asking
-from jaxlm.evaluation.journal import Answered, Journal
+from jaxlm.evaluation.journal import Answered, Journal, JournalFile
 from jaxlm.evaluation.outputs import JOURNAL, read_predictions, write_predictions
 from jaxlm.evaluation.task import Answer
 from tests.e2e.conftest import WORDS
@@ -227,6 +228,36 @@ def test_a_question_that_does_not_fit_counts_as_wrong_and_is_told(
     assert scores["errors"] == 1 and scores["figures"]["acc"]["n"] == 3
     assert "the model reads at most 256" in capsys.readouterr().err
     assert "count as wrong" in (out / "report.md").read_text()
+
+
+def test_other_settings_are_named_with_both_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hashes say nothing to a reader: what was read from where does."""
+    data = write(tmp_path / "q.json", QUESTIONS)
+    first, other = write(tmp_path / "first.json", ["A", "A", "A"]), write(tmp_path / "other.json", ["A", "A", "B"])
+    command = ["--task", "multiple_choice", "--data", str(data), "--output", str(tmp_path / "out"), "--predictions"]
+    assert main([*command, str(first)]) == 0
+    capsys.readouterr()
+    assert main([*command, str(other), "--options.answers", "texts"]) == 2
+    error = capsys.readouterr().err
+    assert f"predictions of {first}, now {other}" in error and "options.answers 'letters', now 'texts'" in error
+    write(first, ["B", "B", "B"])
+    assert main([*command, str(first)]) == 2
+    error = capsys.readouterr().err
+    assert f"other predictions (of {first}, which has changed); go on with" in error
+
+
+def test_settings_of_a_journal_are_named_with_both_values(tmp_path: Path) -> None:
+    key, path = "weights (hash of samples)", tmp_path / "journal"
+    before = {key: "1f", "adapter (hash of samples)": None, "dtype": "float32", "batch_size": 8}
+    JournalFile(path, before, origins={key: "out/a"}).close()
+    after = {key: "2e", "adapter (hash of samples)": "3d", "dtype": "bfloat16", "batch_size": 8}
+    wanted = "weights of out/a, now out/b; no adapter, now there is one; dtype 'float32', now 'bfloat16'; go on"
+    with pytest.raises(UserError, match=wanted) as caught:
+        JournalFile(path, after, origins={key: "out/b"})
+    assert "batch_size" not in str(caught.value)
+    JournalFile(path, after, overwrite=True).close()
+    with pytest.raises(UserError, match="other weights; "):
+        JournalFile(path, after | {key: "1f"})
 
 
 def test_answers_kept_in_memory_need_no_file() -> None:

@@ -17,10 +17,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from jaxlm.data.prepare.ie.answers import parse_answer
+from jaxlm.data.prepare.ie.records import Relation
 from jaxlm.errors import UserError
 from jaxlm.jsontext import parse
 
-Kind = Literal["NER", "RE", "EE", "EET", "EEA"]
+Kind = Literal["NER", "RE", "SPO", "EE", "EET", "EEA", "KG"]
 NOTHING = "NAN"  # how the data write that there is none
 Tuple = tuple[str, ...]
 
@@ -37,7 +39,7 @@ class Extracted(NamedTuple):
     """What an answer holds.
 
     Args:
-        tuples: NER (entity, type), RE (head, relation, tail), events (type, trigger).
+        tuples: NER (entity, type); RE, SPO and KG (head, relation, tail); events (type, trigger).
         arguments: of events: (type, argument, role) in the newer format, (type, trigger, argument, role) in the older.
         is_readable: False for an answer of another form, whose tuples are none.
     """
@@ -53,8 +55,8 @@ class Extracted(NamedTuple):
 def parse_json_answer(text: str, kind: Kind, as_published: bool = False) -> Extracted:
     """What an answer of the newer format holds: an object {type or relation: [entities, pairs or events]}.
 
-    Entries of another form are passed over. As published, a relation's pair has head and tail, though IEPile's English
-    records write subject and object.
+    KG has {entity type: {entity: {attribute: value or values}}}. Entries of another form are passed over. As
+    published, a relation's pair has head and tail, though IEPile's English records write subject and object.
     """
     try:
         content = json.loads(text)  # a name that stands twice has its last value, as in the original
@@ -62,10 +64,13 @@ def parse_json_answer(text: str, kind: Kind, as_published: bool = False) -> Extr
         return Extracted(is_readable=False)
     if not isinstance(content, dict):
         return Extracted(is_readable=False)
+    if kind == "KG":
+        triples = [entry for entry in parse_answer(text, "KG") or () if isinstance(entry, Relation)]
+        return Extracted(tuple((triple.head, triple.relation, triple.tail) for triple in triples))
     entries = [(key, value) for key, values in content.items() if isinstance(values, list) for value in values]
     if kind == "NER":
         return Extracted(tuple((value, key) for key, value in entries if isinstance(value, str)))
-    if kind == "RE":
+    if kind in ("RE", "SPO"):
         pairs = ((key, _ends(value, as_published)) for key, value in entries if isinstance(value, dict))
         return Extracted(tuple((head, key, tail) for key, ends in pairs if ends for head, tail in [ends]))
     events = []
@@ -109,6 +114,8 @@ def _of_events(events: Sequence[Event], kind: Kind, with_trigger: bool) -> Extra
 LABELS: dict[Kind, tuple[str, ...]] = {
     "NER": ("entity", "entity_type"),
     "RE": ("head", "relation", "tail"),
+    "SPO": ("head", "relation", "tail"),
+    "KG": ("head", "relation", "tail"),
     "EE": ("event_type", "event_trigger", "arguments"),
     "EET": ("event_type", "event_trigger"),
     "EEA": ("event_type", "arguments"),
@@ -135,7 +142,7 @@ def parse_label(text: str, kind: Kind) -> Extracted:
                 f"an entry of the label has no {missing!r}, which {kind} has; found: {columns}; choose the kind with "
                 "--options.extract"
             )
-    if kind in ("NER", "RE"):
+    if kind in ("NER", "RE", "SPO", "KG"):
         return Extracted(tuple(tuple(str(entry[key]) for key in keys) for entry in entries))
     events = [
         Event(

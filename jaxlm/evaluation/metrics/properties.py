@@ -9,6 +9,7 @@ innermost one; what has no value (no caption names it) is left out of its group,
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,25 +102,31 @@ def _joined(tokens: Sequence[str]) -> str:
     return "".join(f"{_BETWEEN}{token}" for token in tokens) + _BETWEEN
 
 
-def named(names: Sequence[str], captions: Sequence[str], tokens: Tokens) -> list[set[str]]:
+def named(names: Sequence[str], captions: Sequence[str], tokens: Tokens) -> list[frozenset[str]]:
     """For each caption those of the names whose tokens stand in it one after the other.
 
     Args:
         names: of properties; of one with its groups, "group__property", the last part counts.
     """
+    return list(map(_finder(tuple(names), tokens), captions))
+
+
+@functools.lru_cache(maxsize=8)
+def _finder(names: tuple[str, ...], tokens: Tokens) -> Callable[[str], frozenset[str]]:
     by_first: dict[str, list[tuple[str, str]]] = {}
     for name in dict.fromkeys(names):
         cut = tokens(name.split("__")[-1].lower())
         if cut:
             by_first.setdefault(cut[0], []).append((name, _joined(cut)))
-    result = []
-    for caption in captions:
+
+    @functools.lru_cache(maxsize=65536)  # resamples of records have the same captions again and again
+    def find(caption: str) -> frozenset[str]:
         cut = tokens(caption.lower())
         joined = _joined(cut)
-        result.append(
-            {name for first in set(cut) & by_first.keys() for name, wanted in by_first[first] if wanted in joined}
-        )
-    return result
+        found = (name for first in set(cut) & by_first.keys() for name, wanted in by_first[first] if wanted in joined)
+        return frozenset(found)
+
+    return find
 
 
 def property_figures(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,13 +50,34 @@ def rouge(reference: str, prediction: str, stemmed: bool = False) -> dict[str, f
 def corpus_bleu(
     references: Sequence[Sequence[str]], predictions: Sequence[Sequence[str]], weights: Sequence[float]
 ) -> float:
-    """NLTK's corpus BLEU of tokens, one reference each; `weights` of the orders, e.g. four times 0.25."""
+    """NLTK's corpus BLEU of tokens, one reference each; `weights` of the orders, e.g. four times 0.25.
+
+    NLTK counts the n-grams of a pair once, however often resamples of records have it.
+    """
     with needs_extra():
-        from nltk.translate.bleu_score import corpus_bleu as bleu
-    # Short texts have n-grams that never match; NLTK warns of each.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\nThe hypothesis contains 0 counts")
-        return float(bleu([[list(each)] for each in references], [list(each) for each in predictions], weights=weights))
+        from nltk.translate.bleu_score import brevity_penalty
+    matches, totals = [0] * len(weights), [0] * len(weights)
+    for pair in zip(references, predictions, strict=True):
+        for at, (matched, total) in enumerate(_overlaps(*map(tuple, pair), len(weights))):
+            matches[at] += matched
+            totals[at] += total
+    if not matches[0]:
+        return 0.0
+    # An order without a match counts as the smallest number, as in NLTK's SmoothingFunction.method0.
+    precisions = (
+        matched / total if matched else sys.float_info.min for matched, total in zip(matches, totals, strict=True)
+    )
+    mean = math.fsum(weight * math.log(precision) for weight, precision in zip(weights, precisions, strict=True))
+    return float(brevity_penalty(sum(map(len, references)), sum(map(len, predictions))) * math.exp(mean))
+
+
+@functools.lru_cache(maxsize=65536)
+def _overlaps(reference: tuple[str, ...], prediction: tuple[str, ...], orders: int) -> tuple[tuple[int, int], ...]:
+    """For n-grams of each order those of the prediction that the reference has too, and all of them, at least 1."""
+    from nltk.translate.bleu_score import modified_precision
+
+    fractions = [modified_precision([list(reference)], list(prediction), order + 1) for order in range(orders)]
+    return tuple((each.numerator, each.denominator) for each in fractions)
 
 
 def sentence_bleu(reference: Sequence[str], prediction: Sequence[str]) -> float:

@@ -24,7 +24,8 @@ class Options:
 
     Args:
         extract: NER entities, RE relations, EE events with their arguments, EET triggers of events, EEA arguments of
-            events.
+            events; in the newer format also SPO relations asked for with types of their ends, and KG attributes of
+            entities.
         language: zh or en: how the older format's texts name their parts.
         match: multiset counts a tuple that stands twice twice; set once.
         as_published: figures as DeepKE's scripts print them, in per cent: for the newer format F1 from rounded
@@ -32,7 +33,7 @@ class Options:
         max_new_tokens: most tokens of an answer.
     """
 
-    extract: Literal["NER", "RE", "EE", "EET", "EEA"] = "RE"
+    extract: Literal["NER", "RE", "SPO", "EE", "EET", "EEA", "KG"] = "RE"
     language: Literal["zh", "en"] = "zh"
     match: Literal["multiset", "set"] = "multiset"
     as_published: bool = False
@@ -56,6 +57,8 @@ def check(record: Row, options: Options) -> str | None:
         problem = missing_text(record, "instruction", "label")
     else:
         problem = missing_text(record, "instruction", "input", "output")
+    if problem is None and not is_json(record) and options.extract in ("SPO", "KG"):
+        problem = f"has no 'label'; {options.extract} is of the newer format alone"
     if problem is not None:
         return problem
     try:
@@ -150,9 +153,9 @@ def score(records: Sequence[Row], answers: Sequence[Answers], options: Options) 
 
 
 def _figures(prefix: str, documents: Sequence[_Document], options: Options) -> dict[str, Figure]:
-    groups = {"NER": ("",), "RE": ("",), "EET": ("",), "EE": ("event_", "argument_"), "EEA": ("argument_",)}
+    groups = {"EE": ("event_", "argument_"), "EEA": ("argument_",)}
     figures = {}
-    for group in groups[options.extract]:
+    for group in groups.get(options.extract, ("",)):
         counts = Counts()
         for document in documents:
             right, extracted = document.right, document.found

@@ -1,7 +1,7 @@
 """Mol-Instructions (zjunlp): molecules, proteins and biomedical texts, by the figures of its evaluation scripts.
 
 Facts: `evaluation/` of zjunlp/Mol-Instructions. With `as_published`, answers that are not molecules are left out before
-anything is counted, as the scripts do it; else they count as wrong. BERTScore is not computed. ROUGE is that of
+anything is counted, as the scripts do it; else they count as wrong. ROUGE is that of
 `rouge-score`, which the scripts use for proteins and captions; for open questions they use the package `rouge`.
 """
 
@@ -17,6 +17,7 @@ from typing import Literal
 from jaxlm.config import Decoding
 from jaxlm.evaluation.lpm24 import hf_tokens, word_tokens
 from jaxlm.evaluation.metrics import molecules, regression, text
+from jaxlm.evaluation.metrics.bert_score import bert_scorer
 from jaxlm.evaluation.metrics.records import missing_text, written
 from jaxlm.evaluation.metrics.tuples import count, precision_recall_f1
 from jaxlm.evaluation.task import Answers, Figure, Generate, Question, Request, Row, Task, mean
@@ -60,6 +61,9 @@ class Options:
         metric_tokenizer: directory of the Hugging Face tokenizer whose pieces captions' BLEU counts (SciBERT's); null:
             words and signs.
         nltk_data: directory with NLTK's corpora/wordnet, for METEOR of captions; null: no METEOR.
+        bert_model: directory of a Hugging Face encoder (there roberta-large), for BERTScore of open questions; null:
+            no BERTScore.
+        bert_layer: whose states BERTScore compares; 17 of roberta-large, 10 of roberta-base, 9 of bert-base-uncased.
         max_new_tokens: most tokens of an answer.
     """
 
@@ -69,6 +73,8 @@ class Options:
     as_published: bool = False
     metric_tokenizer: ReadPath | None = None
     nltk_data: ReadPath | None = None
+    bert_model: ReadPath | None = None
+    bert_layer: int = 17
     max_new_tokens: int = 512
 
 
@@ -158,6 +164,8 @@ def check_options(options: Options) -> None:
         hf_tokens(options.metric_tokenizer)
     if options.nltk_data is not None:
         text.meteor(["a"], ["a"], Path(options.nltk_data))
+    if options.bert_model is not None:
+        bert_scorer(options.bert_model, options.bert_layer)
 
 
 def score(records: Sequence[Row], answers: Sequence[Answers], options: Options) -> dict[str, Figure]:
@@ -263,10 +271,14 @@ def _score_verdicts(outputs: Outputs, options: Options) -> dict[str, Figure]:
 
 
 def _score_open(outputs: Outputs, options: Options) -> dict[str, Figure]:
-    """Mean BLEU-4 of words in small letters, and ROUGE-1."""
+    """Mean BLEU-4 of words in small letters, ROUGE-1, and the F1 of BERTScore where there is a model for it."""
     bleu = [text.sentence_bleu(right.lower().split(), answer.lower().split()) for right, answer in outputs]
     rouge = [text.rouge(right, answer)["rouge_1"] for right, answer in outputs]
-    return {"bleu": mean(dict(enumerate(bleu))), "rouge_1": mean(dict(enumerate(rouge)))}
+    figures = {"bleu": mean(dict(enumerate(bleu))), "rouge_1": mean(dict(enumerate(rouge)))}
+    if options.bert_model is not None:
+        likeness = bert_scorer(options.bert_model, options.bert_layer)
+        figures["bert_score"] = mean({at: likeness(*pair)[2] for at, pair in enumerate(outputs)})
+    return figures
 
 
 TASK = Task(
