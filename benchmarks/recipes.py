@@ -54,6 +54,7 @@ class Recipe:
 
     Attributes:
         file: below configs/, without .yaml.
+        shape: a name, or a config.json by its path in this repository.
         changes: words of the command line beyond the file.
         published: tokens/s a device that others report of the same setting, and where.
     """
@@ -65,13 +66,18 @@ class Recipe:
     changes: tuple[str, ...] = ()
     published: str = ""
 
+    @property
+    def model(self) -> str:
+        """A shape's name, or the path of a file of this repository."""
+        return str(ROOT / self.shape) if self.shape.endswith(".json") else self.shape
+
     @cached_property
     def topology(self) -> Topology:
         return parse_topology(self.devices)
 
     @cached_property
     def config(self) -> RunConfig:
-        words = ["--config", str(ROOT / f"configs/{self.file}.yaml"), "--model.shape", self.shape, *self.changes]
+        words = ["--config", str(ROOT / f"configs/{self.file}.yaml"), "--model.shape", self.model, *self.changes]
         return parse_run(words, prog="recipes.py", description="").configs[0]
 
     def digest(self) -> str:
@@ -94,9 +100,42 @@ PODS = tuple(
         "7b-h100-8", "7b-h200-8", "13b-h100-8", "13b-h200-8", "70b-lora-h100-8", "70b-lora-h200-8", "70b-h200-4x8",
     )
 )  # fmt: skip
+# What `convert moefy` writes into the model; by --model.shape there is no such model.
+_EXPERTS = ("--moe.experts", "16", "--moe.ranges", "{molecule: [32000, 32098]}")
+_SCIMIND = "configs/scimind/llama-2-7b.json"
+_LLAMA = ("--config", "llm4academic/llama-7b")
 PUBLISHED = (
+    Recipe("QLoRA, one TPU chip", "qlora/7b", "llama-2-7b", "v5e:1x1", published="none"),
+    Recipe("QLoRA, one GPU of 24 GB", "qlora/7b", "llama-2-7b", "rtx4090:1", published="none, one GPU"),
+    Recipe("SciMind fine-tuning", "scimind/finetune", _SCIMIND, "h100:8", _EXPERTS, "none, 8 Ascend 910A"),
+    Recipe("SciMind fine-tuning, v5e-16", "scimind/finetune", _SCIMIND, "v5e:4x4", _EXPERTS, "none"),
+    Recipe("SciMind pretraining", "scimind/pretrain", _SCIMIND, "h100:8", _EXPERTS, "none, 8 Ascend 910A"),
+    Recipe("SciMind pretraining, v5e-32", "scimind/pretrain", _SCIMIND, "v5e:4x8", _EXPERTS, "none"),
+    Recipe("LLM4Academic, LLaMA-7B", "llm4academic/mix", "llama-7b", "h100:4", _LLAMA, "none, 4 A100-80G"),
+    Recipe(
+        "LLM4Academic, LLaMA-7B, v5e-16",
+        "llm4academic/mix",
+        "llama-7b",
+        "v5e:4x4",
+        (*_LLAMA, "--train.micro_batch_size", "8"),
+        "none",
+    ),
     Recipe("KnowLM pretraining", "knowlm/pretrain", "llama-13b", "h100:3x8", published="236, on 24 V100-32G"),
+    Recipe(
+        "KnowLM pretraining, one machine",
+        "knowlm/pretrain",
+        "llama-13b",
+        "h100:8",
+        ("--mesh.data", "1"),
+        "none",
+    ),
+    Recipe("KnowLM instructions, LoRA", "knowlm/lora", "llama-13b", "h100:8", published="none, 8 V100-32G"),
     Recipe("K2 pretraining", "k2/pretrain", "llama-7b", "h100:4", published="none, 4 GPUs"),
+    Recipe("K2 pretraining, 8 GPUs", "k2/pretrain", "llama-7b", "h100:8", published="none"),
+    Recipe("K2 pretraining, v5e-16", "k2/pretrain", "llama-7b", "v5e:4x4", published="none"),
+    Recipe("Alpaca 7B", "alpaca/full", "llama-7b", "h100:8", published="at most 922, on 8 A100-80G"),
+    Recipe("Alpaca 13B", "alpaca/full-13b", "llama-13b", "h100:8", published="none"),
+    Recipe("Darwin", "darwin/sft", "llama-7b", "h100:8", published="none, 4 or 8 A100-80G"),
 )
 
 
@@ -128,7 +167,7 @@ def estimate(recipe: Recipe) -> Estimate:
     Raises:
         UserError: the recipe does not go with the model or the devices.
     """
-    setup = set_up(recipe.config, load_shape(recipe.shape), recipe.topology)
+    setup = set_up(recipe.config, load_shape(recipe.model), recipe.topology)
     initializer = setup.initializer(setup.schedule(1000))
     memory = estimate_memory(setup, initializer)
     time = estimate_time(estimate_cost(setup, initializer, memory), recipe.topology.chip, recipe.topology.count)
@@ -269,7 +308,7 @@ def compile_recipes(recipes: Sequence[Recipe]) -> None:
     """One after another; what each said is kept at once."""
     for recipe in recipes:
         print(f"{recipe.name}: compiling for {recipe.topology}", flush=True)
-        found = compile_step(recipe.config, load_shape(recipe.shape), recipe.topology)
+        found = compile_step(recipe.config, load_shape(recipe.model), recipe.topology)
         figures = {"recipe": recipe.digest()} | _compiled_figures(found)
         print(json.dumps(figures), flush=True)
         everything = read_compiled() | {recipe.name: figures}

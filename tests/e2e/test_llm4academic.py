@@ -12,6 +12,7 @@ import pytest
 
 from jaxlm.cli.parser import parse_run
 from jaxlm.errors import UserError
+from jaxlm.evaluation.metrics.zbench import read_lines
 from jaxlm.models.families import load_shape
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,23 @@ def test_questions_are_the_instructions_in_other_words() -> None:
     assert all(item["output"] in answers or item["input"] for item in questions)
 
 
+def test_questions_of_the_table_are_the_questions() -> None:
+    lines = [line.values() for line in read_lines(FOLDER / "zbench.csv")]
+    questions = json.loads((FOLDER / "questions.json").read_text(encoding="utf-8"))
+    asked = [[question["instruction"], question["output"]] for question in questions if not question["input"]]
+    assert [line[1:3] for line in lines[1:]] == asked
+
+
+def test_an_answer_is_right_where_it_is_the_reference(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        "编号,Prompt,tiny 答案评分,tiny,参考回答,任务类型\n1,a?,,Au ,Au,x\n2,b?,,NaCl.,NaCl,x\n", encoding="utf-8"
+    )
+    assert table("--rate", str(tmp_path / "a.csv"), "tiny", str(tmp_path / "b.csv")).returncode == 0
+    rated = [line.values() for line in read_lines(tmp_path / "b.csv")]
+    assert [line[2] for line in rated[1:]] == ["正确", "错误"]
+    assert [line[3:] for line in rated[1:]] == [["Au ", "Au", "x"], ["NaCl.", "NaCl", "x"]]
+
+
 def table(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(FOLDER / "table.py"), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -62,12 +80,12 @@ def test_a_family_that_is_not_there_is_left_out_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_base_in_small(tmp_path: Path) -> None:
     words = {
         "XLA_FLAGS": "",  # one device, as on a laptop
         "TRAIN": "--train.steps 4",
-        "GENERATE": "--max_new_tokens 4",
+        "EVALUATE": "--options.max_new_tokens 4",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     command = ["bash", "configs/llm4academic/small.sh", str(tmp_path)]
@@ -80,7 +98,12 @@ def test_every_base_in_small(tmp_path: Path) -> None:
             supported.append(base)
         except UserError:
             assert f"left out: {base}: " in done.stdout
-    lines = done.stdout.strip().splitlines()[-1 - len(supported) :]
-    assert lines[0].split() == ["base", "parameters", "tokens/s", "validation", "loss", "exact", "answers"]
-    assert [line.split()[0] for line in lines[1:]] == supported
-    assert all(line.endswith(" of 23") for line in lines[1:])
+    lines = done.stdout.strip().splitlines()
+    (head,) = (number for number, line in enumerate(lines) if line.split()[:2] == ["base", "parameters"])
+    assert [line.split()[0] for line in lines[head + 1 : head + 2 + len(supported)]] == ["before", *supported]
+    assert all(line.endswith(" of 22") for line in lines[head + 1 : head + 2 + len(supported)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"][0]["chance"] == pytest.approx(26 / 22**2)
+    header = (tmp_path / "zbench.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    assert header[:2] == ["编号", "Prompt"] and header[-2:] == ["参考回答", "任务类型"]
+    assert header[3:-2:2] == ["before", *supported]

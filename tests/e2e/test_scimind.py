@@ -24,12 +24,13 @@ def run_recipe(data: Path, tmp_path: Path) -> Path:
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     (tmp_path / "shape.json").write_text(json.dumps(shape | tiny | {"vocab_size": 600}))
     words = {
+        "DATA": str(data),
         "BASE": f"--model.shape {tmp_path / 'shape.json'}",
         "TRAIN": "--train.steps 2",
         "GENERATE": "--max_new_tokens 4 --batch_size 8",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = ["bash", "configs/scimind/small.sh", str(data), str(tmp_path / "out")]
+    command = ["bash", "configs/scimind/small.sh", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return tmp_path / "out"
@@ -45,9 +46,13 @@ def check(out: Path, records: int) -> None:
     assert sum(trained[0]["expert_share"]["smiles"]) == pytest.approx(2, abs=0.01)
     assert sum(trained[0]["expert_share"]["text"]) == pytest.approx(14, abs=0.01)
     for task, figure in (("smiles2text", "bleu_2"), ("text2smiles", "validity")):
-        assert len(json.loads((out / f"{task}.json").read_text())) == records
-        found = json.loads((out / f"{task}-figures.json").read_text())
-        assert found["answers"] == records and 0 <= found[figure] <= 1
+        for name in ("chance", "before", "after"):
+            assert len(json.loads((out / f"{name}-{task}.json").read_text())) == records
+            found = json.loads((out / f"{name}-{task}-figures.json").read_text())
+            assert found["answers"] == records and 0 <= found[figure] <= 1
+            assert found["exact"] == 0  # also of guessing: no record got its own answer
+    (metric,) = json.loads((out / "result.json").read_text())["metrics"]
+    assert metric["name"] == "captions, F1 of facts" and 0 < metric["chance"] < 1
     assert (out / "moe-coverage" / "coverage.png").is_file()
 
 
@@ -59,6 +64,7 @@ def test_on_the_molecules_that_come_along(tmp_path: Path) -> None:
     check(run_recipe(tmp_path, tmp_path), 40)
 
 
+@pytest.mark.nightly
 def test_on_published_molecules(tmp_path: Path) -> None:
     """LPM-24's, with captions that RDKit makes."""
     pytest.importorskip("rdkit")
