@@ -20,6 +20,7 @@ def load(
     adapter: str | Path | None = None,
     *,
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    quantize: Literal["int8", "nf4"] | None = None,
     int8: bool = False,
     merge_adapter: bool = False,
     attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto",
@@ -35,7 +36,9 @@ def load(
             records its base may stand alone.
         adapter: a LoRA adapter on the model: a PEFT directory, a converted one, or a LoRA run.
         dtype: of weights and compute; auto: bfloat16 on GPU and TPU, float32 on a CPU.
-        int8: keep the linear layers in int8, with a factor per output: half the memory of bfloat16.
+        quantize: keep the linear layers in int8, with a factor per output (half the memory of bfloat16), or in nf4,
+            four bits in blocks of 64; None: as the model is stored.
+        int8: the same as quantize='int8'.
         merge_adapter: fold the adapter into the weights while reading them; the same text up to rounding, faster.
         attention: implementation that reads prompts.
         mesh: the devices, e.g. `MeshConfig(data=2, fsdp=1, tensor=4)`; None: as many as the heads allow along tensor,
@@ -52,7 +55,7 @@ def load(
     """
     if path is None:
         raise UserError("path: name a model, found None")
-    model = {"path": path, "adapter": adapter, "dtype": dtype, "int8": int8}
+    model = {"path": path, "adapter": adapter, "dtype": dtype, "quantize": quantize, "int8": int8}
     model |= {"merge_adapter": merge_adapter, "attention": attention}
     values = {"model": model, "tokenizer": tokenizer, "template": template, "system": system}
     values["mesh"] = to_dict(mesh) if isinstance(mesh, MeshConfig) else mesh
@@ -61,5 +64,5 @@ def load(
     prompts = prompt_settings(files, config.tokenizer, config.template)
     prompter = prompts.prompter(system=config.system)
     how = config.model
-    placed = placement(files, how.dtype, how.int8, how.merge_adapter, how.attention, config.mesh)
+    placed = placement(files, how.dtype, how.kind, how.merge_adapter, how.attention, config.mesh)
     return LoadedModel(placed.place(prompts), prompter)

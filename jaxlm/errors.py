@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -37,18 +38,29 @@ def exit_status(command: Callable[[], int | None], *, prefix: str = "error", int
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"{prefix}: {error}", file=sys.stderr)
+        write_line(f"{prefix}: {error}")
         return MISTAKE
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             return 0
         way_out = "; free some space, or write elsewhere" if error.errno == errno.ENOSPC else ""
         where = error.filename or "input or output"
-        print(f"{prefix}: {where}: {error.strerror or error}{way_out}", file=sys.stderr)
+        write_line(f"{prefix}: {where}: {error.strerror or error}{way_out}")
         return MISTAKE
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        write_line(interrupted)
         return INTERRUPTED
+
+
+def write_line(text: str, stream: TextIO | None = None) -> None:
+    """Writes a line on stderr, or on `stream`, at once.
+
+    `print` writes the end of the line by itself where Python does not buffer (PYTHONUNBUFFERED=1), and the lines of
+    processes that share a terminal or a file run into each other.
+    """
+    stream = sys.stderr if stream is None else stream
+    stream.write(f"{text}\n")
+    stream.flush()
 
 
 def show(text: str) -> None:

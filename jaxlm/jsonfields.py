@@ -60,12 +60,13 @@ class _JsonReader(Reader):
             raise UserError(f"{key.removesuffix(':')}: {error}") from None
 
     def leaf(self, value: Any, kind: Any, key: str) -> Any:
-        if any(_is(value, member) for member in alternatives(kind)):
+        if any(is_of(value, member) for member in alternatives(kind)):
             return value
-        raise UserError(f"{key} is {shown(value)}; expected {_described(kind)}")
+        raise UserError(f"{key} is {shown(value)}; expected {described(kind)}")
 
 
-def _is(value: Any, kind: Any) -> bool:
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value that is neither object nor list is of this type: 1 is a float too, true is not a number."""
     if kind is Any:
         return True
     if get_origin(kind) is Literal:
@@ -102,15 +103,15 @@ def _named(where: str, name: str) -> str:
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 
 
-def _described(kind: Any) -> str:
+def described(kind: Any) -> str:
     """A type in words."""
     members, origin, parts = alternatives(kind), get_origin(kind), get_args(kind)
     if len(members) > 1:
-        return " or ".join(_described(member) for member in members)
+        return " or ".join(described(member) for member in members)
     if origin is Literal:
         return f"one of {', '.join(map(repr, parts))}"
     if origin is tuple:
-        return f"a list of {' and '.join(_described(part) for part in parts if part is not Ellipsis)}"
+        return f"a list of {' and '.join(described(part) for part in parts if part is not Ellipsis)}"
     if origin in (dict, Mapping):
-        return f"an object of {_described(parts[1])} by name"
+        return f"an object of {described(parts[1])} by name"
     return _NAMES.get(kind, "an object")

@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, write_line
 
 BEAT_SECONDS = 5.0  # between the signs of life of a holder
 SILENT_SECONDS = 45.0  # without one a holder on another host counts as gone; network file systems show it late
@@ -47,7 +46,7 @@ class Lock:
     def __init__(self, path: Path, what: str, way_out: str, say: Callable[[str], None] | None = None) -> None:
         self.path = path.absolute()
         self._what, self._way_out = what, way_out
-        self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self._say = say or write_line
         self._token = uuid.uuid4().hex
         self._made: list[Path] = []
         self._done = threading.Event()
@@ -205,15 +204,25 @@ class Lock:
             holder = _read(self.path)
             if holder is not None and holder.get("token") != self._token and self._token in _mine:
                 # This process was stopped for so long that it counted as gone. Two must not write.
-                print(
+                write_line(
                     f"error: {self._what} was taken over by pid {holder.get('pid')} on host {holder.get('host')}, as "
-                    "this process had given no sign of life; it ends, and writes nothing more",
-                    file=sys.stderr,
-                    flush=True,
+                    "this process had given no sign of life; it ends, and writes nothing more"
                 )
                 os._exit(1)
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process has the lock file; elsewhere than on this host a recent sign of life tells it."""
+    holder = _read(path)
+    if holder is None:
+        return False
+    if _is_here(holder):
+        # Which tokens are of this very process does not matter to one that only looks.
+        return holder.get("pid") == os.getpid() or _alive(holder)
+    beat = _beat_of(path)
+    return beat is not None and time.time() - beat / 1e9 < 2 * SILENT_SECONDS
 
 
 def _identity() -> dict[str, Any]:

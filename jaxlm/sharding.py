@@ -27,6 +27,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("attention_heads", (TENSOR, SEQUENCE)),
     ("act_embed", None),
     ("embed", SHARD_AXES),
+    # Blocks of inputs of a weight in four bits, split as the inputs are (see `nn.nf4`).
+    ("embed_blocks", SHARD_AXES),
+    ("mlp_blocks", (EXPERT, TENSOR)),
+    ("heads_blocks", TENSOR),
     ("heads", TENSOR),
     ("kv_heads", TENSOR),
     ("mlp", (EXPERT, TENSOR)),  # contiguous blocks: whole experts of an MoE
@@ -41,8 +45,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 # Logical axes that are not split where that cannot be done evenly: a vocabulary of 32,001 rows (Alpaca's and Vicuna's),
-# the one kv head of a multi-query layer, of which each device then uses all (see `nn.self_attention`).
-WHOLE_IF_UNEVEN = ("vocab", "kv_heads")
+# the one kv head of a multi-query layer, of which each device then uses all (see `nn.self_attention`), blocks of inputs
+# (LLaMA-2-7B's 11,008 neurons are 172 blocks).
+WHOLE_IF_UNEVEN = ("vocab", "kv_heads", "embed_blocks", "mlp_blocks", "heads_blocks")
 
 
 def flat_dims(axes: Sequence[str | None]) -> tuple[tuple[str | None, ...], ...]:

@@ -1,1 +1,5 @@
 """The commands of jaxlm."""
+
+from jaxlm.machine import quiet_libtpu
+
+quiet_libtpu()  # before any command imports JAX

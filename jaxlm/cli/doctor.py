@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         own = list(examine(directory, hosts))
         findings = list(together(*_from_all(hosts, own))) if hosts.processes > 1 else own
         if hosts.process == 0 and options.json:
-            print(json.dumps([asdict(finding) for finding in findings], indent=1))
+            print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=1))
         elif hosts.process == 0:
             _print(findings)
     return int(any(finding.serious for finding in findings))
@@ -264,6 +264,7 @@ def check_devices() -> Iterator[Finding]:
     )
     yield _compute(mine, started)
     yield from _attention()
+    yield _serving(mine.platform == "tpu")
 
 
 def missing_accelerator(platform_name: str, exists: Callable[[str], bool], shown: str) -> Finding:
@@ -300,7 +301,7 @@ def _attention() -> Iterator[Finding]:
     from jaxlm.kernels.backend import attention_details, choose_attention, shape_key
     from jaxlm.models.families import SHAPES
 
-    shape = SHAPES["llama-2-7b"]
+    shape, before = SHAPES["llama-2-7b"], ""
     for rows, packed in (("packed rows", True), ("single documents", False)):
         case = shape_key(shape.attention, "bfloat16", shape.max_length, packed)
         try:
@@ -308,9 +309,10 @@ def _attention() -> Iterator[Finding]:
         except UserError as error:
             yield Finding(f"attention, {rows}", "the table of tuned kernels cannot be read", str(error), serious=True)
             continue
-        yield Finding(
-            f"attention, {rows}", f"{why} ({attention_details(chosen, case)}); {_try_attention(chosen, packed)}"
-        )
+        details = f"{why} ({attention_details(chosen, case)})"
+        shown = "as for packed rows" if details == before else details
+        before = details
+        yield Finding(f"attention, {rows}", f"{shown}; {_try_attention(chosen, packed)}")
 
 
 def _try_attention(chosen: Any, packed: bool) -> str:
@@ -331,17 +333,34 @@ def _try_attention(chosen: Any, packed: bool) -> str:
     return f"runs, first result after {time.perf_counter() - started:.1f} s"
 
 
+def _serving(is_tpu: bool) -> Finding:
+    """What `jaxlm serve` compiles at its start, for a model like LLaMA-2-7B."""
+    from jaxlm.config import ServeConfig
+    from jaxlm.inference.paged.programs import usual_programs
+    from jaxlm.models.families import SHAPES
+
+    rows = ServeConfig().rows
+    programs = usual_programs(SHAPES["llama-2-7b"], rows, is_tpu)
+    return Finding("programs of serve", f"with {rows} answers at a time {programs}; kept in the compilation cache")
+
+
 def _print(findings: Sequence[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    table = Table("", "found", "to do", show_lines=False)
+    from jaxlm.screen import print_table
+
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for finding in findings:
-        style = "bold red" if finding.serious else "yellow" if finding.advice else ""
-        table.add_row(Text(finding.what), Text(finding.value), Text(finding.advice, style=style))
-    console.print(table)
+        style = "bold red" if finding.serious else "yellow"
+        table.add_row(Text(finding.what), Text(finding.value))
+        if finding.advice:
+            table.add_row("", Text(f"-> {finding.advice}", style=style))
+    print_table(table)
     serious = sum(finding.serious for finding in findings)
     console.print(f"{serious} to mend" if serious else "nothing to mend", style="bold")
 

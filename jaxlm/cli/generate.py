@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxlm.inference.batch import FilePrompt, Result
+    from jaxlm.inference.best_of import Judge
     from jaxlm.inference.generator import Generator
     from jaxlm.inference.prompts import Prompter
     from jaxlm.processes.distributed import Hosts
@@ -36,7 +37,10 @@ ALIASES = {
     "model_name_or_path": "model.path",
     "adapter": "model.adapter",
     "lora_weights": "model.adapter",
-    "load_8bit": "model.int8",
+    "quantize": "model.quantize",
+    "int8": "model.quantize=int8",
+    "load_8bit": "model.quantize=int8",
+    "load_4bit": "model.quantize=nf4",
     "dtype": "model.dtype",
     "prompt_template": "template",
     "num_return_sequences": "samples",
@@ -58,9 +62,15 @@ def _main(argv: Sequence[str], prog: str) -> int:
 
 def _check_config(config: GenerateConfig) -> None:
     """Checks what can be known without the model."""
-    from jaxlm.inference.options import check_decoding
+    from jaxlm.inference.options import check_best_of, check_decoding
 
     check_decoding(config)
+    if (config.best_of is None) != (config.reward_model is None):
+        raise UserError("best_of and reward_model go together: the number of answers, and the model that chooses one")
+    if config.best_of is not None:
+        check_best_of(config.best_of, config)
+        if config.interactive:
+            raise UserError("best_of: goes with --prompt or --predict_data; a conversation shows answers as they come")
     if config.model.path is None and config.model.adapter is None:
         raise UserError("model: name one, e.g. --model out/run")
     modes = {
@@ -118,6 +128,8 @@ def _run(config: GenerateConfig) -> int:
         if stop is not None:
             stop.starting(Path(config.save_file or ""), hosts)
         if hosts.processes > 1:
+            if config.best_of is not None:
+                raise SharedError("best_of: one process judges its answers; start one process")
             hosts.agree("versions", versions())
             hosts.agree("configuration", run_settings(config))
         config = with_commits(config, hosts.console(terminal).print, hosts)
@@ -163,20 +175,26 @@ def _answer(config: GenerateConfig, hosts: Hosts, console: Console) -> int:
         from jaxlm.inference.batch import read_prompts
 
         prompts = read_prompts(Path(config.predict_data))
-    generator, prompter, facts = _load(config, hosts, console)
+    generator, prompter, facts, judge = _load(config, hosts, console)
     options = Decoding(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Decoding)})
+    if config.best_of is not None:
+        options = dataclasses.replace(options, samples=config.best_of)
     if prompts is not None:
-        return _batch(config, options, generator, prompter, facts, prompts, hosts, console)
+        return _batch(config, options, generator, prompter, facts, judge, prompts, hosts, console)
     if config.interactive:
         _chat(options, generator, prompter, console)
+    elif judge is not None:
+        _best(config, options, generator, prompter, judge, console)
     else:
         _single(config, options, generator, prompter, console, _show if hosts.process == 0 else _hide)
     return 0
 
 
-def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Generator, Prompter, dict[str, Any]]:
-    """The model on its devices, how to ask it, and the facts that identify both in the journal of a file."""
-    from jaxlm.cli.opening import open_model
+def _load(
+    config: GenerateConfig, hosts: Hosts, console: Console
+) -> tuple[Generator, Prompter, dict[str, Any], Judge | None]:
+    """The model on its devices, how to ask it, the facts that identify both in the journal of a file, and a judge."""
+    from jaxlm.cli.opening import open_judge, open_model
     from jaxlm.inference.options import check_stop_ids
 
     opened = open_model(
@@ -192,7 +210,11 @@ def _load(config: GenerateConfig, hosts: Hosts, console: Console) -> tuple[Gener
     check_stop_ids(config, opened.spec.vocab_size)
     generator = opened.load(hosts, console, config.verbose)
     facts = {**opened.facts, "columns": config.columns, "system": config.system}
-    return generator, opened.prompter, facts
+    judge = None
+    if config.reward_model is not None:
+        judge = open_judge(config.reward_model, config.model, opened, config.mesh, config.batch_size, console)
+        facts["reward_model"] = config.reward_model
+    return generator, opened.prompter, facts, judge
 
 
 def _single(
@@ -229,6 +251,22 @@ def _single(
     )
 
 
+def _best(
+    config: GenerateConfig, options: Decoding, generator: Generator, prompter: Prompter, judge: Judge, console: Console
+) -> None:
+    """The best of several answers to one prompt."""
+    from jaxlm.inference.answering import complete
+
+    assert config.prompt is not None
+    ids = prompter.question(config.prompt, config.input)
+    generator.check_prompt(ids, "the prompt")
+    judge.check_prompt(len(ids), options, generator.max_length, "the prompt")
+    (answers,) = complete(generator, prompter.tokenizer, {0: ids}, options, 1, strip=not prompter.is_text)
+    best, reward = judge.best({0: ids}, answers)[0]
+    _show(f"{best.text}\n")
+    console.print(f"reward {reward:.3f}, the highest of {options.samples}; ended by {best.finish}", markup=False)
+
+
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -260,13 +298,15 @@ def _batch(
     generator: Generator,
     prompter: Prompter,
     facts: dict[str, Any],
+    judge: Judge | None,
     prompts: Sequence[FilePrompt],
     hosts: Hosts,
     console: Console,
 ) -> int:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     from jaxlm.inference.batch import Answers, Journal, Result, answer_all, settings_of, write_results
+    from jaxlm.screen import Bars
 
     assert config.predict_data is not None and config.save_file is not None
     save_file = Path(config.save_file)
@@ -281,7 +321,7 @@ def _batch(
         console.print(f"going on: {len(journal.results)} of {len(prompts)} prompts were answered before", markup=False)
     columns = TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
     started, written = time.perf_counter(), 0
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Bars(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(prompts), completed=len(journal.results), speed="")
 
         def advance(prompts: int, tokens: int) -> None:
@@ -290,7 +330,7 @@ def _batch(
             speed = f"{written / (time.perf_counter() - started):.1f} tokens/s"
             progress.update(task, advance=prompts, speed=speed)
 
-        answer_all(prompts, generator, prompter, options, config.batch_size, journal, advance)
+        answer_all(prompts, generator, prompter, options, config.batch_size, journal, advance, judge)
     if file is None:
         return 0  # process 0 tells
     write_results(save_file, prompts, file.results)

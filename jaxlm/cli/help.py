@@ -13,7 +13,8 @@ import docstring_parser
 
 from jaxlm.cli.words import Flag
 from jaxlm.config.data import SourceConfig
-from jaxlm.config.run import RunConfig
+from jaxlm.config.model import ModalityConfig
+from jaxlm.config.run import RunConfig, TaskConfig
 from jaxlm.config.schema import section_of
 from jaxlm.fields import alternatives, field_types
 
@@ -45,8 +46,10 @@ def help_text(prog: str, description: str, flags: Mapping[str, Flag], root: type
                     lines += [f"{name}.{inner} (absent unless given)", *_entries(nested, f"--{name}.{inner}."), ""]
     if root is RunConfig:
         lines += ["a source, in data.train and data.validation (in YAML)", *_entries(SourceConfig, ""), ""]
+        lines += ["a modality, in tokenizer.modalities (in YAML)", *_entries(ModalityConfig, ""), ""]
+        lines += ["a task, in train.tasks (in YAML)", *_entries(TaskConfig, ""), ""]
     if aliases:
-        lines += ["other names", *(f"  --{alias}: --{name}" for alias, name in aliases.items())]
+        lines += ["other names", *(f"  --{alias}: --{name.replace('=', ' ')}" for alias, name in aliases.items())]
     return "\n".join(lines).rstrip()
 
 
@@ -94,7 +97,8 @@ def _kind(kind: Any) -> str:
     if origin is Literal:
         return "|".join(str(choice) for choice in arguments)
     if origin is tuple:
-        return f"[{'source' if dataclasses.is_dataclass(arguments[0]) else _kind(arguments[0])}, ...]"
+        is_section = dataclasses.is_dataclass(arguments[0])
+        return f"[{arguments[0].__name__.removesuffix('Config').lower() if is_section else _kind(arguments[0])}, ...]"
     if origin is dict:
         return "{key: value}"
     return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))

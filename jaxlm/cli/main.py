@@ -22,11 +22,16 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("jaxlm.cli.train", "pretrain, fine-tune or LoRA-tune a model, by one configuration"),
     "generate": Verb("jaxlm.cli.generate", "answer a prompt, a conversation, or a file of prompts"),
+    "serve": Verb("jaxlm.cli.serve", "answer over HTTP: OpenAI's routes, and a page for the browser"),
     "evaluate": Verb("jaxlm.cli.evaluate", "perplexity of a model, or a benchmark's figures of its answers"),
+    "watch": Verb("jaxlm.cli.watch", "follow a run in the terminal: progress, loss, speed, memory"),
+    "report": Verb("jaxlm.cli.report", "a run as one HTML file: settings, data, curves, checkpoints"),
     "prepare": Verb("jaxlm.cli.prepare", "filter, deduplicate and split data of any size, into a token store"),
     "plan": Verb("jaxlm.cli.plan", "whether a run will fit on given devices, and how fast it can be"),
     "doctor": Verb("jaxlm.cli.doctor", "whether this machine has what a run needs, and what to mend"),
     "tune": Verb("jaxlm.cli.tune", "time the attention kernels on this device and keep the fastest"),
+    "run-as": Verb("jaxlm.cli.run_as", "run an old command line of K2, KnowLM, Darwin, Alpaca, SciMind, LLM4Academic"),
+    "push": Verb("jaxlm.cli.push", "send a converted model or adapter to the Hugging Face hub"),
     "convert": Verb("convert.commands.main", "take models and adapters from one format to another"),
 }
 

@@ -14,6 +14,7 @@ from jaxlm.config import InferenceModelConfig, MeshConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxlm.inference.best_of import Judge
     from jaxlm.inference.generator import Generator
     from jaxlm.inference.loading import Placement, PromptSettings
     from jaxlm.inference.prompts import Prompter
@@ -41,7 +42,7 @@ class OpenModel:
 
     def load(self, hosts: Hosts, console: Console, verbose: bool = False) -> Generator:
         """Reads the weights onto the devices, and says what the model is."""
-        from jaxlm.training.resume import base_fingerprint
+        from jaxlm.weights.fingerprint import base_fingerprint
 
         base = self.placed.files.base
         # Hosts have tables of their own; with different programs they would wait for each other for ever.
@@ -82,7 +83,14 @@ def open_model(
     for problem in prompts.warnings:
         console.print(f"warning    {problem}", markup=False)
     prompter = prompts.prompter(columns, system)
-    placed = placement(files, model.dtype, model.int8, model.merge_adapter, model.attention, mesh)
+    placed = placement(files, model.dtype, model.kind, model.merge_adapter, model.attention, mesh)
+    trained_on = (getattr(adapter, "rounding", None) or "").partition("-")[0]
+    if trained_on and placed.quantize != trained_on:
+        console.print(
+            f"note       the adapter was trained on weights in {trained_on}; here they are "
+            f"{'as stored' if placed.quantize is None else f'in {placed.quantize}'} (--model.quantize {trained_on})",
+            markup=False,
+        )
     facts = {
         "model": str(base.path),
         "adapter": None if adapter is None else str(adapter.path),
@@ -95,9 +103,42 @@ def open_model(
     return OpenModel(placed, prompts, prompter, facts)
 
 
+def open_judge(
+    path: str,
+    model: InferenceModelConfig,
+    opened: OpenModel,
+    mesh: MeshConfig | None,
+    batch_size: int,
+    console: Console,
+) -> Judge:
+    """A reward model on the devices, as the judge of what another model writes.
+
+    Args:
+        path: of the reward model.
+        model: how the other one computes: dtype and attention are taken from there.
+        opened: the other one.
+        batch_size: texts that are read together.
+
+    Raises:
+        UserError: it cannot be read, or has other tokens.
+    """
+    from jaxlm.inference.best_of import check_tokens
+    from jaxlm.inference.loaded import LoadedModel
+    from jaxlm.weights.names import num_params
+
+    how = dataclasses.replace(model, path=path, adapter=None, merge_adapter=False, quantize=None, int8=False)
+    judge = open_model(how, None, "auto", None, mesh, console)
+    judge.spec.refuse_encoder("reward_model")
+    check_tokens(opened.spec, judge.spec, opened.prompts.tokenizer, judge.prompts.tokenizer)
+    with console.status("loading the reward model"):
+        loaded = LoadedModel(judge.placed.place(judge.prompts), judge.prompter)
+    console.print(f"judge      {path}, {num_params(judge.spec):,} parameters", markup=False)
+    return loaded.judge(opened.spec, batch_size)
+
+
 def model_settings(opened: OpenModel, batch_size: int) -> dict[str, Any]:
     """What decides a model's answers: its numbers, by hashes, and how it is asked. Paths may change."""
-    from jaxlm.training.resume import base_fingerprint
+    from jaxlm.weights.fingerprint import base_fingerprint
 
     files = opened.placed.files
     adapter = None if files.adapter is None else base_fingerprint(files.base.config, files.adapter)
@@ -133,14 +174,14 @@ def _announce(
     from jaxlm.devices.mesh import axis_sizes
     from jaxlm.inference.model import weight_bytes
     from jaxlm.kernels.backend import attention_details
-    from jaxlm.units import disk_size
+    from jaxlm.units import memory_size
     from jaxlm.weights.names import num_params
 
     files, config = placed.files, placed.files.merged.config
     how = "merged" if placed.merge else "on the fly"
     lora = "" if files.adapter is None else f" + {files.adapter.path} ({how})"
     axes = ", ".join(f"{axis} {size}" for axis, size in axis_sizes(placed.mesh).items() if size > 1) or "1 device"
-    size = disk_size(weight_bytes(generator.weights))
+    size = memory_size(weight_bytes(generator.weights))
     console.print(f"model      {files.base.path}{lora}", markup=False)
     console.print(
         f"           {num_params(config):,} parameters, {size} in {placed.kept_in}, on {jax.default_backend()} "

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli import stores
+from jaxlm.cli import extraction, instructions, stores
 from jaxlm.cli.hub import with_commits
 from jaxlm.cli.parser import parse_config_and_flags
 from jaxlm.cli.words import Flag
 from jaxlm.config import PrepareConfig
 from jaxlm.errors import UserError, exit_status
 from jaxlm.locate import on_disk
+from jaxlm.tokenizer.files import main_file
+from jaxlm.training.stop import newest_step
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,18 +32,20 @@ STEPS = {
     "split": "cut documents into samples of whole sentences, as token ids",
     "build": "write a token store, which data.train of a run opens",
 }
+OTHER_VERBS = {**stores.VERBS, "ie": extraction.SUMMARY, "instructions": instructions.SUMMARY}
 DESCRIPTION = (
     "Prepares documents for training. Without a verb all `steps` of the configuration are run; a verb runs one of "
     "them: "
     + "; ".join(f"{name}: {what}" for name, what in STEPS.items())
     + ". A step that was stopped, killed or interrupted goes on where it was. Other verbs, each with a --help of its "
-    "own: " + "; ".join(f"{name}: {what}" for name, what in stores.VERBS.items()) + "."
+    "own: " + "; ".join(f"{name}: {what}" for name, what in OTHER_VERBS.items()) + "."
 )
 FLAGS = {
     "shard": Flag(
         "do the i-th of n shares of the work, e.g. 3/16: start each share once, anywhere on a shared disk", str
     ),
     "wait": Flag("seconds for which a share waits for the others where it needs what they do (default: 0)", float),
+    "json": Flag("what each step did as one JSON object, in place of the tables"),
 }
 UNFINISHED = 75  # EX_TEMPFAIL: schedulers start again what ends so
 
@@ -56,8 +62,12 @@ def _main(words: list[str], prog: str) -> int:
     verb = words.pop(0) if words and not words[0].startswith("-") else None
     if verb in stores.VERBS:
         return stores.run(verb, words, prog)
+    if verb == "ie":
+        return extraction.run(words, prog)
+    if verb == "instructions":
+        return instructions.run(words, prog)
     if verb is not None and verb not in STEPS:
-        known = [*STEPS, *stores.VERBS]
+        known = [*STEPS, *OTHER_VERBS]
         near = difflib.get_close_matches(verb, known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"{verb!r} is not a verb of {prog}; {hint}")
@@ -66,8 +76,20 @@ def _main(words: list[str], prog: str) -> int:
     )
     config = with_commits(config, lambda line: print(line, file=sys.stderr), output_dir=config.output_dir)
     if config.tokenizer is not None:
-        config = dataclasses.replace(config, tokenizer=str(on_disk(config.tokenizer, "small", "tokenizer")))
-    return _run(config, verb, _share(flags))
+        config = dataclasses.replace(
+            config, tokenizer=str(tokenizer_directory(on_disk(config.tokenizer, "small", "tokenizer")))
+        )
+    return _run(config, verb, _share(flags), bool(flags.get("json")))
+
+
+def tokenizer_directory(path: Path) -> Path:
+    """The tokenizer's own directory, of a run, a checkpoint or a converted model too."""
+    if not path.is_dir() or main_file([file.name for file in path.iterdir()]) is not None:
+        return path
+    step = newest_step(path)
+    root = path if step is None else path / "checkpoints" / str(step)
+    inside = root / "jaxlm" / "tokenizer"
+    return inside if inside.is_dir() else path
 
 
 def _share(flags: dict[str, Any]) -> Share:
@@ -80,7 +102,7 @@ def _share(flags: dict[str, Any]) -> Share:
     return Share(int(index) - 1, int(of), flags.get("wait", 0.0))
 
 
-def _run(config: PrepareConfig, verb: str | None, share: Share) -> int:
+def _run(config: PrepareConfig, verb: str | None, share: Share, as_json: bool) -> int:
     from rich.console import Console
 
     from jaxlm.data.prepare.pipeline import UnfinishedError, run_steps
@@ -92,15 +114,29 @@ def _run(config: PrepareConfig, verb: str | None, share: Share) -> int:
     except UnfinishedError as error:
         print(error, file=sys.stderr)
         return UNFINISHED
+    if as_json:
+        print(json.dumps({"steps": [_to_dict(report) for report in reports]}, indent=1))
+        return 0
     for report in reports:
         _show(report)
     return 0
 
 
+def _to_dict(report: StepReport) -> dict[str, Any]:
+    """What --json says of a step; counts of documents are by source."""
+    counts = report.counts
+    sources = {
+        source: {**numbers, "taken": dict(counts.taken[source]), "masked": dict(counts.masked[source])}
+        for source, numbers in counts.numbers.items()
+    }
+    return {"step": report.step, "folder": str(report.folder), "sources": sources, **report.extra}
+
+
 @contextlib.contextmanager
 def _bar(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+
+    from jaxlm.screen import Bars
 
     columns = (
         TextColumn("{task.description}"),
@@ -109,7 +145,7 @@ def _bar(console: Console) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console) as bar:
+    with Bars(*columns, console=console) as bar:
         tasks: dict[tuple[str, str], Any] = {}
 
         def progress(step: str, phase: str, total: int, done: int) -> None:
@@ -124,7 +160,8 @@ def _bar(console: Console) -> Iterator[Progress]:
 def _show(report: StepReport) -> None:
     """A table of what a step did to each source."""
     from rich.console import Console
-    from rich.table import Table
+
+    from jaxlm.screen import new_table, print_table
 
     console = Console(highlight=False, soft_wrap=True)
     counts = report.counts
@@ -135,10 +172,7 @@ def _show(report: StepReport) -> None:
         for name in ("repaired", "samples", "tokens", "short_samples", "trained_tokens", "cut", "split")
         if any(name in n for n in counts.numbers.values())
     ]
-    table = Table(title=f"{report.step}: documents")
-    table.add_column("")
-    for source in counts.numbers:
-        table.add_column(source, justify="right", overflow="fold")
+    table = new_table("", *counts.numbers, title=f"{report.step}: documents")
     rows: list[tuple[str, list[int]]] = [("read", [numbers["read"] for numbers in counts.numbers.values()])]
     rows += [(f"- {rule}", [counts.taken[source][rule] for source in counts.numbers]) for rule in rules]
     rows += [("kept", [numbers["kept"] for numbers in counts.numbers.values()])]
@@ -148,7 +182,7 @@ def _show(report: StepReport) -> None:
         table.add_row(name, *(f"{number:,}" for number in numbers))
     shares = [numbers["kept"] / max(numbers["read"], 1) for numbers in counts.numbers.values()]
     table.add_row("kept share", *(f"{share:.1%}" for share in shares))
-    console.print(table)
+    print_table(table)
     if report.extra["bad"]:
         console.print(f"{report.extra['bad']:,} broken records were left out", style="bold")
     if report.extra.get("large_clusters"):

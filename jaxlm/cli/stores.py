@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.errors import UserError
 
@@ -35,6 +37,7 @@ def run(verb: str, words: Sequence[str], prog: str) -> int:
         parser.add_argument("--tokenizer", help="turns ids into text (default: the one that the store was made with)")
         parser.add_argument("--text", default="text", help="for files: the column of the text, or an expression")
         parser.add_argument("--png", type=Path, help="draw the lengths to this file")
+        parser.add_argument("--json", action="store_true", help="all of it as one JSON object")
         command = _inspect
     elif verb == "merge":
         parser.add_argument("destination", type=Path, help="a new directory")
@@ -62,36 +65,49 @@ def _inspect(options: argparse.Namespace) -> None:
         raise UserError(f"--samples: {options.samples} must be 0 or more")
     with Console(stderr=True).status("reading"):
         contents = inspect(options.path, options.tokenizer, options.samples, options.text)
-    _show(contents)
+    if options.json:
+        print(json.dumps(_to_dict(contents), indent=1, ensure_ascii=False))
+    else:
+        _show(contents)
     if options.png is not None:
         plot(contents, options.png)
-        print(f"lengths drawn to {options.png}")
+        print(f"lengths drawn to {options.png}", file=sys.stderr if options.json else sys.stdout)
+
+
+def _to_dict(contents: Contents) -> dict[str, Any]:
+    """What --json prints; `what` and `unit` say what is counted, and in what it is measured."""
+    return {
+        "what": contents.what,
+        "unit": contents.unit,
+        "sources": {name: {"count": count, "length": length} for name, (count, length) in contents.sources.items()},
+        "facts": dict(contents.facts),
+        "lengths": [{"from": low, "to": high, "count": count} for low, high, count in contents.histogram()],
+        "samples": [{"name": name, "text": text} for name, text in contents.samples],
+    }
 
 
 def _show(contents: Contents) -> None:
     from rich.console import Console
-    from rich.table import Table
+
+    from jaxlm.screen import new_table, print_table
 
     console = Console(highlight=False, soft_wrap=True)
-    table = Table()
-    for name in ("source", contents.what, contents.unit, "mean"):
-        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
+    table = new_table("source", contents.what, contents.unit, "mean")
     total = [sum(column) for column in zip(*contents.sources.values(), strict=True)] or [0, 0]
     rows = [*contents.sources.items(), *([("all", tuple(total))] if len(contents.sources) > 1 else [])]
     for source, (number, length) in rows:
         table.add_row(source, f"{number:,}", f"{length:,}", f"{length / max(number, 1):,.1f}")
-    console.print(table)
+    print_table(table)
     for name, fact in contents.facts.items():
         console.print(f"{name}: {fact}", markup=False)
     histogram = contents.histogram()
     if histogram:
-        lengths = Table("", title=f"{contents.unit} of one")
-        lengths.add_column(contents.what, justify="right")
-        lengths.add_column("")
+        lengths = new_table(f"{contents.unit} of one", contents.what, "", left=[""])
         most = max(number for _, _, number in histogram)
         for low, high, number in histogram:
             lengths.add_row(f"{low:,} to {high:,}", f"{number:,}", "█" * -(-BAR * number // most))
-        console.print(lengths)
+        console.print()
+        print_table(lengths)
     for name, text in contents.samples:
         console.print(f"\n{name}", style="bold", markup=False)
         console.print(text, markup=False)
@@ -128,10 +144,11 @@ def _drop(options: argparse.Namespace) -> None:
 def _bar(what: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+
+    from jaxlm.screen import Bars
 
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.cli import perplexity
 from jaxlm.config import EvaluateConfig, SourceConfig
 from jaxlm.errors import UserError
+from jaxlm.machine import limit_heaps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,11 +128,11 @@ def _score_file(config: EvaluateConfig, task: Task, data: Path | None) -> int:
     settings = job.settings() | {"predictions (sha256)": hashlib.sha256(path.read_bytes()).hexdigest()}
     directory = _directory(config, task.name)
     _make(directory)
+    facts = {"predictions": str(path), "data": str(job.path), "versions": _versions()}
     if not config.overwrite:
         from jaxlm.evaluation.outputs import read_finished
 
-        read_finished(directory, settings)
-    facts = {"predictions": str(path), "data": str(job.path), "versions": _versions()}
+        read_finished(directory, settings, facts)
     return _finish(directory, job, answers, settings, facts, Console(stderr=True, soft_wrap=True, highlight=False))
 
 
@@ -162,6 +163,7 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job], texts: Sequence[SourceConf
 
     terminal = Console(stderr=True, soft_wrap=True, highlight=False)
     quiet_logs()
+    limit_heaps()
     use_compilation_cache(config.compilation_cache)
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopAtOnce(INTERRUPTED))
@@ -172,15 +174,15 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job], texts: Sequence[SourceConf
             hosts.agree("configuration", run_settings(config))
             hosts.agree("data", {str(job.path): job.digest for job in jobs})
         download_all([config], hosts)
-        if texts and hosts.processes > 1:
-            raise UserError(f"distributed: perplexity is measured by one process, found {hosts.processes}; start one")
+        console = hosts.console(terminal)
         # Said before others are asked for hours: texts that cannot be used.
-        prepared = perplexity.prepare(config, texts, terminal) if texts else None
+        prepared = perplexity.prepare(config, texts, console) if texts else None
+        if prepared is not None:
+            hosts.agree("texts and model", prepared.settings)
         for job in jobs:
             _take(_directory(config, job.task.name), hosts)
         if prepared is not None and _leaves_files(config):
             _take(_directory(config, perplexity.NAME), hosts)
-        console = hosts.console(terminal)
         status = _ask_all(config, jobs, hosts, console) if jobs else 0
         if prepared is not None:
             status |= _measure(config, prepared, hosts, console)
@@ -190,6 +192,7 @@ def _run(config: EvaluateConfig, jobs: Sequence[Job], texts: Sequence[SourceConf
 def _ask_all(config: EvaluateConfig, jobs: Sequence[Job], hosts: Hosts, console: Console) -> int:
     """Tasks with requests, one after the other; the weights are read when there is something to ask."""
     from jaxlm.cli.opening import model_settings, open_model
+    from jaxlm.evaluation.outputs import origins
 
     opened = open_model(config.model, config.tokenizer, _template(config), config.add_bos, config.mesh, console)
     generator: Generator | None = None
@@ -197,12 +200,12 @@ def _ask_all(config: EvaluateConfig, jobs: Sequence[Job], hosts: Hosts, console:
     for job in jobs:
         directory = _directory(config, job.task.name)
         settings = job.settings() | model_settings(opened, config.batch_size)
-        answers = _answers_before(directory, settings, config.overwrite, hosts)
         told = ("model", "adapter", "tokenizer", "dtype", "template")
         facts = {key: opened.facts[key] for key in told} | {"data": str(job.path), "versions": _versions()}
+        answers = _answers_before(directory, settings, facts, config.overwrite, hosts)
         if answers is None:
             generator = generator or opened.load(hosts, console)
-            answers, more = _ask(config, job, opened, generator, directory, settings, hosts, console)
+            answers, more = _ask(config, job, opened, generator, directory, settings, origins(facts), hosts, console)
             facts |= more
         elif hosts.process == 0:
             _say_evaluated(directory, console)
@@ -219,18 +222,24 @@ def _measure(config: EvaluateConfig, prepared: perplexity.Prepared, hosts: Hosts
     job, settings = prepared.job, prepared.settings
     if not _leaves_files(config):
         assert config.save_file is not None
-        answers, sums = perplexity.measure(prepared, config, None, console)
-        perplexity.tell(prepared, sums)
-        show(job.task.name, job.score(answers), console)
-        perplexity.save(Path(config.save_file), prepared, sums)
+        answers, sums = perplexity.measure(prepared, config, None, hosts, console)
+        if hosts.process == 0:
+            perplexity.tell(prepared, sums)
+            show(job.task.name, job.score(answers), console)
+            perplexity.save(Path(config.save_file), prepared, sums)
         return 0
     directory = _directory(config, job.task.name)
-    before = _answers_before(directory, settings, config.overwrite, hosts)
+    before = _answers_before(directory, settings, prepared.facts, config.overwrite, hosts)
+    measured = None
     if before is None:
-        answers, sums = perplexity.measure(prepared, config, directory / JOURNAL, console)
-    else:
+        measured = perplexity.measure(prepared, config, directory / JOURNAL, hosts, console)
+    if hosts.process != 0:
+        return 0
+    if before is not None:
         _say_evaluated(directory, console)
-        answers, sums = before, _facts_before(directory, "sums")["sums"]
+        measured = before, _facts_before(directory, "sums")["sums"]
+    assert measured is not None
+    answers, sums = measured
     perplexity.tell(prepared, sums)
     facts = prepared.facts | {"sums": sums, "versions": _versions()}
     status = _finish(directory, job, answers, settings, facts, console)
@@ -266,7 +275,7 @@ def _take(directory: Path, hosts: Hosts) -> None:
 
 
 def _answers_before(
-    directory: Path, settings: Mapping[str, Any], overwrite: bool, hosts: Hosts
+    directory: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], overwrite: bool, hosts: Hosts
 ) -> list[Answers] | None:
     """The answers of an evaluation that has ended; all processes learn whether there are some."""
     from jaxlm.evaluation.outputs import SCORES, read_finished
@@ -276,7 +285,7 @@ def _answers_before(
         try:
             if overwrite and (directory / SCORES).is_file():
                 (directory / SCORES).unlink()
-            answers = read_finished(directory, settings)
+            answers = read_finished(directory, settings, facts)
         except UserError as error:
             problem = str(error)
     hosts.check("the output directory", problem)
@@ -298,6 +307,7 @@ def _ask(
     generator: Generator,
     directory: Path,
     settings: Mapping[str, Any],
+    origins: Mapping[str, str | None],
     hosts: Hosts,
     console: Console,
 ) -> tuple[list[Answers], dict[str, Any]]:
@@ -319,7 +329,7 @@ def _ask(
     journal, problem = None, None
     if hosts.process == 0:
         try:
-            journal = Journal(directory / JOURNAL, settings, config.overwrite)
+            journal = Journal(directory / JOURNAL, settings, config.overwrite, origins)
         except UserError as error:
             problem = str(error)
     hosts.check("the journal", problem)
@@ -338,11 +348,13 @@ def _ask(
 @contextlib.contextmanager
 def _progress(console: Console, total: int, done: int) -> Any:
     """A bar with questions per second and the time that is left; gives the function that moves it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    from jaxlm.screen import Bars
 
     columns = TextColumn("asking"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}")
     started, asked = time.perf_counter(), 0
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with Bars(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=total, completed=done, speed="")
 
         def advance(count: int) -> None:
@@ -382,13 +394,10 @@ def _finish(
 
 def show(title: str, figures: Mapping[str, Figure], console: Console) -> None:
     """The figures as a table on standard output."""
-    from rich.console import Console as Terminal
-    from rich.table import Table
+    from jaxlm.screen import new_table, print_table
 
-    table = Table(title=title)
-    for column in ("figure", "value", "stderr", "n"):
-        table.add_column(column, justify="left" if column == "figure" else "right")
+    table = new_table("figure", "value", "stderr", "n", title=title)
     for name, figure in figures.items():
         stderr = "" if figure.stderr is None else f"{figure.stderr:.4f}"
         table.add_row(name, f"{figure.value:.4f}", stderr, f"{figure.n:,}")
-    Terminal(highlight=False).print(table)
+    print_table(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ from jaxlm.cli.words import Flag
 from jaxlm.config import RunConfig
 from jaxlm.errors import UserError, exit_status
 from jaxlm.locate import at_home
+from jaxlm.machine import limit_heaps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m jaxlm.train")
     """
     from jaxlm.training.stop import Stop
 
+    limit_heaps(max(1, (os.cpu_count() or 1) // 8))
     # Around all of it: importing JAX and compiling take their time too, and a signal in it is to be answered.
     with Stop() as stop:
         return exit_status(lambda: _main(sys.argv[1:] if argv is None else argv, prog, stop))
@@ -85,12 +88,17 @@ def run_stages(configs: Sequence[RunConfig], stop: Stop, verbose: bool = False) 
         UserError: a mistake in the input.
     """
     # JAX and everything above it is imported only here: --help and mistakes in the config answer at once.
-    from rich.console import Console
+    from jaxlm.cli.start import importing, quiet_logs, use_compilation_cache
 
-    from jaxlm.cli.start import quiet_logs, use_compilation_cache
-    from jaxlm.processes.distributed import run_settings, start, versions
-    from jaxlm.training.checks import check_files
-    from jaxlm.training.fit import check_without_model
+    with importing():
+        from rich.console import Console
+
+        import convert.source  # noqa: F401 (what `_train` needs)
+        import jaxlm.training.loop
+        import jaxlm.training.prepare  # noqa: F401
+        from jaxlm.processes.distributed import run_settings, start, versions
+        from jaxlm.training.checks import check_files
+        from jaxlm.training.fit import check_without_model
 
     stop.exit_status = configs[0].distributed.interrupted_status
     terminal = Console(soft_wrap=True)
@@ -162,6 +170,10 @@ def _train(config: RunConfig, console: Console, hosts: Hosts, stop: Stop, verbos
 
         tasks = training_tasks(config, job.model, prepared.tokenizer, prepared.asked)
         job = dataclasses.replace(job, tasks=tasks)
+    if config.objective == "grpo":
+        from jaxlm.evaluation.rollouts import rollouts
+
+        job = dataclasses.replace(job, rollouts=rollouts(config, prepared.tokenizer, prepared.asked, hosts))
     outcome = train(job, console, hosts, stop)
     if outcome.interrupted is None:
         _show_samples(prepared, outcome, console)
@@ -184,7 +196,7 @@ def _preview(config: RunConfig, rows: int) -> None:
     from convert.source import open_model
     from jaxlm.cli.start import quiet_logs
     from jaxlm.data.mixing import table
-    from jaxlm.data.preview import preview
+    from jaxlm.data.preview import TEXTS, preview
     from jaxlm.training.prepare import describe_model, read_data, with_date
     from jaxlm.training.run_tokenizer import open_tokenizer
 
@@ -197,7 +209,7 @@ def _preview(config: RunConfig, rows: int) -> None:
     train = data.train_batches(config.train.global_batch_size, 1, config.train.epochs, config.train.steps)
     shown = 0
     for number in range(len(train) if rows else 0):
-        shown += preview(train[number], tokenizer, console, shown, rows)
+        shown += preview(train[number], tokenizer, console, shown, rows, TEXTS[config.data.records])
         if shown == rows:
             break
     part = f"{shown} rows of a" if rows else "a"
@@ -229,7 +241,7 @@ def _show_samples(prepared: Prepared, outcome: Outcome, console: Console) -> Non
 
 
 def _show_summary(config: RunConfig, outcome: Outcome, console: Console) -> None:
-    from jaxlm.training.report import print_pairs
+    from jaxlm.screen import print_pairs
 
     out = Path(config.output_dir)
     pairs = []
@@ -239,10 +251,13 @@ def _show_summary(config: RunConfig, outcome: Outcome, console: Console) -> None
         pairs.append(("best", f"{out / 'checkpoints' / str(step)} ({what} {value:.4f})"))
     pairs.append(("metrics", str(out / "metrics.jsonl")))
     pairs.append(("loss curve", str(out / "loss.png")))
+    if config.objective != "cross_entropy":
+        pairs.append(("rewards", str(out / "preference.png")))
     if len(outcome.validation) > 1:
         first, last = outcome.validation[0], outcome.validation[-1]
         pairs.append(("validation loss", f"{first[1]:.4f} at step {first[0]}, {last[1]:.4f} at step {last[0]}"))
     run, beside = shlex.quote(str(out)), str(out.parent / out.name)
+    pairs.append(("report", f"jaxlm report {run}"))
     pairs.append(("ask it", f"python -m jaxlm.generate --model {run} --interactive"))
     if config.lora is None:
         pairs.append(("next", f"convert jax-to-hf {run} {shlex.quote(f'{beside}-hf')}"))

@@ -325,12 +325,15 @@ def _tune(case: ShapeKey, options: argparse.Namespace) -> None:
 
 
 def _print(console: Console, trials: Sequence[Candidate]) -> None:
-    from rich.table import Table
     from rich.text import Text
+
+    from jaxlm.screen import new_table, print_table
 
     timed = [trial for trial in trials if trial.seconds]
     base = _base(timed) if timed else None
-    table = Table("implementation", "blocks", "ms", "" if base is None else f"of {base.choice.name}", "")
+    table = new_table(
+        "implementation", "blocks", "ms", "" if base is None else f"of {base.choice.name}", "problem", left=["problem"]
+    )
     order = sorted(timed, key=lambda trial: _ratio(trial, _base(timed)))
     for trial in [*order, *(trial for trial in trials if trial not in order)]:
         blocks = "" if trial.choice.block_q is None else f"{trial.choice.block_q} x {trial.choice.block_k}"
@@ -339,7 +342,7 @@ def _print(console: Console, trials: Sequence[Candidate]) -> None:
             ratio = "" if base is None else f"{_ratio(trial, base):.2f}"
             figures = f"{statistics.median(trial.seconds) * 1e3:.3g}", ratio
         table.add_row(trial.choice.name, blocks, *figures, Text(trial.problem))
-    console.print(table)
+    print_table(table)
 
 
 if __name__ == "__main__":

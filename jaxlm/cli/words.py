@@ -54,7 +54,7 @@ def read_words(argv: Sequence[str], flags: Mapping[str, Flag], root: type, alias
         argv: the words.
         flags: the command's own flags by name.
         root: the dataclass whose keys may be given.
-        aliases: other names of keys.
+        aliases: other names of keys; 'key=value' for a switch that sets a key to a value.
 
     Raises:
         UserError: for a word that is not an option, an unknown key, or a missing value.
@@ -70,8 +70,12 @@ def read_words(argv: Sequence[str], flags: Mapping[str, Flag], root: type, alias
             raise UserError(f"{word!r}: expected --config FILE or --key value; see --help")
         name, equals, attached = word[2:].partition("=")
         name = name.replace("-", "_")
-        name = aliases.get(name, name)
+        name, _, preset = aliases.get(name, name).partition("=")
         value = attached if equals else words.pop(0) if words and not words[0].startswith("--") else None
+        if preset:
+            if _parsed(word[2:], value, bool, None) is not True:
+                continue  # said not to be set
+            value = preset
         if name == "config":
             if not value:
                 raise UserError("--config: needs a file")

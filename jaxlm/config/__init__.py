@@ -5,11 +5,20 @@ Every key can be given on the command line (`--optimizer.learning_rate 1e-4`). N
 """
 
 from jaxlm.config.data import DataConfig, MixingConfig, SourceConfig
-from jaxlm.config.inference import Decoding, EvaluateConfig, GenerateConfig, InferenceModelConfig
+from jaxlm.config.inference import Decoding, EvaluateConfig, GenerateConfig, InferenceModelConfig, ServeConfig
 from jaxlm.config.model import LoraConfig, ModalityConfig, ModelConfig, MoeRunConfig, TokenizerConfig
 from jaxlm.config.plain import flatten, to_dict
+from jaxlm.config.preference import GrpoConfig, PreferenceConfig
 from jaxlm.config.prepare import PrepareConfig
-from jaxlm.config.run import DistributedConfig, MeshConfig, OptimizerConfig, RunConfig, TaskConfig, TrainConfig
+from jaxlm.config.run import (
+    DistributedConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "DataConfig",
@@ -17,6 +26,7 @@ __all__ = [
     "DistributedConfig",
     "EvaluateConfig",
     "GenerateConfig",
+    "GrpoConfig",
     "InferenceModelConfig",
     "LoraConfig",
     "MeshConfig",
@@ -25,8 +35,11 @@ __all__ = [
     "ModelConfig",
     "MoeRunConfig",
     "OptimizerConfig",
+    "PreferenceConfig",
     "PrepareConfig",
+    "ProfileConfig",
     "RunConfig",
+    "ServeConfig",
     "SourceConfig",
     "TaskConfig",
     "TokenizerConfig",

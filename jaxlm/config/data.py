@@ -74,6 +74,8 @@ class DataConfig:
         validation: a number of records split off the training sources (seeded), a share of them (0.1), or a list of
             sources.
         mixing: how sources share a run; absent: by the weight of each.
+        records: what a record is: answers to learn, pairs of a chosen and a rejected answer, or labelled answers;
+            `objective` sets it.
         sequence_length: tokens of a row.
         encoder_length: tokens of a row of questions, for a model with an encoder, whose rows of answers have
             sequence_length; null: as many.
@@ -98,6 +100,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     validation: int | float | tuple[SourceConfig, ...] = 0
     mixing: MixingConfig | None = None
+    records: Literal["answers", "pairs", "labelled"] = "answers"
     sequence_length: int = 512
     encoder_length: int | None = None
     packing: bool | Literal["first_fit", "group_texts"] = True

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jaxlm.config.data import SourceConfig
 from jaxlm.config.run import DistributedConfig, MeshConfig
+from jaxlm.errors import UserError
 from jaxlm.locate import NameOrPath, ReadPath, WrittenPath
 
 
@@ -58,7 +59,9 @@ class InferenceModelConfig:
         adapter: LoRA adapter to apply on the fly: a PEFT directory, a converted one, or a LoRA run.
         merge_adapter: fold the adapter into the weights while loading; the same text (up to rounding), faster.
         dtype: dtype of weights and compute; auto takes bfloat16 on GPU and TPU, float32 on a CPU.
-        int8: keep the linear layers in int8, with a factor per output; half the memory of bfloat16.
+        quantize: keep the linear layers in int8, with a factor per output (half the memory of bfloat16), or in nf4,
+            QLoRA's four bits in blocks of 64 (little more than a quarter). null: as the model is stored.
+        int8: the same as quantize: int8.
         attention: which implementation reads prompts, as in training.
     """
 
@@ -66,8 +69,20 @@ class InferenceModelConfig:
     adapter: ReadPath | None = None
     merge_adapter: bool = False
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    quantize: Literal["int8", "nf4"] | None = None
     int8: bool = False
     attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
+
+    @property
+    def kind(self) -> Literal["int8", "nf4"] | None:
+        """What the linear layers are to be kept in.
+
+        Raises:
+            UserError: two keys say it differently.
+        """
+        if self.int8 and self.quantize not in (None, "int8"):
+            raise UserError(f"model.int8: true, and model.quantize is {self.quantize}; leave one of them out")
+        return "int8" if self.int8 else self.quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,8 @@ class GenerateConfig(Decoding):
             else text.
         columns: the template's field names mapped to those of predict_data, e.g. {instruction: question}.
         add_bos: begin with the tokenizer's bos token; null: as in training, else if the tokenizer itself does so.
+        best_of: draw this number of answers to each prompt, and give the one that reward_model prefers.
+        reward_model: a model of a run with objective reward, with the tokens of this model.
         batch_size: prompts answered together.
         mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
         distributed: several processes.
@@ -110,7 +127,70 @@ class GenerateConfig(Decoding):
     template: NameOrPath = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     add_bos: bool | None = None
+    best_of: int | None = None
+    reward_model: ReadPath | None = None
     batch_size: int = 8
+    mesh: MeshConfig | None = None
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    compilation_cache: WrittenPath | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """A model behind HTTP.
+
+    Args:
+        model: the model.
+        tokenizer: a directory or SentencePiece .model file; null means the model's own.
+        template: how a chat becomes text, as in generate.
+        add_bos: begin with the tokenizer's bos token; null: as in training, else if the tokenizer itself does so.
+        name: the model's id for clients; null: the last part of its path.
+        adapter: LoRA adapters beside the base, as NAME=PATH; clients ask for the model BASE:NAME.
+        adapter_dir: a directory whose directories are adapters; one that comes or goes is loaded or dropped meanwhile.
+        max_adapters: places for adapters, of which each takes memory; null: for those that are there at the start.
+        reward_model: a model of a run with objective reward, with the tokens of this model: what chooses where clients
+            ask for best_of.
+        host: where to listen. Beyond this machine (0.0.0.0) an api_key is needed, or no_api_key.
+        port: 0 takes any that is free.
+        api_key: what clients must send; null: $JAXLM_API_KEY, where it is set.
+        no_api_key: whoever reaches the host may ask.
+        cors_origin: web pages from elsewhere that may ask, as https://lab.example.
+        rows: answers that are written at a time.
+        pages: pages of keys and values; null: what the device's memory has room for.
+        context: most tokens of a prompt and its answer together; null: the model's.
+        speculate: most tokens that are guessed of an answer in a step, by what followed its last tokens before; no
+            answer changes by it. For answers that repeat their prompts, on a server with more rows than answers; 0
+            guesses nothing.
+        max_queue: answers that may wait; beyond that clients are told to come back (429).
+        timeout_s: the longest that an answer may take, waiting included, in seconds.
+        mesh: the devices; absent: as many as the model's heads allow along tensor, the rest along data.
+        distributed: several processes: the first one listens, all compute.
+        compilation_cache: directory of compiled programs; null means $JAX_COMPILATION_CACHE_DIR or the user's cache
+            directory; none keeps nothing.
+        verbose: say at start-up also what choices rest on.
+    """
+
+    model: InferenceModelConfig = field(default_factory=InferenceModelConfig)
+    tokenizer: ReadPath | None = None
+    template: NameOrPath = "auto"
+    add_bos: bool | None = None
+    name: str | None = None
+    adapter: tuple[str, ...] = ()
+    adapter_dir: ReadPath | None = None
+    max_adapters: int | None = None
+    reward_model: ReadPath | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    no_api_key: bool = False
+    cors_origin: tuple[str, ...] = ()
+    rows: int = 16
+    pages: int | None = None
+    context: int | None = None
+    speculate: int = 0
+    max_queue: int = 256
+    timeout_s: float = 600.0
     mesh: MeshConfig | None = None
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     compilation_cache: WrittenPath | None = None

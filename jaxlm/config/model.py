@@ -21,6 +21,9 @@ class ModelConfig:
             in float32.
         attention: which implementation runs; auto takes the fastest that python -m jaxlm.tune measured on this
             kind of device, else one by rule, and says at start-up why it and why not the others.
+        quantize: what the frozen linear layers under an adapter are kept in: int8, with a factor for each output, or
+            nf4, QLoRA's four bits in blocks of 64 with magnitudes in 8 bits. They are rounded while they are read,
+            unless `convert quantize` did so. null: as the model is stored.
         remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v
             and attention output), qkv (keep those three), full.
     """
@@ -30,6 +33,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
+    quantize: Literal["int8", "nf4"] | None = None
     remat: Literal["none", "dots", "qkv_out", "qkv", "full"] = "full"
 
 

@@ -272,7 +272,7 @@ class PrepareConfig:
         sources: where documents come from.
         steps: what is done, in this order; each step reads what the one before it wrote.
         output_dir: each step writes a folder below it.
-        tokenizer: a directory or SentencePiece .model file, for split and build.
+        tokenizer: a directory or SentencePiece .model file, for split and build; or a run or model that has one.
         filter: repairs, quality rules, languages, personal data.
         dedup: duplicates.
         split: samples of whole sentences.

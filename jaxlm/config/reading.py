@@ -38,8 +38,22 @@ def build(values: Mapping[str, Any], root: type[Config]) -> Config:
     """
     config = _ConfigReader().section(values, root, "")
     if isinstance(config, RunConfig):
+        config = _with_records(config)
         check_ranges(config)
     return typing.cast(Config, config)
+
+
+def _with_records(config: RunConfig) -> RunConfig:
+    """The run with the kind of records that its objective takes."""
+    if config.objective == "cross_entropy":
+        return config
+    if config.objective == "grpo":  # a record asks, and may say what is right: a row each
+        too_long: Any = "drop" if config.data.too_long == "auto" else config.data.too_long
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=False, too_long=too_long))
+    labelled = config.preference is not None and config.preference.loss == "kto"
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, records="labelled" if labelled else "pairs")
+    )
 
 
 def check_keys(values: Any, root: type, origin: str) -> dict[str, Any]:

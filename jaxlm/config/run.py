@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jaxlm.config.data import DataConfig
 from jaxlm.config.model import LoraConfig, ModelConfig, MoeRunConfig, TokenizerConfig
+from jaxlm.config.preference import GrpoConfig, PreferenceConfig
 from jaxlm.locate import ReadPath, WrittenPath
 
 
@@ -15,7 +16,8 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule.
 
     Args:
-        name: adamw, adafactor or lion.
+        name: adamw, adamw_8bit (its moments in a byte each), adafactor, lion, muon (on matrices; adamw on the rest) or
+            schedule_free (adamw that averages instead of lowering the learning rate).
         learning_rate: the peak.
         schedule: after warm-up: cosine, linear, polynomial or constant; log_warmup is DeepSpeed's WarmupLR
             (log warm-up, then constant), which K2 ran with.
@@ -23,15 +25,17 @@ class OptimizerConfig:
         warmup_ratio: warm-up as a share of all steps.
         end_ratio: the last learning rate as a share of the peak.
         power: exponent of the polynomial schedule.
-        beta1: first moment decay (adamw, lion).
-        beta2: second moment decay (adamw, lion).
-        eps: adamw's epsilon.
+        beta1: first moment decay (adamw, lion); schedule_free's share of the average in the weights that gradients are
+            taken at.
+        beta2: second moment decay (adamw, lion, schedule_free).
+        momentum: muon's, of matrices.
+        eps: adamw's epsilon; of muon and schedule_free too.
         weight_decay: decoupled weight decay.
         decay: what decays: matrices (not norms and biases) or all.
         clip_norm: clip the global gradient norm to this; 0 switches it off.
     """
 
-    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "adafactor", "lion", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 3e-4
     schedule: Literal["cosine", "linear", "polynomial", "constant", "log_warmup"] = "cosine"
     warmup_steps: int = 0
@@ -40,6 +44,7 @@ class OptimizerConfig:
     power: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
+    momentum: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
     decay: Literal["matrices", "all"] = "matrices"
@@ -65,6 +70,19 @@ class TaskConfig:
     limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Steps that are traced, to see where their time goes (docs/profiling.md).
+
+    Args:
+        start: the first of them; 1 is the run's first step.
+        steps: the number of steps.
+    """
+
+    start: int = 10
+    steps: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +115,7 @@ class TrainConfig:
         sample_tokens: length of those answers.
         tensorboard: also write TensorBoard events to output_dir/tensorboard.
         wandb: also log to this Weights & Biases project.
+        profile: trace some steps into output_dir/profile, for XProf, TensorBoard and Perfetto; absent: none.
         compilation_cache: directory of compiled programs; null means $JAX_COMPILATION_CACHE_DIR or the user's cache
             directory; none (as text) keeps nothing.
         compiler_options: XLA's options by name, e.g. {xla_tpu_scoped_vmem_limit_kib: 65536}; added to those that
@@ -123,6 +142,7 @@ class TrainConfig:
     sample_tokens: int = 64
     tensorboard: bool = False
     wandb: str | None = None
+    profile: ProfileConfig | None = None
     compilation_cache: WrittenPath | None = None
     compiler_options: dict[str, Any] = field(default_factory=dict)
 
@@ -178,6 +198,11 @@ class RunConfig:
         moe: experts in the feed-forward layer; absent means as the model is.
         tokenizer: the tokenizer.
         data: the data.
+        objective: what is minimised: cross_entropy of answers; preference, a loss over pairs of answers or labelled
+            ones; reward, which makes a reward model of pairs; grpo, which learns from rewards of the model's own
+            answers.
+        preference: settings of objective preference; absent means its defaults.
+        grpo: settings of objective grpo.
         optimizer: the optimizer.
         train: the loop.
         mesh: the devices.
@@ -192,6 +217,9 @@ class RunConfig:
     moe: MoeRunConfig | None = None
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: Literal["cross_entropy", "preference", "reward", "grpo"] = "cross_entropy"
+    preference: PreferenceConfig | None = None
+    grpo: GrpoConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -1,6 +1,4 @@
-"""Data: sources, templates, tokenised examples, packing, batches, preview."""
+"""Data: sources, templates, tokenised examples, packing, batches, preview.
 
-from jaxlm.data.batches import Batches, BatchIterator
-from jaxlm.data.loader import Data, build_data
-
-__all__ = ["BatchIterator", "Batches", "Data", "build_data"]
+Nothing is imported here: a conversion needs the templates alone, and waits for everything that it imports.
+"""

@@ -6,7 +6,8 @@ run was resumed. Grain only computes batches ahead of time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,7 @@ class BatchSource:
         self._ranges = tuple(ranges)
         self._accumulation = accumulation
         self._num_sources = num_sources
+        self._columns: Mapping[str, NDArray[Any]] = {}
         self._at_a_time = max(1, CHUNK // sequence_length)  # rows
         mine = np.arange(rows) if local_rows is None else np.array(local_rows, np.int64)
         self._local_rows = len(mine)
@@ -89,6 +91,16 @@ class BatchSource:
         places = np.full((accumulation, rows), -1)
         places[:, mine] = np.arange(accumulation * len(mine)).reshape(accumulation, len(mine))
         self._local = places.reshape(-1)
+
+    def with_columns(self, columns: Mapping[str, NDArray[Any]]) -> BatchSource:
+        """The same batches with further fields [A, B, T], 0 where padded.
+
+        Args:
+            columns: by name, a value of each token of the examples: [tokens].
+        """
+        source = copy.copy(self)
+        source._columns = columns
+        return source
 
     def __len__(self) -> int:
         return len(self.order)
@@ -100,6 +112,7 @@ class BatchSource:
         batch: Batch = {name: np.zeros((rows, self._length), dtype) for name, dtype in BATCH_DTYPES.items()}
         if self._examples.encoder_ids is not None:
             batch |= {name: np.zeros((rows, self._encoder_length), dtype) for name, dtype in ENCODER_DTYPES.items()}
+        batch |= {name: np.zeros((rows, self._length), column.dtype) for name, column in self._columns.items()}
         source_tokens = np.zeros(self._num_sources, np.int64)
         for share in self.order.shares(step):
             if self._num_sources:
@@ -147,6 +160,8 @@ class BatchSource:
         to, token, position = _spread(rows, pieces.counts, pieces.starts, pieces.lengths, self._length)
         batch["input_ids"].reshape(-1)[to] = self._examples.input_ids[token]
         batch["loss_mask"].reshape(-1)[to] = self._examples.loss_mask[token]
+        for name, column in self._columns.items():
+            batch[name].reshape(-1)[to] = column[token]
         if pieces.one_segment:
             batch["segment_ids"].reshape(-1)[to] = 1
             batch["positions"].reshape(-1)[to] = to % self._length
@@ -199,6 +214,10 @@ class EvaluationSource:
 
     def __getitem__(self, step: int) -> Batch:
         return {name: array[0] for name, array in self._source[step].items()}
+
+    def with_columns(self, columns: Mapping[str, NDArray[Any]]) -> EvaluationSource:
+        """See `BatchSource.with_columns`."""
+        return EvaluationSource(self._source.with_columns(columns))
 
     def examples(self, step: int) -> NDArray[np.int64]:
         """See `BatchSource.examples`."""
@@ -277,6 +296,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         return self.source[step]
+
+    def with_columns(self, columns: Mapping[str, NDArray[Any]]) -> Batches:
+        """See `BatchSource.with_columns`."""
+        return Batches(self.source.with_columns(columns), self.workers)
 
     def counters(self, step: int) -> dict[str, Any]:
         """See `Order.counters`."""

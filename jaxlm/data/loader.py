@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.batches import Batches, BatchSource, EvaluationSource
@@ -45,6 +46,7 @@ class Data:
         ranges: token ids of each modality but text, see `BatchSource`.
         digests: of the tokens alone: training, validation ('none' where there are none).
         packing_version: that the run began with.
+        validation_columns: further fields of the validation batches, see `BatchSource.with_columns`.
     """
 
     config: DataConfig
@@ -56,6 +58,7 @@ class Data:
     ranges: tuple[tuple[int, int], ...] = ()
     digests: tuple[str, ...] = ()
     packing_version: int = PACKING_VERSION
+    validation_columns: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
 
     def fingerprint_1(self, section: Mapping[str, Any], seed: int) -> str:
         """As version 1 of checkpoints has it: with all keys of their data section, as written down then."""
@@ -184,13 +187,17 @@ class Data:
         """
         if self.validation is None:
             raise AssertionError("there are no validation data")
-        weights = (1.0,) * (int(self.validation.source.max()) + 1)
+        return self.every_row(self.validation, batch_size, local_rows).with_columns(self.validation_columns)
+
+    def every_row(self, examples: Tokens, batch_size: int, local_rows: Sequence[int] | None = None) -> Batches:
+        """As `eval_batches`, of these examples."""
+        weights = (1.0,) * (int(examples.source.max()) + 1)
         config, encoder_length = self.config, self.config.row_length("encoder_ids")
         # Rows of validation stay those of version 1, so that figures of older runs can be compared to the last bit.
-        documents = Documents(self.validation, config.sequence_length)
+        documents = Documents(examples, config.sequence_length)
         planner = Planner(documents, weights, config.packing_mode, encoder_length, self.seed, version=1)
         source = BatchSource(
-            self.validation,
+            examples,
             EpochOrder(planner, batch_size),
             config.sequence_length,
             rows=batch_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 # Beside the colour, so that a log file or a monochrome terminal shows the same.
 OPEN, CLOSE = "⟦", "⟧"
 STYLE = "bold green"
+# The texts of a document, by data.records.
+TEXTS: dict[str, tuple[str, ...]] = {
+    "answers": (),
+    "pairs": ("chosen", "rejected"),
+    "labelled": ("answer", "with the answer of another prompt", "(the answer is not wanted)"),
+}
 
 
 def preview(
@@ -26,6 +32,7 @@ def preview(
     console: Console,
     shown: int = 0,
     most: int | None = None,
+    texts: Sequence[str] = (),
 ) -> int:
     """Prints the rows of a batch as text: ⟦what is trained⟧ stands in brackets and in colour.
 
@@ -36,6 +43,7 @@ def preview(
         console: where to print.
         shown: rows of earlier batches that were printed.
         most: stop at this number of rows, those counted; None: print all. Then rows that are only padding are left out.
+        texts: names of the texts that each document holds, see `data.preferences`; empty: it is one text.
 
     Returns:
         The number of rows of this batch that were printed.
@@ -71,7 +79,12 @@ def preview(
                 console.print(f"the encoder reads ({len(read)} tokens):", style="dim", highlight=False)
                 console.print(_document(read, np.zeros(len(read), bool), tokenizer), soft_wrap=True)
                 console.print("the decoder writes:", style="dim", highlight=False)
-            console.print(_document(row_ids[in_segment], row_mask[in_segment], tokenizer), soft_wrap=True)
+            ids, mask = row_ids[in_segment], row_mask[in_segment]
+            ends = (np.flatnonzero(mask[:-1] & ~mask[1:]) + 1).tolist() if texts else []
+            for number_of_text, (begin, end) in enumerate(itertools.pairwise([0, *ends, len(ids)])):
+                if texts:
+                    console.print(f"{texts[number_of_text]}:", style="dim", highlight=False)
+                console.print(_document(ids[begin:end], mask[begin:end], tokenizer), soft_wrap=True)
     return number - shown
 
 

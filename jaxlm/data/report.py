@@ -39,6 +39,7 @@ class SourceReport:
     dropped_too_long: int = 0
     dropped_without_target: int = 0
     dropped_unknown: int = 0
+    dropped_equal: int = 0
     dropped_pieces: int = 0
     tokens_dropped: int = 0
     ends: int = 0
@@ -50,7 +51,7 @@ class SourceReport:
 
     @property
     def dropped(self) -> int:
-        return self.dropped_too_long + self.dropped_without_target + self.dropped_unknown
+        return self.dropped_too_long + self.dropped_without_target + self.dropped_unknown + self.dropped_equal
 
     def line(self) -> str:
         """One line for a log."""
@@ -65,6 +66,8 @@ class SourceReport:
             text += f"; {self.dropped_pieces:,} pieces with nothing to learn dropped ({self.tokens_dropped:,} tokens)"
         if self.dropped_too_long:
             text += f"; {self.dropped_too_long:,} records dropped as too long"
+        if self.dropped_equal:
+            text += f"; {self.dropped_equal:,} pairs of equal answers left out"
         if self.dropped_unknown:
             text += f"; {self.dropped_unknown:,} records dropped for an unknown token (data.drop_unknown)"
         if self.dropped_without_target:

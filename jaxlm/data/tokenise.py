@@ -13,6 +13,7 @@ import numpy as np
 from jaxlm.config import DataConfig, SourceConfig
 from jaxlm.data.encoding import Example, encode_pairs, encode_rendered
 from jaxlm.data.messages import unused
+from jaxlm.data.preferences import own_columns, preference_examples
 from jaxlm.data.records import Record, is_token_source, read_records
 from jaxlm.data.rendering import Template
 from jaxlm.data.report import SourceReport
@@ -112,7 +113,10 @@ class Tokeniser:
     def _template(self, batch: Batch) -> Template:
         template = self._templates.get(batch.source)
         if template is None:
-            template = load_template(batch.template, self.tokenizer, self.columns[batch.source])
+            columns = self.columns[batch.source]
+            if self.config.records != "answers":
+                columns = own_columns(columns)[1]
+            template = load_template(batch.template, self.tokenizer, columns)
             if self.start_id is not None and template.name == "text":
                 raise UserError(
                     f"data: {batch.path}: template text has no question, and the model's encoder reads one; choose a "
@@ -131,6 +135,9 @@ class Tokeniser:
         assert config.add_bos is not None and config.add_eos is not None
         template = self._template(batch)
         report = SourceReport(batch.path, batch.template, batch.why)
+        if config.records != "answers":
+            columns = self.columns[batch.source]
+            return chunk_of(preference_examples(records, template, columns, config, tokenizer, report), report, False)
         rendered = [template.render(record) for record in records]
         for record, text in zip(records, rendered, strict=True):
             report.answered += bool(text.answers)

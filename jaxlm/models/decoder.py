@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -30,17 +30,17 @@ from jaxlm.kernels.cross_entropy import (
     soft_capped,
     token_cross_entropy,
 )
-from jaxlm.nn.attention import KVCache
 from jaxlm.nn.cross_attention import CrossAttention, Source
-from jaxlm.nn.embedding import look_up
+from jaxlm.nn.embedding import embedded, look_up
 from jaxlm.nn.experts import ExpertsFeedForward
 from jaxlm.nn.feed_forward import FeedForward
 from jaxlm.nn.lora import LoraSpec
 from jaxlm.nn.matmul import with_least_rows
 from jaxlm.nn.norms import Norm
+from jaxlm.nn.ordered_weight import OrderedWeight
 from jaxlm.nn.positions import prefix_positions, relative_bias, rope_cos_sin
 from jaxlm.nn.routers import modality_ids as ids_of_modalities
-from jaxlm.nn.self_attention import SelfAttention
+from jaxlm.nn.self_attention import Cache, SelfAttention
 from jaxlm.spec import ENCODER, DecoderSpec, EncoderSpec, LayerSpec, NormSpec
 
 # What the forward pass stores for the backward pass; everything else of a layer is computed again.
@@ -110,10 +110,10 @@ class Block(nn.Module):
         layer: jax.Array,
         angles: Angles,
         segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         bias: jax.Array | None = None,
         source: Source | None = None,
-    ) -> tuple[jax.Array, jax.Array, KVCache]:
+    ) -> tuple[jax.Array, jax.Array, Cache]:
         """The layer up to its feed-forward part.
 
         Args:
@@ -169,10 +169,10 @@ class Block(nn.Module):
         angles: Angles,
         segment_ids: jax.Array | None = None,
         modality: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         bias: jax.Array | None = None,
         source: Source | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """x [B, T, D] -> [B, T, D], and keys and values with `keep_kv`, else None; arguments as in `attend`.
 
         Args:
@@ -324,7 +324,7 @@ class Decoder(nn.Module):
         Args:
             positions: [B, T], for learned positions; default 0..T-1. NaN comes of one that has no row.
         """
-        x = look_up(self.embed_tokens(), input_ids, self.dtype)
+        x = embedded(self.embed_tokens(), input_ids, self.dtype)
         if self.spec.embedding_scale is not None:
             x = x * jnp.asarray(self.spec.embedding_scale, self.dtype)
         if self.spec.embedding_size is not None:
@@ -529,12 +529,14 @@ class Decoder(nn.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         modality_ids: jax.Array | None = None,
+        deterministic: bool = True,
+        accuracy: bool = True,
     ) -> tuple[LossOutput, TokenLosses]:
-        """The sums of `loss` with accuracy, and what the prediction of each token [B, T] adds to them."""
-        x, matrix = self.hidden(input_ids, positions, segment_ids, True, modality_ids)
+        """The sums of `loss`, and what the prediction of each token [B, T] adds to them."""
+        x, matrix = self.hidden(input_ids, positions, segment_ids, deterministic, modality_ids)
         labels, shifted = _predicted(input_ids, weights)
-        cap = self.spec.logits_soft_cap
-        sums, tokens = token_cross_entropy(x, matrix, labels, shifted, dtype=self.dtype, soft_cap=cap)
+        options: dict[str, Any] = {"dtype": self.dtype, "accuracy": accuracy, "soft_cap": self.spec.logits_soft_cap}
+        sums, tokens = token_cross_entropy(x, matrix, labels, shifted, **options)
         return sums, jax.tree.map(lambda each: jnp.roll(each, 1, axis=1), tokens)
 
 
@@ -600,8 +602,10 @@ def _unit_rows(matrix: jax.Array) -> jax.Array:
     return (rows * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(matrix.dtype)
 
 
-def output_logits(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Logits [..., V] float32 of hidden states [..., D] by the output matrix [V, D]."""
+def output_logits(x: jax.Array, matrix: jax.Array | OrderedWeight, dtype: DTypeLike) -> jax.Array:
+    """Logits [..., V] float32 of hidden states [..., D] by the output matrix [V, D], or by its transpose, stored."""
+    if isinstance(matrix, OrderedWeight):
+        return matrix.times(x, jnp.float32)
     flat = x.reshape(-1, x.shape[-1]).astype(dtype)
     dims = (((1,), (1,)), ((), ()))
 
@@ -618,8 +622,9 @@ def example_inputs(spec: DecoderSpec) -> dict[str, Any]:
     return {"input_ids": tokens} | ({} if spec.encoder is None else {"encoder_ids": tokens})
 
 
+@lru_cache(maxsize=4)  # a start asks several times, and tracing a model takes a third of a second
 def abstract_variables(model: Decoder) -> Any:
-    """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`."""
+    """Shapes, dtypes and logical axes (boxed) of the collections `params` and, with adapters, `lora`; a shared tree."""
     return jax.eval_shape(lambda key: model.init({"params": key}, **example_inputs(model.spec)), jax.random.key(0))
 
 
@@ -641,7 +646,8 @@ def abstract_layer(model: Decoder, number: int) -> Any:
 
 
 class _Matrix(nn.Module):
-    """A bare matrix parameter under a module name of its own (`embed_tokens/embedding`, `lm_head/kernel`)."""
+    """A bare matrix parameter under a module name of its own (`embed_tokens/embedding`, `lm_head/kernel`), or the
+    `OrderedWeight` of its transpose."""
 
     shape: tuple[int, int]
     initializer: Callable[..., Any]
@@ -649,9 +655,11 @@ class _Matrix(nn.Module):
     param_name: str
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        value: jax.Array = self.param(self.param_name, self.initializer, self.shape, self.param_dtype)
-        return value
+    def __call__(self) -> Any:
+        given: Any = self.get_variable("params", self.param_name)
+        if isinstance(given, OrderedWeight):  # not through `param`, which compares it with a fresh array
+            return given
+        return self.param(self.param_name, self.initializer, self.shape, self.param_dtype)
 
 
 def _bias_table(spec: DecoderSpec | EncoderSpec, init_std: float, param_dtype: DTypeLike, **more: Any) -> _Matrix:

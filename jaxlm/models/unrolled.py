@@ -19,6 +19,10 @@ from jax.typing import DTypeLike
 
 from jaxlm.models.decoder import Angles, Decoder
 from jaxlm.nn.attention import KVCache
+from jaxlm.nn.beam_attention import BeamCache, Lineage
+from jaxlm.nn.linear import with_chosen
+from jaxlm.nn.paged_attention import PagedCache, least_tokens
+from jaxlm.nn.self_attention import Cache
 from jaxlm.spec import DecoderSpec
 
 # For each layer: keys and values [R, K, S, h]. With an encoder then the `Source` with its own of these, of P rows, each
@@ -232,14 +236,14 @@ def _run_layer(
     x: jax.Array,
     angles: Angles,
     modality: jax.Array | None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     *more: Any,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     variables = {"params": layer, "lora": lora} if lora else {"params": layer}
     block = decoder.block(period_index, keep_kv=True)
     inputs = x, number, angles, segments, modality, cache, *more
-    x, kept = cast(tuple[jax.Array, KVCache], block.apply(variables, *inputs))
+    x, kept = cast(tuple[jax.Array, Cache], block.apply(variables, *inputs))
     return x, (kept.k, kept.v)
 
 
@@ -272,10 +276,11 @@ def _cached_layer(
     places: jax.Array,
     kv: LayerCache,
     bias: jax.Array | None,
+    lineage: Lineage | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     k, v, *source = kv
-    more = KVCache(k, v, places), bias, *source
-    x, (k, v) = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, *more)
+    cache = KVCache(k, v, places) if lineage is None else BeamCache(k, v, places, lineage)
+    x, (k, v) = _run_layer(decoder, period_index, layer, lora, number, x, angles, modality, cache, bias, *source)
     return x, (k, v, *source)
 
 
@@ -293,11 +298,19 @@ def _finish(decoder: Decoder, head: Any, x: jax.Array, last: jax.Array) -> jax.A
 
 
 def next_logits(
-    decoder: Decoder, weights: Weights, caches: Caches, token: jax.Array, place: jax.Array
+    decoder: Decoder,
+    weights: Weights,
+    caches: Caches,
+    token: jax.Array,
+    place: jax.Array,
+    lineage: Lineage | None = None,
 ) -> tuple[jax.Array, Caches]:
     """One step: the logits [R, V] after `token` [R], which stands at `place` [R]; and the caches with it.
 
     A pure function of arrays, for the inside of a loop.
+
+    Args:
+        lineage: of beams, with the slots at `place`; None: each row's cache holds its own text.
     """
     params, tokens, places = weights["params"], token[:, None], place[:, None]
     held = _texts(decoder, caches)
@@ -307,10 +320,63 @@ def next_logits(
     result: Caches = []
     for number, (layer, lora) in enumerate(zip(params["layers"], weights["lora"], strict=True)):
         p = number % len(angles)
-        x, kv = _inner_layer(decoder, p, layer, lora, number, x, angles[p], modality, places, caches[number], bias)
+        inputs = x, angles[p], modality, places, caches[number], bias, lineage
+        x, kv = _inner_layer(decoder, p, layer, lora, number, *inputs)
         result.append(kv)
     return _head(decoder, head_params(params), x[:, 0]), _with_texts(result, texts, caches)
 
+
+# --- tokens of many texts, side by side -------------------------------------------------------------------------------
+
+
+def padded_tokens(spec: DecoderSpec, count: int) -> int:
+    """The number of tokens that layers see of a step of `count`: enough for every sum (see `least_tokens`)."""
+    heads = (layer.attention for layer in spec.period if layer.attention.qk_norm is not None)
+    return max(count, least_tokens(min([spec.hidden_size, *(each.num_kv_heads * each.head_dim for each in heads)])))
+
+
+def next_states(
+    decoder: Decoder,
+    weights: Weights,
+    pages: Caches,
+    tokens: jax.Array,
+    places: jax.Array,
+    tables: jax.Array,
+    chunk_rows: jax.Array,
+    chosen: jax.Array | None = None,
+    shared_pages: bool = False,
+) -> tuple[jax.Array, Caches]:
+    """What the last layer gives of a step's tokens [N, D], and the pages with them (see `nn.paged_attention`).
+
+    A pure function of arrays; no token depends on another text's.
+
+    Args:
+        pages: for each layer keys and values [M, K, page, h].
+        tokens: [N].
+        places, tables, chunk_rows: see `PagedCache`.
+        chosen: [N] int32, the adapter of each token, where there are several (see `nn.linear.AdapterBank`).
+        shared_pages: see `PagedCache`.
+    """
+    count, fill = len(tokens), padded_tokens(decoder.spec, len(tokens)) - len(tokens)
+    length = (count - len(tables)) // len(chunk_rows) if len(chunk_rows) else 0
+    tokens, places = jnp.pad(tokens, (0, fill)), jnp.pad(places, (0, fill), constant_values=-1)
+    lora = weights["lora"] if chosen is None else with_chosen(weights["lora"], jnp.pad(chosen, (0, fill))[None])
+    params, at = weights["params"], jnp.maximum(places, 0)[:, None]
+    x = _embed(decoder, _embed_params(params), tokens[None], at.T)
+    # A text's length is that up to the token itself: factors of longrope may depend on it.
+    angles = jax.tree.map(lambda each: each.swapaxes(0, 1), decoder.angles(at, at[:, 0] + 1))
+    modality = decoder.modality(tokens[None], (places >= 0).astype(jnp.int32)[None])  # padding uses no expert
+    result: Caches = []
+    for number, (layer, factors) in enumerate(zip(params["layers"], lora, strict=True)):
+        p = number % len(angles)
+        k, v = pages[number]
+        cache = PagedCache(k, v, tables, chunk_rows, places, length, shared_pages)
+        x, kv = _paged_layer(decoder, p, layer, factors, number, x, angles[p], modality, cache)
+        result.append(kv)
+    return x[0, :count], result
+
+
+_paged_layer = jax.jit(_run_layer, static_argnums=(0, 1))
 
 # --- caches -----------------------------------------------------------------------------------------------------------
 
@@ -342,9 +408,20 @@ def repeat_rows(caches: Caches, times: int) -> Caches:
     return caches if times == 1 else [(*_repeat_layer((k, v), times), *source) for k, v, *source in caches]
 
 
-def reordered(caches: Caches, origin: jax.Array) -> Caches:
-    """Each row as a continuation of the row `origin` [R], which is one of those that see the same source."""
-    return [(k[origin], v[origin], *source) for k, v, *source in caches]
+def continued(decoder: Decoder, caches: Caches, origin: jax.Array) -> Caches:
+    """The caches of beams, each of which continues the row `origin` [R]: with its text, where positions depend on it.
+
+    Keys and values stay where they are (see `nn.beam_attention`).
+    """
+    texts = _texts(decoder, caches)
+    return caches if texts is None else [*caches[:-1], (texts[origin], caches[-1][1])]
+
+
+def gathered(decoder: Decoder, caches: Caches, lineage: Lineage) -> Caches:
+    """The caches of beams, in which each row holds all of its text."""
+    texts = [] if decoder.spec.prefix is None else caches[-1:]
+    layers = caches[: len(caches) - len(texts)]
+    return [*((lineage.gathered(k), lineage.gathered(v), *source) for k, v, *source in layers), *texts]
 
 
 def cache_bytes(spec: DecoderSpec, rows: int, slots: int, dtype: DTypeLike) -> int:

@@ -23,6 +23,9 @@ class Coordination(Protocol):
     def wait(self, key: str) -> str:
         """The value of a key, as soon as it has one."""
 
+    def forget(self, key: str) -> None:
+        """Takes a key and its value away; nothing happens where there is none."""
+
     def values(self, key: str) -> dict[int, str]:
         """process -> value, of the keys 'KEY/0', 'KEY/1', … that have one."""
 
@@ -49,6 +52,9 @@ class JaxCoordination:
 
     def wait(self, key: str) -> str:
         return str(self._client.blocking_key_value_get(key, _FOR_EVER))
+
+    def forget(self, key: str) -> None:
+        self._client.key_value_delete(key)
 
     def values(self, key: str) -> dict[int, str]:
         return {int(path.rpartition("/")[2]): text for path, text in self._client.key_value_dir_get(f"{key}/")}

@@ -25,7 +25,7 @@ import jax
 from rich.console import Console
 
 from jaxlm.config import DistributedConfig, EvaluateConfig, GenerateConfig, RunConfig, flatten, to_dict
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, write_line
 from jaxlm.lock import Lock
 from jaxlm.processes.cluster import find_cluster, find_process, on_tpu_vm, only_cpu
 from jaxlm.processes.control_channel import ControlChannel
@@ -120,6 +120,7 @@ class Hosts:
         process: this process, from 0.
         processes: number of processes.
         log: writes output_dir/logs/process-NN.log; None for a single process.
+        coordination: the service that the processes share; None for a single process.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Hosts:
         self.log: Console | None = None
         self._timeout = timeout
         self._channel: ControlChannel | None = None
+        self.coordination = coordination
         if roll is not None and coordination is not None:
             self.process, self.processes = roll.process.index, roll.process.count
             self._coordination, self._coordinator = coordination, roll.process.coordinator
@@ -409,7 +411,7 @@ class Hosts:
         if self.log is not None:
             self.log.print(text, highlight=False, markup=False, soft_wrap=True)
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=self._stderr, flush=True)
+            write_line(text, self._stderr)
             sys.stdout.flush()
 
 

@@ -181,6 +181,15 @@ class DecoderSpec(_Layered):
             raise UserError("config: learned_positions and prefix are not supported in models with an encoder")
         _check_one_bias(self.period)
 
+    @property
+    def reward_token_id(self) -> int:
+        """The token whose logit behind an answer is the reward that a reward model gives it: the one that ends answers.
+
+        Such a scalar head is a row of the output matrix, which every format has a place for.
+        """
+        end = self.eos_token_id
+        return (end[0] if isinstance(end, tuple) else end) or 0
+
     def refuse_encoder(self, what: str) -> None:
         """For code that can do nothing with a model that has an encoder; `what` names it.
 

@@ -116,7 +116,8 @@ class StackedTensors:
             tensor.read_into(out, layout, full)
             return out
         # Zeros: layers without an adapter, and the rows above a layer's own rank.
-        out = np.zeros(index_shape(full), info.dtype)
+        is_whole = len(parts) == info.shape[0] and all(layout.shape == info.shape[1:] for _, layout in parts.values())
+        out = (np.empty if is_whole else np.zeros)(index_shape(full), info.dtype)
         for position, layer in enumerate(range(full[0].start, full[0].stop, full[0].step)):
             if layer in parts:
                 tensor, layout = parts[layer]
@@ -142,8 +143,6 @@ class HfSource(StackedTensors):
         self.tokenizer_dir = path
         self.tokenizer_files = find_tokenizer_files(path)
         content = read_object(path / "config.json")
-        if content.get("quantization_config"):
-            raise UserError(f"{path / 'config.json'}: the model is quantised; use the unquantised one")
         self.config = self.parse_config(path / "config.json", content)
         self.hf_config = self.kept_config(content)
         weights = find_weights(path)
@@ -151,9 +150,11 @@ class HfSource(StackedTensors):
             raise UserError(f"{path}: has config.json but no weights: {_missing_weights(path)}")
         family = family_of(self.config)
         unused = "|".join((BUFFERS, *family.unused))
-        tensors: dict[str, Tensor] = {
+        files: dict[str, Tensor] = dict(read_tensors(weights))
+        self.prepare_files(weights, content, files)
+        tensors = {
             _usual_name(name, family.renamed): tensor
-            for name, tensor in read_tensors(weights).items()
+            for name, tensor in files.items()
             if not re.fullmatch(unused, name)
         }
         for copy, name in family.copies.items():
@@ -179,6 +180,20 @@ class HfSource(StackedTensors):
     def parse_config(self, where: Path, content: dict[str, Any]) -> DecoderSpec:
         """The shape that `config.json` describes."""
         return parse_hf_config(where, content)
+
+    def prepare_files(self, weights: Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Makes matrices of those found in the files, where these hold something else.
+
+        Raises:
+            UserError: they do, and it is not known how.
+        """
+        settings = content.get("quantization_config")
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else settings
+            raise UserError(
+                f"{self.path / 'config.json'}: the model is quantised by {method!r}; read are bitsandbytes, gptq, awq "
+                "and compressed-tensors; use the unquantised one"
+            )
 
     def kept_config(self, content: dict[str, Any]) -> dict[str, Any] | None:
         """What is kept of `config.json`, to be written again."""

@@ -320,6 +320,8 @@ def _settings(work: Work) -> dict[str, Any]:
     keys = [field.name for field in dataclasses.fields(config) if field.name not in _NOT_IN_TOKENS]
     values: dict[str, Any] = {f"data.{key}": getattr(config, key) for key in keys}
     values["data.packing"] = "group_texts" if config.packing_mode == "group_texts" else "records"
+    if config.records == "answers":
+        del values["data.records"]  # stores from before there was such a key stay what they are
     values["start_id"] = work.start_id
     values["data.train"] = [
         {k: v for k, v in dataclasses.asdict(source).items() if k not in _MIXING} for source in work.sources

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxlm.config import LoraConfig, to_dict
 from jaxlm.errors import UserError
@@ -15,6 +15,7 @@ from jaxlm.jsonfields import build
 from jaxlm.jsontext import read_object
 from jaxlm.models.families import FAMILIES
 from jaxlm.models.version1 import read_model
+from jaxlm.nn.rounding import VERSIONS, Kind
 from jaxlm.spec import DecoderSpec
 from jaxlm.version import __version__
 from jaxlm.weights.native.layout import MODEL_JSON, SMALL_FILES
@@ -33,6 +34,8 @@ class ModelFile:
         layers: the layers that carry an adapter; None: all.
         base: the base of an adapter, or what a trained model began with, as `jaxlm.locate.record_base` records it;
             empty: not recorded.
+        rounding: an adapter's: which rounding of its base it was trained on (see `weights.quantized.rounding_of`).
+            A model's: which one its kernels are stored in; `base` is where the original is. None: none.
     """
 
     config: DecoderSpec
@@ -40,6 +43,12 @@ class ModelFile:
     lora: LoraConfig | None = None
     layers: tuple[int, ...] | None = None
     base: Mapping[str, str] = field(default_factory=dict)
+    rounding: str | None = None
+
+    @property
+    def kind(self) -> Kind | None:
+        """What the kernels are rounded to; None: nothing."""
+        return None if self.rounding is None else cast(Kind, self.rounding.partition("-")[0])
 
     @property
     def base_path(self) -> str | None:
@@ -55,6 +64,8 @@ class ModelFile:
         else:
             layers = None if self.layers is None else list(self.layers)
             content |= {"lora": to_dict(self.lora), "layers": layers, "base": None, **self.base}
+        if self.rounding is not None:
+            content["rounding"] = self.rounding
         return json_bytes(content | {"dtype": self.dtype})
 
 
@@ -76,6 +87,7 @@ class _Fields:
     base_from_here: str | None = None
     layers: Any = None
     dtype: str | None = None
+    rounding: str | None = None
 
 
 def read_model_json(directory: Path) -> ModelFile:
@@ -102,9 +114,16 @@ def read_model_json(directory: Path) -> ModelFile:
     recorded = {"base": fields.base, "base_from_here": fields.base_from_here}
     base = {key: value for key, value in recorded.items() if value is not None}
     if fields.lora is None:
-        return ModelFile(config, fields.dtype, base=base)
+        return ModelFile(config, fields.dtype, base=base, rounding=_rounding(fields.rounding, where))
     lora, layers = lora_from_dict(fields.lora, where), _layers(fields.layers, config, where)
-    return ModelFile(config, fields.dtype, lora, layers, base)
+    return ModelFile(config, fields.dtype, lora, layers, base, _rounding(fields.rounding, where))
+
+
+def _rounding(value: str | None, where: Path) -> str | None:
+    kinds = "|".join(f"{kind}-{version}" for kind, version in VERSIONS.items())
+    if value is not None and not re.fullmatch(rf"({kinds}) [0-9a-f]{{64}}", value):
+        raise UserError(f"{where}: rounding is {value!r}; this version knows {kinds.replace('|', ', ')}, and a hash")
+    return value
 
 
 def _writer(content: dict[str, Any]) -> str:

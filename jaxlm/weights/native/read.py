@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxlm.config import LoraConfig
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
 from jaxlm.models.adapters import resolve_lora, saved_modules
+from jaxlm.nn.rounding import dequantize, parts_of
 from jaxlm.spec import DecoderSpec
 from jaxlm.weights.dtypes import WEIGHT_DTYPES
 from jaxlm.weights.leaves import AdapterSource, Index, LeafInfo, check_leaves, full_index, index_shape
@@ -31,15 +32,17 @@ from jaxlm.weights.native.layout import (
 from jaxlm.weights.native.model_json import ModelFile
 from jaxlm.weights.native.prompt_json import PROMPT_FILES
 from jaxlm.weights.partition import PARTITION_FILE, load_partition
+from jaxlm.weights.quantized import kernels_of, layers_of
 
 # Chunks that are kept for the next slices of them.
 CACHE_BYTES = 128 << 20
+_INTEGERS = (np.dtype(np.int8), np.dtype(np.uint8))
 
 
 class _Arrays:
     """The arrays of one `model/` directory."""
 
-    def __init__(self, directory: Path, collection: str) -> None:
+    def __init__(self, directory: Path, collection: str, dtypes: Collection[np.dtype[Any]]) -> None:
         self._directory = directory / ARRAYS
         self._ocdbt, self._driver, names = read_tree_metadata(self._directory)
         # One context for all arrays, so that an OCDBT database is opened once. Chunks are kept for the next slices of
@@ -59,7 +62,7 @@ class _Arrays:
             for path, s in self._stores.items()
         }
         for path, leaf in self.leaves.items():
-            if leaf.dtype not in WEIGHT_DTYPES.values():
+            if leaf.dtype not in dtypes:
                 raise UserError(
                     f"{self._directory}: array {path!r} has dtype {leaf.dtype}; which is not a dtype of weights"
                 )
@@ -101,7 +104,9 @@ class _Native:
         self.tokenizer_dir = files / TOKENIZER
         self.tokenizer_files = sorted(file for file in self.tokenizer_dir.glob("*") if file.is_file())
         self.prompt_files = [file for name in PROMPT_FILES if (file := files / name).is_file()]
-        self._arrays = _Arrays(path, collection)
+        # Kernels in few bits have integers among their arrays.
+        integers = () if content.rounding is None or content.lora is not None else _INTEGERS
+        self._arrays = _Arrays(path, collection, (*WEIGHT_DTYPES.values(), *integers))
         self.leaves: Mapping[str, LeafInfo] = self._arrays.leaves
 
     def read(self, path: str, index: Index) -> np.ndarray:
@@ -135,6 +140,60 @@ class NativeSource(_Native):
             check_leaves(path / ARRAYS, shapes, leaf_shapes(self.config))
 
 
+class QuantizedNativeSource(_Native):
+    """A full model whose kernels `convert quantize` rounded (see `weights.quantized.QuantizedSource`).
+
+    Attributes:
+        original: where the model that was rounded was, and from here, as `jaxlm.locate.find_base` reads it.
+    """
+
+    stays_quantized = True
+
+    def __init__(self, path: Path, content: ModelFile) -> None:
+        super().__init__(path, content, "params")
+        assert content.rounding is not None and content.kind is not None
+        self.rounding, self.kind, self.original = content.rounding, content.kind, content.base
+        self.hf_config = self._optional_json(HF_CONFIG)
+        self._kernels = kernels_of(self.config)
+        expected, parts, leaves = {}, {}, {}
+        for name, shape in leaf_shapes(self.config).items():
+            if name not in self._kernels:
+                expected[name] = shape
+                continue
+            leaves[name] = LeafInfo(shape, np.dtype(np.float32))
+            for part, info in parts_of(self.kind, shape[1:], self._kernels[name]).items():
+                expected[f"{name}/{part}"] = (shape[0], *info.shape)
+                parts[f"{name}/{part}"] = LeafInfo((shape[0], *info.shape), info.dtype)
+        stored = self._arrays.leaves
+        with _as_recorded(path):
+            check_leaves(path / ARRAYS, {name: leaf.shape for name, leaf in stored.items()}, expected)
+        for name, leaf in parts.items():
+            if stored[name].dtype != leaf.dtype:
+                raise UserError(
+                    f"{path / ARRAYS}: array {name!r} has dtype {stored[name].dtype}, expected {leaf.dtype.name}"
+                )
+        self.leaves = {name: leaves.get(name) or stored[name] for name in leaf_shapes(self.config)}
+
+    def check_kept(self) -> None:
+        """Every array was looked at when this was opened."""
+
+    def read_part(self, path: str, index: Index) -> np.ndarray:
+        return self._arrays.read(path, index)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """A slice of a leaf; of a kernel, of what it stands for, for which all of its layer is read."""
+        if path not in self._kernels:
+            return self._arrays.read(path, index)
+        info, in_dims = self.leaves[path], self._kernels[path]
+
+        def dense(layer: int) -> np.ndarray:
+            names = parts_of(self.kind, info.shape[1:], in_dims)
+            parts = {name: self._arrays.read(f"{path}/{name}", (slice(layer, layer + 1),))[0] for name in names}
+            return dequantize(self.kind, parts, info.shape[1:], in_dims)
+
+        return layers_of(dense, info.shape, info.dtype, index)
+
+
 class NativeAdapter(_Native):
     """An adapter in a jaxlm directory."""
 
@@ -143,6 +202,7 @@ class NativeAdapter(_Native):
         assert content.lora is not None
         self.lora = content.lora
         self.layers = content.layers
+        self.rounding = content.rounding
         self.base = content.base_path
         self.peft_config = self._optional_json(PEFT_CONFIG)
         with _as_recorded(path):

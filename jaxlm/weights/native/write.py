@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import time
 from collections import deque
@@ -24,11 +25,24 @@ from jaxlm.weights.native.model_json import ModelFile, json_bytes
 from jaxlm.weights.native.read import brief
 from jaxlm.weights.output import Advance, tell_final
 from jaxlm.weights.partition import PARTITION_FILE, npy_bytes
+from jaxlm.weights.quantized import QuantizedParts
 
 
 def write_model(source: ParamSource, directory: Path, advance: Advance) -> None:
     """Writes a full model as a jaxlm directory."""
     _write_small(directory, source, ModelFile(source.config, main_dtype(source.leaves)))
+    if source.hf_config is not None:
+        (directory / SMALL_FILES / HF_CONFIG).write_bytes(json_bytes(source.hf_config))
+    _write_tree(source, directory, "params", advance)
+
+
+def write_quantized(source: QuantizedParts, directory: Path, original: str, advance: Advance) -> None:
+    """Writes a model with its kernels in few bits as a jaxlm directory that records `original`, the path of its source.
+
+    An adapter is merged into that one's weights, not into the rounded ones.
+    """
+    file = ModelFile(source.config, main_dtype(source.leaves), base=record_base(original, directory))
+    _write_small(directory, source, dataclasses.replace(file, rounding=source.rounding))
     if source.hf_config is not None:
         (directory / SMALL_FILES / HF_CONFIG).write_bytes(json_bytes(source.hf_config))
     _write_tree(source, directory, "params", advance)
@@ -59,7 +73,8 @@ def _write_tree(source: LeafSource, directory: Path, collection: str, advance: A
     started = time.time_ns()
     model = directory / ARRAYS
     model.mkdir()
-    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    # Synced by who watches the files, or with the whole directory: no write waits for the disk.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     chunks = {
         path: layout.chunk_shape(leaf.shape, leaf.dtype.itemsize, is_stacked(path))
         for path, leaf in source.leaves.items()
@@ -71,7 +86,9 @@ def _write_tree(source: LeafSource, directory: Path, collection: str, advance: A
             folder = model / layout.array_name(collection, path)
             store = _create(folder, leaf, chunks[path], context)
             for index, block in _chunks(source, path, chunks[path]):
-                pending.append((store[index].write(block), block.nbytes, _chunk_file(folder, index, chunks[path])))
+                # Not copied: nothing else has the block.
+                write = store[index].write(block, can_reference_source_data_indefinitely=True)
+                pending.append((write, block.nbytes, _chunk_file(folder, index, chunks[path])))
                 while sum(nbytes for _, nbytes, _ in pending) > 2 * layout.CHUNK_BYTES:
                     _finish(pending, model, advance)
         while pending:
@@ -107,7 +124,7 @@ def _create(path: Path, leaf: LeafInfo, chunk: Shape, context: Any) -> Any:
         "metadata": {
             "shape": list(leaf.shape),
             "data_type": leaf.dtype.name,
-            "fill_value": 0.0,
+            "fill_value": 0 if leaf.dtype.kind in "iu" else 0.0,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         },
