@@ -1,9 +1,9 @@
 """All GPU benchmarks in one call, within a number of seconds; one table at the end, and JSON and logs below --output.
 
 Each part is a process of its own with a limit; what fails or runs too long is said, and the others run. The parts:
-check (kernels beside their plain form), attention, lora and full (7B training steps), decode, tune, experts.
+check (kernels beside their plain form), attention, lora and full (7B training steps), decode, tune, experts, serve.
 
-    python benchmarks/gpu.py [--seconds 560] [--parts check,attention,lora,full,decode,tune,experts] [--output DIR]
+    python benchmarks/gpu.py [--seconds 560] [--parts check,attention,…] [--output DIR]
     python benchmarks/gpu.py --miniature        # the same scripts on a CPU at toy size: that they still run
 """
 
@@ -66,6 +66,14 @@ PARTS = {
         ),
         70,
         script("moe.py", "--hidden 32 --neurons 64 --tokens 64 --rounds 1 --check --short --cases 4:2"),
+    ),
+    "serve": Part(
+        script("serve_gpu.py", "--seconds 230"),
+        250,
+        script(
+            "serve_gpu.py",
+            f"--shape {SMALL} --clients 1 3 --rows 4 --each 1 --longest 8 --context 256 --cache {{out}}/cache",
+        ),
     ),
 }
 

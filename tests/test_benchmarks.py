@@ -18,7 +18,8 @@ def test_gpu_benchmarks_in_miniature(tmp_path: Path) -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=550)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count(" done ") == 4
+    assert done.stdout.count(" done ") == 5
+    assert "of the limit" in done.stdout and "\n      3 | " in done.stdout
     assert "differ from the plain twin's" in done.stdout
 
 
