@@ -258,3 +258,19 @@ def test_the_full_context_can_be_scored(model: LoadedModel) -> None:
     ids = [1] * SHAPE["max_position_embeddings"]
     assert model.logits(ids).shape[0] == len(ids)
     assert json.dumps(model.log_probs(ids[:1], ids[1:]).tolist())
+
+
+def test_the_best_of_several_answers_is_that_with_the_highest_end_logit(model: LoadedModel) -> None:
+    """With itself as the judge: the reward of a text is the logit of the end token (2) behind it."""
+    prompts = [IDS, IDS[:2]]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "seed": 3}
+    found = model.best_of(prompts, 4, model, **settings)
+    drawn = model.generate(prompts, samples=4, temperature=1.0, **settings)
+    for number, (best, reward) in enumerate(found):
+        rewards = []
+        for each in drawn[4 * number : 4 * number + 4]:
+            ids = [*prompts[number], *each.ids, *([2] if each.finish == "stop" else [])]
+            rewards.append(float(model.logits(ids)[-1, 2]))
+        assert len({round(value, 4) for value in rewards}) > 1
+        assert reward == pytest.approx(max(rewards), abs=1e-4)
+        assert best == drawn[4 * number + int(np.argmax(rewards))]

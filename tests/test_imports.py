@@ -19,6 +19,10 @@ COMMANDS = (
 # Elsewhere only where the import is heavy and seldom needed; the reason stands beside it.
 HEAVY = {
     ("jaxlm/kernels/backend.py", "jaxlm.kernels"),  # Pallas
+    # Mosaic for GPUs, which every other start would wait for
+    ("jaxlm/kernels/flash_attention/__init__.py", "jaxlm.kernels.flash_attention"),
+    ("jaxlm/kernels/grouped_matmul.py", "jaxlm.kernels.grouped_matmul_gpu"),
+    ("jaxlm/nn/dispatch.py", "jaxlm.kernels.grouped_matmul_gpu"),
 }
 
 

@@ -28,8 +28,9 @@ GOOD = {**dict.fromkeys(PACKAGES, "1.0"), "jax": "0.11.2", "jaxlib": "0.11.2"}
 
 def test_this_machine_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dir", str(tmp_path), "--json"]) == 0
-    found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
+    found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     assert {"python", "jax, jaxlib", "disk", "memory", "devices", "computes", "attention, packed rows"} <= found.keys()
+    assert "with 16 answers at a time 8: " in found["programs of serve"]["value"]
     assert "8 x cpu" in found["devices"]["value"] and "TFLOP/s" in found["computes"]["value"]
     assert not list(tmp_path.iterdir())
     assert main(["--dir", str(tmp_path)]) == 0
@@ -118,6 +119,6 @@ def test_two_processes_make_one_report(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     text = "\n".join(line.removeprefix("[0] ") for line in done.stdout.splitlines() if line.startswith("[0] "))
-    found = {one["what"]: one for one in json.loads(text[text.index("[\n") :])}
+    found = {one["what"]: one for one in json.loads(text[text.index("{\n") :])["findings"]}
     assert found["hosts"]["value"].startswith("2, clocks within 0.0") and found["devices"]["value"] == "4 x cpu (cpu)"
     assert found["disk"]["value"].endswith("all well on 1 others") or found["disk"]["advice"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 
 from convert.commands.main import main as convert
 from jaxlm.cli.main import VERBS, main
-from jaxlm.errors import UserError, exit_status
+from jaxlm.errors import UserError, exit_status, write_line
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +42,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_names_the_program_as_it_was_called(verb: str) -> None:
-    own = ("-m", "convert") if verb == "convert" else ("-m", f"jaxlm.{verb}")
+    own = ("-m", "convert") if verb == "convert" else ("-m", f"jaxlm.{verb.replace('-', '_')}")
     ways = {("-m", "jaxlm", verb): f"python -m jaxlm {verb}", own: f"python {' '.join(own)}"}
     for words, prog in ways.items():
         assert run(*words, "--help").stdout.startswith(f"usage: {prog} ")
@@ -90,3 +92,17 @@ def test_what_nobody_foresaw_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError, match="bug"):
         exit_status(command)
+
+
+def test_a_line_is_written_at_once() -> None:
+    """With its end: processes that share a terminal write lines, not parts of them."""
+
+    class Stream(io.StringIO):
+        parts: ClassVar[list[str]] = []
+
+        def write(self, text: str) -> int:
+            self.parts.append(text)
+            return super().write(text)
+
+    write_line("error: a file", stream := Stream())
+    assert stream.parts == ["error: a file\n"]

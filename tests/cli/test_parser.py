@@ -235,7 +235,10 @@ def test_a_stage_alone_needs_the_one_before_it(tmp_path: Path, capsys: pytest.Ca
         (["--train.steps", "1e3"], "train.steps: expected a whole number, found '1e3'"),
         (["--train.resume", "1"], "train.resume: expected true or false, found 1"),
         (["--optimizer.eps", "1" + "0" * 400], "optimizer.eps: expected a number, found 1000"),
-        (["--optimizer.name", "AdamW"], "expected one of adamw, adafactor, lion, found 'AdamW'; did you mean 'adamw'?"),
+        (
+            ["--optimizer.name", "AdamW"],
+            "lion, muon, schedule_free, found 'AdamW'; did you mean 'adamw'?",
+        ),
         (["--lora.targets", "[q_proj, 2]"], "lora.targets: expected text, found 2"),
         (["--data.packing", "maybe"], "data.packing: expected true or false or one of first_fit, group_texts"),
     ],
@@ -278,3 +281,18 @@ def test_a_text_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("train: {wandb: '# null', sample_prompts: ['# Heading', '1', 'null']}\n")
     config, _ = parsed("--config", str(tmp_path / "a.yaml"))
     assert (config.train.wandb, config.train.sample_prompts) == ("# null", ("# Heading", "1", "null"))
+
+
+def test_a_switch_of_another_system_sets_a_key_to_a_value() -> None:
+    """K2's load_8bit and KnowLM's load_4bit; a switch that is said to be off changes nothing."""
+    from jaxlm.cli.generate import ALIASES
+    from jaxlm.cli.words import read_words
+    from jaxlm.config import GenerateConfig
+
+    def kind(*words: str) -> object:
+        values = read_words(words, {}, GenerateConfig, ALIASES).overrides
+        return values.get("model", {}).get("quantize")
+
+    assert kind("--load_4bit", "--prompt", "x") == kind("--load_4bit", "true") == kind("--quantize", "nf4") == "nf4"
+    assert kind("--load_8bit") == kind("--int8") == kind("--load-8bit=True") == "int8"
+    assert kind("--load_4bit", "false", "--prompt", "x") is None

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import build_data
 from jaxlm.data.encoding import Example, encode_rendered, resolve_ends
+from jaxlm.data.loader import build_data
 from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError

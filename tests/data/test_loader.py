@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import Batches, Data, build_data, planner
 from jaxlm.data import batches as batches_module
-from jaxlm.data.batches import BATCH_DTYPES, ENCODER_DTYPES, SOURCE_TOKENS
+from jaxlm.data import planner
+from jaxlm.data.batches import BATCH_DTYPES, ENCODER_DTYPES, SOURCE_TOKENS, Batches
 from jaxlm.data.examples import Examples
+from jaxlm.data.loader import Data, build_data
 from jaxlm.data.report import Report
 from jaxlm.errors import UserError
 from jaxlm.modalities import PADDING

@@ -11,9 +11,9 @@ import pytest
 
 from jaxlm.config import DataConfig, MixingConfig, RunConfig, SourceConfig, TrainConfig
 from jaxlm.config.ranges import check_ranges
-from jaxlm.data import Data
 from jaxlm.data.batches import SOURCE_TOKENS
 from jaxlm.data.examples import Examples
+from jaxlm.data.loader import Data
 from jaxlm.data.mixing import source_weights, table
 from jaxlm.data.report import Report
 from jaxlm.errors import UserError

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import build_data, packing
+from jaxlm.data import packing
+from jaxlm.data.loader import build_data
 from jaxlm.data.packing import WINDOW, Plan, first_fit, group_texts, group_texts_rows, plan_rows
 from jaxlm.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxlm.config import DataConfig, SourceConfig
-from jaxlm.data import build_data
+from jaxlm.data.loader import build_data
 from jaxlm.data.preview import preview
 from jaxlm.tokenizer import Tokenizer
 

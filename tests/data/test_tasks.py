@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxlm.config import DataConfig, ModalityConfig, SourceConfig
-from jaxlm.data import build_data
 from jaxlm.data.encoding import prompt_ids
+from jaxlm.data.loader import build_data
 from jaxlm.data.records import Record
 from jaxlm.data.templates import load_template
 from jaxlm.errors import UserError

@@ -31,6 +31,7 @@ FRENCH = (
     "demande.\n\n### Instruction:\nDo {this}.\n\n### Réponse:\n",
 )
 SII = "instruction: Do {this}.If prediction is finished, add </s> at the end of the output., input: "
+ONEKE = "[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\n"
 TASKS = {"smiles2text", "text2smiles"}  # in test_tasks.py
 PROMPTS = {
     "alpaca": (f"{WITH_INPUT}{I}### Response:\n", f"{WITHOUT}{N}### Response:\n"),
@@ -40,6 +41,7 @@ PROMPTS = {
     "vigogne": FRENCH,
     "darwin": ("instruction: Do {this}., input: with\nthat", "instruction: Do {this}., input: "),
     "darwin_sii": (SII + "with\nthat", SII),
+    "oneke": (f"{ONEKE}Do {{this}}.\nwith\nthat [/INST]", f"{ONEKE}Do {{this}}. [/INST]"),
 }
 
 

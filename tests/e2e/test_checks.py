@@ -143,6 +143,7 @@ def test_before_the_data_are_read(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_room_for_one_checkpoint_and_not_for_all(
     base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +194,7 @@ def test_gradients_of_zero_and_ranks_too_large(
     assert text.count("exceeds the smaller side") == 1 and "gradients were 0" not in text
 
 
+@pytest.mark.slow
 def test_a_run_made_longer_says_what_becomes_of_its_rates(
     base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

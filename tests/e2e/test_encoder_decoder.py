@@ -73,7 +73,7 @@ def mean_loss(module: Any, tokenizer: Any, content: list[dict[str, str]]) -> Any
     return total / count
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_is_that_of_transformers(model: Path, tmp_path: Path, packing: bool) -> None:
     """Loss and norm of the gradient of a step of AdamW on all pairs, and the validation loss behind it."""
     assert train(["--config", str(settings(model, tmp_path, data={"packing": packing}))]) == 0

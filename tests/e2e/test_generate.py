@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from convert.commands.main import main as convert
+from jaxlm.api import load
 from jaxlm.cli.generate import main
 from jaxlm.cli.train import main as train
 from tests.e2e.conftest import write_config
@@ -139,6 +140,32 @@ def test_a_file_of_prompts(models: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*words, "--overwrite"]) == 1
 
 
+def test_the_best_of_several_answers(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the model itself as its judge, as `LoadedModel.best_of` chooses."""
+    data, save = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+    data.write_text(
+        '{"instruction": "rock", "reward": 7}\n{"instruction": "%s"}\n{"instruction": "lava"}\n' % ("a " * 70)
+    )
+    drawn = ["--best_of", "3", "--reward_model", str(models / "base"), "--temperature", "1", "--seed", "5", *GREEDY]
+    words = ["--model", str(models / "base"), *drawn]
+    assert main([*words, "--predict_data", str(data), "--save_file", str(save)]) == 1
+    rows = [json.loads(line) for line in save.read_text().splitlines()]
+    assert [sorted(row) for row in rows] == [
+        ["answer", "instruction", "jaxlm_reward", "reward"],
+        ["error", "instruction"],
+        ["answer", "instruction", "reward"],
+    ]
+    assert "p.jsonl:2" in rows[1]["error"]
+    model = load(models / "base")
+    wanted = model.best_of(["rock", "", "lava"][::2], 3, model, max_new_tokens=12, temperature=1.0, seed=5)
+    assert rows[0]["answer"] == wanted[0][0].text
+    assert rows[0]["jaxlm_reward"] == pytest.approx(wanted[0][1], abs=1e-4)
+    capsys.readouterr()
+    assert main([*words, "--prompt", "rock"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{wanted[0][0].text}\n" and f"reward {wanted[0][1]:.3f}, the highest of 3" in said.err
+
+
 @pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_file(models: Path, tmp_path: Path) -> None:
     data = tmp_path / "p.txt"
@@ -202,6 +229,7 @@ def test_a_conversation_through_a_pipe(models: Path) -> None:
     assert "template   alpaca_short: the one it was trained with" in found.stderr
 
 
+JUDGED = ["--model", "{models}/base", "--prompt", "a", "--reward_model", "{models}/base"]
 BAD = [
     ([], "model: name one"),
     (["--model", "{models}/base"], "give one of --prompt"),
@@ -217,6 +245,15 @@ BAD = [
     (["--model", "{models}/base", "--predict_data", "p.txt", "--save_file", "o.xml"], "the ending must be one of"),
     (["--model", "{models}/base", "--predict_data", "none.txt", "--save_file", "o.txt"], "none.txt does not exist"),
     (["--model", "{models}/base", "--prompt", "a", "--template", "chat"], "no chat template"),
+    (["--model", "{models}/base", "--prompt", "a", "--best_of", "4"], "best_of and reward_model go together"),
+    ([*JUDGED, "--best_of", "1", "--temperature", "1"], "best_of: 1 must be at least 2"),
+    ([*JUDGED, "--best_of", "4"], "best_of: 4 equal answers at temperature 0"),
+    ([*JUDGED, "--best_of", "4", "--temperature", "1", "--samples", "2"], "samples: 2 with best_of"),
+    ([*JUDGED, "--best_of", "4", "--num_beams", "2"], "num_beams: 2 with best_of"),
+    (
+        ["--model", "{models}/base", "--interactive", *JUDGED[4:], "--best_of", "4", "--temperature", "1"],
+        "a conversation",
+    ),
     (
         ["--model", "{models}/base", "--prompt", "a", "--samples", "2", "--tempreature", "1"],
         "did you mean 'temperature'",

@@ -16,9 +16,16 @@ pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("train")]
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "step_seconds", "mfu")
+    measured = (
+        "tokens_per_second",
+        "tokens_per_second_with_pauses",
+        "step_seconds",
+        "mfu",
+        "host_memory",
+        "device_memory",
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
 @pytest.mark.slow

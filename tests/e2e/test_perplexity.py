@@ -201,6 +201,25 @@ def test_every_way_to_name_a_model_and_devices(models: Path, tmp_path: Path) -> 
     assert figures(tmp_path, *words, *data)["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_weights_in_few_bits(kind: str, models: Path, tmp_path: Path) -> None:
+    """Rounded while they are read, or stored so by `convert quantize`: the same figures, near those of the numbers."""
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    data = ("--data", str(tmp_path / "texts.txt"))
+    base, stored = models / "base", tmp_path / "stored"
+    exact = figures(tmp_path, "--model", str(base), *data)["loss"]
+    rounded = figures(tmp_path, "--model", str(base), "--model.quantize", kind, *data)["loss"]
+    assert convert(["quantize", str(base), str(stored), "--kind", kind]) == 0
+    assert figures(tmp_path, "--model", str(stored), *data)["loss"] == rounded
+    assert 0 < abs(rounded - exact) < (2e-3 if kind == "int8" else 5e-2)
+    lora = ("--adapter", str(models / "lora"), *data)
+    words = ("--model", str(base), "--model.quantize", kind, *lora)
+    adapted, plain = (figures(tmp_path, *each)["loss"] for each in (words, ("--model", str(base), *lora)))
+    assert 0 < abs(adapted - plain) < (2e-3 if kind == "int8" else 5e-2)
+    assert abs(adapted - rounded) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -209,7 +228,6 @@ def test_every_way_to_name_a_model_and_devices(models: Path, tmp_path: Path) -> 
         (["--model", "BASE", "--data", "none.txt"], "none.txt"),
         (["--model", "nowhere", "--data", "TEXTS"], "nowhere: no such directory"),
         (["--model", "BASE", "--data", "TEXTS", "--predictions", "x.json"], "predictions: are not for perplexity"),
-        (["--model", "BASE", "--data", "TEXTS", "--model.int8", "true"], "model.int8"),
         (["--model", "BASE", "--data", "TEXTS", "--stride", "128"], "stride: 128 must be 1 to 127"),
         (["--model", "BASE", "--data", "TEXTS", "--stride", "0"], "stride: 0"),
         (["--model", "BASE", "--data", "TEXTS", "--sequence_length", "129"], "reads at most 128"),

@@ -15,6 +15,8 @@ import yaml
 from convert.commands.main import main as convert
 from jaxlm.cli.prepare import main as prepare
 from jaxlm.cli.train import main
+from jaxlm.runs.events import read_events
+from jaxlm.runs.overview import Observer
 from tests.e2e.conftest import SHAPE, write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("train")]
@@ -35,6 +37,10 @@ def full_run(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 
 def test_a_run_leaves_what_the_docs_say(full_run: Path) -> None:
     assert (full_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    start, *_, end = read_events(full_run / "events.jsonl")
+    assert (start["event"], start["step"], start["total"]) == ("start", 0, 8) and "model" in start["facts"]
+    assert (end["event"], end["step"], end["complete"]) == ("end", 8, True) and start["data"]
+    assert Observer(full_run).look().state == "complete" and min(read(full_run, "host_memory")) > 1 << 20
     assert yaml.safe_load((full_run / "config.yaml").read_text())["train"]["steps"] == 8
     assert len(read(full_run, "loss")) == 8
     validation = read(full_run, "validation_loss")
@@ -132,7 +138,7 @@ def test_result_opens_in_transformers_and_peft(full_run: Path, tmp_path: Path, i
 def validation_texts(run: Path) -> list[tuple[str, str]]:
     """The held-out records of a run as (prompt, answer)."""
     from jaxlm.config.files import load_run_yaml
-    from jaxlm.data import build_data
+    from jaxlm.data.loader import build_data
     from jaxlm.tokenizer import load_tokenizer
 
     config = load_run_yaml((run / "config.yaml").read_text(), "config.yaml")

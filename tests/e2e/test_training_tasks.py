@@ -53,11 +53,12 @@ def test_figures_are_those_of_evaluate(inputs: Path, base_config: dict[str, Any]
             assert last[f"{task}/{name}"] == pytest.approx(figures[name]["value"], abs=1e-5)
 
 
+WHOLE = "all of them"
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 2, "alpha": 8, "targets": ["q_proj", "down_proj"]}, "optimizer": {"learning_rate": 0.1}},
     "experts": {"moe": {"experts": 4, "top_k": {"text": 3}, "router": "learned"}},
     "sharded": {"mesh": {"data": 4, "fsdp": 2}},
-    "all of them": {
+    WHOLE: {
         "lora": {"rank": 2, "alpha": 8, "targets": ["q_proj", "v_proj"]},
         "moe": {"experts": 4, "top_k": {"text": 3}, "router": "activation"},
         "mesh": {"data": 4, "fsdp": 2},
@@ -65,8 +66,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=getattr(pytest.mark, "slow" if kind == WHOLE else "nightly")) for kind in KINDS]
+)
 def test_any_kind_of_model(kind: str, inputs: Path, base_config: dict[str, Any], tmp_path: Path) -> None:
     """An adapter, experts, several devices: what is said while training is what the run's model says afterwards."""
     choices, asked = tmp_path / "choices.json", tmp_path / "asked.json"

@@ -73,9 +73,19 @@ def in_a_row(model: Decoder, variables: Any, tokens: np.ndarray) -> jax.Array:
     return model.apply({"params": {name: params[name] for name in ("norm", "lm_head")}}, x, method="head")
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 4, 5])
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_period_of_two_scanned_equals_its_layers_in_a_row(num_layers: int, remat: str) -> None:
+@pytest.mark.parametrize(
+    ("remat", "num_layers"),
+    [
+        ("none", 1),
+        ("none", 2),
+        ("full", 5),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("none", 4), ("none", 5), ("full", 1), ("full", 2), ("full", 4)]
+        ],
+    ],
+)
+def test_a_period_of_two_scanned_equals_its_layers_in_a_row(remat: str, num_layers: int) -> None:
     model, tokens = decoder(num_layers, LOCAL, WHOLE, remat=remat), ids()
     variables = fresh(model)
 
@@ -113,7 +123,14 @@ def test_adapters_of_a_period_know_which_layer_they_are_of() -> None:
     assert np.abs(got - without).max() > 0.1
 
 
-@pytest.mark.parametrize("period", [(LOCAL,), (WHOLE,), (LOCAL, WHOLE), (UNORDERED,), (LOCAL, UNORDERED)])
+@pytest.mark.parametrize(
+    "period",
+    [
+        (LOCAL, WHOLE),
+        (UNORDERED,),
+        *(pytest.param(period, marks=pytest.mark.slow) for period in [(LOCAL,), (WHOLE,), (LOCAL, UNORDERED)]),
+    ],
+)
 def test_unrolled_with_caches_gives_the_logits_of_the_scanned_model(period: tuple[LayerSpec, ...]) -> None:
     model, tokens = decoder(5, *period), ids()
     variables = fresh(model)

@@ -339,13 +339,14 @@ def tree_from(source: Any) -> dict[str, Any]:
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "variant", "case"),
     [
         ("t5", "gated", "all, dora"),
-        pytest.param("t5", "gated", "q and v", marks=pytest.mark.slow),
-        pytest.param("t5", "gated", "wi_0 and wo, rslora", marks=pytest.mark.slow),
-        pytest.param("mt5", "plain", "all, dora", marks=pytest.mark.slow),
+        ("t5", "gated", "q and v"),
+        ("t5", "gated", "wi_0 and wo, rslora"),
+        ("mt5", "plain", "all, dora"),
     ],
 )
 def test_adapters_are_those_of_peft(
@@ -496,7 +497,7 @@ def test_what_is_for_decoders_alone_is_refused(
 
     hf_model(family).save_pretrained(tmp_path / "hf")
     with pytest.raises(UserError, match=f"model.int8: a {family} model has an encoder") as error:
-        placement(open_with_adapter(str(tmp_path / "hf"), None), int8=True)
+        placement(open_with_adapter(str(tmp_path / "hf"), None), "auto", "int8")
     settle(request, family, "int8", refused=str(error.value))
     words = ["moefy", tmp_path / "hf", tmp_path / "moe", "--experts", "4", "--top-k", "text=4"]
     assert main([str(word) for word in words]) == 2

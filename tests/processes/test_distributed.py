@@ -130,6 +130,10 @@ class Memory:
             self.changed.wait_for(lambda: key in self.stored)
             return self.stored[key]
 
+    def forget(self, key: str) -> None:
+        with self.changed:
+            self.stored.pop(key, None)
+
     def values(self, key: str) -> dict[int, str]:
         with self.changed:
             found = {k.rpartition("/"): text for k, text in self.stored.items()}

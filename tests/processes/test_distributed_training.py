@@ -10,15 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import yaml
 
 from convert.source import open_model
+from jaxlm.devices.trace import read_trace
 from tests.e2e.conftest import base_config, inputs, write_config
 from tests.e2e.test_resume import losses, steps_done
 from tests.processes.test_distributed import free_port
@@ -46,12 +48,20 @@ def start(
 
 
 def start_words(
-    log: Path, *words: str, processes: int = 2, devices: int = 2, module: str = "jaxlm.train"
+    log: Path,
+    *words: str,
+    processes: int = 2,
+    devices: int = 2,
+    module: str = "jaxlm.train",
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "launch/local.py"), f"--processes={processes}", f"--devices={devices}"]
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [*command, "--module", module, "--", *words], stdout=stream, stderr=stream, env=ENVIRONMENT
+            [*command, "--module", module, "--", *words],
+            stdout=stream,
+            stderr=stream,
+            env={**ENVIRONMENT, **environment},
         )
 
 
@@ -112,13 +122,15 @@ def config(base_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    text = end(start(config, folder / "run", folder / "log"), folder / "log")
+    profile = ("--train.profile", "{start: 6, steps: 2}")
+    text = end(start(config, folder / "run", folder / "log", *profile), folder / "log")
     assert "devices            4 cpu, data 2 x fsdp 2" in text
     assert sum(line.startswith(f"step {STEPS}: validation loss") for line in ours(text, 0)) == 1
     assert ours(text, 0) and not ours(text, 1), text
     for process in (0, 1):  # and each keeps its own log
         log = (folder / f"run/logs/process-{process:02}.log").read_text()
         assert "all 2 processes have the same configuration" in log and f"step {STEPS}/{STEPS}" in log
+        assert read_trace(folder / f"run/profile/process-{process:02}").steps == 2
     assert (folder / "run/loss.png").exists()
     return folder / "run"
 
@@ -240,6 +252,51 @@ def test_two_processes_evaluate_as_one_does(uninterrupted: Path, config: Path, t
     for mine, theirs in zip(one, two, strict=True):
         assert mine.pop("log_probs", []) == pytest.approx(theirs.pop("log_probs", []), abs=1e-4)
         assert mine == theirs
+
+
+def test_two_processes_measure_perplexity_as_one_does(
+    uninterrupted: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one process scored a part before; process 0 alone writes."""
+    from jaxlm.cli.evaluate import main
+    from jaxlm.evaluation.journal import JournalFile
+    from jaxlm.evaluation.outputs import JOURNAL
+
+    data, log, add = tmp_path / "texts.jsonl", tmp_path / "log", JournalFile.add
+    texts = [f"rock {word} " * count for word, count in (("sand", 40), ("clay", 3), ("iron", 90), ("gas", 11))] * 8
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--task", "perplexity", "--model", str(uninterrupted), "--data", str(data), "--batch_size", "1"]
+    words += ["--mesh.data", "2", "--mesh.fsdp", "2", "--sequence_length", "48"]
+
+    def measure(name: str, status: int = 0) -> None:
+        files = ["--output", str(tmp_path / name), "--save_file", str(tmp_path / f"{name}.json")]
+        assert main([*words, *files, "--mesh.tensor", "2", "--compilation_cache", "none"]) == status
+
+    def killed_at_the_third_batch(journal: JournalFile, *lines: Any) -> None:
+        add(journal, *lines)
+        if (tmp_path / "two/perplexity" / JOURNAL).read_bytes().count(b"\n") == 3:
+            raise KeyboardInterrupt
+
+    measure("one")
+    monkeypatch.setattr(JournalFile, "add", killed_at_the_third_batch)
+    measure("two", 130)
+    cache = yaml.safe_load(config.read_text())["train"]["compilation_cache"]
+    words += ["--compilation_cache", cache]
+    saved = [{"--save_file": "two.json", "--output": "two"}, {"--save_file": "three.json"}]
+    for files, goes_on in zip(saved, (True, False), strict=True):
+        named = [word for key, name in files.items() for word in (key, str(tmp_path / name))]
+        text = end(start_words(log, *words, *named, module="jaxlm.evaluate"), log)
+        assert "[0] perplexity of" in text and ("going on: 2 batches" in text) == goes_on, text
+        assert text.count("32 records; wrote") == goes_on, text
+        assert "[1] perplexity of" not in text and not ours(text, 1), text
+        figures, theirs = (json.loads((tmp_path / name).read_text()) for name in ("one.json", files["--save_file"]))
+        assert theirs == {
+            key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in figures.items()
+        }
+    lines = [(tmp_path / each / "perplexity/predictions.jsonl").read_text().splitlines() for each in ("one", "two")]
+    for mine, other in zip(*lines, strict=True):
+        mine, other = json.loads(mine)["answers"]["text"], json.loads(other)["answers"]["text"]
+        assert mine.pop("log_probs") == pytest.approx(other.pop("log_probs"), rel=1e-5) and mine == other
 
 
 def test_disagreeing_config_and_data_are_named(config: Path, inputs: Path, tmp_path: Path) -> None:
