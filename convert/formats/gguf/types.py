@@ -18,7 +18,7 @@ from convert.formats.gguf.library import load_gguf
 from jaxlm.errors import UserError
 from jaxlm.weights.leaves import cast
 from jaxlm.weights.names import Shape
-from jaxlm.weights.tensors import StoredTensor, Tensor
+from jaxlm.weights.tensors import StoredTensor, Tensor, WrappedTensor
 
 TypeName = Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 # What is written for a dtype that is kept.
@@ -141,23 +141,12 @@ class PackedTensor(Tensor):
 
 
 @dataclass(frozen=True)
-class UnpackedRows(Tensor):
+class UnpackedRows(WrappedTensor):
     """A tensor as float32, where others of the same leaf are packed."""
 
-    tensor: Tensor
-    dtype = np.dtype(np.float32)
-
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.tensor.name
-
-    @property
-    def file(self) -> Path:  # type: ignore[override]
-        return self.tensor.file
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return self.tensor.shape
+    def dtype(self) -> np.dtype[Any]:  # type: ignore[override]
+        return np.dtype(np.float32)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.tensor.rows(start, stop).astype(np.float32)

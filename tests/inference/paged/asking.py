@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from hypothesis import strategies as st
+
 from jaxlm.config import Decoding
 from jaxlm.inference.paged.requests import Finish, Piece, Query, TokenLogprob
 from jaxlm.inference.paged.thread import PagedEngine
@@ -69,6 +71,32 @@ def ask(engine: PagedEngine, queries: Sequence[Query]) -> list[Answers]:
     """The answers to queries that are asked together."""
     answers = [Answers(engine, query) for query in queries]
     return [each.wait() for each in answers]
+
+
+def check_drawn_schedule(engine: PagedEngine, alone: Sequence[Any], data: Any, least: int, most: int) -> None:
+    """Asks some of QUERIES, gives some of them up, and holds all answers to those of queries that were asked alone.
+
+    Args:
+        alone: the `content` of each of QUERIES.
+        data: hypothesis's `st.data()`.
+        least, most: bounds of the number of queries.
+    """
+    asked, cancelled = [], set()
+    for _ in range(data.draw(st.integers(least, most))):
+        number = data.draw(st.integers(0, len(QUERIES) - 1))
+        asked.append((number, Answers(engine, QUERIES[number])))
+        if data.draw(st.integers(0, 4)) == 0:
+            victim = data.draw(st.integers(0, len(asked) - 1))
+            asked[victim][1].cancel()
+            cancelled.add(victim)
+    for index, (number, answers) in enumerate(asked):
+        answers.wait()
+        if index in cancelled:
+            whole = alone[number][0]
+            assert all(ids == full[: len(ids)] for ids, full in zip(answers.ids, whole, strict=True))
+        else:
+            assert content(answers) == alone[number]
+    settle(engine)
 
 
 def settle(engine: PagedEngine) -> None:

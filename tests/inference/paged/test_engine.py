@@ -29,7 +29,7 @@ from jaxlm.models.families import SHAPES
 from jaxlm.models.unrolled import next_states
 from jaxlm.nn.ordered_weight import OrderedWeight
 from jaxlm.spec import uniform_decoder
-from tests.inference.paged.asking import QUERIES, Answers, ask, content, settle
+from tests.inference.paged.asking import QUERIES, ask, check_drawn_schedule, content, settle
 from tests.inference.test_engine import MIXED, PROMPTS, finish
 from tests.inference.test_generation import CONFIG, generator, params
 from tests.models.compare import random_tree
@@ -47,22 +47,7 @@ def test_answers_are_those_of_the_slots(alone: list[Any]) -> None:
 @given(data=st.data())
 def test_answers_do_not_depend_on_others(engine: PagedEngine, alone: list[Any], data: Any) -> None:
     """To the last bit, log-probabilities included, whoever asks, gives up, and however pages run out."""
-    asked, cancelled = [], set()
-    for _ in range(data.draw(st.integers(2, 12))):
-        number = data.draw(st.integers(0, len(QUERIES) - 1))
-        asked.append((number, Answers(engine, QUERIES[number])))
-        if data.draw(st.integers(0, 4)) == 0:
-            victim = data.draw(st.integers(0, len(asked) - 1))
-            asked[victim][1].cancel()
-            cancelled.add(victim)
-    for index, (number, answers) in enumerate(asked):
-        answers.wait()
-        if index in cancelled:
-            whole = alone[number][0]
-            assert all(ids == full[: len(ids)] for ids, full in zip(answers.ids, whole, strict=True))
-        else:
-            assert content(answers) == alone[number]
-    settle(engine)
+    check_drawn_schedule(engine, alone, data, 2, 12)
 
 
 def test_a_token_is_the_same_beside_many_others() -> None:

@@ -19,7 +19,7 @@ from jaxlm.inference.paged.schedule import Scheduler, Shape, Step, Text
 from jaxlm.inference.paged.step import Plan
 from jaxlm.inference.paged.thread import PagedEngine
 from jaxlm.models.decoder import Decoder
-from tests.inference.paged.asking import QUERIES, Answers, ask, content, settle
+from tests.inference.paged.asking import ask, check_drawn_schedule, content, settle
 from tests.inference.test_generation import CONFIG, generator, params
 
 # Greedy and drawn answers of a model that soon repeats itself.
@@ -140,22 +140,7 @@ def test_a_schedule_with_guesses_continues_texts_as_they_stand(data: Any) -> Non
 @given(data=st.data())
 def test_answers_are_those_without_guesses(guessing: PagedEngine, alone: list[Any], data: Any) -> None:
     """To the last bit, whoever asks, gives up, and however rows and pages run out."""
-    asked, cancelled = [], set()
-    for _ in range(data.draw(st.integers(1, 8))):
-        number = data.draw(st.integers(0, len(QUERIES) - 1))
-        asked.append((number, Answers(guessing, QUERIES[number])))
-        if data.draw(st.integers(0, 4)) == 0:
-            victim = data.draw(st.integers(0, len(asked) - 1))
-            asked[victim][1].cancel()
-            cancelled.add(victim)
-    for index, (number, answers) in enumerate(asked):
-        answers.wait()
-        if index in cancelled:
-            whole = alone[number][0]
-            assert all(ids == full[: len(ids)] for ids, full in zip(answers.ids, whole, strict=True))
-        else:
-            assert content(answers) == alone[number]
-    settle(guessing)
+    check_drawn_schedule(guessing, alone, data, 1, 8)
 
 
 def test_guesses_are_accepted_and_refused(engine: PagedEngine, guessing: PagedEngine) -> None:
