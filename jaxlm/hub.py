@@ -170,20 +170,21 @@ def upload(
     log_in = "hf auth login, or set HF_TOKEN (a token with write access)"
     if get_token() is None:
         raise UserError(f"{name}: nobody is logged in here; do that with {log_in}")
+    # Names are taken literally; the library takes patterns.
+    patterns = [glob.escape(file) for file in files]
     try:
-        api = _api()
-        api.create_repo(name.repo, private=private, exist_ok=True)
-        if branch is not None:
-            api.create_branch(name.repo, branch=branch, exist_ok=True)
-        # Names are taken literally; the library takes patterns.
-        patterns = [glob.escape(file) for file in files]
-        commit = api.upload_folder(
-            repo_id=name.repo,
-            folder_path=directory,
-            allow_patterns=patterns,
-            revision=branch,
-            commit_message=message,
-        )
+        with _one_client():
+            api = _api()
+            api.create_repo(name.repo, private=private, exist_ok=True)
+            if branch is not None:
+                api.create_branch(name.repo, branch=branch, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name.repo,
+                folder_path=directory,
+                allow_patterns=patterns,
+                revision=branch,
+                commit_message=message,
+            )
     except _unreachable() as error:
         off = constants.HF_HUB_OFFLINE
         why = "HF_HUB_OFFLINE forbids the network" if off else f"the hub cannot be reached ({_brief(error)})"
@@ -374,6 +375,23 @@ def _unreachable() -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
+def _one_client() -> Iterator[None]:
+    """A block in which threads of the hub library share its client, which the first that cannot connect closes.
+
+    Raises:
+        httpx2.ConnectError: in place of the RuntimeError of another that was about to use it.
+    """
+    import httpx2
+
+    try:
+        yield
+    except RuntimeError as error:
+        if "client has been closed" not in str(error):
+            raise
+        raise httpx2.ConnectError("no connection") from error
+
+
+@contextlib.contextmanager
 def _told(name: HubName, key: str) -> Iterator[None]:
     """A block that asks the hub; what it answers is told in words that say what to do.
 
@@ -385,7 +403,8 @@ def _told(name: HubName, key: str) -> Iterator[None]:
     page = f"{constants.ENDPOINT}/{'datasets/' if name.kind == 'dataset' else ''}{name.repo}"
     by_hand = f"where the network reaches it, run {name.download_command}, bring the folder here and give its path"
     try:
-        yield
+        with _one_client():
+            yield
     except errors.GatedRepoError:
         raise UserError(
             f"{key}: {name} has a licence to accept first: do that at {page}, then log in here with hf auth login (or "

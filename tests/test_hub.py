@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from huggingface_hub import constants
 
 from jaxlm.config import SourceConfig
 from jaxlm.data.records import check_source, read_records
 from jaxlm.errors import UserError
-from jaxlm.hub import HubName, model_files, pinned, read_address
+from jaxlm.hub import HubName, model_files, pinned, read_address, upload
 from jaxlm.locate import find_base, on_disk, record_base
 from tests.hub_server import Hub, forget, running_hub
 
@@ -185,6 +186,23 @@ def test_without_a_network_the_cache_is_enough_or_the_command_is_told(
         assert ("HF_HUB_OFFLINE forbids the network" in said) == ("HF_HUB_OFFLINE" in change)
         assert len(hub.requests) == asked
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_a_client_that_another_thread_closed_cannot_connect(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The hub library closes the client of all its threads where one of them cannot connect."""
+    hub.push("org/name", MODEL)
+    on_disk("hf://org/name", "small")
+    closed = httpx2.Client()
+    closed.close()
+    for module in ("utils._http", "hf_api"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.get_session", lambda: closed)
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(no connection\); the same command again"):
+        on_disk("hf://org/name")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(no connection\); the same command again"):
+        upload(HubName("model", "org/other"), tmp_path, ["config.json"], False, None, "message")
 
 
 def test_a_name_always_means_the_same_commit_within_a_process(hub: Hub) -> None:
