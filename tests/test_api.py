@@ -161,7 +161,7 @@ def test_an_adapter_counts_merged_and_on_the_fly(folder: Path, tmp_path: Path, m
     assert np.abs(expected - model.logits(IDS)).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["geo", "experts"])
+@pytest.mark.parametrize("name", ["geo", pytest.param("experts", marks=pytest.mark.slow)])
 def test_several_devices_give_the_same(folder: Path, name: str) -> None:
     assert jax.device_count() >= 4, "tests run on fake devices"
     alone = api.load(folder / "models" / name, dtype="float32", mesh=MeshConfig(data=-1, fsdp=1))

@@ -408,6 +408,7 @@ def test_router_losses_leave_padding_out(k: int) -> None:
     np.testing.assert_allclose(z, (sums**2)[SEGMENTS > 0].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_chooses_experts_while_training_and_never_weighs_them() -> None:
     moe = moe_config(top_k=(2, 1, 2)).experts
     assert moe is not None

@@ -111,6 +111,7 @@ def test_a_stage_has_the_shape_of_the_one_before(tmp_path: Path, capsys: pytest.
     assert trained[2] == 2 * trained[1]
 
 
+@pytest.mark.slow
 def test_slices_sum_gradients_over_the_network(capsys: pytest.CaptureFixture[str]) -> None:
     def figures(topology: str, rows: int, *more: str) -> Any:
         words = ("--model.shape", "llama-2-7b", "--topology", topology, "--train.global_batch_size", str(rows), *more)
