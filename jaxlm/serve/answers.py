@@ -125,7 +125,8 @@ class Asked:
         """The answers, piece by piece.
 
         Raises:
-            Problem: they take longer than a request may, or the engine has ended.
+            Problem: they take longer than a request may, one of them cannot be written to its end, or the engine has
+                ended.
         """
         missing = sum(map(len, self._answers))
         clocks = [[self._metrics.clock(self._started) for _ in answers] for answers in self._answers]
@@ -137,6 +138,8 @@ class Asked:
                 raise Problem(
                     f"the answer takes longer than {self._most:g} s (--timeout_s)", 504, code="timeout"
                 ) from None
+            if isinstance(piece, UserError):
+                raise of_user_error(piece) from None
             if isinstance(piece, Exception):
                 self._metrics.failed = f"{type(piece).__name__}: {piece}"
                 raise Problem("the engine has ended because of an error; see the server's log", 500) from None

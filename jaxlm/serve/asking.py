@@ -31,6 +31,7 @@ def decoding(body: Sampling, max_tokens: int, served: Served) -> Decoding:
         Problem: a value out of its range.
     """
     in_range("n", body.n, 1, MOST_SAMPLES)
+    in_range("num_beams", body.num_beams, 1, MOST_SAMPLES)
     in_range("max_tokens", max_tokens, 1, 2**31 - 1)
     in_range("frequency_penalty", body.frequency_penalty, -2, 2)
     in_range("presence_penalty", body.presence_penalty, -2, 2)

@@ -191,6 +191,19 @@ def test_an_answer_follows_a_schema(client: openai.OpenAI) -> None:
     assert (reply.choices[0].message.content or "").startswith("{")
 
 
+def test_a_schema_that_outgrows_its_limits_ends_its_own_answer_alone(client: openai.OpenAI) -> None:
+    """llguidance follows some 600 properties that may come next, and sees that there are more when they do."""
+    schema = {"type": "object", "properties": {f"p{k}": {"type": "null"} for k in range(700)}}
+    wanted: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
+    }
+    with pytest.raises(openai.BadRequestError, match="the schema cannot be followed") as refused:
+        client.chat.completions.create(model="tiny", messages=ASK, response_format=wanted)
+    assert refused.value.param == "response_format"
+    assert client.get("/models", cast_to=object) and client.completions.create(model="tiny", prompt="rock").choices
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
 def test_a_tool_is_called_when_it_must(client: openai.OpenAI, choice: Any) -> None:
     reply = client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS, tool_choice=choice, seed=2)
@@ -228,6 +241,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": -1}, "temperature", "-1"),
     ({"n": 0}, "n", "between 1 and 128"),
     ({"n": 2, "temperature": 0}, "n", "equal answers"),
+    ({"num_beams": 129, "temperature": 0}, "num_beams", "between 1 and 128"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
     ({"stop": [""]}, "stop", "not empty"),
     ({"stop_token_ids": [400]}, "stop_token_ids", "0 to 399"),
