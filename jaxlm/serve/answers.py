@@ -46,8 +46,8 @@ class Delta:
 class _Answer:
     """One answer: its tokens, its text, and what was handed on of both."""
 
-    def __init__(self, tokenizer: Tokenizer, query: Query) -> None:
-        self.stream = TextStream(tokenizer, query.prompt, query.options.stop)
+    def __init__(self, tokenizer: Tokenizer, query: Query, continues: bool) -> None:
+        self.stream = TextStream(tokenizer, query.prompt if continues else (), query.options.stop)
         self.ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._handed = 0
@@ -77,17 +77,30 @@ class _Answer:
 class Asked:
     """Queries that the engine has, and their answers; `close` takes back those that still go on.
 
+    Args:
+        most: seconds that the answers may take.
+        continues: a text goes on where its prompt ends, with the space that its first word may have in front; False:
+            it is a turn of its own, which tokenizers like LLaMA's begin without that space.
+
     Raises:
         Problem: the engine refuses one of them (then it has none), or has no place for it now.
     """
 
     def __init__(
-        self, engine: EngineThread, tokenizer: Tokenizer, queries: Sequence[Query], metrics: Metrics, most: float
+        self,
+        engine: EngineThread,
+        tokenizer: Tokenizer,
+        queries: Sequence[Query],
+        metrics: Metrics,
+        most: float,
+        continues: bool,
     ) -> None:
         self._engine, self._metrics, self._most = engine, metrics, most
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        self._answers = [[_Answer(tokenizer, query) for _ in range(query.options.samples)] for query in queries]
+        self._answers = [
+            [_Answer(tokenizer, query, continues) for _ in range(query.options.samples)] for query in queries
+        ]
         self._started = self._loop.time()
         self._tickets: list[int] = []
         try:

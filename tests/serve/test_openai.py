@@ -20,7 +20,7 @@ from tests.serve.fake import FakeEngine
 from tests.serve.model import ANSWER, running, served
 
 ASK: Any = [{"role": "system", "content": "short"}, {"role": "user", "content": "what is granite?"}]
-# SentencePiece's first token brings a space along, behind a prompt.
+# SentencePiece's first token brings a space along, behind a prompt; a chat's answer is a turn of its own.
 WRITTEN = f" {ANSWER}"
 
 
@@ -87,7 +87,7 @@ def test_a_stream_says_what_the_whole_reply_says(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert usage.choices == [] and usage.usage == whole.usage
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
-    assert text == whole.choices[0].message.content == WRITTEN
+    assert text == whole.choices[0].message.content == ANSWER
     pieces = client.completions.create(model="tiny", prompt="the", temperature=0, stream=True, max_tokens=200)
     assert "".join(piece.choices[0].text for piece in pieces) == WRITTEN
 
@@ -97,10 +97,10 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(client: openai.OpenAI, eng
     reply = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, stop=stop, logprobs=True)
     first = stop if isinstance(stop, str) else stop[0]
     choice = reply.choices[0]
-    assert choice.message.content == WRITTEN.partition(first)[0] and choice.finish_reason == "stop"
+    assert choice.message.content == ANSWER.partition(first)[0] and choice.finish_reason == "stop"
     assert choice.logprobs is not None and choice.logprobs.content is not None
     spelled = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content)
-    assert spelled.startswith((choice.message.content or "").encode())
+    assert spelled.startswith(f" {choice.message.content}".encode())
 
 
 def test_scores_of_a_text_that_is_held_back(client: openai.OpenAI, engine: FakeEngine) -> None:
@@ -128,7 +128,7 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     assert (
         b"".join(bytes(token.bytes or []) for token in scored.content)
         .decode(errors="ignore")
-        .startswith(reply.choices[0].message.content or "")
+        .startswith(f" {reply.choices[0].message.content}")
     )
 
 
@@ -287,7 +287,7 @@ def test_knowlms_server(url: str, tokenizer: Tokenizer, engine: FakeEngine) -> N
     """Instruction and input go into the template; its fields, and its reply's."""
     body = {"instruction": "name it", "input": "a rock", "parameters": {"temperature": 0, "max_tokens": 4, "top_k": -1}}
     reply = httpx2.post(f"{url}/generate", json=body)
-    assert reply.json() == {"generated_text": " **Granite**", "num_output_tokens_cf": 4, "error": None}
+    assert reply.json() == {"generated_text": "**Granite**", "num_output_tokens_cf": 4, "error": None}
     assert "name it\n\na rock" in tokenizer.decode(engine.submitted[-1].prompt)
     assert httpx2.post(f"{url}/generate", json={"instruction": "x", "beams": 2}).json()["error"]["param"] == "beams"
 
