@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import functools
 from collections.abc import Sequence
 
 from jaxlm.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class TextStream:
         self._whole = collections.deque([0, self._start])
         self._before = tokenizer.decode(self._ids, open_end=True)
         self._certain = self._shown = 0  # characters
+        self._begun = [0] * len(stops)  # how much of each stop text ends what is certain
         self._run: codecs.IncrementalDecoder | None = None
         self._is_character = True  # what the run says so far
         self.text, self.stopped = "", False
@@ -84,7 +86,7 @@ class TextStream:
                 self.ends.append(len(self.text))
         if last and not self.stopped:
             self._decode(is_open=False, last=True)
-        safe = len(self.text) if self.stopped or last else self._certain - self._maybe_stop()
+        safe = len(self.text) if self.stopped or last else self._certain - max(self._begun, default=0)
         new = self.text[self._shown : safe]
         self._shown = max(self._shown, safe)
         return new, self.stopped
@@ -149,22 +151,36 @@ class TextStream:
             self.ends = [min(end, len(self.text)) for end in self.ends]
         if is_open or last:
             return
+        self._begun = [
+            _begun(stop, size, self.text[self._certain :]) for stop, size in zip(self._stops, self._begun, strict=True)
+        ]
         self._certain = len(self.text)
         self._whole.append(len(self._ids))
         while self._whole[1] <= len(self._ids) - CONTEXT:
             self._whole.popleft()
         self._before = self._tokenizer.decode(self._ids[self._whole[0] :], open_end=True)
 
-    def _maybe_stop(self) -> int:
-        """How many characters at the end of what is certain may be the beginning of a stop text."""
-        text = self.text[max(0, self._certain - self._longest) : self._certain]
-        lengths = [
-            size
-            for stop in self._stops
-            for size in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:size])
-        ]
-        return max(lengths, default=0)
+
+def _begun(stop: str, size: int, text: str) -> int:
+    """How many characters of `stop` end a text that ended with `size` of them, and goes on with `text`."""
+    borders = _borders(stop)
+    for letter in text:
+        while size and (size == len(stop) or stop[size] != letter):
+            size = borders[size - 1]
+        size += stop[size] == letter
+    return size
+
+
+@functools.lru_cache(64)
+def _borders(text: str) -> list[int]:
+    """For each beginning of a text the longest shorter one that also ends it (Knuth, Morris and Pratt, 1977)."""
+    borders, size = [0], 0
+    for letter in text[1:]:
+        while size and text[size] != letter:
+            size = borders[size - 1]
+        size += text[size] == letter
+        borders.append(size)
+    return borders
 
 
 def _half(tokenizer: Tokenizer, ids: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ from jaxlm.serve.served import Served
 from jaxlm.tokenizer import Tokenizer
 
 MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 128, 4, 20
+LONGEST_STOP = 1000  # characters; all answers are searched for it while they are written
 # What the engine calls the fields, where it is not the same.
 NAMES = {"samples": "n", "max_new_tokens": "max_tokens", "stop_ids": "stop_token_ids"}
 
@@ -38,6 +39,8 @@ def decoding(body: Sampling, max_tokens: int, served: Served) -> Decoding:
     stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     if len(stop) > MOST_STOPS:
         raise Problem(f"stop: {len(stop)} texts; at most {MOST_STOPS} can be given", param="stop")
+    if any(len(text) > LONGEST_STOP for text in stop):
+        raise Problem(f"stop: a text of more than {LONGEST_STOP:,} characters", param="stop")
     draws = body.temperature > 0  # at 0 the filters leave the most probable token, which is all that is looked at
     options = Decoding(
         max_new_tokens=max_tokens,

@@ -244,6 +244,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"num_beams": 129, "temperature": 0}, "num_beams", "between 1 and 128"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
     ({"stop": [""]}, "stop", "not empty"),
+    ({"stop": "a" * 1001}, "stop", "more than 1,000"),
     ({"stop_token_ids": [400]}, "stop_token_ids", "0 to 399"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "0 to 399"),
     ({"logit_bias": {"1": 200}}, "logit_bias", "-100 and 100"),
