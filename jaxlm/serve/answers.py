@@ -6,16 +6,18 @@ import asyncio
 import bisect
 import dataclasses
 import functools
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 from jaxlm.errors import UserError
-from jaxlm.inference.paged.requests import EngineThread, Finish, Piece, Query, QueueFull, TokenLogprob
+from jaxlm.inference.paged.requests import AnswerFailed, EngineThread, Finish, Piece, Query, QueueFull, TokenLogprob
 from jaxlm.inference.text import TextStream
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.problems import Problem, of_user_error
 from jaxlm.tokenizer import Tokenizer
 
 RETRY_SECONDS = 1
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,12 @@ class Asked:
                 ) from None
             if isinstance(piece, UserError):
                 raise of_user_error(piece) from None
+            if isinstance(piece, AnswerFailed):
+                _LOG.error("an answer could not be written", exc_info=piece)
+                raise Problem("the answer could not be written; see the server's log", 500) from None
             if isinstance(piece, Exception):
+                if self._metrics.failed is None:  # all who are waiting are told
+                    _LOG.error("the engine has ended", exc_info=piece)
                 self._metrics.failed = f"{type(piece).__name__}: {piece}"
                 raise Problem("the engine has ended because of an error; see the server's log", 500) from None
             answer = self._answers[number][piece.sample]

@@ -111,8 +111,12 @@ class EngineStats:
     accepted_total: int
 
 
-# Called in the engine's thread with pieces as they come, with a UserError that ended an answer, or with any other error
-# where it has ended the engine.
+class AnswerFailed(Exception):
+    """An answer could not be written because of its cause; the engine goes on."""
+
+
+# Called in the engine's thread with pieces as they come, with a UserError or AnswerFailed that ended an answer, or with
+# any other error where it has ended the engine.
 Deliver = Callable[[Piece | Exception], None]
 
 
