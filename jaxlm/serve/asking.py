@@ -41,11 +41,14 @@ def decoding(body: Sampling, max_tokens: int, served: Served) -> Decoding:
         raise Problem(f"stop: {len(stop)} texts; at most {MOST_STOPS} can be given", param="stop")
     if any(len(text) > LONGEST_STOP for text in stop):
         raise Problem(f"stop: a text of more than {LONGEST_STOP:,} characters", param="stop")
+    in_range("top_k", body.top_k, -1, 2**31 - 1)
+    in_range("top_p", body.top_p, 0, 1)
+    in_range("min_p", body.min_p, 0, 1)
     draws = body.temperature > 0  # at 0 the filters leave the most probable token, which is all that is looked at
     options = Decoding(
         max_new_tokens=max_tokens,
         temperature=float(body.temperature),
-        top_k=max(0, body.top_k) if draws and body.top_k != -1 else 0,
+        top_k=max(0, body.top_k) if draws else 0,
         top_p=float(body.top_p) if draws else 1.0,
         min_p=float(body.min_p) if draws else 0.0,
         repetition_penalty=float(body.repetition_penalty),
@@ -113,7 +116,8 @@ def _logit_bias(body: Sampling, served: Served) -> tuple[tuple[int, float], ...]
 def in_range(name: str, value: float, low: float, high: float) -> None:
     """Raises Problem for a value out of [low, high]."""
     if not low <= value <= high:
-        raise Problem(f"{name}: {shown(value)} must be between {low:g} and {high:g}", param=name)
+        limits = " and ".join(f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in (low, high))
+        raise Problem(f"{name}: {shown(value)} must be between {limits}", param=name)
 
 
 def plain_prompts(value: Any, served: Served, param: str, bos: bool = True) -> list[tuple[int, ...]]:

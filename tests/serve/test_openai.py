@@ -170,6 +170,7 @@ def test_a_prompt_alone_is_scored(client: openai.OpenAI) -> None:
     scored = reply.choices[0].logprobs
     assert reply.choices[0].text == "the rock" and scored is not None and scored.tokens == ["<s>", " the", " rock"]
     assert scored.text_offset == [0, 0, 3]
+    assert reply.usage is not None and (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (3, 0)
 
 
 SCHEMA: Any = {
@@ -239,6 +240,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     ({"temperature": "1"}, "temperature", "a number"),
     ({"temperature": -1}, "temperature", "-1"),
+    ({"temperature": 1e-300}, "temperature", "between 1e-06 and 1e+06"),
+    ({"temperature": 0, "top_p": 7}, "top_p", "between 0 and 1"),
+    ({"top_k": -5}, "top_k", "between -1 and"),
     ({"n": 0}, "n", "between 1 and 128"),
     ({"n": 2, "temperature": 0}, "n", "equal answers"),
     ({"num_beams": 129, "temperature": 0}, "num_beams", "between 1 and 128"),
@@ -282,6 +286,8 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(client: openai.
         client.completions.create(model="tiny", prompt=[5] * 513)
     with pytest.raises(openai.BadRequestError, match=r"5 to 400.*0 to 399"):
         client.completions.create(model="tiny", prompt=[5, 400])
+    with pytest.raises(openai.BadRequestError, match=r"260 answers.*256 may wait"):  # not a 429, which is tried again
+        client.completions.create(model="tiny", prompt=[[5]] * 130, n=2)
 
 
 def test_knowlms_server(url: str, tokenizer: Tokenizer, engine: FakeEngine) -> None:
