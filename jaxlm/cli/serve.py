@@ -283,6 +283,7 @@ def _engine(
         context=engine.max_length,
         vocab_size=opened.spec.vocab_size,
         stop_ids=generator.stop_ids,
+        queue=config.max_queue,
         embed=Embedder(generator, engine.max_length, engine_is_ready, orders),
         judge=None if judge is None else judge.in_all(orders),
     )

@@ -7,16 +7,27 @@ import math
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 
+# Logits are divided by such numbers in float32; those beyond would make them infinite, or no numbers.
+TINY = 1e-6
+
 
 def check_decoding(options: Decoding) -> None:
     """Raises UserError for a value that cannot be meant, naming key, value and range."""
     checks = [
         ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= options.temperature < math.inf, "0 (take the most probable token) or more, and finite"),
+        (
+            "temperature",
+            options.temperature == 0 or TINY <= options.temperature <= 1 / TINY,
+            f"0 (take the most probable token), or between {TINY:g} and {1 / TINY:g}",
+        ),
         ("top_k", 0 <= options.top_k < 2**31, "between 0 (off) and 2147483647"),
         ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1 (off)"),
         ("min_p", 0 <= options.min_p <= 1, "between 0 (off) and 1"),
-        ("repetition_penalty", 0 < options.repetition_penalty < math.inf, "above 0 and finite; 1 is off"),
+        (
+            "repetition_penalty",
+            TINY <= options.repetition_penalty <= 1 / TINY,
+            f"between {TINY:g} and {1 / TINY:g}; 1 is off",
+        ),
         ("no_repeat_ngram_size", 0 <= options.no_repeat_ngram_size < 2**31, "between 0 (off) and 2147483647"),
         ("num_beams", options.num_beams >= 1, "at least 1"),
         ("length_penalty", math.isfinite(options.length_penalty), "finite"),

@@ -6,16 +6,18 @@ import asyncio
 import bisect
 import dataclasses
 import functools
+import logging
 from collections.abc import AsyncIterator, Sequence
 
 from jaxlm.errors import UserError
-from jaxlm.inference.paged.requests import EngineThread, Finish, Piece, Query, QueueFull, TokenLogprob
+from jaxlm.inference.paged.requests import AnswerFailed, EngineThread, Finish, Piece, Query, QueueFull, TokenLogprob
 from jaxlm.inference.text import TextStream
 from jaxlm.serve.metrics import Metrics
 from jaxlm.serve.problems import Problem, of_user_error
 from jaxlm.tokenizer import Tokenizer
 
 RETRY_SECONDS = 1
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Delta:
 class _Answer:
     """One answer: its tokens, its text, and what was handed on of both."""
 
-    def __init__(self, tokenizer: Tokenizer, query: Query) -> None:
-        self.stream = TextStream(tokenizer, query.prompt, query.options.stop)
+    def __init__(self, tokenizer: Tokenizer, query: Query, continues: bool) -> None:
+        self.stream = TextStream(tokenizer, query.prompt if continues else (), query.options.stop)
         self.ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._handed = 0
@@ -77,17 +79,30 @@ class _Answer:
 class Asked:
     """Queries that the engine has, and their answers; `close` takes back those that still go on.
 
+    Args:
+        most: seconds that the answers may take.
+        continues: a text goes on where its prompt ends, with the space that its first word may have in front; False:
+            it is a turn of its own, which tokenizers like LLaMA's begin without that space.
+
     Raises:
         Problem: the engine refuses one of them (then it has none), or has no place for it now.
     """
 
     def __init__(
-        self, engine: EngineThread, tokenizer: Tokenizer, queries: Sequence[Query], metrics: Metrics, most: float
+        self,
+        engine: EngineThread,
+        tokenizer: Tokenizer,
+        queries: Sequence[Query],
+        metrics: Metrics,
+        most: float,
+        continues: bool,
     ) -> None:
         self._engine, self._metrics, self._most = engine, metrics, most
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
-        self._answers = [[_Answer(tokenizer, query) for _ in range(query.options.samples)] for query in queries]
+        self._answers = [
+            [_Answer(tokenizer, query, continues) for _ in range(query.options.samples)] for query in queries
+        ]
         self._started = self._loop.time()
         self._tickets: list[int] = []
         try:
@@ -125,7 +140,8 @@ class Asked:
         """The answers, piece by piece.
 
         Raises:
-            Problem: they take longer than a request may, or the engine has ended.
+            Problem: they take longer than a request may, one of them cannot be written to its end, or the engine has
+                ended.
         """
         missing = sum(map(len, self._answers))
         clocks = [[self._metrics.clock(self._started) for _ in answers] for answers in self._answers]
@@ -137,7 +153,14 @@ class Asked:
                 raise Problem(
                     f"the answer takes longer than {self._most:g} s (--timeout_s)", 504, code="timeout"
                 ) from None
+            if isinstance(piece, UserError):
+                raise of_user_error(piece) from None
+            if isinstance(piece, AnswerFailed):
+                _LOG.error("an answer could not be written", exc_info=piece)
+                raise Problem("the answer could not be written; see the server's log", 500) from None
             if isinstance(piece, Exception):
+                if self._metrics.failed is None:  # all who are waiting are told
+                    _LOG.error("the engine has ended", exc_info=piece)
                 self._metrics.failed = f"{type(piece).__name__}: {piece}"
                 raise Problem("the engine has ended because of an error; see the server's log", 500) from None
             answer = self._answers[number][piece.sample]

@@ -177,7 +177,7 @@ class _Routes:
             raise of_user_error(error, "instruction") from None
         prompt = served.checked(ids, "instruction")
         query = make_query(prompt, settings, decoding(settings, given.max_tokens, served), served)
-        asked = Asked(served.engine, served.tokenizer, [query], self._metrics, self._most)
+        asked = Asked(served.engine, served.tokenizer, [query], self._metrics, self._most, continues=False)
 
         async def answer() -> Any:
             text, count = "", 0

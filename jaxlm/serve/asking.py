@@ -20,6 +20,7 @@ from jaxlm.serve.served import Served
 from jaxlm.tokenizer import Tokenizer
 
 MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 128, 4, 20
+LONGEST_STOP = 1000  # characters; all answers are searched for it while they are written
 # What the engine calls the fields, where it is not the same.
 NAMES = {"samples": "n", "max_new_tokens": "max_tokens", "stop_ids": "stop_token_ids"}
 
@@ -31,17 +32,23 @@ def decoding(body: Sampling, max_tokens: int, served: Served) -> Decoding:
         Problem: a value out of its range.
     """
     in_range("n", body.n, 1, MOST_SAMPLES)
+    in_range("num_beams", body.num_beams, 1, MOST_SAMPLES)
     in_range("max_tokens", max_tokens, 1, 2**31 - 1)
     in_range("frequency_penalty", body.frequency_penalty, -2, 2)
     in_range("presence_penalty", body.presence_penalty, -2, 2)
     stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     if len(stop) > MOST_STOPS:
         raise Problem(f"stop: {len(stop)} texts; at most {MOST_STOPS} can be given", param="stop")
+    if any(len(text) > LONGEST_STOP for text in stop):
+        raise Problem(f"stop: a text of more than {LONGEST_STOP:,} characters", param="stop")
+    in_range("top_k", body.top_k, -1, 2**31 - 1)
+    in_range("top_p", body.top_p, 0, 1)
+    in_range("min_p", body.min_p, 0, 1)
     draws = body.temperature > 0  # at 0 the filters leave the most probable token, which is all that is looked at
     options = Decoding(
         max_new_tokens=max_tokens,
         temperature=float(body.temperature),
-        top_k=max(0, body.top_k) if draws and body.top_k != -1 else 0,
+        top_k=max(0, body.top_k) if draws else 0,
         top_p=float(body.top_p) if draws else 1.0,
         min_p=float(body.min_p) if draws else 0.0,
         repetition_penalty=float(body.repetition_penalty),
@@ -109,7 +116,8 @@ def _logit_bias(body: Sampling, served: Served) -> tuple[tuple[int, float], ...]
 def in_range(name: str, value: float, low: float, high: float) -> None:
     """Raises Problem for a value out of [low, high]."""
     if not low <= value <= high:
-        raise Problem(f"{name}: {shown(value)} must be between {low:g} and {high:g}", param=name)
+        limits = " and ".join(f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in (low, high))
+        raise Problem(f"{name}: {shown(value)} must be between {limits}", param=name)
 
 
 def plain_prompts(value: Any, served: Served, param: str, bos: bool = True) -> list[tuple[int, ...]]:

@@ -48,7 +48,7 @@ class Chat:
 
     def reply(self, metrics: Metrics, most: float) -> Reply:
         """Asks the engine; most: the seconds that it may take."""
-        self._asked = Asked(self._served.engine, self._served.tokenizer, [self._query], metrics, most)
+        self._asked = Asked(self._served.engine, self._served.tokenizer, [self._query], metrics, most, continues=False)
         close = self._asked.close
         return events(self._pieces, close) if self._body.stream else whole(self._whole, close)
 

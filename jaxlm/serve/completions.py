@@ -117,6 +117,9 @@ class Completions:
         drawn = dataclasses.replace(body, n=self._drawn)
         options = decoding(drawn, 1 if self._only_scores else body.max_tokens, served)
         prompts = plain_prompts(body.prompt, served, "prompt", body.add_special_tokens)
+        if len(prompts) * self._drawn > served.queue:
+            text = f"prompt: {len(prompts) * self._drawn} answers are asked for; at most {served.queue} may wait"
+            raise Problem(f"{text} (--max_queue): ask in several requests", param="prompt")
         texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         decode = served.tokenizer.decode
         self._texts = [
@@ -138,7 +141,7 @@ class Completions:
 
     def reply(self, metrics: Metrics, most: float) -> Reply:
         """Asks the engine; most: the seconds that it may take."""
-        self._asked = Asked(self._served.engine, self._served.tokenizer, self._queries, metrics, most)
+        self._asked = Asked(self._served.engine, self._served.tokenizer, self._queries, metrics, most, continues=True)
         close = self._asked.close
         return events(self._pieces, close) if self._body.stream else whole(self._whole, close)
 
@@ -184,7 +187,8 @@ class Completions:
     async def _choices(self) -> AsyncIterator[dict[str, Any]]:
         """Parts of the choices, as they come."""
         async for delta in self._asked.deltas():
-            self._counted.add(delta)
+            # A prompt that is only scored has one token drawn behind it, which nobody is given.
+            self._counted.add(dataclasses.replace(delta, num_tokens=0) if self._only_scores else delta)
             choice = self._choice(delta)
             if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
                 yield choice

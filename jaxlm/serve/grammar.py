@@ -11,6 +11,7 @@ from typing import Any
 import llguidance
 import numpy as np
 
+from jaxlm.errors import UserError
 from jaxlm.inference.paged.requests import Constraint
 from jaxlm.serve.bodies import ChatBody, NamedTool, Tool
 from jaxlm.serve.problems import Problem
@@ -52,7 +53,7 @@ class Grammars:
             return None
         first = self._matcher(grammar, param)
         words = (self._served.vocab_size + 31) // 32
-        return lambda: _Follower(first.deep_copy(), words, frozenset(self._served.stop_ids))
+        return lambda: _Follower(first.deep_copy(), words, frozenset(self._served.stop_ids), param)
 
     def _matcher(self, grammar: str, param: str) -> Any:
         with self._lock:
@@ -60,8 +61,7 @@ class Grammars:
                 self._tokens = self._tokenizer()
         matcher = llguidance.LLMatcher(self._tokens, llguidance.LLMatcher.grammar_from_lark(grammar), log_level=0)
         if matcher.is_error():
-            lines = [line for line in matcher.get_error().splitlines() if line.strip()]
-            raise Problem(f"{param}: the schema cannot be followed: {lines[0] if lines else ''}", param=param)
+            raise Problem(_why(matcher, param), param=param)
         return matcher
 
     def _tokenizer(self) -> Any:
@@ -127,18 +127,33 @@ class _Tokens:
         return ids
 
 
-class _Follower:
-    """One answer's place in a grammar."""
+def _why(matcher: Any, param: str) -> str:
+    """What is wrong with the grammar of a matcher that has an error."""
+    lines = [line for line in matcher.get_error().splitlines() if line.strip()]
+    return f"{param}: the schema cannot be followed: {lines[0] if lines else ''}"
 
-    def __init__(self, matcher: Any, words: int, stop_ids: frozenset[int]) -> None:
-        self._matcher, self._words, self._stop_ids = matcher, words, stop_ids
+
+class _Follower:
+    """One answer's place in a grammar.
+
+    A schema may outgrow the matcher's limits behind any token, e.g. where thousands of properties may come next.
+    """
+
+    def __init__(self, matcher: Any, words: int, stop_ids: frozenset[int], param: str) -> None:
+        self._matcher, self._words, self._stop_ids, self._param = matcher, words, stop_ids, param
 
     def allowed(self) -> np.ndarray:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        self._check()
         assert mask.shape == (self._words,), (mask.shape, self._words)
         return mask
 
     def accept(self, token: int) -> None:
         if token not in self._stop_ids:
             consumed = self._matcher.consume_token(token)
-            assert consumed, f"token {token} was not allowed: {self._matcher.get_error()}"
+            self._check()
+            assert consumed, f"token {token} was not allowed"
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UserError(_why(self._matcher, self._param))

@@ -26,6 +26,7 @@ class Served:
         context: tokens that a prompt and its answer may have together.
         vocab_size: V of the model.
         stop_ids: tokens that end an answer.
+        queue: answers that may wait; more of them in one request never could.
         embed: means of the last hidden states [number of texts, D] float32 of the base; None: the model has none.
         judge: a reward model, which chooses for best_of; None: the server has none.
     """
@@ -39,6 +40,7 @@ class Served:
     context: int
     vocab_size: int
     stop_ids: tuple[int, ...]
+    queue: int = 256
     embed: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None
     judge: Judge | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -151,6 +152,18 @@ class Tokenizer:
         if self._modalities is None:
             return self._backend.decode(known, skip_special)
         return self._modalities.decode(known, lambda run: self._backend.decode(run, skip_special), open_end)
+
+    @functools.cached_property
+    def run_bytes(self) -> Mapping[int, int]:
+        """Tokens that spell one byte, by id, where those in a row are decoded together; empty elsewhere.
+
+        A tokenizer.json with ByteFallback writes U+FFFD for each of them where one is part of no character, also for
+        those that are: what such a token says is not certain before another kind of token follows.
+        """
+        ids = [self.id_of(f"<0x{byte:02X}>") for byte in range(256)]
+        known = {index: byte for byte, index in enumerate(ids) if index is not None}
+        probe = [index for index in (ids[byte] for byte in "花".encode() + b"\xff") if index is not None]
+        return known if self.decode(probe) == "\ufffd" * 4 else {}
 
     def token(self, index: int) -> str:
         """The piece with this id as the vocabulary spells it ("▁the"); empty for an unused id."""

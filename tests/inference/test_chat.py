@@ -65,14 +65,14 @@ def talk(generator: Generator, tokenizer: Tokenizer, tmp_path: Path) -> Callable
 
 
 def test_earlier_turns_are_seen(talk: Callable[..., Talk]) -> None:
-    found = talk()("rock", "earth")
+    found = talk(seed=1)("rock", "earth")
     first, second = found.shown.rstrip("\n").split("\n")[:2]
     assert found.prompts[0] == "S U: rock A:"
     assert found.prompts[1].startswith("S U: rock A: " + first)
     assert found.prompts[1].endswith("U: earth A:")
     assert second
     # The same conversation again gives the same text, although the second turn reads only what is new.
-    assert talk()("rock", "earth").shown == found.shown
+    assert talk(seed=1)("rock", "earth").shown == found.shown
 
 
 def test_several_devices_give_the_same_conversation(generator: Generator, talk: Callable[..., Talk]) -> None:

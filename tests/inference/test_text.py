@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -27,9 +27,9 @@ def test_no_half_character_at_any_length(tokenizer: Tokenizer) -> None:
     text = "rock 花岗岩 🌍 é"
     ids = tokenizer.encode(text).ids
     assert len(ids) > len(text), "the text should need bytes"
-    for length in range(len(ids) + 1):
-        part = answer_text(tokenizer, [], ids[:length])
-        assert text.startswith(part)
+    parts = [answer_text(tokenizer, [], ids[:length]) for length in range(len(ids) + 1)]
+    assert all(text.startswith(part) for part in parts) and sorted(parts, key=len) == parts
+    assert {*parts} >= {text[:length] for length in (5, 6, 7, 8, 10, 12)}, "a character more at a time"
     assert answer_text(tokenizer, [], ids) == text
 
 
@@ -80,7 +80,7 @@ WORDS = "the crust of the earth is made of rock and more rock: 花岗岩, é �
 
 @pytest.fixture(scope="module")
 def kinds(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
-    """SentencePiece with bytes for what it lacks, the same as a tokenizer.json, and pieces of bytes (GPT-2's)."""
+    """A tokenizer.json with bytes for what it lacks, the same by SentencePiece, and pieces of bytes (GPT-2's)."""
     folder = tmp_path_factory.mktemp("bytes")
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,14 +89,11 @@ def kinds(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> lis
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, show_progress=False)
     trained.train_from_iterator([WORDS] * 20, trainer)
     trained.save(str(folder / "tokenizer.json"))
-    vocabulary = {tokenizer.token(index): index for index in range(tokenizer.vocab_size)}
-    fallback = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
-    replace, strip = tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Strip(" ", 1, 0)
-    steps = [replace, tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), strip]
-    fallback.decoder = tokenizers.decoders.Sequence(steps)
-    other = tmp_path_factory.mktemp("fallback")
-    fallback.save(str(other / "tokenizer.json"))
-    return [tokenizer, load_tokenizer(Path(other)), load_tokenizer(Path(folder))]
+    pieces = tmp_path_factory.mktemp("pieces")
+    shutil.copy(tokenizer.path / "tokenizer.model", pieces)
+    kinds = [tokenizer, load_tokenizer(pieces), load_tokenizer(folder)]
+    assert [len(kind.run_bytes) for kind in kinds] == [256, 0, 0]
+    return kinds
 
 
 def streamed(
@@ -124,8 +121,7 @@ def test_a_stream_is_the_answer_in_pieces(
 ) -> None:
     """Whatever the stop texts, the characters in bytes, and the pieces; the answer is decoded as a whole for that."""
     tokenizer = kinds[kind]
-    # The tokenizer.json has no merges, and decodes what SentencePiece encodes.
-    before, ids = ([*kinds[0 if kind < 2 else 2].encode(part).ids] for part in (prompt, text))
+    before, ids = ([*tokenizer.encode(part).ids] for part in (prompt, text))
     wanted = ""
     for count in range(len(ids) + 1):
         wanted, stopped = cut_at_stop(answer_text(tokenizer, before, ids[:count]), stops)
@@ -134,18 +130,60 @@ def test_a_stream_is_the_answer_in_pieces(
     assert streamed(tokenizer, before, ids, stops, cuts) == wanted
 
 
-@given(kind=st.integers(0, 2), data=st.data(), stops=STOPS)
+@given(kind=st.integers(0, 2), data=st.data(), prompt=LETTERS, stops=STOPS)
 def test_pieces_change_nothing_in_any_tokens(
-    kinds: list[Tokenizer], kind: int, data: st.DataObject, stops: list[str]
+    kinds: list[Tokenizer], kind: int, data: st.DataObject, prompt: str, stops: list[str]
 ) -> None:
-    """Models write bytes that are no characters, too."""
+    """Models write bytes that are no characters, too, beside some that are."""
     tokenizer = kinds[kind]
-    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
-    cuts = data.draw(st.sets(st.integers(0, 30)))
-    shown = streamed(tokenizer, ids[:3], ids, stops, cuts)
-    assert (
-        shown
-        == streamed(tokenizer, ids[:3], ids, stops, set(range(31)))
-        == streamed(tokenizer, ids[:3], ids, stops, set())
-    )
+    before = tokenizer.encode(prompt).ids
+    tokens = st.integers(0, tokenizer.vocab_size - 1).map(lambda index: [index])
+    parts = data.draw(st.lists(st.one_of(tokens, LETTERS.map(lambda text: tokenizer.encode(text).ids)), max_size=12))
+    ids = [index for part in parts for index in part]
+    cuts = data.draw(st.sets(st.integers(0, 60)))
+    shown = streamed(tokenizer, before, ids, stops, cuts)
+    assert shown == streamed(tokenizer, before, ids, stops, set(range(len(ids))))
+    assert shown == streamed(tokenizer, before, ids, stops, set())
     assert not any(stop in shown for stop in stops)
+    assert streamed(tokenizer, before, ids, [], cuts) == answer_text(tokenizer, before, ids)
+
+
+def test_an_answer_goes_on_from_characters_in_bytes(kinds: list[Tokenizer]) -> None:
+    """However many bytes the prompt ends with: those of a part of a character would make the answer's none, too."""
+    for tokenizer in kinds:
+        for count in range(1, 9):
+            prompt, ids = (tokenizer.encode(text).ids for text in (f"rock é{'岗' * count}", "岩石"))
+            ids = [index for index in ids if tokenizer.token(index) not in ("▁",)]
+            assert answer_text(tokenizer, prompt, ids) == streamed(tokenizer, prompt, ids, [], set()) == "岩石"
+
+
+def test_a_stop_text_in_bytes_ends_an_answer_at_once(tokenizer: Tokenizer) -> None:
+    """LLaMA's line end is one: nobody waits for the token behind it."""
+    byte = {value: index for index, value in tokenizer.run_bytes.items()}
+    ids = [*tokenizer.encode("rock").ids, byte[ord("\n")]]
+    stream = TextStream(tokenizer, [], ["\n"])
+    assert stream.update(ids, False) == ("rock", True)
+    stream = TextStream(tokenizer, [], ["crust"])
+    assert stream.update(ids, False) == ("rock", False)  # a byte may follow that makes the line end U+FFFD
+    assert stream.update([*ids, byte[0xFF]], True) == ("", False)
+
+
+def test_a_long_row_of_broken_bytes_is_not_read_anew_each_time(
+    kinds: list[Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tokenizer in kinds:
+        word = tokenizer.encode("the").ids
+        broken = next(
+            index for index in range(tokenizer.vocab_size) if tokenizer.decode([index, index]) == "\ufffd" * 2
+        )
+        ids, counts = [*word, *[broken] * 500, *word], list[int]()
+        original = type(tokenizer).decode
+
+        def decode(self: Tokenizer, ids: Sequence[int], *args: bool, **kwargs: bool) -> str:
+            counts.append(len(ids))  # noqa: B023
+            return original(self, ids, *args, **kwargs)  # noqa: B023
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(tokenizer), "decode", decode)
+            shown = streamed(tokenizer, [], ids, [], set(range(len(ids))))
+        assert shown.count("\ufffd") == 500 and sum(counts) < 20 * len(ids)

@@ -146,8 +146,12 @@ class FakeEngine:
         for _ in range(0 if finish else self.chunk):
             token = row.script[row.at] if row.at < len(row.script) else self.stop_id
             if row.constraint is not None:
-                token = self._allowed(row.constraint, token)
-                row.constraint.accept(token)
+                try:
+                    token = self._allowed(row.constraint, token)
+                    row.constraint.accept(token)
+                except UserError as error:
+                    row.deliver(error)
+                    return True
             if query.logprobs is not None:
                 written = (*query.prompt, *row.script[: row.at])
                 logprobs.append(self._scored(written, token, query.logprobs))

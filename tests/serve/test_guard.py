@@ -18,6 +18,7 @@ import httpx2
 import openai
 import pytest
 
+from jaxlm.inference.paged.requests import AnswerFailed
 from jaxlm.serve import guard, server
 from jaxlm.tokenizer import Tokenizer
 from tests.serve.fake import FakeEngine
@@ -229,7 +230,9 @@ def test_an_answer_may_not_take_for_ever(tokenizer: Tokenizer) -> None:
 # Its own state -----------------------------------------------------------------------------------
 
 
-def test_health_tells_programs_and_the_end_of_the_engine(tokenizer: Tokenizer) -> None:
+def test_health_tells_programs_and_the_end_of_the_engine(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = fake_engine(tokenizer)
     engine.programs = (2, 5)
     with running(served(tokenizer, engine)) as (url, _):
@@ -243,10 +246,15 @@ def test_health_tells_programs_and_the_end_of_the_engine(tokenizer: Tokenizer) -
         assert reply.status_code == 503 and "2 of 5" in reply.json()["error"]["message"]
         engine.programs = (5, 5)
         assert httpx2.get(f"{url}/health").status_code == 200
+        engine.error = AnswerFailed("the beam search")
+        reply = httpx2.post(f"{url}/v1/completions", json=ASK)
+        assert reply.status_code == 500 and httpx2.get(f"{url}/health").status_code == 200  # others are answered
+        assert "AnswerFailed: the beam search" in caplog.text
         engine.error = RuntimeError("the device is gone")
         assert httpx2.post(f"{url}/v1/completions", json=ASK).status_code == 500
         reply = httpx2.get(f"{url}/health")
         assert reply.status_code == 503 and reply.json()["status"] == "failed"
+        assert "the engine has ended" in caplog.text and "the device is gone" in caplog.text
 
 
 def test_metrics_have_the_names_that_dashboards_ask_for(url: str) -> None:

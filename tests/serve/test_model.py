@@ -85,11 +85,9 @@ def test_answers_are_those_of_generate(client: openai.OpenAI, loaded: LoadedMode
     reply = client.completions.create(model="tiny", prompt=ids, max_tokens=12, temperature=0, logprobs=0)
     for choice, answer in zip(reply.choices, loaded.generate(ids, Decoding(max_new_tokens=12)), strict=True):
         assert choice.finish_reason == answer.finish and reply.usage is not None
-        # As bytes, since a model without training writes halves of characters.
         assert choice.logprobs is not None and choice.logprobs.tokens is not None
         assert len(choice.logprobs.tokens) == len(answer.ids) + (answer.finish == "stop")
-        if "�" not in answer.text + choice.text:
-            assert choice.text == answer.text
+        assert choice.text == answer.text  # also where a model without training writes halves of characters
 
 
 def test_drawn_answers_depend_on_the_seed_alone(client: openai.OpenAI) -> None:

@@ -20,7 +20,7 @@ from tests.serve.fake import FakeEngine
 from tests.serve.model import ANSWER, running, served
 
 ASK: Any = [{"role": "system", "content": "short"}, {"role": "user", "content": "what is granite?"}]
-# SentencePiece's first token brings a space along, behind a prompt.
+# SentencePiece's first token brings a space along, behind a prompt; a chat's answer is a turn of its own.
 WRITTEN = f" {ANSWER}"
 
 
@@ -87,7 +87,7 @@ def test_a_stream_says_what_the_whole_reply_says(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert usage.choices == [] and usage.usage == whole.usage
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
-    assert text == whole.choices[0].message.content == WRITTEN
+    assert text == whole.choices[0].message.content == ANSWER
     pieces = client.completions.create(model="tiny", prompt="the", temperature=0, stream=True, max_tokens=200)
     assert "".join(piece.choices[0].text for piece in pieces) == WRITTEN
 
@@ -97,10 +97,10 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown(client: openai.OpenAI, eng
     reply = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, stop=stop, logprobs=True)
     first = stop if isinstance(stop, str) else stop[0]
     choice = reply.choices[0]
-    assert choice.message.content == WRITTEN.partition(first)[0] and choice.finish_reason == "stop"
+    assert choice.message.content == ANSWER.partition(first)[0] and choice.finish_reason == "stop"
     assert choice.logprobs is not None and choice.logprobs.content is not None
     spelled = b"".join(bytes(token.bytes or []) for token in choice.logprobs.content)
-    assert spelled.startswith((choice.message.content or "").encode())
+    assert spelled.startswith(f" {choice.message.content}".encode())
 
 
 def test_scores_of_a_text_that_is_held_back(client: openai.OpenAI, engine: FakeEngine) -> None:
@@ -128,7 +128,7 @@ def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
     assert (
         b"".join(bytes(token.bytes or []) for token in scored.content)
         .decode(errors="ignore")
-        .startswith(reply.choices[0].message.content or "")
+        .startswith(f" {reply.choices[0].message.content}")
     )
 
 
@@ -170,6 +170,7 @@ def test_a_prompt_alone_is_scored(client: openai.OpenAI) -> None:
     scored = reply.choices[0].logprobs
     assert reply.choices[0].text == "the rock" and scored is not None and scored.tokens == ["<s>", " the", " rock"]
     assert scored.text_offset == [0, 0, 3]
+    assert reply.usage is not None and (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (3, 0)
 
 
 SCHEMA: Any = {
@@ -189,6 +190,19 @@ def test_an_answer_follows_a_schema(client: openai.OpenAI) -> None:
         model="tiny", messages=ASK, response_format={"type": "json_object"}, max_tokens=99
     )
     assert (reply.choices[0].message.content or "").startswith("{")
+
+
+def test_a_schema_that_outgrows_its_limits_ends_its_own_answer_alone(client: openai.OpenAI) -> None:
+    """llguidance follows some 600 properties that may come next, and sees that there are more when they do."""
+    schema = {"type": "object", "properties": {f"p{k}": {"type": "null"} for k in range(700)}}
+    wanted: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
+    }
+    with pytest.raises(openai.BadRequestError, match="the schema cannot be followed") as refused:
+        client.chat.completions.create(model="tiny", messages=ASK, response_format=wanted)
+    assert refused.value.param == "response_format"
+    assert client.get("/models", cast_to=object) and client.completions.create(model="tiny", prompt="rock").choices
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
@@ -226,10 +240,15 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
     ({"temperature": "1"}, "temperature", "a number"),
     ({"temperature": -1}, "temperature", "-1"),
+    ({"temperature": 1e-300}, "temperature", "between 1e-06 and 1e+06"),
+    ({"temperature": 0, "top_p": 7}, "top_p", "between 0 and 1"),
+    ({"top_k": -5}, "top_k", "between -1 and"),
     ({"n": 0}, "n", "between 1 and 128"),
     ({"n": 2, "temperature": 0}, "n", "equal answers"),
+    ({"num_beams": 129, "temperature": 0}, "num_beams", "between 1 and 128"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
     ({"stop": [""]}, "stop", "not empty"),
+    ({"stop": "a" * 1001}, "stop", "more than 1,000"),
     ({"stop_token_ids": [400]}, "stop_token_ids", "0 to 399"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "0 to 399"),
     ({"logit_bias": {"1": 200}}, "logit_bias", "-100 and 100"),
@@ -267,13 +286,15 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(client: openai.
         client.completions.create(model="tiny", prompt=[5] * 513)
     with pytest.raises(openai.BadRequestError, match=r"5 to 400.*0 to 399"):
         client.completions.create(model="tiny", prompt=[5, 400])
+    with pytest.raises(openai.BadRequestError, match=r"260 answers.*256 may wait"):  # not a 429, which is tried again
+        client.completions.create(model="tiny", prompt=[[5]] * 130, n=2)
 
 
 def test_knowlms_server(url: str, tokenizer: Tokenizer, engine: FakeEngine) -> None:
     """Instruction and input go into the template; its fields, and its reply's."""
     body = {"instruction": "name it", "input": "a rock", "parameters": {"temperature": 0, "max_tokens": 4, "top_k": -1}}
     reply = httpx2.post(f"{url}/generate", json=body)
-    assert reply.json() == {"generated_text": " **Granite**", "num_output_tokens_cf": 4, "error": None}
+    assert reply.json() == {"generated_text": "**Granite**", "num_output_tokens_cf": 4, "error": None}
     assert "name it\n\na rock" in tokenizer.decode(engine.submitted[-1].prompt)
     assert httpx2.post(f"{url}/generate", json={"instruction": "x", "beams": 2}).json()["error"]["param"] == "beams"
 

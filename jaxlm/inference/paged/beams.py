@@ -19,7 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference.engine import FLUSH, Request
 from jaxlm.inference.generator import BeamSession
 from jaxlm.inference.paged.followers import Orders, packed, together, unpacked
-from jaxlm.inference.paged.requests import Deliver, Piece, Query
+from jaxlm.inference.paged.requests import AnswerFailed, Deliver, Piece, Query
 from jaxlm.inference.rows import DeviceModel
 
 
@@ -144,8 +144,12 @@ class BeamSearches:
                 self._at_hand = ticket
             try:
                 pieces: list[Piece | Exception] = [*self._pieces(ticket, query)]
-            except Exception as error:  # noqa: BLE001  (who asked is told; the next search is another's)
+            except UserError as error:
                 pieces = [error]
+            except Exception as error:  # noqa: BLE001  (who asked is told; the next search is another's)
+                failed = AnswerFailed("the beam search")
+                failed.__cause__ = error
+                pieces = [failed]
             with self._lock:
                 self._at_hand = None  # who is told of the end sees an idle engine
                 self._gone.discard(ticket)  # by who gave up as it ended

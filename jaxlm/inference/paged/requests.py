@@ -18,7 +18,10 @@ Finish = Literal["stop", "length", "context", "cancelled"]
 
 
 class Constraint(Protocol):
-    """A grammar that an answer must follow; each answer has one of its own."""
+    """A grammar that an answer must follow; each answer has one of its own.
+
+    Both methods raise UserError where the grammar cannot be followed any further; that ends this answer alone.
+    """
 
     def allowed(self) -> np.ndarray:
         """[ceil(V / 32)] uint32: bit v % 32 of word v // 32 says whether token v may come next."""
@@ -108,7 +111,12 @@ class EngineStats:
     accepted_total: int
 
 
-# Called in the engine's thread with pieces as they come, or with the error that ended the engine.
+class AnswerFailed(Exception):
+    """An answer could not be written because of its cause; the engine goes on."""
+
+
+# Called in the engine's thread with pieces as they come, with a UserError or AnswerFailed that ended an answer, or with
+# any other error where it has ended the engine.
 Deliver = Callable[[Piece | Exception], None]
 
 

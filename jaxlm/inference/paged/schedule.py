@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.errors import UserError
 from jaxlm.inference.paged.constraints import everything
 from jaxlm.inference.paged.lookup import Lookup
 from jaxlm.inference.paged.pages import Node, Pages
@@ -287,7 +288,12 @@ class Scheduler:
         for text in chosen:
             numbers[text.row] = text.length - text.start
             if text.constraint is not None:
-                words = text.constraint.allowed()
+                try:
+                    words = text.constraint.allowed()
+                except UserError as error:
+                    self._end(text, "cancelled")
+                    text.deliver(error)
+                    return self.plan()
                 if not words.any():
                     self._end(text, "stop")  # nothing may follow
                     text.deliver(Piece(text.sample, cached=text.cached or 0, finish="stop"))
@@ -348,7 +354,12 @@ class Scheduler:
         text.tokens.append(token)
         self.counts["generation_tokens"] += 1
         if text.constraint is not None and token not in text.stop_ids:
-            text.constraint.accept(token)
+            try:
+                text.constraint.accept(token)
+            except UserError as error:
+                self._end(text, "cancelled")
+                text.deliver(error)
+                return
         finish: Finish | None = None
         if token in text.stop_ids:
             finish = "stop"

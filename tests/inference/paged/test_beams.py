@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
-from jaxlm.inference.paged.requests import Query
+from jaxlm.inference.paged.requests import AnswerFailed, Query
 from jaxlm.inference.paged.thread import PagedEngine
 from jaxlm.models.decoder import Decoder
 from tests.inference.paged.asking import Answers, ask, settle
@@ -32,6 +32,20 @@ def test_a_search_that_nobody_waits_for_ends(engine: PagedEngine) -> None:
     asked[2].cancel()
     assert asked[0].wait().finish[0] != "cancelled"
     assert [each.wait().finish for each in asked[1:]] == [["cancelled", "cancelled"]] * 2
+    settle(engine)
+
+
+def test_a_search_that_fails_ends_alone(engine: PagedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> bool:
+        raise RuntimeError("out of memory")
+
+    query = Query(PROMPT, BEAMS)  # whose programs are compiled
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._beams, "_go_on", fails)
+        with pytest.raises(AnswerFailed) as failed:
+            ask(engine, [query])
+    assert str(failed.value.__cause__) == "out of memory"
+    assert ask(engine, [query])[0].finish[0] != "cancelled"
     settle(engine)
 
 

@@ -177,6 +177,33 @@ def test_a_grammar_is_followed_beside_texts_without_one(engine: PagedEngine, alo
     assert bound.finish == ["stop"]
 
 
+class Fails:
+    """A grammar that can be followed for two tokens."""
+
+    def __init__(self, method: str) -> None:
+        self.method, self.count = method, 0
+
+    def allowed(self) -> np.ndarray:
+        if self.method == "allowed" and self.count == 2:
+            raise UserError("the grammar is too large")
+        return np.full(CONFIG.vocab_size // 32, 2**32 - 1, np.uint32)
+
+    def accept(self, token: int) -> None:
+        if self.method == "accept" and self.count == 2:
+            raise UserError("the grammar is too large")
+        self.count += 1
+
+
+def test_a_grammar_that_cannot_be_followed_ends_its_answer_alone(engine: PagedEngine, alone: list[Any]) -> None:
+    for method in ("allowed", "accept"):
+        grammar = Query((5, 9, 30), Decoding(max_new_tokens=20, seed=1), constraint=partial(Fails, method))
+        free, bound = (Answers(engine, query) for query in (QUERIES[0], grammar))
+        with pytest.raises(UserError, match="too large"):
+            bound.wait()
+        assert len(bound.ids[0]) == 2 and content(free.wait()) == alone[0]
+    settle(engine)
+
+
 def test_nothing_is_compiled_for_a_query(engine: PagedEngine, alone: list[Any]) -> None:
     compiled: list[str] = []
 
