@@ -210,6 +210,8 @@ class ProgressReport:
             **memory_peaks(),
         }
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  {self._speed:,.0f} tokens/s"
+        if "reward" in metrics:  # GRPO, whose loss stays near 0 while the reward rises
+            text = f"reward {metrics['reward']:.3f}  {text}"
         share = self._stepping / max(now - self._begun, 1e-9)
         pauses = f" ({self._speed * share:,.0f} with pauses)" if share < SHOWN_PAUSES else ""
         further = ""

@@ -80,6 +80,15 @@ def test_speed_with_pauses_counts_all_the_time(clock: list[float], capsys: pytes
     assert "100 tokens/s (50 with pauses)" in capsys.readouterr().out
 
 
+def test_a_run_for_rewards_says_them(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    clock[0] += 1.0
+    metrics = {"tokens": 10.0, "loss": 0.0, "learning_rate": 1e-3, "skipped": 0, "reward": 0.625}
+    ProgressReport(Console(width=200), total=1, start=0, flops=1.0).step(1, metrics)
+    assert capsys.readouterr().out.startswith("step 1/1  reward 0.625  loss 0.0000  ")
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_bar_is_one_line_of_a_terminal(width: int, clock: list[float]) -> None:
     from rich.console import Console
