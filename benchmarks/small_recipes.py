@@ -187,8 +187,8 @@ def main() -> int:
     chosen = names() if given.all else given.names
     if not chosen and not given.table and not given.check:
         parser.error("nothing is asked for: name recipes, or give --all, --table or --check")
-    text = README.read_text(encoding="utf-8")
     if given.check:
+        text = README.read_text(encoding="utf-8")
         if with_table(text) != text:
             print(f"{README} is not what was measured: python benchmarks/small_recipes.py --table")
             return 1
@@ -209,7 +209,8 @@ def main() -> int:
                 print(f"{name}, seed {seed}: {told(run, metric)}{'' if better else ': NOT BETTER'}", flush=True)
         measured = json.dumps({"machine": where, "runs": runs}, indent=1, ensure_ascii=False)
         measured_file(name).write_text(measured + "\n", encoding="utf-8")
-    README.write_text(with_table(text), encoding="utf-8")
+    # Read now: what was written around the table while the recipes ran stays.
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
     return int(weak)
 
 

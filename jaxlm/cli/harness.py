@@ -130,11 +130,36 @@ def run_harness(config: EvaluateConfig) -> int:
     _write(output, results, model)
     for file in output.glob(f"{cache.name}*"):
         file.unlink()
-    from lm_eval.utils import make_table
-
-    print(make_table(results))
+    show_results(results)
     console.print(f"wrote {output}", markup=False)
     return 0
+
+
+def show_results(results: Mapping[str, Any]) -> None:
+    """The figures as a table on standard output; report.md has them as lm_eval writes them."""
+    from rich.text import Text
+
+    from jaxlm.screen import new_table, print_table
+
+    table = new_table("task", "figure", "value", "stderr", "n", "shots", left=["figure"])
+    for task, figures in results["results"].items():
+        name = figures.get("alias", task)
+        count = results.get("n-samples", {}).get(task, {}).get("effective")  # a group of tasks has none
+        for key, value in sorted(figures.items()):
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue  # the name, the number of questions, and what stands beside a figure
+            stderr = figures.get(f"{metric}_stderr,{kind}")
+            table.add_row(
+                Text(name),
+                Text(metric if kind == "none" else f"{metric} ({kind})"),
+                f"{value:.4f}" if isinstance(value, float) else str(value),
+                f"{stderr:.4f}" if isinstance(stderr, float) else "",
+                "" if count is None else f"{count:,}",
+                str(results.get("n-shot", {}).get(task, "")),
+            )
+            name = ""
+    print_table(table)
 
 
 def _manager(options: HarnessOptions, tasks: list[str]) -> Any:

@@ -210,6 +210,9 @@ def _rows(run: Overview, plain: bool, room: int) -> Iterator[tuple[str, Text | s
         smooth = run.curve.smooth
         mean = f", smoothed {smooth[-1]:.4f}" if len(smooth) > 1 else ""
         yield "loss", Text.assemble(("*" if plain else "━", "blue"), f" {loss:.4f}{mean}")
+    if rewards := series(run.lines, "reward"):
+        (begun, first), (step, newest) = rewards[0], rewards[-1]
+        yield "reward", f"{newest:.3f} at step {step:,}, {first:.3f} at step {begun:,}"
     if valid := series(run.lines, "validation_loss"):
         lowest = min(valid, key=lambda point: point[1])
         text = f" {valid[-1][1]:.4f} at step {valid[-1][0]:,}"

@@ -154,6 +154,7 @@ class _Values(ProgressColumn):
 
 # Speed is also shown with pauses (evaluation, saving) where less than this share of the time is in steps.
 SHOWN_PAUSES = 0.99
+NARROW = 120  # columns; below, the bar is short and has less beside it: it stays one line, also of 80
 
 
 class ProgressReport:
@@ -180,10 +181,11 @@ class ProgressReport:
         peak = peak_flops(jax.devices()[0].device_kind)
         self._peak = None if peak is None else peak * jax.device_count()
         self._bar: Progress | None = None
+        self._is_narrow = console is not None and console.width < NARROW
         if console is not None and console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                *([] if self._is_narrow else [TextColumn("{task.description}")]),
+                BarColumn(bar_width=8 if self._is_narrow else 24),
                 TextColumn("{task.completed}/{task.total}"),
                 _Values(),
                 TimeRemainingColumn(),
@@ -208,16 +210,20 @@ class ProgressReport:
             **memory_peaks(),
         }
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  {self._speed:,.0f} tokens/s"
+        if "reward" in metrics:  # GRPO, whose loss stays near 0 while the reward rises
+            text = f"reward {metrics['reward']:.3f}  {text}"
         share = self._stepping / max(now - self._begun, 1e-9)
-        if share < SHOWN_PAUSES:
-            text += f" ({self._speed * share:,.0f} with pauses)"
+        pauses = f" ({self._speed * share:,.0f} with pauses)" if share < SHOWN_PAUSES else ""
+        further = ""
         if self._peak is not None:
             figures["mfu"] = round(speed * self._flops / self._peak, 4)
-            text += f"  MFU {self._speed * self._flops / self._peak:.1%}"
+            further += f"  MFU {self._speed * self._flops / self._peak:.1%}"
         if metrics["skipped"]:
-            text += f"  skipped {int(metrics['skipped'])}"
+            further += f"  skipped {int(metrics['skipped'])}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, values=text)
+            shown = text + ("" if self._is_narrow else pauses) + further
+            self._bar.update(self._task, completed=step, values=shown)
+        text += pauses + further
         if step % self._every == 0 or step == self._total:
             left = (self._total - step) * (metrics["tokens"] / max(self._speed, 1e-9))
             for console in (None if self._bar else self._console, self._log):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def test_a_running_job_is_told_by_its_files_alone(tmp_path: Path) -> None:
     ):
         assert line in rows, f"{line}\n{text}"
     assert any(re.fullmatch(r"checkpoint step 40, 0:\d\d ago, 2 kept", row) for row in rows), text
+
+
+def test_rewards_are_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.dumps({"step": step, "loss": 0.0, "reward": reward}) for step, reward in ((1, 0.25), (62, 0.5))]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    assert any(re.fullmatch(r"reward +0\.500 at step 62, 0\.250 at step 1 *", line) for line in frame(run))
 
 
 @pytest.mark.parametrize("width", [30, 50, 80, 200])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -77,3 +78,34 @@ def test_speed_with_pauses_counts_all_the_time(clock: list[float], capsys: pytes
     assert (second["tokens_per_second"], second["step_seconds"]) == (100, 1)
     assert second["tokens_per_second_with_pauses"] == 50
     assert "100 tokens/s (50 with pauses)" in capsys.readouterr().out
+
+
+def test_a_run_for_rewards_says_them(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    clock[0] += 1.0
+    metrics = {"tokens": 10.0, "loss": 0.0, "learning_rate": 1e-3, "skipped": 0, "reward": 0.625}
+    ProgressReport(Console(width=200), total=1, start=0, flops=1.0).step(1, metrics)
+    assert capsys.readouterr().out.startswith("step 1/1  reward 0.625  loss 0.0000  ")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_is_one_line_of_a_terminal(width: int, clock: list[float]) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+    shown = ProgressReport(console, total=12_000, start=0, flops=1.0)
+    metrics = {"tokens": 99_000.0, "loss": 1.0, "learning_rate": 1e-3, "skipped": 0}
+    for step in (1, 11_998):
+        clock[0] += 2.0  # a save
+        shown.pause()
+        clock[0] += 1.0
+        shown.step(step, metrics)
+    assert shown._bar is not None
+    other = Console(width=width, file=io.StringIO(), color_system=None)  # the first one has all earlier frames, too
+    with other.capture() as capture:
+        other.print(shown._bar.get_renderable())
+    shown.close()
+    line, *rest = capture.get().strip().splitlines()
+    assert "loss 1.0000  lr 1.00e-03  99,000 tokens/s" in line and not rest
+    assert ("(33,000 with pauses)" in line) is (width == 120)
