@@ -29,7 +29,7 @@ from jaxlm.models.families import SHAPES
 from jaxlm.models.unrolled import next_states
 from jaxlm.nn.ordered_weight import OrderedWeight
 from jaxlm.spec import uniform_decoder
-from tests.inference.paged.asking import QUERIES, ask, check_drawn_schedule, content, settle
+from tests.inference.paged.asking import QUERIES, Answers, ask, check_drawn_schedule, content, settle
 from tests.inference.test_engine import MIXED, PROMPTS, finish
 from tests.inference.test_generation import CONFIG, generator, params
 from tests.models.compare import random_tree
