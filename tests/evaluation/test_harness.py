@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from jaxlm.cli.evaluate import main
 from tests.e2e.conftest import WORDS
@@ -82,6 +85,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
     }
+    kinds["tiny_chats"] = kinds["tiny_answers"] | {
+        "doc_to_text": "{{question}}",
+        "description": "short",
+        "num_fewshot": 1,
+        "fewshot_config": {"sampler": "first_n"},
+    }
     for name, values in kinds.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **values}))
     return folder
@@ -89,7 +98,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a tokenizer.json: behind special tokens, transformers and SentencePiece cut a text in different ways."""
+    """With a tokenizer.json: behind special tokens, transformers and SentencePiece cut a text in different ways.
+
+    It writes no bytes: at the end of an answer `hf` shows those that are no character, and jaxlm's server does not.
+    """
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(tiny_model, folder)
@@ -97,10 +109,13 @@ def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     tokenizer.chat_template = CHAT
     (folder / "tokenizer.model").unlink()
     tokenizer.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][[tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)]] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-NAMES = ["tiny_texts", "tiny_letters", "tiny_rolling", "tiny_answers"]
+NAMES = ["tiny_texts", "tiny_letters", "tiny_rolling", "tiny_answers", "tiny_chats"]
 
 
 def by_hf(model: Path, tasks: Path, **more: Any) -> dict[str, Any]:
@@ -137,7 +152,7 @@ def test_results_are_those_of_hf(chat: bool, tiny_model: Path, chat_model: Path,
         others = sorted(theirs["samples"][name], key=lambda row: row["doc_id"])
         assert [row["arguments"] for row in rows] == json.loads(json.dumps([row["arguments"] for row in others]))
         for row, other in zip(rows, others, strict=True):
-            if name == "tiny_answers":
+            if name in ("tiny_answers", "tiny_chats"):
                 assert row["resps"] == other["resps"]
             elif name == "tiny_rolling":
                 assert float(row["resps"][0][0]) == pytest.approx(float(other["resps"][0][0]), abs=1e-3)
@@ -149,48 +164,80 @@ def test_results_are_those_of_hf(chat: bool, tiny_model: Path, chat_model: Path,
         for key, value in theirs["results"][name].items():
             if isinstance(value, float):
                 assert ours["results"][name][key] == pytest.approx(value, rel=1e-5)
-    if not chat:
+    if chat:
+        _chats_of_a_server_agree(model, tasks, theirs)
+    else:
         _a_server_agrees(model, tasks, theirs)
         _task_of_jaxlm_agrees(model, tasks, theirs, tmp_path)
         _model_named_jaxlm_agrees(model, tasks, theirs)
 
 
-def _a_server_agrees(model: Path, tasks: Path, theirs: dict[str, Any]) -> None:
-    """The harness's own client of completions, as docs/serving.md says how."""
+@contextlib.contextmanager
+def _serving(model: Path) -> Iterator[str]:
+    """The address of `jaxlm serve` with a model that it calls `tiny`."""
     pytest.importorskip("tenacity", reason="lm-eval's clients are not installed: pip install 'jaxlm[peers]'")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
     words = ["--model", str(model), "--name", "tiny", "--port", "0", "--rows", "4", "--compilation_cache", "none"]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}  # as on a user's machine
     command = [sys.executable, "-m", "jaxlm.serve", *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
-    names = ["tiny_texts", "tiny_letters"]
     try:
         lines: list[str] = []
         while not lines or (lines[-1] and not lines[-1].startswith("serving")):
             lines.append(process.stderr.readline())
         url = re.search(r"http://127.0.0.1:\d+", lines[-1])
         assert url is not None, "".join(lines)
-        settings = {"model": "tiny", "max_retries": 30, "max_length": 256, "add_bos_token": True}
-        found: Any = simple_evaluate(
-            model="local-completions",
-            model_args=settings | {"base_url": f"{url[0]}/v1/completions", "tokenizer": str(model)},
-            tasks=names,
-            task_manager=TaskManager(include_path=str(tasks)),
-            bootstrap_iters=0,
-            fewshot_random_seed=1234,
-        )
+        yield url[0]
     finally:
         process.terminate()
         process.communicate()
+
+
+def _asked_by_its_client(
+    client: str, url: str, names: list[str], tasks: Path, settings: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results: dict[str, Any] = simple_evaluate(
+        model=client,
+        model_args={"model": "tiny", "max_retries": 30, "base_url": url, **settings},
+        tasks=names,
+        task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0,
+        fewshot_random_seed=1234,
+        **more,
+    )
+    return results
+
+
+def _a_server_agrees(model: Path, tasks: Path, theirs: dict[str, Any]) -> None:
+    """The harness's own client of completions, as docs/serving.md says how."""
+    names = ["tiny_texts", "tiny_letters"]
+    settings = {"max_length": 256, "add_bos_token": True, "tokenizer": str(model)}
+    with _serving(model) as url:
+        found = _asked_by_its_client("local-completions", f"{url}/v1/completions", names, tasks, settings)
     for name in names:
         mine, others = (sorted(each["samples"][name], key=lambda row: row["doc_id"]) for each in (found, theirs))
         for row, other in zip(mine, others, strict=True):
             values, hf = ([float(value) for value, _ in each["filtered_resps"]] for each in (row, other))
             assert values == pytest.approx(hf, abs=1e-4)
             assert (row["acc"], row["acc_norm"]) == (other["acc"], other["acc_norm"])
+
+
+def _chats_of_a_server_agree(model: Path, tasks: Path, theirs: dict[str, Any]) -> None:
+    """The harness's client of chats: it sends turns, the server writes them in the model's template."""
+    names = ["tiny_answers", "tiny_chats"]
+    with _serving(model) as url:
+        found = _asked_by_its_client(
+            "local-chat-completions", f"{url}/v1/chat/completions", names, tasks, {"num_concurrent": 4},
+            apply_chat_template=True, fewshot_as_multiturn=True,
+        )  # fmt: skip
+    for name in names:
+        mine, others = (sorted(each["samples"][name], key=lambda row: row["doc_id"]) for each in (found, theirs))
+        assert [row["resps"] for row in mine] == [row["resps"] for row in others]
+        assert len({row["resps"][0][0] for row in others}) > 1
+        assert [row["exact_match"] for row in mine] == [row["exact_match"] for row in others]
 
 
 def _task_of_jaxlm_agrees(model: Path, tasks: Path, theirs: dict[str, Any], tmp_path: Path) -> None:
