@@ -24,6 +24,9 @@ class ModelConfig:
         quantize: what the frozen linear layers under an adapter are kept in: int8, with a factor for each output, or
             nf4, QLoRA's four bits in blocks of 64 with magnitudes in 8 bits. They are rounded while they are read,
             unless `convert quantize` did so. null: as the model is stored.
+        offload: frozen keeps the matrices of an adapter's frozen layers in the hosts' memory, from which a device
+            fetches a layer at a time, forward and backward: a step takes longer, and its memory does not grow with the
+            base. null: on the devices.
         remat: what the backward pass recomputes: none, dots (keep matrix products), qkv_out (keep q, k, v
             and attention output), qkv (keep those three), full.
     """
@@ -34,6 +37,7 @@ class ModelConfig:
     param_dtype: Literal["bfloat16", "float32"] = "float32"
     attention: Literal["auto", "pallas_tpu", "pallas_gpu", "cudnn", "xla", "reference"] = "auto"
     quantize: Literal["int8", "nf4"] | None = None
+    offload: Literal["frozen"] | None = None
     remat: Literal["none", "dots", "qkv_out", "qkv", "full"] = "full"
 
 

@@ -68,6 +68,11 @@ def check_finite(tree: Any, mesh: Mesh, where: str, way_out: str, name: Namer = 
 @cache
 def _counter(everywhere: NamedSharding, stacked: bool) -> Callable[[jax.Array], jax.Array]:
     def count(leaf: jax.Array) -> jax.Array:
-        return jnp.sum(~jnp.isfinite(leaf), axis=tuple(range(1 if stacked else 0, leaf.ndim)))
+        if stacked and jax.typeof(leaf).memory_space == jax.memory.Space.Host:  # fetched a layer at a time
+            return jax.lax.map(lambda layer: not_finite(jax.device_put(layer, jax.memory.Space.Device)), leaf)
+        return not_finite(leaf, 1 if stacked else 0)
+
+    def not_finite(values: jax.Array, first: int = 0) -> jax.Array:
+        return jnp.sum(~jnp.isfinite(values), axis=tuple(range(first, values.ndim)))
 
     return jax.jit(count, out_shardings=everywhere)

@@ -60,21 +60,17 @@ class GroupRollouts:
         self, prompts: Mapping[str, Any], step: int, accumulation: int, model: Decoder, variables: Any, mesh: Mesh
     ) -> tuple[dict[str, Any], dict[str, float]]:
         """The batch, and figures of the answers and their rewards."""
-        records = [
-            (ids[used], mask[used])
-            for ids, mask, used in zip(
-                prompts["input_ids"][0], prompts["loss_mask"][0], prompts["segment_ids"][0] > 0, strict=True
-            )
-        ]
-        answers = [last_answer(mask) for _, mask in records]
-        asked = [
-            (number, ids[:start], ids[start:stop])
-            for number, ((ids, _), (start, stop)) in enumerate(zip(records, answers, strict=True))
-            if len(ids)
-        ]
-        slots = self._drawn(asked, step * len(records), prompts["input_ids"].shape[-1], model, variables, mesh)
+        _, rows, length = prompts["input_ids"].shape
+        asked = []
+        for number in range(rows):
+            used = prompts["segment_ids"][0, number] > 0
+            if used.any():
+                ids = prompts["input_ids"][0, number, used]
+                start, stop = last_answer(prompts["loss_mask"][0, number, used])
+                asked.append((number, ids[:start], ids[start:stop]))
+        slots = self._drawn(asked, step * rows, length, model, variables, mesh)
         texts = [answer_text(self._tokenizer, slot.request.prompt, slot.answer.ids) for slot in slots]
-        of_prompt = [slot.request.number - step * len(records) for slot in slots]
+        of_prompt = [slot.request.number - step * rows for slot in slots]
         said = {number: self._tokenizer.decode(ids.tolist()) for number, ids, _ in asked}
         right = {number: self._tokenizer.decode(ids.tolist()) for number, _, ids in asked}
         columns = [said[n] for n in of_prompt], texts, [right[n] for n in of_prompt]
@@ -93,9 +89,8 @@ class GroupRollouts:
             "answer_tokens": float(np.mean(lengths)),
             "answers_cut": float(np.mean([slot.answer.finish != "stop" for slot in slots])),
         }
-        shape = len(records) * self.group, prompts["input_ids"].shape[-1]
-        batch = self._batch(slots, advantages.reshape(-1), step * len(records), shape, model.spec)
-        return {name: value.reshape(accumulation, -1, shape[1]) for name, value in batch.items()}, figures
+        batch = self._batch(slots, advantages.reshape(-1), step * rows, (rows * self.group, length), model.spec)
+        return {name: value.reshape(accumulation, -1, length) for name, value in batch.items()}, figures
 
     def _values(self, *columns: Sequence[str]) -> NDArray[np.float64]:
         """What the answers are worth [rewards, answers]; arguments as of `Reward`."""

@@ -147,9 +147,9 @@ class Linear(nn.Module):
             given: Any = self.get_variable("params", "kernel")
             if isinstance(given, StoredWeight):  # not through `param`, which compares leaf by leaf with a fresh array
                 assert given.array_shape == shape, f"{self.name}: {given.array_shape}, expected {shape}"
-                return given
+                return fetched(given)
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), self.in_axes + self.out_axes)
-        return cast(jax.Array, self.param("kernel", init, shape, self.param_dtype))
+        return fetched(cast(jax.Array, self.param("kernel", init, shape, self.param_dtype)))
 
     def _bias(self) -> jax.Array:
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.out_axes)
@@ -238,6 +238,16 @@ class Linear(nn.Module):
 
     def _adapter_variable(self, name: str, axes: tuple[str, ...], init) -> jax.Array:  # type: ignore[no-untyped-def]
         return cast(jax.Array, self.variable("lora", name, nn.with_logical_partitioning(init, axes)).value)
+
+
+def fetched(weight: Weight) -> Weight:
+    """A layer's weight in the device's memory, where it is not yet: see `model.offload`."""
+
+    def fetch(leaf: Any) -> Any:
+        in_host = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+        return jax.device_put(leaf, jax.memory.Space.Device) if in_host else leaf
+
+    return cast(Weight, jax.tree.map(fetch, weight))
 
 
 def _scale(spec: LoraSpec, layer: jax.Array) -> float | jax.Array:

@@ -64,6 +64,7 @@ class CompiledStep:
         arguments: bytes of state, frozen base and batch; the new state takes their place.
         temporaries: bytes beside them.
         peak: largest number of bytes in use at once, arguments included.
+        host: bytes of frozen layers in the host's memory; in none of the figures above.
         seconds: time that compiling took.
         options: options that were given to the compiler (see `devices.compiler_options`).
         involuntary: number of times that the partitioner reports to gather a whole tensor because it has no better way.
@@ -74,6 +75,7 @@ class CompiledStep:
     arguments: int
     temporaries: int
     peak: int
+    host: int
     seconds: float
     options: dict[str, Any]
     involuntary: int
@@ -206,7 +208,8 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         if not _NO_ROOM.search(str(error)):
             raise
         seconds = time.perf_counter() - started
-        return figures | {"arguments": 0, "temporaries": 0, "peak": 0, "seconds": seconds, "refused": _room(str(error))}
+        nothing = dict.fromkeys(("arguments", "temporaries", "peak", "host"), 0)
+        return figures | nothing | {"seconds": seconds, "refused": _room(str(error))}
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     if job["text"]:
@@ -214,7 +217,9 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     return figures | {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
+        # The compiler counts arguments in the host's memory among those that are in use.
+        "peak": memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes,
+        "host": memory.host_argument_size_in_bytes,
         "seconds": time.perf_counter() - started,
         "program": read_program(text).to_dict(),
     }

@@ -48,8 +48,10 @@ class Memory:
         activations: kept from the forward pass for the backward pass.
         layer: what one layer needs while it is recomputed and differentiated.
         loss: the output matrix as gathered, its gradient, logits of a chunk, hidden states.
-        gathered: weights of other devices while layers use them, and a layer's gradient before it is sent back.
+        gathered: weights of other devices, or of the hosts, while layers use them, and a layer's gradient before it is
+            sent back.
         embedding: the table's gradient before it is sent back, and on its way.
+        host: in the host's memory for this device (model.offload); not in its own.
     """
 
     parameters: int
@@ -60,6 +62,7 @@ class Memory:
     loss: int
     gathered: int
     embedding: int
+    host: int
 
     @property
     def resident(self) -> int:
@@ -118,6 +121,9 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
     layer_weights = itemsize * layer_params(initializer.dense) // shape.total_layers // mesh.shape[TENSOR]
     # A sum that is scattered along one mesh axis after the other leaves a part behind each.
     stages = sum(4 * table // parts for parts in _parts_by_stage(mesh))
+    host = bytes_per_device(initializer.params, initializer.params_shardings, in_host=True)
+    # One layer's matrices are used while those of the next one come.
+    fetched = GATHERED_LAYERS * host // shape.total_layers
     return Memory(
         parameters=frozen + trained,
         optimizer=optimizer_bytes(initializer),
@@ -125,10 +131,14 @@ def estimate_memory(setup: TrainSetup, initializer: Initializer) -> Memory:
         activations=rows * kept_bytes(shape, lora, model, lengths, model.remat),
         layer=int(LAYER_SHARE * rows * kept_bytes(shape, lora, model, lengths, "none") / shape.total_layers),
         loss=itemsize * table + (4 * table + stages) * head_trains + logits + states,
-        gathered=layer_weights * (GATHERED_LAYERS + GATHERED_GRADIENTS * (lora is None) if split else 1)
-        if initializer.quantize is None
-        else _gathered_bits(setup, initializer, split),
+        gathered=fetched
+        + (
+            layer_weights * (GATHERED_LAYERS + GATHERED_GRADIENTS * (lora is None) if split else 1)
+            if initializer.quantize is None
+            else _gathered_bits(setup, initializer, split)
+        ),
         embedding=(4 * table * (2 if summed else 1) + stages) * (split and table_trains),
+        host=host,
     )
 
 

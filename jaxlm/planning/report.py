@@ -17,6 +17,7 @@ from jaxlm.planning.cost import Cost, Time, estimate_cost, estimate_time
 from jaxlm.planning.memory import Memory, estimate_memory
 from jaxlm.planning.suggest import Suggestion, suggest
 from jaxlm.spec import DecoderSpec
+from jaxlm.training.checks import check_offload, check_quantize
 from jaxlm.training.setup import set_up
 from jaxlm.training.state import count
 
@@ -77,6 +78,8 @@ def plan(
     Raises:
         UserError: for settings that do not go together or with the devices; what `compile_step` raises.
     """
+    check_quantize(config)
+    check_offload(config)
     if config.data.sequence_length > shape.max_length:
         raise UserError(
             f"data.sequence_length: {config.data.sequence_length} is more than the {shape.max_length} positions of the "

@@ -32,7 +32,7 @@ _MEANING = {
     "activations": "kept for the backward pass",
     "layer": "one layer while it is differentiated",
     "loss": "output matrix, logits of a chunk",
-    "gathered": "weights from other devices",
+    "gathered": "weights from other devices or the hosts",
     "embedding": "the table's gradient before it is split",
 }
 
@@ -103,6 +103,10 @@ def _memory(plan: Plan, console: Console) -> None:
             _bar(console, name, size / whole, memory_size(size), _COLOURS[name], _MEANING[name])
     of = f" of {memory_size(plan.topology.chip.memory)}" if known else ""
     console.print(f"{'together':12}{memory_size(plan.memory.peak):>12}{of}", style="bold", highlight=False)
+    if plan.memory.host:
+        console.print(
+            f"{'host':12}{memory_size(plan.memory.host):>12}  frozen layers, for each device", highlight=False
+        )
 
 
 _MOMENT = {

@@ -110,6 +110,9 @@ def _facts(
         facts.append(("", setup.attention_details()))
     if config.model.quantize is not None:
         facts.append(("base", _base(config.model.quantize, setup)))
+    in_host = bytes_per_device(initializer.params, initializer.params_shardings, in_host=True)
+    if in_host:
+        facts.append(("offloaded", f"{memory_size(in_host)} a device of frozen layers, in the hosts' memory"))
     if moe is not None and setup.experts is not None:
         uses = ", ".join(f"{name} {k}" for name, k in zip(moe.modalities, moe.top_k, strict=True))
         facts.append(("experts", f"{moe.num_experts}, router {moe.router}, a token uses: {uses}"))

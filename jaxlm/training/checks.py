@@ -35,6 +35,7 @@ def check_config(config: RunConfig) -> None:
     if config.lora is not None and config.model.path is None:
         raise UserError("lora: an adapter needs a trained base: set model.path")
     check_quantize(config)
+    check_offload(config)
     if not config.data.train:
         raise UserError("data.train: no source; give at least one, e.g. [{path: records.json, template: alpaca}]")
     share = config.data.validation
@@ -60,6 +61,36 @@ def check_quantize(config: RunConfig) -> None:
             f"model.quantize: {kind} keeps weights that nothing trains, and without lora all weights are trained; add "
             "lora, or leave quantize out"
         )
+
+
+def check_offload(config: RunConfig) -> None:
+    """Checks that what lies in the hosts' memory is frozen, and is fetched by nothing but a step.
+
+    Raises:
+        UserError: it is trained, kept on the devices for the backward pass, or used to draw answers.
+    """
+    if config.model.offload is None:
+        return
+    if config.lora is None:
+        raise UserError(
+            "model.offload: frozen keeps weights that nothing trains in the hosts' memory, and without lora all are "
+            "trained; add lora, or leave offload out"
+        )
+    if config.model.remat == "none":
+        raise UserError(
+            "model.remat: none keeps the weights of all layers for the backward pass, so that model.offload would save "
+            "no memory; set it to full, or leave offload out"
+        )
+    for key, draws in (
+        ("objective", config.objective == "grpo"),
+        ("train.sample_prompts", bool(config.train.sample_prompts)),
+        ("train.tasks", bool(config.train.tasks)),
+    ):
+        if draws:
+            raise UserError(
+                f"{key}: with model.offload: frozen no answers are drawn, as each token would fetch all weights anew; "
+                "leave one of them out"
+            )
 
 
 def check_stage(config: RunConfig, stage: str) -> None:

@@ -38,6 +38,7 @@ VERSION = 2  # of fingerprints.json; 1 had no `version`
 FREE = (
     "mesh",
     "model.attention",
+    "model.offload",
     "model.remat",
     "lora.init_from",
     "data.workers",

@@ -108,7 +108,9 @@ class TrainSetup:
     def initializer(self, schedule: Schedule) -> Initializer:
         """What makes and places the state."""
         optimizer = functools.partial(make_optimizer, self.config.optimizer, schedule)
-        return Initializer(self.model, self.config.lora, self.mesh, optimizer, self.config.model.quantize)
+        model = self.config.model
+        offload = model.offload is not None
+        return Initializer(self.model, self.config.lora, self.mesh, optimizer, model.quantize, offload)
 
     def abstract_batch(self, micro_steps: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves [A, B, T] of a batch that the objective reads, with their placement."""

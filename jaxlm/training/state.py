@@ -24,11 +24,13 @@ from jaxlm.nn.nf4 import weight_type
 from jaxlm.nn.rounding import Kind
 from jaxlm.nn.weight_types import join_parts, split_parts, with_stored_layers
 from jaxlm.sharding import WHOLE_IF_UNEVEN
-from jaxlm.spec import DecoderSpec
+from jaxlm.spec import DecoderSpec, is_stacked
 from jaxlm.training.optimizer import MakeOptimizer, parameter_axes
 from jaxlm.training.update import update_in_place
 from jaxlm.weights.leaves import LeafReader
 from jaxlm.weights.quantized import PartsReader
+
+HOST = "pinned_host"  # JAX's name of a host's memory that devices read from
 
 
 @flax.struct.dataclass
@@ -84,6 +86,7 @@ class Initializer:
         mesh: the devices that hold the arrays.
         make_optimizer: makes the update rule for what trains, by its logical axes.
         quantize: what the frozen linear layers of an adapter are kept in; None: arrays.
+        offload: whether the matrices of an adapter's frozen layers lie in the hosts' memory.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Initializer:
         mesh: Mesh,
         make_optimizer: MakeOptimizer,
         quantize: Kind | None = None,
+        offload: bool = False,
     ) -> None:
         self.model, self.lora, self.mesh, self.quantize = model, lora, mesh, quantize
         boxed = abstract_variables(model)
@@ -103,6 +107,9 @@ class Initializer:
             base = with_stored_layers(base, stored_as)
         self.dense, self.params = nn.unbox(boxed["params"]), nn.unbox(base)
         self.params_shardings = tree_shardings(base, mesh, WHOLE_IF_UNEVEN)
+        if offload:
+            assert lora is not None, "a tensor that is trained stays on the devices"
+            self.params_shardings = jax.tree_util.tree_map_with_path(_in_host, self.params, self.params_shardings)
         self.trainable = nn.unbox(trainable)
         self.trainable_shardings = tree_shardings(trainable, mesh, WHOLE_IF_UNEVEN)
         self.optimizer = make_optimizer(parameter_axes(trainable))
@@ -210,6 +217,13 @@ class Initializer:
         )
 
 
+def _in_host(path: tuple[Any, ...], leaf: Any, sharding: NamedSharding) -> NamedSharding:
+    """Where a leaf lies: the matrices of layers, which `nn.linear` fetches, in the hosts' memory."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    is_matrix = is_stacked(name) and "kernel" in name.split("/") and leaf.ndim > 2
+    return sharding.with_memory_kind(HOST) if is_matrix else sharding
+
+
 def _pick(base: Any, like: Any) -> Any:
     """The leaves of `base` that `like` has, as float32 copies (the state is donated: no aliases)."""
     if not isinstance(like, Mapping):
@@ -262,9 +276,12 @@ def count(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes of one device's shards."""
-    sizes = jax.tree.map(
-        lambda leaf, sharding: int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+def bytes_per_device(tree: Any, shardings: Any, in_host: bool = False) -> int:
+    """Bytes of one device's shards in its memory, or of those that lie in its host's."""
+
+    def size(leaf: Any, sharding: NamedSharding) -> int:
+        if (sharding.memory_kind == HOST) != in_host:
+            return 0
+        return int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))

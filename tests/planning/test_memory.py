@@ -44,6 +44,20 @@ def test_a_step_is_compiled_as_it_is_estimated() -> None:
     assert compiled.involuntary == 0
 
 
+def test_frozen_layers_in_the_hosts_memory_take_none_of_a_devices() -> None:
+    """The compiler fetches a layer at a time: what it needs does not grow with the number of layers' weights."""
+    libtpu_goes_with_jax()
+    config = run(2, 1, offload="frozen", param_dtype="bfloat16", lora=LoraConfig(rank=8))
+    compiled = compile_step(config, LARGER, parse_topology("v5e:1x1"), quick=True)
+    estimate = estimated(config, LARGER, "v5e:1x1")
+    vocabulary = 2 * LARGER.vocab_size * LARGER.hidden_size
+    matrices = num_params(LARGER) - vocabulary - (2 * LARGER.num_layers + 1) * LARGER.hidden_size
+    assert compiled.host == estimate.host == 2 * matrices
+    assert 0 <= compiled.arguments - estimate.resident < 1e6
+    assert compiled.memory == pytest.approx(estimate.peak, rel=0.25)
+    assert compiled.memory - compiled.arguments < compiled.host
+
+
 def test_state_and_frozen_base_are_exact() -> None:
     """Of 8 CPU devices the compiler's arguments are the state, the frozen base and the batch: nothing is estimated."""
     config = run(2, 8, length=64, param_dtype="bfloat16", lora=LoraConfig(rank=8, modules_to_save=("lm_head",)))

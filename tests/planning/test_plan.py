@@ -27,6 +27,8 @@ from jaxlm.training.setup import set_up
 from jaxlm.weights.names import num_params
 from tests.planning.test_memory import LARGER, SMALL, run
 
+OFFLOAD = ("--lora.rank", "8", "--model.offload", "frozen")
+
 
 def plan_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict]:
     status = main([*words, "--json"])
@@ -61,6 +63,18 @@ def test_an_optimizers_state_in_bytes_is_a_quarter(capsys: pytest.CaptureFixture
         plan_of(capsys, *words, "--optimizer.name", name)[1]["memory"]["optimizer"] for name in ("adamw", "adamw_8bit")
     )
     assert coded == pytest.approx(plain * (2 + 8 / 256) / 8, rel=0.01)
+
+
+def test_a_base_in_the_hosts_memory_is_none_of_a_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA-2-13B in bfloat16, 26 GB, on a chip of 16; its embedding, head and norms stay there."""
+    words = ["--model.shape", "llama-2-13b", "--model.param_dtype", "bfloat16", "--topology", "v5e:1x1", *OFFLOAD]
+    status, found = plan_of(capsys, *words, "--train.micro_batch_size", "1")
+    shape = SHAPES["llama-2-13b"]
+    outside = 2 * shape.vocab_size * shape.hidden_size + (2 * shape.num_layers + 1) * shape.hidden_size
+    assert status == 0 and found["memory"]["host"] == 2 * (num_params(shape) - outside)
+    assert found["memory"]["parameters"] == 2 * outside + 4 * found["trained"]
+    main(words)
+    assert "frozen layers, for each device" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_comes_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,6 +221,13 @@ def test_the_learning_rate_is_drawn_and_said(tmp_path: Path, capsys: pytest.Capt
         (["--topology", "b200:8", "--compile"], "has no description of b200"),
         (["--schedule", "rates.pdf"], "--schedule: rates.pdf: name a .png file"),
         (["--topology", "v5e:4x4", "--train.micro_batch", "1"], "did you mean 'train.micro_batch_size'"),
+        (["--topology", "v5e:4x4", "--model.quantize", "nf4"], "nf4 keeps weights that nothing trains"),
+        (["--topology", "v5e:4x4", "--model.offload", "frozen"], "without lora all are trained"),
+        (["--topology", "v5e:4x4", *OFFLOAD, "--model.remat", "none"], "model.remat: none keeps the weights"),
+        (
+            ["--topology", "v5e:4x4", *OFFLOAD, "--train.sample_prompts", "[a]"],
+            "train.sample_prompts: with model.offload",
+        ),
     ],
 )
 def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

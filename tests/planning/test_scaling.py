@@ -22,7 +22,7 @@ def test_efficiency_is_by_cycles_and_what_is_waited_for(
     def compiled(config: object, shape: object, topology: scaling.Topology) -> CompiledStep:
         moved = Collective("all-reduce", False, 1, waited[topology.count]), Collective("all-gather", True, 1, 30e9)
         program = Program(0.0, 1.35e9, moved, {})  # at 1.5 GHz 0.9 s
-        return CompiledStep(2**30, 0, 2**31, 1.0, {}, 0, program)
+        return CompiledStep(2**30, 0, 2**31, 0, 1.0, {}, 0, program)
 
     monkeypatch.setattr(scaling, "compile_step", compiled)
     assert scaling.main(["--only", "slices", "--rows", "2"]) == 0

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxlm.config import LoraConfig, MeshConfig, OptimizerConfig
+from jaxlm.devices.finite import check_finite
 from jaxlm.devices.mesh import make_mesh, put_batch, use_mesh
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
@@ -72,14 +73,14 @@ class Rounded(Source):
 
 
 def train(
-    spec: DecoderSpec, lora: LoraConfig, kind: Kind | None, source: Source, sizes: dict[str, int]
+    spec: DecoderSpec, lora: LoraConfig, kind: Kind | None, source: Source, sizes: dict[str, int], offload: bool = False
 ) -> tuple[list[float], Any, Any]:
     """Losses, the adapter behind the steps, and the base."""
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())], spec.experts and 4)
     model = Decoder(spec, resolve_lora(spec, lora), attention="reference", experts="loop")
     options = OptimizerConfig(learning_rate=1e-2, schedule="constant")
     schedule = make_schedule(options, 10)
-    initializer = Initializer(model, lora, mesh, functools.partial(make_optimizer, options, schedule), kind)
+    initializer = Initializer(model, lora, mesh, functools.partial(make_optimizer, options, schedule), kind, offload)
     base = initializer.load_params(source)
     start = random_tree(initializer.trainable, 2, 0.1)
     if lora.dora:
@@ -129,6 +130,22 @@ def test_an_adapter_learns_on_nf4_what_it_learns_on_the_same_numbers() -> None:
     bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(stored)) / sum(s.layers for s in map(_Size, stored))
     assert 4.12 < bits < 4.14
     assert {n // source.arrays[path].size for path, n in source.read_elements.items()} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sizes"), [("nf4", {}), (None, {"fsdp": 2, "tensor": 2})])
+def test_a_base_in_the_hosts_memory_gives_the_same_bits(kind: Kind | None, sizes: dict[str, int]) -> None:
+    here, there = (train(SPEC, LORA, kind, Source(SPEC), sizes, offload) for offload in (False, True))
+    assert here[0] == there[0]
+    for parts in zip(here[1:], there[1:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, *parts)
+    kinds = {
+        leaf.sharding.memory_kind for leaf in jax.tree.leaves(there[2]["layers"]["mlp"]["up_proj"]) if leaf.ndim > 2
+    }
+    assert kinds == {"pinned_host"}
+    check_finite(
+        there[2], make_mesh(MeshConfig(**{"fsdp": 1, **sizes}), jax.devices()[: math.prod(sizes.values())]), "", ""
+    )
 
 
 class _Size:

@@ -14,7 +14,7 @@ from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.kernels.cross_entropy import LossOutput, TokenLosses
 from jaxlm.models.decoder import Decoder
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
+from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, packed_inputs
 from jaxlm.training.state import model_variables
 
 
@@ -66,11 +66,9 @@ class CrossEntropy:
             model_variables(trainable, frozen),
             micro["input_ids"],
             weights,
-            positions=micro["positions"],
-            segment_ids=micro["segment_ids"],
-            modality_ids=None if self.model.spec.experts is None else micro["modality_ids"],
             method="token_losses",
             mutable=["moe"],
+            **packed_inputs(self.model, micro),
         )
         return {"loss": output.loss, "correct": output.correct, "target_tokens": weights.sum()}, tokens
 
@@ -88,19 +86,18 @@ class CrossEntropy:
 
     def _apply(self, trainable: Any, frozen: Any, micro: Batch, **options: Any) -> tuple[LossOutput, Any]:
         """The model's loss of a micro-batch, and what its routers noted: {} for a dense model."""
-        source: dict[str, Any] = {}
+        inputs = packed_inputs(self.model, micro)
         if self.model.spec.encoder is not None:
-            source = {name: micro[name] for name in ("encoder_ids", "encoder_segment_ids")}
+            inputs |= {name: micro[name] for name in ("encoder_ids", "encoder_segment_ids")}
+        elif not self.packed:
+            inputs["segment_ids"] = None
         result = self.model.apply(
             model_variables(trainable, frozen),
             micro["input_ids"],
             micro["weights"],
-            positions=micro["positions"],
-            segment_ids=micro["segment_ids"] if self.packed or source else None,
-            modality_ids=None if self.model.spec.experts is None else micro["modality_ids"],
             method="loss",
             mutable=["moe"],
-            **source,
+            **inputs,
             **options,
         )
         return cast(tuple[LossOutput, Any], result)

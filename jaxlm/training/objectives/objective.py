@@ -79,5 +79,11 @@ class Objective(Protocol):
         """
 
 
+def packed_inputs(model: Decoder, micro: Batch) -> dict[str, Any]:
+    """What a model takes beside the tokens of packed rows."""
+    modality_ids = None if model.spec.experts is None else micro["modality_ids"]
+    return {"positions": micro["positions"], "segment_ids": micro["segment_ids"], "modality_ids": modality_ids}
+
+
 # (the run, its model, rows of a device's micro-batch) -> the objective
 ObjectiveFactory = Callable[[RunConfig, Decoder, int], Objective]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlm.config import MoeRunConfig, PreferenceConfig, RunConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.training.objectives.cross_entropy import router_figures
-from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
+from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, packed_inputs
 from jaxlm.training.objectives.sequences import TEXTS, apart, num_documents, text_sums
 from jaxlm.training.state import model_variables
 
@@ -208,19 +208,14 @@ class Preference(OverDocuments):
         chosen, rejected = pairs.means() if self.settings.loss in ("orpo", "simpo") else pairs[:2]
         # Places without a pair get numbers that no loss trips over.
         held = Pairs(*(jnp.where(real, value, -1.0) for value in pairs))
-        figures = {
+        figures = pair_figures(chosen, rejected, self.settings.beta) | {
             "loss": pair_losses(self.settings, held),
-            "rewards/chosen": self.settings.beta * chosen,
-            "rewards/rejected": self.settings.beta * rejected,
-            "rewards/margins": self.settings.beta * (chosen - rejected),
-            "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
             "logps/chosen": policy[..., 0],
             "logps/rejected": policy[..., 1],
             "chosen_nll": -policy[..., 0],
             "chosen_tokens": tokens[..., 0],
-            "documents": jnp.ones_like(chosen),
         }
-        return {name: jnp.where(real, value, 0.0).sum() for name, value in figures.items()}
+        return sums_where(real, figures)
 
     def _labelled(self, policy: jax.Array, ratios: jax.Array, real: jax.Array) -> Metrics:
         there, wanted = real[..., 0], real[..., 0] & ~real[..., 2]
@@ -238,7 +233,23 @@ class Preference(OverDocuments):
             "chosen_nll": jnp.zeros_like(ratio),
             "documents": jnp.ones_like(ratio),
         }
-        return {name: jnp.where(there, value, 0.0).sum() for name, value in figures.items()}
+        return sums_where(there, figures)
+
+
+def pair_figures(chosen: jax.Array, rejected: jax.Array, scale: float = 1.0) -> Metrics:
+    """What is reported of pairs [B, N], whose rewards are `scale` times what is given."""
+    return {
+        "rewards/chosen": scale * chosen,
+        "rewards/rejected": scale * rejected,
+        "rewards/margins": scale * (chosen - rejected),
+        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+        "documents": jnp.ones_like(chosen),
+    }
+
+
+def sums_where(real: jax.Array, figures: Metrics) -> Metrics:
+    """Sums of figures [B, N] over the places that hold a document."""
+    return {name: jnp.where(real, value, 0.0).sum() for name, value in figures.items()}
 
 
 def text_log_probs(model: Decoder, variables: Any, micro: Batch, **options: Any) -> tuple[jax.Array, Any]:
@@ -252,12 +263,10 @@ def text_log_probs(model: Decoder, variables: Any, micro: Batch, **options: Any)
         variables,
         micro["input_ids"],
         micro["weights"],
-        positions=micro["positions"],
-        segment_ids=micro["segment_ids"],
-        modality_ids=None if model.spec.experts is None else micro["modality_ids"],
         accuracy=False,
         method="token_losses",
         mutable=["moe"],
+        **packed_inputs(model, micro),
         **options,
     )
     return -tokens.loss, notes

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.kernels.cross_entropy import soft_capped
 from jaxlm.models.decoder import Decoder
-from jaxlm.training.objectives.objective import Batch, Metrics
-from jaxlm.training.objectives.preference import OverDocuments
+from jaxlm.training.objectives.objective import Batch, Metrics, packed_inputs
+from jaxlm.training.objectives.preference import OverDocuments, pair_figures, sums_where
 from jaxlm.training.objectives.sequences import text_sums
 from jaxlm.training.state import model_variables
 
@@ -25,12 +25,10 @@ class Reward(OverDocuments):
         (x, matrix), notes = self.model.apply(
             model_variables(trainable, frozen),
             micro["input_ids"],
-            positions=micro["positions"],
-            segment_ids=micro["segment_ids"],
-            modality_ids=None if self.model.spec.experts is None else micro["modality_ids"],
             method="hidden",
             mutable=["moe"],
-            **({"deterministic": True} | options),
+            **packed_inputs(self.model, micro),
+            **options,
         )
         places = micro["places"]
         last = (micro["weights"] > 0) & (jnp.roll(places, -1, axis=-1).at[..., -1].set(-1) != places)
@@ -40,15 +38,8 @@ class Reward(OverDocuments):
         found = soft_capped(logits, spec.logits_soft_cap) * last
         chosen, rejected, _ = jnp.moveaxis(text_sums(found, places), -1, 0)
         real = text_sums(last.astype(jnp.float32), places)[..., 0] > 0
-        figures = {
-            "loss": -jax.nn.log_sigmoid(chosen - rejected),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
-            "documents": jnp.ones_like(chosen),
-        }
-        return {name: jnp.where(real, value, 0.0).sum() for name, value in figures.items()}, notes
+        figures = pair_figures(chosen, rejected) | {"loss": -jax.nn.log_sigmoid(chosen - rejected)}
+        return sums_where(real, figures), notes
 
 
 def reward(config: RunConfig, model: Decoder, micro_batch: int) -> Reward:
