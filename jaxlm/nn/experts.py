@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.kernels.expert_loop import Activation
 from jaxlm.nn.dispatch import (
@@ -34,6 +35,8 @@ from jaxlm.nn.linear import Linear, LinearParts, WithLinears
 from jaxlm.nn.lora import FUSED, LoraSpec
 from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned, router_losses
 from jaxlm.spec import ExpertsSpec, FeedForwardSpec
+
+_BITS = np.uint32(1) << np.arange(32, dtype=np.uint32)
 
 
 class _PerExpert:
@@ -67,6 +70,40 @@ def _own_ranks(factor: jax.Array, spec: LoraSpec, layer: jax.Array, neurons: int
     expert = jax.lax.broadcasted_iota(jnp.int32, factor.shape, neurons) * spec.experts // factor.shape[neurons]
     owner = jax.lax.broadcasted_iota(jnp.int32, factor.shape, 1 - neurons) // jnp.maximum(per_expert, 1)
     return jnp.where(expert == owner, factor, 0.0)
+
+
+def _owners(neurons: int, experts: int) -> jax.Array:
+    """int32 [F]: the expert of each neuron."""
+    return jax.lax.broadcasted_iota(jnp.int32, (experts, neurons // experts), 0).reshape(-1)
+
+
+def sums_by_expert(h: jax.Array, experts: int) -> jax.Array:
+    """Neurons [..., F] -> float32 [..., E], the sum over each expert's."""
+
+    def add(h: jax.Array) -> jax.Array:
+        return h.reshape(*h.shape[:-1], experts, -1).astype(jnp.float32).sum(axis=-1)
+
+    return cast(jax.Array, jax.lax.platform_dependent(h, tpu=partial(sums_by_product, experts=experts), default=add))
+
+
+def sums_by_product(h: jax.Array, experts: int) -> jax.Array:
+    """`sums_by_expert` for a TPU, which would lay neurons out anew to add up parts of a row (benchmarks/README.md)."""
+    is_own = jax.nn.one_hot(_owners(h.shape[-1], experts), experts, dtype=h.dtype)
+    precision = jax.lax.Precision.HIGHEST if h.dtype == jnp.float32 else None  # a TPU's default is bfloat16
+    return jnp.einsum("...f,fe->...e", h, is_own, precision=precision, preferred_element_type=jnp.float32)
+
+
+def keep_used(h: jax.Array, used: jax.Array) -> jax.Array:
+    """Neurons [..., F], with zeros for those of experts that are not used, bool [..., E]."""
+    experts = used.shape[-1]
+    words = [used[..., start : start + 32] for start in range(0, experts, 32)]
+    bits = [jnp.where(word, _BITS[: word.shape[-1]], 0).sum(axis=-1, dtype=jnp.uint32)[..., None] for word in words]
+    # Bits, not a mask of h's shape or h in parts: a TPU reads them beside h, and lays nothing out anew.
+    owners = _owners(h.shape[-1], experts)
+    chosen = bits[0]
+    for number, word in enumerate(bits[1:], 1):
+        chosen = jnp.where(owners >= 32 * number, word, chosen)
+    return jnp.where((chosen >> (owners % 32).astype(jnp.uint32)) & 1 == 1, h, jnp.zeros((), h.dtype))
 
 
 class PerExpertLinear(_PerExpert, Linear):
@@ -142,32 +179,27 @@ class ExpertsFeedForward(WithLinears):
 
     def _hidden(self, x: jax.Array, layer: jax.Array, deterministic: bool) -> jax.Array:
         entered = self._entered("gate_up_proj", {"embed": self.hidden_size}, x, layer, deterministic)
+        up = self._projection("up_proj")(x, layer, deterministic, entered)  # before gate, as in `FeedForward`
         gate = self._projection("gate_proj")(x, layer, deterministic, entered)
-        up = self._projection("up_proj")(x, layer, deterministic, entered)
         return nn.with_logical_constraint(self._activation(gate) * up, ("batch", "length", "mlp"))
 
     def _masked(self, x: jax.Array, layer: jax.Array, deterministic: bool, mask: jax.Array) -> jax.Array:
         """All neurons, times mask [..., E] of their experts: the plain twin of `_sparse`."""
         h = self._hidden(x, layer, deterministic)
-        return self._projection("down_proj")(self._apply_mask(h, mask), layer, deterministic)
-
-    def _apply_mask(self, h: jax.Array, mask: jax.Array) -> jax.Array:
         blocks = h.reshape(*mask.shape, -1) * mask[..., None].astype(h.dtype)
-        return blocks.reshape(h.shape)
+        return self._projection("down_proj")(blocks.reshape(h.shape), layer, deterministic)
 
     def _by_activation(self, x: jax.Array, layer: jax.Array, deterministic: bool, modality: jax.Array) -> jax.Array:
         experts = self.experts
         h = self._hidden(x, layer, deterministic)
-        scores = (
-            jax.lax.stop_gradient(h).reshape(*modality.shape, experts.num_experts, -1).astype(jnp.float32).sum(axis=-1)
-        )
+        scores = sums_by_expert(jax.lax.stop_gradient(h), experts.num_experts)
         if experts.router == "activation_released":
             mask = released_mask(experts, scores, modality)
         else:
             mask = route_by_scores(experts, scores, modality).mask(experts.num_experts)
         self._count(mask > 0, modality)
         if self.compute == "dense":
-            out: jax.Array = self._projection("down_proj")(self._apply_mask(h, mask), layer, deterministic)
+            out: jax.Array = self._projection("down_proj")(keep_used(h, mask > 0), layer, deterministic)
             return out
         leave = over_tensor(partial(leave_experts, implementation=self.compute))
         leaving, finish = self._leaving(layer, deterministic)

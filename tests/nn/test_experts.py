@@ -18,6 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.adapters import as_one_adapter, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.dispatch import make_dispatch
+from jaxlm.nn.experts import keep_used, sums_by_expert, sums_by_product
 from jaxlm.nn.routers import (
     PADDING,
     choose_compute,
@@ -201,6 +202,28 @@ def test_all_experts_on_is_the_dense_model(router: str, compute: str) -> None:
         np.testing.assert_array_equal(found, expected)  # bit by bit: the mask is all ones
     else:
         np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tpus_sums_of_neurons_are_the_sums(dtype: Any) -> None:
+    h = jnp.asarray(np.random.default_rng(4).normal(size=(2, 5, 48)), dtype)
+    expected = np.asarray(h, np.float64).reshape(2, 5, 8, 6).sum(-1)
+    for sums in (sums_by_expert, sums_by_product):
+        found = sums(h, 8)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [8, 32, 96])
+def test_neurons_of_experts_that_are_not_used_are_zero(experts: int) -> None:
+    """Values and gradients, for any number of experts; what is not used is no part of them, were it infinite."""
+    rng = np.random.default_rng(experts)
+    h, used = rng.normal(size=(2, 5, 192)).astype(np.float32), rng.random((2, 5, experts)) < 0.5
+    is_used = np.repeat(used, 192 // experts, axis=-1)
+    h[~is_used] = np.inf
+    found, back = jax.vjp(lambda h: keep_used(h, jnp.asarray(used)), jnp.asarray(h))
+    np.testing.assert_array_equal(found, np.where(is_used, h, 0))
+    np.testing.assert_array_equal(back(jnp.full(h.shape, 2.0))[0], 2.0 * is_used)
 
 
 LORAS = {
