@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ class Signs:
     """Each token is a sign, and each sign a token."""
 
     adds_eos, eos_id = False, STOP
+    run_bytes: ClassVar[dict[int, int]] = {}
 
     def __init__(self, opening: tuple[int, ...] = ()) -> None:
         self.opening, self.opens_answers = opening, bool(opening)
