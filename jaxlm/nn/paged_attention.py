@@ -15,6 +15,7 @@ h, G = H / K.
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
@@ -34,6 +35,8 @@ BLOCK = 128
 LEAST_QUERIES = 2
 # It also sums rows of an array that has fewer numbers than this in an order of its own.
 LEAST_SUMMED = 4096
+# Bytes of keys that a CPU collects at once: they, and as many of values, are multiplied while its caches hold them.
+COLLECTED = 2**21
 
 
 def least_tokens(width: int) -> int:
@@ -116,7 +119,7 @@ def _attend(
     rows, chunks = tables.shape[0], chunk_rows.shape[0]
     used, padding = rows + chunks * length, q.shape[0] - rows - chunks * length
     q, k, v, places = (x[:used] for x in (q, k, v, places))
-    read = partial(_kernel_attention if kernel else paged_attention, mask=mask, slopes=slopes)
+    read = partial(_kernel_attention if kernel else plain_attention, mask=mask, slopes=slopes)
     if kernel and not shared:
         k_pages, v_pages = tpu_write_pages(k_pages, v_pages, k[:rows], v[:rows], _slots(k_pages, tables, places[:rows]))
         first, row = rows, jnp.repeat(chunk_rows, length, total_repeat_length=chunks * length)
@@ -155,6 +158,37 @@ def _kernel_attention(
     lengths = jnp.sum(places >= 0, axis=1).astype(jnp.int32)
     scores = mask.window, mask.scale, mask.soft_cap, slopes
     return tpu_paged_attention(q, k_pages, v_pages, tables, jnp.maximum(places[:, 0], 0), lengths, *scores)
+
+
+def plain_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    tables: jax.Array,
+    places: jax.Array,
+    mask: MaskSpec,
+    slopes: jax.Array | None,
+) -> jax.Array:
+    """`paged_attention`; on a CPU of a few texts at a time, so that short ones are not read as far as long ones."""
+    texts, (_, kv_heads, slots, dim) = q.shape[0], k_pages.shape
+    few = max(1, COLLECTED // (kv_heads * max(BLOCK, slots) * dim * k_pages.dtype.itemsize))
+    whole = partial(paged_attention, mask=mask, slopes=slopes)
+    if texts <= few:
+        return whole(q, k_pages, v_pages, tables, places)
+
+    def by_parts(
+        q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, tables: jax.Array, places: jax.Array
+    ) -> jax.Array:
+        def parts(x: jax.Array, fill: int = 0) -> jax.Array:
+            x = jnp.pad(x, ((0, -texts % few), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
+            return x.reshape(-1, few, *x.shape[1:])
+
+        out = jax.lax.map(
+            lambda part: whole(part[0], k_pages, v_pages, *part[1:]), (parts(q), parts(tables), parts(places, -1))
+        )
+        return out.reshape(-1, *q.shape[1:])[:texts]
+
+    return cast(jax.Array, jax.lax.platform_dependent(q, k_pages, v_pages, tables, places, cpu=by_parts, default=whole))
 
 
 def _slots(pages: jax.Array, tables: jax.Array, places: jax.Array) -> jax.Array:

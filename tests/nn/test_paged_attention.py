@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.nn import paged_attention as module
 from jaxlm.nn.attention import MaskSpec, reference_attention
-from jaxlm.nn.paged_attention import PagedCache
+from jaxlm.nn.paged_attention import BLOCK, PagedCache, paged_attention, plain_attention
+from jaxlm.nn.positions import alibi_slopes
 
 MASKS = {
     "plain": MaskSpec(),
@@ -61,3 +64,21 @@ def test_pages_give_what_rows_give(mask: MaskSpec) -> None:
     run([3, 1, 40], results[1])
     np.testing.assert_allclose(results[0], expected, atol=2e-6)
     np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_texts_are_read_a_few_at_a_time(mask: MaskSpec, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same bits; seven texts of 1 to 160 slots, of which two have no token, three at a time."""
+    rng = np.random.default_rng(1)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(dims), jnp.float32) for dims in ((7, length, 4, 8), *[(80, 2, 16, 8)] * 2)
+    )
+    tables = jnp.asarray(rng.permutation(80)[:70].reshape(7, 10), jnp.int32)
+    ends = np.array([0, 159, -1, 40, 130, -1, 15])[:, None]
+    places = jnp.asarray(np.where(ends < 0, -1, np.maximum(ends - np.arange(length)[::-1], 0)), jnp.int32)
+    slopes = jnp.asarray(alibi_slopes(4)) if mask.alibi else None
+    whole = jax.jit(partial(paged_attention, mask=mask))(q, k, v, tables, places, slopes=slopes)
+    monkeypatch.setattr(module, "COLLECTED", 3 * 2 * BLOCK * 8 * 4)
+    parts = jax.jit(partial(plain_attention, mask=mask))(q, k, v, tables, places, slopes=slopes)
+    np.testing.assert_array_equal(parts, whole)

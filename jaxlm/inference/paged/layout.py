@@ -2,7 +2,8 @@
 
 A float32 matrix stays as it was loaded, [in, out], and is summed in an order that holds for all programs of the engine
 (`nn.ordered_weight`). All others are laid out [out, in] (`OutputMajorWeight`), which XLA packs anew for each product:
-int8 and bfloat16, matrices that several devices share, and those for which this machine has no such order.
+int8 and bfloat16, matrices that several devices share, those for which this machine has no such order, and all of a
+processor with AVX-512, whose products of packed weights are faster (benchmarks/README.md, "Products").
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,6 +43,8 @@ def laid_out(decoder: Decoder, weights: Weights, layer_rows: set[int], head_rows
     head_shape = (*head.shape[::-1], "head")
     if not decoder.spec.normed_head and _is_float32(head, decoder):
         asked[head_shape] = head_rows
+    if prefers_packed():
+        asked = {}
     with ThreadPoolExecutor(os.cpu_count(), "jaxlm-orders") as pool:
         found = pool.map(lambda shape: block_of(shape[0], shape[1], tuple(asked[shape])), asked)
         blocks = dict(zip(asked, found, strict=True))
@@ -57,6 +61,12 @@ def laid_out(decoder: Decoder, weights: Weights, layer_rows: set[int], head_rows
     return {**weights, "params": result}
 
 
+def prefers_packed() -> bool:
+    """Whether this machine's products are faster with weights that XLA packs for each of them: with AVX-512."""
+    information = Path("/proc/cpuinfo")  # Linux; elsewhere nobody has measured
+    return information.is_file() and " avx512f " in information.read_text()
+
+
 def in_words(weights: Weights) -> str:
     """How the matrices of layers lie, and why; empty where they are as any model's."""
     layers = weights["params"]["layers"]
@@ -67,7 +77,7 @@ def in_words(weights: Weights) -> str:
     parts = [f"{ordered} matrices as loaded, summed alike for any number of rows"] if ordered else []
     if major:
         parts.append(
-            f"{major} laid out [out, in], which is slower: not in float32, or without such sums on this machine"
+            f"{major} laid out [out, in]: not in float32, on a processor with AVX-512, or without such sums on this one"
         )
     return "; ".join(parts)
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
 from jaxlm.inference.engine import Engine, Request
+from jaxlm.inference.paged import layout
 from jaxlm.inference.paged.layout import in_words, laid_out
 from jaxlm.inference.paged.programs import few_rows, programs_in_words, usual_programs
 from jaxlm.inference.paged.requests import Query, TokenLogprob
@@ -28,6 +29,7 @@ from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.models.families import SHAPES
 from jaxlm.models.unrolled import next_states
 from jaxlm.nn.ordered_weight import OrderedWeight
+from jaxlm.nn.weight_types import OutputMajorWeight
 from jaxlm.spec import uniform_decoder
 from tests.inference.paged.asking import QUERIES, Answers, ask, check_drawn_schedule, content, settle
 from tests.inference.test_engine import MIXED, PROMPTS, finish
@@ -65,9 +67,13 @@ def test_a_token_is_the_same_beside_many_others() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True], ids=["as loaded", "packed"])
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-def test_a_wide_models_token_is_the_same_in_steps_of_all_sizes(tied: bool) -> None:
+def test_a_wide_models_token_is_the_same_in_steps_of_all_sizes(
+    tied: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where sums have blocks: few rows, some groups of them, and many; and near the training forward's."""
+    monkeypatch.setattr(layout, "prefers_packed", lambda: packed)
     layer = dict(num_layers=1, num_heads=8, num_kv_heads=4, head_dim=64, intermediate_size=1536)
     spec = uniform_decoder(
         "llama", vocab_size=1024, hidden_size=768, tied_head=tied, max_position_embeddings=64, **layer
@@ -76,8 +82,9 @@ def test_a_wide_models_token_is_the_same_in_steps_of_all_sizes(tied: bool) -> No
     tree = random_tree(nn.unbox(abstract_variables(decoder))["params"], 1, std=0.04)
     weights = laid_out(decoder, generator(decoder, tree).weights, {6, 8, 32, 72}, {6, 8, 32})
     kernel = weights["params"]["layers"][0]["mlp"]["gate_proj"]["kernel"]
-    if not isinstance(kernel, OrderedWeight):
+    if not packed and not isinstance(kernel, OrderedWeight):
         pytest.skip("this machine has no such order; the engine lays such matrices out [out, in]")
+    assert isinstance(kernel, OutputMajorWeight if packed else OrderedWeight)
     step = jax.jit(partial(next_states, decoder, weights))
     head = jax.jit(partial(_logits, decoder, weights))
     tokens = np.arange(72, dtype=np.int32) % 1024
