@@ -111,7 +111,9 @@ class RoundedWeight(StoredWeight):
         for part, names in self.part_axes(axes).items():
             # Other dims stay as they are: some are split only where that can be done evenly.
             split = P(*(None if name in ("embed", "embed_blocks") else P.UNCONSTRAINED for name in names))
-            parts[part] = jax.lax.with_sharding_constraint(getattr(self, part), split)
+            # A TPU's compiler wants the dim that it gathers along to be the outermost one. Behind the barrier it is the
+            # first dim of one layer's codes; without, it is the second of the stack, all of which is then copied first.
+            parts[part] = jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(getattr(self, part)), split)
         return dataclasses.replace(cast(Any, self), **parts)
 
 
