@@ -264,7 +264,7 @@ def check_devices() -> Iterator[Finding]:
     )
     yield _compute(mine, started)
     yield from _attention()
-    yield _serving(mine.platform == "tpu")
+    yield _serving(mine.platform)
 
 
 def missing_accelerator(platform_name: str, exists: Callable[[str], bool], shown: str) -> Finding:
@@ -333,14 +333,14 @@ def _try_attention(chosen: Any, packed: bool) -> str:
     return f"runs, first result after {time.perf_counter() - started:.1f} s"
 
 
-def _serving(is_tpu: bool) -> Finding:
+def _serving(platform: str) -> Finding:
     """What `jaxlm serve` compiles at its start, for a model like LLaMA-2-7B."""
     from jaxlm.config import ServeConfig
     from jaxlm.inference.paged.programs import usual_programs
     from jaxlm.models.families import SHAPES
 
     rows = ServeConfig().rows
-    programs = usual_programs(SHAPES["llama-2-7b"], rows, is_tpu)
+    programs = usual_programs(SHAPES["llama-2-7b"], rows, platform)
     return Finding("programs of serve", f"with {rows} answers at a time {programs}; kept in the compilation cache")
 
 

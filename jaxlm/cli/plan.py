@@ -96,14 +96,14 @@ def _run(configs: list[RunConfig], flags: dict[str, Any]) -> int:
             if flags.get("by_op"):
                 show_operations(plans[-1], console)
     if "json" not in flags and shape is not None:
-        console.print(f"\n[bold]jaxlm serve[/] {_serving(shape, is_tpu=topology.chip.platform == 'tpu')}")
+        console.print(f"\n[bold]jaxlm serve[/] {_serving(shape, topology.chip.platform)}")
     if "json" in flags:
         dicts = [plan.to_dict() for plan in plans]
         print(json.dumps(dicts[0] if len(dicts) == 1 else {"stages": dicts}, indent=1))
     return int(any(plan.fits is False for plan in plans))
 
 
-def _serving(spec: DecoderSpec, is_tpu: bool) -> str:
+def _serving(spec: DecoderSpec, platform: str) -> str:
     """What `jaxlm serve` of the model that a run makes would compile at its start."""
     from jaxlm.inference.paged.programs import check_servable, usual_programs
 
@@ -112,7 +112,7 @@ def _serving(spec: DecoderSpec, is_tpu: bool) -> str:
     except UserError as error:
         return f"does not take this model: {error}"
     rows = ServeConfig().rows
-    return f"with {rows} answers at a time compiles programs at its start, {usual_programs(spec, rows, is_tpu)}"
+    return f"with {rows} answers at a time compiles programs at its start, {usual_programs(spec, rows, platform)}"
 
 
 def _as_stored(config: RunConfig) -> RunConfig:

@@ -41,6 +41,8 @@ SLOTS, TPU_SLOTS = 16, 128
 CHUNK = 256
 # Several prompts at once share them.
 SHARERS = 4
+# On a CPU twice as many, in pieces, of which a prompt may have several: padding costs there what tokens cost.
+CPU_PIECES = 2 * SHARERS
 # What a step costs beside its prompts, in tokens of them: where memory brings the weights in the time of some hundred
 # tokens' products, a step less is worth much padding; a CPU computes so slowly that padding costs more.
 OVERHEAD, CPU_OVERHEAD = 512, 32
@@ -120,12 +122,15 @@ def choose_shape(
         pages = max(table, min(2 * rows * table, _room(model) // each))
     table = min(table, pages)
     overhead = CPU_OVERHEAD if platform == "cpu" else OVERHEAD
-    return Shape(rows, pages, slots, table, chunk_shapes(chunk, slots), overhead, guesses)
+    return Shape(rows, pages, slots, table, chunk_shapes(chunk, slots, platform == "cpu"), overhead, guesses)
 
 
-def chunk_shapes(chunk: int, slots: int) -> tuple[tuple[int, int], ...]:
+def chunk_shapes(chunk: int, slots: int, on_cpu: bool) -> tuple[tuple[int, int], ...]:
     """(Q, C) of the programs that read prompts, for steps that read at most `chunk` tokens of them."""
     part = chunk // SHARERS
+    if on_cpu and chunk > slots:
+        short, piece = max(part // SHARERS, slots), max(chunk // CPU_PIECES, slots)
+        return (max(1, part // short), short), (chunk // piece, piece)
     # Parts of less than a page are not worth programs of their own.
     return ((1, part), (SHARERS, part), (1, chunk)) if part >= slots else ((1, chunk),)
 
@@ -171,9 +176,10 @@ def programs_in_words(spec: DecoderSpec, rows: int, chunks: Sequence[tuple[int, 
     )
 
 
-def usual_programs(spec: DecoderSpec, rows: int, is_tpu: bool) -> str:
+def usual_programs(spec: DecoderSpec, rows: int, platform: str) -> str:
     """`programs_in_words` of `jaxlm serve` with its defaults, without devices."""
-    return programs_in_words(spec, max(rows, 2), chunk_shapes(CHUNK, TPU_SLOTS if is_tpu else SLOTS))
+    chunks = chunk_shapes(CHUNK, TPU_SLOTS if platform == "tpu" else SLOTS, platform == "cpu")
+    return programs_in_words(spec, max(rows, 2), chunks)
 
 
 def _room(model: DeviceModel) -> int:

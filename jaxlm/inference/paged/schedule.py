@@ -29,6 +29,9 @@ from jaxlm.inference.paged.pages import Node, Pages
 from jaxlm.inference.paged.requests import Constraint, Deliver, Finish, Piece, Query, TokenLogprob
 from jaxlm.inference.paged.step import Plan, Scores
 
+# Q and C of a step that reads no prompt.
+NO_PIECES = (0, 1)
+
 
 @dataclasses.dataclass(eq=False)
 class Text:
@@ -119,7 +122,7 @@ class Step:
 
     Attributes:
         given: the texts that are given a token.
-        read: (text, chunk, the first token's place, number of tokens).
+        read: (text, chunk, the first token's place, number of tokens); a text may have several chunks.
     """
 
     plan: Plan
@@ -166,7 +169,7 @@ class Scheduler:
     def plan(self) -> Step | None:
         """The next step; None: there is none before the last one was read."""
         self._admit()
-        given, read = self._ready(), self._chunks()
+        given, (sizes, read) = self._ready(), self._pieces()
         self._guess(given)
         while not self._reserve(given, read):
             if any(text.guesses for text in given):  # they are worth nobody's pages
@@ -177,8 +180,8 @@ class Scheduler:
             if victim.pending:
                 return None
             self._retract(victim)
-            given, read = self._ready(), self._chunks()
-        return self._step(given, read) if given or read else None
+            given, (sizes, read) = self._ready(), self._pieces()
+        return self._step(given, sizes, read) if given or read else None
 
     def _admit(self) -> None:
         for text in list(self.waiting):
@@ -232,19 +235,26 @@ class Scheduler:
             if text.lookup is not None and not text.pending:
                 text.guesses = [(rows.pop(0), token) for token in text.lookup.guess(most)]
 
-    def _chunks(self) -> list[tuple[Text, int]]:
-        """Texts whose prompts are read, and how many tokens of each."""
+    def _pieces(self) -> tuple[tuple[int, int], list[tuple[Text, int, int]]]:
+        """Q and C, and at most Q pieces of at most C tokens that are read: (text, the first token's place, how many).
+
+        A text may have several: each sees the keys and values of all, which are written before any are read.
+        """
         reading = [text for text in self.running if text.reading]
         if not reading:
-            return []
-        left = [len(text.tokens) - text.known for text in reading]
-        number, length = best_chunk(self.shape, left)
-        return [(text, min(length, each)) for text, each in zip(reading[:number], left, strict=False)]
+            return NO_PIECES, []
+        number, length = best_chunk(self.shape, [len(text.tokens) - text.known for text in reading])
+        pieces = [
+            (text, start, min(length, len(text.tokens) - start))
+            for text in reading
+            for start in range(text.known, len(text.tokens), length)
+        ]
+        return (number, length), pieces[:number]
 
-    def _reserve(self, given: list[Text], read: list[tuple[Text, int]]) -> bool:
+    def _reserve(self, given: list[Text], read: list[tuple[Text, int, int]]) -> bool:
         """Pages for the new tokens; whether there are enough."""
         needs = {text: text.length + len(text.guesses) for text in given}
-        needs |= {text: text.known + count for text, count in read}
+        needs |= {text: start + count for text, start, count in read}
         for text in sorted(needs, key=lambda text: text.order):
             while len(text.nodes) + len(text.own) < -(-needs[text] // self.shape.slots):
                 page = self.pages.take()
@@ -253,17 +263,14 @@ class Scheduler:
                 text.own.append(page)
         return True
 
-    def _step(self, given: list[Text], read: list[tuple[Text, int]]) -> Step | None:
-        shape, tables = self.shape, self._tables
-        longest = max((count for _, count in read), default=0)
-        fitting = [(q * c, q, c) for q, c in shape.chunks if q >= len(read) and c >= longest]
-        _, number, length = min(fitting) if read else (0, 0, 1)
+    def _step(self, given: list[Text], sizes: tuple[int, int], read: list[tuple[Text, int, int]]) -> Step | None:
+        shape, tables, (number, length) = self.shape, self._tables, sizes
         places, picks, numbers, adapters = (np.full(shape.rows, value, np.int32) for value in (-1, -1, 0, 0))
         chunks, targets = (np.zeros((number, length), np.int32) for _ in range(2))
         rows, starts, lengths = (np.zeros(number, np.int32) for _ in range(3))
         constrained = np.zeros(shape.rows, bool)
         allowed = everything(shape.rows, self._vocab_size)
-        for text in [*given, *(text for text, _ in read)]:
+        for text in [*given, *(text for text, *_ in read)]:
             pages = text.pages
             tables[text.row, : len(pages)], adapters[text.row] = pages, text.adapter[0]
         newest, owners = np.full(shape.rows, -1, np.int32), np.arange(shape.rows, dtype=np.int32)
@@ -275,14 +282,14 @@ class Scheduler:
             for row, token in text.guesses:
                 newest[row] = token
         wants_prompt, noted = False, []
-        for index, (text, count) in enumerate(read):
-            rows[index], starts[index], lengths[index] = text.row, text.known, count
-            new = text.tokens[text.known : text.known + count + 1]
+        for index, (text, start, count) in enumerate(read):
+            rows[index], starts[index], lengths[index] = text.row, start, count
+            new = text.tokens[start : start + count + 1]
             chunks[index, :count] = new[:count]
             targets[index, : len(new) - 1] = new[1:]
             wants_prompt |= text.query.prompt_logprobs is not None and text.sample == 0
-            noted.append((text, index, text.known, count))
-            if text.known + count == len(text.tokens):
+            noted.append((text, index, start, count))
+            if start + count == len(text.tokens):
                 picks[text.row] = shape.rows + index * length + count - 1
         chosen = [text for text in self.running if picks[text.row] >= 0]
         for text in chosen:
@@ -307,7 +314,7 @@ class Scheduler:
         )  # fmt: skip
         for text in given:
             text.known += 1
-        for text, count in read:
+        for text, _, count in read:
             text.known += count
             text.reading = text.known < len(text.tokens)
             self._share(text)
@@ -410,16 +417,17 @@ class Scheduler:
 
 
 def best_chunk(shape: Shape, left: Sequence[int]) -> tuple[int, int]:
-    """Q and C that read the most for what the step costs, padding included; of several the one that reads more.
+    """Q and C that read the most for what the step costs, padding included; of several that read more, in fewer pieces.
 
     Args:
         left: tokens that are still to be read, of each text in turn.
     """
 
-    def gain(sizes: tuple[int, int]) -> tuple[float, int]:
+    def gain(sizes: tuple[int, int]) -> tuple[float, int, int]:
         number, length = sizes
-        tokens = sum(min(length, each) for each in left[:number])
-        return tokens / (shape.overhead + number * length), tokens
+        pieces = [min(length, each - start) for each in left for start in range(0, each, length)]
+        tokens = sum(pieces[:number])
+        return tokens / (shape.overhead + number * length), tokens, -number
 
     return max(shape.chunks, key=gain)
 

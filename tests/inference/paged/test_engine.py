@@ -221,16 +221,16 @@ def test_nothing_is_compiled_for_a_query(engine: PagedEngine, alone: list[Any]) 
     jax.monitoring.register_event_duration_secs_listener(listen)
     ask(engine, QUERIES)
     jax.monitoring.unregister_event_duration_listener(listen)
-    assert not compiled and engine.ready() == (3, 3)
+    assert not compiled and engine.ready() == (4, 4)
 
 
 def test_the_number_of_programs_is_told_beforehand(engine: PagedEngine) -> None:
-    assert programs_in_words(CONFIG, 2, [(1, 16)]).startswith(f"{engine.ready()[1]}: ")
+    assert programs_in_words(CONFIG, 2, [(1, 8), (2, 8)]).startswith(f"{engine.ready()[1]}: ")
     spec = SHAPES["llama-2-7b"]
-    words = usual_programs(spec, 16, is_tpu=False)
-    assert words.startswith("8: ") and "2 or 8 or 16 answers" in words and "1 x 64 (few answers) tokens" in words
+    words = usual_programs(spec, 16, "cpu")
+    assert words.startswith("7: ") and "2 or 8 or 16 answers" in words and "4 x 16 (few answers) tokens" in words
     # A chunk's quarter is less than a TPU's page.
-    assert usual_programs(spec, 8, is_tpu=True).startswith("4: ")
+    assert usual_programs(spec, 8, "tpu").startswith("4: ")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_step_of_few_rows_gives_what_one_of_all_gives() -> None:
     model = generator(Decoder(CONFIG), params())
     engine = PagedEngine(model, 256, pages=2600, slots=8, chunk=16, queue=1000)
     few = few_rows(CONFIG, 256)
-    assert few < 200 and programs_in_words(CONFIG, 256, [(1, 16)]).startswith("6: ") and engine.ready()[1] == 6
+    assert few < 200 and programs_in_words(CONFIG, 256, [(1, 8), (2, 8)]).startswith("7: ") and engine.ready()[1] == 7
     how = [
         Decoding(max_new_tokens=12 + number % 7, temperature=0.7 * (number % 2), seed=number) for number in range(220)
     ]

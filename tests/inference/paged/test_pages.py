@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.inference.paged.pages import Node, Pages
+from jaxlm.inference.paged.programs import chunk_shapes
 from jaxlm.inference.paged.schedule import Shape, best_chunk
 
 SLOTS = 2
@@ -77,18 +78,18 @@ def test_texts_of_different_adapters_share_nothing() -> None:
 @pytest.mark.parametrize(
     ("left", "on_a_cpu", "elsewhere"),
     [
-        ([20], (1, 64), (1, 64)),
-        ([128], (1, 64), (1, 256)),  # a CPU would compute 128 tokens of padding
-        ([128, 20], (1, 64), (1, 256)),
-        ([240], (1, 256), (1, 256)),
-        ([64] * 4, (4, 64), (4, 64)),
-        ([64, 64], (1, 64), (4, 64)),
-        ([9] * 5, (4, 64), (4, 64)),
+        ([20], (4, 16), (1, 64)),
+        ([128], (4, 16), (1, 256)),  # a CPU would compute 128 tokens of padding
+        ([128, 20], (4, 16), (4, 64)),
+        ([240], (8, 32), (1, 256)),
+        ([64] * 4, (8, 32), (4, 64)),
+        ([64, 64], (4, 16), (4, 64)),
+        ([9] * 5, (4, 16), (4, 64)),
     ],
 )
 def test_padding_is_weighed_against_steps(
     left: list[int], on_a_cpu: tuple[int, int], elsewhere: tuple[int, int]
 ) -> None:
-    chunks = (1, 64), (4, 64), (1, 256)
-    assert best_chunk(Shape(8, 9, 16, 9, chunks, overhead=32), left) == on_a_cpu
-    assert best_chunk(Shape(8, 9, 16, 9, chunks, overhead=512), left) == elsewhere
+    for overhead, is_cpu, expected in ((32, True, on_a_cpu), (512, False, elsewhere)):
+        shape = Shape(8, 9, 16, 9, chunk_shapes(256, 16, is_cpu), overhead)
+        assert best_chunk(shape, left) == expected
