@@ -32,8 +32,8 @@ CONFIGS = ROOT / "configs"
 README = CONFIGS / "README.md"
 BEGIN, END = "<!-- written by benchmarks/small_recipes.py -->", "<!-- end of what is written -->"
 HEAD = (
-    "recipe", "minutes", "peak memory", "tokens/s", "validation loss", "metric", "by chance", "before", "after",
-    "seed to seed",
+    "recipe", "metric", "by chance", "before", "after", "seed to seed", "minutes", "peak memory", "tokens/s",
+    "validation loss",
 )  # fmt: skip
 MIB = 2**20
 
@@ -136,7 +136,7 @@ def rows(name: str, measured: dict[str, Any]) -> list[tuple[str, ...]]:
     peak = max(run["peak_bytes"] for run in runs) / MIB
     speed = max(run["tokens_per_second"] for run in runs)
     losses = [number([run["validation_loss"][key] for run in runs]) for key in ("before", "after")]
-    first = (f"`{name}`", f"{minutes:.1f}", f"{peak:,.0f} MiB", f"{speed:,.0f}", " → ".join(losses))
+    cost = (f"{minutes:.1f}", f"{peak:,.0f} MiB", f"{speed:,.0f}", " → ".join(losses))
     lines = []
     for at, metric in enumerate(runs[0]["metrics"]):
         values = {key: [run["metrics"][at][key] for run in runs] for key in ("chance", "before", "after")}
@@ -144,7 +144,8 @@ def rows(name: str, measured: dict[str, Any]) -> list[tuple[str, ...]]:
         spread = f"{min(after):.3f} to {max(after):.3f} ({len(after)})" if len(after) > 1 else "one seed"
         figures = tuple(number(values[key]) for key in ("chance", "before", "after"))
         name_of_metric = metric["name"] + (" (less is better)" if metric["less_is_better"] else "")
-        lines.append((*(first if at == 0 else ("",) * len(first)), name_of_metric, *figures, spread))
+        named, paid = (f"`{name}`", cost) if at == 0 else ("", ("",) * len(cost))
+        lines.append((named, name_of_metric, *figures, spread, *paid))
     return lines
 
 

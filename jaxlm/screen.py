@@ -53,6 +53,15 @@ def print_table(table: Table, *, stderr: bool = False) -> None:
     print(lines, file=sys.stderr if stderr else sys.stdout)
 
 
+def print_sentence(text: str) -> None:
+    """Prints a sentence on standard output; a terminal breaks it between words, a file or pipe has it in one line."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(text, markup=False)
+    else:
+        print(text)
+
+
 def print_pairs(console: Console, pairs: Sequence[tuple[str, str]]) -> None:
     """Prints aligned 'name  value' lines; values are never wrapped, so that paths can be copied."""
     width = max(len(name) for name, _ in pairs)
@@ -74,6 +83,13 @@ class Bars(Progress):
         """As rich's."""
         super().advance(task_id, advance)
         self._say(task_id)
+
+    def stop(self) -> None:
+        """As rich's; but a bar that does not stay leaves no empty line in a file or pipe."""
+        if self.live.transient and not self.console.is_interactive and not self.disable:
+            self.live.stop()
+        else:
+            super().stop()
 
     def _say(self, task_id: TaskID) -> None:
         now = time.monotonic()

@@ -26,6 +26,18 @@ def test_a_table_in_a_pipe_is_as_wide_as_it_is(
     assert lines[4].split() == ["b", "1"] and not any(line.endswith(" ") for line in lines)
 
 
+def test_a_terminal_breaks_a_sentence_between_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    sentence = "the share of experts [2/4]"
+    screen.print_sentence(sentence)
+    assert capsys.readouterr().out == f"{sentence}\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    screen.print_sentence(sentence)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == ["the share of", "experts", "[2/4]"]
+
+
 def test_a_bar_in_a_file_writes_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(screen.time, "monotonic", lambda: clock[0])
@@ -41,6 +53,14 @@ def test_a_bar_in_a_file_writes_lines(monkeypatch: pytest.MonkeyPatch) -> None:
         "asking: 61 of 100 (61%)",
         "asking: 91 of 100 (91%)",
     ]
+
+
+@pytest.mark.parametrize(("transient", "lines"), [(True, 0), (False, 1)])
+def test_a_bar_that_does_not_stay_leaves_no_empty_line_in_a_file(transient: bool, lines: int) -> None:
+    file = io.StringIO()
+    with screen.Bars(console=Console(file=file, width=80), transient=transient) as bars:
+        bars.advance(bars.add_task("reading", total=1))
+    assert len(file.getvalue().splitlines()) == lines
 
 
 def test_a_tpu_is_told_by_its_vendor(tmp_path: Path) -> None:

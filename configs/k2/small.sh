@@ -57,6 +57,6 @@ kill $server
 wait $server || true
 trap - EXIT
 
-figures() { echo "$out/bench-$1/geobench/scores.json:figures.tf_wa_plain_$2.value"; }
-python configs/result.py "$out/result.json" --run "$out/tuned/geosignal" --metric "GeoBench's true or false, right" \
-    --chance "$out/bench-geosignal/geobench/scores.json:figures.tf_random.value" --before "$(figures hf-base accuracy)" --after "$(figures geosignal accuracy)"
+figures() { echo "$out/bench-$1/geobench/scores.json:figures.choice_wa_plain_$2.value"; }
+python configs/result.py "$out/result.json" --run "$out/tuned/geosignal" --metric "GeoBench's choices, right" \
+    --chance "$out/bench-geosignal/geobench/scores.json:figures.choice_random.value" --before "$(figures hf-base accuracy)" --after "$(figures geosignal accuracy)"

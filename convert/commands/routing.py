@@ -135,10 +135,10 @@ def _distil(options: argparse.Namespace) -> None:
 def say_coverage(coverage: Coverage) -> None:
     """A table: layers, and for each modality what its experts have, could have, and the output's error."""
     from convert.analysis.coverage import describe_rule
-    from jaxlm.screen import new_table, print_table
+    from jaxlm.screen import new_table, print_sentence, print_table
 
     moe = coverage.moe
-    print(f"share of |h| in the experts of a token; chosen by: {describe_rule(coverage)}")
+    print_sentence(f"share of |h| in the experts of a token; chosen by: {describe_rule(coverage)}")
     table = new_table("layer")
     for number in coverage.present:
         chance = f"{coverage.used[number]:.3g}/{moe.num_experts} = {coverage.chance[number]:.1%}"
@@ -164,10 +164,10 @@ def _add_layers(table: Table, columns: list[tuple[np.ndarray, str]]) -> None:
 
 def say_distilled(result: Distilled) -> None:
     """A table: layers, and for each modality recall before and after, and the output's error."""
-    from jaxlm.screen import new_table, print_table
+    from jaxlm.screen import new_table, print_sentence, print_table
 
     moe = result.moe
-    print(f"share of the experts chosen by {result.teacher} that the router chooses too, on tokens held out")
+    print_sentence(f"share of the experts chosen by {result.teacher} that the router chooses too, on tokens held out")
     table = new_table("layer")
     columns = []
     for number, name in enumerate(moe.modalities):
@@ -183,4 +183,6 @@ def say_distilled(result: Distilled) -> None:
     _add_layers(table, columns)
     print_table(table)
     held = ", ".join(f"{name} {count:,}" for name, count in zip(moe.modalities, result.tokens, strict=True))
-    print(f"{'held out':12} tokens of {held}; error: the output beside that with the experts by {result.teacher}")
+    print_sentence(
+        f"{'held out':12} tokens of {held}; error: the output beside that with the experts by {result.teacher}"
+    )

@@ -101,6 +101,9 @@ def run_harness(config: EvaluateConfig) -> int:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     quiet_logs()
     use_compilation_cache(config.compilation_cache)
+    from jaxlm.evaluation.harness import drop_advice, without_bars
+
+    drop_advice()
     manager = _manager(options, tasks)
     model = make_model(config.model, console, config.tokenizer, config.add_bos, config.mesh, config.batch_size)
     from lm_eval import simple_evaluate  # an extra, and slow to import
@@ -108,25 +111,26 @@ def run_harness(config: EvaluateConfig) -> int:
     output.mkdir(parents=True, exist_ok=True)
     # What has been answered is kept here by the harness, so that a run that was killed goes on; for this model alone.
     cache = output / f"answers-{model.digest[:16]}"
-    results = simple_evaluate(
-        model=model,
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        batch_size=config.batch_size,
-        limit=config.limit,
-        apply_chat_template=options.apply_chat_template,
-        fewshot_as_multiturn=options.fewshot_as_multiturn and options.apply_chat_template,
-        system_instruction=options.system_instruction,
-        gen_kwargs=options.gen_kwargs or None,
-        bootstrap_iters=options.bootstrap_iters,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-        task_manager=manager,
-        use_cache=str(cache),
-        log_samples=True,
-    )
+    with without_bars():
+        results = simple_evaluate(
+            model=model,
+            tasks=tasks,
+            num_fewshot=options.num_fewshot,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            apply_chat_template=options.apply_chat_template,
+            fewshot_as_multiturn=options.fewshot_as_multiturn and options.apply_chat_template,
+            system_instruction=options.system_instruction,
+            gen_kwargs=options.gen_kwargs or None,
+            bootstrap_iters=options.bootstrap_iters,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+            task_manager=manager,
+            use_cache=str(cache),
+            log_samples=True,
+        )
     _write(output, results, model)
     for file in output.glob(f"{cache.name}*"):
         file.unlink()
@@ -226,6 +230,18 @@ def register() -> None:
             config = build({"path": path, **words}, InferenceModelConfig)
             loaded = make_model(config, Console(stderr=True, soft_wrap=True), batch_size=_size(batch_size), **own)
             super().__init__(loaded._generator, loaded._prompter, loaded.batch_size, loaded.digest)
+
+
+def run_lm_eval() -> None:
+    """lm_eval's own command line, with jaxlm among its models and without bars beside jaxlm's."""
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    from jaxlm.evaluation.harness import drop_advice, without_bars
+
+    drop_advice()
+    with without_bars():
+        cli_evaluate()
 
 
 def _size(batch_size: int | str) -> int:

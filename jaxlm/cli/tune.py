@@ -340,7 +340,7 @@ def _print(console: Console, trials: Sequence[Candidate]) -> None:
         figures = "", ""
         if trial.seconds:
             ratio = "" if base is None else f"{_ratio(trial, base):.2f}"
-            figures = f"{statistics.median(trial.seconds) * 1e3:.3g}", ratio
+            figures = f"{statistics.median(trial.seconds) * 1e3:,.3f}", ratio
         table.add_row(trial.choice.name, blocks, *figures, Text(trial.problem))
     print_table(table)
 

@@ -6,9 +6,14 @@ are the same; what differs is how it is computed (`evaluation.likelihood`, and t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from jaxlm.config import Decoding
 from jaxlm.errors import UserError
@@ -17,17 +22,19 @@ from jaxlm.evaluation.likelihood import Choices
 from jaxlm.inference.answering import complete
 from jaxlm.inference.generator import Generator
 from jaxlm.inference.prompts import Prompter
+from jaxlm.screen import Bars
 
 try:  # an extra of pyproject.toml; without it this module is not imported but for the message
     from lm_eval import utils
+    from lm_eval.api import model as harness_model
+    from lm_eval.api import task as harness_task
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-    from tqdm import tqdm
 except ModuleNotFoundError as error:
     raise UserError(f"harness: needs {error.name}: pip install 'jaxlm[harness]'") from None
 
-__all__ = ["JaxlmModel", "register_model"]
+__all__ = ["JaxlmModel", "drop_advice", "register_model", "without_bars"]
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as with `hf`
 # Settings of generation that tasks may name -> ours.
@@ -43,6 +50,43 @@ SETTINGS = {
     "early_stopping": "early_stopping",
     "seed": "seed",
 }
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Whether a warning of lm_eval tells the user something: how to give data to a suite stands in jaxlm's own help."""
+    return "Custom kwargs can be passed to `--metadata`" not in record.getMessage()
+
+
+def drop_advice() -> None:
+    """Keeps lm_eval's advice about its own command line off the screen; its warnings stay."""
+    logging.getLogger(harness_task.__name__).addFilter(_is_wanted)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """A block in which lm_eval draws no bars about its own bookkeeping; `JaxlmModel` draws one while it asks."""
+
+    def walk(entries: Iterable[Any], **_: Any) -> Iterable[Any]:
+        return entries
+
+    modules = harness_model, harness_task
+    bars = [module.tqdm for module in modules]
+    for module in modules:
+        module.tqdm = walk
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int, is_hidden: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, as every command has it; the block calls what it gets with what is done."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Bars(*columns, console=Console(stderr=True), disable=is_hidden) as bars:
+        task = bars.add_task(description, total=total)
+        yield lambda count: bars.advance(task, count)
 
 
 class JaxlmModel(TemplateLM):
@@ -147,7 +191,7 @@ class JaxlmModel(TemplateLM):
             shared.setdefault(self._cut(context, continuation), []).append(number)
         groups = sorted(shared.items(), key=lambda entry: (-len(entry[0]), entry[0]))
         results: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+        with _bar("log-likelihoods", len(requests), disable_tqdm) as advance:
             for start in range(0, len(groups), self.batch_size):
                 part = groups[start : start + self.batch_size]
                 asked = [Choices(context, tuple(tuple(requests[n][2]) for n in own)) for context, own in part]
@@ -162,7 +206,7 @@ class JaxlmModel(TemplateLM):
                         results[number] = value, is_greedy
                         if requests[number][0] is not None:
                             self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
-                    bar.update(len(own))
+                    advance(len(own))
         return [results[number] for number in range(len(requests))]
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[int, ...]:
@@ -214,7 +258,7 @@ class JaxlmModel(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(self._settings(request.args[1]), []).append(number)
         results: dict[int, str] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
+        with _bar("answers", len(requests), disable_tqdm) as advance:
             for (settings, until), numbers in groups.items():
                 prompts = {number: self._prompt(requests[number].args[0], settings) for number in numbers}
                 for batch in complete(self._generator, self.tokenizer, prompts, settings, self.batch_size, False):
@@ -222,7 +266,7 @@ class JaxlmModel(TemplateLM):
                         text = self.tokenizer.decode(completions[0].ids)
                         results[number] = postprocess_generated_text(text, list(until), None)
                         self.cache_hook.add_partial("generate_until", requests[number].args, results[number])
-                    bar.update(len(batch))
+                    advance(len(batch))
         return [results[number] for number in range(len(requests))]
 
     def _prompt(self, text: str, settings: Decoding) -> list[int]:

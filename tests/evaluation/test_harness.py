@@ -267,7 +267,11 @@ def _model_named_jaxlm_agrees(model: Path, tasks: Path, theirs: dict[str, Any]) 
 
 
 def test_the_task_files_that_come_along_run(
-    tiny_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -281,6 +285,9 @@ def test_the_task_files_that_come_along_run(
     assert main([*words, "--compilation_cache", "none"]) == 0
     results = json.loads(Path("out/harness/results.json").read_text())["results"]
     assert set(results) == set(names) and results["local_texts"]["acc_norm,none"] >= 0
+    screen = capsys.readouterr().err
+    assert "log-likelihoods" in screen and "answers" in screen  # jaxlm's bars, and none of the harness's
+    assert not [noise for noise in ("it/s", "Tokenizing inputs", "Checking cached requests") if noise in screen]
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,9 @@ def figures_of_both(
 
 
 @pytest.mark.nightly
-def test_the_harness_gives_the_figures_of_the_suites(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_harness_gives_the_figures_of_the_suites(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'jaxlm[harness]'")
     short = [{"instruction": "rock?", "output": "1.5"}, {"instruction": "sand", "output": "Yes, so."}]
     contents: dict[str, Any] = {
@@ -267,6 +269,7 @@ def test_the_harness_gives_the_figures_of_the_suites(tiny_model: Path, tmp_path:
         answers = [json.loads(row)["resps"][0][0].rstrip("\ufffd").strip() for row in rows]
         lines = (tmp_path / "out" / tasks[name] / "predictions.jsonl").read_text().splitlines()
         assert answers == [json.loads(line)["answers"]["answer"]["texts"][0] for line in lines]
+    assert "Custom kwargs" not in capsys.readouterr().err  # advice about the harness's own command line
 
 
 @pytest.mark.nightly
