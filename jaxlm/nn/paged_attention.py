@@ -36,7 +36,7 @@ LEAST_QUERIES = 2
 # It also sums rows of an array that has fewer numbers than this in an order of its own.
 LEAST_SUMMED = 4096
 # Bytes of keys that a CPU collects at once: they, and as many of values, are multiplied while its caches hold them.
-COLLECTED = 2**21
+COLLECTED = 2**20
 
 
 def least_tokens(width: int) -> int:
