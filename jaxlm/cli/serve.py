@@ -157,7 +157,7 @@ def _serve(config: ServeConfig, key: str | None, only_plan: bool, as_json: bool)
         if orders is not None and hosts.process:
             follow(generator, orders, partial(_acts, config, generator, beside, judge, orders))
             return 0
-        served = _engine(config, opened, generator, beside, judge, orders, console)
+        served, drain = _engine(config, opened, generator, beside, judge, orders, console)
         app = make_app(
             served,
             host=config.host,
@@ -171,7 +171,7 @@ def _serve(config: ServeConfig, key: str | None, only_plan: bool, as_json: bool)
         def started(url: str) -> None:
             console.print(f"serving    {', '.join(served.models)} at {url} (a page at {url}/)", markup=False)
 
-        serve(server, served.engine.drain, started)
+        serve(server, drain, started)
         console.print("ended      every answer was given", markup=False)
     return 0
 
@@ -241,8 +241,8 @@ def _engine(
     judge: Judge | None,
     orders: Orders | None,
     console: Console,
-) -> Served:
-    """The engine that writes with a model and its adapters, and what stands beside it."""
+) -> tuple[Served, Callable[[], None]]:
+    """The engine that writes with a model and its adapters, and what stands beside it; and what ends them in order."""
     from jaxlm.inference.embedding import Embedder
     from jaxlm.inference.paged.layout import in_words
     from jaxlm.inference.paged.thread import PagedEngine
@@ -269,11 +269,13 @@ def _engine(
     if beside is not None:
         beside.follow_directory(orders)
 
-    def engine_is_ready() -> None:
-        while len(set(engine.ready())) > 1:
-            time.sleep(0.1)
+    embedder = Embedder(generator, engine.max_length, engine.wait, orders)
 
-    return Served(
+    def drain() -> None:
+        embedder.cancel()
+        engine.drain()
+
+    served = Served(
         name=config.name or model_id(config.model),
         created=int(time.time()),
         engine=engine,
@@ -284,9 +286,10 @@ def _engine(
         vocab_size=opened.spec.vocab_size,
         stop_ids=generator.stop_ids,
         queue=config.max_queue,
-        embed=Embedder(generator, engine.max_length, engine_is_ready, orders),
+        embed=embedder,
         judge=None if judge is None else judge.in_all(orders),
     )
+    return served, drain
 
 
 def model_id(model: InferenceModelConfig) -> str:

@@ -58,7 +58,7 @@ class Embedder:
         ((name, act),) = self.acts().items()
         self._means = together(orders, name, act)
         self._whole = NamedSharding(model.mesh, P())
-        pool = ThreadPoolExecutor(1, "jaxlm-embeddings")
+        self._pool = pool = ThreadPoolExecutor(1, "jaxlm-embeddings")
         pool.submit(begin)
         self._programs: dict[int, Future[Any]] = {
             length: pool.submit(self._compile, length) for length in padded_lengths(longest)
@@ -69,6 +69,10 @@ class Embedder:
         """Returns when all programs are compiled."""
         for program in self._programs.values():
             program.result()
+
+    def cancel(self) -> None:
+        """Compiles no more programs; nobody asks for embeddings any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __call__(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """[number of texts, D] float32 of texts of 1 to `longest` tokens."""

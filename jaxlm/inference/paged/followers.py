@@ -184,7 +184,7 @@ def follow(
     shape = Shape(**{**values, "chunks": tuple(map(tuple, values["chunks"]))})
     programs = SharedPrograms(model, shape)
     acts = acts_beside(shape)
-    programs.wait()
+    programs.start()
     leaves, settings = jax.tree.flatten(programs.rows)
     count = len(leaves)
     while True:

@@ -214,7 +214,7 @@ class Programs:
         self.everything = jax.device_put(everything(shape.rows, vocab_size), self._whole)
         self._programs: dict[tuple[int, int, int], Future[Any]] = {}
         self._begin: Future[Any]
-        pool = ThreadPoolExecutor(os.cpu_count(), "jaxlm-compile")
+        self._pool = pool = ThreadPoolExecutor(os.cpu_count(), "jaxlm-compile")
         # Beside the programs: on a CPU, gigabytes of zeros take seconds.
         self._made = pool.submit(self._new_pages)
         self.pages: Caches = []
@@ -234,15 +234,27 @@ class Programs:
     def end(self) -> None:
         """Nothing more is asked of them."""
 
+    def cancel(self) -> None:
+        """Compiles no more programs than those that are being compiled; nobody will ask for any of them."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def ready(self) -> tuple[int, int]:
         """(programs compiled, programs in all)."""
         futures = [self._begin, *self._programs.values()]
         return sum(future.done() for future in futures), len(futures)
 
     def wait(self) -> None:
-        """Returns when all programs are compiled, and the pages there."""
+        """Returns when all programs are compiled.
+
+        Raises:
+            CancelledError: they will not be.
+        """
         for future in (self._begin, *self._programs.values()):
             future.result()
+
+    def start(self) -> None:
+        """`wait`, also for the pages; before the first step."""
+        self.wait()
         self.pages = self._made.result()
 
     def step(self, plan: Plan) -> tuple[jax.Array, Any, Any]:

@@ -169,11 +169,17 @@ class PagedEngine:
         """See `EngineThread.ready`."""
         return self._programs.ready()
 
+    def wait(self) -> None:
+        """Returns when all programs are compiled; raises CancelledError where the engine ends before."""
+        self._programs.wait()
+
     def drain(self) -> None:
         """See `EngineThread.drain`."""
         with self._lock:
             self._ends = True
             self._lock.notify()
+            if not self._waiting + self._beams.waiting:
+                self._programs.cancel()  # a start that nobody waits for does not hold up the end
         self._beams.drain()
         self._thread.join()
         self._programs.end()  # when nothing beside the engine's steps is under way either
@@ -184,7 +190,7 @@ class PagedEngine:
         with contextlib.ExitStack() as stack:
             stack.push(self._report)
             stack.enter_context(use_mesh(self._model.mesh))
-            self._programs.wait()
+            self._programs.start()
             self._serve()
 
     def _report(self, _: Any, error: BaseException | None, traceback: Any) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ from jaxlm.errors import UserError
 from jaxlm.inference.engine import Engine, Request
 from jaxlm.inference.paged import layout
 from jaxlm.inference.paged.layout import in_words, laid_out
-from jaxlm.inference.paged.programs import few_rows, programs_in_words, usual_programs
+from jaxlm.inference.paged.programs import Programs, few_rows, programs_in_words, usual_programs
 from jaxlm.inference.paged.requests import Query, TokenLogprob
 from jaxlm.inference.paged.step import _logits
 from jaxlm.inference.paged.thread import PagedEngine
@@ -222,6 +224,21 @@ def test_nothing_is_compiled_for_a_query(engine: PagedEngine, alone: list[Any]) 
     ask(engine, QUERIES)
     jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled and engine.ready() == (4, 4)
+
+
+def test_a_start_that_nobody_waits_for_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that ends while it compiles its first program compiles no other."""
+    ends, compiled = threading.Event(), []
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr(Programs, "_compile_begin", lambda self: ends.wait(60))
+    monkeypatch.setattr(Programs, "_compile_step", lambda self, *sizes: compiled.append(sizes))
+    cancel = Programs.cancel
+    monkeypatch.setattr(Programs, "cancel", lambda self: (cancel(self), ends.set()))
+    engine = PagedEngine(generator(Decoder(CONFIG), params()), 2, pages=24, slots=8, chunk=16)
+    engine.drain()
+    assert not compiled
+    with pytest.raises(CancelledError):
+        engine.wait()
 
 
 def test_the_number_of_programs_is_told_beforehand(engine: PagedEngine) -> None:
