@@ -11,9 +11,10 @@
 of freedom. `step`: LoRA of rank 64 on all linear layers, float32, one process for each form; PEFT's base is the plain
 float32 one, and one whose linear layers hold bitsandbytes' codes and dequantise at every product. `tpu`: KnowLM's
 recipe (`configs/knowlm/qlora.yaml`) on rows of 2,048 tokens. `products`: the compiler's cycles, and for the kernel the
-instruction bundles of a tile times the number of tiles; with 2,048 rows. `ratio`: as `tpu`, without dropout, with the
-compiler's full effort, for which a small kernel stands in for the real one (with it, compiling takes more than ten
-minutes); what the real one takes is added to the compiler's cycles, which count no kernel.
+instruction bundles of a tile times the number of tiles, or what the matrix units need where that is more; with 2,048
+rows. `ratio`: as `tpu`, without dropout, with the compiler's full effort, for which a small kernel stands in for the
+real one (with it, compiling takes more than ten minutes); what the real one takes is added to the compiler's cycles,
+which count no kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -307,24 +307,17 @@ def _product(chip: str, inputs: int, outputs: int, way: str, form: str) -> None:
     print(json.dumps({"cycles": cycles, "temporaries": temporaries}))
 
 
-def _kernel_cycles(folder: Path, steps: int) -> float:
-    """Instruction bundles of the kernel's code of a tile times the number of tiles: cycles if nothing stalls."""
-    (path,) = (path for path in folder.glob("*nf4_product*-final_bundles.txt") if "schedule" not in path.name)
-    lines = [m for m in (re.match(r"\s*(0x[0-9a-f]+)\s+(\w\w:)?", line) for line in path.open()) if m]
-    cuts = [int(m[1], 16) for m in lines if m[2] or "sbr.rel" in m.string]
-    longest = max(b - a for a, b in zip(cuts, [*cuts[1:], len(lines)], strict=True))
-    return float(longest * steps)
-
-
 def _compiled_product(chip: str, inputs: int, outputs: int, way: str, form: str) -> dict[str, float]:
     """`_product` in a process of its own; for the kernel with the cycles of its own code."""
     import tempfile
 
+    from bundles import dump_options, straight_pieces
+
+    from jaxlm.devices.chips import parse_topology
     from jaxlm.kernels.nf4_matmul_tpu import BLOCKS, OUTPUTS
 
     with tempfile.TemporaryDirectory() as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        dump = f"{dump} --xla_jf_dump_llo_pass_label_regex=final" if form == "kernel" else ""
+        dump = dump_options(folder) if form == "kernel" else ""
         call = [sys.executable, __file__, "_product", chip, str(inputs), str(outputs), way, form]
         environment = {**os.environ, **TPU, "LIBTPU_INIT_ARGS": dump}
         done = subprocess.run(call, capture_output=True, text=True, env=environment)
@@ -332,7 +325,9 @@ def _compiled_product(chip: str, inputs: int, outputs: int, way: str, form: str)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         if form == "kernel":
             tiles = -(-outputs // OUTPUTS) * -(-inputs // (64 * BLOCKS))
-            found["kernel"] = _kernel_cycles(Path(folder), tiles)
+            device = parse_topology(CHIPS[chip]).chip
+            units = 2 * TOKENS * inputs * outputs / (device.flops / device.clock)
+            found["kernel"] = max(max(straight_pieces(Path(folder), "nf4_product")) * tiles, units)
             found["cycles"] += found["kernel"]
     return found
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
 from benchmarks import tpu_step
+from benchmarks.bundles import straight_pieces
 from jaxlm.config.files import load_run_yaml
 from jaxlm.devices.chips import parse_topology
 from jaxlm.models.families import load_shape
@@ -59,6 +61,32 @@ def test_a_figure_that_is_off_by_more_than_two_percent_is_told() -> None:
     assert tpu_step.differences(kept, {"gib": 9.1, "gcycles": 1.97}) == []
     assert tpu_step.differences(kept, {"gib": 9.46, "gcycles": 2.0}) == ["gib is 9.46, 9.0 is kept"]
     assert len(tpu_step.differences(kept, {"refused": "no room"})) == 2
+
+
+CODE = """
+PF: predicated region fallthrough
+
+     0   :  { %s1 = smov [#allocation3] /* materialized constant */ }
+   0x1   :  { %s3 = smov 0 }
+   0x2 LB: > { %s4 = sadd.s32 4294967295, %s3  ;;  %s3 = sphi %s5, %s3 /* phi copy */ }
+   0x3   : > { %p1 = scmp.ge.s32.totalorder %s3, 40 }
+   0x4   : > { %244 = sbr.rel (%p1) target = $region28  ;;  %s6 = sand.u32 (!%p1), 1, %s3 }
+            s7 = a bundle's second line
+   0x5   : > { %v1 = vld [vmem:[%s6] sm:$0xff] }
+   0x6   : > { %v2 = vmatmul.bf16.gmra.mxu0 %v1 }
+   0x7   : > { %v3 = vpop.f32.mrf.mxu0 }
+   0x8 PF: > { %s8 = sld [smem:[#allocation4]] }
+   0x9   :  { %1173 = vsyncpa [#allocation7 + $0x1], 1 } /* exit bundle: %product.1 = custom-call */
+"""
+
+
+def test_the_pieces_of_a_kernels_code(tmp_path: Path) -> None:
+    (tmp_path / "17-product.1-03-final_bundles.txt").write_text(CODE)
+    (tmp_path / "17-product.1-02-schedule-analysis_final_bundles.txt").write_text("0x1 : {}")
+    (tmp_path / "18-other.1-03-final_bundles.txt").write_text("0x1 LB: {}")
+    assert straight_pieces(tmp_path, "product") == [2, 4, 2]
+    with pytest.raises(ValueError, match="0 files with the code of sum"):
+        straight_pieces(tmp_path, "sum")
 
 
 @pytest.mark.slow
