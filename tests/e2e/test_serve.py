@@ -27,7 +27,7 @@ def test_a_plan_for_scripts(models: Path, tmp_path: Path, capsys: pytest.Capture
     plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment).stdout)
     assert plan["programs"] == 1 + len(plan["steps"])
     assert plan["steps"][0] == {"rows": 4, "prompts": 0, "prompt_tokens": 0}
-    assert {"rows": 4, "prompts": 4, "prompt_tokens": 256} in plan["steps"]
+    assert {"rows": 4, "prompts": 8, "prompt_tokens": 256} in plan["steps"]
     assert plan["rows"] == 4 and plan["page_tokens"] == 16
     assert plan["pages_bytes"] % plan["pages"] == 0 and plan["longest_text_pages"] <= plan["pages"]
     assert serve(["--model", "x", "--json"]) == 2
