@@ -60,6 +60,9 @@ def start(config: DistributedConfig, say: Callable[[str], None]) -> Hosts:
     if only_cpu():
         _silence_gloo()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # CPUs compute what several threads dispatch at once, and not in the order of the dispatches as TPUs and GPUs do:
+    # a process would answer a collective of one thread with that of another. Computed as dispatched, all agree.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Its handler would take SIGTERM away from the training loop; `Hosts.due` is the agreement.
     jax.config.update("jax_enable_preemption_service", False)
     # A cluster may say which GPUs belong to this process; Kubernetes shows a pod only its own.

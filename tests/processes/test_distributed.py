@@ -381,6 +381,48 @@ def test_disagreement_names_process_key_and_values() -> None:
         assert "on process 1" not in output and "lora" not in output
 
 
+def test_threads_that_dispatch_in_turn_meet_the_others_in_that_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the serving engine, its beams and its embeddings do; the other process has one thread for all."""
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device each
+    body = """
+    import threading
+    import jax, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+    mesh, both = Mesh(np.array(jax.devices()), "x"), []
+    for size in (1_000, 300_000):
+        split = NamedSharding(mesh, P("x"))
+        array = jax.make_array_from_callback((2, size), split, lambda index: np.ones((1, size), np.float32))
+        added = jax.jit(lambda array: (array @ array.T @ array).sum(0), out_shardings=NamedSharding(mesh, P()))
+        both.append((added.lower(array).compile(), array))
+
+    turns, number = threading.Condition(), 0
+    def work(own):
+        global number
+        program, array = both[own]
+        for _ in range(100):
+            with turns:
+                turns.wait_for(lambda: number % 2 == own)
+                found = program(array)
+                number += 1
+                turns.notify()
+            assert np.asarray(found)[0] == 4 * array.shape[1]
+
+    if me:
+        for _ in range(100):
+            found = [program(array) for program, array in both]
+        jax.block_until_ready(found)
+    else:
+        threads = [threading.Thread(target=work, args=(own,)) for own in (0, 1)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(60)
+    print("went through", number)
+    """
+    (status, output), (other, other_output) = run(2, body)
+    assert status == other == 0, output + other_output
+    assert "went through 200" in output
+
+
 def test_a_directory_that_is_not_shared(tmp_path: Path) -> None:
     body = f"""
     hosts.check_shared(Path({str(tmp_path)!r}) / "shared")

@@ -173,8 +173,7 @@ else:
     print("ADAPTERS", len({{tuple(found[0][number, 0]) for number in (4, 5, 6)}}))
 """
     (status, output), (other, other_output) = run(2, body, timeout=240)
-    assert status == 0, output
-    assert other == 0, other_output
+    assert status == other == 0, f"process 0 ({status}):\n{output}\nprocess 1 ({other}):\n{other_output}"
     for words in (
         "REFUSED process 1: ",
         "ANSWERS True [24, 20, 20, 22",
