@@ -40,24 +40,27 @@ KERNELS = {
 }
 
 
-def passes(implementation: str) -> dict[str, Any]:
+def passes(implementation: str, transposed: bool) -> dict[str, Any]:
     def forward(x: Any, w: Any, grad: Any, groups: Groups) -> Any:
-        return grouped_matmul(x, w, groups, implementation)
+        return grouped_matmul(x, w, groups, implementation, transposed)
 
     def of_rows(x: Any, w: Any, grad: Any, groups: Groups) -> Any:
-        return jax.vjp(lambda x: grouped_matmul(x, w, groups, implementation), x)[1](grad)
+        return jax.vjp(lambda x: forward(x, w, grad, groups), x)[1](grad)
 
     def of_matrices(x: Any, w: Any, grad: Any, groups: Groups) -> Any:
-        return jax.vjp(lambda w: grouped_matmul(x, w, groups, implementation), w)[1](grad)
+        return jax.vjp(lambda w: forward(x, w, grad, groups), w)[1](grad)
 
     return {"forward": forward, "gradient of rows": of_rows, "gradient of matrices": of_matrices}
 
 
-def compiled(topology: str, implementation: str, name: str, tokens: int, k: int, dims: tuple[int, int, int]) -> Any:
+def compiled(
+    topology: str, implementation: str, name: str, tokens: int, k: int, dims: tuple[int, int, int], transposed: bool
+) -> Any:
     """A pass over sorted rows, compiled.
 
     Args:
-        dims: of the matrices [E, I, O].
+        dims: E, I, O.
+        transposed: the matrices are [E, O, I] instead of [E, I, O].
     """
     experts, inner, columns = dims
     place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
@@ -67,15 +70,17 @@ def compiled(topology: str, implementation: str, name: str, tokens: int, k: int,
 
     blocks = tokens * k // BLOCK + experts
     groups = Groups(*(shape(*dims, dtype=jnp.int32) for dims in ((experts,), (blocks,), ())))
-    rows = shape(blocks * BLOCK, inner), shape(experts, inner, columns), shape(blocks * BLOCK, columns)
-    run = passes(implementation)[name]
+    matrices = shape(experts, columns, inner) if transposed else shape(experts, inner, columns)
+    rows = shape(blocks * BLOCK, inner), matrices, shape(blocks * BLOCK, columns)
+    run = passes(implementation, transposed)[name]
     return jax.jit(run).trace(*rows, groups).lower(lowering_platforms=("tpu",)).compile()
 
 
-def kernel_cycles(chip: str, name: str, tokens: int, k: int, dims: tuple[int, int, int]) -> float:
-    """Cycles of a run of a pass's kernel, by its code and by the matrix units."""
+def kernel_cycles(chip: str, name: str, tokens: int, k: int, dims: tuple[int, int, int], transposed: bool) -> float:
+    """Cycles of a run of a pass's kernel, by its code and by the matrix units; see `compiled`."""
     with tempfile.TemporaryDirectory() as folder:
-        call = [sys.executable, __file__, "--compile", name, f"{chip}:2x2", str(tokens), str(k), *map(str, dims)]
+        sizes = (tokens, k, *dims, int(transposed))
+        call = [sys.executable, __file__, "--compile", name, f"{chip}:2x2", *map(str, sizes)]
         subprocess.run(
             call, check=True, capture_output=True, env=os.environ | {"LIBTPU_INIT_ARGS": dump_options(folder)}
         )
@@ -83,7 +88,7 @@ def kernel_cycles(chip: str, name: str, tokens: int, k: int, dims: tuple[int, in
     (experts, inner, columns), device = dims, parse_topology(f"{chip}:2x2").chip
     blocks, product = tokens * k // BLOCK + experts // 2, max(pieces)
     if name == "gradient of matrices":
-        down, across = matrix_tiles(BLOCK, inner, columns, 2)
+        down, across = matrix_tiles(BLOCK, *((columns, inner) if transposed else (inner, columns)), 2)
         tiles = down * across
         # Zeros before a group's first block, and its matrix after the last.
         once = sum(pieces) - product
@@ -98,8 +103,8 @@ def kernel_cycles(chip: str, name: str, tokens: int, k: int, dims: tuple[int, in
 def main() -> None:
     if sys.argv[1:2] == ["--compile"]:
         name, topology, *sizes = sys.argv[2:]
-        tokens, k, *dims = map(int, sizes)
-        compiled(topology, "pallas_tpu", name, tokens, k, (dims[0], dims[1], dims[2]))
+        tokens, k, experts, inner, columns, transposed = map(int, sizes)
+        compiled(topology, "pallas_tpu", name, tokens, k, (experts, inner, columns), bool(transposed))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
@@ -112,9 +117,10 @@ def main() -> None:
     tokens, k, experts, hidden = arguments.tokens, arguments.k, arguments.experts, arguments.hidden
     neurons = arguments.neurons // experts
     if arguments.cycles is not None:
-        both = (experts, hidden, 2 * neurons), (experts, neurons, hidden)
+        # Gate and up; down, whose matrices are transposed (see `nn.dispatch.outputs_first`).
+        both = ((experts, hidden, 2 * neurons), False), ((experts, neurons, hidden), True)
         found = {
-            kernel: [round(kernel_cycles(arguments.cycles, name, tokens, k, dims)) for dims in both]
+            kernel: [round(kernel_cycles(arguments.cycles, name, tokens, k, *which)) for which in both]
             for name, kernel in KERNELS.items()
         }
         print(json.dumps(found))
@@ -122,7 +128,7 @@ def main() -> None:
     for topology in ("v5e:2x2", "v6e:2x2"):
         for implementation in ("ragged", "pallas_tpu"):
             for name in KERNELS:
-                program = compiled(topology, implementation, name, tokens, k, (experts, hidden, 2 * neurons))
+                program = compiled(topology, implementation, name, tokens, k, (experts, hidden, 2 * neurons), False)
                 cost: Any = program.cost_analysis()
                 print(
                     f"{topology}  {implementation:10}  {name:20}  {cost['flops'] / 1e9:7,.0f} GFLOP  "

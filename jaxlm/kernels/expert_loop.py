@@ -147,7 +147,7 @@ def _loop_fwd(
     return y, (x, gate_up, down, weights, token, slot, groups, hidden, wanted)
 
 
-def _with_slope(activation: Activation, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
+def with_slope(activation: Activation, gate: jax.Array) -> tuple[jax.Array, jax.Array]:
     """An activation's values and its derivative."""
     if activation is jax.nn.silu:
         sigmoid = jax.nn.sigmoid(gate)
@@ -172,7 +172,7 @@ def _loop_bwd(
         owner, mine = groups.owner[index], _part(token, index, size)
         factor, grad_y = _part(factors, index, size)[:, None], _rows(grad, mine)
         gate, up = jnp.split(_part(hidden, index, size).astype(jnp.float32), 2, axis=1)
-        value, slope = _with_slope(activation, gate)
+        value, slope = with_slope(activation, gate)
         h = value * up
         # The gradient of h before the factor: its product with h is the gradient of the factor, and outputs need not
         # be kept.

@@ -97,12 +97,19 @@ IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, Groups], jax.Array]] 
     "reference": reference_grouped_matmul,
     "ragged": ragged_grouped_matmul,
     "loop": loop_grouped_matmul,
-    "pallas_tpu": tpu_grouped_matmul,
     "pallas_gpu": _gpu_grouped_matmul,
 }
 
 
 @partial(jax.named_call, name="grouped_matmul")
-def grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups, implementation: str) -> jax.Array:
-    """x [M, I] times the matrix of each row's group, w [E, I, O]: [M, O] in x's dtype, accumulated in float32."""
-    return IMPLEMENTATIONS[implementation](x, w, groups)
+def grouped_matmul(
+    x: jax.Array, w: jax.Array, groups: Groups, implementation: str, transposed: bool = False
+) -> jax.Array:
+    """x [M, I] times the matrix of each row's group, w [E, I, O]: [M, O] in x's dtype, accumulated in float32.
+
+    Args:
+        transposed: the matrices are [E, O, I]; only 'pallas_tpu' reads them as they lie.
+    """
+    if implementation == "pallas_tpu":
+        return tpu_grouped_matmul(x, w, groups, transposed)
+    return IMPLEMENTATIONS[implementation](x, w.swapaxes(1, 2) if transposed else w, groups)

@@ -15,6 +15,7 @@ T M I + E I O + M O values between chip and memory.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,22 +32,27 @@ VMEM, OLD_VMEM = 60 * MIB, 15 * MIB
 OLD = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
 
 
-@jax.custom_vjp
-def tpu_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tpu_grouped_matmul(x: jax.Array, w: jax.Array, groups: Groups, transposed: bool = False) -> jax.Array:
     """x [M, I] times the matrix of each row's group, w [E, I, O]: [M, O] in x's dtype, accumulated in float32.
 
     Rows of unused blocks are not written: they hold anything. Those of x's gradient too.
+
+    Args:
+        transposed: the matrices are [E, O, I].
     """
-    return _product(x, w, groups, transposed=False)
+    return _product(x, w, groups, transposed, "grouped_matmul")
 
 
-def _fwd(x: jax.Array, w: jax.Array, groups: Groups) -> tuple[jax.Array, Any]:
-    return tpu_grouped_matmul(x, w, groups), (x, w, groups)
+def _fwd(x: jax.Array, w: jax.Array, groups: Groups, transposed: bool) -> tuple[jax.Array, Any]:
+    return tpu_grouped_matmul(x, w, groups, transposed), (x, w, groups)
 
 
-def _bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _bwd(transposed: bool, residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, groups = residuals
-    return _product(grad, w, groups, transposed=True), _matrix_gradient(x, grad, groups).astype(w.dtype), None
+    left, right = (grad, x) if transposed else (x, grad)
+    grad_x = _product(grad, w, groups, not transposed, "grouped_matmul_x_gradient")
+    return grad_x, _matrix_gradient(left, right, groups).astype(w.dtype), None
 
 
 tpu_grouped_matmul.defvjp(_fwd, _bwd)
@@ -96,8 +102,8 @@ def column_tiles(block: int, inner: int, columns: int, itemsize: int) -> int:
     )
 
 
-def _product(x: jax.Array, w: jax.Array, groups: Groups, transposed: bool) -> jax.Array:
-    """x [M, I] times w [E, I, O] of each block; transposed: x [M, O] times the transposed matrices, [M, I]."""
+def _product(x: jax.Array, w: jax.Array, groups: Groups, transposed: bool, name: str) -> jax.Array:
+    """x [M, I] times w [E, I, O] of each block: [M, O]; transposed: w is [E, O, I]."""
     (rows, inner), blocks = x.shape, groups.owner.shape[0]
     columns = w.shape[1] if transposed else w.shape[2]
     block = rows // blocks
@@ -133,7 +139,7 @@ def _product(x: jax.Array, w: jax.Array, groups: Groups, transposed: bool) -> ja
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * inner * columns, bytes_accessed=values * x.dtype.itemsize, transcendentals=0
         ),
-        name="grouped_matmul_x_gradient" if transposed else "grouped_matmul",
+        name=name,
     )(groups.owner, groups.live[None], x, w)
 
 

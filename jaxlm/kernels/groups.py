@@ -5,7 +5,8 @@ work is that of the rows there are, although shapes are static:
 
     rows of group 0 | padding to a whole block | rows of group 1 | padding | ... | unused blocks
 
-Padding must be zero in whatever is multiplied; results there are zero (or never read).
+Padding must be zero in the rows that are multiplied or in the gradient of their products, so that the matrices'
+gradients have none of it; results there are never read.
 """
 
 from __future__ import annotations

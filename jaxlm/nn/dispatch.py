@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.kernels.expert_loop import Activation, joined, loop_experts
+from jaxlm.kernels.expert_loop import Activation, joined, loop_experts, with_slope
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.groups import BLOCK, Groups, make_groups
 from jaxlm.nn.linear import Parts
@@ -57,8 +58,8 @@ class Moves:
     """Which token goes to which rows of a buffer.
 
     Attributes:
-        slot: [N, k] int32, the rows that a token goes to; `rows`, the size of the buffer, for none.
-        token: [rows] int32, the token in each row; N where there is none.
+        slot: [..., k] int32, the rows that a token goes to; `rows`, the size of the buffer, for none.
+        token: [rows] int32, the token in each row, counted over all dims of tokens; N where there is none.
     """
 
     slot: jax.Array
@@ -83,13 +84,14 @@ def make_dispatch(
     """Sorts the pairs of token and expert by expert, in blocks of rows, stable in the order of tokens.
 
     Args:
-        experts: [N, k] int32, in 0 .. count - 1 where live.
-        live: [N, k] bool.
+        experts: [..., k] int32, in 0 .. count - 1 where live.
+        live: [..., k] bool.
         count: E.
         likely: about the number of live pairs.
         implementation: what will multiply the rows.
     """
-    tokens, k = experts.shape
+    k = experts.shape[-1]
+    tokens = experts.size // k
     flat = jnp.where(live, experts, count).reshape(-1)
     counts = jnp.bincount(flat, length=count + 1)[:count]
     groups, starts, rows = make_groups(counts, tokens * k, block_rows(likely, count, implementation))
@@ -100,48 +102,75 @@ def make_dispatch(
     place = jnp.where(flat[order] < count, place, rows).astype(jnp.int32)
     slot = jnp.zeros(tokens * k, jnp.int32).at[order].set(place)
     token = jnp.full(rows, tokens, jnp.int32).at[slot].set(jnp.arange(tokens * k, dtype=jnp.int32) // k, mode="drop")
-    return Moves(slot.reshape(tokens, k), token), groups
+    return Moves(slot.reshape(experts.shape), token), groups
 
 
 @jax.custom_vjp
 def to_experts(x: jax.Array, moves: Moves) -> jax.Array:
-    """x [N, I] -> [rows, I]: each pair's token; zeros in the padding."""
-    return jnp.take(x, moves.token, axis=0, mode="fill", fill_value=0)
-
-
-def _to_experts_fwd(x: jax.Array, moves: Moves) -> tuple[jax.Array, Moves]:
-    return to_experts(x, moves), moves
-
-
-def _to_experts_bwd(moves: Moves, grad: jax.Array) -> tuple[jax.Array, None]:
-    pairs = jnp.take(grad, moves.slot, axis=0, mode="fill", fill_value=0)
-    return pairs.astype(jnp.float32).sum(axis=1).astype(grad.dtype), None
-
-
-to_experts.defvjp(_to_experts_fwd, _to_experts_bwd)
+    """x [..., I] -> [rows, I]: each pair's token; any token in the padding."""
+    return jnp.take(x.reshape(-1, x.shape[-1]), moves.token, axis=0, mode="clip")
 
 
 @jax.custom_vjp
-def from_experts(y: jax.Array, weights: jax.Array, moves: Moves) -> jax.Array:
-    """y [rows, O] -> [N, O]: the sum over each token's pairs, times weights [N, k], in float32."""
-    pairs = jnp.take(y, moves.slot, axis=0, mode="fill", fill_value=0)
-    return jnp.einsum("nko,nk->no", pairs, weights, preferred_element_type=jnp.float32).astype(y.dtype)
+def from_experts(y: jax.Array, moves: Moves) -> jax.Array:
+    """y [rows, O] -> [..., O]: the sum over each token's pairs, in float32."""
+    # One gather for each of the k: a TPU would write all pairs to memory, and read them, to add them up. In the dims
+    # that tokens have outside: behind a reshape what is added to the sum would be another pass over it.
+    total = _rows(y, moves.slot[..., 0]).astype(jnp.float32)
+    for j in range(1, moves.slot.shape[-1]):
+        total += _rows(y, moves.slot[..., j]).astype(jnp.float32)
+    return total.astype(y.dtype)
 
 
-def _from_experts_fwd(y: jax.Array, weights: jax.Array, moves: Moves) -> tuple[jax.Array, Any]:
-    return from_experts(y, weights, moves), (y, weights, moves)
+def _rows(y: jax.Array, slot: jax.Array) -> jax.Array:
+    return jnp.take(y, slot, axis=0, mode="fill", fill_value=0)
 
 
-def _from_experts_bwd(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    y, weights, moves = residuals
-    pairs = jnp.take(y, moves.slot, axis=0, mode="fill", fill_value=0)
-    grad_weights = jnp.einsum("nko,no->nk", pairs, grad, preferred_element_type=jnp.float32)
-    rows = jnp.take(grad, moves.token, axis=0, mode="fill", fill_value=0)
-    factor = jnp.zeros(y.shape[0], jnp.float32).at[moves.slot].set(weights.astype(jnp.float32), mode="drop")
-    return (rows * factor[:, None]).astype(y.dtype), grad_weights.astype(weights.dtype), None
+# Each is the gradient of the other, but for the padding.
+to_experts.defvjp(lambda x, moves: (to_experts(x, moves), moves), lambda moves, dy: (from_experts(dy, moves), None))
+from_experts.defvjp(lambda y, moves: (from_experts(y, moves), moves), lambda moves, dx: (to_experts(dx, moves), None))
 
 
-from_experts.defvjp(_from_experts_fwd, _from_experts_bwd)
+@jax.custom_vjp
+def row_factors(weights: jax.Array, moves: Moves) -> jax.Array:
+    """weights [..., k] -> [rows]: each pair's; zeros in the padding."""
+    return jnp.zeros(moves.token.shape, weights.dtype).at[moves.slot].set(weights, mode="drop")
+
+
+row_factors.defvjp(
+    lambda weights, moves: (row_factors(weights, moves), moves), lambda moves, grad: (_rows(grad, moves.slot), None)
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def weighted_neurons(hidden: jax.Array, factors: jax.Array, is_row: jax.Array, activation: Activation) -> jax.Array:
+    """hidden [M, 2 f] -> [M, f] in its dtype: activation(gate) * up * factors [M], zeros in other than `is_row` [M].
+
+    Computed in float32, with a gradient of its own, so that a TPU reads rows once for all that comes of them.
+    """
+    gate, up = (half.astype(jnp.float32) for half in jnp.split(hidden, 2, axis=-1))
+    return jnp.where(is_row[:, None], activation(gate) * up * factors[:, None], 0).astype(hidden.dtype)
+
+
+def _weighted_neurons_fwd(
+    hidden: jax.Array, factors: jax.Array, is_row: jax.Array, activation: Activation
+) -> tuple[jax.Array, Any]:
+    return weighted_neurons(hidden, factors, is_row, activation), (hidden, factors, is_row)
+
+
+def _weighted_neurons_bwd(activation: Activation, residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    hidden, factors, is_row = residuals
+    gate, up = (half.astype(jnp.float32) for half in jnp.split(hidden, 2, axis=-1))
+    value, slope = with_slope(activation, gate)
+    grad = grad.astype(jnp.float32)
+    back = grad * factors[:, None]
+    # Zeros by selection: in the padding is a token that may be too large for an expert that it does not use.
+    halves = (jnp.where(is_row[:, None], half, 0) for half in (back * up * slope, back * value))
+    both = jnp.concatenate(list(halves), axis=-1).astype(hidden.dtype)
+    return both, (grad * value * up).sum(axis=-1), None
+
+
+weighted_neurons.defvjp(_weighted_neurons_fwd, _weighted_neurons_bwd)
 
 
 def by_expert(matrix: jax.Array, experts: int, dim: int) -> jax.Array:
@@ -182,6 +211,15 @@ def entering(
     return jnp.concatenate(inputs, axis=-1), (kernels, jnp.concatenate(rows, axis=1) if rows else None)
 
 
+def outputs_first(implementation: str) -> bool:
+    """Whether the matrices that lead out of the experts are [E, O, f] instead of [E, f, O].
+
+    Devices along `fsdp` have parts of O. Gathered as columns they would be laid out anew for a TPU's kernel, which can
+    as well read rows.
+    """
+    return implementation == "pallas_tpu"
+
+
 def run_experts(
     x: jax.Array,
     routing: Routing,
@@ -192,43 +230,63 @@ def run_experts(
     implementation: str,
     activation: Activation,
 ) -> jax.Array:
-    """Inputs [N, I] through some of the E `experts`, those from `offset` on: the weighted sum [N, O] of outputs."""
+    """Inputs [..., I] through some of the E `experts`, those from `offset` on: the weighted sum [..., O] of outputs.
+
+    Args:
+        gate_up: [E, I, 2 f].
+        down: [E, f, O], or [E, O, f] (see `outputs_first`).
+    """
     count = gate_up[0].shape[0]
     local = routing.experts - offset
     live = routing.live & (local >= 0) & (local < count)
     weights = live.astype(jnp.float32)
     if routing.weights is not None:
         weights = weights * routing.weights
-    if count < live.shape[1]:
+    if count < live.shape[-1]:
         # No token has more pairs than there are experts on this device: smaller buffers.
-        first = jnp.argsort(~live, axis=1, stable=True)[:, :count]
-        local, live, weights = (jnp.take_along_axis(each, first, axis=1) for each in (local, live, weights))
+        first = jnp.argsort(~live, axis=-1, stable=True)[..., :count]
+        local, live, weights = (jnp.take_along_axis(each, first, axis=-1) for each in (local, live, weights))
     moves, groups = make_dispatch(local, live, count, max(1, routing.experts.size * count // experts), implementation)
     if implementation == "loop":
         (kernels, more), (down_kernels, more_down) = gate_up, down
-        moved = moves.token, moves.slot, groups
-        return loop_experts(x, kernels, down_kernels, weights, *moved, activation, more, more_down)
+        flat, weights, slot = (each.reshape(-1, each.shape[-1]) for each in (x, weights, moves.slot))
+        y = loop_experts(flat, kernels, down_kernels, weights, moves.token, slot, groups, activation, more, more_down)
+        return y.reshape(*x.shape[:-1], -1)
     hidden = grouped_matmul(to_experts(x, moves), joined(*gate_up, 1), groups, implementation)
-    gate, up = jnp.split(hidden, 2, axis=-1)
-    y = grouped_matmul(activation(gate) * up, joined(*down, 2), groups, implementation)
-    return from_experts(y, weights, moves)
+    # Weights before the last product, so that outputs need not be kept or computed again for their gradient; and zeros
+    # in the padding here, where rows are narrowest. Their gradient is zero too, so neither matrix gets any of it.
+    is_row = moves.token < live.size // live.shape[-1]
+    h = weighted_neurons(hidden, row_factors(weights, moves), is_row, activation)
+    return from_experts(_leave(h, down, groups, implementation), moves)
+
+
+def _leave(h: jax.Array, down: Matrices, groups: Groups, implementation: str) -> jax.Array:
+    """Rows [M, f] times the matrices that lead out of their experts: [M, O]."""
+    transposed = outputs_first(implementation)
+    return grouped_matmul(h, joined(*down, 1 if transposed else 2), groups, implementation, transposed)
 
 
 def leave_experts(h: jax.Array, used: jax.Array, down: Matrices, implementation: str) -> jax.Array:
-    """Neurons [N, E, f] through the down projections [E, f, O] of the experts that are used [N, E]: [N, O]."""
-    tokens, count, neurons = h.shape
+    """Neurons [..., E, f] through the down projections of the experts that are used [..., E]: [..., O].
+
+    Args:
+        down: [E, f, O], or [E, O, f] (see `outputs_first`).
+    """
+    count, neurons = h.shape[-2:]
+    tokens = used.size // count
     experts = jnp.broadcast_to(jnp.arange(count), used.shape)
     moves, groups = make_dispatch(experts, used, count, max(1, used.size // 2), implementation)
     block = moves.token.shape[0] // groups.owner.shape[0]
     owner = jnp.repeat(groups.owner, block, total_repeat_length=moves.token.shape[0])
     pair = jnp.where(moves.token < tokens, moves.token * count + owner, tokens * count)
     rows = to_experts(h.reshape(-1, neurons), Moves(moves.slot.reshape(-1, 1), pair))
+    rows = jnp.where((moves.token < tokens)[:, None], rows, 0)
     if implementation == "loop":  # one after the other: only what trains has a gradient formed
         parts = [grouped_matmul(rows, part, groups, implementation) for part in down if part is not None]
         y = jnp.concatenate(parts, axis=1)
     else:
-        y = grouped_matmul(rows, joined(*down, 2), groups, implementation)
-    return from_experts(y, used.astype(jnp.float32), moves)
+        y = _leave(rows, down, groups, implementation)
+    return from_experts(y, moves)
 
 
 # --- over devices -----------------------------------------------------------------------------------------------------
@@ -244,17 +302,17 @@ def over_devices(run: Callable[..., jax.Array], experts: int) -> Callable[..., j
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return lambda x, routing, gate_up, down: _unflat(run(_flat(x), _flat(routing), gate_up, down, 0), x)
+        return lambda x, routing, gate_up, down: run(x, routing, gate_up, down, 0)
     groups = mesh.shape[EXPERT]
 
     def local(x: jax.Array, routing: Routing, gate_up: Matrices, down: Matrices) -> jax.Array:
         offset = jax.lax.axis_index((EXPERT, TENSOR)) * gate_up[0].shape[0]
-        tokens = _flat(x), _flat(routing)
         if groups == 1:
-            out = run(*tokens, gate_up, down, offset)
+            out = run(x, routing, gate_up, down, offset)
         else:
-            out = _at_their_devices(run, *tokens, gate_up, down, offset, experts // groups, groups)
-        return _unflat(_over_tensor(out, mesh), x)
+            out = _at_their_devices(run, _flat(x), _flat(routing), gate_up, down, offset, experts // groups, groups)
+            out = out.reshape(*x.shape[:2], -1)
+        return _over_tensor(out, mesh)
 
     def split(x: jax.Array, *others: Any) -> jax.Array:
         token, matrix = P(*_token_axes(x, mesh), None), P((EXPERT, TENSOR), None, None)
@@ -272,10 +330,10 @@ def over_tensor(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return lambda h, used, down: _unflat(run(_flat(h), _flat(used), down), h)
+        return run
 
     def local(h: jax.Array, used: jax.Array, down: Matrices) -> jax.Array:
-        return _unflat(_over_tensor(run(_flat(h), _flat(used), down), mesh), h)
+        return _over_tensor(run(h, used, down), mesh)
 
     def split(h: jax.Array, *others: Any) -> jax.Array:
         tokens = _token_axes(h, mesh)
@@ -320,11 +378,6 @@ def _flat(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
-def _unflat(y: jax.Array, like: jax.Array) -> jax.Array:
-    """[B T, ...] -> [B, T, ...] with the B and T of `like`."""
-    return y.reshape(*like.shape[:2], *y.shape[1:])
-
-
 def _at_their_devices(
     run: Callable[..., jax.Array],
     x: jax.Array,
@@ -355,7 +408,7 @@ def _at_their_devices(
         weights = _all_to_all(to_experts(weights, moves), groups)
     y = run(arrived, Routing(experts, experts >= 0, weights), gate_up, down, offset)
     back = exchange(y, arriving, counts)
-    return from_experts(back, wanted.astype(jnp.float32), moves)
+    return from_experts(back, moves)
 
 
 def _all_to_all(blocks: jax.Array, groups: int) -> jax.Array:

@@ -26,6 +26,7 @@ from jaxlm.nn.dispatch import (
     by_expert,
     entering,
     leave_experts,
+    outputs_first,
     over_devices,
     over_tensor,
     run_experts,
@@ -224,13 +225,18 @@ class ExpertsFeedForward(WithLinears):
         return finish(run(inputs, routing, gate_up, leaving))
 
     def _leaving(self, layer: jax.Array, deterministic: bool) -> tuple[Matrices, Callable[[jax.Array], jax.Array]]:
-        """What neurons are multiplied with [E, f, D + R], and what makes the layer's output of the product."""
+        """Matrices [E, f, D + R], or as `outputs_first` says, and what makes the layer's output of their product."""
         down, count = self._projection("down_proj", parts=True)(layer), self.experts.num_experts
-        leaving: Matrices = (by_expert(down.kernel, count, 0), None)
+
+        def matrices(matrix: jax.Array) -> jax.Array:
+            each = by_expert(matrix, count, 0)
+            return each.swapaxes(1, 2) if outputs_first(self.compute) else each
+
+        leaving: Matrices = (matrices(down.kernel), None)
         if down.a is not None:
             # h A beside h W; dropout on h is not to be had here, as h never exists for all neurons.
             assert deterministic or down.dropout == 0, "dropout on down_proj's adapter needs the dense form"
-            leaving = (leaving[0], by_expert(down.a.astype(self.dtype), count, 0))
+            leaving = (leaving[0], matrices(down.a.astype(self.dtype)))
 
         def finish(y: jax.Array) -> jax.Array:
             out = y[..., : self.hidden_size]

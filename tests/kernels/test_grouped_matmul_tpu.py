@@ -113,16 +113,18 @@ AHEAD = """
 from jaxlm.kernels.grouped_matmul import grouped_matmul
 from jaxlm.kernels.groups import Groups
 
-def both(x, w, grad, sizes, owner, live):
-    return jax.vjp(lambda x, w: grouped_matmul(x, w, Groups(sizes, owner, live), "pallas_tpu"), x, w)[1](grad)
+def both(x, w, grad, sizes, owner, live, transposed):
+    groups = Groups(sizes, owner, live)
+    return jax.vjp(lambda x, w: grouped_matmul(x, w, groups, "pallas_tpu", transposed), x, w)[1](grad)
 
-def problem(name, topology, block, inner, columns, dtype, experts=16, blocks=32):
+def problem(name, topology, block, inner, columns, dtype, experts=16, blocks=32, transposed=False):
     sizes = ("int32", experts), ("int32", blocks), ("int32",)
-    rows = (dtype, blocks * block, inner), (dtype, experts, inner, columns), (dtype, blocks * block, columns)
-    compile(name, topology, both, *rows, *sizes)
+    matrix = (columns, inner) if transposed else (inner, columns)
+    rows = (dtype, blocks * block, inner), (dtype, experts, *matrix), (dtype, blocks * block, columns)
+    compile(name, topology, partial(both, transposed=transposed), *rows, *sizes)
 
 problem("gate_up", "v5e:2x2", 256, 4096, 1376, "bfloat16")
-problem("down", "v6e:2x2", 256, 688, 4096, "bfloat16")
+problem("down", "v6e:2x2", 256, 688, 4096, "bfloat16", transposed=True)
 problem("smallest", "v5p:2x2x1", 8, 688, 4096, "bfloat16")
 problem("float32", "v5e:2x2", 64, 4096, 1376, "float32")
 """

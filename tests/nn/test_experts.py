@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.config import LoraConfig, MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
@@ -18,7 +19,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.adapters import as_one_adapter, resolve_lora
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.dispatch import make_dispatch
-from jaxlm.nn.experts import keep_used, sums_by_expert, sums_by_product
+from jaxlm.nn.experts import ExpertsFeedForward, keep_used, sums_by_expert, sums_by_product
 from jaxlm.nn.routers import (
     PADDING,
     choose_compute,
@@ -270,6 +271,46 @@ def test_sparse_is_masked(router: str, lora: str, compute: str) -> None:
     variables = variables_of(masked, 3)
     expected = loss_and_grads(masked, variables, SEGMENTS)
     found = loss_and_grads(sparse, variables, SEGMENTS)
+    assert_trees_close(found, expected, 1e-4)
+
+
+def test_a_layer_on_a_tpu_is_masked() -> None:
+    """Values and gradients, interpreted: what no kernel writes is NaN, and what is read of it would show."""
+    config = moe_config()
+    common = (config.hidden_size, 0.3, {}, jnp.float32, jnp.float32, config.feed_forward)
+    rng = np.random.default_rng(6)
+    x, task = (jnp.asarray(rng.normal(size=(2, 9, 16)), jnp.float32) for _ in range(2))
+    modality = jnp.asarray(np.where(np.arange(9) < 6, rng.integers(0, 3, (2, 9)), PADDING))
+    shapes = jax.eval_shape(ExpertsFeedForward(*common).init, jax.random.key(0), x, jnp.int32(0), True, modality)
+    params = random_tree(nn.unbox(shapes)["params"], 6, 0.3)
+
+    def run(compute: str) -> Any:
+        layer = ExpertsFeedForward(*common, compute=compute)
+
+        def loss(params: Any, x: Any) -> Any:
+            y = layer.apply({"params": params}, x, jnp.int32(0), True, modality)
+            return jnp.sum(y * task), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    with pltpu.force_tpu_interpret_mode():
+        found = run("pallas_tpu")
+    assert_trees_close(found, run("dense"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("router", "lora"), [("learned", "lora"), ("activation", "none"), ("modality", "fused each")])
+def test_the_form_for_tpus_is_masked(router: str, lora: str) -> None:
+    """A model of one layer, with biases and adapters."""
+    config = dataclasses.replace(moe_config(router), num_layers=1).with_feed_forward(bias=lora == "lora")
+    if "fused" in lora:
+        config = dataclasses.replace(config, family="phi3")
+    specs = {} if LORAS[lora] is None else resolve_lora(config, LORAS[lora])  # type: ignore[arg-type]
+    masked, sparse = (Decoder(config, specs, experts=kind, remat="none") for kind in ("dense", "pallas_tpu"))
+    variables = variables_of(masked, 3)
+    expected = loss_and_grads(masked, variables, SEGMENTS)
+    with pltpu.force_tpu_interpret_mode():
+        found = loss_and_grads(sparse, variables, SEGMENTS)
     assert_trees_close(found, expected, 1e-4)
 
 
