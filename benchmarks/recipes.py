@@ -269,6 +269,20 @@ def _head(*names: str) -> list[str]:
     return [_cells(*names), f"|{'---|' * len(names)}"]
 
 
+def compilers(compiled: dict[str, Any]) -> str:
+    """Which versions compiled the rows, for the table: one sentence, TPUs' before GPUs'."""
+    by_kind: dict[str, set[str]] = {"TPUs": set(), "GPUs": set()}
+    for recipe in ALL:
+        if recipe.name in compiled:
+            said = compiled[recipe.name]["by"]
+            if recipe.topology.chip.platform == "tpu":
+                by_kind["TPUs"].add(f"JAX {said['jax']} with libtpu {said['libtpu']}")
+            else:
+                by_kind["GPUs"].add(f"JAX {said['jax']} and its CUDA plug-in")
+    parts = [f"rows of {kind} by {' and by '.join(sorted(known))}" for kind, known in by_kind.items() if known]
+    return f"Compiled: {'; '.join(parts)}." if parts else ""
+
+
 def tables(recipes: Sequence[Recipe] = ALL) -> list[str]:
     """Lines of the three tables, with the rows of these recipes only."""
     compiled = read_compiled()
@@ -281,6 +295,8 @@ def tables(recipes: Sequence[Recipe] = ALL) -> list[str]:
     return [
         *_head("recipe", "devices", batch, "GiB a device, fits", "step, s", "MFU", speed, *compiler),
         *rows(PODS),
+        "",
+        compilers(compiled),
         "",
         *_head("published setting", "devices", "GiB a device", "compiled", "step, s", speed, "published"),
         *rows(PUBLISHED),

@@ -48,6 +48,7 @@ def test_the_table_says_what_is_reckoned_now(recipe: recipes.Recipe) -> None:
 
 def test_compiled_figures_are_of_these_recipes_and_fit() -> None:
     assert recipes.stale() == [], "python benchmarks/recipes.py --compile NAME"
+    assert recipes.compilers(recipes.read_compiled()) in recipes.written(), "python benchmarks/recipes.py --write"
     compiled = recipes.read_compiled()
     for one in recipes.PODS:
         found = compiled[one.name]
