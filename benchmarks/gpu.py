@@ -39,7 +39,11 @@ TRAIN_SMALL = f"--shape {SMALL} --length 64 --documents 2 --steps 2 --rows 2"
 TUNE = "--heads 32 --head_dim 128 --dtype bfloat16 --lengths 4096 --packed --rows 2 --rounds 4"
 PARTS = {
     "check": Part(script("attention_gpu.py", "--check"), 260, None),
-    "nf4": Part(script("nf4_gpu.py", "--rounds 3"), 60, script("nf4_gpu.py", "--sizes 128x200 --rows 24")),
+    "nf4": Part(
+        script("nf4_gpu.py", "--sizes 4096x11008 --rows 1,128,512,2048 --rounds 3"),
+        90,
+        script("nf4_gpu.py", "--sizes 128x200 --rows 24"),
+    ),
     "attention": Part(
         script("attention_gpu.py", "--lengths 1024,2048,4096,8192,16384 --rounds 3 --json {out}/attention.json"),
         140,
