@@ -1,7 +1,8 @@
 """All GPU benchmarks in one call, within a number of seconds; one table at the end, and JSON and logs below --output.
 
 Each part is a process of its own with a limit; what fails or runs too long is said, and the others run. The parts:
-check (kernels beside their plain form), attention, lora and full (7B training steps), decode, tune, experts, serve.
+check (attention's kernels beside their plain form), nf4 (those for weights in four bits, and times), attention, lora
+and full (7B training steps), decode, tune, experts, serve.
 
     python benchmarks/gpu.py [--seconds 560] [--parts check,attention,…] [--output DIR]
     python benchmarks/gpu.py --miniature        # the same scripts on a CPU at toy size: that they still run
@@ -38,6 +39,11 @@ TRAIN_SMALL = f"--shape {SMALL} --length 64 --documents 2 --steps 2 --rows 2"
 TUNE = "--heads 32 --head_dim 128 --dtype bfloat16 --lengths 4096 --packed --rows 2 --rounds 4"
 PARTS = {
     "check": Part(script("attention_gpu.py", "--check"), 260, None),
+    "nf4": Part(
+        script("nf4_gpu.py", "--sizes 4096x11008 --rows 1,128,512,2048 --rounds 3"),
+        90,
+        script("nf4_gpu.py", "--sizes 128x200 --rows 24"),
+    ),
     "attention": Part(
         script("attention_gpu.py", "--lengths 1024,2048,4096,8192,16384 --rounds 3 --json {out}/attention.json"),
         140,

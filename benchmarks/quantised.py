@@ -4,6 +4,7 @@
     python benchmarks/quantised.py step             110 M on a CPU, beside PEFT on PyTorch
     python benchmarks/quantised.py products         of LLaMA-2-7B's layers, compiled for TPUs (libtpu; no TPU needed)
     python benchmarks/quantised.py tpu              the step of 7B, 13B, 70B, compiled for TPUs
+    python benchmarks/quantised.py offload          7B and 13B with frozen layers in the host's memory, compiled
     python benchmarks/quantised.py ratio v5e 16     cycles of 7B's step over those on a bfloat16 base, with 16 layers
     python benchmarks/quantised.py read MODEL       peak memory of `convert quantize` of a model
 
@@ -12,9 +13,10 @@ of freedom. `step`: LoRA of rank 64 on all linear layers, float32, one process f
 float32 one, and one whose linear layers hold bitsandbytes' codes and dequantise at every product. `tpu`: KnowLM's
 recipe (`configs/knowlm/qlora.yaml`) on rows of 2,048 tokens. `products`: the compiler's cycles, and for the kernel the
 instruction bundles of a tile times the number of tiles, or what the matrix units need where that is more; with 2,048
-rows. `ratio`: as `tpu`, without dropout, with the compiler's full effort, for which a small kernel stands in for the
-real one (with it, compiling takes more than ten minutes); what the real one takes is added to the compiler's cycles,
-which count no kernel.
+rows. `offload`: as `tpu` on a base in bfloat16, and for a GPU by JAX's CUDA plug-in (no GPU needed). `ratio`: as `tpu`,
+without dropout, with the compiler's full effort, for which a small kernel stands in for the real one (with it,
+compiling takes more than ten minutes); what the real one takes is added to the compiler's cycles, which count no
+kernel.
 """
 
 from __future__ import annotations
@@ -395,6 +397,77 @@ def tpu(only: str | None) -> None:
         print(f"| {name} | {sizes} | {planned:.2f} | {calls:,} |", flush=True)
 
 
+def _offloaded_on_gpu(model: str, topology: str) -> None:
+    """What `compile_step` refuses: a step for a GPU, lowered for a CPU, as JAX knows where its arrays lie."""
+    import dataclasses
+
+    import jax
+    from jax._src import compiler
+    from jaxlib import _jax
+
+    from jaxlm.devices.chips import parse_topology
+    from jaxlm.devices.mesh import make_mesh
+    from jaxlm.models.families import SHAPES
+    from jaxlm.planning.compiled import topology_devices
+    from jaxlm.training.setup import set_up
+
+    config, devices = _offload_recipe("frozen"), topology_devices(parse_topology(topology))
+    assert len(devices) == 1
+    setup = set_up(config, SHAPES[model], devices)
+    setup = dataclasses.replace(setup, mesh=make_mesh(config.mesh, jax.devices("cpu")[:1]))
+    schedule = setup.schedule(1000)
+    initializer = setup.initializer(schedule)
+    state, frozen = initializer.abstract_state(), setup.abstract_frozen(initializer)
+    program = setup.lower_train_step(initializer, schedule, state, frozen, "cuda").compiler_ir("stablehlo")
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=1)
+    compiled: Any = devices[0].client.compile(program, _jax.DeviceList(tuple(devices)), options)
+    memory = compiled.get_compiled_memory_stats()
+    host = memory.host_argument_size_in_bytes
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes - host, host
+    print(json.dumps(sizes))
+
+
+def _offload_recipe(kept: str | None) -> Any:
+    import dataclasses
+
+    config = _recipe("null", 1, {})
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, offload=kept))
+
+
+def offload(only: str | None) -> None:
+    from jaxlm.devices.chips import parse_topology
+    from jaxlm.models.families import SHAPES
+    from jaxlm.planning.compiled import compile_step
+    from jaxlm.planning.memory import estimate_memory
+    from jaxlm.training.setup import set_up
+
+    print("| model, device | GiB: arguments, temporaries, peak | in the host's memory | planned: peak, host |")
+    print("|---|---|---|---|")
+    for topology in ("v5e:1x1", "v6e:1x1", "h100:1"):
+        for model in ("llama-2-7b", "llama-2-13b"):
+            for kept in (None, "frozen"):
+                name = f"{model}, {topology}{', offloaded' if kept else ''}"
+                if only is not None and only not in name:
+                    continue
+                config, devices = _offload_recipe(kept), parse_topology(topology)
+                setup = set_up(config, SHAPES[model], devices)
+                planned = estimate_memory(setup, setup.initializer(setup.schedule(1000)))
+                if kept and devices.chip.platform == "gpu":
+                    call = [sys.executable, __file__, "_offloaded", model, topology]
+                    done = subprocess.run(call, capture_output=True, text=True, env={**os.environ, **TPU})
+                    assert done.returncode == 0, done.stderr[-2000:]
+                    sizes = json.loads(done.stdout.splitlines()[-1])
+                else:
+                    found = compile_step(config, SHAPES[model], devices, quick=True)
+                    sizes = [found.arguments, found.temporaries, found.peak, found.host]
+                    if found.refused:
+                        print(f"| {name} | {found.refused} | | {planned.peak / GIB:.2f} |", flush=True)
+                        continue
+                *on_device, host = (f"{size / GIB:.2f}" for size in sizes)
+                shown = f"{', '.join(on_device)} | {host} | {planned.peak / GIB:.2f}, {planned.host / GIB:.2f}"
+                print(f"| {name} | {shown} |", flush=True)
+
+
 def _step_without_kernel(kind: str, chip: str, layers: int) -> None:
     """Compiles a step of LLaMA-2-7B, cut to `layers`, with a kernel that copies one tile in the kernel's place."""
     import dataclasses
@@ -479,6 +552,9 @@ def main() -> None:
         chip, inputs, outputs, way, form = sys.argv[2:]
         _product(chip, int(inputs), int(outputs), way, form)
         return
+    if sys.argv[1:2] == ["_offloaded"]:
+        _offloaded_on_gpu(*sys.argv[2:])
+        return
     if sys.argv[1:2] == ["_step"]:
         _step_without_kernel(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return
@@ -486,14 +562,18 @@ def main() -> None:
         print(json.dumps((_ours if sys.argv[2] == "jaxlm" else _peft)(sys.argv[3])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["error", "step", "products", "tpu", "ratio", "read"])
-    parser.add_argument("model", nargs="?", help="read: a directory; tpu: a part of a row's name; others: a chip")
+    parser.add_argument("what", choices=["error", "step", "products", "tpu", "offload", "ratio", "read"])
+    parser.add_argument(
+        "model", nargs="?", help="read: a directory; tpu, offload: a part of a row's name; others: a chip"
+    )
     parser.add_argument("layers", nargs="?", type=int, default=16, help="ratio: of the model")
     arguments = parser.parse_args()
     if arguments.what == "read":
         read(arguments.model)
     elif arguments.what == "tpu":
         tpu(arguments.model)
+    elif arguments.what == "offload":
+        offload(arguments.model)
     elif arguments.what == "ratio":
         ratio(arguments.model or "v5e", arguments.layers)
     elif arguments.what == "products":

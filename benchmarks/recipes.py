@@ -112,6 +112,7 @@ PUBLISHED = (
     Recipe("SciMind pretraining", "scimind/pretrain", _SCIMIND, "h100:8", _EXPERTS, "none, 8 Ascend 910A"),
     Recipe("SciMind pretraining, v5e-32", "scimind/pretrain", _SCIMIND, "v5e:4x8", _EXPERTS, "none"),
     Recipe("LLM4Academic, LLaMA-7B", "llm4academic/mix", "llama-7b", "h100:4", _LLAMA, "none, 4 A100-80G"),
+    Recipe("LLM4Academic, LLaMA-7B, 8 GPUs", "llm4academic/mix", "llama-7b", "h100:8", _LLAMA, "none"),
     Recipe(
         "LLM4Academic, LLaMA-7B, v5e-16",
         "llm4academic/mix",

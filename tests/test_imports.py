@@ -23,6 +23,7 @@ HEAVY = {
     ("jaxlm/kernels/flash_attention/__init__.py", "jaxlm.kernels.flash_attention"),
     ("jaxlm/kernels/grouped_matmul.py", "jaxlm.kernels.grouped_matmul_gpu"),
     ("jaxlm/nn/dispatch.py", "jaxlm.kernels.grouped_matmul_gpu"),
+    ("jaxlm/nn/nf4.py", "jaxlm.kernels.nf4_matmul_gpu"),  # Triton, which a JAX to come will not have
 }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-NEEDS_REFERENCE = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "kto")
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
@@ -36,7 +34,7 @@ class PreferenceConfig:
 
     @property
     def needs_reference(self) -> bool:
-        return self.loss in NEEDS_REFERENCE
+        return self.loss not in ("orpo", "simpo")
 
     @property
     def sft_weight(self) -> float:

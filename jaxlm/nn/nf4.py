@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import flax.struct
 import jax
@@ -26,6 +27,14 @@ from jaxlm.sharding import ROW_AXES, RULES, SEQUENCE, TENSOR
 _OVER_TENSOR = {
     name for name, axes in RULES if axes is not None and TENSOR in (axes if isinstance(axes, tuple) else (axes,))
 }
+
+Platform = Literal["tpu", "gpu"]
+
+# A GPU's kernel looks a code up once for every 128 rows; XLA does once, but writes and reads the weight in bfloat16. As
+# reckoned in benchmarks/README.md, and measured nowhere, both take as long at some hundreds of rows on GPUs of data
+# centres; on others, whose tensor cores are slower beside all the rest, the kernel never takes longer.
+MOST_ROWS = 512
+ANY_ROWS = ("8.6", "8.9", "12.0")
 
 
 @flax.struct.dataclass
@@ -86,16 +95,19 @@ class Nf4Weight(RoundedWeight):
         self, x: jax.Array, dtype: DTypeLike, axes: tuple[str | None, ...] | None, plain: Any, transposed: bool
     ) -> jax.Array:
         """The product of rows [*rows, *in] (or [*rows, *out]) by the kernel, where there is one, or its plain twin."""
-        ins = self.dims[: self.in_dims]
+        ins, mesh = self.dims[: self.in_dims], _sizes()
         rows = x.shape[: x.ndim - (len(self.dims) - self.in_dims if transposed else self.in_dims)]
         axis = None if axes is None else axes[0]
-        if why_plain(_sizes(), dtype, math.prod(ins), axis, rows) is not None:
+        if why_plain(mesh, dtype, math.prod(ins), axis, rows) is not None:
             return cast(jax.Array, plain(x, self))
 
-        def kernel(x: jax.Array, weight: Nf4Weight) -> jax.Array:
-            return checkpoint_name(weight.by_kernel(x, dtype, axes, transposed), "matmul")
+        def kernel(platform: Platform, x: jax.Array, weight: Nf4Weight) -> jax.Array:
+            return checkpoint_name(weight.by_kernel(x, dtype, axes, transposed, platform), "matmul")
 
-        return cast(jax.Array, jax.lax.platform_dependent(x, self, tpu=kernel, default=plain))
+        kernels = {"tpu": partial(kernel, "tpu")}
+        if why_plain_on_gpu(math.prod(rows) // _row_parts(mesh), _capability()) is None:
+            kernels["cuda"] = partial(kernel, "gpu")
+        return cast(jax.Array, jax.lax.platform_dependent(x, self, **kernels, default=plain))
 
     def by_kernel(
         self,
@@ -103,9 +115,10 @@ class Nf4Weight(RoundedWeight):
         dtype: DTypeLike,
         axes: tuple[str | None, ...] | None = None,
         transposed: bool = False,
+        platform: Platform = "tpu",
         interpret: bool = False,
     ) -> jax.Array:
-        """A product by the TPU's kernel, where `why_plain` has nothing against it.
+        """A product by this platform's kernel, where `why_plain` has nothing against it.
 
         On several devices each multiplies its rows with its part of the weight: heads and neurons are split over
         `tensor`, and where they are what is summed over, the parts of the sum are added in float32.
@@ -114,8 +127,13 @@ class Nf4Weight(RoundedWeight):
             x: [*rows, *in]; transposed: [*rows, *out].
             dtype: of the factors and of the result.
             axes: logical axes of the array; None on one device.
+            platform: whose kernel it is.
         """
         ins, outs = self.dims[: self.in_dims], self.dims[self.in_dims :]
+        multiply: Any = nf4_product
+        if platform == "gpu":
+            # On use: a JAX without Triton is to start too.
+            from jaxlm.kernels.nf4_matmul_gpu import nf4_product as multiply
         own, other = (outs, ins) if transposed else (ins, outs)
         rows, sizes = x.shape[: x.ndim - len(own)], _sizes()
         tensor = sizes.get(TENSOR, 1)
@@ -130,7 +148,7 @@ class Nf4Weight(RoundedWeight):
         def local(x: jax.Array, codes: jax.Array, absmax: jax.Array) -> jax.Array:
             x = x.reshape(*x.shape[: len(rows)], -1)
             matrix, accumulated = x.reshape(-1, x.shape[-1]), jnp.float32 if summed else dtype
-            y = nf4_product(matrix, codes, absmax, rounding.NF4, transposed, accumulated, interpret)
+            y = multiply(matrix, codes, absmax, rounding.NF4, transposed, accumulated, interpret)
             y = y.reshape(*x.shape[:-1], *local_dims)
             return jax.lax.psum(y, summed).astype(dtype) if summed else y
 
@@ -170,7 +188,7 @@ def why_plain(
     axis: str | None = None,
     rows: tuple[int, ...] | None = None,
 ) -> str | None:
-    """Why products with weights in four bits do not go through the TPU's kernel; None: on a TPU they do.
+    """Why products with weights in four bits do not go through a kernel; None: on a TPU they do.
 
     Args:
         mesh: sizes of its axes by name.
@@ -192,6 +210,34 @@ def why_plain(
         if (parts > 1 and (not rows or rows[0] % parts)) or (lengths > 1 and (len(rows) < 2 or rows[1] % lengths)):
             return f"{rows} rows are not shared evenly"
     return None
+
+
+def why_plain_on_gpu(rows: int, capability: str | None) -> str | None:
+    """Why they do not on a GPU, where `why_plain` has nothing against it.
+
+    Args:
+        rows: of a device, all dims together.
+        capability: compute capability of the GPU; None: it is not known.
+    """
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this JAX has no Triton"
+    major = "8" if capability is None else capability.split(".")[0]
+    if not major.isdigit() or int(major) < 8:  # AMD's have names
+        return f"the kernel needs compute capability 8.0 or later, this GPU has {capability}"
+    if rows > MOST_ROWS and capability not in ANY_ROWS:
+        return f"for {rows:,} rows, more than {MOST_ROWS}, it is quicker to look codes up once"
+    return None
+
+
+def _capability() -> str | None:
+    """The compute capability of this process's GPUs; None without one, as where a program for some is only compiled."""
+    device = jax.devices()[0]
+    return str(device.compute_capability) if device.platform == "gpu" else None
+
+
+def _row_parts(mesh: Mapping[str, int]) -> int:
+    """Number of parts that rows are shared in."""
+    return math.prod(mesh.get(name, 1) for name in (*ROW_AXES, SEQUENCE))
 
 
 def _sizes() -> dict[str, int]:

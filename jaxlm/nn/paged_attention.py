@@ -268,7 +268,9 @@ def paged_attention(
         # shrunk to 0 there. Behind the last one, nothing shrinks and every weight is 0.
         weights, shrink = jnp.exp(scores - largest), jnp.exp(top - largest)
         seen = jnp.einsum("nkms,nksd->nkmd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return largest, shrink * total + jnp.sum(weights, axis=-1, keepdims=True), shrink * acc + seen
+        # By itself: in one loop with the sum, the product that follows is rounded with some shapes and not with others.
+        added = jax.lax.optimization_barrier(jnp.sum(weights, axis=-1, keepdims=True))
+        return largest, shrink * total + added, shrink * acc + seen
 
     shape = texts, kv_heads, least
     start = jnp.full((*shape, 1), NEGATIVE, jnp.float32), jnp.zeros((*shape, 1)), jnp.zeros((*shape, dim))

@@ -88,14 +88,24 @@ class CompiledStep:
         return max(self.peak, self.arguments)
 
 
-def can_compile(topology: Topology) -> str | None:
-    """Says what is missing to compile for these devices; None if nothing is."""
+def can_compile(topology: Topology, offload: bool = False) -> str | None:
+    """Says what is missing to compile for these devices; None if nothing is.
+
+    Args:
+        offload: whether frozen layers lie in the hosts' memory.
+    """
     chip = topology.chip
     if chip.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         return "libtpu is not installed; on x86-64 Linux: pip install 'jax[tpu]' (it needs no TPU)"
     if chip.name == "v4":
         return "libtpu describes a v4 chip as two devices, a real v4 is one; jaxlm can compile for v5e, v5p and v6e"
     if chip.platform == "gpu":
+        if offload:
+            # They have no `default_memory`, without which JAX leaves out where an array lies, and says nothing.
+            return (
+                "JAX knows no hosts' memory beside GPUs that are not here, so that the compiler would count what "
+                "model.offload keeps there as the GPU's"
+            )
         if chip.name not in ("h100", "h200"):
             return f"jaxlm has no description of {chip.name} for XLA; it can compile for h100 and h200"
         if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
@@ -117,7 +127,7 @@ def compile_step(
     Raises:
         UserError: when no compiler is installed for it, settings do not fit the devices, or the compiler fails.
     """
-    lack = can_compile(topology)
+    lack = can_compile(topology, config.model.offload is not None)
     if lack is not None:
         raise UserError(f"--compile: {topology}: {lack}")
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,6 @@ from jaxlm.kernels.cross_entropy import chunk_count
 from jaxlm.models.adapters import resolve_lora, saved_modules
 from jaxlm.models.decoder import Decoder, abstract_variables
 from jaxlm.nn.lora import LoraSpec
-from jaxlm.nn.nf4 import why_plain
 from jaxlm.sharding import SEQUENCE, SHARD_AXES, TENSOR
 from jaxlm.spec import DecoderSpec, LayerSpec
 from jaxlm.training.setup import TrainSetup
@@ -150,20 +149,17 @@ def optimizer_bytes(initializer: Initializer) -> int:
 def _gathered_bits(setup: TrainSetup, initializer: Initializer, split: bool) -> int:
     """Bytes of a quantised base in use beside its own: gathered layers, and the largest kernel as an array.
 
-    The array is there where no kernel multiplies with the bits themselves (see `nn.nf4.why_plain`).
+    The array is there where no kernel multiplies with the bits themselves (see `TrainSetup.why_plain_nf4`).
     """
     tensor, spec = setup.mesh.shape[TENSOR], setup.model.spec
     parts = (initializer.params, initializer.params.get("encoder", {}))
     leaves = [leaf for part in parts for stack in ("layers", "tail") for leaf in jax.tree.leaves(part.get(stack, {}))]
     gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) // spec.total_layers // tensor
     widest = max(layer.feed_forward.size for layer in spec.period)
-    on_tpu = initializer.quantize == "nf4" and setup.platform == "tpu"
-    dtype = setup.model.dtype
-    sizes = ((spec.hidden_size, "embed"), (widest, "mlp"))
-    if on_tpu and all(why_plain(dict(setup.mesh.shape), dtype, size, axis) is None for size, axis in sizes):
+    if initializer.quantize == "nf4" and setup.why_plain_nf4() is None:
         dense = 0
     else:
-        dense = jnp.dtype(dtype).itemsize * spec.hidden_size * widest // tensor
+        dense = jnp.dtype(setup.model.dtype).itemsize * spec.hidden_size * widest // tensor
     return dense + GATHERED_LAYERS * gathered * split
 
 

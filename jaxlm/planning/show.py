@@ -73,7 +73,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
         console.print()
         _compiled(plan, plan.compiled, console)
     elif chip.platform != "cpu":
-        lack = can_compile(plan.topology)
+        lack = can_compile(plan.topology, plan.memory.host > 0)
         hint = "--compile asks the compiler itself" if lack is None else f"--compile would ask the compiler: {lack}"
         console.print(hint, style="dim", highlight=False, markup=False)
     console.print()

@@ -14,7 +14,6 @@ from jaxlm.data.batches import Batches
 from jaxlm.data.mixing import table
 from jaxlm.data.order import Order
 from jaxlm.devices.mesh import axis_sizes
-from jaxlm.nn.nf4 import why_plain
 from jaxlm.nn.rounding import Kind
 from jaxlm.screen import print_pairs
 from jaxlm.training.advice import dropout_warnings, rank_warnings, schedule_warnings
@@ -134,14 +133,8 @@ def _base(kind: Kind, setup: TrainSetup) -> str:
     """What the frozen linear layers are kept in, and how they are multiplied with."""
     if kind != "nf4":
         return f"linear layers in {kind}"
-    spec = setup.model.spec
-    sizes = [(spec.hidden_size, "embed"), *((layer.feed_forward.size, "mlp") for layer in spec.period)]
-    mesh = dict(setup.mesh.shape)
-    reasons = (why_plain(mesh, setup.model.dtype, size, axis) for size, axis in sizes)
-    plain = [why for why in reasons if why is not None]
-    if setup.platform != "tpu":
-        plain = [f"there is no kernel for {setup.platform}", *plain]
-    how = f"plain ({plain[0]})" if plain else "a kernel to which they are read as they are"
+    plain = setup.why_plain_nf4()
+    how = "a kernel to which they are read as they are" if plain is None else f"plain ({plain})"
     return f"linear layers in {kind}; products: {how}"
 
 

@@ -69,21 +69,18 @@ def reference_columns(
 
 
 def _kept(out: Path) -> dict[str, Any] | None:
-    if not ((out / FILE).is_file() and (out / PRINTS).is_file()):
-        return None
-    with contextlib.suppress(ValueError):
-        content = json.loads((out / PRINTS).read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else None
+    if (out / FILE).is_file() and (out / PRINTS).is_file():
+        with contextlib.suppress(ValueError):
+            content = json.loads((out / PRINTS).read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else None
     return None
 
 
 def _weights(job: Job) -> str:
     """What tells the weights of a first step from others."""
     parts = [base_fingerprint(job.model, each) for each in (job.source, job.adapter) if each is not None]
-    config = job.config
-    return " ".join(
-        [*parts, config.model.dtype, config.model.param_dtype, *([] if parts else [str(config.train.seed)])]
-    )
+    model, seed = job.config.model, [] if parts else [str(job.config.train.seed)]
+    return " ".join([*parts, model.dtype, model.param_dtype, *seed])
 
 
 def _written(out: Path, values: NDArray[np.float32], prints: dict[str, Any]) -> str | None:
@@ -126,9 +123,8 @@ def _computed(
                 batch, numbers = batches[step], batches.source.examples(step)
                 local = {name: batch[name][None][:, mine] for name in fields}
                 with use_mesh(setup.mesh):
-                    found = jax.device_get(
-                        program(start.state.trainable, start.frozen, put_batch(local, setup.mesh, rows))
-                    )
+                    given = put_batch(local, setup.mesh, rows)
+                    found = jax.device_get(program(start.state.trainable, start.frozen, given))
                 used = batch["segment_ids"] > 0
                 document = np.take_along_axis(numbers, batch["segment_ids"], axis=1)[used]
                 values[first + examples.offsets[document] + batch["positions"][used]] = found[used]

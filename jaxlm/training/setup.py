@@ -37,6 +37,7 @@ from jaxlm.kernels.backend import attention_details, choose_for_layers
 from jaxlm.models.adapters import resolve_lora
 from jaxlm.models.decoder import Decoder
 from jaxlm.nn.attention import kv_head_copies
+from jaxlm.nn.nf4 import why_plain, why_plain_on_gpu
 from jaxlm.nn.routers import choose_compute
 from jaxlm.sharding import BATCH, SEQUENCE, TENSOR
 from jaxlm.spec import DecoderSpec
@@ -67,6 +68,7 @@ class TrainSetup:
         micro_batch: rows of a device group at a time.
         accumulation: micro-steps of a step.
         platform: of the devices: 'tpu', 'gpu' or 'cpu'.
+        capability: compute capability of GPUs; None for others.
     """
 
     config: RunConfig
@@ -79,6 +81,7 @@ class TrainSetup:
     micro_batch: int
     accumulation: int
     platform: str = "cpu"
+    capability: str | None = None
 
     @functools.cached_property
     def objective(self) -> Objective:
@@ -94,6 +97,18 @@ class TrainSetup:
     def eval_rows(self) -> int:
         """Rows of an evaluation batch over all devices."""
         return self.config.train.micro_batch_size * rows_axis_size(self.mesh)
+
+    def why_plain_nf4(self) -> str | None:
+        """Why products with a base in four bits run without a kernel; None: they run by one."""
+        spec, mesh = self.model.spec, dict(self.mesh.shape)
+        if self.platform == "cpu":
+            return "there is no kernel for cpu"
+        sizes = [(spec.hidden_size, "embed"), *((layer.feed_forward.size, "mlp") for layer in spec.period)]
+        reasons = [why_plain(mesh, self.model.dtype, size, axis) for size, axis in sizes]
+        if self.platform == "gpu":
+            rows = self.micro_batch * self.config.data.sequence_length // mesh[SEQUENCE]
+            reasons.append(why_plain_on_gpu(rows, self.capability))
+        return next((why for why in reasons if why is not None), None)
 
     def compiler_options(self) -> dict[str, Any]:
         """Options for the compiler: by devices (see `devices.compiler_options`), then train.compiler_options."""
@@ -328,6 +343,7 @@ def set_up(
         micro_batch=micro_batch,
         accumulation=accumulation,
         platform=chip.platform,
+        capability=chip.compute_capability if chip.platform == "gpu" else None,
     )
 
 

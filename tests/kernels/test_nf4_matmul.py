@@ -1,4 +1,4 @@
-"""The TPU's product with a weight in four bits, interpreted: the numbers of its plain twin, and a program for TPUs."""
+"""Products with a weight in four bits on TPUs and GPUs, interpreted: the numbers of their plain twin; and programs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,36 @@ import pytest
 
 from jaxlm.config import MeshConfig
 from jaxlm.devices.mesh import make_mesh, use_mesh
-from jaxlm.kernels import nf4_matmul_tpu
-from jaxlm.kernels.nf4_matmul_tpu import nf4_product
-from jaxlm.nn.nf4 import Nf4Weight, why_plain
+from jaxlm.kernels import nf4_matmul_gpu, nf4_matmul_tpu
+from jaxlm.nn import nf4
+from jaxlm.nn.nf4 import Nf4Weight, why_plain, why_plain_on_gpu
 from jaxlm.nn.rounding import NF4
 from jaxlm.nn.weight_types import times
-from tests.kernels.ahead_of_time import compile_for_tpus
+from tests.kernels.ahead_of_time import NO_CUDA_COMPILER, compile_for_tpus, run_for_h200
 
 
-@pytest.mark.parametrize("rows", [16, 24])
-def test_both_products_are_those_of_the_dense_weight(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "tile", "rows", "blocks"),
+    [
+        (nf4_matmul_tpu, {"ROWS": 16, "BLOCKS": 2, "OUTPUTS": 128}, 16, 5),
+        (nf4_matmul_tpu, {"ROWS": 16, "BLOCKS": 2, "OUTPUTS": 128}, 24, 5),
+        (nf4_matmul_gpu, {}, 24, 2),
+        (nf4_matmul_gpu, {"ROWS": 16, "FEW": 8}, 24, 4),
+        (nf4_matmul_gpu, {"ROWS": 16, "FEW": 8}, 16, 3),
+    ],
+    ids=["tpu-16", "tpu-24", "gpu-few-rows", "gpu-wide", "gpu-wide-odd"],
+)
+def test_both_products_are_those_of_the_dense_weight(
+    module: Any, tile: dict[str, int], rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With tiles that do not divide rows, blocks and outputs."""
-    for name, size in (("ROWS", 16), ("BLOCKS", 2), ("OUTPUTS", 128)):
-        monkeypatch.setattr(nf4_matmul_tpu, name, size)
+    for name, size in tile.items():
+        monkeypatch.setattr(module, name, size)
+    if module is nf4_matmul_gpu:
+        stay_within(monkeypatch)
+    nf4_product = module.nf4_product
     rng = np.random.default_rng(0)
-    weight = jax.tree.map(jnp.asarray, Nf4Weight.of_array(rng.normal(size=(64 * 5, 200)).astype(np.float32), 1))
+    weight = jax.tree.map(jnp.asarray, Nf4Weight.of_array(rng.normal(size=(64 * blocks, 200)).astype(np.float32), 1))
     dense = np.asarray(weight.dense(jnp.float32))
     arguments = weight.codes, weight.magnitudes(), NF4
     x, grad = (rng.normal(size=(rows, size)).astype(np.float32) for size in dense.shape)
@@ -35,18 +50,39 @@ def test_both_products_are_those_of_the_dense_weight(rows: int, monkeypatch: pyt
     np.testing.assert_allclose(found, grad @ dense.T, rtol=1e-4, atol=1e-4)
 
 
+def stay_within(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that are read or written behind the ends of an array become NaN: the interpreter leaves them out."""
+    load, store = nf4_matmul_gpu._load, nf4_matmul_gpu._store
+
+    def fine(ref: Any, row: Any, column: Any, inside: Any) -> jax.Array:
+        within = (row[:, None] < ref.shape[0]) & (column[None, :] < ref.shape[1])
+        mask = nf4_matmul_gpu._mask(row, column, inside)
+        return within if mask is None else within | ~mask
+
+    def read(ref: Any, row: Any, column: Any, *inside: Any) -> jax.Array:
+        values = load(ref, row, column, *inside)
+        return values if values.dtype == jnp.uint8 else jnp.where(fine(ref, row, column, inside), values, jnp.nan)
+
+    def write(ref: Any, row: Any, column: Any, values: Any, *inside: Any) -> None:
+        store(ref, row, column, jnp.where(fine(ref, row, column, inside).all(), values, jnp.nan), *inside)
+
+    monkeypatch.setattr(nf4_matmul_gpu, "_load", read)
+    monkeypatch.setattr(nf4_matmul_gpu, "_store", write)
+
+
 @pytest.mark.parametrize(
-    ("mesh", "axes", "dims", "in_dims"),
+    ("mesh", "axes", "dims", "in_dims", "platform"),
     [
-        ({"fsdp": 2, "sequence": 2, "tensor": 2}, ("embed", "mlp"), (128, 512), 1),
-        ({"expert": 2, "fsdp": 2, "tensor": 2}, ("mlp", "embed"), (256, 128), 1),
-        ({"data": 2, "tensor": 4}, ("heads", "head_dim", "embed"), (8, 32, 128), 2),
-        ({"data": 2, "tensor": 4}, ("embed", "kv_heads", "head_dim"), (128, 1, 128), 1),  # each device has the head
+        ({"fsdp": 2, "sequence": 2, "tensor": 2}, ("embed", "mlp"), (128, 512), 1, "tpu"),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, ("mlp", "embed"), (256, 128), 1, "tpu"),
+        ({"data": 2, "tensor": 4}, ("heads", "head_dim", "embed"), (8, 32, 128), 2, "tpu"),
+        ({"data": 2, "tensor": 4}, ("embed", "kv_heads", "head_dim"), (128, 1, 128), 1, "tpu"),  # all have the head
+        ({"fsdp": 4, "tensor": 2}, ("mlp", "embed"), (256, 128), 1, "gpu"),
     ],
-    ids=["up", "down", "o", "k"],
+    ids=["up", "down", "o", "k", "down-gpu"],
 )
 def test_devices_multiply_with_their_parts(
-    mesh: dict[str, int], axes: tuple[str, ...], dims: Any, in_dims: int
+    mesh: dict[str, int], axes: tuple[str, ...], dims: Any, in_dims: int, platform: nf4.Platform
 ) -> None:
     rng, is_split = np.random.default_rng(0), axes[0] != "embed"
     weight = jax.tree.map(jnp.asarray, Nf4Weight.of_array(rng.normal(size=dims).astype(np.float32), in_dims))
@@ -57,7 +93,7 @@ def test_devices_multiply_with_their_parts(
         for transposed, rows, plain in ((False, x, weight.times), (True, grad, weight.transposed_times)):
 
             def run(rows: jax.Array, weight: Any, transposed: bool = transposed) -> jax.Array:
-                return weight.gathered(axes).by_kernel(rows, jnp.float32, axes, transposed, interpret=True)
+                return weight.gathered(axes).by_kernel(rows, jnp.float32, axes, transposed, platform, interpret=True)
 
             compiled = jax.jit(run).lower(rows, weight).compile()
             np.testing.assert_allclose(
@@ -89,7 +125,7 @@ def test_the_kernel_is_what_a_tpu_runs_and_the_reasons_against_it() -> None:
     def loss(x: jax.Array) -> jax.Array:
         return times(weight, x, 1, jnp.bfloat16).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(loss)).trace(x)
+    traced = jax.jit(jax.value_and_grad(loss)).trace(x)
     text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu")}
     assert "nf4_product" in text["tpu"] and "nf4_product" not in text["cpu"]
     for mesh in ({"tensor": 2, "fsdp": 4}, {"tensor": 4, "expert": 2, "sequence": 2}):
@@ -104,6 +140,80 @@ def test_the_kernel_is_what_a_tpu_runs_and_the_reasons_against_it() -> None:
         (({"sequence": 4}, "bfloat16", 128, "embed", (4,)), "not shared evenly"),
     ):
         assert said in (why_plain(*arguments) or "")
+
+
+def test_a_gpu_runs_its_kernel_for_few_rows_and_the_reasons_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = jax.tree.map(jnp.asarray, Nf4Weight.of_array(np.ones((128, 256), np.float32), 1))
+
+    def kernels(*rows: int) -> int:
+        """How many a forward and a backward product have, those for TPUs among them."""
+
+        def loss(x: jax.Array) -> jax.Array:
+            return times(weight, x, 1, jnp.bfloat16).astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.value_and_grad(loss)).trace(jnp.ones((*rows, 128), jnp.bfloat16))
+        return str(traced.jaxpr).count("= pallas_call[")
+
+    assert (kernels(2, 16), kernels(2, 257)) == (4, 2)
+    monkeypatch.setattr(nf4, "_capability", lambda: "8.9")
+    assert kernels(2, 257) == 4
+    assert why_plain_on_gpu(512, None) is None and why_plain_on_gpu(1, "10.0") is None
+    for rows, capability, said in (
+        (513, None, "513 rows"),
+        (2048, "9.0", "2,048 rows"),
+        (1, "7.5", "this GPU has 7.5"),
+        (1, "gfx942", "this GPU has gfx942"),
+    ):
+        assert said in (why_plain_on_gpu(rows, capability) or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert why_plain_on_gpu(1, "9.0") == "this JAX has no Triton"
+
+
+FOR_GPUS = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from jaxlm.kernels.nf4_matmul_gpu import nf4_product
+from jaxlm.nn.nf4 import Nf4Weight
+from jaxlm.nn.rounding import NF4
+
+jax.devices("cpu")
+small = {"major: 9": "major: 8 minor: 9", "optin: 232448": "optin: 101376", "per_core: 233472": "per_core: 102400"}
+other = sys.argv[1]
+for old, new in small.items():
+    assert old in other
+    other = other.replace(old, new)
+for name, target in (("h200", sys.argv[1]), ("rtx4090", other)):
+    gpu = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=target, topology="1x1x1")
+    place = SingleDeviceSharding(gpu.devices[0])
+    placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    weight = jax.tree.map(placed, Nf4Weight.of_shape((4096, 11008), 1))
+
+    def say(what, rows, transposed, run):
+        x = placed(jax.ShapeDtypeStruct((rows, 11008 if transposed else 4096), jnp.bfloat16))
+        compiled = jax.jit(run).trace(x, weight).lower(lowering_platforms=("cuda",)).compile()
+        kernels = compiled.as_text().count("__gpu$xla.gpu.triton")
+        print("compiled", name, what, rows, kernels, compiled.memory_analysis().temp_size_in_bytes, flush=True)
+
+    for transposed in (False, True):
+        say("chosen", 2048, transposed, lambda x, w: (w.transposed_times if transposed else w.times)(x, jnp.bfloat16))
+        say("kernel", 2048, transposed, lambda x, w: w.by_kernel(x, jnp.bfloat16, None, transposed, "gpu"))
+    say("chosen", 16, False, lambda x, w: w.times(x, jnp.bfloat16))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_CUDA_COMPILER, reason="needs JAX's CUDA plug-in and ptxas (nvidia-cuda-nvcc), no GPU")
+def test_the_kernel_compiles_for_gpus_and_writes_no_dense_weight() -> None:
+    dense, magnitudes = 4096 * 11008 * 2, 64 * 11008 * 4
+    lines = run_for_h200(FOR_GPUS).splitlines()
+    assert len(lines) == 10
+    for line in lines:
+        _, _, what, rows, kernels, temporaries = line.split()
+        by_kernel = what == "kernel" or rows == "16"
+        assert int(kernels) == by_kernel
+        assert int(temporaries) <= magnitudes if by_kernel else int(temporaries) >= dense, line
 
 
 # An up and a down projection with the gradient of their input, split over the chips of a slice.

@@ -61,6 +61,14 @@ def test_frozen_layers_in_the_hosts_memory_take_none_of_a_devices() -> None:
     assert compiled.memory - compiled.arguments < compiled.host
 
 
+def test_a_dense_weight_lies_beside_a_base_in_four_bits_where_no_kernel_multiplies() -> None:
+    """Of 2,048 rows an H100 multiplies none by its kernel, a smaller GPU all (see `nn.nf4`)."""
+    config = run(2, 2, length=1024, param_dtype="bfloat16", quantize="nf4", lora=LoraConfig(rank=8))
+    gathered = {name: estimated(config, LARGER, name).gathered for name in ("v5e:1x1", "rtx4090:1", "h100:1", "t4:1")}
+    dense = 2 * LARGER.hidden_size * max(layer.feed_forward.size for layer in LARGER.period)
+    assert gathered == {"v5e:1x1": 0, "rtx4090:1": 0, "h100:1": dense, "t4:1": dense}
+
+
 @pytest.mark.parametrize(("mesh", "gib"), [({"fsdp": 4, "tensor": 4}, 8.37), ({"fsdp": 16}, 14.01)])
 def test_seventy_billion_parameters_in_four_bits(mesh: dict[str, int], gib: float) -> None:
     """LLaMA-2-70B on v5e:4x4; what libtpu said of the whole step stands in benchmarks/README.md."""

@@ -224,6 +224,7 @@ def test_the_learning_rate_is_drawn_and_said(tmp_path: Path, capsys: pytest.Capt
         (["--topology", "v5e:4x4", "--model.quantize", "nf4"], "nf4 keeps weights that nothing trains"),
         (["--topology", "v5e:4x4", "--model.offload", "frozen"], "without lora all are trained"),
         (["--topology", "v5e:4x4", *OFFLOAD, "--model.remat", "none"], "model.remat: none keeps the weights"),
+        (["--topology", "h100:8", *OFFLOAD, "--compile"], "h100:8: JAX knows no hosts' memory beside GPUs"),
         (
             ["--topology", "v5e:4x4", *OFFLOAD, "--train.sample_prompts", "[a]"],
             "train.sample_prompts: with model.offload",

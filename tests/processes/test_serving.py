@@ -157,6 +157,7 @@ judge = LoadedModel(model(5), None)
 judge = judge.judge(judge.spec, 3)
 orders = Orders(hosts.coordination, me, 2)
 if me:
+    hosts.coordination.wait("alone")  # a collective would wait for 30 s and no longer
     adapters = with_first(shared, folder)
     def acts(shape):
         embedder = Embedder(shared, longest_served(CONFIG, shape, 128))
@@ -166,6 +167,7 @@ if me:
 else:
     own = LoadedModel(model(5, jax.local_devices()), None)
     alone = answers(model(0, jax.local_devices()), own.judge(own.spec, 3), folder)
+    hosts.coordination.put("alone", "")
     found = answers(shared, judge, folder, orders)
     print("ANSWERS", found[0] == alone[0], [len(ids) for ids in found[0].values()], found[3] > 0)
     print("EMBEDDED", np.abs(found[1] - alone[1]).max() < 1e-5, found[1].shape)

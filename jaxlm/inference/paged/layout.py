@@ -76,9 +76,8 @@ def in_words(weights: Weights) -> str:
         return ""
     parts = [f"{ordered} matrices as loaded, summed alike for any number of rows"] if ordered else []
     if major:
-        parts.append(
-            f"{major} laid out [out, in]: not in float32, on a processor with AVX-512, or without such sums on this one"
-        )
+        quicker, needed = "quicker on this processor", "not in float32 on one device, or without such sums here"
+        parts.append(f"{major} laid out [out, in]: {quicker if prefers_packed() else needed}")
     return "; ".join(parts)
 
 

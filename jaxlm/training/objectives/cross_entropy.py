@@ -14,7 +14,7 @@ from jaxlm.config import MoeRunConfig, RunConfig
 from jaxlm.kernels.cross_entropy import LossOutput, TokenLosses
 from jaxlm.models.decoder import Decoder
 from jaxlm.spec import DecoderSpec
-from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, packed_inputs
+from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, packed_inputs, routed_fields
 from jaxlm.training.state import model_variables
 
 
@@ -41,9 +41,8 @@ class CrossEntropy:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        routed = () if self.model.spec.experts is None else ("modality_ids",)
         source = () if self.model.spec.encoder is None else ("encoder_ids", "encoder_segment_ids")
-        return ("input_ids", "loss_mask", "segment_ids", "positions", *routed, *source)
+        return ("input_ids", "loss_mask", "segment_ids", "positions", *routed_fields(self.model), *source)
 
     def prepare(self, batch: Batch) -> Batch:
         return {**batch, "weights": target_weights(batch["loss_mask"], self.normalisation, self.group_rows)}

@@ -79,6 +79,11 @@ class Objective(Protocol):
         """
 
 
+def routed_fields(model: Decoder) -> tuple[str, ...]:
+    """Fields that a model of experts reads beside the tokens."""
+    return () if model.spec.experts is None else ("modality_ids",)
+
+
 def packed_inputs(model: Decoder, micro: Batch) -> dict[str, Any]:
     """What a model takes beside the tokens of packed rows."""
     modality_ids = None if model.spec.experts is None else micro["modality_ids"]

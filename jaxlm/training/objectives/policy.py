@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlm.config import GrpoConfig, MoeRunConfig, RunConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.training.objectives.cross_entropy import router_figures
-from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss
+from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, routed_fields
 from jaxlm.training.objectives.preference import text_log_probs
 from jaxlm.training.state import model_variables
 
@@ -41,8 +41,7 @@ class Policy:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        routed = () if self.model.spec.experts is None else ("modality_ids",)
-        return ("input_ids", "loss_mask", "segment_ids", "positions", DRAWN, ADVANTAGES, *routed)
+        return ("input_ids", "loss_mask", "segment_ids", "positions", DRAWN, ADVANTAGES, *routed_fields(self.model))
 
     def prepare(self, batch: Batch) -> Batch:
         mask = batch["loss_mask"].at[..., 0].set(False).astype(jnp.float32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxlm.config import MoeRunConfig, PreferenceConfig, RunConfig
 from jaxlm.models.decoder import Decoder
 from jaxlm.training.objectives.cross_entropy import router_figures
-from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, packed_inputs
+from jaxlm.training.objectives.objective import Batch, Metrics, MicroLoss, packed_inputs, routed_fields
 from jaxlm.training.objectives.sequences import TEXTS, apart, num_documents, text_sums
 from jaxlm.training.state import model_variables
 
@@ -47,14 +47,14 @@ def pair_losses(settings: PreferenceConfig, pairs: Pairs) -> jax.Array:
     """
     beta, smoothing = settings.beta, settings.label_smoothing
     difference = pairs.chosen - pairs.rejected
-    by_token = pairs.means()[0] - pairs.means()[1]
+    chosen, rejected = pairs.means()
+    by_token = chosen - rejected
     log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
+    up, down = log_sigmoid(beta * difference), log_sigmoid(-beta * difference)
     match settings.loss:
         case "sigmoid":
-            up, down = log_sigmoid(beta * difference), log_sigmoid(-beta * difference)
             return -(1 - smoothing) * up - smoothing * down
         case "robust":
-            up, down = log_sigmoid(beta * difference), log_sigmoid(-beta * difference)
             return (-(1 - smoothing) * up + smoothing * down) / (1 - 2 * smoothing)
         case "ipo":
             return jnp.square(by_token - 1 / (2 * beta))
@@ -67,7 +67,6 @@ def pair_losses(settings: PreferenceConfig, pairs: Pairs) -> jax.Array:
         case "simpo":
             return -log_sigmoid(beta * by_token - settings.margin)
         case "orpo":
-            chosen, rejected = pairs.means()
             odds = by_token - (jax.nn.log1mexp(-chosen) - jax.nn.log1mexp(-rejected))
             return -beta * log_sigmoid(odds)
     raise AssertionError(f"{settings.loss} is not a loss over pairs")
@@ -103,8 +102,7 @@ class OverDocuments:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        routed = () if self.model.spec.experts is None else ("modality_ids",)
-        return ("input_ids", "loss_mask", "segment_ids", *routed)
+        return ("input_ids", "loss_mask", "segment_ids", *routed_fields(self.model))
 
     def _figures(self, trainable: Any, frozen: Any, micro: Batch, **options: Any) -> tuple[Metrics, Any]:
         """Sums over the documents of a micro-batch, `loss` and `documents` among them; and what routers noted."""
@@ -123,10 +121,9 @@ class OverDocuments:
 
     def loss(self, trainable: Any, frozen: Any, micro: Batch, key: jax.Array, micro_steps: int) -> MicroLoss:
         figures, notes = self._figures(trainable, frozen, micro, deterministic=False, rngs={"dropout": key})
-        sides = {"rewards/chosen": "wanted_share", "logps/chosen": "wanted_share"}
-        sides |= {"rewards/rejected": "unwanted_share", "logps/rejected": "unwanted_share"}
+        sides = {"chosen": "wanted_share", "rejected": "unwanted_share"} if self.labelled else {}
         means = {
-            name: value * micro[sides.get(name, "share") if self.labelled else "share"][0]
+            name: value * micro[sides.get(name.rpartition("/")[2], "share")][0]
             for name, value in figures.items()
             if name not in ("chosen_nll", "chosen_tokens", "documents")
         }
@@ -230,7 +227,6 @@ class Preference(OverDocuments):
             "logps/rejected": jnp.where(wanted, 0.0, policy[..., 0]),
             "kl": jnp.broadcast_to(kl, ratio.shape),
             "wanted": wanted.astype(jnp.float32),
-            "chosen_nll": jnp.zeros_like(ratio),
             "documents": jnp.ones_like(ratio),
         }
         return sums_where(there, figures)
