@@ -20,6 +20,7 @@ import numpy as np
 from convert.analysis.observe import Observed, by_expert, down, masked, walk
 from convert.analysis.sample import Sample
 from convert.transforms.experts import ROUTER
+from jaxlm.fonts import any_script
 from jaxlm.nn.routers import released_mask, route_by_modality, route_by_scores, route_learned
 from jaxlm.spec import ExpertsSpec
 from jaxlm.weights.leaves import ParamSource
@@ -157,6 +158,7 @@ def write_coverage(coverage: Coverage, directory: Path, about: dict[str, Any]) -
     _plot(coverage, directory / "coverage.png")
 
 
+@any_script()
 def _plot(coverage: Coverage, target: Path) -> None:
     import matplotlib
 

@@ -15,6 +15,7 @@ from convert.source import FORMATS, format_of, is_adapter, open_model, stored_ad
 from convert.transforms.delta import inv_freq_sum, sum_of
 from jaxlm.errors import UserError
 from jaxlm.jsontext import read_object
+from jaxlm.models.adapters import method_name
 from jaxlm.tokenizer import load_tokenizer
 from jaxlm.tokenizer.files import MAIN_FILES
 from jaxlm.weights.files import read_tensors
@@ -172,6 +173,5 @@ def _tokenizer(directory: Path) -> dict[str, Any] | None:
 def describe_lora(adapter: AdapterSource) -> str:
     """'LoRA rank 8, alpha 16, on q_proj v_proj'."""
     lora = adapter.lora
-    kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
     saved = f", saved in full: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
-    return f"{kind} rank {lora.rank}, alpha {lora.alpha:g}, on {' '.join(lora.targets)}{saved}"
+    return f"{method_name(lora)} rank {lora.rank}, alpha {lora.alpha:g}, on {' '.join(lora.targets)}{saved}"

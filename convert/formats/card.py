@@ -21,6 +21,7 @@ from jaxlm.config.files import load_run_yaml
 from jaxlm.errors import UserError
 from jaxlm.hub import is_address, read_address
 from jaxlm.jsontext import read_object
+from jaxlm.models.adapters import method_name
 from jaxlm.models.families import family_of
 from jaxlm.version import __version__
 from jaxlm.weights.leaves import AdapterSource, ParamSource
@@ -210,6 +211,8 @@ def _facts(origin: Origin, template: TrainedTemplate | None, lora: LoraConfig | 
         yield "prompt template", "the tokenizer's own" if template.own else _shown(template.name)
     if lora is not None:
         yield "adapter", f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+        if lora.modules_to_save:
+            yield "saved in full", ", ".join(lora.modules_to_save)
 
 
 def _data(run: RunConfig) -> Iterator[tuple[str, Any]]:
@@ -224,8 +227,7 @@ def _recipe(run: RunConfig) -> Iterator[tuple[str, Any]]:
     if run.lora is None:
         yield "method", f"all parameters, {run.objective}"
     else:
-        kind = "DoRA" if run.lora.dora else "LoRA"
-        yield "method", f"{kind}, rank {run.lora.rank}, alpha {run.lora.alpha:g}, {run.objective}"
+        yield "method", f"{method_name(run.lora)}, rank {run.lora.rank}, alpha {run.lora.alpha:g}, {run.objective}"
     optimizer, train = run.optimizer, run.train
     yield "optimizer", f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule}"
     warmup = optimizer.warmup_steps or (f"{optimizer.warmup_ratio:.3g} of all" if optimizer.warmup_ratio else 0)

@@ -223,7 +223,8 @@ def _targets(
             if not any(_matches([name], module, where) for module in modules.values()):
                 raise UserError(
                     f"{where}: target_modules names {name!r}, which is not a linear layer of the base model's "
-                    f"{config.num_layers} layers ({hf_names(config)})"
+                    f"{config.num_layers} layers ({hf_names(config)}); an adapter on another module has PEFT's "
+                    "merge_and_unload fold it in: take the merged model"
                 )
     numbers = {layer for _, layer in modules}
     for layer in named or []:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from jaxlm.config.run import RunConfig, TaskConfig
 from jaxlm.config.schema import section_of
 from jaxlm.fields import alternatives, field_types
 
-WIDTH = 100
+WIDEST = 100
 
 
 def help_text(prog: str, description: str, flags: Mapping[str, Flag], root: type, aliases: Mapping[str, str]) -> str:
@@ -31,7 +32,7 @@ def help_text(prog: str, description: str, flags: Mapping[str, Flag], root: type
         root: the dataclass of its keys.
         aliases: other names of keys.
     """
-    lines = [f"usage: {prog} --config FILE [--key value ...]", "", *textwrap.wrap(description, WIDTH), ""]
+    lines = [f"usage: {prog} [--config FILE] [--key value ...]", "", *textwrap.wrap(description, _width()), ""]
     lines += _entry("--config FILE", "YAML with the keys below; several are merged in order")
     for name, flag in flags.items():
         lines += _entry(f"--{name}{' VALUE' if flag.takes else ''}", flag.help)
@@ -62,7 +63,12 @@ def options_text(title: str, meaning: str, options: type) -> str:
         options: its dataclass of options.
     """
     entries = list(_entries(options, "--options.")) or ["  no options"]
-    return "\n".join([title, *textwrap.wrap(meaning, WIDTH, initial_indent="  ", subsequent_indent="  "), *entries])
+    return "\n".join([title, *textwrap.wrap(meaning, _width(), initial_indent="  ", subsequent_indent="  "), *entries])
+
+
+def _width() -> int:
+    """Columns of the terminal, but not so many that lines are hard to read; into a file or a pipe the most."""
+    return max(40, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
 
 
 def _absent_section(kind: Any) -> type | None:
@@ -73,7 +79,7 @@ def _absent_section(kind: Any) -> type | None:
 
 def _entry(head: str, meaning: str) -> Iterator[str]:
     yield f"  {head}"
-    yield from textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    yield from textwrap.wrap(meaning, _width(), initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _entries(cls: type, prefix: str, sections: bool = True) -> Iterator[str]:

@@ -117,8 +117,18 @@ def parse_run(
             raise UserError(f"--stage: {only!r}: this configuration has no stages")
         else:
             configs = [build(merge(values, words.overrides), RunConfig)]
+        _check_length(configs, origins.typed)
     _print_config_if_asked(words, *configs)
     return ParsedRun(configs, words.flags, origins)
+
+
+def _check_length(configs: Sequence[RunConfig], typed: frozenset[str]) -> None:
+    """In files steps may win over another file's epochs; epochs that somebody typed must not be without effect."""
+    if "train.epochs" in typed and "train.steps" not in typed and all(config.train.steps for config in configs):
+        raise UserError(
+            f"train.epochs: {configs[0].train.epochs:g} does nothing where train.steps is {configs[0].train.steps}; "
+            "add --train.steps null, or leave --train.epochs out"
+        )
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[str]:

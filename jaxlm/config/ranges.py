@@ -53,7 +53,7 @@ def check_ranges(config: RunConfig) -> None:
     ]
     if config.lora is not None:
         checks.append(("lora.rank", config.lora.rank, lambda v: v >= 1, "at least 1"))
-        checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "between 0 and 1"))
+        checks.append(("lora.dropout", config.lora.dropout, lambda v: 0 <= v < 1, "at least 0 and below 1"))
     if config.train.profile is not None:
         checks.append(("train.profile.start", config.train.profile.start, lambda v: 1 <= v < 2**31, "at least 1"))
         checks.append(("train.profile.steps", config.train.profile.steps, lambda v: 1 <= v <= 100, "between 1 and 100"))

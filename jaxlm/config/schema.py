@@ -56,12 +56,17 @@ def all_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def suggest(key: str, root: type) -> str:
-    """The nearest known key, as the end of a message about an unknown one."""
+    """The nearest known key, or the keys of its section, as the end of a message about an unknown one."""
+    section, _, name = key.rpartition(".")
     known = all_keys(root)
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.7)
-    if not near:  # a right key in a wrong section
-        near = [full for full in known if full.split(".")[-1] == key.split(".")[-1]][:1]
-    return f"; did you mean {near[0]!r}?" if near else "; --help lists all keys"
+    beside = [full.rpartition(".")[2] for full in known if full.rpartition(".")[0] == section]
+    # By the last part alone: a long section that is right would make any two keys of it alike.
+    near = [f"{section}.{each}" for each in difflib.get_close_matches(name, beside, 1)] if section else []
+    near = near or [full for full in known if full.rpartition(".")[2] == name]  # a right key in a wrong section
+    near = near or ([] if section and beside else difflib.get_close_matches(key, known, 1, cutoff=0.7))
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; {section} has {', '.join(beside)}" if section and beside else "; --help lists all keys"
 
 
 def expected(kind: Any) -> str:

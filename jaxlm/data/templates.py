@@ -238,7 +238,7 @@ def load_template(name: str, tokenizer: Tokenizer | None, columns: Mapping[str, 
         known -= {"tools"} if isinstance(template, ConversationTemplate) else {"system", "history", "tools"}
     if unknown := set(columns) - known:
         raise UserError(
-            f"data: columns names the field {sorted(unknown)[0]!r}; a template's fields are {', '.join(sorted(known))}"
+            f"columns names the field {sorted(unknown)[0]!r}; a template's fields are {', '.join(sorted(known))}"
         )
     return template
 
@@ -251,15 +251,13 @@ def _load(name: str, tokenizer: Tokenizer | None, columns: Mapping[str, str]) ->
             raise UserError("template: chat belongs to a tokenizer, and none is here; name another, or text")
         if tokenizer.chat_template is None:
             raise UserError(
-                f"data: template is chat, but the tokenizer of {tokenizer.path} has no chat template; choose another "
+                f"template is chat, but the tokenizer of {tokenizer.path} has no chat template; choose another "
                 f"({', '.join(template_names())})"
             )
         return ChatTemplate(columns, tokenizer)
     path = at_home(name) if name.endswith(".json") else DIRECTORY / f"{name}.json"
     if not path.is_file():
-        raise UserError(
-            f"data: template {name!r} is unknown; choose {', '.join(template_names())}, or give an own file NAME.json"
-        )
+        raise UserError(f"template {name!r} is unknown; choose {', '.join(template_names())}, or give a file NAME.json")
     try:
         content = parse(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # also UnicodeDecodeError

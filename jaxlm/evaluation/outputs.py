@@ -18,6 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.evaluation.job import Job
 from jaxlm.evaluation.journal import from_json, joined, refuse_other_settings, to_json
 from jaxlm.evaluation.task import Answers, Figure
+from jaxlm.fonts import any_script
 from jaxlm.jsontext import read_object
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def table(figures: Mapping[str, Figure]) -> list[str]:
     return ["| figure | value | standard error | n |", "|---|---:|---:|---:|", *rows]
 
 
+@any_script()
 def _plot(path: Path, job: Job, answers: Sequence[Answers], figures: Mapping[str, Figure]) -> None:
     # Not pyplot, which would look for a screen.
     from matplotlib.figure import Figure as Canvas

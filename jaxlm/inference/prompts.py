@@ -136,7 +136,14 @@ class Prompter:
             text = asked[-1] if asked else ""
         else:
             field = "text" if self.is_text else (*self._asks_for, "instruction")[0]
-            text = str(record.data.get(self._columns.get(field, field)) or "")
+            column = self._columns.get(field, field)
+            if column not in record.data:
+                names = ", ".join(map(repr, record.data)) or "none"
+                raise UserError(
+                    f"{record.name} has no column {column!r}, which the template {self._template.name} asks by; it has "
+                    f"{names}; set columns: {{{field}: NAME}}, or another template"
+                )
+            text = str(record.data[column] or "")
         if not text.strip():
             raise UserError(f"{record.name} is empty: there is nothing to answer")
 

@@ -133,6 +133,11 @@ def _module(fused: Fused) -> str:
     return fused.hf.rpartition(".")[0]
 
 
+def method_name(lora: LoraConfig) -> str:
+    """What a run's first lines, exports and cards call it."""
+    return "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+
+
 def check_names(lora: LoraConfig) -> None:
     """Whether an adapter names layers and modules that there are in any family; needs no model.
 
@@ -150,6 +155,11 @@ def check_names(lora: LoraConfig) -> None:
         saved |= {_saved_name(row) for row in outside} | {_last(row.hf_module) for row in outside}
     for target in lora.targets:
         if target != ALL and _last(target) not in linears:
+            if _last(target) in saved:
+                raise UserError(
+                    f"lora.targets: {target!r} is not a linear layer of the model's layers, which take adapters; "
+                    f"to train it in full: lora.modules_to_save: [{target}]"
+                )
             raise _unknown_target(target, ", ".join(linears), linears)
     for module in lora.modules_to_save:
         if _last(module) not in saved:

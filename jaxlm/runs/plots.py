@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxlm.fonts import any_script
 from jaxlm.runs.curves import LossCurve, loss_curve
 from jaxlm.runs.metrics import Line
 from jaxlm.units import short_number
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 TRAINING, VALIDATION, QUIET, BAD = "#3b6fb6", "#d9822b", "#808080", "#c23b3b"
 
 
+@any_script()
 def plot_losses(metrics: Sequence[Line], target: Path, resumes: Iterable[int] = ()) -> None:
     """Training and validation loss over steps and tokens, the learning rate below, as a PNG.
 
@@ -125,6 +127,7 @@ REWARD_PANELS = {
 }
 
 
+@any_script()
 def plot_rewards(metrics: Sequence[Line], target: Path) -> None:
     """Rewards over steps, of pairs or of the model's own answers, as a PNG; none for other runs."""
     panels = next((REWARD_PANELS[key] for key in REWARD_PANELS if any(key in line for line in metrics)), None)
@@ -146,7 +149,7 @@ def plot_rewards(metrics: Sequence[Line], target: Path) -> None:
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(target.parent.name)
+    figure.suptitle(target.absolute().parent.name, parse_math=False)
     figure.tight_layout()
     figure.savefig(target)
     pyplot.close(figure)

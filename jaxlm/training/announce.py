@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxlm.config import RunConfig
+from jaxlm.config import LoraConfig, RunConfig
 from jaxlm.data.batches import Batches
 from jaxlm.data.mixing import table
 from jaxlm.data.order import Order
 from jaxlm.devices.mesh import axis_sizes
+from jaxlm.models.adapters import method_name
 from jaxlm.nn.rounding import Kind
 from jaxlm.screen import print_pairs
 from jaxlm.training.advice import dropout_warnings, rank_warnings, schedule_warnings
@@ -86,13 +87,18 @@ def announce(
     )
 
 
+def _adapter(lora: LoraConfig) -> str:
+    in_full = f", {' and '.join(lora.modules_to_save)} in full" if lora.modules_to_save else ""
+    return f"{method_name(lora)} rank {lora.rank} on {', '.join(lora.targets)}{in_full}"
+
+
 def _facts(
     job: Job, setup: TrainSetup, initializer: Initializer, start: Start, compiled: CompiledSteps, total: int
 ) -> list[tuple[str, str]]:
     config, moe = job.config, job.model.experts
     parameters, trained = count(initializer.dense), count(initializer.trainable)
     weights = config.model.path or f"fresh {config.model.shape}"
-    how = "all" if config.lora is None else f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+    how = "all" if config.lora is None else _adapter(config.lora)
     devices = jax.devices()
     axes = " x ".join(f"{axis} {size}" for axis, size in axis_sizes(setup.mesh).items() if size > 1) or "one device"
     needs = "" if compiled.memory is None else f"{memory_size(compiled.memory)} by the compiler's count; "

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlm.fonts import any_script
+
 STATE = "consumed"  # in data.json: tokens of each source
 
 
@@ -48,6 +50,7 @@ class Consumption:
         return {"consumed_tokens": tokens, "passes": passes}
 
 
+@any_script()
 def plot_consumption(metrics: Sequence[Mapping[str, Any]], target: Path) -> None:
     """Tokens of each source, and passes over it, by step, as a PNG; nothing where the metrics have no such figures."""
     lines = [line for line in metrics if "consumed_tokens" in line]
@@ -75,7 +78,7 @@ def plot_consumption(metrics: Sequence[Mapping[str, Any]], target: Path) -> None
     shown = [f"{lines[-1]['passes'][name]:.2f} x {name if len(name) <= 50 else f'…{name[-49:]}'}" for name in names]
     for text in above.legend(areas, shown, loc="upper left", fontsize="small").get_texts():
         text.set_parse_math(False)
-    above.set_title(target.parent.name, parse_math=False)
+    above.set_title(target.absolute().parent.name, parse_math=False)
     figure.tight_layout()
     figure.savefig(target)
     pyplot.close(figure)

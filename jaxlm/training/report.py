@@ -27,7 +27,7 @@ def flops_per_token(model: DecoderSpec, length: int, full: bool, encoder_length:
     """FLOPs of one training token: 6 N for full fine-tuning, 4 N for adapters, plus causal attention.
 
     N counts the matrices a token is multiplied with: no embedding look-up, and of experts those that a token of text
-    uses (`idle_params`); adapters themselves are neglected. Attention is 4 L H h T FLOPs a token forward (scores and
+    uses (`idle_params`); adapters and routers are neglected. Attention is 4 L H h T FLOPs a token forward (scores and
     values) and twice that backward, halved because causal. Recomputation does not count (MFU, arXiv:2204.02311
     appendix B).
 
@@ -36,7 +36,9 @@ def flops_per_token(model: DecoderSpec, length: int, full: bool, encoder_length:
     share = (encoder_length or length) / length
     learned = 0 if model.learned_positions is None else model.learned_positions.num_rows
     looked_up = 0 if model.tied_head else model.vocab_size
-    matrices: float = num_params(model) - looked_up * model.embedding_dims - learned * model.hidden_size
+    matrices: float = (
+        num_params(model.with_experts(None)) - looked_up * model.embedding_dims - learned * model.hidden_size
+    )
     matrices -= idle_params(model)
     attention = 12 * sum(layer.attention.num_heads * layer.attention.head_dim for layer in model.layers()) * length / 2
     if model.encoder is not None:

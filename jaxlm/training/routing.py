@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.fonts import any_script
 from jaxlm.spec import ExpertsSpec
 
 WINDOW = 100  # steps that the plot shows
@@ -53,6 +54,7 @@ class RoutingReport:
         dropped = 0 if self._moe.router == "activation_released" else int(expected - use.sum())
         return {"expert_share": shares, "router_entropy": entropy, "dropped": dropped}
 
+    @any_script()
     def plot(self, target: Path) -> None:
         """A PNG: for each modality, layers x experts, the share of its tokens in the last steps."""
         if self._moe is None or not self._steps:

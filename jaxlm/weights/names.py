@@ -245,8 +245,8 @@ def leaf_shapes(spec: DecoderSpec) -> dict[str, Shape]:
 
 
 def num_params(spec: DecoderSpec) -> int:
-    """Number of parameters of the dense model (a trained router is not counted)."""
-    return sum(num_elements(shape) for shape in leaf_shapes(spec.with_experts(None)).values())
+    """Number of parameters, matrices of routers included."""
+    return sum(num_elements(shape) for shape in leaf_shapes(spec).values())
 
 
 def tensor_name(spec: DecoderSpec, path: str, index: int | None) -> str:

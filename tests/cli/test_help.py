@@ -48,3 +48,14 @@ def test_help_without_a_task_that_has_options(capsys: pytest.CaptureFixture[str]
 def test_help_of_a_task_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--task", "zbnch", "--help"]) == 2
     assert "did you mean 'zbench'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("60", 60), ("500", 100)])
+def test_help_is_as_wide_as_the_terminal(
+    columns: str, widest: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    lengths = [len(line) for line in capsys.readouterr().out.splitlines() if line.startswith(" " * 6)]
+    assert widest - 12 < max(lengths) <= widest

@@ -296,3 +296,31 @@ def test_a_switch_of_another_system_sets_a_key_to_a_value() -> None:
     assert kind("--load_4bit", "--prompt", "x") == kind("--load_4bit", "true") == kind("--quantize", "nf4") == "nf4"
     assert kind("--load_8bit") == kind("--int8") == kind("--load-8bit=True") == "int8"
     assert kind("--load_4bit", "false", "--prompt", "x") is None
+
+
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("--optimizer.lr", "; optimizer has name, learning_rate, "),
+        ("--optimiser.learning_rate", "; did you mean 'optimizer'?"),
+        ("--lora.learning_rate", "; did you mean 'optimizer.learning_rate'?"),
+        ("--data.train.weigt", "; did you mean 'data.train.weight'?"),
+    ],
+)
+def test_the_way_out_of_an_unknown_key_is_a_key(word: str, way_out: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parsed(word, "1")
+    assert way_out in str(refused.value)
+
+
+def test_epochs_that_were_typed_are_not_without_effect(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {shape: llama-2-7b}\ndata: {train: [a.json]}\ntrain: {steps: 4}\n")
+    with pytest.raises(UserError) as refused:
+        parsed("--config", str(file), "--train.epochs", "2")
+    assert str(refused.value) == (
+        "train.epochs: 2 does nothing where train.steps is 4; add --train.steps null, or leave --train.epochs out "
+        f"[train.steps is set in {file}]"
+    )
+    config, _ = parsed("--config", str(file), "--train.epochs", "2", "--train.steps", "null")
+    assert (config.train.epochs, config.train.steps) == (2, None)

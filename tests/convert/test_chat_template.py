@@ -185,9 +185,7 @@ def test_the_tokenizers_own_stays(tuned: Path, tmp_path: Path, run: Callable[...
     record_prompt(tuned, template="text")
     assert "text, not written as chat_template.jinja: it has no form" in run("jax-to-hf", tuned, tmp_path / "out3")
     record_prompt(tuned, template="gone.json")
-    assert "not written as chat_template.jinja: data: template 'gone.json'" in run(
-        "jax-to-hf", tuned, tmp_path / "out4"
-    )
+    assert "not written as chat_template.jinja: template 'gone.json'" in run("jax-to-hf", tuned, tmp_path / "out4")
     assert "--template vicuna_v1.1 there" in (record_prompt(tuned, template="vicuna_v1.1") or "") + run(
         "jax-to-mindspore", tuned, tmp_path / "ms"
     )

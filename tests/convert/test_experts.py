@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_there_and_back(method: str, router: str, hf_dir: Path, tmp_path: Path, 
     moefied = open_model(tmp_path / "moe")
     assert moefied.config.experts == ExpertsSpec(E, router, top_k=(2,))
     assert ("layers/mlp/router" in moefied.leaves) is (router == "learned")
+    assert f"{sum(math.prod(leaf.shape) for leaf in moefied.leaves.values()):,} parameters" in said
     kept = np.load(tmp_path / "moe" / "jaxlm" / "partition.npy")
     assert kept.dtype == np.int32 and (np.sort(kept) == np.arange(F)).all()
     assert (kept == np.arange(F)).all() == (method == "order")

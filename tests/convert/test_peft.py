@@ -325,7 +325,7 @@ B0 = A0.replace("lora_A", "lora_B")
         ({"target_modules": None}, "target_modules is None"),
         ({"target_modules": []}, "target_modules is []"),
         ({"target_modules": ["q_proj", "query"]}, "'query'"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "'lm_head'"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "PEFT's merge_and_unload"),
         ({"target_modules": "nothing"}, "'nothing' match no linear layer"),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight' has no place"),

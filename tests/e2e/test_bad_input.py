@@ -43,7 +43,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["--optimizer.eps", "0"], "optimizer.eps: 0.0 must be more than 0"),
         (["--optimizer.beta2", "1.0"], "optimizer.beta2: 1.0 must be at least 0 and below 1"),
         (["--model.shape", "a", "--data.train", "[{path: b}]", "--preview", "0"], "--preview: 0 must be at least 1"),
-        (["--lora.dropout", "1.5"], "lora.dropout: 1.5 must be between 0 and 1"),
+        (["--lora.dropout", "1.5"], "lora.dropout: 1.5 must be at least 0 and below 1"),
         (["--train.keep", "0"], "train.keep: 0 must be at least 1"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--lora", "3"], "lora: expected keys and values, found 3"),

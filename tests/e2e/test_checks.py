@@ -41,6 +41,7 @@ WITHOUT_MODEL = [
     ({"optimizer": {"end_ratio": 2}}, "optimizer.end_ratio: 2.0 must be between 0 and 1"),
     ({"optimizer": {"warmup_ratio": 0.1}}, "give warmup_steps or warmup_ratio, not both"),
     ({"lora": {"targets": ["q_prj"]}}, "lora.targets: 'q_prj' is not a linear layer of the model"),
+    ({"lora": {"targets": ["lm_head"]}}, "to train it in full: lora.modules_to_save: [lm_head]"),
     (
         {"lora": {"modules_to_save": ["embed"]}},
         "lora.modules_to_save: 'embed' is not one of embed_norm, embed_positions, embed_tokens",

@@ -236,7 +236,7 @@ BAD = [
     (["--model", "{models}/base", "--prompt", "a", "--interactive"], "found --prompt and --interactive"),
     (["--model", "{models}/base", "--prompt", " "], "prompt: it is empty"),
     (["--model", "{models}/base", "--prompt", "a", "--temperature", "-1"], "temperature: -1.0"),
-    (["--model", "{models}/base", "--prompt", "a", "--template", "alpacca"], "template 'alpacca' is unknown"),
+    (["--model", "{models}/base", "--prompt", "a", "--template", "alpacca"], "error: template 'alpacca' is unknown"),
     (["--model", "{models}/base", "--prompt", "rock " * 200], "tokens, the model's context is 128"),
     (["--model", "{models}/base", "--prompt", "a", "--adapter", "{models}/base"], "is a full model"),
     (["--model", "{models}/base", "--prompt", "a", "--model.merge_adapter"], "no adapter to merge"),

@@ -24,7 +24,9 @@ IDS = [1, 5, 9, 30, 7, 8, 100, 20, 21, 22, 23]
 
 
 @pytest.mark.slow
-def test_bloom_is_tuned_under_blooms_names(inputs: Path, base_config: dict[str, Any], tmp_path: Path) -> None:
+def test_bloom_is_tuned_under_blooms_names(
+    inputs: Path, base_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hf_model("bloom", vocab_size=320, hidden_size=32).save_pretrained(tmp_path / "base")
     for file in (inputs / "tokenizer").iterdir():
         shutil.copyfile(file, tmp_path / "base" / file.name)
@@ -40,8 +42,10 @@ def test_bloom_is_tuned_under_blooms_names(inputs: Path, base_config: dict[str, 
     file = write_config(tmp_path, config)
     run = tmp_path / "run"
     assert train(["--config", str(file), "--output_dir", str(run)]) == 0
+    assert "LoRA rank 2 on query_key_value, dense, word_embeddings and ln_f in full" in capsys.readouterr().out
 
     assert convert(["jax-to-peft", str(run), str(tmp_path / "peft")]) == 0
+    assert "| saved in full | word_embeddings, ln_f" in (tmp_path / "peft" / "README.md").read_text()
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["query_key_value", "dense"]
     assert written["modules_to_save"] == ["word_embeddings", "ln_f", "lm_head"]

@@ -77,6 +77,11 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         ("a.jsonl", '"one"\n' + "9" * 5000 + '\n"three"\n', r"broken JSON"),
         ("a.jsonl", '"one"\n' + "[" * 100000 + '\n"three"\n', r"broken JSON"),
         ("a.jsonl", '"one"\n{"instruction": " "}\n"three"\n', r"is empty"),
+        (
+            "a.json",
+            '["one", {"quest": "two"}, "three"]',
+            r"no column 'instruction'.* it has 'quest'; set columns: \{inst",
+        ),
     ],
 )
 def test_a_broken_prompt_does_not_lose_the_others(

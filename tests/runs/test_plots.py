@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxlm.runs.curves import binned, loss_curve, smoothed
-from jaxlm.runs.plots import plot_losses
+from jaxlm.runs.plots import plot_losses, plot_rewards
+from jaxlm.training.consumption import plot_consumption
 
 
 @pytest.mark.parametrize("steps", [2, 5, 150, 1000])
@@ -93,3 +95,18 @@ def test_a_plot_of_any_run_can_be_drawn(tmp_path: Path) -> None:
     ):
         plot_losses(lines, tmp_path / f"{number}.png", [1])
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["锆石 ジルコン", "a$b_{$"])
+def test_a_run_may_have_any_name(tmp_path: Path, name: str) -> None:
+    """Neither warnings of a font among a command's lines, nor a name that is read as a formula."""
+    folder = tmp_path / name
+    folder.mkdir()
+    line = {"step": 1, "loss": 2.0, "learning_rate": 0.1, "tokens": 8, "reward": 0.5, "kl": 0.1}
+    sources = {"consumed_tokens": {f"{name}.json": 8}, "passes": {f"{name}.json": 0.5}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_losses([line], folder / "loss.png")
+        plot_rewards([line], folder / "preference.png")
+        plot_consumption([line | sources], folder / "data.png")
+    assert all((folder / f"{figure}.png").stat().st_size > 1000 for figure in ("loss", "preference", "data"))

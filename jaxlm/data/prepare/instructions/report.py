@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxlm.data.prepare.instructions.rounds import Round
 from jaxlm.data.prepare.instructions.verbs import verb_and_noun
+from jaxlm.fonts import any_script
 
 INSTRUCTIONS, REPORT, FIGURE = "instructions.json", "report.json", "diversity.png"
 VERBS, NOUNS = 20, 4  # shown, as in Self-Instruct's figure 2
@@ -71,6 +72,7 @@ def write(result: Round, folder: Path) -> dict[str, Any]:
     return report
 
 
+@any_script()
 def draw(verbs: Verbs, path: Path, total: int) -> None:
     """Two rings: the most frequent verbs, and for each its most frequent objects."""
     import matplotlib  # slow to import, and needed only here
