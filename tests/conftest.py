@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         # They make compiling twice as slow here; newer versions know nothing else, and have no such flag.
         *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib") < "0.11" else []),
     ]
@@ -28,6 +29,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Tracing makes many objects that stay: looking through all of them again and again is a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 
 settings.register_profile("jaxlm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jaxlm")

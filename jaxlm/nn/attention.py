@@ -280,8 +280,8 @@ def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[A
     # Row sums of weight * its gradient, from the output instead of the weights.
     delta = _grouped(jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True), kv_heads)
     grad_q = []
-    grad_k = jnp.zeros(k_heads.shape, jnp.float32)
-    grad_v = jnp.zeros(v_heads.shape, jnp.float32)
+    # With h before the keys: behind them, a CPU would have the weights transposed, and jump from row to row of them.
+    grad_k, grad_v = (jnp.zeros(x.mT.shape, jnp.float32) for x in (k_heads, v_heads))
     grad_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     for rows, cols in _blocks(q.shape[1], k.shape[1], mask):
         scores, slope = _scores(q_heads, k_heads, mask, rows, cols)
@@ -297,12 +297,12 @@ def _blockwise_bwd(single: MaskSpec, residuals: Any, grad: jax.Array) -> tuple[A
         grad_scores = grad_scores if slope is None else grad_scores * slope
         grad_scores, weights = grad_scores.astype(dtype), weights.astype(dtype)
         grad_q.append(_einsum("bkgqs,bksd->bkgqd", grad_scores, _seen(k_heads, mask, rows, cols)))
-        grad_k = grad_k.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", grad_scores, q_heads[:, :, :, rows]))
-        grad_v = grad_v.at[:, :, cols].add(_einsum("bkgqs,bkgqd->bksd", weights, grad_rows))
+        grad_k = grad_k.at[..., cols].add(_einsum("bkgqd,bkgqs->bkds", q_heads[:, :, :, rows], grad_scores))
+        grad_v = grad_v.at[..., cols].add(_einsum("bkgqd,bkgqs->bkds", grad_rows, weights))
     return (
         _ungrouped(jnp.concatenate(grad_q, axis=3)).astype(q.dtype),
-        grad_k.swapaxes(1, 2).astype(k.dtype),
-        grad_v.swapaxes(1, 2).astype(v.dtype),
+        grad_k.transpose(0, 3, 1, 2).astype(k.dtype),
+        grad_v.transpose(0, 3, 1, 2).astype(v.dtype),
         dict.fromkeys(arrays),
         None if bias is None or grad_bias is None else grad_bias.astype(bias.dtype),
     )
