@@ -193,6 +193,7 @@ def test_the_spec_is_the_models(model: LoadedModel) -> None:
         ),
         (lambda m: m.generate("rock", max_new_tokens=2.5), "max_new_tokens: expected a whole number, found 2.5"),
         (lambda m: m.generate("rock", stop="o"), "stop: expected a list, found 'o'"),
+        (lambda m: m.generate("rock", stop=["o", ""]), r"stop: \['o', ''\] must be texts that are not empty"),
         (lambda m: m.generate("rock", num_beams=2, early_stopping="x"), "early_stopping: expected true or false"),
         (lambda m: m.generate("rock", temperature=1.0, top_k=2**40), "top_k: 1099511627776 must be between 0"),
         (lambda m: m.generate("rock", {"seed": 1}), "options: expected a jaxlm.config.Decoding"),

@@ -165,7 +165,11 @@ def progress_bar(description: str, source: LeafSource) -> Iterator[Callable[[int
             done += nbytes
             progress.update(task, advance=nbytes, tensors=bisect.bisect_right(ends, done))
 
-        yield advance
+        try:
+            yield advance
+        finally:
+            if not done:  # refused before anything was done: no empty bar above the message
+                progress.remove_task(task)
 
 
 def _tensor_sizes(source: LeafSource) -> list[int]:

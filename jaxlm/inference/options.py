@@ -38,7 +38,8 @@ def check_decoding(options: Decoding) -> None:
     ]
     for key, holds, wanted in checks:
         if not holds:
-            raise UserError(f"{key}: {getattr(options, key)!r} must be {wanted}")
+            value = getattr(options, key)
+            raise UserError(f"{key}: {list(value) if isinstance(value, tuple) else value!r} must be {wanted}")
     if options.num_beams > 1 and options.temperature > 0:
         raise UserError(
             f"num_beams: {options.num_beams} with temperature {options.temperature:g}: beam search draws nothing, so "

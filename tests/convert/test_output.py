@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.commands.main import main
 from jaxlm.errors import UserError
 from jaxlm.units import disk_size, memory_size
 from jaxlm.weights.manifest import check_manifest
@@ -46,6 +47,13 @@ def test_existing_destination(kind: str, tmp_path: Path, refused: Callable[..., 
     target = tmp_path / "out"
     {"file": target.touch, "directory": target.mkdir, "link": lambda: target.symlink_to("nowhere")}[kind]()
     assert "exists already" in refused("hf-to-jax", tmp_path / "hf", target)
+
+
+def test_no_bar_stands_above_a_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_hf_sharded(tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    assert main(["hf-to-jax", str(tmp_path / "hf"), str(tmp_path / "out")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

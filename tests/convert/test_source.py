@@ -288,7 +288,11 @@ def test_what_is_no_model(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "a" / "config.json").write_text("{")
     assert "not valid JSON" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
     (tmp_path / "a" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    assert "'GPT2LMHeadModel' is not supported" in refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
+    message = refused("hf-to-jax", tmp_path / "a", tmp_path / "c")
+    assert "'GPT2LMHeadModel' is not supported" in message
+
+    supported = message.rpartition("supported: ")[2].split(", ")
+    assert len(supported) == len(set(supported)) > 20
     config = write_config(CONFIG, "float32") | {"quantization_config": {"bits": 4}}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     (tmp_path / "a" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")

@@ -86,7 +86,7 @@ def architectures() -> list[str]:
     """The architectures of `config.json` that are supported, other names of them last."""
     named = [family.architecture for family in FAMILIES.values()]
     aliases = [alias for family in FAMILIES.values() for alias in family.aliases if alias.endswith("ForCausalLM")]
-    return [*named, *aliases, "MixtralForCausalLM"]
+    return list(dict.fromkeys([*named, *aliases, "MixtralForCausalLM"]))
 
 
 def _named_family(config: dict[str, Any]) -> Family:
