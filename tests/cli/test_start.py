@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,36 @@ def test_imports_are_not_searched_for_garbage_and_later_objects_are() -> None:
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+CACHED = """
+import sys
+from pathlib import Path
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jaxlm.cli.start import use_compilation_cache
+
+def start():
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+    use_compilation_cache(sys.argv[1], least_seconds=0.0)
+    print(jax.jit(lambda x: x + 1)(1))
+    (entry,) = Path(sys.argv[1]).glob("jit__lambda-*-cache")
+    return entry
+
+entry = start()
+entry.write_bytes(entry.read_bytes()[: int(sys.argv[2])])
+assert start() == entry
+print(entry.stat().st_size > 500)
+start()
+"""
+
+
+@pytest.mark.parametrize("left", [0, 500])
+def test_a_compiled_program_that_was_cut_short_is_compiled_anew_once(tmp_path: Path, left: int) -> None:
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PLATFORMS": "cpu"}
+    call = [sys.executable, "-c", CACHED, str(tmp_path), str(left)]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "2", "True", "2"]
+    (entry,) = tmp_path.glob("jit__lambda-*-cache")
+    assert done.stderr == f"note: {entry}: this compiled program was cut short; it is removed, and compiled anew\n"
