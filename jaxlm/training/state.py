@@ -146,9 +146,11 @@ class Initializer:
 
         return averaged
 
-    def update(self, wanted: jax.Array, grads: Any, trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+    def update(
+        self, wanted: jax.Array, factor: jax.Array, grads: Any, trainable: Any, opt_state: Any
+    ) -> tuple[Any, Any]:
         """The parameters and the optimizer's state after an update, in a compiled function; see `step.Update`."""
-        return update_in_place(self.optimizer, wanted, grads, trainable, opt_state)
+        return update_in_place(self.optimizer, wanted, factor, grads, trainable, opt_state)
 
     def abstract_state(self) -> TrainState:
         """ShapeDtypeStructs with shardings, for restoring a checkpoint."""

@@ -15,8 +15,9 @@ from jaxlm.training.optimizer import Schedule
 from jaxlm.training.state import TrainState
 from jaxlm.training.update import update_in_place
 
-# (whether it is wanted, gradients, parameters, optimizer's state) -> the parameters and the state after an update.
-Update = Callable[[jax.Array, Any, Any, Any], tuple[Any, Any]]
+# (whether it is wanted, a factor of the gradients, gradients, parameters, optimizer's state) -> the parameters and the
+# state after an update.
+Update = Callable[[jax.Array, jax.Array, Any, Any, Any], tuple[Any, Any]]
 
 # What becomes of the figures of micro-steps whose names end so; others are added up.
 EXTREMES: dict[str, Any] = {"min": jnp.min, "max": jnp.max}
@@ -78,12 +79,10 @@ def make_train_step(
         factor = jnp.float32(1.0)
         if clip_norm > 0:
             factor = jnp.minimum(1.0, clip_norm / (grad_norm + 1e-6))  # torch.nn.utils.clip_grad_norm_
-        # In the parameters' dtype, or the optimizer's moments would change theirs from one step to the next.
-        grads = jax.tree.map(lambda g, p: (g * factor).astype(p.dtype), grads, state.trainable)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         with jax.named_scope("optimizer"):
-            trainable, opt_state = apply(finite, grads, state.trainable, state.opt_state)
+            trainable, opt_state = apply(finite, factor, grads, state.trainable, state.opt_state)
         new_state = state.replace(  # type: ignore[attr-defined]
             step=state.step + 1,
             trainable=trainable,

@@ -224,7 +224,9 @@ def stepped(initializer: Initializer, steps: int, state: Any = None, first: int 
     state = initializer.new_state(jax.device_put(draw(0, 0.1, shapes), place), 0) if state is None else state
 
     def step(state: Any, gradient: Any) -> Any:
-        trainable, opt_state = initializer.update(jnp.bool_(True), gradient, state.trainable, state.opt_state)
+        trainable, opt_state = initializer.update(
+            jnp.bool_(True), jnp.float32(1), gradient, state.trainable, state.opt_state
+        )
         return state.replace(trainable=trainable, opt_state=opt_state)
 
     run = jax.jit(step, donate_argnums=0, out_shardings=initializer.state_shardings)
