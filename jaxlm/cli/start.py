@@ -10,7 +10,8 @@ import re
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +50,29 @@ def _mend_cache(directory: str) -> None:
     would warn and compile again at every start. What is removed is compiled and written anew.
     """
     show = warnings.showwarning
+    if isinstance(show, partial) and show.func is _mending:  # one start after the other in one process
+        show = show.args[1]
+    warnings.showwarning = partial(_mending, Path(directory), show)
 
-    def mend(message: Warning | str, category: type[Warning], filename: str, *more: Any, **named: Any) -> None:
-        found = re.match(r"Error reading persistent compilation cache entry for '([^']+)'", str(message))
-        name = glob.escape(found[1]) if found else ""
-        broken = [path for path in Path(directory).glob(f"{name}-*-cache") if found and not _is_whole(path)]
-        for path in broken:
-            path.unlink(missing_ok=True)
-            write_line(
-                f"note: {path}: this compiled program was cut short; it is removed, and compiled anew", sys.stderr
-            )
-        if not broken:
-            show(message, category, filename, *more, **named)
 
-    warnings.showwarning = mend
+def _mending(
+    directory: Path,
+    show: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    *more: Any,
+    **named: Any,
+) -> None:
+    """`warnings.showwarning` that looks into the cache where JAX could not read a program of it."""
+    found = re.match(r"Error reading persistent compilation cache entry for '([^']+)'", str(message))
+    entries = directory.glob(f"{glob.escape(found[1])}-*-cache") if found else ()
+    broken = [path for path in entries if not _is_whole(path)]
+    for path in broken:
+        path.unlink(missing_ok=True)
+        write_line(f"note: {path}: this compiled program was cut short; it is removed, and compiled anew", sys.stderr)
+    if not broken:
+        show(message, category, filename, *more, **named)
 
 
 def _is_whole(path: Path) -> bool:
