@@ -104,4 +104,7 @@ def test_a_compiled_program_that_was_cut_short_is_compiled_anew_once(tmp_path: P
     done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2", "True", "2"]
     (entry,) = tmp_path.glob("jit__lambda-*-cache")
-    assert done.stderr == f"note: {entry}: this compiled program was cut short; it is removed, and compiled anew\n"
+    # XLA may say there what it thinks of this processor.
+    assert "Error reading" not in done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {entry}: this compiled program was cut short; it is removed, and compiled anew"]
